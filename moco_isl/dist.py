@@ -1,0 +1,81 @@
+"""Talking to the other ranks; without a process group a world of one, where every call is the identity."""
+
+import torch
+import torch.distributed as dist
+
+
+def active() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    return dist.get_rank() if active() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if active() else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def barrier() -> None:
+    if active():
+        dist.barrier()
+
+
+def shard(n: int) -> tuple[int, int]:
+    """The contiguous share [start, stop) of n items that belongs to this rank; shares differ by at most one."""
+    return n * rank() // world_size(), n * (rank() + 1) // world_size()
+
+
+def broadcast(x: torch.Tensor, src: int = 0) -> torch.Tensor:
+    """Overwrite x on every rank by the one of `src`; returns x."""
+    if active():
+        dist.broadcast(x, src)
+    return x
+
+
+def broadcast_object(obj, src: int = 0):
+    """The object of rank `src`, on every rank. For small plain values: it travels pickled."""
+    box = [obj]
+    if active():
+        dist.broadcast_object_list(box, src)
+    return box[0]
+
+
+def gather_objects(obj) -> list:
+    """The objects of all ranks in rank order, on every rank. For small plain values."""
+    if not active():
+        return [obj]
+    boxes = [None] * world_size()
+    dist.all_gather_object(boxes, obj)
+    return boxes
+
+
+def all_reduce_sum(x: torch.Tensor) -> torch.Tensor:
+    if active():
+        dist.all_reduce(x, op=dist.ReduceOp.SUM)
+    return x
+
+
+def all_reduce_max(x: torch.Tensor) -> torch.Tensor:
+    if active():
+        dist.all_reduce(x, op=dist.ReduceOp.MAX)
+    return x
+
+
+@torch.no_grad()
+def all_gather_rows(x: torch.Tensor) -> torch.Tensor:
+    """Rows of all ranks in rank order: [n_r, ...] on each -> [sum of n_r, ...] on all. Ranks may differ in n_r."""
+    if world_size() == 1:
+        return x
+    counts = torch.zeros(world_size(), dtype=torch.int64, device=x.device)
+    counts[rank()] = len(x)
+    counts = all_reduce_sum(counts).tolist()
+    most = max(counts)
+    padded = x if len(x) == most else torch.cat([x, x.new_zeros(most - len(x), *x.shape[1:])])
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded.contiguous())
+    return torch.cat([part[:n] for part, n in zip(parts, counts)])
