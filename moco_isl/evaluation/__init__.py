@@ -1,0 +1,1 @@
+"""How good the features are: nearest neighbours, few labels, linear classifiers."""

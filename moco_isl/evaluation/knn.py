@@ -1,0 +1,142 @@
+"""Weighted nearest neighbours and few-label accuracy on unit features.
+
+Letters: M images in the bank, Q queries, C feature dimension, k neighbours, T temperature.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from moco_isl.errors import BadInput
+
+CHUNK = {"cpu": 2**23, "cuda": 2**29}  # similarities held at a time: 32 MB, and 2 GB on a GPU
+_BANK_ROWS = 2**17  # bank rows compared at a time at most, so that a large bank leaves room for many queries
+
+
+@torch.no_grad()
+def nearest(
+    queries: torch.Tensor, bank: torch.Tensor, k: int, chunk: int | None = None, leave_one_out: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k most similar bank rows of each query, most similar first: (similarity [Q, k] float32, row [Q, k]).
+
+    queries [Q, C] and bank [M, C] on one device. leave_one_out: queries are the bank itself and no row may find itself.
+    Never more than `chunk` similarities are held at a time. Raises BadInput where the bank has fewer than k rows to give.
+    """
+    M = len(bank)
+    if not 1 <= k <= M - leave_one_out:
+        raise BadInput(f"k {k} neighbours asked of a bank of {M} images" + (", the image itself left out" if leave_one_out else ""))
+    if leave_one_out and len(queries) != M:
+        raise ValueError("leave_one_out means that the queries are the bank")
+    columns = min(M, max(_BANK_ROWS, k))
+    rows = max(1, (chunk or CHUNK.get(queries.device.type, CHUNK["cpu"])) // columns)
+    best_sim = torch.empty(len(queries), k, device=queries.device)
+    best_row = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
+    for start in range(0, len(queries), rows):
+        block = queries[start : start + rows]
+        sims, ids = [], []
+        for left in range(0, M, columns):
+            sim = (block @ bank[left : left + columns].T).float()  # [rows, columns]
+            if leave_one_out:
+                own = torch.arange(start, start + len(block), device=sim.device) - left
+                inside = (own >= 0) & (own < sim.shape[1])
+                sim[inside.nonzero().squeeze(1), own[inside]] = -torch.inf
+            top, at = sim.topk(min(k, sim.shape[1]), dim=1)
+            sims.append(top)
+            ids.append(at + left)
+        top, at = torch.cat(sims, dim=1).topk(k, dim=1)
+        best_sim[start : start + rows] = top
+        best_row[start : start + rows] = torch.cat(ids, dim=1).gather(1, at)
+    return best_sim, best_row
+
+
+@torch.no_grad()
+def vote(similarity: torch.Tensor, neighbour_labels: torch.Tensor, T: float, num_classes: int) -> torch.Tensor:
+    """The class with the largest sum of exp(sim / T) over its neighbours: two [Q, k] -> [Q]."""
+    predictions = torch.empty(len(similarity), dtype=torch.int64, device=similarity.device)
+    rows = max(1, 2**24 // num_classes)
+    for start in range(0, len(similarity), rows):
+        sim, labels = similarity[start : start + rows], neighbour_labels[start : start + rows]
+        weight = ((sim - sim[:, :1]) / T).exp()  # a common factor a row changes no vote, and this one cannot overflow
+        votes = torch.zeros(len(sim), num_classes, device=sim.device).scatter_add_(1, labels, weight)
+        predictions[start : start + rows] = votes.argmax(dim=1)
+    return predictions
+
+
+def knn_grid(
+    queries: torch.Tensor,
+    bank: torch.Tensor,
+    labels: torch.Tensor,
+    ks: Sequence[int],
+    Ts: Sequence[float],
+    num_classes: int | None = None,
+    chunk: int | None = None,
+    leave_one_out: bool = False,
+) -> dict[tuple[int, float], torch.Tensor]:
+    """(k, T) -> predicted labels [Q], for every pair, from one search for the largest k. Arguments as `weighted_knn`."""
+    if min(Ts) <= 0:
+        raise BadInput(f"T {min(Ts)} must be above 0")
+    if min(ks) < 1:
+        raise BadInput(f"k {min(ks)} must be 1 or more")
+    labels = labels.to(bank.device)
+    similarity, row = nearest(queries, bank, max(ks), chunk, leave_one_out)
+    found = labels[row]  # [Q, k]
+    classes = num_classes or int(labels.max()) + 1
+    return {(k, T): vote(similarity[:, :k], found[:, :k], T, classes) for k in ks for T in Ts}
+
+
+def weighted_knn(
+    queries: torch.Tensor,
+    bank: torch.Tensor,
+    labels: torch.Tensor,
+    k: int = 200,
+    T: float = 0.1,
+    num_classes: int | None = None,
+    chunk: int | None = None,
+    leave_one_out: bool = False,
+) -> torch.Tensor:
+    """Predicted labels [Q]: of the k nearest bank rows each votes for its label with weight exp(similarity / T).
+
+    queries [Q, C], bank [M, C]: unit rows; labels [M]. chunk: similarities held at a time. leave_one_out: the queries
+    are the bank, and no image votes for itself. Raises BadInput where k or T make no sense for this bank.
+    """
+    return knn_grid(queries, bank, labels, [k], [T], num_classes, chunk, leave_one_out)[k, T]
+
+
+@torch.no_grad()
+def few_shot(
+    train_feats: torch.Tensor,
+    train_labels: torch.Tensor,
+    test_feats: torch.Tensor,
+    test_labels: torch.Tensor,
+    shots: int = 1,
+    draws: int = 20,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Accuracy with `shots` labelled images a class: (mean, standard deviation) over `draws` seeded draws.
+
+    A test image takes the class whose drawn images' mean is most similar; with one shot that is the nearest labelled
+    image. Features [M, C] and [Q, C] are unit rows. Raises BadInput where a class has fewer than `shots` images.
+    """
+    if shots < 1 or draws < 1:
+        raise BadInput(f"shots {shots} and draws {draws} must be 1 or more")
+    device, generator = train_feats.device, torch.Generator().manual_seed(seed)
+    train_labels, test_labels = train_labels.to(device), test_labels.to(device)
+    accuracy = []
+    for _ in range(draws):
+        drawn = draw_shots(train_labels, shots, generator)  # [classes, shots]
+        prototypes = F.normalize(train_feats[drawn].float().mean(dim=1), dim=1)  # [classes, C]
+        nearest_class = (test_feats.float() @ prototypes.T).argmax(dim=1)
+        accuracy.append((train_labels[drawn[nearest_class, 0]] == test_labels).double().mean().item())
+    spread = torch.tensor(accuracy).std().item() if draws > 1 else 0.0
+    return sum(accuracy) / draws, spread
+
+
+def draw_shots(labels: torch.Tensor, shots: int, generator: torch.Generator) -> torch.Tensor:
+    """Positions [classes, shots] of `shots` different random images of each class that occurs, classes in order."""
+    classes, counts = labels.unique(return_counts=True)
+    if (few := counts.min().item()) < shots:
+        raise BadInput(f"{shots} shots asked, but class {classes[counts.argmin()].item()} has only {few} images")
+    order = torch.randperm(len(labels), generator=generator).to(labels.device)
+    order = order[labels[order].argsort(stable=True)]  # shuffled within each class, classes one after the other
+    return order[(counts.cumsum(0) - counts)[:, None] + torch.arange(shots, device=labels.device)]
