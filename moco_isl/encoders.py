@@ -23,7 +23,11 @@ from moco_isl.errors import BadInput, RunFailed
 STEMS = ("auto", "imagenet", "cifar")
 CIFAR_SIDE = 64  # up to this many pixels a side, stem "auto" means "cifar"
 _NARROW = re.compile(r"resnet(18|34|50)w([1-9]\d*)")
-_NARROW_LAYERS = {"18": ("BasicBlock", [2, 2, 2, 2]), "34": ("BasicBlock", [3, 4, 6, 3]), "50": ("Bottleneck", [3, 4, 6, 3])}
+_NARROW_LAYERS = {
+    "18": ("BasicBlock", [2, 2, 2, 2]),
+    "34": ("BasicBlock", [3, 4, 6, 3]),
+    "50": ("Bottleneck", [3, 4, 6, 3]),
+}
 
 
 # ---- building ------------------------------------------------------------------------------------------------------
@@ -61,12 +65,18 @@ def build_encoder(name: str, num_classes: int = 128, stem: str = "auto", image_s
 
 def encoder_names() -> list[str]:
     """The names `build_encoder` takes, timm's aside (see `timm.list_models()`)."""
-    return sorted({*torchvision.models.list_models(module=torchvision.models), "alexnet", "digits", "resnet18w16", "resnet18w32"})
+    return sorted(
+        {*torchvision.models.list_models(module=torchvision.models), "alexnet", "digits", "resnet18w16", "resnet18w32"}
+    )
 
 
 def _unknown(name: str) -> BadInput:
     near = difflib.get_close_matches(name.lower(), encoder_names(), n=3, cutoff=0.5)
-    hint = f"nearest: {', '.join(near)}" if near else "torchvision's names, timm:<name>, resnet18w32, alexnet and digits are known"
+    hint = (
+        f"nearest: {', '.join(near)}"
+        if near
+        else "torchvision's names, timm:<name>, resnet18w32, alexnet and digits are known"
+    )
     return BadInput(f"unknown architecture {name!r}; {hint}")
 
 
@@ -86,10 +96,14 @@ def _build_timm(name: str, num_classes: int, image_size: int | None) -> nn.Modul
         raise BadInput(f"timm:{name} needs the package timm: pip install timm") from None
     if not timm.is_model(name):
         near = difflib.get_close_matches(name.lower(), timm.list_models(), n=3, cutoff=0.5)
-        raise BadInput(f"timm has no model {name!r}" + (f"; nearest: {', '.join('timm:' + n for n in near)}" if near else ""))
+        raise BadInput(
+            f"timm has no model {name!r}" + (f"; nearest: {', '.join('timm:' + n for n in near)}" if near else "")
+        )
     config = timm.models.get_pretrained_cfg(name)
     fixed = image_size is not None and config is not None and config.fixed_input_size
-    return timm.create_model(name, pretrained=False, num_classes=num_classes, **({"img_size": image_size} if fixed else {}))
+    return timm.create_model(
+        name, pretrained=False, num_classes=num_classes, **({"img_size": image_size} if fixed else {})
+    )
 
 
 def use_cifar_stem(resnet: torchvision.models.ResNet) -> None:
@@ -100,7 +114,7 @@ def use_cifar_stem(resnet: torchvision.models.ResNet) -> None:
 
 
 class NarrowResNet(torchvision.models.ResNet):
-    """A ResNet whose first stage has `width` channels in place of 64, the others in proportion. Same state-dict keys."""
+    """A ResNet whose first stage has `width` channels in place of 64, the others in proportion. Same keys."""
 
     def __init__(self, block: str, layers: list[int], width: int, num_classes: int):
         self.width = width
@@ -152,7 +166,7 @@ class AlexNet32(nn.Module):
 
 
 class AlexNet224(nn.Module):
-    """AlexNet with batch norm for images of 224 pixels (five convolutions of 96 to 384 channels, two layers of 4,096)."""
+    """AlexNet with batch norm for images of 224 pixels: five convolutions and two layers of 4,096."""
 
     def __init__(self, num_classes: int):
         super().__init__()
@@ -195,7 +209,10 @@ class DigitsNet(nn.Module):
 
 
 def head_name(encoder: nn.Module) -> str:
-    """Dotted name of the classifier: the last linear layer, or MoCo v2's Linear-ReLU-Linear in its place. May raise BadInput."""
+    """Dotted name of the classifier: the last linear layer, or MoCo v2's Linear-ReLU-Linear in its place.
+
+    Raises BadInput where there is none.
+    """
     name = getattr(encoder, "pretrained_cfg", {}).get("classifier")  # timm says it
     if name is None:
         linear = [n for n, m in encoder.named_modules() if isinstance(m, nn.Linear)]
@@ -270,7 +287,9 @@ class Taps(nn.Module):
             elif layer in stages:
                 encoder.get_submodule(stages[layer]).register_forward_hook(self._after(layer))
             elif layer != OUTPUT:
-                raise BadInput(f"{type(encoder).__name__} has no layer {layer!r}; it has {', '.join([*stages, BACKBONE])}")
+                raise BadInput(
+                    f"{type(encoder).__name__} has no layer {layer!r}; it has {', '.join([*stages, BACKBONE])}"
+                )
 
     def _before(self, module: nn.Module, inputs: tuple) -> None:
         self._seen[BACKBONE] = inputs[0]
@@ -292,7 +311,7 @@ class Taps(nn.Module):
 
 
 class SplitBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch norm whose statistics are taken over each of `num_splits` parts of the batch, as if each sat on its own device.
+    """Batch norm with statistics over each of `num_splits` parts of the batch, as if each sat on its own device.
 
     With the whole batch in one normalisation the encoder can tell the key of an image by the statistics they share; on
     many GPUs MoCo shuffles against that, on one this stands in (the idea is of MoCo's CIFAR notebook). The images i,
@@ -323,7 +342,8 @@ class SplitBatchNorm(nn.modules.batchnorm._BatchNorm):
         # [N, C, ...] -> [N / splits, splits * C, ...]: every part gets its own channels, and so its own statistics
         parts = x.reshape(len(x) // splits, splits * x.shape[1], *x.shape[2:])
         mean, var, weight, bias = (
-            None if t is None else t.repeat(splits) for t in (self.running_mean, self.running_var, self.weight, self.bias)
+            None if t is None else t.repeat(splits)
+            for t in (self.running_mean, self.running_var, self.weight, self.bias)
         )
         out = F.batch_norm(parts, mean, var, weight, bias, True, momentum or 0.0, self.eps).reshape(x.shape)
         if self.track_running_stats:
@@ -346,7 +366,9 @@ def split_batch_norm(module: nn.Module, num_splits: int) -> nn.Module:
         return module
     if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d):
         options = {"eps": module.eps, "momentum": module.momentum, "affine": module.affine}
-        split = SplitBatchNorm(module.num_features, num_splits, track_running_stats=module.track_running_stats, **options)
+        split = SplitBatchNorm(
+            module.num_features, num_splits, track_running_stats=module.track_running_stats, **options
+        )
         reference = next((t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()), None)
         split = split if reference is None else split.to(reference.device, reference.dtype)
         split.load_state_dict(module.state_dict())
@@ -412,4 +434,7 @@ def _same_on_all_ranks(parts: dict, device: torch.device) -> dict[str | None, to
     shapes = [s for s in dist.gather_objects({layer: rows[0].shape[1:] for layer, rows in parts.items()}) if s]
     if not shapes:
         raise RunFailed("no image to take features of")
-    return {layer: torch.cat(parts.pop(layer)) if layer in parts else torch.empty(0, *row, device=device) for layer, row in shapes[0].items()}
+    return {
+        layer: torch.cat(parts.pop(layer)) if layer in parts else torch.empty(0, *row, device=device)
+        for layer, row in shapes[0].items()
+    }

@@ -9,9 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from moco_isl.errors import BadInput
-
-CHUNK = {"cpu": 2**23, "cuda": 2**29}  # similarities held at a time: 32 MB, and 2 GB on a GPU
-_BANK_ROWS = 2**17  # bank rows compared at a time at most, so that a large bank leaves room for many queries
+from moco_isl.mining.neighbors import topk
 
 
 @torch.no_grad()
@@ -21,33 +19,16 @@ def nearest(
     """The k most similar bank rows of each query, most similar first: (similarity [Q, k] float32, row [Q, k]).
 
     queries [Q, C] and bank [M, C] on one device. leave_one_out: queries are the bank itself and no row may find itself.
-    Never more than `chunk` similarities are held at a time. Raises BadInput where the bank has fewer than k rows to give.
+    About `chunk` similarities are held at a time. Raises BadInput where the bank has fewer than k rows to give.
     """
     M = len(bank)
     if not 1 <= k <= M - leave_one_out:
-        raise BadInput(f"k {k} neighbours asked of a bank of {M} images" + (", the image itself left out" if leave_one_out else ""))
+        left_out = " less the image itself" if leave_one_out else ""
+        raise BadInput(f"{k} neighbours (k) asked of a bank of {M} images{left_out}: choose 1 to {M - leave_one_out}")
     if leave_one_out and len(queries) != M:
         raise ValueError("leave_one_out means that the queries are the bank")
-    columns = min(M, max(_BANK_ROWS, k))
-    rows = max(1, (chunk or CHUNK.get(queries.device.type, CHUNK["cpu"])) // columns)
-    best_sim = torch.empty(len(queries), k, device=queries.device)
-    best_row = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
-    for start in range(0, len(queries), rows):
-        block = queries[start : start + rows]
-        sims, ids = [], []
-        for left in range(0, M, columns):
-            sim = (block @ bank[left : left + columns].T).float()  # [rows, columns]
-            if leave_one_out:
-                own = torch.arange(start, start + len(block), device=sim.device) - left
-                inside = (own >= 0) & (own < sim.shape[1])
-                sim[inside.nonzero().squeeze(1), own[inside]] = -torch.inf
-            top, at = sim.topk(min(k, sim.shape[1]), dim=1)
-            sims.append(top)
-            ids.append(at + left)
-        top, at = torch.cat(sims, dim=1).topk(k, dim=1)
-        best_sim[start : start + rows] = top
-        best_row[start : start + rows] = torch.cat(ids, dim=1).gather(1, at)
-    return best_sim, best_row
+    own = torch.arange(M, device=bank.device) if leave_one_out else None
+    return topk(queries, bank, k, exclude=own, bytes_limit=4 * chunk if chunk else None)
 
 
 @torch.no_grad()
@@ -73,7 +54,7 @@ def knn_grid(
     chunk: int | None = None,
     leave_one_out: bool = False,
 ) -> dict[tuple[int, float], torch.Tensor]:
-    """(k, T) -> predicted labels [Q], for every pair, from one search for the largest k. Arguments as `weighted_knn`."""
+    """(k, T) -> predicted labels [Q], for every pair, from one search for the largest k; see `weighted_knn`."""
     if min(Ts) <= 0:
         raise BadInput(f"T {min(Ts)} must be above 0")
     if min(ks) < 1:

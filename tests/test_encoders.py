@@ -1,0 +1,204 @@
+"""Encoders by name, heads, layers, batch norm in splits, features of a data set."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+from moco_isl.encoders import (
+    SplitBatchNorm,
+    Taps,
+    build_encoder,
+    extract_features,
+    feature_dim,
+    get_head,
+    head_name,
+    set_head,
+    split_batch_norm,
+)
+from moco_isl.errors import BadInput, RunFailed
+from tests.ranks import run_ranks
+
+# name, stem, image side, backbone numbers, shapes of the stages' outputs (channels, side)
+NETS = [
+    ("resnet18", "imagenet", 64, 512, [(64, 16), (64, 16), (128, 8), (256, 4), (512, 2)]),
+    ("resnet18", "auto", 32, 512, [(64, 32), (64, 32), (128, 16), (256, 8), (512, 4)]),
+    ("resnet50", "cifar", 32, 2048, [(64, 32), (256, 32), (512, 16), (1024, 8), (2048, 4)]),
+    ("resnet18w16", "auto", 32, 128, [(16, 32), (16, 32), (32, 16), (64, 8), (128, 4)]),
+    ("resnet50w32", "imagenet", 64, 1024, [(32, 16), (128, 16), (256, 8), (512, 4), (1024, 2)]),
+    ("alexnet", "auto", 32, 1024, [(64, 32), (192, 16), (384, 8), (256, 8), (256, 8)]),
+    ("alexnet", "auto", 224, 4096, [(96, 55), (256, 27), (384, 13), (384, 13), (256, 13)]),
+    ("digits", "auto", 16, 128, [(32, 16), (64, 8), (128, 4)]),
+    ("mobilenet_v3_small", "auto", 32, 1024, []),
+    ("timm:resnet10t", "auto", 32, 512, [(64, 8), (64, 8), (128, 4), (256, 2), (512, 1)]),
+    ("timm:vit_tiny_patch16_224", "auto", 32, 192, []),
+]
+
+
+@pytest.mark.parametrize("name,stem,side,dim,stages", NETS)
+def test_shapes_layers_and_the_head(name, stem, side, dim, stages):
+    if name.startswith("timm:"):
+        pytest.importorskip("timm")
+    encoder = build_encoder(name, num_classes=7, stem=stem, image_size=side).eval()
+    layers = [f"conv{i + 1}" for i in range(len(stages))]
+    images = torch.randn(2, 3, side, side)
+    with torch.no_grad():
+        out = Taps(encoder, [*layers, "backbone", "output"])(images)
+        assert {layer: tuple(out[layer].shape[1:]) for layer in layers} == {
+            f"conv{i + 1}": (c, s, s) for i, (c, s) in enumerate(stages)
+        }
+        assert out["backbone"].shape == (2, dim) and out["output"].shape == (2, 7) and feature_dim(encoder) == dim
+        head = get_head(encoder)
+        assert torch.equal(head(out["backbone"]), out["output"])  # the head is what comes after the backbone
+        place = head_name(encoder)
+        set_head(encoder, nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), head))  # as MoCo v2 does
+        assert head_name(encoder) == place and get_head(encoder) is head and feature_dim(encoder) == dim
+        mlp = Taps(encoder, ["backbone"])(images)
+        assert torch.equal(mlp["backbone"], out["backbone"])
+        set_head(encoder, nn.Linear(dim, 3))
+        assert encoder(images).shape == (2, 3)
+
+
+def test_torchvision_nets_are_torchvisions():
+    ours, theirs = build_encoder("resnet18", 10, stem="imagenet"), torchvision.models.resnet18(num_classes=10)
+    ours.load_state_dict(theirs.state_dict())
+    images = torch.randn(1, 3, 64, 64)
+    assert torch.equal(ours.eval()(images), theirs.eval()(images))
+    full = build_encoder("resnet18w64", 10, stem="imagenet")  # width 64 is the full network
+    full.load_state_dict(theirs.state_dict())
+    assert torch.equal(full.eval()(images), theirs(images))
+
+
+@pytest.mark.parametrize(
+    "name,stem,said",
+    [
+        ("resnet19", "auto", "resnet18"),
+        ("Resnet50", "auto", "resnet50"),
+        ("qwxyz", "auto", "timm:<name>"),
+        ("timm:resnet1", "auto", "timm:resnet"),
+        ("resnet18", "cifra", "cifar"),
+        ("vgg11", "cifar", "no cifar stem"),
+        ("squeezenet1_0", "auto", "no linear classifier"),
+    ],
+)
+def test_what_cannot_be_built_is_said(name, stem, said):
+    if name.startswith("timm:"):
+        pytest.importorskip("timm")
+    with pytest.raises(BadInput, match=said):
+        build_encoder(name, stem=stem)
+
+
+def test_a_layer_that_is_not_there_is_said():
+    with pytest.raises(BadInput, match="conv4.*conv1, conv2, conv3, backbone"):
+        Taps(build_encoder("digits"), ["conv4"])
+
+
+# ---- batch norm in splits
+
+
+def split_by_loops(x, splits, bn):
+    """Each part through a BatchNorm of its own; running statistics averaged."""
+    parts = [copy.deepcopy(bn) for _ in range(splits)]
+    out = torch.empty_like(x)
+    for s, part in enumerate(parts):
+        out[s::splits] = part(x[s::splits])
+    mean = torch.stack([p.running_mean for p in parts]).mean(0)
+    var = torch.stack([p.running_var for p in parts]).mean(0)
+    return out, mean, var
+
+
+@pytest.mark.parametrize("n,splits,used", [(8, 4, 4), (8, 8, 8), (9, 4, 3), (7, 4, 1), (12, 8, 6)])
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_split_batch_norm_equals_the_loops(n, splits, used, momentum, layout):
+    torch.manual_seed(0)
+    bn = nn.BatchNorm2d(5, momentum=momentum)
+    nn.init.normal_(bn.weight), nn.init.normal_(bn.bias)
+    split = split_batch_norm(copy.deepcopy(bn), splits)
+    assert isinstance(split, SplitBatchNorm) and split.state_dict().keys() == bn.state_dict().keys()
+    x = torch.randn(n, 5, 3, 3).to(memory_format=layout).requires_grad_()
+    expected, mean, var = split_by_loops(x, used, bn)
+    out = split(x)
+    assert torch.allclose(out, expected, atol=1e-5)
+    assert torch.allclose(split.running_mean, mean, atol=1e-6) and torch.allclose(split.running_var, var, atol=1e-6)
+    assert split.num_batches_tracked == 1
+    assert out.is_contiguous(memory_format=layout)
+    weight = torch.randn_like(out)
+    ours = torch.autograd.grad((out * weight).sum(), x)[0]
+    assert torch.allclose(ours, torch.autograd.grad((expected * weight).sum(), x)[0], atol=1e-5)
+    split.eval(), bn.eval()
+    bn.load_state_dict(split.state_dict())
+    assert torch.equal(split(x), bn(x))
+
+
+def test_one_part_of_a_vector_has_no_variance():
+    x = torch.randn(4, 3)
+    split, bn = SplitBatchNorm(3, num_splits=4), nn.BatchNorm1d(3)
+    out, _, _ = split_by_loops(x, 2, bn)  # four parts would hold one row each
+    assert torch.allclose(split(x), out, atol=1e-6)
+
+
+def test_split_batch_norm_converts_a_whole_encoder():
+    encoder = build_encoder("alexnet", 8, image_size=32)
+    before = copy.deepcopy(encoder.state_dict())
+    converted = split_batch_norm(encoder, 4)
+    assert not any(type(m) in (nn.BatchNorm1d, nn.BatchNorm2d) for m in converted.modules())
+    after = converted.state_dict()
+    assert list(after) == list(before) and all(torch.equal(after[k], before[k]) for k in before)
+    converted(torch.randn(8, 3, 32, 32)).sum().backward()
+    plain = build_encoder("digits")
+    assert split_batch_norm(plain, 1) is plain and isinstance(plain.conv1[1], nn.BatchNorm2d)
+    with pytest.raises(BadInput, match="SyncBatchNorm"):
+        split_batch_norm(nn.Sequential(nn.SyncBatchNorm(3)), 2)
+
+
+# ---- features of a data set
+
+
+def batches(images, order, size):
+    return [(images[order[i : i + size]], order[i : i + size]) for i in range(0, len(order), size)]
+
+
+def test_features_come_by_index_and_the_mode_is_restored():
+    torch.manual_seed(0)
+    encoder, images = build_encoder("digits", 6), torch.randn(23, 3, 16, 16)
+    encoder.conv2.eval()  # a mixed mode is restored as it was
+    modes = [m.training for m in encoder.modules()]
+    stats = copy.deepcopy(encoder.state_dict())
+    loader = batches(images, torch.randperm(23), 5)
+    features = extract_features(encoder, loader, 23, "cpu")
+    raw = extract_features(encoder, loader, 23, "cpu", normalize=False)
+    both = extract_features(Taps(encoder, ["backbone", "output"]), loader, 23, "cpu", normalize=False)
+    assert [m.training for m in encoder.modules()] == modes
+    assert all(torch.equal(v, stats[k]) for k, v in encoder.state_dict().items())
+    with torch.no_grad():
+        expected = copy.deepcopy(encoder).eval()(images)
+    assert torch.allclose(raw, expected, atol=1e-6) and torch.allclose(
+        features, F.normalize(expected, dim=1), atol=1e-6
+    )
+    assert torch.equal(both["output"], raw) and both["backbone"].shape == (23, 128)
+    half = extract_features(encoder, loader, 23, "cpu", amp=torch.bfloat16)
+    assert half.dtype == torch.float32 and 0 < (half - features).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [0, 1, 2, 2], [0, 1, 2, 3, 3]])
+def test_a_missing_or_doubled_image_is_an_error(order):
+    with pytest.raises(RunFailed, match="exactly once"):
+        extract_features(build_encoder("digits"), batches(torch.randn(4, 3, 16, 16), torch.tensor(order), 2), 4, "cpu")
+
+
+def _ranked_features(rank, world, images, shares):
+    torch.manual_seed(0)
+    return extract_features(build_encoder("digits", 6), batches(images, shares[rank], 4), len(images), "cpu")
+
+
+def test_two_ranks_give_the_features_of_one():
+    images = torch.randn(11, 3, 16, 16)
+    torch.manual_seed(0)
+    alone = extract_features(build_encoder("digits", 6), batches(images, torch.arange(11), 4), 11, "cpu")
+    for shares in ([torch.arange(5), torch.arange(5, 11)], [torch.arange(11), torch.arange(0)]):
+        for features in run_ranks(2, _ranked_features, images, shares):
+            assert torch.allclose(features, alone, atol=1e-6)
