@@ -1,0 +1,315 @@
+"""The data sets: folders of images, torchvision's small sets, the embedded digits.
+
+All have len(), [i] -> (image, label), .labels (int64 [M] or None), .classes (list of names or None), .path(i) (the image's name in messages) and
+.size_hint (side of the images in memory; None for files). M is the number of images.
+"""
+
+import os
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.data import Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+from torchvision.transforms.functional import pil_to_tensor
+
+from moco_isl.errors import BadInput
+
+NAMES = ("folder", "cifar10", "cifar100", "svhn", "digits")
+_DIGITS_TRAIN = 1437  # of 1,797, in the order of the file: DIGITS.md says why
+
+
+def decode(path: str, at_least: int | None = None) -> Image.Image:
+    """The image of a file as 8-bit RGB, whatever it was; orientation tags are left alone, as torchvision does.
+
+    at_least: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as both sides keep that many pixels.
+    Raises what PIL raises on a file it cannot read (OSError and others).
+    """
+    with Image.open(path) as image:
+        if at_least and image.format == "JPEG":
+            image.draft("RGB", (at_least, at_least))
+        if image.mode.startswith("I") or image.mode == "F":
+            return _to_eight_bits(image).convert("RGB")
+        if image.mode == "P" and "transparency" in image.info:
+            image = image.convert("RGBA")  # the same colours as straight to RGB, without PIL's warning
+        return image.convert("RGB")
+
+
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+    """Grey images of 16 or 32 bits, or of floats, scaled to 0..255: PIL's convert would clip everything above 255 to white."""
+    values = np.asarray(image).astype(np.float64)
+    if image.mode == "F":
+        top = 1.0 if values.max(initial=0) <= 1 else 255.0
+    else:
+        top = 65535.0 if values.max(initial=0) <= 65535 else 2.0**31 - 1  # mode I also holds files of 16 bits
+    return Image.fromarray((values.clip(0, top) * (255 / top) + 0.5).astype(np.uint8))
+
+
+class ImageFiles(Dataset):
+    """Images that stay in their files, decoded when asked for."""
+
+    size_hint = None
+
+    def __init__(self, paths: Sequence[str], labels: torch.Tensor | None, classes: list[str] | None):
+        self._paths = np.array([os.fsencode(path) for path in paths])  # one block: a list of a million objects is copied into every worker
+        self.labels = labels
+        self.classes = classes
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def path(self, i: int) -> str:
+        return os.fsdecode(self._paths[i])
+
+    def image(self, i: int, at_least: int | None = None) -> Image.Image:
+        return decode(self.path(i), at_least)
+
+    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
+        return self.image(i), (-1 if self.labels is None else int(self.labels[i]))
+
+
+class ImagesInMemory(Dataset):
+    """Images held whole: uint8 [M, 3, H, W]. source: where they are from, a name or the data set they were read from."""
+
+    def __init__(self, images: torch.Tensor, labels: torch.Tensor | None, classes: list[str] | None, source: str | Dataset):
+        self.images = images
+        self.labels = labels
+        self.classes = classes
+        self.source = source
+        self.size_hint = min(images.shape[-2:])
+        self._copies: dict[torch.device, torch.Tensor] = {}
+        self.unreadable: list[int] = []  # positions whose file could not be read and that hold the next readable image
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def path(self, i: int) -> str:
+        return f"{self.source}[{i}]" if isinstance(self.source, str) else self.source.path(i)
+
+    def image(self, i: int, at_least: int | None = None) -> torch.Tensor:
+        return self.images[i]
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
+        return self.images[i], (-1 if self.labels is None else int(self.labels[i]))
+
+    def images_on(self, device: torch.device | str) -> torch.Tensor:
+        """The images on a device: moved there once, kept for all loaders."""
+        device = torch.device(device)
+        if self.images.device != device and device not in self._copies:
+            self._copies[device] = self.images.to(device)
+        return self._copies.get(device, self.images)
+
+    def part(self, rows: torch.Tensor) -> "ImagesInMemory":
+        """The images at these positions, as a data set of their own."""
+        labels = None if self.labels is None else self.labels[rows]
+        part = ImagesInMemory(self.images[rows], labels, self.classes, Part(self, rows))
+        unreadable = set(self.unreadable)
+        part.unreadable = [i for i, row in enumerate(rows.tolist()) if row in unreadable]
+        return part
+
+
+class Part(Dataset):
+    """Some images of a data set, in the order given: position i here is position rows[i] there."""
+
+    def __init__(self, dataset: Dataset, rows: torch.Tensor):
+        self.dataset = dataset
+        self.rows = rows
+        self.labels = None if dataset.labels is None else dataset.labels[rows]
+        self.classes = dataset.classes
+        self.size_hint = dataset.size_hint
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def path(self, i: int) -> str:
+        return self.dataset.path(int(self.rows[i]))
+
+    def image(self, i: int, at_least: int | None = None):
+        return self.dataset.image(int(self.rows[i]), at_least)
+
+    def __getitem__(self, i: int):
+        return self.dataset[int(self.rows[i])]
+
+
+def holdout(dataset: Dataset, n: int, seed: int) -> tuple[Dataset, Dataset]:
+    """(the rest, n images held out), disjoint, drawn by the seed, each in the order of the data set. Raises BadInput."""
+    M = len(dataset)
+    if not 0 <= n < M:
+        raise BadInput(f"cannot hold out {n} of {M} images: expected 0 to {M - 1}; choose a smaller number")
+    order = torch.randperm(M, generator=torch.Generator().manual_seed(seed))
+    rest, held_out = order[n:].sort().values, order[:n].sort().values
+    if isinstance(dataset, ImagesInMemory):
+        return dataset.part(rest), dataset.part(held_out)
+    return Part(dataset, rest), Part(dataset, held_out)
+
+
+def build_dataset(name: str, root: str | os.PathLike | None = None, split: str = "train", download: bool = False) -> Dataset:
+    """The data set of that name: folder, cifar10, cifar100, svhn or digits; split train or val.
+
+    folder: root/train and root/val with a folder a class, as torchvision's ImageFolder reads them; without root/train, root itself (class folders or, flat,
+    images without labels) is the training split. Raises BadInput.
+    """
+    if name not in NAMES:
+        raise BadInput(f"no data set named {name!r}: expected one of {', '.join(NAMES)}")
+    if split not in ("train", "val"):
+        raise BadInput(f"no split named {split!r}: expected train or val")
+    if name == "digits":
+        return _digits(split)
+    if root is None:
+        raise BadInput(f"data set {name} needs the folder it lies in: give DIR (or --dataset digits, which needs none)")
+    if name == "folder":
+        return _folder(Path(root), split)
+    return _torchvision(name, Path(root), split, download)
+
+
+def _digits(split: str) -> ImagesInMemory:
+    with np.load(Path(__file__).parent / "digits.npz") as file:
+        images, labels = torch.from_numpy(file["images"]), torch.from_numpy(file["labels"]).long()
+    here = slice(0, _DIGITS_TRAIN) if split == "train" else slice(_DIGITS_TRAIN, None)
+    grey = images[here, None].float() * (255 / 16)  # [M, 1, 8, 8]
+    grey = F.interpolate(grey, size=(16, 16), mode="bilinear", align_corners=False).round().to(torch.uint8)
+    return ImagesInMemory(grey.repeat(1, 3, 1, 1), labels[here], [str(d) for d in range(10)], f"digits/{split}")
+
+
+def _torchvision(name: str, root: Path, split: str, download: bool) -> ImagesInMemory:
+    from torchvision import datasets
+
+    train = split == "train"
+    try:
+        if name == "svhn":
+            source = datasets.SVHN(str(root), split="train" if train else "test", download=download)
+            images, labels, classes = source.data, source.labels, [str(d) for d in range(10)]
+        else:
+            source = getattr(datasets, name.upper())(str(root), train=train, download=download)
+            images, labels, classes = source.data.transpose(0, 3, 1, 2), source.targets, list(source.classes)
+    except ImportError as error:
+        raise BadInput(f"{name} is stored as Matlab files and needs scipy ({error}): pip install scipy") from None
+    except (RuntimeError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if download:
+            raise BadInput(f"could not download {name} to {root}: {reason}; check the network and the folder, or copy the files there") from None
+        raise BadInput(f"{name} is not in {root} ({reason}): expected torchvision's files; add --download to fetch them") from None
+    return ImagesInMemory(torch.from_numpy(np.ascontiguousarray(images)), torch.tensor(labels).long(), classes, f"{name}/{split}")
+
+
+def _entries(folder: Path) -> tuple[list[str], list[str]]:
+    """(names of sub-folders, paths of images) directly in a folder, sorted; hidden ones left out."""
+    try:
+        entries = sorted((e for e in os.scandir(folder) if not e.name.startswith(".")), key=lambda e: e.name)
+    except OSError as error:
+        raise BadInput(f"cannot read {folder}: {error.strerror}; expected a folder of images") from None
+    return [e.name for e in entries if e.is_dir()], [e.path for e in entries if e.name.lower().endswith(IMG_EXTENSIONS) and e.is_file()]
+
+
+def _has_folders(folder: Path) -> bool:
+    return folder.is_dir() and bool(_entries(folder)[0])
+
+
+def _folder(root: Path, split: str) -> ImageFiles:
+    if not root.exists():
+        raise BadInput(f"no such folder: {root}; expected a folder with train/ (and val/), or with images")
+    if not root.is_dir():
+        raise BadInput(f"not a folder: {root}; expected a folder with train/ (and val/), or with images")
+    if (root / split).is_dir():
+        # val is numbered by the classes of train: with a class missing there, its own numbering would shift all labels
+        names = find_classes(str(root / "train"))[0] if split == "val" and _has_folders(root / "train") else None
+        return _image_files(root / split, names)
+    if split == "val":
+        raise BadInput(f"no validation images: {root / 'val'} is missing; expected a folder a class as in train/; add it or do without validation")
+    if (root / "val").is_dir():
+        raise BadInput(f"no training images: {root} has val/ but not train/; expected both; add {root / 'train'} or give {root / 'val'} itself")
+    return _image_files(root, None)
+
+
+def _image_files(folder: Path, classes: list[str] | None) -> ImageFiles:
+    """The images of a folder: with a label by the sub-folder (any depth below it), or, where there are none, flat without labels."""
+    folders, images = _entries(folder)
+    expected = f"expected files ending in {', '.join(e[1:] for e in IMG_EXTENSIONS)}, in a folder a class or directly"
+    try:
+        names = find_classes(str(folder))[0] if folders else []
+        samples = make_dataset(str(folder), {n: i for i, n in enumerate(names)}, IMG_EXTENSIONS, allow_empty=True) if names else []
+    except OSError as error:
+        raise BadInput(f"cannot read {error.filename or folder}: {error.strerror}; {expected}") from None
+    if not samples:
+        if not images:
+            raise BadInput(f"no images in {folder}: {expected}; check the path")
+        return ImageFiles(images, None, None)
+    if images:
+        warnings.warn(f"{folder} holds folders with images and {len(images)} images beside them: the latter are left out")
+    if classes is not None and names != classes:
+        extra = sorted({names[label] for _, label in samples} - set(classes))
+        if extra:
+            raise BadInput(f"{folder} has a class that train lacks: {extra[0]!r}; expected a subset of the {len(classes)} classes of train; move it away")
+        samples = [(path, classes.index(names[label])) for path, label in samples]
+        names = classes
+    paths, labels = zip(*samples)
+    return ImageFiles(paths, torch.tensor(labels), names)
+
+
+def native_size(dataset: Dataset, look: int = 16) -> int:
+    """The side of the images as they are: median of the shorter sides of a few, spread over the data set (only headers are read)."""
+    if dataset.size_hint is not None:
+        return dataset.size_hint
+    sides = []
+    for i in torch.linspace(0, len(dataset) - 1, min(look, len(dataset))).long().tolist():
+        try:
+            with Image.open(dataset.path(i)) as image:
+                sides.append(min(image.size))
+        except Exception:  # an unreadable image has no size; the loader is the one that names it
+            continue
+    if not sides:
+        raise BadInput(f"none of {look} images could be read, {dataset.path(0)} for one: expected image files; check the folder")
+    return sorted(sides)[len(sides) // 2]
+
+
+def load_into_memory(dataset: Dataset, threads: int = 4, limit_bytes: int = 8 << 30) -> ImagesInMemory:
+    """Decode a folder of small images, all of one size, once, so that they can be augmented on the device. Raises BadInput.
+
+    An unreadable image holds the next readable one and stands in .unreadable.
+    """
+    if isinstance(dataset, ImagesInMemory):
+        return dataset
+    M = len(dataset)
+    images: list[torch.Tensor | None] = [None] * M
+    with ThreadPoolExecutor(max(threads, 1)) as pool:  # PIL decodes outside the interpreter's lock
+        for start in range(0, M, 4096):
+            rows = range(start, min(start + 4096, M))
+            for i, image in zip(rows, pool.map(partial(_read, dataset), rows)):
+                images[i] = image
+            _check_size(dataset, images, rows, limit_bytes)
+    unreadable = [i for i, image in enumerate(images) if image is None]
+    if len(unreadable) == M:
+        raise BadInput(f"none of {M} images could be read, {dataset.path(0)} for one: expected image files; check the folder")
+    for i in reversed(range(2 * M - 1)):  # twice round, backwards: the image after the last is the first
+        if images[i % M] is None:
+            images[i % M] = images[(i + 1) % M]
+    whole = ImagesInMemory(torch.stack(images), dataset.labels, dataset.classes, dataset)
+    whole.unreadable = unreadable
+    return whole
+
+
+def _read(dataset: Dataset, i: int) -> torch.Tensor | None:
+    try:
+        return pil_to_tensor(dataset.image(i))
+    except Exception:  # PIL answers a broken file with almost any exception
+        return None
+
+
+def _check_size(dataset: Dataset, images: list[torch.Tensor | None], rows: range, limit_bytes: int) -> None:
+    first = next((image for image in images if image is not None), None)
+    if first is None:
+        return
+    for i in rows:
+        if images[i] is not None and images[i].shape != first.shape:
+            size = "x".join(map(str, images[i].shape[1:]))
+            raise BadInput(f"images to be held in memory must have one size: expected {'x'.join(map(str, first.shape[1:]))}, "
+                           f"{dataset.path(i)} has {size} (height x width); resize them or leave them in their files")
+    if first.numel() * len(images) > limit_bytes:
+        raise BadInput(f"{len(images)} images take {first.numel() * len(images) / 2**30:.1f} GiB: expected at most {limit_bytes / 2**30:.1f} GiB "
+                       f"in memory; leave them in their files")

@@ -1,0 +1,74 @@
+"""Random numbers as a function of (seed, epoch, index, view): no generator to carry, save or restore.
+
+Any number of workers or ranks, and a run resumed in the middle of an epoch, draw the same numbers for the same image. The hash is
+SplitMix64 (Steele, Lea, Flood 2014): counters of 64 bits, multiplied and shifted until every bit of the input moves every bit of the output.
+int64 arithmetic wraps around, on CPU as on CUDA, so the numbers are equal on both.
+"""
+
+import random
+
+import torch
+
+_GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, the step of the counter
+_MULTIPLY = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+_64 = (1 << 64) - 1
+
+
+def _signed(x: int) -> int:
+    """The int64 with the bits of the 64-bit number x."""
+    return x - (1 << 64) if x >> 63 else x
+
+
+def hash64(*parts: int) -> int:
+    """One number of 64 bits from any integers."""
+    state = 0
+    for part in parts:
+        state = (state + part + _GOLDEN) & _64
+        state = ((state ^ (state >> 30)) * _MULTIPLY[0]) & _64
+        state = ((state ^ (state >> 27)) * _MULTIPLY[1]) & _64
+        state ^= state >> 31
+    return state
+
+
+def _shift(x: torch.Tensor, bits: int) -> torch.Tensor:
+    return (x >> bits) & ((1 << (64 - bits)) - 1)  # int64 shifts drag the sign along; the mask makes it a shift of 64 plain bits
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    x = (x ^ _shift(x, 30)) * _signed(_MULTIPLY[0])
+    x = (x ^ _shift(x, 27)) * _signed(_MULTIPLY[1])
+    return x ^ _shift(x, 31)
+
+
+def uniforms(seed: int, epoch: int, index: torch.Tensor, view: int, n: int) -> torch.Tensor:
+    """n draws for every image: index int64 [N] -> float32 [N, n] in [0, 1), on the device of index.
+
+    Row i depends on (seed, epoch, index[i], view) alone, not on the rest of the batch; column j does not depend on n.
+    """
+    row = _mix(index + _signed(hash64(seed, epoch, view)))  # [N]
+    column = torch.arange(1, n + 1, device=index.device) * _signed(_GOLDEN)  # [n]
+    return _shift(_mix(row[:, None] + column), 40).float() * 2.0**-24  # the upper 24 bits: as many as a float32 holds
+
+
+class seeded:
+    """Inside the block torch's and Python's generators follow from (seed, epoch, index, view); afterwards they are as before.
+
+    Only the CPU generator is touched: workers run this, and CUDA must stay asleep in them.
+    """
+
+    def __init__(self, seed: int, epoch: int, index: int, view: int):
+        self.seed = hash64(seed, epoch, index, view)
+
+    def __enter__(self) -> None:
+        self.before = torch.default_generator.get_state(), random.getstate()
+        torch.default_generator.manual_seed(_signed(self.seed))
+        random.seed(self.seed)
+
+    def __exit__(self, *_) -> None:
+        torch.default_generator.set_state(self.before[0])
+        random.setstate(self.before[1])
+
+
+def permutation(seed: int, epoch: int, M: int) -> torch.Tensor:
+    """The order of the images in an epoch: int64 [M], a function of (seed, epoch)."""
+    return torch.randperm(M, generator=torch.Generator().manual_seed(_signed(hash64(seed, epoch))))

@@ -1,0 +1,301 @@
+"""Batches of views for training and of plain images for features.
+
+Letters: M images of the data set, B batch over all ranks, N this rank's share of it. The order of an epoch is a function of (seed, epoch), every draw of
+augmentation one of (seed, epoch, index, view): batches do not depend on the number of workers, and a start in the middle of an epoch skips
+without loading.
+"""
+
+import multiprocessing.util
+import signal
+from collections.abc import Callable, Iterator
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from moco_isl import dist
+from moco_isl.data.augment import BatchViews
+from moco_isl.data.datasets import ImagesInMemory
+from moco_isl.data.draws import permutation, seeded
+from moco_isl.errors import BadInput, RunFailed
+
+Batch = tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+# ---------------------------------------------------------------- inside the workers
+
+def _quiet_worker(_worker: int) -> None:
+    """Stop signals reach the whole process group; the parent decides what they mean and ends its workers itself.
+
+    When the parent dies without a word, torch's own watch ends a worker within seconds. torch has set one thread a worker already.
+    """
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGCONT"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+class _Reader:
+    """Reads image i, or, where its file is broken, the next readable one, and marks i as unreadable.
+
+    The position stays i: bank row and positives of a broken image then follow its stand-in, and every other image keeps its place.
+    """
+
+    def __init__(self, dataset: Dataset, at_least: int | None = None):
+        self.dataset = dataset
+        self.at_least = at_least
+        self.unreadable = torch.zeros(len(dataset), dtype=torch.uint8).share_memory_()  # [M], written by workers, read by the parent
+
+    def __call__(self, i: int) -> tuple[object | None, int]:
+        """(image or None when no image at all can be read, 1 when it stands in for another)"""
+        M = len(self.dataset)
+        for j in (*range(i, M), *range(i)):
+            try:
+                return self.dataset.image(j, self.at_least), int(j != i)
+            except MemoryError:
+                raise
+            except Exception:  # PIL answers a broken file with almost any exception
+                self.unreadable[j] = 1
+        return None, 1
+
+
+class _TrainItems(Dataset):
+    """(epoch, i) -> two views of image i. The epoch travels with the request, so that workers kept over epochs cannot hold an old one."""
+
+    def __init__(self, reader: _Reader, augmentation: Callable, seed: int):
+        self.reader = reader
+        self.augmentation = augmentation
+        self.seed = seed
+
+    def __getitem__(self, key: tuple[int, int]):
+        epoch, i = key
+        image, broken = self.reader(i)
+        if image is None:
+            return torch.zeros(0), torch.zeros(0), i, broken
+        views = []
+        for view in (0, 1):
+            with seeded(self.seed, epoch, i, view):
+                views.append(self.augmentation(image))
+        return *views, i, broken
+
+
+class _EvalItems(Dataset):
+    def __init__(self, reader: _Reader, transform: Callable):
+        self.reader = reader
+        self.transform = transform
+
+    def __getitem__(self, i: int):
+        image, broken = self.reader(i)
+        return torch.zeros(0) if image is None else self.transform(image), i, broken
+
+
+# ---------------------------------------------------------------- the order of an epoch
+
+class _Plan:
+    """Which images this rank sees in which step. Also the DataLoader's batch sampler: lists of (epoch, i)."""
+
+    def __init__(self, M: int, batch_size: int, seed: int, multiple: int):
+        self.M = M
+        self.B = batch_size
+        self.seed = seed
+        self.unit = dist.world_size() * multiple  # every batch is a multiple of it: equal shares, that split evenly once more
+        if batch_size < 1 or batch_size % self.unit:
+            raise BadInput(f"batch size {batch_size} does not divide by {self.unit} (ranks x splits): expected a multiple of it; change one of them")
+        self.steps = M // batch_size + (M % batch_size >= self.unit)
+        if not self.steps:
+            raise BadInput(f"{M} images are too few for {self.unit} (ranks x splits): expected one an image at least; use fewer ranks or splits")
+        self.epoch, self.start_step = 0, 0
+
+    def rows(self, epoch: int, start_step: int) -> Iterator[torch.Tensor]:
+        """This rank's share of every batch from start_step on: int64 [N]."""
+        order = permutation(self.seed, epoch, self.M)
+        rank, world = dist.rank(), dist.world_size()
+        for step in range(start_step, self.steps):
+            batch = order[step * self.B:(step + 1) * self.B]
+            share = len(batch) // self.unit * self.unit // world
+            yield batch[rank * share:(rank + 1) * share]
+
+    def __len__(self) -> int:
+        return self.steps - self.start_step
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch = self.epoch  # the DataLoader asks ahead: what it asks for is settled here
+        for rows in self.rows(epoch, self.start_step):
+            yield [(epoch, i) for i in rows.tolist()]
+
+
+# ---------------------------------------------------------------- images in files
+
+def _refuse(dataset: Dataset, bad: list[int], most: int | None) -> None:
+    """Raise RunFailed when more images are unreadable than allowed (most None: any number), or all are."""
+    if len(bad) == len(dataset):
+        raise RunFailed(f"none of {len(bad)} images could be read, {dataset.path(0)} for one: expected image files; check the folder")
+    if most is not None and len(bad) > most:
+        names = ", ".join(dataset.path(i) for i in bad[:3]) + (", ..." if len(bad) > 3 else "")
+        raise RunFailed(f"{len(bad)} unreadable images ({names}), expected at most {most}: repair or remove them, or raise --max-bad-images")
+
+
+def _end_workers(holder: list[DataLoader]) -> None:
+    """End the workers of a DataLoader for sure: they ignore SIGTERM, by which multiprocessing would end them at exit."""
+    while holder:
+        iterator = getattr(holder.pop(), "_iterator", None)  # torch has no public way to end workers kept over epochs
+        if iterator is not None:
+            workers = list(iterator._workers)
+            iterator._shutdown_workers()
+            for worker in workers:
+                if worker.is_alive():
+                    worker.kill()
+
+
+class _FileLoader:
+    """A torch DataLoader whose workers live over epochs and end for sure, and that counts unreadable images."""
+
+    def __init__(self, items: Dataset, batches, reader: _Reader, transform, workers: int, device, pin_memory: bool | None):
+        self.reader = reader
+        self.device = torch.device(device)
+        self.normalize = getattr(transform, "normalize", None)
+        self._loader = DataLoader(
+            items, batch_sampler=batches, num_workers=workers, persistent_workers=workers > 0, prefetch_factor=2 if workers else None,
+            pin_memory=self.device.type == "cuda" if pin_memory is None else pin_memory, worker_init_fn=_quiet_worker,
+            generator=torch.Generator())  # a generator of its own: iterating draws a number, which must not move the user's random state
+        self.close = multiprocessing.util.Finalize(self, _end_workers, args=([self._loader],), exitpriority=100)
+
+    def bad_images(self) -> list[tuple[int, str]]:
+        """(index, path) of the images that could not be read so far, on this rank."""
+        return [(i, self.reader.dataset.path(i)) for i in self.reader.unreadable.nonzero()[:, 0].tolist()]
+
+    def _batches(self, most: int | None) -> Iterator[list[torch.Tensor]]:
+        """[images ..., index] on the device, images as floats."""
+        if not self.close.still_active():
+            raise RuntimeError("this loader is closed: build a new one")
+        try:
+            for *images, index, broken in self._loader:
+                if broken.any():  # spares the look at M flags in every step
+                    _refuse(self.reader.dataset, self.reader.unreadable.nonzero()[:, 0].tolist(), most)
+                images = [x.to(self.device, non_blocking=True) for x in images]
+                if self.normalize is not None:
+                    images = [self.normalize(x) for x in images]
+                yield [*images, index.to(self.device, non_blocking=True)]
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error) or isinstance(error, RunFailed):
+                raise
+            raise RunFailed(f"a process that reads images died ({str(error).strip()}): it may have run out of memory; use fewer --workers") from error
+
+
+class FileTrainLoader(_FileLoader):
+    """What train_loader gives for images augmented one by one in worker processes."""
+
+    def __init__(self, dataset: Dataset, augmentation: Callable, plan: _Plan, workers: int, device, max_bad_images: int,
+                 pin_memory: bool | None, fast: bool):
+        reader = _Reader(dataset, getattr(augmentation, "smallest", None) if fast else None)
+        self.plan = plan
+        self.max_bad_images = max_bad_images
+        super().__init__(_TrainItems(reader, augmentation, plan.seed), plan, reader, augmentation, workers, device, pin_memory)
+
+    def __len__(self) -> int:
+        return self.plan.steps
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """((im_q, im_k) float [N, 3, S, S] each, index int64 [N]) from start_step on; earlier images are not loaded. Raises RunFailed."""
+        self.plan.epoch, self.plan.start_step = epoch, start_step
+        for im_q, im_k, index in self._batches(self.max_bad_images):
+            yield (im_q, im_k), index
+
+
+class FileEvalLoader(_FileLoader):
+    """What eval_loader gives for images in files: (images [n, 3, S, S], index [n]), in order. Raises RunFailed when no image can be read."""
+
+    def __init__(self, dataset: Dataset, transform: Callable, rows: range, batch_size: int, workers: int, device):
+        reader = _Reader(dataset)
+        self.batches = [list(rows[i:i + batch_size]) for i in range(0, len(rows), batch_size)]
+        super().__init__(_EvalItems(reader, transform), self.batches, reader, transform, workers, device, None)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for images, index in self._batches(None):
+            yield images, index
+
+
+# ---------------------------------------------------------------- images in memory
+
+class _MemoryLoader:
+    def __init__(self, dataset: ImagesInMemory, device):
+        self.dataset = dataset
+        self.images = dataset.images_on(device)  # uint8 [M, 3, H, W]
+
+    def bad_images(self) -> list[tuple[int, str]]:
+        """(index, path) of the images that could not be read when the data set was loaded."""
+        return [(i, self.dataset.path(i)) for i in self.dataset.unreadable]
+
+    def close(self) -> None:
+        """Nothing to end: there are no workers."""
+
+
+class MemoryTrainLoader(_MemoryLoader):
+    """What train_loader gives for images held and augmented on the device; the same interface as FileTrainLoader."""
+
+    def __init__(self, dataset: ImagesInMemory, augmentation: BatchViews, plan: _Plan, device, max_bad_images: int):
+        super().__init__(dataset, device)
+        self.augmentation = augmentation
+        self.plan = plan
+        self.max_bad_images = max_bad_images
+
+    def __len__(self) -> int:
+        return self.plan.steps
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        _refuse(self.dataset, self.dataset.unreadable, self.max_bad_images)
+        steps = list(self.plan.rows(epoch, start_step))
+        if not steps:
+            return
+        for index in torch.cat(steps).to(self.images.device).split([len(rows) for rows in steps]):  # one copy to the device an epoch
+            yield self.augmentation.views(self.images[index], self.plan.seed, epoch, index), index
+
+
+class MemoryEvalLoader(_MemoryLoader):
+    def __init__(self, dataset: ImagesInMemory, normalize: Callable, rows: range, batch_size: int, device):
+        super().__init__(dataset, device)
+        self.normalize = normalize
+        self.rows = rows
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for rows in torch.arange(self.rows.start, self.rows.stop, device=self.images.device).split(self.batch_size):
+            if len(rows):
+                yield self.normalize(self.images[rows]), rows
+
+
+# ---------------------------------------------------------------- the two doors
+
+def train_loader(dataset: Dataset, *, augmentation: Callable, batch_size: int, seed: int, workers: int = 0, device="cpu", multiple: int = 1,
+                 max_bad_images: int = 0, pin_memory: bool | None = None, fast: bool = False) -> FileTrainLoader | MemoryTrainLoader:
+    """Batches of two views. len() is the number of steps an epoch; .epoch(epoch, start_step=0) iterates ((im_q, im_k), index), on the device.
+
+    Global batch b of an epoch is permutation(seed, epoch)[b B : (b + 1) B], B = batch_size over all ranks; each rank takes its contiguous share. The last,
+    smaller batch is kept, trimmed to a multiple of ranks x `multiple`; so up to that number less one of images sit an epoch out, others in the next.
+    .bad_images() names unreadable ones; past max_bad_images the iteration raises RunFailed. .close() ends the workers.
+    fast: large JPEGs may be decoded smaller, never below what the smallest crop needs. A BatchViews augmentation needs ImagesInMemory and no workers.
+    Raises BadInput.
+    """
+    plan = _Plan(len(dataset), batch_size, seed, multiple)
+    if not isinstance(augmentation, BatchViews):
+        return FileTrainLoader(dataset, augmentation, plan, workers, device, max_bad_images, pin_memory, fast)
+    if not isinstance(dataset, ImagesInMemory):
+        raise BadInput("augmentation on the device needs images in memory: expected a data set held whole; pass it through load_into_memory")
+    return MemoryTrainLoader(dataset, augmentation, plan, device, max_bad_images)
+
+
+def eval_loader(dataset: Dataset, *, transform: Callable, batch_size: int, workers: int = 0, device="cpu",
+                shard: tuple[int, int] | None = None) -> FileEvalLoader | MemoryEvalLoader:
+    """(images [n, 3, S, S], index [n]) in order, the images start .. stop of `shard` or all; the last batch is as small as it is.
+
+    An unreadable image is replaced by the next readable one and named by .bad_images(). .close() ends the workers.
+    """
+    start, stop = (0, len(dataset)) if shard is None else shard
+    rows = range(start, stop)
+    if isinstance(dataset, ImagesInMemory) and set(dataset.images.shape[2:]) == {getattr(transform, "unchanged", None)}:
+        return MemoryEvalLoader(dataset, transform.normalize, rows, batch_size, device)
+    return FileEvalLoader(dataset, transform, rows, batch_size, workers, device)

@@ -1,0 +1,92 @@
+"""What happens to the images of each data set: MoCo v1's and v2's augmentation on PIL images, and the view that features are taken from.
+
+Everything ends in uint8 [3, S, S]; `normalize` makes floats of a whole batch on the device, so that workers hand over a quarter of the bytes.
+"""
+
+import torch
+from torchvision import transforms as T
+
+from moco_isl.data.augment import BatchAugmentation, DigitAugmentation
+from moco_isl.errors import BadInput
+from moco_isl.loader import GaussianBlur
+
+# channel means and deviations of images in [0, 1]
+STATISTICS = {
+    "folder": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # ImageNet
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "svhn": ((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
+    "digits": ((0.305, 0.305, 0.305), (0.319, 0.319, 0.319)),
+}
+SIZES = {"folder": 224, "cifar10": 32, "cifar100": 32, "svhn": 32, "digits": 16}
+_SMALL = 64  # images up to this side are not blurred and not cut at the border: the CIFAR recipes
+_SMALLEST_CROP = 0.2  # of the area
+
+
+def _size(name: str, size: int | None) -> int:
+    if name not in SIZES:
+        raise BadInput(f"no data set named {name!r}: expected one of {', '.join(SIZES)}")
+    size = SIZES[name] if size is None else size
+    if size < 8:
+        raise BadInput(f"views of {size} pixels: expected a side of 8 or more; give a larger size")
+    return size
+
+
+class Normalize:
+    """uint8 [N, 3, S, S] -> float32, (x / 255 - mean) / std by channel."""
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]):
+        self.mean = mean
+        self.std = std
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        # a fill for each channel, not a tensor of constants: no copy from host to device in the step
+        images = images.float()
+        for channel, (mean, std) in enumerate(zip(self.mean, self.std)):
+            images[:, channel].mul_(1 / (255 * std)).sub_(mean / std)
+        return images
+
+
+class ImageTransform:
+    """PIL image (or uint8 tensor [3, H, W]) -> uint8 [3, S, S]; `normalize` then takes a batch of them to floats."""
+
+    def __init__(self, steps: list, name: str, smallest: int | None = None, unchanged: int | None = None):
+        self.steps = T.Compose([*steps, T.PILToTensor()])
+        self.normalize = Normalize(*STATISTICS[name])
+        self.smallest = smallest  # an image may be decoded smaller than it is, down to this side, with nothing lost
+        self.unchanged = unchanged  # square images of this side pass as they are: those in memory need no detour over PIL
+
+    def __call__(self, image) -> torch.Tensor:
+        if isinstance(image, torch.Tensor):
+            image = T.functional.to_pil_image(image)
+        return self.steps(image)
+
+
+def get_augmentation(name: str, *, aug_plus: bool, size: int | None = None, on_device: bool | None = None):
+    """The augmentation of a data set: MoCo v2's with aug_plus, else MoCo v1's; views of size x size (default: the data set's own).
+
+    on_device: a BatchAugmentation for images held in memory, in place of PIL's; the digits always have their own one. Images up to 64 pixels are not
+    blurred; house numbers and digits are not flipped. Raises BadInput.
+    """
+    size = _size(name, size)
+    if name == "digits":
+        return DigitAugmentation(*STATISTICS[name], size=size)
+    flip = 0.0 if name == "svhn" else 0.5
+    if on_device:
+        return BatchAugmentation(*STATISTICS[name], size=size, aug_plus=aug_plus, flip=flip, blur=aug_plus and size > _SMALL)
+    crop, flip = T.RandomResizedCrop(size, scale=(_SMALLEST_CROP, 1.0)), T.RandomHorizontalFlip(flip)
+    if aug_plus:
+        blur = [T.RandomApply([GaussianBlur((0.1, 2.0))], p=0.5)] if size > _SMALL else []
+        jitter = T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8)  # not strengthened
+        steps = [crop, jitter, T.RandomGrayscale(p=0.2), *blur, flip]
+    else:
+        steps = [crop, T.RandomGrayscale(p=0.2), T.ColorJitter(0.4, 0.4, 0.4, 0.4), flip]
+    # the smallest crop has 0.2 of the area and a ratio of 3 to 4: its shorter side is 0.387 of the geometric mean of the image's sides
+    return ImageTransform(steps, name, smallest=round(size / (_SMALLEST_CROP * 3 / 4) ** 0.5))
+
+
+def get_eval_transform(name: str, size: int | None = None) -> ImageTransform:
+    """The view that features are taken from: the centre after a resize by 8/7 (224 of 256), small images whole. Raises BadInput."""
+    size = _size(name, size)
+    resized = size if size <= _SMALL else round(size * 8 / 7)
+    return ImageTransform([T.Resize(resized), T.CenterCrop(size)], name, unchanged=size if resized == size else None)
