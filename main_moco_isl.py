@@ -1,0 +1,379 @@
+#!/usr/bin/env python
+"""Pretrain an image encoder without labels: MoCo v2, and ISL around it.
+
+A bare run is MoCo:            python main_moco_isl.py -a resnet50 --mlp --moco-t 0.2 --aug-plus --cos DIR
+Mined by nearest neighbours:   ... --miner knn --init runs/moco/checkpoint_last.pth.tar
+A first try without any data:  python main_moco_isl.py --dataset digits -a digits --mlp --moco-dim 64 --moco-k 512 --moco-t 0.1 --epochs 20
+"""
+
+import argparse
+import math
+import random
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from moco_isl import builder, checkpoint, data, dist
+from moco_isl.encoders import STEMS, build_encoder, extract_features, split_batch_norm
+from moco_isl.errors import Interrupted
+from moco_isl.evaluation.knn import weighted_knn
+from moco_isl.isl import ISL
+from moco_isl.mining.miners import GANMiner, KNNMiner, NoMiner, one_line
+from moco_isl.training import cli, engine, resume
+from moco_isl.training.meters import Progress
+from moco_isl.training.run_folder import RunFolder
+from moco_isl.training.signals import Stop
+
+
+def get_parser() -> cli.Parser:
+    parser = cli.Parser(description=__doc__)
+    cli.add_data_options(parser)
+    group = parser.add_argument_group("training, as MoCo has it")
+    group.add_argument("-a", "--arch", default="resnet50", help="encoder: torchvision's names, timm:<name>, resnet18w32 (narrow), alexnet, digits "
+                       "(default: resnet50)")
+    group.add_argument("-j", "--workers", default=32, type=int, help="number of data loading workers (default: 32), at most one a core")
+    group.add_argument("--epochs", default=200, type=int, help="number of total epochs to run")
+    group.add_argument("--start-epoch", default=0, type=int, help="manual epoch number (useful on restarts)")
+    group.add_argument("-b", "--batch-size", default=256, type=int, help="mini-batch size (default: 256), the total of all GPUs on all nodes")
+    group.add_argument("--lr", "--learning-rate", default=0.03, type=float, help="initial learning rate for batch 256")
+    group.add_argument("--schedule", default=[120, 160], nargs="*", type=int, help="learning rate schedule (when to drop lr by 10x)")
+    group.add_argument("--momentum", default=0.9, type=float, help="momentum of SGD solver")
+    group.add_argument("--wd", "--weight-decay", default=1e-4, type=float, dest="weight_decay", help="weight decay (default: 1e-4)")
+    group.add_argument("-p", "--print-freq", default=10, type=int, help="print frequency (default: 10)")
+    group.add_argument("--resume", default="", help="path to latest checkpoint, ours or MoCo's, or auto: go on with what is in --out, if anything is")
+    group.add_argument("--seed", default=None, type=int, help="seed of everything; without one it is drawn, printed and kept")
+    cli.add_distributed_options(parser)
+
+    group = parser.add_argument_group("MoCo's own")
+    group.add_argument("--moco-dim", default=128, type=int, help="feature dimension (default: 128)")
+    group.add_argument("--moco-k", default=65536, type=int, help="queue size; number of negative keys (default: 65536)")
+    group.add_argument("--moco-m", default=0.999, type=float, help="moco momentum of updating key encoder (default: 0.999)")
+    group.add_argument("--moco-t", default=0.07, type=float, help="softmax temperature (default: 0.07)")
+    cli.add_switch(group, "--mlp", help="MoCo v2: use mlp head")
+    cli.add_switch(group, "--aug-plus", help="MoCo v2: use its data augmentation")
+    cli.add_switch(group, "--cos", help="MoCo v2: use cosine lr schedule")
+
+    group = parser.add_argument_group("run")
+    group.add_argument("--config", metavar="FILE.yaml", help="flags by name; the command line wins")
+    group.add_argument("--out", metavar="DIR", help="folder of the run (default: runs/<time>-<arch>)")
+    group.add_argument("--init", metavar="FILE", help="start from the weights of this file, ours or MoCo's, at epoch 0: the way to continue a "
+                       "converged MoCo with mining")
+    group.add_argument("--keep", type=int, metavar="n", help="keep the last n numbered checkpoints (default: all)")
+    group.add_argument("--save-every", type=int, default=0, metavar="n", help="save every n steps as well; for long epochs on machines that die")
+    group.add_argument("--max-steps", type=int, default=0, metavar="n", help="end after n steps; to try a command out")
+    group.add_argument("--knn-every", type=int, default=0, metavar="n", help="log weighted kNN every n epochs where there are labels (default: never); "
+                       "costs a pass over the images, and steers nothing")
+    group.add_argument("--knn-holdout", type=int, default=0, metavar="n", help="judge kNN on n images held out of train; 0: leave one out")
+    group.add_argument("--progress", choices=("lines", "bar"), default="lines", help="MoCo's lines (default), or a bar with the time left")
+    cli.add_switch(group, "--tensorboard", help="write TensorBoard events into the run's folder too (an extra)")
+
+    group = parser.add_argument_group("network and numerics")
+    group.add_argument("--stem", choices=STEMS, default="auto", help="auto: a 3x3 stem without pooling for images up to 64 pixels")
+    group.add_argument("--bn-splits", type=int, default=1, metavar="n", help="batch norm over n parts of a batch; 8 on one GPU does what shuffling BN does on 8")
+    cli.add_switch(group, "--symmetric", help="each view is query once and key once: better epochs, at twice the price")
+    group.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off", help="half precision in the network; bf16 on any recent GPU")
+    cli.add_switch(group, "--channels-last", help="memory format that tensor cores like; use it with --amp")
+    cli.add_switch(group, "--compile", help="torch.compile both encoders: a minute at the start, faster steps")
+
+    group = parser.add_argument_group("ISL: the loss")
+    group.add_argument("--objective", choices=("queue", "bank"), default="queue", help="queue: MoCo. bank: the paper's softmax over all images, small data sets")
+    group.add_argument("--isl-loss", choices=("logsum", "meanlog"), default="logsum", help="logsum: Eq. 5, forgiving. meanlog: learns most from clean sets, and "
+                       "suffers most from wrong ones")
+    group.add_argument("--isl-hpe", type=float, default=0.5, metavar="w", help="weight of hard positive enhancement, Eq. 6 (0.5); 0 turns it off")
+    group.add_argument("--isl-max-positives", type=int, default=32, metavar="P", help="positives of an image that a step looks at (32); larger sets take turns")
+    group.add_argument("--isl-bank-mix", type=float, metavar="mu", help="share of the new feature in a bank row, Eq. 8 (1 with the queue, 0.5 with the bank)")
+
+    group = parser.add_argument_group("ISL: mining")
+    group.add_argument("--miner", choices=("none", "knn", "gan"), default="none", help="who finds the positives (default: none, which is MoCo)")
+    group.add_argument("--isl-start", type=int, metavar="e", help="first mining before this epoch (default: 0 with --init, else half of the epochs); a young "
+                       "encoder mines mistakes")
+    group.add_argument("--isl-every", type=int, default=20, metavar="n", help="epochs from round to round (20)")
+    group.add_argument("--isl-budget", type=float, default=5.0, metavar="x", help="mean positives of an image after a round, the surest first (5); raise it while the "
+                       "printed precision stays above 0.9")
+    group.add_argument("--isl-max-share", type=float, default=0.05, metavar="x", help="no image is a positive of more than this share of all images (0.05)")
+    cli.add_switch(group, "--isl-keep", help="never drop a pair once mined, as the paper; off: each round judges old pairs again")
+    group.add_argument("--isl-candidates", type=int, default=10, metavar="k", help="nearest rows of a proxy that may join (10)")
+    group.add_argument("--isl-threshold", type=float, default=0.5, metavar="s", help="a proxy with a lower score adds nothing (0.5)")
+    group.add_argument("--isl-radius", type=float, default=0.6, metavar="r", help="cosine (confidence) or Euclidean distance (fixed) within which rows join (0.6)")
+    group.add_argument("--isl-radius-mode", choices=("confidence", "fixed"), default="confidence", help="confidence: the surer, the wider, as the published code")
+    group.add_argument("--isl-triplets", type=int, default=5, metavar="n", help="triplets an anchor; the best proxy counts (5)")
+    group.add_argument("--isl-lambda", type=float, default=1.0, metavar="l", help="Eq. 1: larger makes proxies explore more (1)")
+    group.add_argument("--isl-gan-iters", type=int, default=20000, metavar="n", help="most iterations of the GAN in a round (20000)")
+    group.add_argument("--isl-gan-min-iters", type=int, default=5000, metavar="n", help="fewest (5000); a short GAN collapses onto one image")
+    return parser
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Everything about the flags that can be known before any work; fills in what depends on others."""
+    cli.check_data_options(args)
+    for name, low in {"epochs": 1, "batch_size": 2, "workers": 0, "moco_k": 1, "moco_dim": 1, "print_freq": 1, "bn_splits": 1, "isl_every": 1, "isl_triplets": 1,
+                      "isl_candidates": 1, "isl_max_positives": 1, "isl_gan_iters": 1, "isl_gan_min_iters": 1, "start_epoch": 0, "save_every": 0, "max_steps": 0,
+                      "knn_every": 0, "knn_holdout": 0, "lr": 0, "weight_decay": 0, "isl_hpe": 0, "isl_lambda": 0, "keep": 1, "isl_start": 0}.items():  # fmt: skip
+        cli.check_range(args, name, low)
+    for name, low, high, low_open in [("moco_t", 0, float("inf"), True), ("isl_budget", 0, float("inf"), True), ("moco_m", 0, 1, False), ("momentum", 0, 1, False),
+                                      ("isl_threshold", 0, 1, False), ("isl_radius", 0, 2, False), ("isl_bank_mix", 0, 1, True), ("isl_max_share", 0, 1, True)]:  # fmt: skip
+        cli.check_range(args, name, low, high, low_open)
+    ranks = cli.total_ranks(args)
+    cli.check(args.batch_size % (ranks * args.bn_splits) == 0, f"--batch-size {args.batch_size} does not divide into {ranks} ranks x {args.bn_splits} batch norm splits: "
+              f"use a multiple of {ranks * args.bn_splits}")
+    keys = args.batch_size * (2 if args.symmetric else 1)
+    cli.check(args.objective == "bank" or args.moco_k >= keys, f"--moco-k {args.moco_k} is smaller than the {keys} keys of one step: use at least that")
+    cli.check(not (args.resume and args.init), "--resume goes on with a run, --init starts one: give only one of them")
+    cli.check(args.resume != "auto" or args.out, "--resume auto needs --out: it goes on with the run in that folder")
+    cli.check(args.objective == "queue" or not args.symmetric, "--symmetric belongs to --objective queue")
+    cli.check(args.isl_gan_min_iters <= args.isl_gan_iters, f"--isl-gan-min-iters {args.isl_gan_min_iters} is more than --isl-gan-iters {args.isl_gan_iters}")
+    if args.seed is None:
+        args.seed = random.SystemRandom().randrange(2**31)
+    if args.isl_start is None:
+        args.isl_start = 0 if args.init else args.epochs // 2
+    args.out = args.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{args.arch.replace(':', '-').replace('/', '-')}"
+    for name in ("resume", "init"):
+        path = getattr(args, name)
+        cli.check(path in ("", None, "auto") or Path(path).is_file() or Path(path).is_dir(), f"no file at --{name} '{path}': expected a checkpoint; check the path "
+                  "(nothing was started)")
+
+
+def main(argv: list[str] | None = None, stop=None) -> int:
+    """Run with flags argv; returns the exit code. stop: a launcher's own 'shall we stop?', asked once a step."""
+    return cli.exit_code(run, argv, stop)
+
+
+def run(argv: list[str] | None, stop) -> None:
+    args = get_parser().parse_args(argv)
+    check_args(args)
+    with torch.device("meta"):  # an unknown architecture or data set shows here, before anything is started
+        build_encoder(args.arch, args.moco_dim, args.stem)
+    if cli.processes_here(args) > 1:
+        data.build_dataset(args.dataset, args.data, "train", args.download)
+    cli.launch(worker, args, stop)
+
+
+def worker(args: argparse.Namespace, stop) -> None:
+    """One rank of the run."""
+    device = cli.resolve_device(args)
+    args.seed, args.out = dist.broadcast_object((args.seed, args.out))
+    torch.manual_seed(args.seed)
+    random.seed(args.seed)
+    folder = cli.on_main(lambda: RunFolder(args.out, bool(args.resume), args.keep))
+    try:
+        Run(args, device, folder, stop).train()
+    finally:
+        if folder is not None:
+            folder.close()
+
+
+class Run:
+    """Everything a rank has at hand, put together in the order in which it is needed."""
+
+    def __init__(self, args: argparse.Namespace, device: torch.device, folder: RunFolder | None, stop):
+        self.args, self.device, self.folder, self.asked = args, device, folder, stop
+        dataset = data.build_dataset(args.dataset, args.data, "train", args.download)
+        self.held_out = None
+        if args.knn_holdout:
+            dataset, self.held_out = data.holdout(dataset, args.knn_holdout, args.seed)
+        self.dataset, self.M = dataset, len(dataset)
+        size = args.image_size or data.native_size(dataset)
+        workers = cli.usable_workers(args.workers, cli.processes_here(args))
+        self.transform = data.get_eval_transform(args.dataset, size)
+        self.ordered = {"batch_size": args.batch_size, "workers": workers, "device": device}
+        self.loader = data.train_loader(dataset, augmentation=data.get_augmentation(args.dataset, aug_plus=args.aug_plus, size=size), batch_size=args.batch_size,
+                                        seed=args.seed, workers=workers, device=device, multiple=args.bn_splits, max_bad_images=args.max_bad_images)
+        self.labels = None if dataset.labels is None else dataset.labels.to(device)
+        self.model = self._build_model(size)
+        self.optimizer = torch.optim.SGD(self.model.encoder_q.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+        self.isl = ISL(self.model, self.M, P=args.isl_max_positives, form=args.isl_loss, hpe=args.isl_hpe, bank_mix=args.isl_bank_mix, symmetric=args.symmetric,
+                       seed=args.seed)
+        self.miner = build_miner(args)
+        self.position = engine.Position(epoch=args.start_epoch)
+        metrics_size = self._load() or 0
+        if folder is not None:
+            folder.write_args(vars(args))
+            folder.open_metrics(metrics_size)
+        self.progress = Progress(args.progress, args.epochs, len(self.loader), self.position.total)
+        self.writer = _tensorboard(args.out) if args.tensorboard and dist.is_main() else None
+        self._warn()
+
+    def _build_model(self, size: int) -> torch.nn.Module:
+        args = self.args
+
+        def base_encoder(num_classes: int) -> torch.nn.Module:
+            encoder = build_encoder(args.arch, num_classes, args.stem, size)
+            return split_batch_norm(encoder, args.bn_splits) if args.bn_splits > 1 else encoder
+
+        if args.objective == "queue":
+            model = builder.MoCo(base_encoder, args.moco_dim, args.moco_k, args.moco_m, args.moco_t, args.mlp)
+        else:
+            model = builder.Instance(base_encoder, args.moco_dim, args.moco_t, args.mlp)
+        model.to(self.device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
+        if args.compile:
+            for encoder in model.children():
+                encoder.compile()
+        return model
+
+    def features(self, encoder: torch.nn.Module) -> torch.Tensor:
+        """[M, C] unit rows, equal on all ranks: centre crops through the encoder in eval mode."""
+        loader = data.eval_loader(self.dataset, transform=self.transform, shard=dist.shard(self.M), **self.ordered)
+        with engine.autocast(self.device, self.args.amp):
+            return extract_features(encoder, loader, self.M, self.device)
+
+    def _load(self) -> int | None:
+        """Resume or initialise; returns how much of metrics.jsonl is to be kept, None: it starts empty."""
+        args, filled = self.args, []
+        path = args.resume or args.init
+        if args.resume == "auto":
+            last = Path(args.out) / "checkpoint_last.pth.tar"
+            path = str(last) if last.is_file() else None
+        if not path:
+            return None
+        content = checkpoint.load(path)
+        ours = content.get("isl") if args.resume else None
+        if ours:
+            resume.check_same(content["args"], vars(args))
+        filled = checkpoint.load_model(self.model, content, path)
+        self.say(f"=> loaded '{path}' (epoch {content.get('epoch', 'unknown')})" + "".join(f"; it has no {part}" for part in filled))
+        if "queue" in filled:
+            self.refill_queue()
+        if not args.resume:
+            return None
+        self.position.epoch = content.get("epoch", args.start_epoch)
+        if "optimizer" in content:
+            self.optimizer.load_state_dict(content["optimizer"])
+        else:
+            self.say("=> it has no optimizer either: that one starts fresh")
+        return self._restore(ours, path) if ours else None
+
+    def _restore(self, ours: dict, path: str) -> int:
+        self.isl.load_state_dict(ours["state"])
+        self.miner.load_state_dict(ours["miner"])
+        self.scaler.load_state_dict(ours["scaler"])
+        self.position = engine.Position(ours["epoch"], ours["step"], ours["total"])
+        self.position.averages.load_state_dict(ours["averages"], self.device)
+        if not resume.restore_rng(ours["rng"], self.device):
+            self.say(f"=> '{path}' was saved by {len(ours['rng'])} ranks, here are {dist.world_size()}: going on, but not bit for bit")
+        return ours["metrics_size"] if Path(path).parent.resolve() == Path(self.args.out).resolve() else 0
+
+    @torch.no_grad()
+    def refill_queue(self) -> None:
+        """Fill the queue from one feature pass of the key encoder: random images, each as often as the queue is longer than the data set."""
+        rows = self.features(self.model.encoder_k)
+        order = torch.randperm(self.M, generator=torch.Generator().manual_seed(self.args.seed)).to(self.device)
+        while (start := int(self.model.queue_ptr)) < self.args.moco_k:
+            chosen = order[: self.args.moco_k - start]
+            self.isl.slots.write(self.model.enqueue(rows[chosen]), chosen)
+            if start + len(chosen) == self.args.moco_k:
+                break
+        self.say(f"=> queue filled with features of {min(self.M, self.args.moco_k)} images")
+
+    def save(self, number: int | None = None) -> None:
+        """checkpoint_last, and with a number checkpoint_<number>: MoCo's keys, and what an exact resume needs. Every rank has to call it."""
+        rng, position = resume.rng_of_ranks(self.device), self.position
+
+        def write() -> None:
+            ours = {"state": self.isl.state_dict(), "miner": self.miner.state_dict(), "scaler": self.scaler.state_dict(), "rng": rng, "epoch": position.epoch,
+                    "step": position.step, "total": position.total, "averages": position.averages.state_dict(), "metrics_size": self.folder.metrics_size()}  # fmt: skip
+            self.folder.save({"epoch": position.epoch, "arch": self.args.arch, "state_dict": checkpoint.model_state(self.model), "optimizer": self.optimizer.state_dict(),
+                              "args": vars(self.args), "isl": ours}, number)  # fmt: skip
+
+        cli.on_main(write)
+
+    def say(self, line: str) -> None:
+        if dist.is_main():
+            print(line, flush=True)
+
+    def log(self, **values) -> None:
+        if self.folder is not None:
+            self.folder.log(**values)
+        if self.writer is not None:
+            for name, value in values.items():
+                if isinstance(value, (int, float)) and name not in ("epoch", "step", "total"):
+                    self.writer.add_scalar(f"{values['kind']}/{name}", value, self.position.total)
+
+    def _warn(self) -> None:
+        args = self.args
+        if args.objective == "queue" and args.moco_k > self.M:
+            self.say(f"=> warning: the queue ({args.moco_k}) is longer than the data set ({self.M}): {args.moco_k / self.M:.1f} of its keys are an image's own; "
+                     f"--moco-k {max(args.batch_size, 2 ** (self.M // 2).bit_length() // 2)} would suit it")
+        if args.knn_every and self.labels is None:
+            self.say("=> warning: --knn-every without labels: nothing to judge by")
+
+    def train(self) -> None:
+        args, position = self.args, self.position
+        if position.epoch >= args.epochs:
+            self.say(f"=> already finished: {position.epoch} epochs of {args.epochs}")
+            return
+        last_good = lambda: str(self.folder.last) if self.folder and self.folder.last.exists() else "none yet"  # noqa: E731
+        self.say(f"=> {self.M} images, {len(self.loader)} steps an epoch, {dist.world_size()} x {self.device}, seed {args.seed}, files in {args.out}")
+        with Stop(self.asked) as stop:
+            for epoch in range(position.epoch, args.epochs):
+                lr = engine.learning_rate(epoch, lr=args.lr, epochs=args.epochs, cos=args.cos, schedule=args.schedule)
+                for group in self.optimizer.param_groups:
+                    group["lr"] = lr
+                self.isl.turn, self.isl.active = epoch, args.miner != "none" and epoch >= args.isl_start
+                rounds_due = 1 + (epoch - args.isl_start) // args.isl_every if self.isl.active else 0
+                if position.step == 0 and self.isl.round < rounds_due:
+                    self.mine(epoch, stop)
+                finished = engine.train_one_epoch(
+                    self.isl, self.loader, self.optimizer, self.scaler, position, device=self.device, stop=stop, progress=self.progress, log=self.log,
+                    save=self.save, last_good=last_good, amp=args.amp, print_freq=args.print_freq, save_every=args.save_every, max_steps=args.max_steps)  # fmt: skip
+                if not finished:
+                    self.save()
+                    break
+                self.end_of_epoch(epoch)
+        self.progress.close()
+
+    def mine(self, epoch: int, stop: Stop) -> None:
+        encoder = self.model.encoder_k if self.isl.queue_objective else self.model.encoder_q
+        try:
+            report = engine.mine_round(self.isl, self.miner, self.features(encoder), self.labels, self.args.seed, stop)
+        except Interrupted:
+            self.save()
+            raise Interrupted(f"saved before the mining of epoch {epoch}: go on with --resume auto") from None
+        self.progress.say(f"=> {one_line(report)}")
+        self.log(kind="round", epoch=epoch, **report)
+        self.save()
+
+    def end_of_epoch(self, epoch: int) -> None:
+        """kNN where it is due, the epoch's line, the checkpoint."""
+        values = self.position.averages.epoch()
+        if self.args.knn_every and self.labels is not None and (epoch + 1) % self.args.knn_every == 0:
+            values["knn"] = self.knn()
+            self.progress.say(f"=> epoch {epoch}: weighted kNN {values['knn']:.2f} %")
+        self.log(kind="epoch", epoch=epoch, total=self.position.total, **values)
+        self.position.epoch, self.position.step, self.position.averages = epoch + 1, 0, engine.Averages()
+        self.save(epoch)
+
+    def knn(self) -> float:
+        """Accuracy in per cent of weighted kNN (k 200, T 0.1) with the query encoder's features, on held-out images or leaving one out."""
+        bank = self.features(self.model.encoder_q)
+        queries, truth = bank, self.labels
+        if self.held_out is not None:
+            n = len(self.held_out)
+            loader = data.eval_loader(self.held_out, transform=self.transform, shard=dist.shard(n), **self.ordered)
+            queries, truth = extract_features(self.model.encoder_q, loader, n, self.device), self.held_out.labels.to(self.device)
+        found = weighted_knn(queries, bank, self.labels, k=min(200, self.M - 1), T=0.1, leave_one_out=self.held_out is None)
+        return (found == truth).float().mean().item() * 100
+
+
+def build_miner(args: argparse.Namespace):
+    rules = {"budget": args.isl_budget, "keep": args.isl_keep, "max_share": args.isl_max_share}
+    if args.miner == "none":
+        return NoMiner()
+    if args.miner == "knn":
+        return KNNMiner(k=math.ceil(args.isl_budget), **rules)
+    return GANMiner(iters=args.isl_gan_iters, min_iters=args.isl_gan_min_iters, lam=args.isl_lambda, threshold=args.isl_threshold, radius=args.isl_radius,
+                    radius_mode=args.isl_radius_mode, candidates=args.isl_candidates, **rules)
+
+
+def _tensorboard(out: str):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise cli.BadInput("--tensorboard needs the package tensorboard: pip install 'moco_isl[tensorboard]'") from error
+    return SummaryWriter(out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

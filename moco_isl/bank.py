@@ -1,0 +1,85 @@
+"""What is remembered of every image between its visits: its feature, and where in the queue its keys are.
+
+Letters: M images, N batch, C feature dimension, K queue length, P positives, S slots remembered of an image.
+Neither is a module's buffer: MoCo's state-dict keys stay as they are, and DistributedDataParallel does not resend them at every step.
+Every rank is given the rows of all ranks, so all ranks hold equal copies.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+class FeatureBank:
+    """One unit row an image: none before the first `fill`, or random ones to start from."""
+
+    def __init__(self, device: torch.device | str = "cpu"):
+        self.device = device
+        self.rows: torch.Tensor | None = None  # [M, C]
+
+    @property
+    def filled(self) -> bool:
+        return self.rows is not None
+
+    def fill_random(self, num_images: int, dim: int, generator: torch.Generator | None = None) -> None:
+        self.rows = F.normalize(torch.randn(num_images, dim, generator=generator), dim=1).to(self.device)
+
+    def lookup(self, index: torch.Tensor) -> torch.Tensor:
+        """Rows of index [...], as float32 [..., C]."""
+        return self.rows[index].float()
+
+    @torch.no_grad()
+    def fill(self, features: torch.Tensor) -> None:
+        """Overwrite all rows by features [M, C]."""
+        self.rows = features.to(self.device, copy=True)
+
+    @torch.no_grad()
+    def update(self, index: torch.Tensor, features: torch.Tensor, mix: float) -> None:
+        """v_i <- unit((1 - mix) v_i + mix f_i), Eq. 8. index: [n], features: [n, C], of all ranks."""
+        if mix < 1:
+            features = F.normalize(torch.lerp(self.lookup(index), features.float(), mix), dim=1)
+        self.rows[index] = features.to(self.rows.dtype)
+
+    def state_dict(self) -> dict:
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.rows = None if state["rows"] is None else state["rows"].to(self.device, copy=True)
+
+
+class QueueSlots:
+    """Which queue slots hold keys of an image, so that they can be left out of its negatives in O(N P).
+
+    An image is remembered in its S latest slots; S is chosen such that none is forgotten while the epochs visit every image once:
+    within K consecutive keys an image then comes at most ceil(K / M) + 1 times a view.
+    """
+
+    def __init__(self, num_images: int, K: int, views: int = 1, device: torch.device | str = "cpu"):
+        S = views * (-(-K // num_images) + 1)
+        self.slots = torch.zeros(num_images, S, dtype=torch.int32, device=device)  # [M, S], the latest slots, round robin
+        self.visits = torch.zeros(num_images, dtype=torch.int64, device=device)  # [M]
+        self.owner = torch.full((K,), -1, dtype=torch.int64, device=device)  # [K], -1: a key of no known image
+
+    def write(self, slots: torch.Tensor, index: torch.Tensor) -> None:
+        """The keys of images index [n] were just written to slots [n]; no image twice in one call."""
+        self.owner[slots] = index
+        self.slots[index, self.visits[index] % self.slots.shape[1]] = slots.to(torch.int32)
+        self.visits[index] += 1
+
+    def mask(self, images: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
+        """[N, K] bool: True where the slot holds one of the row's images.
+
+        images: [N, 1 + P], present: [N, 1 + P] bool, False for padding.
+        """
+        slots = self.slots[images].long()  # [N, 1 + P, S]
+        holds = (self.owner[slots] == images[..., None]) & present[..., None]
+        K = len(self.owner)
+        slots = torch.where(holds, slots, K).flatten(1)  # what does not hold goes to a column that is cut off
+        mask = torch.zeros(len(images), K + 1, dtype=torch.bool, device=images.device)
+        return mask.scatter_(1, slots, True)[:, :K]
+
+    def state_dict(self) -> dict:
+        return {"slots": self.slots, "visits": self.visits, "owner": self.owner}
+
+    def load_state_dict(self, state: dict) -> None:
+        for name, value in self.state_dict().items():
+            value.copy_(state[name])

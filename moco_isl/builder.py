@@ -1,0 +1,138 @@
+"""MoCo as its users know it, and the query encoder alone for the bank objective.
+
+Letters: N batch, C (`dim`) feature dimension, K queue length, m momentum of the key encoder, T temperature.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from moco_isl import dist
+from moco_isl.encoders import get_head, set_head
+
+
+class MoCo(nn.Module):
+    """A query encoder, a key encoder that follows it, and a queue of keys: https://arxiv.org/abs/1911.05722.
+
+    Drop-in for `moco.builder.MoCo`: same arguments, same `forward`, same state-dict keys and shapes.
+    It also runs on one device and on a CPU, the batch need not divide K, and `encode` gives q and k to those who bring their own loss.
+    """
+
+    def __init__(self, base_encoder: Callable[..., nn.Module], dim: int = 128, K: int = 65536, m: float = 0.999, T: float = 0.07,
+                 mlp: bool = False):
+        """
+        dim: feature dimension (default: 128)
+        K: queue size; number of negative keys (default: 65536)
+        m: moco momentum of updating key encoder (default: 0.999)
+        T: softmax temperature (default: 0.07)
+        base_encoder: called as base_encoder(num_classes=dim)
+        """
+        super().__init__()
+        self.K, self.m, self.T = K, m, T
+        self.encoder_q = base_encoder(num_classes=dim)
+        self.encoder_k = base_encoder(num_classes=dim)
+        if mlp:
+            add_mlp(self.encoder_q)
+            add_mlp(self.encoder_k)
+        self.copy_query_to_key()
+        queue = F.normalize(torch.randn(dim, K), dim=0)
+        # [C, K] to the reader and in files; in memory a key is contiguous, so that enqueuing writes whole rows
+        self.register_buffer("queue", queue.t().contiguous().t())
+        self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
+
+    @torch.no_grad()
+    def copy_query_to_key(self) -> None:
+        """Make the key encoder a copy of the query encoder, without gradient."""
+        self.encoder_k.load_state_dict(self.encoder_q.state_dict())
+        self.encoder_k.requires_grad_(False)
+
+    @torch.no_grad()
+    def _momentum_update_key_encoder(self) -> None:
+        torch._foreach_lerp_(list(self.encoder_k.parameters()), list(self.encoder_q.parameters()), 1 - self.m)
+
+    @torch.no_grad()
+    def enqueue(self, keys: torch.Tensor) -> torch.Tensor:
+        """Write keys [n, C] (those of all ranks) over the oldest slots, n <= K; returns the slots [n]."""
+        slots = (self.queue_ptr + torch.arange(len(keys), device=keys.device)) % self.K
+        self.queue.index_copy_(1, slots, keys.t().to(self.queue.dtype))
+        self.queue_ptr.copy_((self.queue_ptr + len(keys)) % self.K)
+        return slots
+
+    @torch.no_grad()
+    def _encode_keys(self, im_k: torch.Tensor) -> torch.Tensor:
+        """k [N, C], each image encoded on a rank that need not be its own: shuffling makes use of BN."""
+        if dist.world_size() == 1:
+            return F.normalize(self.encoder_k(im_k).float(), dim=1)
+        n = len(im_k)
+        everything = dist.all_gather_rows(im_k)  # [n * world, 3, S, S]
+        order = dist.broadcast(torch.randperm(len(everything), device=im_k.device))
+        mine = order.view(dist.world_size(), n)[dist.rank()]
+        k = F.normalize(self.encoder_k(everything[mine]).float(), dim=1)
+        back = torch.argsort(order).view(dist.world_size(), n)[dist.rank()]
+        return dist.all_gather_rows(k)[back]
+
+    def encode(self, im_q: torch.Tensor, im_k: torch.Tensor, symmetric: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries with gradient and keys without, unit rows; moves the key encoder one momentum step.
+
+        im_q, im_k: [N, 3, S, S]. Returns q and k, [N, C] float32. With `symmetric` each view is query once and key once: [2N, C],
+        the second half with the roles of the views exchanged.
+        """
+        q = F.normalize(self.encoder_q(im_q).float(), dim=1)
+        if symmetric:
+            q = torch.cat([q, F.normalize(self.encoder_q(im_k).float(), dim=1)])
+        with torch.no_grad():
+            self._momentum_update_key_encoder()
+            k = self._encode_keys(im_k)
+            if symmetric:
+                k = torch.cat([k, self._encode_keys(im_q)])
+        return q, k
+
+    def forward(self, im_q: torch.Tensor, im_k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """logits [N, 1 + K] (the own key first) and labels [N], all zero; enqueues the keys."""
+        q, k = self.encode(im_q, im_k)
+        l_pos = torch.einsum("nc,nc->n", q, k).unsqueeze(-1)  # [N, 1]
+        l_neg = torch.einsum("nc,ck->nk", q, self.queue.clone().detach())  # [N, K]
+        logits = torch.cat([l_pos, l_neg], dim=1) / self.T
+        labels = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
+        self.enqueue(dist.all_gather_rows(k))
+        return logits, labels
+
+
+class Instance(nn.Module):
+    """The query encoder alone, for the bank objective (non-parametric instance discrimination): its keys are the bank's rows.
+
+    Named `encoder_q`, so that files of both objectives are read by the same tools.
+    """
+
+    def __init__(self, base_encoder: Callable[..., nn.Module], dim: int = 128, T: float = 0.1, mlp: bool = False):
+        super().__init__()
+        self.dim, self.T = dim, T
+        self.encoder_q = base_encoder(num_classes=dim)
+        if mlp:
+            add_mlp(self.encoder_q)
+
+    def encode(self, image: torch.Tensor) -> torch.Tensor:
+        """f: [N, C] unit rows, float32, of images [N, 3, S, S]."""
+        return F.normalize(self.encoder_q(image).float(), dim=1)
+
+    forward = encode
+
+
+class Encode(nn.Module):
+    """`model.encode` as a `forward`, which is what DistributedDataParallel wants to wrap."""
+
+    def __init__(self, model: MoCo | Instance):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *images: torch.Tensor, **options):
+        return self.model.encode(*images, **options)
+
+
+def add_mlp(encoder: nn.Module) -> None:
+    """MoCo v2's head: the last linear layer preceded by a hidden layer as wide as the features, and a ReLU."""
+    head = get_head(encoder)
+    width = head.weight.shape[1]
+    set_head(encoder, nn.Sequential(nn.Linear(width, width), nn.ReLU(), head))

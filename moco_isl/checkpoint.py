@@ -1,0 +1,141 @@
+"""Files that are whole or not there: written atomically, read without executing anything, in MoCo's own form.
+
+A file holds MoCo's keys `epoch, arch, state_dict, optimizer`, names with the `module.` prefix that MoCo's own probe expects, and beside
+them `args` (plain values) and `isl` (what an exact resume needs). Tensors and plain values only.
+"""
+
+import contextlib
+import os
+import shutil
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+
+from moco_isl.errors import BadInput, RunFailed
+
+PREFIX = "module."
+TEMPORARY = ".tmp"
+
+
+def save(state: dict, path: str | Path) -> None:
+    """Write `state` to `path` such that `path` is at any moment the old file or the new one, also through a kill or a full disk.
+
+    Raises RunFailed where it cannot be written; the temporary file is gone then, and an older `path` untouched.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + TEMPORARY)
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as a RuntimeError
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        kept = f"the last whole file is {path}" if path.exists() else "no older file stood there"
+        raise RunFailed(f"cannot write {path}: {_reason(error)}; {kept}. Free some space, then resume with --resume auto") from error
+
+
+def copy(source: Path, target: Path) -> None:
+    """Make `target` another name of the whole file `source`, atomically: a hard link where the file system has them."""
+    temporary = target.with_name(target.name + TEMPORARY)
+    with contextlib.suppress(FileNotFoundError):
+        temporary.unlink()
+    try:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+        os.replace(temporary, target)
+        _sync_folder(target.parent)
+    except OSError as error:
+        raise RunFailed(f"cannot write {target}: {_reason(error)}; {source} is whole and can be resumed from") from error
+
+
+def remove_stale(folder: Path) -> None:
+    """Delete the temporary files that a killed save left behind."""
+    for path in folder.glob("*" + TEMPORARY):
+        path.unlink(missing_ok=True)
+
+
+def load(path: str | Path, map_location: torch.device | str = "cpu") -> dict:
+    """The dict in a checkpoint file. Never executes a pickle. Raises BadInput with what is wrong with the file."""
+    path = Path(path)
+    if not path.exists():
+        raise BadInput(f"no file at '{path}': expected a checkpoint; check the path")
+    if path.is_dir():
+        inside = sorted(p.name for p in path.glob("*.pth*"))
+        hint = f"; it holds {', '.join(inside[-3:])}: name one of them" if inside else ""
+        raise BadInput(f"'{path}' is a folder: expected a checkpoint file{hint}")
+    try:
+        content = torch.load(path, map_location=map_location, weights_only=True)
+    except Exception as error:  # a file of any kind may raise anything here
+        raise BadInput(f"cannot read '{path}' as a checkpoint of tensors and plain values ({_first_line(error)}): expected a file written "
+                       f"by this project, by MoCo, or another torch.save of a state dict") from error
+    if not isinstance(content, dict):
+        raise BadInput(f"'{path}' holds a {type(content).__name__}: expected a dict with a 'state_dict'")
+    return content
+
+
+def model_state(model: nn.Module) -> dict:
+    """The model's state dict under MoCo's published names: `module.encoder_q. ...`."""
+    return {PREFIX + name: tensor for name, tensor in model.state_dict().items()}
+
+
+def load_model(model: nn.Module, content: dict, path: str | Path) -> list[str]:
+    """Load what `load` gave into a `builder.MoCo` or `builder.Instance`.
+
+    Takes our files, MoCo's training files and MoCo's published, stripped ones. Returns what had to be filled in, out of
+    "encoder_k" (copied from the query encoder here) and "queue" (left as it was: the caller refills it). Raises BadInput with the
+    names that do not fit.
+    """
+    state = content.get("state_dict", content)
+    if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise BadInput(f"'{path}' holds no state_dict of tensors: expected a file of this project or of MoCo's main_moco.py")
+    state = {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
+    wanted = model.state_dict()
+    if not any(name.startswith("encoder_q.") for name in state):
+        raise BadInput(f"'{path}' has no encoder_q.*, but {_some(state)}: expected a MoCo file, not bare encoder weights")
+    filled = [part for part in ("encoder_k", "queue") if any(n.startswith(part) for n in wanted) and not any(n.startswith(part) for n in state)]
+    state = {name: tensor for name, tensor in state.items() if name in wanted or name.startswith("encoder_q.")}
+    missing = [name for name in wanted if name not in state and name.split(".")[0].removesuffix("_ptr") not in filled]
+    extra = [name for name in state if name not in wanted]
+    shapes = [f"{name} {list(state[name].shape)} for {list(wanted[name].shape)}" for name in wanted if name in state and state[name].shape != wanted[name].shape]
+    queue = [line for line in shapes if line.startswith("queue ")]
+    if missing or extra or shapes:
+        parts = [f"missing {_some(missing)}" if missing else "", f"unknown {_some(extra)}" if extra else "", f"other shapes: {_some(shapes)}" if shapes else ""]
+        cure = "give its --moco-k" if queue and len(shapes) == 1 and not missing and not extra else "give the -a, --stem, --moco-dim and --mlp it was trained with"
+        raise BadInput(f"'{path}'{_said(content)} does not fit this model: {'; '.join(p for p in parts if p)}; {cure}")
+    model.load_state_dict(state, strict=False)
+    if "encoder_k" in filled:
+        model.copy_query_to_key()
+    return filled
+
+
+def _said(content: dict) -> str:
+    return f" (arch {content['arch']})" if isinstance(content.get("arch"), str) else ""
+
+
+def _some(names) -> str:
+    names = list(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _reason(error: BaseException) -> str:
+    cause = error if isinstance(error, OSError) else error.__context__ if isinstance(error.__context__, OSError) else error
+    return cause.strerror or str(cause) if isinstance(cause, OSError) else _first_line(cause)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

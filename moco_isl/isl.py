@@ -1,0 +1,174 @@
+"""ISL, the front door: the object a user puts around a MoCo.
+
+    isl = ISL(model, num_images=len(dataset))
+    for epoch in range(epochs):
+        if epoch % 20 == 0:
+            isl.mine(extract_features(model.encoder_k, ordered_loader, len(dataset), device), GANMiner())
+        for (im_q, im_k), index in loader:
+            loss = isl(im_q, im_k, index)
+
+Letters: N batch, C feature dimension, K queue length, M images, P positives of an image after padding, T temperature.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from moco_isl import dist
+from moco_isl.bank import FeatureBank, QueueSlots
+from moco_isl.builder import Encode, Instance, MoCo
+from moco_isl.losses import bank_loss, hard_positive_kl, multi_positive_mean_log, multi_positive_nce
+from moco_isl.mining.positives import PositiveSets
+
+FORMS = {"logsum": multi_positive_nce, "meanlog": multi_positive_mean_log}
+
+
+class ISL:
+    """Bank, mined positives and loss around a model.
+
+    Around a `MoCo` it is the queue objective: the positives of an image are its key and the bank rows of its set, the negatives are the
+    queue less the slots that hold the image itself or one of its set. Around an `Instance` it is the bank objective: a softmax over all M
+    rows. While `active` is False the queue objective is MoCo v2, to the letter. In a process group it wraps the model in
+    DistributedDataParallel itself.
+    """
+
+    def __init__(self, model: MoCo | Instance, num_images: int, *, P: int = 32, form: str = "logsum", hpe: float = 0.5, mask: bool = True,
+                 bank_mix: float | None = None, symmetric: bool = False, active: bool = True, seed: int = 0,
+                 encode: Callable | None = None):
+        """
+        num_images: M; `index` of a batch counts in 0 .. M - 1.
+        P: how many positives of an image a step looks at; a larger set takes turns, one window an epoch.
+        form: "logsum" (Eq. 5) or "meanlog". hpe: weight of hard positive enhancement, Eq. 6 and 7; 0 turns it off.
+        mask: leave the image itself and its set out of its negatives (queue objective).
+        bank_mix: mu of Eq. 8; None: 1 around a MoCo (its key encoder averages already), 0.5 around an Instance.
+        symmetric: each view is query once and key once (queue objective).
+        encode: the model's `encode` if it has been wrapped already; None wraps it here where ranks need it.
+        """
+        self.model, self.queue_objective = model, isinstance(model, MoCo)
+        self.P, self.form, self.hpe, self.mask, self.symmetric, self.active = P, form, hpe, mask, symmetric, active
+        self.bank_mix = bank_mix if bank_mix is not None else (1.0 if self.queue_objective else 0.5)
+        self.encode = encode or _distributed_encode(model)
+        device = next(model.parameters()).device
+        self.bank, self.slots = FeatureBank(device), None
+        if self.queue_objective:
+            self.slots = QueueSlots(num_images, model.K, 2 if symmetric else 1, device)
+        else:
+            self.bank.fill_random(num_images, model.dim, torch.Generator().manual_seed(seed))
+        self.positives = PositiveSets.empty(num_images, device)
+        self.round = 0  # how many rounds of mining have been
+        self.turn = 0  # which window of a large set is looked at: the epoch
+        self.parts: dict[str, torch.Tensor] = {}  # of the last step: loss, isl, hpe, acc1; scalars on the device, detached
+
+    def __call__(self, *batch: torch.Tensor) -> torch.Tensor:
+        """loss = isl(im_q, im_k, index): the scalar to call backward on; queue, slots and bank take the step's keys up.
+
+        im_q, im_k: [N, 3, S, S], index: [N] int64, all on the model's device.
+        """
+        return (self._queue_step if self.queue_objective else self._bank_step)(*batch)
+
+    def _queue_step(self, im_q: torch.Tensor, im_k: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        q, k = self.encode(im_q, im_k, symmetric=self.symmetric)  # [N, C], or [2N, C] each when symmetric
+        views = 2 if self.symmetric else 1
+        loss = self._queue_loss(q, k, index.repeat(views))
+        for keys in k.chunk(views):  # the slot table wants an image at most once a call
+            slots = self.model.enqueue(keys := dist.all_gather_rows(keys))
+            everyone = dist.all_gather_rows(index)
+            self.slots.write(slots, everyone)
+            if self.bank.filled:
+                self.bank.update(everyone, keys, self.bank_mix)
+        return loss
+
+    def _queue_loss(self, q: torch.Tensor, k: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """Loss of q [N, C] with keys k [N, C] of images index [N]; changes no state but `parts`."""
+        T, queue = self.model.T, self.model.queue.detach().clone()  # a copy: the step overwrites slots before backward reads them
+        l_own = torch.einsum("nc,nc->n", q, k)[:, None].float() / T  # [N, 1]
+        l_neg = (q @ queue.to(q.dtype)).float() / T  # [N, K]
+        l_pos, weight, hard = l_own, None, k
+        if self.active:
+            positives, weight = self.positives.lookup(index, self.P, self.turn)  # [N, P] each
+            if self.mask:
+                own = torch.ones_like(index[:, None], dtype=torch.bool)
+                mask = self.slots.mask(torch.cat([index[:, None], positives], 1), torch.cat([own, weight > 0], 1))
+                l_neg = l_neg.masked_fill(mask, -torch.inf)
+            if self.positives.num_edges:
+                rows = self.bank.lookup(positives)  # [N, P, C]
+                l_pos = torch.cat([l_own, torch.einsum("nc,npc->np", q, rows).float() / T], dim=1)  # [N, 1 + P]
+                weight = torch.cat([torch.ones_like(l_own), weight], dim=1)
+                hard = self._hard_positive(index, rows, weight[:, 1:], k)
+            else:
+                weight = None
+        loss = isl = FORMS[self.form](l_pos, l_neg, weight)
+        hp = loss.new_zeros(())
+        if self.active and self.hpe:
+            l_hard = (hard @ queue.to(hard.dtype)).float() / T
+            hp = hard_positive_kl(l_hard.masked_fill(l_neg == -torch.inf, -torch.inf), l_neg)
+            loss = isl + self.hpe * hp
+        acc1 = (l_own[:, 0] >= l_neg.amax(1)).float().mean() * 100
+        self.parts = {"loss": loss.detach(), "isl": isl.detach(), "hpe": hp.detach(), "acc1": acc1.detach()}
+        return loss
+
+    def _hard_positive(self, index: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        """[N, C]: the member of each set whose bank row is the least similar to the image's own; the other view's feature for an empty set."""
+        cosine = torch.einsum("nc,npc->np", self.bank.lookup(index), rows).masked_fill(weight == 0, torch.inf)
+        hardest = cosine.argmin(dim=1)
+        chosen = rows[torch.arange(len(rows), device=rows.device), hardest]
+        return torch.where((weight > 0).any(1, keepdim=True), chosen, other.float())
+
+    def _bank_step(self, im_1: torch.Tensor, im_2: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """im_1 is trained on; im_2 is only looked at, and only for the hard positives of images with an empty set."""
+        f = self.encode(im_1)  # [N, C]
+        positives, weight = self.positives.lookup(index, self.P, self.turn)
+        hard = None
+        if self.hpe:
+            with torch.no_grad():
+                other = self.model.encode(im_2)
+            hard = self._hard_positive(index, self.bank.lookup(positives), weight, other)
+        own = torch.ones_like(weight[:, :1])
+        rows, weight = torch.cat([index[:, None], positives], 1), torch.cat([own, weight], 1)  # [N, 1 + P]
+        isl, hp = bank_loss(f, self.bank.rows, rows, weight, self.model.T, hard, self.form)
+        loss = isl + self.hpe * hp
+        self.bank.update(dist.all_gather_rows(index), dist.all_gather_rows(f.detach()), self.bank_mix)
+        self.parts = {"loss": loss.detach(), "isl": isl.detach(), "hpe": hp.detach()}
+        return loss
+
+    @torch.no_grad()
+    def mine(self, features: torch.Tensor, miner, rng: torch.Generator | None = None, tick: Callable[[], None] | None = None) -> dict:
+        """One round: replace the positives by what `miner` makes of features [M, C] (unit rows) and of the old positives.
+
+        rng: the round's draws; None: seeded by the number of the round. tick: called often, may raise to abandon the round; then nothing
+        has changed. Returns the miner's report. The first round fills the bank, where it still is random, with the features.
+        """
+        rng = rng or torch.Generator().manual_seed(self.round)
+        positives = miner.mine(features, self.positives, rng, tick)
+        if not self.bank.filled:
+            self.bank.fill(features)
+        self.positives = positives.to(self.bank.device)
+        self.round += 1
+        return miner.report
+
+    def state_dict(self) -> dict:
+        """Everything beside the model that a resumed run needs: tensors and plain values. The miner keeps its own."""
+        state = {"bank": self.bank.state_dict(), "positives": self.positives.state_dict(), "round": self.round}
+        if self.slots is not None:
+            state["slots"] = self.slots.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict) -> None:
+        self.bank.load_state_dict(state["bank"])
+        self.positives = PositiveSets.from_state(state["positives"]).to(self.bank.device)
+        self.round = state["round"]
+        if self.slots is not None:
+            self.slots.load_state_dict(state["slots"])
+
+
+def _distributed_encode(model: MoCo | Instance) -> Callable:
+    if dist.world_size() == 1:
+        return model.encode
+    encode = Encode(model)
+    # equal on all ranks by construction, and by far the largest buffer: not to be sent at every forward
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(encode, ["model.queue", "model.queue_ptr"])
+    device = next(model.parameters()).device
+    return DistributedDataParallel(encode, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
+

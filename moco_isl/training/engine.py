@@ -1,0 +1,146 @@
+"""One epoch of training, and one round of mining. The scripts assemble, this runs; it is handed its miner and its judge.
+
+Letters: N batch (of this rank), C feature dimension, M images, P positives of an image after padding.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from moco_isl import dist
+from moco_isl.errors import Interrupted
+from moco_isl.isl import ISL
+from moco_isl.mining.baselines import baselines
+from moco_isl.training.meters import Averages, Clock, Progress, require_finite
+from moco_isl.training.signals import Stop
+
+
+@dataclass
+class Position:
+    """Where a run is: before step `step` of epoch `epoch`; `total` steps have been taken since its start."""
+
+    epoch: int = 0
+    step: int = 0
+    total: int = 0
+    averages: Averages = field(default_factory=Averages)
+
+
+def learning_rate(epoch: int, *, lr: float, epochs: int, cos: bool, schedule: list[int], rounds: int = 1) -> float:
+    """MoCo's learning rate of an epoch: half a cosine over the run, or x 0.1 at every epoch of the schedule.
+
+    With several rounds the epochs are divided evenly, and the schedule starts anew in each.
+    """
+    length = math.ceil(epochs / rounds)
+    epoch = epoch % length
+    if cos:
+        return lr * 0.5 * (1.0 + math.cos(math.pi * epoch / length))
+    return lr * 0.1 ** sum(epoch >= milestone for milestone in schedule)
+
+
+def autocast(device: torch.device, amp: str) -> torch.autocast:
+    """amp: off, bf16 or fp16."""
+    return torch.autocast(device.type, dtype=torch.float16 if amp == "fp16" else torch.bfloat16, enabled=amp != "off")
+
+
+def train_one_epoch(
+    isl: ISL,
+    loader,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    position: Position,
+    *,
+    device: torch.device,
+    stop: Stop,
+    progress: Progress,
+    log: Callable[..., None],
+    save: Callable[[], None],
+    last_good: Callable[[], str],
+    amp: str = "off",
+    print_freq: int = 10,
+    save_every: int = 0,
+    max_steps: int = 0,
+) -> bool:
+    """Train from `position` to the end of its epoch; returns False when max_steps ended the run.
+
+    loader: see `data.train_loader`. log(**values) writes a line of metrics, save() a checkpoint; neither is called between a step's backward
+    pass and its end. Raises Interrupted after saving, when any rank was asked to stop, and RunFailed at a non-finite loss.
+    """
+    isl.model.train()
+    epoch, averages, clock = position.epoch, position.averages, Clock()
+    lr = optimizer.param_groups[0]["lr"]
+
+    def report() -> None:
+        require_finite(averages, epoch, last_good())
+        values = {**averages.interval(), "lr": lr, **clock.read(), **_memory(device)}
+        progress.report(epoch, position.step, values)
+        log(kind="step", epoch=epoch, step=position.step, total=position.total, **values)
+
+    for images, index in loader.epoch(epoch, start_step=position.step):
+        clock.got_data()
+        images = [image.to(device, non_blocking=True) for image in images]  # 2 x [N, 3, S, S]
+        index = index.to(device, non_blocking=True)  # [N]
+        with autocast(device, amp):
+            loss = isl(*images, index)
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+        averages.add(isl.parts, len(index), position.step)
+        position.step += 1
+        position.total += 1
+        clock.step_done(len(index))
+        progress.step(epoch)
+        if position.step % print_freq == 0 or position.step == len(loader):
+            report()
+        if stop.agreed():
+            require_finite(averages, epoch, last_good())
+            save()
+            raise Interrupted(f"saved at epoch {epoch}, step {position.step} of {len(loader)}: go on with --resume auto")
+        if max_steps and position.total >= max_steps:
+            require_finite(averages, epoch, last_good())
+            return False
+        if save_every and position.total % save_every == 0:
+            require_finite(averages, epoch, last_good())
+            save()
+    return True
+
+
+def mine_round(isl: ISL, miner, features: torch.Tensor, labels: torch.Tensor | None, seed: int, stop: Stop,
+               sizes: tuple[int, ...] = (5, 50)) -> dict:
+    """One round of mining on features [M, C] (unit rows, equal on all ranks); returns its report.
+
+    With labels [M] (on the features' device, -1: none) the report has the precision of the sets beside that of each image's own nearest at equal
+    size and of all pairs ranked at equal total; the labels are looked at after the mining. Raises Interrupted when asked to stop:
+    then nothing has changed.
+    """
+    start = time.perf_counter()
+    rng = torch.Generator().manual_seed((seed * 1_000_003 + isl.round) % 2**63)  # a function of seed and round: a resumed round is the same
+    report = dict(isl.mine(features, miner, rng, stop.tick))
+    report |= {"round": isl.round, "seconds": time.perf_counter() - start, **_memory(features.device)}
+    if labels is not None:
+        report |= judge_positives(isl, features, labels, sizes)
+    return report
+
+
+def judge_positives(isl: ISL, features: torch.Tensor, labels: torch.Tensor, sizes: tuple[int, ...]) -> dict:
+    """Precision of the sets and of both Euclidean baselines at the sets' mean size; of the baselines at `sizes` too."""
+    mean = isl.positives.mean_size
+    precision = isl.positives.precision(labels) if isl.positives.num_edges else None
+    if not dist.is_main():
+        return {"precision": precision}
+    at = sorted({*sizes, *([mean] if mean else [])})
+    found = baselines(features, labels, at)
+    return {
+        "precision": precision,
+        **{f"precision_{rule}": found[rule][at.index(mean)] if mean else None for rule in ("own_nearest", "all_pairs")},
+        "baselines": found,
+    }
+
+
+def _memory(device: torch.device) -> dict[str, float]:
+    """Peak memory of the GPU so far, in GiB; nothing on a CPU."""
+    return {"memory_gib": torch.cuda.max_memory_allocated(device) / 2**30} if device.type == "cuda" else {}

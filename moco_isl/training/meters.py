@@ -1,0 +1,118 @@
+"""Averages that stay on the device until they are read, and how they are shown."""
+
+import sys
+import time
+
+import torch
+from tqdm import tqdm
+
+from moco_isl import dist
+from moco_isl.errors import RunFailed
+
+
+class Averages:
+    """Running means of the step's parts, since the last reading and over the epoch; remembers the first step with a non-finite loss.
+
+    Adding never waits for the device. The state goes into checkpoints, so that a resumed epoch ends with the means of the whole epoch.
+    """
+
+    def __init__(self):
+        self.names: list[str] = []
+        self.sums = self.read = None  # [parts + 1] float64 each, the last entry counts images
+        self.bad_step = None  # scalar, -1: none so far
+
+    def add(self, parts: dict[str, torch.Tensor], n: int, step: int) -> None:
+        """Parts of one step over n images."""
+        values = torch.stack([value.double() for value in parts.values()])
+        if self.sums is None or self.names != list(parts):
+            self.names, self.sums = list(parts), values.new_zeros(len(parts) + 1)
+            self.read = self.sums.clone()
+        if self.bad_step is None:
+            self.bad_step = torch.full((), -1, dtype=torch.int64, device=values.device)
+        self.sums += torch.cat([values * n, values.new_full((1,), n)])
+        self.bad_step = torch.where((self.bad_step < 0) & ~torch.isfinite(parts["loss"]), step, self.bad_step)
+
+    def first_bad_step(self) -> int:
+        return -1 if self.bad_step is None else int(self.bad_step)
+
+    def interval(self) -> dict[str, float]:
+        """Means since the last call, over the images of this rank."""
+        fresh = self.sums - self.read
+        self.read = self.sums.clone()
+        return dict(zip(self.names, (fresh[:-1] / fresh[-1]).tolist()))
+
+    def epoch(self) -> dict[str, float]:
+        """Means over the epoch so far, over the images of all ranks."""
+        sums = dist.all_reduce_sum(self.sums.clone())
+        return dict(zip(self.names, (sums[:-1] / sums[-1]).tolist()))
+
+    def state_dict(self) -> dict:
+        return {"names": self.names, "sums": self.sums, "read": self.read}
+
+    def load_state_dict(self, state: dict, device: torch.device) -> None:
+        self.names = state["names"]
+        self.sums, self.read = (None if state[k] is None else state[k].to(device) for k in ("sums", "read"))
+
+
+class Clock:
+    """Seconds a step, and of them seconds waiting for data, since the last reading."""
+
+    def __init__(self):
+        self.steps, self.images, self.data = 0, 0, 0.0
+        self.start = self.mark = time.perf_counter()
+
+    def got_data(self) -> None:
+        self.data += time.perf_counter() - self.mark
+
+    def step_done(self, images: int) -> None:
+        self.steps, self.images, self.mark = self.steps + 1, self.images + images, time.perf_counter()
+
+    def read(self) -> dict[str, float]:
+        """time and data_time: seconds a step; images_per_s: of all ranks."""
+        seconds, steps = max(time.perf_counter() - self.start, 1e-9), max(self.steps, 1)
+        reading = {"time": seconds / steps, "data_time": self.data / steps, "images_per_s": self.images * dist.world_size() / seconds}
+        self.__init__()
+        return reading
+
+
+class Progress:
+    """What a user sees of the steps: MoCo's lines, or one bar over the whole run. Only rank 0 shows anything."""
+
+    def __init__(self, style: str, epochs: int, steps: int, done: int = 0):
+        self.epochs, self.steps, self.bar = epochs, steps, None
+        if style == "bar" and dist.is_main():
+            self.bar = tqdm(total=epochs * steps, initial=done, unit="step", file=sys.stderr, dynamic_ncols=True, mininterval=0.2)
+
+    def step(self, epoch: int) -> None:
+        if self.bar is not None:
+            self.bar.set_description_str(f"epoch {epoch + 1}/{self.epochs}", refresh=False)
+            self.bar.update()
+
+    def report(self, epoch: int, step: int, values: dict[str, float]) -> None:
+        """A line like MoCo's, or the bar's loss."""
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"loss {values['loss']:.3f}", refresh=False)
+        elif dist.is_main():
+            width = len(str(self.steps))
+            line = [f"Epoch: [{epoch}][{step:{width}d}/{self.steps}]", f"Time {values['time']:6.3f}", f"Data {values['data_time']:6.3f}"]
+            line += [f"Loss {values['loss']:.4e}"] + ([f"HPE {values['hpe']:.3e}"] if values.get("hpe") else [])
+            line += [f"Acc@1 {values['acc1']:6.2f}"] if "acc1" in values else []
+            print("\t".join([*line, f"lr {values['lr']:.3e}", f"{values['images_per_s']:.0f} img/s"]), flush=True)
+
+    def say(self, line: str) -> None:
+        """A line of its own, above the bar if there is one."""
+        if dist.is_main():
+            tqdm.write(line, file=sys.stdout) if self.bar is not None else print(line, flush=True)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def require_finite(averages: Averages, epoch: int, last_good: str) -> None:
+    """Raise RunFailed if a loss of this epoch was not finite, naming the step and the last good file. All ranks agree."""
+    bad = averages.first_bad_step()
+    worst = int(dist.all_reduce_max(torch.tensor(bad, device=averages.sums.device)))
+    if worst >= 0:
+        raise RunFailed(f"the loss was not finite at epoch {epoch}, step {worst}; nothing was saved after that; the last good file is {last_good}. "
+                        "Lower --lr or turn --amp off, then resume with --resume auto")
