@@ -1,0 +1,145 @@
+"""Nearest rows and most similar pairs, in pieces: nothing of size M x M is ever held.
+
+Letters: M bank rows, Q queries, C feature dimension, k neighbours. Rows are unit vectors: a dot product is the cosine.
+`topk` and `top_pairs` are the only two ways in: a fused kernel or an approximate index may stand behind them.
+"""
+
+from typing import Callable
+
+import torch
+
+Tensor = torch.Tensor
+
+_BYTES = {"cpu": 32 << 20, "cuda": 1 << 30}  # of one piece of the score matrix: within a CPU's caches, large on a GPU
+_GROUP = 32  # columns whose maximum is looked at first
+
+
+def _bytes(device: torch.device) -> int:
+    return _BYTES.get(device.type, _BYTES["cuda"])
+
+
+def _best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Exact top k of each row of scores [Q, n]. Where k is small, by way of the maxima of groups of columns."""
+    Q, n = scores.shape
+    groups = n // _GROUP
+    if groups < 4 * k:
+        return scores.topk(min(k, n), dim=1)
+    whole = groups * _GROUP
+    # The k best lie in the k groups with the largest maxima, or in the columns left over.
+    top = scores[:, :whole].view(Q, groups, _GROUP).amax(2).topk(k, dim=1).indices  # [Q, k]
+    column = (top[:, :, None] * _GROUP + torch.arange(_GROUP, device=scores.device)).flatten(1)  # [Q, k * _GROUP]
+    if whole < n:
+        rest = torch.arange(whole, n, device=scores.device).expand(Q, -1)
+        column = torch.cat([column, rest], 1)
+    value, at = scores.gather(1, column).topk(k, dim=1)
+    return value, column.gather(1, at)
+
+
+def topk(queries: Tensor, bank: Tensor, k: int, exclude: Tensor | None = None, bytes_limit: int | None = None,
+         tick: Callable[[], None] | None = None) -> tuple[Tensor, Tensor]:
+    """queries [Q, C], bank [M, C] -> cosine [Q, k] float32, falling, and row [Q, k] int64; equal ones by row.
+
+    exclude [Q] (int64) names a bank row an own query may not find (its own; -1 for none). Scores are computed in the
+    bank's dtype (float32 accumulation); those of half-precision banks are recomputed in float32 for the rows found.
+    Holds bytes_limit bytes of scores at a time. Raises ValueError if the bank has too few rows for k.
+    """
+    M = len(bank)
+    if k > M - (exclude is not None):
+        raise ValueError(f"{k} nearest were asked of a bank of {M} rows")
+    limit = bytes_limit or _bytes(bank.device)
+    columns = min(M, max(4 * k, 16384 if bank.device.type == "cpu" else 131072))
+    rows = max(1, limit // (columns * 4))
+    cosine = torch.empty(len(queries), k, device=bank.device)
+    index = torch.empty(len(queries), k, dtype=torch.int64, device=bank.device)
+    for i in range(0, len(queries), rows):
+        q = queries[i:i + rows].to(bank.dtype)
+        own = None if exclude is None else exclude[i:i + rows]
+        found = _search(q, bank, min(k + _spare(bank), M - (own is not None)), own, columns, tick)
+        if bank.dtype != torch.float32:
+            exact = torch.einsum("qc,qkc->qk", queries[i:i + rows].float(), bank[found[1]].float())
+            found = exact, found[1]
+        order = found[1].argsort(dim=1)  # ties by row: sort by row, then stably by cosine
+        value, at = found[0].gather(1, order).sort(dim=1, descending=True, stable=True)
+        cosine[i:i + rows] = value[:, :k]
+        index[i:i + rows] = found[1].gather(1, order).gather(1, at)[:, :k]
+    return cosine, index
+
+
+def _spare(bank: Tensor) -> int:
+    """Rows found beyond k, so that half-precision rounding of scores costs no true neighbour."""
+    return 0 if bank.dtype == torch.float32 else 6
+
+
+def _search(q: Tensor, bank: Tensor, k: int, own: Tensor | None, columns: int, tick) -> tuple[Tensor, Tensor]:
+    value = index = None
+    for j in range(0, len(bank), columns):
+        if tick is not None:
+            tick()
+        scores = q @ bank[j:j + columns].T  # [rows, columns]
+        if own is not None:
+            here = ((own >= j) & (own < j + scores.shape[1])).nonzero().squeeze(1)
+            scores[here, own[here] - j] = -torch.inf
+        v, at = _best(scores, min(k, scores.shape[1]))
+        at = at + j
+        if value is not None:
+            v, at = torch.cat([value, v], 1), torch.cat([index, at], 1)
+            if v.shape[1] > k:
+                v, keep = v.topk(k, dim=1)
+                at = at.gather(1, keep)
+        value, index = v, at
+    return value, index
+
+
+def top_pairs(features: Tensor, total: int, bytes_limit: int | None = None, seed: int = 0,
+              tick: Callable[[], None] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The `total` most similar pairs of the whole data set: cosine [total], lower [total], higher [total], falling.
+
+    Exact up to the rounding of scores in the features' dtype (equal cosines: lowest images first): a bound is guessed
+    from a sample of rows, all pairs above it are collected from the upper triangle, and the best of them are returned;
+    a bound that let too few through is lowered. features [M, C]. Raises ValueError if there are fewer pairs.
+    """
+    M = len(features)
+    pairs = M * (M - 1) // 2
+    if total > pairs:
+        raise ValueError(f"{total} pairs were asked of {M} images, which make {pairs}")
+    limit = bytes_limit or _bytes(features.device)
+    bound = _guess_bound(features, total / pairs, seed)
+    while True:
+        cosine, key = _pairs_above(features, bound, limit, tick)
+        if len(cosine) >= total:
+            break
+        bound = bound - 0.02 - 0.1 * abs(bound)
+    key, order = key.sort()
+    cosine, at = cosine[order].sort(descending=True, stable=True)
+    key = key[at[:total]]
+    return cosine[:total], torch.div(key, M, rounding_mode="floor"), key % M
+
+
+def _guess_bound(features: Tensor, share: float, seed: int) -> float:
+    """A cosine that somewhat more than `share` of all pairs exceed."""
+    M, generator = len(features), torch.Generator().manual_seed(seed)
+    rows = torch.randint(M, (min(M, 256),), generator=generator).to(features.device)
+    columns = torch.randint(M, (min(M, 65536),), generator=generator).to(features.device)
+    scores = (features[rows] @ features[columns].T).float()
+    scores = scores[rows[:, None] != columns]
+    count = min(len(scores), int(1.1 * share * len(scores)) + 32)
+    return float(scores.topk(count).values[-1])
+
+
+def _pairs_above(features: Tensor, bound: float, limit: int, tick) -> tuple[Tensor, Tensor]:
+    """Cosines and keys (lower * M + higher) of all pairs above or at the bound."""
+    M = len(features)
+    side = max(1, min(M, int((limit / 4) ** 0.5)))
+    cosines, keys = [], []
+    for i in range(0, M, side):
+        for j in range(i, M, side):
+            if tick is not None:
+                tick()
+            scores = features[i:i + side] @ features[j:j + side].T
+            passed = scores >= bound
+            if i == j:
+                passed.triu_(1)
+            row, column = passed.nonzero(as_tuple=True)
+            cosines.append(scores[row, column].float())
+            keys.append((row + i) * M + column + j)
+    return torch.cat(cosines), torch.cat(keys)

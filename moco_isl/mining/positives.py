@@ -1,0 +1,163 @@
+"""Mined sets of positives, one an image, as compressed sparse rows (CSR) on a device.
+
+Letters: M images in the data set, E directed edges, N batch, P positives of an image after padding.
+"""
+
+import torch
+
+Tensor = torch.Tensor
+
+
+class PositiveSets:
+    """For every image the other images that are taken to mean the same; the image itself is not stored.
+
+    Set i is members[offsets[i]:offsets[i + 1]], the surest first and among equally sure ones the lowest index first.
+      offsets  [M + 1] int64
+      members  [E] int32 (M < 2^31), images
+      weights  [E] float32, what an edge counts in the loss: 1 unless a miner says otherwise
+      sureness [E] float32, what edges are ranked by, on the miner's own scale; never used in a loss
+    """
+
+    def __init__(self, offsets: Tensor, members: Tensor, weights: Tensor, sureness: Tensor):
+        self.offsets, self.members, self.weights, self.sureness = offsets, members, weights, sureness
+
+    @classmethod
+    def empty(cls, M: int, device: torch.device | str = "cpu") -> "PositiveSets":
+        none = torch.empty(0, device=device)
+        return cls(torch.zeros(M + 1, dtype=torch.int64, device=device), none.int(), none, none.clone())
+
+    @classmethod
+    def from_edges(cls, M: int, src: Tensor, dst: Tensor, weight: Tensor | None = None, symmetric: bool = True,
+                   sureness: Tensor | None = None) -> "PositiveSets":
+        """Sets from edges src [E] -> dst [E], in any order and with doubles.
+
+        Self edges go; of a double edge (either direction where `symmetric`) the largest weight and the largest sureness
+        stay; `symmetric` adds the way back of every edge. Missing weights are 1, missing sureness is 0 (order by index).
+        Raises ValueError for an image outside 0..M-1. Needs about 60 bytes a directed edge while it works.
+        """
+        if len(src) and (int(torch.minimum(src.min(), dst.min())) < 0 or int(torch.maximum(src.max(), dst.max())) >= M):
+            raise ValueError(f"edges must join images 0 to {M - 1}")
+        src, dst, (weight, sureness) = _unique(M, src, dst, [weight, sureness], symmetric)
+        if symmetric:
+            # For any image first its partners of lower index, then those of higher, each ascending: sorted for the ties.
+            src, dst = torch.cat([dst, src]), torch.cat([src, dst])
+            weight, sureness = (None if x is None else torch.cat([x, x]) for x in (weight, sureness))
+        if symmetric or sureness is not None:
+            order = _surest_first(src, sureness)
+            dst = dst[order]
+            weight, sureness = (None if x is None else x[order] for x in (weight, sureness))
+            del order
+        offsets = torch.zeros(M + 1, dtype=torch.int64, device=src.device)
+        torch.cumsum(torch.bincount(src, minlength=M), 0, out=offsets[1:])
+        ones = lambda: torch.ones(len(dst), device=dst.device)
+        return cls(offsets, dst.int(), ones() if weight is None else weight, ones() * 0 if sureness is None else sureness)
+
+    @property
+    def device(self) -> torch.device:
+        return self.members.device
+
+    @property
+    def num_images(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def num_edges(self) -> int:
+        """Directed edges E: a pair that is mutual counts twice."""
+        return len(self.members)
+
+    def sizes(self) -> Tensor:
+        """[M] int64, members of each set."""
+        return self.offsets.diff()
+
+    @property
+    def mean_size(self) -> float:
+        return self.num_edges / max(self.num_images, 1)
+
+    @property
+    def coverage(self) -> float:
+        """Share of images with a positive."""
+        return float((self.sizes() > 0).float().mean()) if self.num_images else 0.0
+
+    def in_degree(self) -> Tensor:
+        """[M] int64, in how many sets each image stands."""
+        return torch.bincount(self.members, minlength=self.num_images)
+
+    def sources(self) -> Tensor:
+        """[E] int64, the image whose set each edge belongs to."""
+        return torch.repeat_interleave(self.sizes(), output_size=self.num_edges)
+
+    def precision(self, labels: Tensor) -> float:
+        """Share of edges whose two ends have the same label; NaN without edges. Logged, never used."""
+        labels = labels.to(self.device)
+        return float((labels[self.sources()] == labels[self.members]).double().mean())
+
+    def lookup(self, index: Tensor, P: int, turn: int = 0) -> tuple[Tensor, Tensor]:
+        """index [N] -> positives [N, P] int64 and weights [N, P]; padding is the image itself at weight 0.
+
+        A set larger than P gives P consecutive members, a window that moves on by P with every `turn` (the epoch) and
+        around: each positive has its turn, and no draw is needed that ranks or a resumed run would have to repeat.
+        """
+        column = torch.arange(P, device=index.device)
+        if not self.num_edges:
+            return index[:, None].repeat(1, P), torch.zeros(len(index), P, device=index.device)
+        first = self.offsets[index]
+        size = self.offsets[index + 1] - first  # [N]
+        start = torch.where(size > P, turn * P % size.clamp(min=1), 0)
+        valid = column < size[:, None]  # [N, P]
+        edge = torch.where(valid, first[:, None] + (start[:, None] + column) % size.clamp(min=1)[:, None], 0)
+        return torch.where(valid, self.members[edge].long(), index[:, None]), torch.where(valid, self.weights[edge], 0)
+
+    def union(self, other: "PositiveSets") -> "PositiveSets":
+        """Edges of either; of an edge in both the larger weight and sureness. Adds no ways back."""
+        both = lambda name: torch.cat([getattr(self, name), getattr(other, name).to(self.device)])
+        src = torch.cat([self.sources(), other.sources().to(self.device)])
+        return PositiveSets.from_edges(self.num_images, src, both("members"), both("weights"), False, both("sureness"))
+
+    def to(self, device: torch.device | str) -> "PositiveSets":
+        return PositiveSets(*(x.to(device) for x in (self.offsets, self.members, self.weights, self.sureness)))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"offsets": self.offsets, "members": self.members, "weights": self.weights, "sureness": self.sureness}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Tensor]) -> "PositiveSets":
+        return cls(state["offsets"], state["members"], state["weights"], state["sureness"])
+
+
+def _unique(M: int, src: Tensor, dst: Tensor, values: list[Tensor | None], undirected: bool):
+    """Distinct edges, sorted by (src, dst), without self edges, with the largest of each of `values`.
+
+    Where `undirected`, i -> j and j -> i are one edge, returned as lower -> higher.
+    """
+    # One int64 key an edge: M squared fits for any M below 3e9.
+    key = torch.minimum(src, dst).long() if undirected else src.long()
+    key = key.mul_(M) if key is not src else key * M
+    key += torch.maximum(src, dst) if undirected else dst
+    other = src != dst
+    if not bool(other.all()):
+        key = key[other]
+        values = [None if x is None else x[other] for x in values]
+    del other
+    if all(x is None for x in values):
+        key = torch.unique_consecutive(key.sort().values)
+    else:
+        key, order = key.sort()
+        new = torch.ones_like(key, dtype=torch.bool)
+        torch.ne(key[1:], key[:-1], out=new[1:])
+        if bool(new.all()):
+            values = [None if x is None else x.float()[order] for x in values]
+        else:
+            group = new.cumsum(0).sub_(1)  # [E] which distinct edge
+            key = key[new]
+            values = [None if x is None else torch.full((len(key),), -torch.inf, device=key.device)
+                      .scatter_reduce_(0, group, x.float()[order], "amax") for x in values]
+    return torch.div(key, M, rounding_mode="floor"), key % M, values
+
+
+def _surest_first(src: Tensor, sureness: Tensor | None) -> Tensor:
+    """[E] the stable order by (src, falling sureness): equal ones stay as they came."""
+    if sureness is None:
+        return src.sort(stable=True).indices
+    bits = sureness.view(torch.int32).long()
+    bits = torch.where(bits < 0, -0x80000000 - bits, bits)  # as integers, floats of one sign order like their bits
+    return (src << 32).sub_(bits).sort(stable=True).indices
