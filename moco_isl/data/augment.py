@@ -162,11 +162,10 @@ class BatchViews:
         self.size = size
         self.dtype = dtype
 
-    def views(self, images: torch.Tensor, seed: int, epoch: int, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """images uint8 [N, 3, H, W], index int64 [N] -> (im_q, im_k), normalised, [N, 3, S, S] each."""
-        u = torch.cat([uniforms(seed, epoch, index, view, self.draws) for view in (0, 1)])  # [2N, draws]
-        im_q, im_k = self.apply(torch.cat([images, images]), u).chunk(2)
-        return im_q, im_k
+    def views(self, images: torch.Tensor, seed: int, epoch: int, index: torch.Tensor, views: int = 2) -> tuple[torch.Tensor, ...]:
+        """images uint8 [N, 3, H, W], index int64 [N] -> (im_q, im_k), or as many views as asked, normalised, [N, 3, S, S] each."""
+        u = torch.cat([uniforms(seed, epoch, index, view, self.draws) for view in range(views)])  # [views * N, draws]
+        return self.apply(torch.cat([images] * views), u).chunk(views)
 
     def apply(self, images: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
         """One view: images uint8 [N, 3, H, W], u [N, draws] -> [N, 3, S, S], a function of its arguments alone."""

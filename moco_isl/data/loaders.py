@@ -18,7 +18,7 @@ from moco_isl.data.datasets import ImagesInMemory
 from moco_isl.data.draws import permutation, seeded
 from moco_isl.errors import BadInput, RunFailed
 
-Batch = tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]
+Batch = tuple[tuple[torch.Tensor, ...], torch.Tensor]
 
 
 # ---------------------------------------------------------------- inside the workers
@@ -58,20 +58,21 @@ class _Reader:
 
 
 class _TrainItems(Dataset):
-    """(epoch, i) -> two views of image i. The epoch travels with the request, so that workers kept over epochs cannot hold an old one."""
+    """(epoch, i) -> the views of image i. The epoch travels with the request, so that workers kept over epochs cannot hold an old one."""
 
-    def __init__(self, reader: _Reader, augmentation: Callable, seed: int):
+    def __init__(self, reader: _Reader, augmentation: Callable, seed: int, views: int):
         self.reader = reader
         self.augmentation = augmentation
         self.seed = seed
+        self.views = views
 
     def __getitem__(self, key: tuple[int, int]):
         epoch, i = key
         image, broken = self.reader(i)
         if image is None:
-            return torch.zeros(0), torch.zeros(0), i, broken
+            return *[torch.zeros(0)] * self.views, i, broken
         views = []
-        for view in (0, 1):
+        for view in range(self.views):
             with seeded(self.seed, epoch, i, view):
                 views.append(self.augmentation(image))
         return *views, i, broken
@@ -184,11 +185,11 @@ class FileTrainLoader(_FileLoader):
     """What train_loader gives for images augmented one by one in worker processes."""
 
     def __init__(self, dataset: Dataset, augmentation: Callable, plan: _Plan, workers: int, device, max_bad_images: int,
-                 pin_memory: bool | None, fast: bool):
+                 pin_memory: bool | None, fast: bool, views: int):
         reader = _Reader(dataset, getattr(augmentation, "smallest", None) if fast else None)
         self.plan = plan
         self.max_bad_images = max_bad_images
-        super().__init__(_TrainItems(reader, augmentation, plan.seed), plan, reader, augmentation, workers, device, pin_memory)
+        super().__init__(_TrainItems(reader, augmentation, plan.seed, views), plan, reader, augmentation, workers, device, pin_memory)
 
     def __len__(self) -> int:
         return self.plan.steps
@@ -196,8 +197,8 @@ class FileTrainLoader(_FileLoader):
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """((im_q, im_k) float [N, 3, S, S] each, index int64 [N]) from start_step on; earlier images are not loaded. Raises RunFailed."""
         self.plan.epoch, self.plan.start_step = epoch, start_step
-        for im_q, im_k, index in self._batches(self.max_bad_images):
-            yield (im_q, im_k), index
+        for *views, index in self._batches(self.max_bad_images):
+            yield tuple(views), index
 
 
 class FileEvalLoader(_FileLoader):
@@ -234,9 +235,10 @@ class _MemoryLoader:
 class MemoryTrainLoader(_MemoryLoader):
     """What train_loader gives for images held and augmented on the device; the same interface as FileTrainLoader."""
 
-    def __init__(self, dataset: ImagesInMemory, augmentation: BatchViews, plan: _Plan, device, max_bad_images: int):
+    def __init__(self, dataset: ImagesInMemory, augmentation: BatchViews, plan: _Plan, device, max_bad_images: int, views: int):
         super().__init__(dataset, device)
         self.augmentation = augmentation
+        self.views = views
         self.plan = plan
         self.max_bad_images = max_bad_images
 
@@ -249,7 +251,7 @@ class MemoryTrainLoader(_MemoryLoader):
         if not steps:
             return
         for index in torch.cat(steps).to(self.images.device).split([len(rows) for rows in steps]):  # one copy to the device an epoch
-            yield self.augmentation.views(self.images[index], self.plan.seed, epoch, index), index
+            yield self.augmentation.views(self.images[index], self.plan.seed, epoch, index, self.views), index
 
 
 class MemoryEvalLoader(_MemoryLoader):
@@ -271,8 +273,8 @@ class MemoryEvalLoader(_MemoryLoader):
 # ---------------------------------------------------------------- the two doors
 
 def train_loader(dataset: Dataset, *, augmentation: Callable, batch_size: int, seed: int, workers: int = 0, device="cpu", multiple: int = 1,
-                 max_bad_images: int = 0, pin_memory: bool | None = None, fast: bool = False) -> FileTrainLoader | MemoryTrainLoader:
-    """Batches of two views. len() is the number of steps an epoch; .epoch(epoch, start_step=0) iterates ((im_q, im_k), index), on the device.
+                 max_bad_images: int = 0, pin_memory: bool | None = None, fast: bool = False, views: int = 2) -> FileTrainLoader | MemoryTrainLoader:
+    """Batches of two views (or `views`: a supervised probe takes one). len() is the number of steps an epoch; .epoch(epoch, start_step=0) iterates ((im_q, im_k), index), on the device.
 
     Global batch b of an epoch is permutation(seed, epoch)[b B : (b + 1) B], B = batch_size over all ranks; each rank takes its contiguous share. The last,
     smaller batch is kept, trimmed to a multiple of ranks x `multiple`; so up to that number less one of images sit an epoch out, others in the next.
@@ -282,10 +284,10 @@ def train_loader(dataset: Dataset, *, augmentation: Callable, batch_size: int, s
     """
     plan = _Plan(len(dataset), batch_size, seed, multiple)
     if not isinstance(augmentation, BatchViews):
-        return FileTrainLoader(dataset, augmentation, plan, workers, device, max_bad_images, pin_memory, fast)
+        return FileTrainLoader(dataset, augmentation, plan, workers, device, max_bad_images, pin_memory, fast, views)
     if not isinstance(dataset, ImagesInMemory):
         raise BadInput("augmentation on the device needs images in memory: expected a data set held whole; pass it through load_into_memory")
-    return MemoryTrainLoader(dataset, augmentation, plan, device, max_bad_images)
+    return MemoryTrainLoader(dataset, augmentation, plan, device, max_bad_images, views)
 
 
 def eval_loader(dataset: Dataset, *, transform: Callable, batch_size: int, workers: int = 0, device="cpu",
