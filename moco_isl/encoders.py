@@ -21,6 +21,7 @@ from moco_isl import dist
 from moco_isl.errors import BadInput, RunFailed
 
 STEMS = ("auto", "imagenet", "cifar")
+AMP_TYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 CIFAR_SIDE = 64  # up to this many pixels a side, stem "auto" means "cifar"
 _NARROW = re.compile(r"resnet(18|34|50)w([1-9]\d*)")
 _NARROW_LAYERS = {
@@ -411,18 +412,24 @@ def extract_features(
     """
     device = torch.device(device)
     autocast = torch.autocast(device.type, dtype=amp) if amp is not None else nullcontext()
-    parts, indices = {}, [torch.empty(0, dtype=torch.int64, device=device)]
+    alone = dist.world_size() == 1  # then rows go straight to their place: the bank is held once
+    bank, parts, indices = {}, {}, [torch.empty(0, dtype=torch.int64, device=device)]
     with evaluating(encoder), torch.no_grad(), autocast:
         for images, index in loader:
+            index = index.to(device)
+            indices.append(index)
             out = encoder(images.to(device, non_blocking=True))
-            for layer, features in (out if isinstance(out, dict) else {None: out}).items():
-                features = features.float()
-                parts.setdefault(layer, []).append(F.normalize(features, dim=1) if normalize else features)
-            indices.append(index.to(device))
+            for layer, rows in (out if isinstance(out, dict) else {None: out}).items():
+                rows = F.normalize(rows.float(), dim=1) if normalize else rows.float()
+                if not alone:
+                    parts.setdefault(layer, []).append(rows)
+                    continue
+                if layer not in bank:
+                    bank[layer] = torch.empty(M, *rows.shape[1:], device=device)
+                bank[layer].index_copy_(0, index, rows)
     index = dist.all_gather_rows(torch.cat(indices))
     if len(index) != M or not torch.equal(index.sort().values, torch.arange(M, device=device)):
         raise RunFailed(f"features of {len(index)} images came where each of {M} was expected exactly once")
-    bank = {}
     for layer, rows in _same_on_all_ranks(parts, device).items():
         rows = dist.all_gather_rows(rows)
         bank[layer] = torch.empty_like(rows).index_copy_(0, index, rows)
@@ -432,9 +439,7 @@ def extract_features(
 def _same_on_all_ranks(parts: dict, device: torch.device) -> dict[str | None, torch.Tensor]:
     """One tensor a layer, also on a rank whose share was empty, which takes the row shape of the others."""
     shapes = [s for s in dist.gather_objects({layer: rows[0].shape[1:] for layer, rows in parts.items()}) if s]
-    if not shapes:
-        raise RunFailed("no image to take features of")
     return {
         layer: torch.cat(parts.pop(layer)) if layer in parts else torch.empty(0, *row, device=device)
-        for layer, row in shapes[0].items()
+        for layer, row in (shapes[0] if shapes else {}).items()
     }

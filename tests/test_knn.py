@@ -1,13 +1,23 @@
 """Weighted kNN and few-label accuracy against loops, closed forms and another library."""
 
+import json
 import math
+import re
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
+from torchvision.transforms.functional import to_pil_image
 
+import main_knn
+from moco_isl import data
+from moco_isl.builder import MoCo
+from moco_isl.encoders import build_encoder
 from moco_isl.errors import BadInput
 from moco_isl.evaluation import knn
+from tests.ranks import run_ranks
 
 
 def features(n, dim, seed):
@@ -116,3 +126,117 @@ def test_few_shot_of_separated_classes_is_perfect_and_too_few_images_are_said():
     assert knn.few_shot(rows, labels, rows, labels, shots=2) == (1.0, 0.0)
     with pytest.raises(BadInput, match="11 shots.*only 10"):
         knn.few_shot(rows, labels, rows, labels, shots=11)
+
+
+# ---- the script, on the embedded digits
+
+
+@pytest.fixture(scope="module")
+def moco_file(tmp_path_factory):
+    """An untrained MoCo of the demo's network: enough to hold the script to the loops."""
+    torch.manual_seed(0)
+    model = MoCo(partial(build_encoder, "digits"), dim=16, K=32, mlp=True)
+    path = tmp_path_factory.mktemp("knn") / "file.pth.tar"
+    torch.save(
+        {"epoch": 3, "arch": "digits", "state_dict": {f"module.{n}": t for n, t in model.state_dict().items()}}, path
+    )
+    return path, model
+
+
+def run_main(*argv):
+    return main_knn.main([str(a) for a in (*argv, "--workers", 0, "--device", "cpu")])
+
+
+def results(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def digit_features(model, split):
+    dataset = data.build_dataset("digits", split=split)
+    images = torch.stack([dataset[i][0] for i in range(len(dataset))])
+    x = data.get_eval_transform("digits", 16).normalize(images)
+    seen = {}
+    with torch.no_grad():
+        model.eval()
+        model.encoder_q.fc.register_forward_pre_hook(lambda m, inputs: seen.update(backbone=inputs[0]))
+        out = model.encoder_q(x)
+    return {"output": F.normalize(out, dim=1), "backbone": F.normalize(seen["backbone"], dim=1)}, dataset.labels
+
+
+def test_script_reports_both_features_and_uses_kept_ones(moco_file, tmp_path, capsys):
+    path, model = moco_file
+    kept = tmp_path / "kept.safetensors"
+    flags = ["--pretrained", path, "--dataset", "digits", "--k", 1, 20, "--T", 0.1, 0.5, "--features", kept]
+    assert run_main(*flags, "--out", tmp_path / "a") == 0
+    found = results(tmp_path / "a")
+    train, labels = digit_features(model, "train")
+    val, truth = digit_features(model, "val")
+    assert (found["M"], found["queries"], found["protocol"]) == (1437, 360, "val")
+    assert {(r["feature"], r["dim"]) for r in found["results"]} == {("output", 16), ("backbone", 128)}
+    assert len(found["results"]) == 2 * 2 * 2
+    for r in found["results"]:
+        predicted = knn.weighted_knn(val[r["feature"]], train[r["feature"]], labels, r["k"], r["T"])
+        assert r["top1"] == pytest.approx(100 * (predicted == truth).double().mean().item(), abs=0.3)
+    assert found["results"][0]["top1"] > 50  # random features of digits are far above chance
+    capsys.readouterr()
+    # again from the file: the same numbers, without encoder or images
+    assert run_main("--features", kept, "--k", 1, 20, "--T", 0.1, 0.5, "--out", tmp_path / "b") == 0
+    assert results(tmp_path / "b")["results"] == found["results"]
+    assert "used all" not in capsys.readouterr().out
+    # features of another file are refused
+    other = tmp_path / "other.pth"
+    torch.save(build_encoder("digits").state_dict(), other)
+    assert run_main("--pretrained", other, "--dataset", "digits", "--features", kept) == 2
+    assert "sha256" in capsys.readouterr().err
+
+
+def test_script_leaves_one_out_where_there_is_no_val(moco_file, tmp_path, capsys):
+    path, model = moco_file
+    dataset = data.build_dataset("digits", split="val")
+    for i in range(60):
+        folder = tmp_path / "images" / "train" / dataset.classes[dataset.labels[i]]
+        folder.mkdir(parents=True, exist_ok=True)
+        to_pil_image(dataset[i][0]).save(folder / f"{i:03d}.png")
+    flags = ["--pretrained", path, tmp_path / "images", "--image-size", 16, "--k", 3, 200]
+    assert run_main(*flags, "--out", tmp_path / "out", "--features", tmp_path / "kept.safetensors") == 0
+    found = results(tmp_path / "out")
+    assert found["protocol"].startswith("leave-one-out") and found["M"] == found["queries"] == 60
+    assert {r["k"] for r in found["results"]} == {3, 59} and "59 instead" in capsys.readouterr().out
+    kept = load_file(tmp_path / "kept.safetensors")
+    for r in found["results"]:
+        bank, labels = kept[f"train.{r['feature']}"], kept["train.labels"]
+        predicted = knn_by_loops(bank, bank, labels, r["k"], 0.1, leave_one_out=True)
+        assert r["top1"] == pytest.approx(100 * (predicted == labels).double().mean().item())
+
+
+def _main_on_a_rank(rank, world, argv):
+    return main_knn.main(argv)
+
+
+def test_two_ranks_equal_one_process(moco_file, tmp_path):
+    flags = ["--pretrained", str(moco_file[0]), "--dataset", "digits", "--k", "5", "--workers", "0", "--device", "cpu"]
+    assert main_knn.main([*flags, "--out", str(tmp_path / "one")]) == 0
+    assert run_ranks(2, _main_on_a_rank, [*flags, "--out", str(tmp_path / "two"), "--batch-size", "100"]) == [0, 0]
+    assert results(tmp_path / "one")["results"] == results(tmp_path / "two")["results"]
+
+
+@pytest.mark.parametrize(
+    "flags,said",
+    [
+        ([], "no encoder"),
+        (["--pretrained", "nowhere.pth"], "no file at 'nowhere.pth'"),
+        (["--pretrained", "FILE", "-a", "resnet18"], "does not fit resnet18.*looks like digits"),
+        (["--pretrained", "FILE", "--k", "0"], "--k 0 is out of range"),
+        (["--pretrained", "FILE", "--T", "0"], "--T 0.0 is out of range"),
+        (["--pretrained", "FILE", "--neighbours", "3"], "unrecognized arguments: --neighbours"),
+        (["--pretrained", "FILE", "--dataset", "folder"], "needs a DIR"),
+        (["--pretrained", "FILE", "--dataset", "folder", "nowhere"], "no such folder: nowhere"),
+        (["--features", "FILE"], "cannot read features"),
+        (["--features", "FOLDER"], "is a folder"),
+    ],
+)
+def test_bad_input_is_one_line_and_code_2(moco_file, tmp_path, capsys, flags, said):
+    flags = [{"FILE": str(moco_file[0]), "FOLDER": str(tmp_path)}.get(f, f) for f in flags]
+    assert run_main(*(["--dataset", "digits"] if "--dataset" not in flags else []), *flags) == 2
+    error = capsys.readouterr().err
+    assert re.search(said, error) and error.count("\n") == 1

@@ -14,21 +14,18 @@ from moco_isl.mining.neighbors import topk
 
 @torch.no_grad()
 def nearest(
-    queries: torch.Tensor, bank: torch.Tensor, k: int, chunk: int | None = None, leave_one_out: bool = False
+    queries: torch.Tensor, bank: torch.Tensor, k: int, chunk: int | None = None, exclude: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The k most similar bank rows of each query, most similar first: (similarity [Q, k] float32, row [Q, k]).
 
-    queries [Q, C] and bank [M, C] on one device. leave_one_out: queries are the bank itself and no row may find itself.
-    About `chunk` similarities are held at a time. Raises BadInput where the bank has fewer than k rows to give.
+    queries [Q, C] and bank [M, C] on one device. exclude [Q]: a row that the query may not find (itself). About `chunk`
+    similarities are held at a time. Raises BadInput where the bank has fewer than k rows to give.
     """
-    M = len(bank)
-    if not 1 <= k <= M - leave_one_out:
-        left_out = " less the image itself" if leave_one_out else ""
-        raise BadInput(f"{k} neighbours (k) asked of a bank of {M} images{left_out}: choose 1 to {M - leave_one_out}")
-    if leave_one_out and len(queries) != M:
-        raise ValueError("leave_one_out means that the queries are the bank")
-    own = torch.arange(M, device=bank.device) if leave_one_out else None
-    return topk(queries, bank, k, exclude=own, bytes_limit=4 * chunk if chunk else None)
+    most = len(bank) - (exclude is not None)
+    if not 1 <= k <= most:
+        left_out = " less the image itself" if exclude is not None else ""
+        raise BadInput(f"{k} neighbours (k) asked of a bank of {len(bank)} images{left_out}: choose 1 to {most}")
+    return topk(queries, bank, k, exclude=exclude, bytes_limit=4 * chunk if chunk else None)
 
 
 @torch.no_grad()
@@ -52,15 +49,18 @@ def knn_grid(
     Ts: Sequence[float],
     num_classes: int | None = None,
     chunk: int | None = None,
-    leave_one_out: bool = False,
+    exclude: torch.Tensor | None = None,
 ) -> dict[tuple[int, float], torch.Tensor]:
-    """(k, T) -> predicted labels [Q], for every pair, from one search for the largest k; see `weighted_knn`."""
+    """(k, T) -> predicted labels [Q], for every pair, from one search for the largest k.
+
+    exclude [Q]: a bank row that the query may not find. The rest as `weighted_knn`.
+    """
     if min(Ts) <= 0:
         raise BadInput(f"T {min(Ts)} must be above 0")
     if min(ks) < 1:
         raise BadInput(f"k {min(ks)} must be 1 or more")
     labels = labels.to(bank.device)
-    similarity, row = nearest(queries, bank, max(ks), chunk, leave_one_out)
+    similarity, row = nearest(queries, bank, max(ks), chunk, exclude)
     found = labels[row]  # [Q, k]
     classes = num_classes or int(labels.max()) + 1
     return {(k, T): vote(similarity[:, :k], found[:, :k], T, classes) for k in ks for T in Ts}
@@ -81,7 +81,10 @@ def weighted_knn(
     queries [Q, C], bank [M, C]: unit rows; labels [M]. chunk: similarities held at a time. leave_one_out: the queries
     are the bank, and no image votes for itself. Raises BadInput where k or T make no sense for this bank.
     """
-    return knn_grid(queries, bank, labels, [k], [T], num_classes, chunk, leave_one_out)[k, T]
+    if leave_one_out and len(queries) != len(bank):
+        raise ValueError("leave_one_out means that the queries are the bank")
+    own = torch.arange(len(bank), device=bank.device) if leave_one_out else None
+    return knn_grid(queries, bank, labels, [k], [T], num_classes, chunk, own)[k, T]
 
 
 @torch.no_grad()

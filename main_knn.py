@@ -1,0 +1,220 @@
+#!/usr/bin/env python
+"""Judge features by weighted nearest neighbours: no training, no knob that matters much.
+
+From a checkpoint to a number:     python main_knn.py --pretrained runs/x/checkpoint_last.pth.tar DIR
+Several k and T in one pass:       ... --k 20 50 200 --T 0.07 0.1
+Keep the features, use them again: ... --features x.safetensors
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from moco_isl import data, dist
+from moco_isl.encoders import AMP_TYPES, BACKBONE, OUTPUT, STEMS, Taps
+from moco_isl.errors import RunFailed
+from moco_isl.evaluation import features
+from moco_isl.evaluation.backbone import describe, load_backbone
+from moco_isl.evaluation.knn import knn_grid
+from moco_isl.training import cli
+
+
+def get_parser() -> cli.Parser:
+    parser = cli.Parser(description=__doc__)
+    cli.add_data_options(parser)
+    group = parser.add_argument_group("encoder")
+    group.add_argument(
+        "--pretrained",
+        default="",
+        metavar="FILE",
+        help="checkpoint of ours or MoCo's, or a state dict of torchvision or timm (.safetensors too)",
+    )
+    group.add_argument("-a", "--arch", help="architecture (default: as the file says or its tensors show)")
+    group.add_argument("--stem", choices=STEMS, default="auto", help="auto: as the tensors of the file show")
+    group.add_argument("--key", action="store_true", help="judge the key encoder of a MoCo file, not the query encoder")
+    group = parser.add_argument_group("neighbours")
+    group.add_argument(
+        "--k",
+        type=int,
+        nargs="+",
+        default=[200],
+        help="neighbours that vote (default: 200); several are judged in one pass",
+    )
+    group.add_argument(
+        "--T",
+        type=float,
+        nargs="+",
+        default=[0.1],
+        help="temperature of a vote's weight exp(similarity / T) (default: 0.1)",
+    )
+    group = parser.add_argument_group("run")
+    group.add_argument("--config", metavar="FILE.yaml", help="flags by name; the command line wins")
+    group.add_argument("--out", metavar="DIR", help="folder to write results.json into (default: only print)")
+    group.add_argument(
+        "--features", metavar="FILE.safetensors", help="keep the features in this file, or use those that are in it"
+    )
+    group.add_argument("-b", "--batch-size", type=int, default=256, help="images at a time on each rank (default: 256)")
+    group.add_argument(
+        "-j", "--workers", type=int, default=32, help="number of data loading workers (default: 32), at most one a core"
+    )
+    group.add_argument(
+        "--amp", choices=AMP_TYPES, default="off", help="half precision in the network; bf16 on any recent GPU"
+    )
+    cli.add_distributed_options(parser)
+    return parser
+
+
+def check_args(args) -> None:
+    args.k, args.T = sorted(set(args.k)), sorted(set(args.T))
+    for name, low, low_open in (("k", 1, False), ("T", 0, True), ("batch_size", 1, False), ("workers", 0, False)):
+        cli.check_range(args, name, low, low_open=low_open)
+    kept = args.features is not None and Path(args.features).exists()
+    cli.check(
+        args.pretrained or kept, "no encoder: give --pretrained FILE (or --features FILE with features kept before)"
+    )
+    cli.check(
+        args.features is None or not Path(args.features).is_dir(),
+        f"--features '{args.features}' is a folder: expected a file name",
+    )
+    if not kept:  # what does not fit shows here, before any rank starts
+        cli.check_data_options(args)
+        load_backbone(args.pretrained, args.arch, args.stem, args.key)
+        features.labelled(args.dataset, args.data, "train", args.download)
+    else:
+        cli.check(
+            not args.pretrained or Path(args.pretrained).is_file(),
+            f"no file at --pretrained '{args.pretrained}': check the path",
+        )
+
+
+def main(argv: list[str] | None = None, stop=None) -> int:
+    """Run with flags argv; returns the exit code."""
+    return cli.exit_code(run, argv, stop)
+
+
+def run(argv: list[str] | None, stop) -> None:
+    args = get_parser().parse_args(argv)
+    check_args(args)
+    cli.launch(worker, args, stop)
+
+
+def say(line: str) -> None:
+    if dist.is_main():
+        print(line, flush=True)
+
+
+def worker(args, stop) -> None:
+    """One rank: features of both splits, neighbours of its share of the queries, the results of all."""
+    device = cli.resolve_device(args)
+    splits, facts = get_features(args, device)
+    start = time.perf_counter()
+    results = judge(splits, args.k, args.T)
+    protocol = "val" if "val" in splits else "leave-one-out on train"
+    say(
+        features.table(
+            ("feature", "dim", "k", "T", "top-1"),
+            [(r["feature"], r["dim"], r["k"], f"{r['T']:g}", r["top1"]) for r in results],
+        )
+    )
+    M, Q = len(splits["train"].labels), len(splits["val" if "val" in splits else "train"].labels)
+    say(f"=> {Q} queries ({protocol}) against {M} images in {time.perf_counter() - start:.1f} s")
+    if args.out and dist.is_main():
+        write_results(args.out, {**facts, "protocol": protocol, "M": M, "queries": Q, "results": results})
+
+
+def get_features(args, device: torch.device) -> tuple[dict[str, features.Split], dict[str, str]]:
+    """Features of train and, where there is one, val: from --features if they are there, else from the encoder."""
+    kept = dist.broadcast_object(args.features is not None and Path(args.features).exists())
+    expected = {"image_size": str(args.image_size)} if args.image_size else {}
+    if args.pretrained:
+        expected |= {"sha256": features.fingerprint(args.pretrained), "encoder": "key" if args.key else "query"}
+    if not kept or args.data or args.dataset != "folder":
+        expected["dataset"] = args.dataset
+    if kept:
+        splits, facts = features.load(args.features, expected, device)
+        say(f"=> features of '{facts.get('pretrained')}' on '{facts.get('data')}' from '{args.features}'")
+        return splits, facts
+    encoder, info = load_backbone(args.pretrained, args.arch, args.stem, args.key)
+    say(describe(info))
+    train = features.labelled(args.dataset, args.data, "train", args.download)
+    val = None
+    if args.dataset != "folder" or (Path(args.data) / "val").is_dir():
+        val = features.labelled(args.dataset, args.data, "val", args.download)
+    else:
+        say(f"=> no val split in '{args.data}': each image of train is judged by all others (leave-one-out)")
+    size = args.image_size or info["args"].get("image_size") or data.native_size(train)
+    layers = [OUTPUT, BACKBONE] if info["head"] else [BACKBONE]
+    taps = Taps(encoder, layers).to(device)
+    options = {
+        "transform": data.get_eval_transform(args.dataset, size),
+        "batch_size": args.batch_size,
+        "device": device,
+        "normalize": True,
+        "workers": cli.usable_workers(args.workers, cli.processes_here(args)),
+        "amp": AMP_TYPES[args.amp],
+    }
+    start, splits = time.perf_counter(), {}
+    for name, dataset in (("train", train), ("val", val)):
+        if dataset is not None:
+            splits[name] = features.take(taps, dataset, **options)
+    seconds = time.perf_counter() - start
+    images = sum(len(split.labels) for split in splits.values())
+    say(f"=> features of {images} images of side {size} in {seconds:.1f} s ({images / seconds:.0f} img/s)")
+    facts = {
+        **expected,
+        "image_size": str(size),
+        "arch": info["arch"],
+        "stem": info["stem"],
+        "pretrained": args.pretrained,
+        "data": args.data or args.dataset,
+        "epoch": str(info["epoch"]),
+    }
+    if args.features:
+        cli.on_main(lambda: features.save(args.features, splits, facts))
+    return splits, facts
+
+
+def judge(splits: dict[str, features.Split], ks: list[int], Ts: list[float]) -> list[dict]:
+    """Accuracy of every feature, k and T; each rank searches for its share of the queries."""
+    train, leave_one_out = splits["train"], "val" not in splits
+    queries = train if leave_one_out else splits["val"]
+    most = len(train.labels) - leave_one_out
+    if max(ks) > most:
+        say(f"=> k {max(ks)} is more than the {most} images there are: {most} instead")
+        ks = sorted({min(k, most) for k in ks})
+    start, stop = dist.shard(len(queries.labels))
+    own = torch.arange(start, stop, device=queries.labels.device) if leave_one_out else None
+    classes = int(torch.cat([train.labels, queries.labels]).max()) + 1
+    results = []
+    for layer in sorted(train.features, reverse=True):  # output, then backbone
+        bank = train.features[layer]
+        grid = knn_grid(queries.features[layer][start:stop], bank, train.labels, ks, Ts, classes, exclude=own)
+        for (k, T), found in grid.items():
+            found = dist.all_gather_rows(found)
+            results.append(
+                {
+                    "feature": layer,
+                    "dim": bank.shape[1],
+                    "k": k,
+                    "T": T,
+                    "top1": features.accuracy(found, queries.labels),
+                }
+            )
+    return results
+
+
+def write_results(out: str, results: dict) -> None:
+    path = Path(out) / "results.json"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"command": sys.argv, **results}, indent=1) + "\n")
+    except OSError as error:
+        raise RunFailed(f"cannot write '{path}': {error.strerror}") from error
+    print(f"=> written to {path}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
