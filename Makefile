@@ -1,0 +1,23 @@
+# make demo     pretrain on the embedded digits, go on with and without mining, print the table
+# make test     the whole suite but the tests marked slurm
+# VENV=dir      use (or make) this virtual environment instead of .venv;  PYTHON=python3.12 to make it with another one
+
+VENV ?= .venv
+PYTHON ?= python3
+SEEDS ?= 1
+PY := $(VENV)/bin/python
+
+demo: $(VENV)/.installed
+	$(PY) -m benchmarks.demo --seeds $(SEEDS)
+
+test: $(VENV)/.installed
+	$(PY) -m pytest -q -m "not slurm" tests
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: setup.py
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --editable '.[test]'
+	touch $@
+
+.PHONY: demo test install
