@@ -1,7 +1,8 @@
 """Two crops of one image, blurred like SimCLR's, together with the image's position in the data set."""
 
 import random
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 from PIL import Image, ImageFilter
 from torch.utils.data import Dataset
@@ -30,10 +31,10 @@ class GaussianBlur:
 class WithIndex(Dataset):
     """A data set that answers (views, index) where the given one answers (views, label).
 
-    `WithIndex(ImageFolder(DIR, TwoCropsTransform(...)))` under a plain DataLoader gives batches ((im_q, im_k), index) with index int64
-    [N], the position in the data set that ISL's bank and positives speak of. With `transform`, the given data set answers bare images
-    and transform makes the views. The draws are those of the worker's own generators, as in any DataLoader; `data.train_loader` makes them a
-    function of (seed, epoch, index, view).
+    `WithIndex(ImageFolder(DIR, TwoCropsTransform(...)))` under a plain DataLoader gives batches ((im_q, im_k), index)
+    with index int64 [N], the position in the data set that ISL's bank and positives speak of. With `transform`, the
+    given data set answers bare images and transform makes the views. The draws are those of the worker's own
+    generators, as in any DataLoader; `data.train_loader` makes them a function of (seed, epoch, index, view).
     """
 
     def __init__(self, dataset: Dataset, transform: Callable[[Any], Any] | None = None):

@@ -1,10 +1,33 @@
 """What comes in: data sets, augmentation, batches."""
 
 from moco_isl.data.augment import BatchAugmentation, BatchViews, DigitAugmentation
-from moco_isl.data.datasets import (NAMES, ImageFiles, ImagesInMemory, build_dataset, decode, holdout, load_into_memory,
-                                    native_size)
+from moco_isl.data.datasets import (
+    NAMES,
+    ImageFiles,
+    ImagesInMemory,
+    build_dataset,
+    decode,
+    holdout,
+    load_into_memory,
+    native_size,
+)
 from moco_isl.data.loaders import eval_loader, train_loader
 from moco_isl.data.transforms import get_augmentation, get_eval_transform
 
-__all__ = ["NAMES", "BatchAugmentation", "BatchViews", "DigitAugmentation", "ImageFiles", "ImagesInMemory", "build_dataset", "decode",
-           "eval_loader", "get_augmentation", "get_eval_transform", "holdout", "load_into_memory", "native_size", "train_loader"]
+__all__ = [
+    "NAMES",
+    "BatchAugmentation",
+    "BatchViews",
+    "DigitAugmentation",
+    "ImageFiles",
+    "ImagesInMemory",
+    "build_dataset",
+    "decode",
+    "eval_loader",
+    "get_augmentation",
+    "get_eval_transform",
+    "holdout",
+    "load_into_memory",
+    "native_size",
+    "train_loader",
+]

@@ -1,8 +1,8 @@
 """Augmentation of a whole batch on its device, every image by its own draws.
 
-Letters: N images of a batch, H x W pixels, S side of a view. Images are floats in [0, 1], [N, 3, H, W]; a factor is [N].
-The operations are torchvision's in value, the whole is torchvision's in distribution. Nothing here depends on the data's values on the host: no
-synchronisation, one graph for torch.compile.
+Letters: N images of a batch, H x W pixels, S side of a view. Images are floats in [0, 1], [N, 3, H, W]; a factor is
+[N]. The operations are torchvision's in value, the whole is torchvision's in distribution. Nothing here depends on the
+data's values on the host: no synchronisation, one graph for torch.compile.
 """
 
 import math
@@ -25,13 +25,14 @@ def between(u: torch.Tensor, low: float, high: float) -> torch.Tensor:
 
 # ---------------------------------------------------------------- geometry
 
+
 def crop_boxes(u: torch.Tensor, H: int, W: int, scale: tuple[float, float], tries: int = 10) -> torch.Tensor:
     """RandomResizedCrop's boxes: u [N, 2 tries + 2] -> [N, 4] (top, left, height, width), whole pixels.
 
     The first of ten shapes that fits; if none does, the central one with the nearest allowed ratio.
     """
     area = H * W * between(u[:, :tries], *scale)  # [N, tries]
-    ratio = torch.exp(between(u[:, tries:2 * tries], math.log(3 / 4), math.log(4 / 3)))
+    ratio = torch.exp(between(u[:, tries : 2 * tries], math.log(3 / 4), math.log(4 / 3)))
     w, h = torch.sqrt(area * ratio).round(), torch.sqrt(area / ratio).round()
     fits = (w > 0) & (w <= W) & (h > 0) & (h <= H)
     first = fits.int().argmax(1, keepdim=True)
@@ -47,7 +48,8 @@ def crop_boxes(u: torch.Tensor, H: int, W: int, scale: tuple[float, float], trie
 def _resize_weights(start: torch.Tensor, length: torch.Tensor, full: int, S: int) -> torch.Tensor:
     """Bilinear, antialiased resize of the pixels [start, start + length) to S, as a matrix an image: [N, S, full].
 
-    A triangle as wide as the step between two output pixels, one input pixel at least: what PIL and torchvision's antialias compute.
+    A triangle as wide as the step between two output pixels, one input pixel at least: what PIL and torchvision's
+    antialias compute.
     """
     step = (length / S)[:, None, None]
     centre = start[:, None, None] + (torch.arange(S, device=start.device)[:, None] + 0.5) * step  # [N, S, 1]
@@ -69,8 +71,8 @@ def resized_crop(images: torch.Tensor, boxes: torch.Tensor, flip: torch.Tensor, 
 
 
 def gaussian_blur(images: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """Blur by sigma [N] pixels (0: not at all), borders repeated, the kernel cut at 3 of the largest sigma in use, 2: a matrix an image."""
-    S, reach = images.shape[2], 6
+    """Blur by sigma [N] pixels (0: not at all), at most 2; square images, borders repeated; a matrix an image."""
+    S, reach = images.shape[2], 6  # 3 of the largest sigma
     offset = torch.arange(-reach, reach + 1, device=images.device)
     kernel = torch.exp(-0.5 * (offset / sigma[:, None].clamp(min=1e-3)) ** 2)  # [N, 2 reach + 1]
     kernel = kernel / kernel.sum(1, keepdim=True)
@@ -82,6 +84,7 @@ def gaussian_blur(images: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
 
 
 # ---------------------------------------------------------------- colour
+
 
 def grey(images: torch.Tensor) -> torch.Tensor:
     """[N, 3, H, W] -> [N, 1, H, W]"""
@@ -127,14 +130,15 @@ def adjust_hue(images: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
 
 
 def _hue_where(images: torch.Tensor, shift: torch.Tensor, here: torch.Tensor) -> torch.Tensor:
-    if images.device.type == "cpu" and not torch.compiler.is_compiling():  # the dearest step: on a CPU only for the rows that need it
+    if images.device.type == "cpu" and not torch.compiler.is_compiling():
+        # the dearest step: on a CPU, where a look at the values costs nothing, only for the rows that need it
         rows = here.nonzero()[:, 0]
         return images.index_copy(0, rows, adjust_hue(images[rows], shift[rows]))
     return torch.where(_by_image(here), adjust_hue(images, shift), images)
 
 
 def colour_jitter(images: torch.Tensor, factors: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """factors [N, 4]: brightness, contrast, saturation (1: as it is), hue (0: as it is); order [N, 4]: which of them comes first, second, ...
+    """factors [N, 4]: brightness, contrast, saturation (1: as it is), hue (0: as it is); order [N, 4]: their turns.
 
     The first three are one blend, with black, with the mean grey or with the grey image.
     """
@@ -151,8 +155,9 @@ def colour_jitter(images: torch.Tensor, factors: torch.Tensor, order: torch.Tens
 
 # ---------------------------------------------------------------- recipes
 
+
 class BatchViews:
-    """Two views of a batch by counted draws. A subclass says how many numbers a view takes (`draws`) and what it does with them (`apply`)."""
+    """Views of a batch by counted draws: a subclass says how many numbers a view takes, and what it makes of them."""
 
     draws: int
 
@@ -162,8 +167,10 @@ class BatchViews:
         self.size = size
         self.dtype = dtype
 
-    def views(self, images: torch.Tensor, seed: int, epoch: int, index: torch.Tensor, views: int = 2) -> tuple[torch.Tensor, ...]:
-        """images uint8 [N, 3, H, W], index int64 [N] -> (im_q, im_k), or as many views as asked, normalised, [N, 3, S, S] each."""
+    def views(
+        self, images: torch.Tensor, seed: int, epoch: int, index: torch.Tensor, views: int = 2
+    ) -> tuple[torch.Tensor, ...]:
+        """images uint8 [N, 3, H, W], index int64 [N] -> (im_q, im_k) or more, normalised, [N, 3, S, S] each."""
         u = torch.cat([uniforms(seed, epoch, index, view, self.draws) for view in range(views)])  # [views * N, draws]
         return self.apply(torch.cat([images] * views), u).chunk(views)
 
@@ -176,12 +183,21 @@ class BatchViews:
 
 
 class BatchAugmentation(BatchViews):
-    """MoCo v2's augmentation (aug_plus), or MoCo v1's; blur with probability 0.5 and sigma 0.1 to 2, where asked for."""
+    """MoCo v2's augmentation (aug_plus) or MoCo v1's; with blur, sigma 0.1 to 2 for half of the views."""
 
     draws = 22 + 1 + 4 + 4 + 1 + 1 + 2  # box, flip, jitter's order and factors, jitter at all, grey at all, blur
 
-    def __init__(self, mean, std, size: int, aug_plus: bool, scale: tuple[float, float] = (0.2, 1.0), flip: float = 0.5, blur: bool = False,
-                 dtype: torch.dtype = torch.float32):
+    def __init__(
+        self,
+        mean,
+        std,
+        size: int,
+        aug_plus: bool,
+        scale: tuple[float, float] = (0.2, 1.0),
+        flip: float = 0.5,
+        blur: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ):
         super().__init__(mean, std, size, dtype)
         self.aug_plus = aug_plus
         self.scale = scale
@@ -196,8 +212,9 @@ class BatchAugmentation(BatchViews):
         images = resized_crop(images, boxes, flip[:, 0] < self.flip, self.size).clamp(0, 1)
         hue = 0.1 if self.aug_plus else 0.4
         jittered = jitter < (0.8 if self.aug_plus else 1.0)
-        factors = torch.cat([torch.where(jittered, between(factors[:, :3], 0.6, 1.4), 1),
-                             torch.where(jittered, between(factors[:, 3:], -hue, hue), 0)], 1)
+        strengths = torch.where(jittered, between(factors[:, :3], 0.6, 1.4), 1)
+        turns = torch.where(jittered, between(factors[:, 3:], -hue, hue), 0)
+        factors = torch.cat([strengths, turns], 1)
         if self.aug_plus:
             images = colour_jitter(images, factors, order.argsort(1))
             images = torch.where(_by_image(to_grey[:, 0] < 0.2), grey(images), images)
@@ -210,10 +227,21 @@ class BatchAugmentation(BatchViews):
 
 
 class DigitAugmentation(BatchViews):
-    """For grey digits: turned, scaled and moved a little, brightness and contrast, noise; no flip (a mirrored 2 is no 2)."""
+    """Grey digits: turned, scaled, moved a little, brightness, contrast, noise; no flip, a mirrored 2 is no 2."""
 
-    def __init__(self, mean, std, size: int, turn: float = 15.0, zoom: tuple[float, float] = (0.8, 1.2), move: float = 0.15,
-                 contrast: float = 0.4, brightness: float = 0.2, noise: float = 0.1, dtype: torch.dtype = torch.float32):
+    def __init__(
+        self,
+        mean,
+        std,
+        size: int,
+        turn: float = 15.0,
+        zoom: tuple[float, float] = (0.8, 1.2),
+        move: float = 0.15,
+        contrast: float = 0.4,
+        brightness: float = 0.2,
+        noise: float = 0.1,
+        dtype: torch.dtype = torch.float32,
+    ):
         super().__init__(mean, std, size, dtype)
         self.turn = math.radians(turn)
         self.zoom = zoom
@@ -234,6 +262,6 @@ class DigitAugmentation(BatchViews):
         images = F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
         images = images * _by_image(between(u[:, 4], 1 - self.contrast, 1 + self.contrast)).to(self.dtype)
         images = images + _by_image(between(u[:, 5], -self.brightness, self.brightness)).to(self.dtype)
-        noise = between(u[:, 6:], -self.noise * 3**0.5, self.noise * 3**0.5)  # uniform: as good as Gaussian here and cheaper
+        noise = between(u[:, 6:], -1, 1) * (self.noise * 3**0.5)  # uniform: as good as Gaussian here, and cheaper
         images = images + noise.view_as(images).to(self.dtype)
         return self._normalize(images.expand(-1, 3, -1, -1))

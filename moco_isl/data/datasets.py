@@ -1,7 +1,7 @@
 """The data sets: folders of images, torchvision's small sets, the embedded digits.
 
-All have len(), [i] -> (image, label), .labels (int64 [M] or None), .classes (list of names or None), .path(i) (the image's name in messages) and
-.size_hint (side of the images in memory; None for files). M is the number of images.
+All have len(), [i] -> (image, label), .labels (int64 [M] or None), .classes (list of names or None), .path(i) (the
+image's name in messages) and .size_hint (side of the images in memory; None for files). M is the number of images.
 """
 
 import os
@@ -22,6 +22,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from moco_isl.errors import BadInput
 
 NAMES = ("folder", "cifar10", "cifar100", "svhn", "digits")
+SMALL = 64  # side up to which images are treated as CIFAR's are: neither enlarged nor blurred
 _DIGITS_TRAIN = 1437  # of 1,797, in the order of the file: DIGITS.md says why
 
 
@@ -42,7 +43,7 @@ def decode(path: str, at_least: int | None = None) -> Image.Image:
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """Grey images of 16 or 32 bits, or of floats, scaled to 0..255: PIL's convert would clip everything above 255 to white."""
+    """Grey images of 16 or 32 bits, or of floats, scaled to 0..255; PIL's convert would clip at 255."""
     values = np.asarray(image).astype(np.float64)
     if image.mode == "F":
         top = 1.0 if values.max(initial=0) <= 1 else 255.0
@@ -57,7 +58,8 @@ class ImageFiles(Dataset):
     size_hint = None
 
     def __init__(self, paths: Sequence[str], labels: torch.Tensor | None, classes: list[str] | None):
-        self._paths = np.array([os.fsencode(path) for path in paths])  # one block: a list of a million objects is copied into every worker
+        # one block: of a list of a million strings every worker would soon have its own copy
+        self._paths = np.array([os.fsencode(path) for path in paths])
         self.labels = labels
         self.classes = classes
 
@@ -75,9 +77,11 @@ class ImageFiles(Dataset):
 
 
 class ImagesInMemory(Dataset):
-    """Images held whole: uint8 [M, 3, H, W]. source: where they are from, a name or the data set they were read from."""
+    """Images held whole: uint8 [M, 3, H, W]. source: a name, or the data set they were read from."""
 
-    def __init__(self, images: torch.Tensor, labels: torch.Tensor | None, classes: list[str] | None, source: str | Dataset):
+    def __init__(
+        self, images: torch.Tensor, labels: torch.Tensor | None, classes: list[str] | None, source: str | Dataset
+    ):
         self.images = images
         self.labels = labels
         self.classes = classes
@@ -138,7 +142,7 @@ class Part(Dataset):
 
 
 def holdout(dataset: Dataset, n: int, seed: int) -> tuple[Dataset, Dataset]:
-    """(the rest, n images held out), disjoint, drawn by the seed, each in the order of the data set. Raises BadInput."""
+    """(the rest, n images held out): drawn by the seed, each in the order of the data set. Raises BadInput."""
     M = len(dataset)
     if not 0 <= n < M:
         raise BadInput(f"cannot hold out {n} of {M} images: expected 0 to {M - 1}; choose a smaller number")
@@ -149,11 +153,13 @@ def holdout(dataset: Dataset, n: int, seed: int) -> tuple[Dataset, Dataset]:
     return Part(dataset, rest), Part(dataset, held_out)
 
 
-def build_dataset(name: str, root: str | os.PathLike | None = None, split: str = "train", download: bool = False) -> Dataset:
+def build_dataset(
+    name: str, root: str | os.PathLike | None = None, split: str = "train", download: bool = False
+) -> Dataset:
     """The data set of that name: folder, cifar10, cifar100, svhn or digits; split train or val.
 
-    folder: root/train and root/val with a folder a class, as torchvision's ImageFolder reads them; without root/train, root itself (class folders or, flat,
-    images without labels) is the training split. Raises BadInput.
+    folder: root/train and root/val with a folder a class, as torchvision's ImageFolder reads them; without root/train,
+    root itself (class folders or, flat, images without labels) is the training split. Raises BadInput.
     """
     if name not in NAMES:
         raise BadInput(f"no data set named {name!r}: expected one of {', '.join(NAMES)}")
@@ -191,11 +197,16 @@ def _torchvision(name: str, root: Path, split: str, download: bool) -> ImagesInM
     except ImportError as error:
         raise BadInput(f"{name} is stored as Matlab files and needs scipy ({error}): pip install scipy") from None
     except (RuntimeError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if download:
-            raise BadInput(f"could not download {name} to {root}: {reason}; check the network and the folder, or copy the files there") from None
-        raise BadInput(f"{name} is not in {root} ({reason}): expected torchvision's files; add --download to fetch them") from None
-    return ImagesInMemory(torch.from_numpy(np.ascontiguousarray(images)), torch.tensor(labels).long(), classes, f"{name}/{split}")
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise BadInput(
+                f"could not download {name} to {root}: {reason}; expected a way to the network and a folder "
+                "that can be written; or copy the files there"
+            ) from None
+        raise BadInput(f"{name} is not in {root}, or not whole: expected torchvision's files; add --download") from None
+    return ImagesInMemory(
+        torch.from_numpy(np.ascontiguousarray(images)), torch.tensor(labels).long(), classes, f"{name}/{split}"
+    )
 
 
 def _entries(folder: Path) -> tuple[list[str], list[str]]:
@@ -204,7 +215,8 @@ def _entries(folder: Path) -> tuple[list[str], list[str]]:
         entries = sorted((e for e in os.scandir(folder) if not e.name.startswith(".")), key=lambda e: e.name)
     except OSError as error:
         raise BadInput(f"cannot read {folder}: {error.strerror}; expected a folder of images") from None
-    return [e.name for e in entries if e.is_dir()], [e.path for e in entries if e.name.lower().endswith(IMG_EXTENSIONS) and e.is_file()]
+    images = [e.path for e in entries if e.name.lower().endswith(IMG_EXTENSIONS) and e.is_file()]
+    return [e.name for e in entries if e.is_dir()], images
 
 
 def _has_folders(folder: Path) -> bool:
@@ -221,19 +233,26 @@ def _folder(root: Path, split: str) -> ImageFiles:
         names = find_classes(str(root / "train"))[0] if split == "val" and _has_folders(root / "train") else None
         return _image_files(root / split, names)
     if split == "val":
-        raise BadInput(f"no validation images: {root / 'val'} is missing; expected a folder a class as in train/; add it or do without validation")
+        raise BadInput(
+            f"no validation images: {root / 'val'} is missing; expected a folder a class as in train/; add it or do "
+            "without validation"
+        )
     if (root / "val").is_dir():
-        raise BadInput(f"no training images: {root} has val/ but not train/; expected both; add {root / 'train'} or give {root / 'val'} itself")
+        raise BadInput(
+            f"no training images: {root} has val/ but not train/; expected both; add {root / 'train'} or give "
+            f"{root / 'val'} itself"
+        )
     return _image_files(root, None)
 
 
 def _image_files(folder: Path, classes: list[str] | None) -> ImageFiles:
-    """The images of a folder: with a label by the sub-folder (any depth below it), or, where there are none, flat without labels."""
+    """The images of a folder, labelled by the sub-folder they are in at any depth; without any, flat, no labels."""
     folders, images = _entries(folder)
     expected = f"expected files ending in {', '.join(e[1:] for e in IMG_EXTENSIONS)}, in a folder a class or directly"
     try:
         names = find_classes(str(folder))[0] if folders else []
-        samples = make_dataset(str(folder), {n: i for i, n in enumerate(names)}, IMG_EXTENSIONS, allow_empty=True) if names else []
+        number = {name: i for i, name in enumerate(names)}
+        samples = make_dataset(str(folder), number, IMG_EXTENSIONS, allow_empty=True) if names else []
     except OSError as error:
         raise BadInput(f"cannot read {error.filename or folder}: {error.strerror}; {expected}") from None
     if not samples:
@@ -241,37 +260,53 @@ def _image_files(folder: Path, classes: list[str] | None) -> ImageFiles:
             raise BadInput(f"no images in {folder}: {expected}; check the path")
         return ImageFiles(images, None, None)
     if images:
-        warnings.warn(f"{folder} holds folders with images and {len(images)} images beside them: the latter are left out")
+        warnings.warn(
+            f"{folder} holds folders with images and {len(images)} images beside them: the latter are left out"
+        )
     if classes is not None and names != classes:
         extra = sorted({names[label] for _, label in samples} - set(classes))
         if extra:
-            raise BadInput(f"{folder} has a class that train lacks: {extra[0]!r}; expected a subset of the {len(classes)} classes of train; move it away")
-        samples = [(path, classes.index(names[label])) for path, label in samples]
+            raise BadInput(
+                f"{folder} has a class that train lacks: {extra[0]!r}; expected a subset of the {len(classes)} classes "
+                "of train; move it away"
+            )
+        number = {name: i for i, name in enumerate(classes)}
+        samples = [(path, number[names[label]]) for path, label in samples]
         names = classes
     paths, labels = zip(*samples)
     return ImageFiles(paths, torch.tensor(labels), names)
 
 
 def native_size(dataset: Dataset, look: int = 16) -> int:
-    """The side of the images as they are: median of the shorter sides of a few, spread over the data set (only headers are read)."""
-    if dataset.size_hint is not None:
-        return dataset.size_hint
-    sides = []
-    for i in torch.linspace(0, len(dataset) - 1, min(look, len(dataset))).long().tolist():
-        try:
-            with Image.open(dataset.path(i)) as image:
-                sides.append(min(image.size))
-        except Exception:  # an unreadable image has no size; the loader is the one that names it
-            continue
-    if not sides:
-        raise BadInput(f"none of {look} images could be read, {dataset.path(0)} for one: expected image files; check the folder")
-    return sorted(sides)[len(sides) // 2]
+    """The side of views that fits the images: small ones, up to 64 pixels, keep theirs; for larger ones 224, as MoCo.
+
+    Median of the shorter sides of a few images spread over the data set; only headers are read. Raises BadInput.
+    """
+    side = dataset.size_hint
+    if side is None:
+        looked_at = torch.linspace(0, len(dataset) - 1, min(look, len(dataset))).long().tolist()
+        sides = sorted(filter(None, (_side(dataset.path(i)) for i in looked_at)))
+        if not sides:
+            raise BadInput(
+                f"none of {len(looked_at)} images could be read, {dataset.path(0)} for one: "
+                "expected image files; check the folder"
+            )
+        side = sides[len(sides) // 2]
+    return side if side <= SMALL else 224
+
+
+def _side(path: str) -> int | None:
+    try:
+        with Image.open(path) as image:
+            return min(image.size)
+    except Exception:  # an unreadable image has no size; the loader is the one that names it
+        return None
 
 
 def load_into_memory(dataset: Dataset, threads: int = 4, limit_bytes: int = 8 << 30) -> ImagesInMemory:
-    """Decode a folder of small images, all of one size, once, so that they can be augmented on the device. Raises BadInput.
+    """Decode a folder of small images, all of one size, once, so that they can be augmented on the device.
 
-    An unreadable image holds the next readable one and stands in .unreadable.
+    The place of an unreadable image holds the next readable one and stands in .unreadable. Raises BadInput.
     """
     if isinstance(dataset, ImagesInMemory):
         return dataset
@@ -285,7 +320,9 @@ def load_into_memory(dataset: Dataset, threads: int = 4, limit_bytes: int = 8 <<
             _check_size(dataset, images, rows, limit_bytes)
     unreadable = [i for i, image in enumerate(images) if image is None]
     if len(unreadable) == M:
-        raise BadInput(f"none of {M} images could be read, {dataset.path(0)} for one: expected image files; check the folder")
+        raise BadInput(
+            f"none of {M} images could be read, {dataset.path(0)} for one: expected image files; check the folder"
+        )
     for i in reversed(range(2 * M - 1)):  # twice round, backwards: the image after the last is the first
         if images[i % M] is None:
             images[i % M] = images[(i + 1) % M]
@@ -308,8 +345,12 @@ def _check_size(dataset: Dataset, images: list[torch.Tensor | None], rows: range
     for i in rows:
         if images[i] is not None and images[i].shape != first.shape:
             size = "x".join(map(str, images[i].shape[1:]))
-            raise BadInput(f"images to be held in memory must have one size: expected {'x'.join(map(str, first.shape[1:]))}, "
-                           f"{dataset.path(i)} has {size} (height x width); resize them or leave them in their files")
+            raise BadInput(
+                f"images to be held in memory must have one size: expected {'x'.join(map(str, first.shape[1:]))}, "
+                f"{dataset.path(i)} has {size} (height x width); resize them or leave them in their files"
+            )
     if first.numel() * len(images) > limit_bytes:
-        raise BadInput(f"{len(images)} images take {first.numel() * len(images) / 2**30:.1f} GiB: expected at most {limit_bytes / 2**30:.1f} GiB "
-                       f"in memory; leave them in their files")
+        raise BadInput(
+            f"{len(images)} images take {first.numel() * len(images) / 2**30:.1f} GiB: expected at most "
+            f"{limit_bytes / 2**30:.1f} GiB in memory; leave them in their files"
+        )

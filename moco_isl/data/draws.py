@@ -1,8 +1,8 @@
 """Random numbers as a function of (seed, epoch, index, view): no generator to carry, save or restore.
 
-Any number of workers or ranks, and a run resumed in the middle of an epoch, draw the same numbers for the same image. The hash is
-SplitMix64 (Steele, Lea, Flood 2014): counters of 64 bits, multiplied and shifted until every bit of the input moves every bit of the output.
-int64 arithmetic wraps around, on CPU as on CUDA, so the numbers are equal on both.
+Any number of workers or ranks, and a run resumed in the middle of an epoch, draw the same numbers for the same image.
+The hash is SplitMix64 (Steele, Lea, Flood 2014): counters of 64 bits, multiplied and shifted until every bit of the
+input moves every bit of the output. int64 arithmetic wraps around, on CPU as on CUDA, so the numbers are equal on both.
 """
 
 import random
@@ -31,7 +31,8 @@ def hash64(*parts: int) -> int:
 
 
 def _shift(x: torch.Tensor, bits: int) -> torch.Tensor:
-    return (x >> bits) & ((1 << (64 - bits)) - 1)  # int64 shifts drag the sign along; the mask makes it a shift of 64 plain bits
+    # int64 shifts drag the sign along; the mask makes it a shift of 64 plain bits
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
@@ -51,7 +52,7 @@ def uniforms(seed: int, epoch: int, index: torch.Tensor, view: int, n: int) -> t
 
 
 class seeded:
-    """Inside the block torch's and Python's generators follow from (seed, epoch, index, view); afterwards they are as before.
+    """A block in which torch's and Python's generators follow from (seed, epoch, index, view); then they are as before.
 
     Only the CPU generator is touched: workers run this, and CUDA must stay asleep in them.
     """

@@ -1,8 +1,8 @@
 """Batches of views for training and of plain images for features.
 
-Letters: M images of the data set, B batch over all ranks, N this rank's share of it. The order of an epoch is a function of (seed, epoch), every draw of
-augmentation one of (seed, epoch, index, view): batches do not depend on the number of workers, and a start in the middle of an epoch skips
-without loading.
+Letters: M images of the data set, B batch over all ranks, N this rank's share of it. The order of an epoch is a
+function of (seed, epoch), every draw of augmentation one of (seed, epoch, index, view): batches do not depend on the
+number of workers, and a start in the middle of an epoch skips without loading.
 """
 
 import multiprocessing.util
@@ -23,10 +23,12 @@ Batch = tuple[tuple[torch.Tensor, ...], torch.Tensor]
 
 # ---------------------------------------------------------------- inside the workers
 
+
 def _quiet_worker(_worker: int) -> None:
     """Stop signals reach the whole process group; the parent decides what they mean and ends its workers itself.
 
-    When the parent dies without a word, torch's own watch ends a worker within seconds. torch has set one thread a worker already.
+    When the parent dies without a word, torch's own watch ends a worker within seconds. torch has set one thread a
+    worker already.
     """
     for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGCONT"):
         if hasattr(signal, name):
@@ -36,13 +38,15 @@ def _quiet_worker(_worker: int) -> None:
 class _Reader:
     """Reads image i, or, where its file is broken, the next readable one, and marks i as unreadable.
 
-    The position stays i: bank row and positives of a broken image then follow its stand-in, and every other image keeps its place.
+    The position stays i: bank row and positives of a broken image then follow its stand-in, and every other image keeps
+    its place.
     """
 
     def __init__(self, dataset: Dataset, at_least: int | None = None):
         self.dataset = dataset
         self.at_least = at_least
-        self.unreadable = torch.zeros(len(dataset), dtype=torch.uint8).share_memory_()  # [M], written by workers, read by the parent
+        # [M], written by the workers, read by the parent
+        self.unreadable = torch.zeros(len(dataset), dtype=torch.uint8).share_memory_()
 
     def __call__(self, i: int) -> tuple[object | None, int]:
         """(image or None when no image at all can be read, 1 when it stands in for another)"""
@@ -58,7 +62,7 @@ class _Reader:
 
 
 class _TrainItems(Dataset):
-    """(epoch, i) -> the views of image i. The epoch travels with the request, so that workers kept over epochs cannot hold an old one."""
+    """(epoch, i) -> the views of image i. The epoch travels with the request: workers outlive it."""
 
     def __init__(self, reader: _Reader, augmentation: Callable, seed: int, views: int):
         self.reader = reader
@@ -90,6 +94,7 @@ class _EvalItems(Dataset):
 
 # ---------------------------------------------------------------- the order of an epoch
 
+
 class _Plan:
     """Which images this rank sees in which step. Also the DataLoader's batch sampler: lists of (epoch, i)."""
 
@@ -97,12 +102,19 @@ class _Plan:
         self.M = M
         self.B = batch_size
         self.seed = seed
-        self.unit = dist.world_size() * multiple  # every batch is a multiple of it: equal shares, that split evenly once more
+        # every batch is a multiple of it: equal shares, that split evenly once more
+        self.unit = dist.world_size() * multiple
         if batch_size < 1 or batch_size % self.unit:
-            raise BadInput(f"batch size {batch_size} does not divide by {self.unit} (ranks x splits): expected a multiple of it; change one of them")
+            raise BadInput(
+                f"batch size {batch_size} does not divide by {self.unit} (ranks x splits): expected a multiple of it; "
+                "change one of them"
+            )
         self.steps = M // batch_size + (M % batch_size >= self.unit)
         if not self.steps:
-            raise BadInput(f"{M} images are too few for {self.unit} (ranks x splits): expected one an image at least; use fewer ranks or splits")
+            raise BadInput(
+                f"{M} images are too few for {self.unit} (ranks x splits): expected one an image at least; use fewer "
+                "ranks or splits"
+            )
         self.epoch, self.start_step = 0, 0
 
     def rows(self, epoch: int, start_step: int) -> Iterator[torch.Tensor]:
@@ -110,9 +122,9 @@ class _Plan:
         order = permutation(self.seed, epoch, self.M)
         rank, world = dist.rank(), dist.world_size()
         for step in range(start_step, self.steps):
-            batch = order[step * self.B:(step + 1) * self.B]
+            batch = order[step * self.B : (step + 1) * self.B]
             share = len(batch) // self.unit * self.unit // world
-            yield batch[rank * share:(rank + 1) * share]
+            yield batch[rank * share : (rank + 1) * share]
 
     def __len__(self) -> int:
         return self.steps - self.start_step
@@ -125,17 +137,24 @@ class _Plan:
 
 # ---------------------------------------------------------------- images in files
 
+
 def _refuse(dataset: Dataset, bad: list[int], most: int | None) -> None:
     """Raise RunFailed when more images are unreadable than allowed (most None: any number), or all are."""
     if len(bad) == len(dataset):
-        raise RunFailed(f"none of {len(bad)} images could be read, {dataset.path(0)} for one: expected image files; check the folder")
+        raise RunFailed(
+            f"none of {len(bad)} images could be read, {dataset.path(0)} for one: expected image files; check the "
+            "folder"
+        )
     if most is not None and len(bad) > most:
         names = ", ".join(dataset.path(i) for i in bad[:3]) + (", ..." if len(bad) > 3 else "")
-        raise RunFailed(f"{len(bad)} unreadable images ({names}), expected at most {most}: repair or remove them, or raise --max-bad-images")
+        raise RunFailed(
+            f"{len(bad)} unreadable images ({names}), expected at most {most}: repair or remove them, or raise "
+            "--max-bad-images"
+        )
 
 
 def _end_workers(holder: list[DataLoader]) -> None:
-    """End the workers of a DataLoader for sure: they ignore SIGTERM, by which multiprocessing would end them at exit."""
+    """End the workers of a DataLoader for sure: they ignore SIGTERM, with which multiprocessing would do it at exit."""
     while holder:
         iterator = getattr(holder.pop(), "_iterator", None)  # torch has no public way to end workers kept over epochs
         if iterator is not None:
@@ -149,14 +168,23 @@ def _end_workers(holder: list[DataLoader]) -> None:
 class _FileLoader:
     """A torch DataLoader whose workers live over epochs and end for sure, and that counts unreadable images."""
 
-    def __init__(self, items: Dataset, batches, reader: _Reader, transform, workers: int, device, pin_memory: bool | None):
+    def __init__(
+        self, items: Dataset, batches, reader: _Reader, transform, workers: int, device, pin_memory: bool | None
+    ):
         self.reader = reader
         self.device = torch.device(device)
         self.normalize = getattr(transform, "normalize", None)
         self._loader = DataLoader(
-            items, batch_sampler=batches, num_workers=workers, persistent_workers=workers > 0, prefetch_factor=2 if workers else None,
-            pin_memory=self.device.type == "cuda" if pin_memory is None else pin_memory, worker_init_fn=_quiet_worker,
-            generator=torch.Generator())  # a generator of its own: iterating draws a number, which must not move the user's random state
+            items,
+            batch_sampler=batches,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            prefetch_factor=2 if workers else None,
+            pin_memory=self.device.type == "cuda" if pin_memory is None else pin_memory,
+            worker_init_fn=_quiet_worker,
+            # its own: iterating draws a number, which must not move the user's random state
+            generator=torch.Generator(),
+        )
         self.close = multiprocessing.util.Finalize(self, _end_workers, args=([self._loader],), exitpriority=100)
 
     def bad_images(self) -> list[tuple[int, str]]:
@@ -176,48 +204,63 @@ class _FileLoader:
                     images = [self.normalize(x) for x in images]
                 yield [*images, index.to(self.device, non_blocking=True)]
         except RuntimeError as error:
-            if "DataLoader worker" not in str(error) or isinstance(error, RunFailed):
+            if "DataLoader worker (pid" not in str(error):  # an error of its own: torch names no pid with those
                 raise
-            raise RunFailed(f"a process that reads images died ({str(error).strip()}): it may have run out of memory; use fewer --workers") from error
+            raise RunFailed(
+                f"a process that reads images died ({str(error).strip()}): it may have run out of memory; use fewer "
+                "--workers"
+            ) from error
 
 
 class FileTrainLoader(_FileLoader):
     """What train_loader gives for images augmented one by one in worker processes."""
 
-    def __init__(self, dataset: Dataset, augmentation: Callable, plan: _Plan, workers: int, device, max_bad_images: int,
-                 pin_memory: bool | None, fast: bool, views: int):
+    def __init__(
+        self,
+        dataset: Dataset,
+        augmentation: Callable,
+        plan: _Plan,
+        workers: int,
+        device,
+        max_bad_images: int,
+        pin_memory: bool | None,
+        fast: bool,
+        views: int,
+    ):
         reader = _Reader(dataset, getattr(augmentation, "smallest", None) if fast else None)
         self.plan = plan
         self.max_bad_images = max_bad_images
-        super().__init__(_TrainItems(reader, augmentation, plan.seed, views), plan, reader, augmentation, workers, device, pin_memory)
+        super().__init__(
+            _TrainItems(reader, augmentation, plan.seed, views), plan, reader, augmentation, workers, device, pin_memory
+        )
 
     def __len__(self) -> int:
         return self.plan.steps
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """((im_q, im_k) float [N, 3, S, S] each, index int64 [N]) from start_step on; earlier images are not loaded. Raises RunFailed."""
+        """(views, index) from start_step on, see train_loader; earlier images are not loaded. Raises RunFailed."""
         self.plan.epoch, self.plan.start_step = epoch, start_step
         for *views, index in self._batches(self.max_bad_images):
             yield tuple(views), index
 
 
 class FileEvalLoader(_FileLoader):
-    """What eval_loader gives for images in files: (images [n, 3, S, S], index [n]), in order. Raises RunFailed when no image can be read."""
+    """What eval_loader gives for images in files. Iterating raises RunFailed when no image can be read."""
 
     def __init__(self, dataset: Dataset, transform: Callable, rows: range, batch_size: int, workers: int, device):
         reader = _Reader(dataset)
-        self.batches = [list(rows[i:i + batch_size]) for i in range(0, len(rows), batch_size)]
+        self.batches = [list(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
         super().__init__(_EvalItems(reader, transform), self.batches, reader, transform, workers, device, None)
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for images, index in self._batches(None):
-            yield images, index
+        yield from map(tuple, self._batches(None))
 
 
 # ---------------------------------------------------------------- images in memory
+
 
 class _MemoryLoader:
     def __init__(self, dataset: ImagesInMemory, device):
@@ -235,7 +278,9 @@ class _MemoryLoader:
 class MemoryTrainLoader(_MemoryLoader):
     """What train_loader gives for images held and augmented on the device; the same interface as FileTrainLoader."""
 
-    def __init__(self, dataset: ImagesInMemory, augmentation: BatchViews, plan: _Plan, device, max_bad_images: int, views: int):
+    def __init__(
+        self, dataset: ImagesInMemory, augmentation: BatchViews, plan: _Plan, device, max_bad_images: int, views: int
+    ):
         super().__init__(dataset, device)
         self.augmentation = augmentation
         self.views = views
@@ -250,7 +295,8 @@ class MemoryTrainLoader(_MemoryLoader):
         steps = list(self.plan.rows(epoch, start_step))
         if not steps:
             return
-        for index in torch.cat(steps).to(self.images.device).split([len(rows) for rows in steps]):  # one copy to the device an epoch
+        order = torch.cat(steps).to(self.images.device)  # one copy to the device an epoch
+        for index in order.split([len(rows) for rows in steps]):
             yield self.augmentation.views(self.images[index], self.plan.seed, epoch, index, self.views), index
 
 
@@ -272,27 +318,52 @@ class MemoryEvalLoader(_MemoryLoader):
 
 # ---------------------------------------------------------------- the two doors
 
-def train_loader(dataset: Dataset, *, augmentation: Callable, batch_size: int, seed: int, workers: int = 0, device="cpu", multiple: int = 1,
-                 max_bad_images: int = 0, pin_memory: bool | None = None, fast: bool = False, views: int = 2) -> FileTrainLoader | MemoryTrainLoader:
-    """Batches of two views (or `views`: a supervised probe takes one). len() is the number of steps an epoch; .epoch(epoch, start_step=0) iterates ((im_q, im_k), index), on the device.
 
-    Global batch b of an epoch is permutation(seed, epoch)[b B : (b + 1) B], B = batch_size over all ranks; each rank takes its contiguous share. The last,
-    smaller batch is kept, trimmed to a multiple of ranks x `multiple`; so up to that number less one of images sit an epoch out, others in the next.
-    .bad_images() names unreadable ones; past max_bad_images the iteration raises RunFailed. .close() ends the workers.
-    fast: large JPEGs may be decoded smaller, never below what the smallest crop needs. A BatchViews augmentation needs ImagesInMemory and no workers.
+def train_loader(
+    dataset: Dataset,
+    *,
+    augmentation: Callable,
+    batch_size: int,
+    seed: int,
+    workers: int = 0,
+    device="cpu",
+    multiple: int = 1,
+    max_bad_images: int = 0,
+    pin_memory: bool | None = None,
+    fast: bool = False,
+    views: int = 2,
+) -> FileTrainLoader | MemoryTrainLoader:
+    """Batches of two views, or of `views` (a supervised probe takes one). len() is the number of steps an epoch;
+    .epoch(epoch, start_step=0) iterates ((im_q, im_k) float [N, 3, S, S] each, index int64 [N]) on the device.
+
+    Global batch b of an epoch is permutation(seed, epoch)[b B : (b + 1) B], B = batch_size over all ranks; each rank
+    takes its contiguous share. The last, smaller batch is kept, trimmed to a multiple of ranks x `multiple`; so fewer
+    images than that number sit an epoch out, others in the next. .bad_images() names unreadable images; past
+    max_bad_images the iteration raises RunFailed. .close() ends the workers. fast: large JPEGs may be decoded smaller,
+    never below what the smallest crop needs. A BatchViews augmentation needs ImagesInMemory and takes no workers.
     Raises BadInput.
     """
     plan = _Plan(len(dataset), batch_size, seed, multiple)
     if not isinstance(augmentation, BatchViews):
         return FileTrainLoader(dataset, augmentation, plan, workers, device, max_bad_images, pin_memory, fast, views)
     if not isinstance(dataset, ImagesInMemory):
-        raise BadInput("augmentation on the device needs images in memory: expected a data set held whole; pass it through load_into_memory")
+        raise BadInput(
+            "augmentation on the device needs images in memory: expected a data set held whole; pass it through "
+            "load_into_memory"
+        )
     return MemoryTrainLoader(dataset, augmentation, plan, device, max_bad_images, views)
 
 
-def eval_loader(dataset: Dataset, *, transform: Callable, batch_size: int, workers: int = 0, device="cpu",
-                shard: tuple[int, int] | None = None) -> FileEvalLoader | MemoryEvalLoader:
-    """(images [n, 3, S, S], index [n]) in order, the images start .. stop of `shard` or all; the last batch is as small as it is.
+def eval_loader(
+    dataset: Dataset,
+    *,
+    transform: Callable,
+    batch_size: int,
+    workers: int = 0,
+    device="cpu",
+    shard: tuple[int, int] | None = None,
+) -> FileEvalLoader | MemoryEvalLoader:
+    """(images float [n, 3, S, S], index int64 [n]) in order: images start .. stop - 1 of `shard`, or all.
 
     An unreadable image is replaced by the next readable one and named by .bad_images(). .close() ends the workers.
     """

@@ -1,12 +1,14 @@
-"""What happens to the images of each data set: MoCo v1's and v2's augmentation on PIL images, and the view that features are taken from.
+"""What happens to the images of a data set: MoCo v1's and v2's augmentation, and the view that features are taken from.
 
-Everything ends in uint8 [3, S, S]; `normalize` makes floats of a whole batch on the device, so that workers hand over a quarter of the bytes.
+Everything ends in uint8 [3, S, S]; `normalize` makes floats of a whole batch on the device, so that workers hand over a
+quarter of the bytes.
 """
 
 import torch
 from torchvision import transforms as T
 
 from moco_isl.data.augment import BatchAugmentation, DigitAugmentation
+from moco_isl.data.datasets import SMALL
 from moco_isl.errors import BadInput
 from moco_isl.loader import GaussianBlur
 
@@ -19,7 +21,6 @@ STATISTICS = {
     "digits": ((0.305, 0.305, 0.305), (0.319, 0.319, 0.319)),
 }
 SIZES = {"folder": 224, "cifar10": 32, "cifar100": 32, "svhn": 32, "digits": 16}
-_SMALL = 64  # images up to this side are not blurred and not cut at the border: the CIFAR recipes
 _SMALLEST_CROP = 0.2  # of the area
 
 
@@ -54,7 +55,7 @@ class ImageTransform:
         self.steps = T.Compose([*steps, T.PILToTensor()])
         self.normalize = Normalize(*STATISTICS[name])
         self.smallest = smallest  # an image may be decoded smaller than it is, down to this side, with nothing lost
-        self.unchanged = unchanged  # square images of this side pass as they are: those in memory need no detour over PIL
+        self.unchanged = unchanged  # square images of this side pass as they are: no need to go over PIL
 
     def __call__(self, image) -> torch.Tensor:
         if isinstance(image, torch.Tensor):
@@ -63,30 +64,33 @@ class ImageTransform:
 
 
 def get_augmentation(name: str, *, aug_plus: bool, size: int | None = None, on_device: bool | None = None):
-    """The augmentation of a data set: MoCo v2's with aug_plus, else MoCo v1's; views of size x size (default: the data set's own).
+    """MoCo v2's augmentation with aug_plus, else MoCo v1's; views of size x size, by default the data set's own.
 
-    on_device: a BatchAugmentation for images held in memory, in place of PIL's; the digits always have their own one. Images up to 64 pixels are not
-    blurred; house numbers and digits are not flipped. Raises BadInput.
+    on_device: a BatchAugmentation for images held in memory, in place of PIL's; the digits always have their own one.
+    Images up to 64 pixels are not blurred; house numbers and digits are not flipped. Raises BadInput.
     """
     size = _size(name, size)
     if name == "digits":
         return DigitAugmentation(*STATISTICS[name], size=size)
     flip = 0.0 if name == "svhn" else 0.5
     if on_device:
-        return BatchAugmentation(*STATISTICS[name], size=size, aug_plus=aug_plus, flip=flip, blur=aug_plus and size > _SMALL)
+        return BatchAugmentation(
+            *STATISTICS[name], size=size, aug_plus=aug_plus, flip=flip, blur=aug_plus and size > SMALL
+        )
     crop, flip = T.RandomResizedCrop(size, scale=(_SMALLEST_CROP, 1.0)), T.RandomHorizontalFlip(flip)
     if aug_plus:
-        blur = [T.RandomApply([GaussianBlur((0.1, 2.0))], p=0.5)] if size > _SMALL else []
+        blur = [T.RandomApply([GaussianBlur((0.1, 2.0))], p=0.5)] if size > SMALL else []
         jitter = T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8)  # not strengthened
         steps = [crop, jitter, T.RandomGrayscale(p=0.2), *blur, flip]
     else:
         steps = [crop, T.RandomGrayscale(p=0.2), T.ColorJitter(0.4, 0.4, 0.4, 0.4), flip]
-    # the smallest crop has 0.2 of the area and a ratio of 3 to 4: its shorter side is 0.387 of the geometric mean of the image's sides
+    # the smallest crop has 0.2 of the area and a ratio of 3 to 4: its shorter side is 0.387 of the geometric mean of
+    # the image's sides
     return ImageTransform(steps, name, smallest=round(size / (_SMALLEST_CROP * 3 / 4) ** 0.5))
 
 
 def get_eval_transform(name: str, size: int | None = None) -> ImageTransform:
-    """The view that features are taken from: the centre after a resize by 8/7 (224 of 256), small images whole. Raises BadInput."""
+    """The view features are taken from: the centre (224 of 256), small images whole. Raises BadInput."""
     size = _size(name, size)
-    resized = size if size <= _SMALL else round(size * 8 / 7)
+    resized = size if size <= SMALL else round(size * 8 / 7)
     return ImageTransform([T.Resize(resized), T.CenterCrop(size)], name, unchanged=size if resized == size else None)

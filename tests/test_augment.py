@@ -1,0 +1,275 @@
+"""Augmentation of a batch: every operation equal to torchvision's in value, the whole equal to torchvision's pipeline
+in distribution.
+"""
+
+import math
+
+import pytest
+import torch
+import torchvision.transforms as T
+import torchvision.transforms.functional as TF
+from PIL import Image, ImageFilter
+
+from moco_isl.data import augment, build_dataset, get_augmentation
+from moco_isl.data.augment import BatchAugmentation, DigitAugmentation
+from moco_isl.data.draws import seeded, uniforms
+from moco_isl.loader import GaussianBlur
+
+IDENTITY = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+
+
+def pictures(n, side, seed=0):
+    """Smooth random colour pictures, uint8 [n, 3, side, side], with some grey, some black."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.rand(n, 3, 5, 5, generator=g)
+    x[0] = x[0, :1]
+    x[1, :, :2] = 0
+    return (
+        (torch.nn.functional.interpolate(x, size=(side, side), mode="bicubic").clamp(0, 1) * 255)
+        .round()
+        .to(torch.uint8)
+    )
+
+
+@pytest.fixture(scope="module")
+def images():
+    return pictures(6, 24).float() / 255
+
+
+# ---------------------------------------------------------------- operations by value
+
+
+@pytest.mark.parametrize("S", [24, 9, 40])
+def test_resized_crop_is_torchvisions(images, S):
+    boxes = torch.tensor(
+        [[0, 0, 24, 24], [3, 5, 12, 17], [10, 0, 14, 11], [0, 13, 24, 11], [23, 23, 1, 1], [2, 2, 20, 20]]
+    )
+    flip = torch.tensor([False, True, False, True, False, True])
+    got = augment.resized_crop(images, boxes.float(), flip, S)
+    for image, (top, left, h, w), mirrored, mine in zip(images, boxes.tolist(), flip, got):
+        want = TF.resized_crop(image, top, left, h, w, [S, S], antialias=True)
+        torch.testing.assert_close(mine, TF.hflip(want) if mirrored else want, atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "name, factors",
+    [
+        ("brightness", [0.0, 0.6, 1.0, 1.4, 2.0, 0.9]),
+        ("contrast", [0.0, 0.6, 1.0, 1.4, 2.0, 0.9]),
+        ("saturation", [0.0, 0.6, 1.0, 1.4, 2.0, 0.9]),
+        ("hue", [-0.5, -0.1, 0.0, 0.07, 0.5, 0.33]),
+    ],
+)
+def test_colour_operation_is_torchvisions(images, name, factors):
+    got = getattr(augment, f"adjust_{name}")(images, torch.tensor(factors))
+    for image, factor, mine in zip(images, factors, got):
+        torch.testing.assert_close(mine, getattr(TF, f"adjust_{name}")(image, factor), atol=2e-5, rtol=0)
+
+
+def test_grey_is_torchvisions(images):
+    torch.testing.assert_close(augment.grey(images), TF.rgb_to_grayscale(images))
+
+
+def test_jitter_applies_the_four_in_each_images_own_order(images):
+    factors = torch.tensor([0.7, 1.3, 0.6, 0.1]).repeat(6, 1)
+    order = torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0], [1, 3, 0, 2], [2, 0, 3, 1], [3, 0, 1, 2], [1, 2, 0, 3]])
+    steps = [TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue]
+    got = augment.colour_jitter(images, factors, order)
+    for image, turn, mine in zip(images, order.tolist(), got):
+        for step in turn:
+            image = steps[step](image, factors[0, step].item())
+        torch.testing.assert_close(mine, image, atol=5e-5, rtol=0)
+
+
+def test_blur_is_torchvisions_inside_and_repeats_the_border(images):
+    sigma = torch.tensor([0.0, 0.1, 0.5, 1.0, 1.5, 2.0])
+    got = augment.gaussian_blur(images, sigma)
+    torch.testing.assert_close(got[0], images[0], atol=1e-6, rtol=0)
+    for image, s, mine in zip(images[1:], sigma[1:].tolist(), got[1:]):
+        padded = torch.nn.functional.pad(image[None], (6, 6, 6, 6), mode="replicate")[0]
+        want = TF.gaussian_blur(padded, 13, s)[:, 6:-6, 6:-6]
+        torch.testing.assert_close(mine, want, atol=2e-6, rtol=0)
+
+
+def test_blur_is_near_pils(images):
+    pil = [TF.to_pil_image(image) for image in images]
+    got = augment.gaussian_blur(images, torch.full((6,), 1.5))
+    for image, mine in zip(pil, got):
+        want = TF.to_tensor(image.filter(ImageFilter.GaussianBlur(1.5)))
+        assert (mine - want).abs().max() < 0.03  # PIL blurs by three boxes, in 8 bits
+
+
+# ---------------------------------------------------------------- draws of boxes
+
+
+@pytest.mark.parametrize("H, W", [(32, 32), (40, 24)])
+def test_boxes_are_distributed_as_torchvisions(H, W):
+    n = 8000
+    mine = augment.crop_boxes(uniforms(0, 0, torch.arange(n), 0, 22), H, W, (0.2, 1.0))
+    torch.manual_seed(0)
+    image = torch.zeros(3, H, W)
+    theirs = torch.tensor([T.RandomResizedCrop.get_params(image, [0.2, 1.0], [3 / 4, 4 / 3]) for _ in range(n)]).float()
+    assert (mine == mine.round()).all() and (mine >= 0).all()
+    assert (mine[:, 0] + mine[:, 2] <= H).all() and (mine[:, 1] + mine[:, 3] <= W).all()
+    for a, b in (
+        (mine, theirs),
+        (mine**2, theirs**2),
+        (mine[:, :2] * mine[:, 2:], theirs[:, :2] * theirs[:, 2:]),
+        (mine[:, 2:3] * mine[:, 3:], theirs[:, 2:3] * theirs[:, 3:]),
+    ):
+        error = ((a.var(0) + b.var(0)) / n).sqrt()
+        assert ((a.mean(0) - b.mean(0)).abs() < 5 * error).all()
+
+
+@pytest.mark.parametrize("H, W", [(10, 200), (200, 10)])
+def test_box_of_a_shape_that_never_fits_is_central(H, W):
+    box = augment.crop_boxes(uniforms(0, 0, torch.arange(5), 0, 22), H, W, (1.0, 1.0))
+    want = T.RandomResizedCrop.get_params(torch.zeros(3, H, W), [1.0, 1.0], [3 / 4, 4 / 3])
+    assert (box == torch.tensor(want)).all()
+
+
+# ---------------------------------------------------------------- recipes
+
+
+def reference_pipeline(aug_plus, size, blur, flip=0.5):
+    """MoCo's, written out once more with torchvision."""
+    jitter = T.ColorJitter(0.4, 0.4, 0.4, 0.1 if aug_plus else 0.4)
+    colour = [T.RandomApply([jitter], 0.8), T.RandomGrayscale(0.2)] if aug_plus else [T.RandomGrayscale(0.2), jitter]
+    blur = [T.RandomApply([GaussianBlur((0.1, 2.0))], 0.5)] if blur else []
+    return T.Compose(
+        [T.RandomResizedCrop(size, (0.2, 1.0)), *colour, *blur, T.RandomHorizontalFlip(flip), T.ToTensor()]
+    )
+
+
+def figures(views):
+    """What is compared: [n, figures] of views [n, 3, S, S]; brightness, contrast, colour, detail, left against
+    right.
+    """
+    half = views.shape[3] // 2
+    detail = (views[..., 1:] - views[..., :-1]).abs().mean((1, 2, 3))
+    colour = (views.amax(1) - views.amin(1)).mean((1, 2))
+    left = views[..., :half].mean((1, 2, 3)) - views[..., half:].mean((1, 2, 3))
+    return torch.stack(
+        [
+            *views.mean((2, 3)).T,
+            views.mean((1, 2, 3)) ** 2,
+            views.std((1, 2, 3)),
+            detail,
+            detail**2,
+            colour,
+            colour**2,
+            (colour < 0.02).float(),
+            left,
+            left**2,
+            *views.std((2, 3)).T,
+        ],
+        1,
+    )
+
+
+@pytest.mark.parametrize("aug_plus, blur", [(True, False), (True, True), (False, False)])
+def test_whole_is_distributed_as_torchvisions(aug_plus, blur):
+    n, side = 800, 16
+    image = pictures(8, side, seed=3)[2:]
+    image[..., : side // 2] //= 2  # left and right differ: a flip shows
+    which = torch.arange(n) % len(image)
+    pil = [TF.to_pil_image(x) for x in image]
+    pipeline = reference_pipeline(aug_plus, side, blur)
+    theirs = []
+    for i in range(n):
+        with seeded(0, 0, i, 0):
+            theirs.append(pipeline(pil[which[i]]))
+    theirs = figures(torch.stack(theirs))
+    mine = BatchAugmentation(*IDENTITY, size=side, aug_plus=aug_plus, blur=blur)
+    views = torch.cat(mine.views(image[which], 1, 0, torch.arange(n)))
+    assert -1e-5 <= views.min() and views.max() <= 1 + 1e-5
+    mine = figures(views)
+    error = (mine.var(0) / len(mine) + theirs.var(0) / n).sqrt()
+    assert (
+        (mine.mean(0) - theirs.mean(0)).abs() < 5 * error + 0.002
+    ).all()  # 0.002: PIL rounds to 8 bits at every step
+
+
+def test_pil_augmentation_is_mocos():
+    image = Image.fromarray(pictures(3, 40)[2].permute(1, 2, 0).numpy())
+    for aug_plus in (True, False):
+        for size in (32, 224):
+            mine = get_augmentation("folder", aug_plus=aug_plus, size=size)
+            theirs = reference_pipeline(aug_plus, size, blur=aug_plus and size == 224)
+            for i in range(4):
+                with seeded(0, 0, i, 0):
+                    got = mine(image)
+                with seeded(0, 0, i, 0):
+                    want = TF.normalize(theirs(image), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+                torch.testing.assert_close(mine.normalize(got[None])[0], want, atol=1e-5, rtol=1e-5)
+
+
+def test_views_do_not_depend_on_the_batch():
+    image = pictures(8, 16)
+    for augmentation in (
+        BatchAugmentation(*IDENTITY, size=16, aug_plus=True, blur=True),
+        DigitAugmentation(*IDENTITY, size=16),
+    ):
+        index = torch.tensor([3, 0, 7, 2])
+        whole = augmentation.views(image[index], 5, 2, index)
+        alone = augmentation.views(image[index[1:2]], 5, 2, index[1:2])
+        for a, b in zip(whole, alone):
+            torch.testing.assert_close(a[1:2], b, atol=1e-6, rtol=0)
+        assert (whole[0] - whole[1]).abs().max() > 0.05  # the two views differ
+        other = augmentation.views(image[index], 5, 3, index)
+        assert (whole[0] - other[0]).abs().max() > 0.05  # so do two epochs
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_stays_near(dtype):
+    image, index = pictures(8, 16), torch.arange(8)
+    for make in (
+        lambda **k: BatchAugmentation(*IDENTITY, size=16, aug_plus=True, **k),
+        lambda **k: DigitAugmentation(*IDENTITY, size=16, **k),
+    ):
+        exact, half = make().views(image, 0, 0, index)[0], make(dtype=dtype).views(image, 0, 0, index)[0]
+        assert half.dtype == dtype
+        assert (exact - half.float()).abs().mean() < (0.003 if dtype == torch.float16 else 0.02)
+
+
+@pytest.mark.parametrize("name", ["batch", "digits"])
+def test_compiles_to_one_graph(name):
+    augmentation = (
+        DigitAugmentation(*IDENTITY, size=16)
+        if name == "digits"
+        else BatchAugmentation(*IDENTITY, size=16, aug_plus=True, blur=True)
+    )
+    image = pictures(4, 16)
+    u = uniforms(0, 0, torch.arange(4), 0, augmentation.draws)
+    compiled = torch.compile(augmentation.apply, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(image, u), augmentation.apply(image, u), atol=1e-6, rtol=0)
+
+
+def test_digit_without_turn_zoom_and_noise_is_the_digit():
+    digits = build_dataset("digits", split="val").images[:5]
+    still = DigitAugmentation(*IDENTITY, size=16, turn=0, zoom=(1, 1), move=0, contrast=0, brightness=0, noise=0)
+    torch.testing.assert_close(still.views(digits, 0, 0, torch.arange(5))[0], digits / 255, atol=1e-5, rtol=0)
+
+
+def test_digit_turn_zoom_and_move_are_torchvisions_affine():
+    digits = build_dataset("digits", split="val").images[:4]
+    digits = torch.nn.functional.pad(digits, (4, 4, 4, 4))
+    u = torch.full((4, 6 + 24 * 24), 0.5)
+    u[:, 0] = torch.tensor([0.0, 1.0, 0.5, 0.8])  # degrees: -20, 20, 0, 12
+    u[:, 1] = torch.tensor([0.0, 0.5, 1.0, 0.25])  # zoom: 0.8, 1, 1.2, 0.9
+    augmentation = DigitAugmentation(*IDENTITY, size=24, turn=20, zoom=(0.8, 1.2), move=0.1, noise=0)
+    got = augmentation.apply(digits, u)
+    for image, mine, degrees, zoom in zip(digits, got, (-20, 20, 0, 12), (0.8, 1.0, 1.2, 0.9)):
+        want = TF.affine(image / 255, -degrees, [0, 0], zoom, [0.0], interpolation=TF.InterpolationMode.BILINEAR)
+        torch.testing.assert_close(mine, want, atol=1e-4, rtol=0)
+    u[:, :2] = torch.tensor([0.5, 0.5])
+    u[:, 2], u[:, 3] = 1 / 24 / 0.2 + 0.5, 0.5 - 2 / 24 / 0.2  # one pixel along x, two back along y
+    moved = augmentation.apply(digits, u)
+    torch.testing.assert_close(moved[:, :, 2:, :-1], digits[:, :, :-2, 1:] / 255, atol=1e-4, rtol=0)
+
+
+def test_digit_noise_has_the_deviation_asked_for():
+    blank = torch.zeros(64, 3, 16, 16, dtype=torch.uint8)
+    noisy = DigitAugmentation(*IDENTITY, size=16, brightness=0, noise=0.1).views(blank, 0, 0, torch.arange(64))[0]
+    assert abs(noisy[:, 0].std().item() - 0.1) < 5 * 0.1 / math.sqrt(2 * 64 * 256)
+    assert torch.equal(noisy[:, 0], noisy[:, 2])

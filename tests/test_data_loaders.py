@@ -1,0 +1,375 @@
+"""Loaders: the same batches with any workers, ranks and starts; broken images; what happens when processes die."""
+
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from moco_isl.data import (
+    build_dataset,
+    eval_loader,
+    get_augmentation,
+    get_eval_transform,
+    load_into_memory,
+    train_loader,
+)
+from moco_isl.errors import BadInput, RunFailed
+from moco_isl.loader import TwoCropsTransform, WithIndex
+from tests.ranks import run_ranks
+
+M = 14
+
+
+def make_images(folder, n=M, side=20):
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for i in range(n):
+        x = np.asarray(Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize((side, side)))
+        Image.fromarray(x).save(folder / f"{i:02}.jpg")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("images")
+    make_images(root / "train")
+    return root
+
+
+def loader_of(root, workers=0, batch_size=4, seed=3, size=16, **options):
+    augmentation = get_augmentation("folder", aug_plus=True, size=size)
+    return train_loader(
+        build_dataset("folder", root),
+        augmentation=augmentation,
+        batch_size=batch_size,
+        seed=seed,
+        workers=workers,
+        **options,
+    )
+
+
+def batches(loader, epoch, start=0):
+    return [(im_q, im_k, index) for (im_q, im_k), index in loader.epoch(epoch, start)]
+
+
+def same(a, b):
+    return len(a) == len(b) and all(torch.equal(x, y) for one, other in zip(a, b) for x, y in zip(one, other))
+
+
+# ---------------------------------------------------------------- the same batches
+
+
+def test_workers_and_starts_do_not_change_a_bit(folder):
+    plain, several = loader_of(folder), loader_of(folder, workers=2)
+    try:
+        whole = [batches(plain, epoch) for epoch in (0, 1)]
+        assert same(batches(several, 0), whole[0])
+        for batch in several.epoch(1):  # left early, with more asked for already
+            break
+        assert same(batches(several, 1), whole[1])  # by the same workers
+        assert same(batches(several, 1, start=2), whole[1][2:]) and same(batches(plain, 0, start=3), whole[0][3:])
+        assert batches(several, 0, start=4) == batches(plain, 0, start=4) == []
+        assert not same(whole[0], whole[1])
+    finally:
+        several.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        next(several.epoch(0))
+
+
+def test_every_image_once_an_epoch_and_two_views_of_it(folder):
+    loader = loader_of(folder)
+    got = batches(loader, 0)
+    assert len(loader) == len(got) == 4 and [len(i) for _, _, i in got] == [4, 4, 4, 2]
+    assert torch.cat([i for _, _, i in got]).sort().values.tolist() == list(range(M))
+    im_q, im_k, index = got[0]
+    assert im_q.shape == im_k.shape == (4, 3, 16, 16) and im_q.dtype == torch.float32 and index.dtype == torch.int64
+    assert not torch.equal(im_q, im_k)
+
+
+def test_skipped_images_are_not_loaded(folder, monkeypatch):
+    loader = loader_of(folder)
+    want = batches(loader, 0)[2:]
+    opened = []
+    image = type(loader.reader.dataset).image
+    monkeypatch.setattr(
+        type(loader.reader.dataset), "image", lambda self, i, at_least=None: opened.append(i) or image(self, i)
+    )
+    assert same(batches(loader, 0, start=2), want) and len(opened) == 6
+
+
+def test_iterating_leaves_the_users_generators_alone(folder):
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
+    batches(loader_of(folder), 0)
+    list(eval_loader(build_dataset("folder", folder), transform=get_eval_transform("folder", 16), batch_size=5))
+    assert torch.equal(before[0], torch.get_rng_state()) and before[1] == random.getstate()
+    assert (before[2] == np.random.get_state()[1]).all()
+
+
+@pytest.mark.parametrize(
+    "batch_size, multiple, sizes",
+    [(4, 2, [4, 4, 4, 2]), (4, 4, [4, 4, 4]), (20, 4, [12]), (14, 1, [14]), (28, 1, [14])],
+)
+def test_the_last_batch_is_kept_and_trimmed(folder, batch_size, multiple, sizes):
+    held = load_into_memory(build_dataset("folder", folder))
+    for dataset, on_device in ((build_dataset("folder", folder), False), (held, True)):
+        augmentation = get_augmentation("folder", aug_plus=False, size=16, on_device=on_device)
+        loader = train_loader(dataset, augmentation=augmentation, batch_size=batch_size, seed=0, multiple=multiple)
+        assert len(loader) == len(sizes) and [len(i) for _, i in loader.epoch(0)] == sizes
+    indices = [torch.cat([i for _, i in loader.epoch(epoch)]) for epoch in range(2)]
+    assert all(len(set(i.tolist())) == sum(sizes) for i in indices) and not torch.equal(*indices)
+
+
+def test_batch_sizes_that_cannot_be_are_refused(folder):
+    with pytest.raises(BadInput, match="batch size 6 does not divide by 4"):
+        loader_of(folder, batch_size=6, multiple=4)
+    with pytest.raises(BadInput, match="14 images are too few for 16"):
+        loader_of(folder, batch_size=16, multiple=16)
+    with pytest.raises(BadInput, match="load_into_memory"):
+        train_loader(
+            build_dataset("folder", folder),
+            augmentation=get_augmentation("folder", aug_plus=True, on_device=True),
+            batch_size=2,
+            seed=0,
+        )
+
+
+def rank_batches(rank, world, root, in_memory):
+    if in_memory:
+        dataset = load_into_memory(build_dataset("folder", root))
+        loader = train_loader(
+            dataset,
+            augmentation=get_augmentation("folder", aug_plus=True, size=16, on_device=True),
+            batch_size=4,
+            seed=3,
+        )
+    else:
+        loader = loader_of(root)
+    return [[x.numpy() for x in batch] for batch in batches(loader, 1, 1)]
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_two_ranks_share_the_batches_of_one(folder, in_memory):
+    whole = rank_batches(0, 1, str(folder), in_memory)
+    ranks = run_ranks(2, rank_batches, str(folder), in_memory)
+    assert len(whole) == len(ranks[0]) == len(ranks[1]) == 3
+    for batch, first, second in zip(whole, *ranks):
+        assert len(first[2]) == len(second[2])
+        for x, a, b in zip(batch, first, second):
+            np.testing.assert_allclose(np.concatenate([a, b]), x, atol=1e-5 if in_memory else 0)
+
+
+def test_images_in_memory_have_the_same_interface():
+    digits = build_dataset("digits")
+    loader = train_loader(digits, augmentation=get_augmentation("digits", aug_plus=True), batch_size=128, seed=0)
+    whole = batches(loader, 2)
+    assert len(loader) == len(whole) == 12 and same(batches(loader, 2, 5), whole[5:]) and batches(loader, 2, 12) == []
+    assert torch.cat([i for _, _, i in whole]).sort().values.tolist() == list(range(1437))
+    assert loader.bad_images() == []
+    loader.close()
+
+
+@pytest.mark.parametrize("views", [1, 3])
+def test_as_many_views_as_asked_for(folder, views):
+    both = next(loader_of(folder).epoch(0))[0]
+    got = next(loader_of(folder, views=views).epoch(0))[0]
+    assert len(got) == views and all(torch.equal(a, b) for a, b in zip(got, both))
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+def test_eval_loader_gives_all_images_in_order(folder):
+    dataset = build_dataset("folder", folder)
+    transform = get_eval_transform("folder", 20)
+    for held, workers in ((dataset, 0), (dataset, 1), (load_into_memory(dataset), 0)):
+        loader = eval_loader(held, transform=transform, batch_size=5, workers=workers)
+        got = list(loader)
+        assert len(loader) == 3 and torch.cat([i for _, i in got]).tolist() == list(range(M))
+        for image, i in zip(torch.cat([x for x, _ in got]), range(M)):
+            want = torch.from_numpy(np.asarray(dataset[i][0]).astype(np.float32)).permute(2, 0, 1) / 255
+            want = (want - torch.tensor([0.485, 0.456, 0.406])[:, None, None]) / torch.tensor([0.229, 0.224, 0.225])[
+                :, None, None
+            ]
+            torch.testing.assert_close(image, want, atol=1e-5, rtol=1e-5)
+        loader.close()
+
+
+@pytest.mark.parametrize("shards", [[(0, 5), (5, 9), (9, 14)], [(0, 0), (0, 14)]])
+def test_shards_cover_each_image_once(folder, shards):
+    for dataset in (build_dataset("folder", folder), load_into_memory(build_dataset("folder", folder))):
+        seen = [
+            i
+            for shard in shards
+            for _, index in eval_loader(dataset, transform=get_eval_transform("folder", 20), batch_size=4, shard=shard)
+            for i in index.tolist()
+        ]
+        assert seen == list(range(M))
+
+
+def test_eval_view_is_the_centre_of_a_resize():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8))
+    want = image.resize((341, 256), Image.Resampling.BILINEAR).crop((58, 16, 282, 240))
+    got = get_eval_transform("folder")(image)
+    assert torch.equal(got, torch.from_numpy(np.asarray(want).copy()).permute(2, 0, 1))
+
+
+# ---------------------------------------------------------------- broken images
+
+
+@pytest.fixture
+def broken(tmp_path):
+    make_images(tmp_path / "train")
+    for i in (3, 4, 13):
+        path = tmp_path / "train" / f"{i:02}.jpg"
+        path.write_bytes(path.read_bytes()[:-200])
+    return tmp_path
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_image_is_replaced_named_and_counted(broken, workers):
+    loader = loader_of(broken, workers=workers, max_bad_images=3)
+    index = torch.cat([i for _, i in loader.epoch(0)])
+    assert sorted(index.tolist()) == list(range(M))
+    assert loader.bad_images() == [(i, str(broken / "train" / f"{i:02}.jpg")) for i in (3, 4, 13)]
+    loader.close()
+    with pytest.raises(RunFailed, match=r"unreadable images? \(.*0[34].jpg.*expected at most 2"):
+        loader = loader_of(broken, workers=workers, max_bad_images=2)
+        try:
+            batches(loader, 0)
+        finally:
+            loader.close()
+
+
+def test_the_stand_in_is_the_next_readable_image(broken):
+    loader = eval_loader(build_dataset("folder", broken), transform=get_eval_transform("folder", 20), batch_size=M)
+    images, index = next(iter(loader))
+    assert index.tolist() == list(range(M))
+    assert (
+        torch.equal(images[3], images[5]) and torch.equal(images[4], images[5]) and torch.equal(images[13], images[0])
+    )
+    assert [i for i, _ in loader.bad_images()] == [3, 4, 13]
+
+
+def test_broken_images_of_a_set_in_memory_are_counted_too(broken):
+    held = load_into_memory(build_dataset("folder", broken))
+    options = {
+        "augmentation": get_augmentation("folder", aug_plus=True, size=16, on_device=True),
+        "batch_size": 7,
+        "seed": 0,
+    }
+    loader = train_loader(held, max_bad_images=3, **options)
+    assert len(batches(loader, 0)) == 2 and [i for i, _ in loader.bad_images()] == [3, 4, 13]
+    with pytest.raises(RunFailed, match="3 unreadable images .*03.jpg"):
+        batches(train_loader(held, max_bad_images=2, **options), 0)
+
+
+def test_nothing_readable_at_all(tmp_path):
+    make_images(tmp_path / "train", 3)
+    for path in (tmp_path / "train").iterdir():
+        path.write_bytes(b"no image")
+    with pytest.raises(RunFailed, match="none of 3 images could be read"):
+        batches(loader_of(tmp_path, batch_size=2, max_bad_images=100), 0)
+    with pytest.raises(RunFailed, match="none of 3 images could be read"):
+        list(eval_loader(build_dataset("folder", tmp_path), transform=get_eval_transform("folder", 16), batch_size=2))
+
+
+# ---------------------------------------------------------------- processes
+
+
+def test_workers_outlive_stop_signals_and_end_with_close(folder):
+    others = set(multiprocessing.active_children())
+    loader = loader_of(folder, workers=2)
+    whole = batches(loader, 0)
+    workers = set(multiprocessing.active_children()) - others
+    assert len(workers) == 2
+    for worker in workers:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT):
+            os.kill(worker.pid, number)
+    assert same(batches(loader, 0), whole)
+    loader.close()
+    assert all(worker.exitcode is not None for worker in workers)
+
+
+def test_a_killed_worker_fails_the_run_with_its_cause(folder):
+    others = set(multiprocessing.active_children())
+    loader = loader_of(folder, workers=1, batch_size=2)
+    steps = loader.epoch(0)
+    next(steps)
+    worker = (set(multiprocessing.active_children()) - others).pop()
+    with pytest.raises(RuntimeError, match="DataLoader worker .* (killed by signal|exited unexpectedly)"):
+        os.kill(
+            worker.pid, signal.SIGKILL
+        )  # torch raises where the news finds the parent: here, or in the loop over batches
+        for epoch in range(1, 5):
+            batches(loader, epoch)
+    loader.close()
+
+
+SCRIPT = """
+import sys
+from moco_isl.data import build_dataset, get_augmentation, train_loader
+
+loader = train_loader(build_dataset("folder", sys.argv[1]), augmentation=get_augmentation("folder", aug_plus=False,
+size=16), batch_size=2, seed=0,
+                      workers=2)
+steps = loader.epoch(0)
+next(steps)
+print("ready", flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.fixture(scope="module")
+def parents(folder):
+    """Two processes, each with two workers in the middle of an epoch. The workers hold their parent's stdout: it ends
+    when the last of them does.
+    """
+    environment = dict(os.environ, PYTHONPATH=str(Path(__file__).parent.parent), OMP_NUM_THREADS="1")
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    command = [sys.executable, "-c", SCRIPT, str(folder)]
+    processes = [subprocess.Popen(command, env=environment, text=True, **pipes) for _ in range(2)]
+    for process in processes:
+        assert process.stdout.readline() == "ready\n", process.stderr.read()
+    yield processes
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def test_workers_die_with_a_killed_parent(parents):
+    parents[0].kill()
+    parents[0].communicate(timeout=60)
+    assert parents[0].returncode == -signal.SIGKILL
+
+
+def test_a_parent_that_forgets_to_close_still_ends(parents):
+    _, errors = parents[1].communicate("\n", timeout=60)
+    assert parents[1].returncode == 0 and errors == ""
+
+
+# ---------------------------------------------------------------- a user's own data set
+
+
+def test_with_index_around_a_users_own_data_set():
+    class Own(torch.utils.data.Dataset):
+        def __init__(self, transform=None):
+            self.transform = transform or (lambda x: x)
+
+        def __len__(self):
+            return 5
+
+        def __getitem__(self, i):
+            return self.transform(torch.full((3, 2, 2), float(i))), "label"
+
+    jitter = TwoCropsTransform(lambda x: x + torch.rand(()) / 2)
+    for dataset in (WithIndex(Own(jitter)), WithIndex(Own(), transform=jitter)):
+        (im_q, im_k), index = next(iter(torch.utils.data.DataLoader(dataset, batch_size=5)))
+        assert index.tolist() == list(range(5)) and im_q.shape == im_k.shape == (5, 3, 2, 2)
+        assert torch.equal(im_q.floor()[:, 0, 0, 0], index.float()) and not torch.equal(im_q, im_k)

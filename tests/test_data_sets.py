@@ -1,0 +1,346 @@
+"""Data sets: what is read from which files, what works, and what a user is told when it cannot."""
+
+import pickle
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from moco_isl.data import build_dataset, datasets, decode, holdout, load_into_memory, native_size
+from moco_isl.errors import BadInput
+
+
+def save(path, colour=(200, 30, 90), size=(12, 10), **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path, **options)
+    return path
+
+
+@pytest.fixture
+def tree(tmp_path):
+    for split, classes in (("train", ("cat", "dog", "owl")), ("val", ("dog", "owl"))):
+        for c in classes:
+            for i in range(3):
+                save(tmp_path / split / c / f"{i}.png", (i, len(c), 0))
+    save(tmp_path / "train" / "cat" / "deeper" / "still" / "9.png")
+    (tmp_path / "train" / "cat" / "notes.txt").write_text("no image")
+    return tmp_path
+
+
+# ---------------------------------------------------------------- digits
+
+
+def test_digits_are_the_files_in_file_order():
+    load_digits = pytest.importorskip("sklearn.datasets").load_digits()
+    train, val = build_dataset("digits"), build_dataset("digits", split="val")
+    assert (len(train), len(val)) == (1437, 360)
+    assert torch.equal(torch.cat([train.labels, val.labels]), torch.from_numpy(load_digits.target))
+    images = torch.cat([train.images, val.images])  # [1797, 3, 16, 16]
+    assert (
+        images.dtype == torch.uint8
+        and torch.equal(images[:, 0], images[:, 1])
+        and torch.equal(images[:, 0], images[:, 2])
+    )
+    small = torch.from_numpy(load_digits.images).float() * 255 / 16
+    corner = images[:, 0, ::15, ::15].float()  # the corners of a bilinear doubling are the corners of the original
+    assert (corner - small[:, ::7, ::7]).abs().max() <= 0.5
+    assert (images[:, 0].float().mean((1, 2)) - small.mean((1, 2))).abs().max() < 8
+    image, label = train[3]
+    assert torch.equal(image, train.images[3]) and label == 3 and train.path(3) == "digits/train[3]"
+    assert train.classes == list("0123456789") and train.size_hint == 16
+
+
+# ---------------------------------------------------------------- folders
+
+
+def test_folder_is_read_as_imagefolder_does(tree):
+    from torchvision.datasets import ImageFolder
+
+    ours, theirs = build_dataset("folder", tree), ImageFolder(tree / "train")
+    assert [(ours.path(i), int(ours.labels[i])) for i in range(len(ours))] == theirs.samples
+    assert ours.classes == theirs.classes == ["cat", "dog", "owl"] and ours.size_hint is None and len(ours) == 10
+    for i in range(len(ours)):
+        assert ours[i][0].tobytes() == theirs[i][0].tobytes() and ours[i][1] == theirs[i][1]
+
+
+def test_val_is_numbered_by_the_classes_of_train(tree):
+    val = build_dataset("folder", tree, "val")
+    assert val.classes == ["cat", "dog", "owl"] and val.labels.tolist() == [1, 1, 1, 2, 2, 2]
+
+
+def test_flat_folder_has_no_labels(tmp_path):
+    for name in ("b.png", "a.JPG", "c.bmp", ".hidden.png"):
+        save(tmp_path / name)
+    flat = build_dataset("folder", tmp_path)
+    assert [flat.path(i) for i in range(len(flat))] == [str(tmp_path / n) for n in ("a.JPG", "b.png", "c.bmp")]
+    assert flat.labels is None and flat.classes is None and flat[0][1] == -1
+
+
+def test_flat_train_and_class_folders_without_train(tmp_path, tree):
+    save(tmp_path / "flat" / "train" / "a.png")
+    assert build_dataset("folder", tmp_path / "flat").labels is None
+    assert build_dataset("folder", tree / "train").classes == ["cat", "dog", "owl"]
+
+
+def test_images_beside_class_folders_are_left_out_with_a_warning(tree):
+    save(tree / "train" / "stray.png")
+    with pytest.warns(UserWarning, match="1 images beside them"):
+        assert len(build_dataset("folder", tree)) == 10
+
+
+def test_names_beyond_ascii_work(tmp_path):
+    save(tmp_path / "train" / "Äpfel" / "grün é.png")
+    assert build_dataset("folder", tmp_path).path(0).endswith("Äpfel/grün é.png")
+
+
+def bad_folder_cases(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "words" / "a").mkdir(parents=True)
+    (tmp_path / "words" / "a" / "x.txt").write_text("x")
+    (tmp_path / "file").write_text("x")
+    save(tmp_path / "only_train" / "train" / "a" / "x.png")
+    save(tmp_path / "only_val" / "val" / "a" / "x.png")
+    save(tmp_path / "strange" / "train" / "a" / "x.png")
+    save(tmp_path / "strange" / "val" / "b" / "x.png")
+    return [
+        ("nowhere", "train", "no such folder"),
+        ("empty", "train", "no images in"),
+        ("words", "train", "no images in"),
+        ("file", "train", "not a folder"),
+        ("only_train", "val", "no validation images"),
+        ("only_val", "train", "no training images"),
+        ("strange", "val", "a class that train lacks: 'b'"),
+        ("empty", "val", "no validation images"),
+    ]
+
+
+def test_bad_folders_are_told_in_one_line(tmp_path):
+    for folder, split, message in bad_folder_cases(tmp_path):
+        with pytest.raises(BadInput) as error:
+            build_dataset("folder", tmp_path / folder, split)
+        text = str(error.value)
+        assert message in text and "expected" in text and "\n" not in text and folder in text
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("imagenet", "x"), "no data set named 'imagenet'"),
+        (("folder", None), "give DIR"),
+        (("folder", "x", "test"), "no split named 'test'"),
+    ],
+)
+def test_bad_names(arguments, message):
+    with pytest.raises(BadInput, match=message):
+        build_dataset(*arguments)
+
+
+# ---------------------------------------------------------------- kinds of files
+
+GREY16 = np.linspace(0, 65535, 12 * 10).astype(np.uint16).reshape(10, 12)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path, suffix):
+    Image.fromarray(GREY16).save(tmp_path / f"x.{suffix}")
+    got = np.asarray(decode(tmp_path / f"x.{suffix}"))
+    assert got.shape == (10, 12, 3) and (got == np.round(GREY16 / 257.0)[..., None]).all()
+
+
+@pytest.mark.parametrize(
+    "values, top",
+    [
+        (GREY16.astype(np.int32), 65535),
+        ((GREY16 / 65535).astype(np.float32), 1),
+        ((GREY16 / 257).astype(np.float32), 255),
+    ],
+)
+def test_tiffs_of_integers_and_floats_are_scaled(tmp_path, values, top):
+    Image.fromarray(values).save(tmp_path / "x.tif")
+    got = np.asarray(decode(tmp_path / "x.tif"))[..., 0]
+    assert np.abs(got - values / top * 255.0).max() <= 0.51
+
+
+def test_big_endian_sixteen_bits(tmp_path):
+    Image.frombytes("I;16B", (12, 10), GREY16.astype(">u2").tobytes()).save(tmp_path / "x.tif")
+    assert (np.asarray(decode(tmp_path / "x.tif"))[..., 0] == np.round(GREY16 / 257.0)).all()
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "1", "RGBA", "P", "PA"])
+def test_grey_alpha_and_palette(tmp_path, mode):
+    colour = Image.new("RGB", (12, 10), (200, 30, 90))
+    image = colour.convert("P", palette=Image.Palette.ADAPTIVE) if mode in ("P", "PA") else colour
+    path = tmp_path / ("x.tif" if mode == "PA" else "x.png")
+    image.convert(mode).save(path)
+    got = decode(path)
+    assert got.mode == "RGB" and got.size == (12, 10)
+    if mode in ("RGBA", "P", "PA"):
+        assert got.tobytes() == colour.tobytes()
+    elif mode != "1":
+        assert got.tobytes() == colour.convert("L").convert("RGB").tobytes()
+
+
+def test_cmyk(tmp_path):
+    Image.new("CMYK", (12, 10), (0, 200, 100, 20)).save(tmp_path / "x.jpg")
+    want = np.asarray(Image.new("CMYK", (1, 1), (0, 200, 100, 20)).convert("RGB")).astype(int)
+    assert np.abs(np.asarray(decode(tmp_path / "x.jpg")).astype(int) - want).max() <= 3
+
+
+def test_palette_with_transparency_keeps_its_colours_and_warns_not(tmp_path):
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([0, 0, 0, 200, 30, 90])
+    image.save(tmp_path / "x.png", transparency=bytes([0, 128]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert decode(tmp_path / "x.png").getpixel((0, 0)) == (200, 30, 90)
+
+
+def test_orientation_tag_is_left_alone(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lying on its side
+    save(tmp_path / "x.jpg", exif=exif)
+    assert decode(tmp_path / "x.jpg").size == (12, 10)
+
+
+def test_large_jpegs_may_be_decoded_smaller_but_not_below(tmp_path):
+    path = save(tmp_path / "x.jpg", size=(1000, 640))
+    assert decode(path).size == (1000, 640)
+    assert (
+        decode(path, 300).size == (500, 320)
+        and decode(path, 321).size == (1000, 640)
+        and decode(path, 100).size == (250, 160)
+    )
+
+
+# ---------------------------------------------------------------- torchvision's sets
+
+
+def fake_cifar(root, name):
+    folder = root / {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}[name]
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    files = {"cifar10": [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"], "cifar100": ["train", "test"]}[name]
+    for file in files:
+        labels = [0, 1, 2]
+        batch = {
+            "data": rng.integers(0, 256, (3, 3072), dtype=np.uint8),
+            "labels" if name == "cifar10" else "fine_labels": labels,
+        }
+        (folder / file).write_bytes(pickle.dumps(batch))
+    key = "label_names" if name == "cifar10" else "fine_label_names"
+    (folder / ("batches.meta" if name == "cifar10" else "meta")).write_bytes(pickle.dumps({key: ["a", "b", "c"]}))
+    return pickle.loads((folder / files[-1]).read_bytes())
+
+
+@pytest.mark.parametrize("name, M", [("cifar10", 15), ("cifar100", 3)])
+def test_cifar_is_held_in_memory(tmp_path, monkeypatch, name, M):
+    test = fake_cifar(tmp_path, name)
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
+    train, val = build_dataset(name, tmp_path), build_dataset(name, tmp_path, "val")
+    assert (
+        train.images.shape == (M, 3, 32, 32) and train.images.dtype == torch.uint8 and val.labels.tolist() == [0, 1, 2]
+    )
+    assert np.array_equal(val.images.numpy().reshape(3, -1), test["data"]) and val.classes == ["a", "b", "c"]
+
+
+def test_svhn_is_held_in_memory(tmp_path, monkeypatch):
+    scipy_io = pytest.importorskip("scipy.io")
+    X = np.random.default_rng(0).integers(0, 256, (32, 32, 3, 4), dtype=np.uint8)
+    for split in ("train", "test"):
+        scipy_io.savemat(tmp_path / f"{split}_32x32.mat", {"X": X, "y": np.array([[1], [10], [3], [10]])})
+    monkeypatch.setattr("torchvision.datasets.svhn.check_integrity", lambda *_: True)
+    svhn = build_dataset("svhn", tmp_path, "val")
+    assert np.array_equal(svhn.images.numpy(), X.transpose(3, 2, 0, 1)) and svhn.labels.tolist() == [1, 0, 3, 0]
+    monkeypatch.setitem(__import__("sys").modules, "scipy.io", None)
+    with pytest.raises(BadInput, match="pip install scipy"):
+        build_dataset("svhn", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "svhn"])
+def test_missing_set_names_the_download_flag(tmp_path, name):
+    with pytest.raises(BadInput, match="add --download") as error:
+        build_dataset(name, tmp_path)
+    assert str(tmp_path) in str(error.value) and "download=True" not in str(error.value)
+
+
+def test_failed_download_is_told_in_one_line(tmp_path, monkeypatch):
+    def refuse(*_args, **_kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", refuse)
+    with pytest.raises(BadInput, match="could not download cifar10 .*no route to host"):
+        build_dataset("cifar10", tmp_path, download=True)
+
+
+# ---------------------------------------------------------------- helpers
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_holdout_is_disjoint_seeded_and_keeps_names(tree, in_memory):
+    whole = build_dataset("folder", tree)
+    if in_memory:
+        whole = load_into_memory(whole)
+    rest, held = holdout(whole, 4, seed=1)
+    again, other = holdout(whole, 4, seed=1)[1], holdout(whole, 4, seed=2)[1]
+    names = [[part.path(i) for i in range(len(part))] for part in (rest, held, again, other)]
+    assert (len(rest), len(held)) == (6, 4) and set(names[0]) | set(names[1]) == {whole.path(i) for i in range(10)}
+    assert names[1] == names[2] != names[3] and rest.classes == whole.classes
+    labels = {whole.path(i): int(whole.labels[i]) for i in range(10)}
+    for part in (rest, held):
+        assert (
+            [labels[part.path(i)] for i in range(len(part))]
+            == part.labels.tolist()
+            == [part[i][1] for i in range(len(part))]
+        )
+    for i in range(4):
+        assert np.array_equal(np.asarray(held[i][0]), np.asarray(again[i][0]))
+
+
+def test_holdout_of_everything_is_refused():
+    with pytest.raises(BadInput, match="cannot hold out 360 of 360"):
+        holdout(build_dataset("digits", split="val"), 360, 0)
+
+
+def test_native_size_is_that_of_small_images_and_mocos_for_others(tmp_path):
+    for i in range(5):
+        save(tmp_path / "small" / f"{i}.png", size=(40, 30 + i))
+        save(tmp_path / "large" / f"{i}.png", size=(400, 65 + i))
+    (tmp_path / "small" / "0.png").write_bytes(b"broken")
+    assert native_size(build_dataset("folder", tmp_path / "small")) == 33  # upper median of 31, 32, 33, 34
+    assert native_size(build_dataset("folder", tmp_path / "large")) == 224
+    assert native_size(build_dataset("digits")) == 16
+
+
+def test_native_size_of_nothing_readable(tmp_path):
+    (tmp_path / "0.png").write_bytes(b"broken")
+    with pytest.raises(BadInput, match="none of 1 images could be read"):
+        native_size(build_dataset("folder", tmp_path))
+
+
+def test_load_into_memory_equals_the_files_and_fills_in_for_broken_ones(tree):
+    files = build_dataset("folder", tree)
+    for i in (2, 9):
+        open(files.path(i), "wb").close()
+    held = load_into_memory(files)
+    assert held.unreadable == [2, 9] and held.labels is files.labels and held.path(9) == files.path(9)
+    for i in range(10):
+        want = np.asarray(files[{2: 3, 9: 0}.get(i, i)][0]).transpose(2, 0, 1)
+        assert np.array_equal(held.images[i].numpy(), want)
+    assert holdout(held, 5, 0)[0].unreadable == [
+        i for i, row in enumerate(holdout(held, 5, 0)[0].source.rows.tolist()) if row in (2, 9)
+    ]
+
+
+def test_load_into_memory_refuses_what_does_not_fit(tree):
+    files = build_dataset("folder", tree)
+    with pytest.raises(BadInput, match="images take"):
+        load_into_memory(files, limit_bytes=100)
+    save(tree / "train" / "owl" / "2.png", size=(12, 11))
+    with pytest.raises(BadInput, match="expected 10x12, .*owl.2.png has 11x12"):
+        load_into_memory(build_dataset("folder", tree))
+
+
+def test_names_are_all_known():
+    assert datasets.NAMES == ("folder", "cifar10", "cifar100", "svhn", "digits")
