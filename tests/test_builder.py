@@ -1,0 +1,176 @@
+"""The drop-in contract: MoCo's state-dict keys, its forward, and its loss sequence against an independent MoCo written with loops."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision
+
+from moco_isl.builder import MoCo
+from moco_isl.isl import ISL
+from tests.ranks import run_ranks
+
+C, K, M = 8, 24, 20
+
+
+def tiny(num_classes=C):
+    """An encoder without batch norm, so that two ranks can equal one process."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 4, 16), nn.ReLU())
+    net.add_module("fc", nn.Linear(16, num_classes))
+    return net
+
+
+def images(n, seed):
+    return torch.rand(n, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(("mlp", "count"), [(False, 246), (True, 250)])
+def test_state_dict_keys_are_mocos(mlp, count):
+    """The stored list is that of `moco.builder.MoCo` around torchvision's ResNet-18."""
+    stored = dict(line.split() for line in (Path(__file__).parent / "data" / "moco_resnet18_keys.txt").read_text().splitlines())
+    stored = {name: shape for name, shape in stored.items() if (".fc.0" in name or ".fc.2" in name) <= mlp and not (mlp and name.endswith(("fc.weight", "fc.bias")))}
+    model = MoCo(torchvision.models.resnet18, 128, 512, mlp=mlp)
+    found = {name: "x".join(map(str, value.shape)) or "-" for name, value in model.state_dict().items()}
+    assert len(found) == count
+    assert found == stored
+
+
+def test_forward_is_mocos():
+    """logits, labels, the enqueued keys and the momentum step, each by its formula; the queue wraps around and K need not be a multiple."""
+    torch.manual_seed(0)
+    model = MoCo(tiny, C, K, m=0.9, T=0.2)
+    for step in range(5):
+        im_q, im_k = images(7, 2 * step), images(7, 2 * step + 1)
+        queue, ptr = model.queue.clone(), int(model.queue_ptr)
+        keys = [0.9 * k + 0.1 * q for k, q in zip(model.encoder_k.parameters(), model.encoder_q.parameters())]
+        logits, labels = model(im_q, im_k)
+        for mine, truth in zip(model.encoder_k.parameters(), keys):
+            assert torch.allclose(mine, truth, atol=1e-6)
+        q, k = F.normalize(model.encoder_q(im_q), dim=1), F.normalize(model.encoder_k(im_k), dim=1)
+        for i in range(7):
+            row = [q[i] @ k[i]] + [q[i] @ queue[:, j] for j in range(K)]
+            assert torch.allclose(logits[i], torch.stack(row) / 0.2, atol=1e-5)
+        assert labels.tolist() == [0] * 7
+        for i in range(7):
+            queue[:, (ptr + i) % K] = k[i]
+        assert torch.equal(model.queue, queue) and int(model.queue_ptr) == (ptr + 7) % K
+        with torch.no_grad():
+            for p in model.encoder_q.parameters():
+                p.add_(0.05)  # so that the next momentum step has somewhere to go
+
+
+def test_key_encoder_starts_as_a_copy_without_gradient():
+    model = MoCo(tiny, C, K)
+    assert all(torch.equal(q, k) and not k.requires_grad for q, k in zip(model.encoder_q.parameters(), model.encoder_k.parameters()))
+
+
+class MoCoByHand:
+    """MoCo v2 in loops over images and keys, with SGD written out; imports nothing of the package."""
+
+    def __init__(self, encoder_q, encoder_k, queue, m, T, lr, momentum):
+        self.q, self.k, self.queue, self.m, self.T, self.lr, self.momentum = encoder_q, encoder_k, [*queue.clone()], m, T, lr, momentum
+        self.velocity = [torch.zeros_like(p) for p in encoder_q.parameters()]
+        self.ptr = 0
+
+    def step(self, im_q, im_k):
+        with torch.no_grad():
+            for p_k, p_q in zip(self.k.parameters(), self.q.parameters()):
+                p_k.copy_(self.m * p_k + (1 - self.m) * p_q)
+        loss, keys = 0, []
+        for i in range(len(im_q)):
+            q, k = self.q(im_q[i : i + 1])[0], self.k(im_k[i : i + 1])[0].detach()
+            q, k = q / q.norm(), k / k.norm()
+            others = sum(torch.exp(q @ key / self.T) for key in self.queue)
+            own = torch.exp(q @ k / self.T)
+            loss = loss - torch.log(own / (own + others)) / len(im_q)
+            keys.append(k)
+        grads = torch.autograd.grad(loss, list(self.q.parameters()))
+        with torch.no_grad():
+            for p, v, g in zip(self.q.parameters(), self.velocity, grads):
+                v.mul_(self.momentum).add_(g)
+                p.sub_(self.lr * v)
+        for k in keys:
+            self.queue[self.ptr % len(self.queue)] = k
+            self.ptr += 1
+        return loss.item()
+
+
+def losses(isl_or_model, steps, optimizer, batch=slice(None)):
+    found = []
+    for step in range(steps):
+        im_q, im_k = images(6, 10 + step), images(6, 20 + step)
+        index = (torch.arange(6) + 6 * step) % M
+        if isinstance(isl_or_model, ISL):
+            loss = isl_or_model(im_q[batch], im_k[batch], index[batch])
+        else:
+            loss = F.cross_entropy(*isl_or_model(im_q[batch], im_k[batch]))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        found.append(loss.item())
+    return found
+
+
+def moco(seed=1):
+    torch.manual_seed(seed)
+    return MoCo(tiny, C, K, m=0.9, T=0.2)
+
+
+def sgd(model):
+    return torch.optim.SGD(model.encoder_q.parameters(), 0.5, momentum=0.9)
+
+
+@pytest.mark.parametrize("front", ["forward", "isl"])
+def test_without_mining_it_trains_moco(front):
+    model, other = moco(), moco()
+    by_hand = MoCoByHand(other.encoder_q, other.encoder_k, other.queue.t(), 0.9, 0.2, 0.5, 0.9)
+    truth = [by_hand.step(images(6, 10 + s), images(6, 20 + s)) for s in range(8)]
+    mine = losses(ISL(model, M, active=False) if front == "isl" else model, 8, sgd(model))
+    assert mine == pytest.approx(truth, abs=1e-5)
+    assert truth[0] != pytest.approx(truth[-1], abs=1e-3), "it must have trained for this to say anything"
+
+
+def _two_ranks(rank, world, active):
+    torch.manual_seed(1)  # as moco(); made here, since DistributedDataParallel wants the process group
+    model = MoCo(tiny, C, K, m=0.9, T=0.2)
+    isl = _with_positives(ISL(model, M), active)
+    share = losses(isl, 6, sgd(model), slice(rank * 3, rank * 3 + 3))
+    return share, model.state_dict(), isl.state_dict()
+
+
+def _with_positives(isl, active):
+    from moco_isl.mining.positives import PositiveSets
+
+    isl.active = active
+    if active:
+        src = torch.arange(M)
+        isl.positives = PositiveSets.from_edges(M, torch.cat([src, src]), torch.cat([(src + 3) % M, (src + 5) % M]))
+        isl.bank.fill(F.normalize(torch.randn(M, C, generator=torch.Generator().manual_seed(2)), dim=1))
+    return isl
+
+
+@pytest.mark.parametrize("active", [False, True])
+def test_two_ranks_equal_one_process(active):
+    """Mean of the ranks' losses, weights, queue, bank, slots and positives; for an encoder without batch norm."""
+    model = moco()
+    isl = _with_positives(ISL(model, M), active)
+    truth = losses(isl, 6, sgd(model))
+    (first, state, isl_state), (second, state_2, isl_state_2) = run_ranks(2, _two_ranks, active)
+    assert [(a + b) / 2 for a, b in zip(first, second)] == pytest.approx(truth, abs=1e-5)
+    for mine, theirs in ((state, state_2), (_flat(isl_state), _flat(isl_state_2))):
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine), "ranks differ"
+    for mine, one in ((state, model.state_dict()), (_flat(isl_state), _flat(isl.state_dict()))):
+        for name, value in one.items():
+            assert torch.allclose(mine[name].double(), value.double(), atol=1e-5), name
+
+
+def _flat(state, prefix=""):
+    flat = {}
+    for name, value in state.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        elif isinstance(value, torch.Tensor):
+            flat[prefix + name] = value
+    return flat

@@ -1,0 +1,154 @@
+"""The losses against references written with loops, in float64, that nobody can doubt."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from moco_isl.losses import bank_loss, hard_positive_kl, multi_positive_mean_log, multi_positive_nce, stream_softmax
+
+N, S, K = 6, 4, 50
+
+
+def logits(seed=0, dtype=torch.float64):
+    g = torch.Generator().manual_seed(seed)
+    l_pos = (torch.rand(N, S, generator=g, dtype=torch.float64) * 20 - 10).to(dtype)
+    l_neg = (torch.rand(N, K, generator=g, dtype=torch.float64) * 20 - 10).to(dtype)
+    weight = torch.rand(N, S, generator=g, dtype=torch.float64)
+    weight[:, 0] = 1
+    weight[0, 1:] = 0  # an image without positives
+    weight[1, 2] = 0
+    masked = torch.rand(N, K, generator=g) < 0.3
+    return l_pos, l_neg.masked_fill(masked, -torch.inf), weight
+
+
+def nce_by_hand(l_pos, l_neg, weight):
+    total = 0
+    for i in range(N):
+        positive = sum(weight[i, s] * torch.exp(l_pos[i, s]) for s in range(S))
+        negative = sum(torch.exp(l_neg[i, j]) for j in range(K) if l_neg[i, j] > -torch.inf)
+        total = total - torch.log(positive / (positive + negative))
+    return total / N
+
+
+def mean_log_by_hand(l_pos, l_neg, weight):
+    total = 0
+    for i in range(N):
+        present = [s for s in range(S) if weight[i, s] > 0]
+        everything = sum(torch.exp(l_pos[i, s]) for s in present) + sum(torch.exp(l_neg[i, j]) for j in range(K) if l_neg[i, j] > -torch.inf)
+        total = total - sum(weight[i, s] * torch.log(torch.exp(l_pos[i, s]) / everything) for s in present) / sum(weight[i, s] for s in present)
+    return total / N
+
+
+def kl_by_hand(l_hard, l_anchor):
+    total = 0
+    for i in range(N):
+        present = [j for j in range(K) if l_anchor[i, j] > -torch.inf]
+        z_h, z_i = (sum(torch.exp(row[i, j]) for j in present) for row in (l_hard.detach(), l_anchor))
+        for j in present:
+            p_h, p_i = torch.exp(l_hard.detach()[i, j]) / z_h, torch.exp(l_anchor[i, j]) / z_i
+            total = total + p_h * torch.log(p_h / p_i)
+    return total / N
+
+
+@pytest.mark.parametrize(("fast", "slow"), [(multi_positive_nce, nce_by_hand), (multi_positive_mean_log, mean_log_by_hand)])
+# half precision rounds the logits once, relative 2^-9 (bf16) and 2^-12 (fp16) of at most 10; the loss and its gradient move no more than this
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 0.04), (torch.float16, 0.005)])
+def test_forms_equal_loops_in_value_and_gradient(fast, slow, dtype, bound):
+    l_pos, l_neg, weight = logits()
+    exact = [x.clone().requires_grad_() for x in (l_pos, l_neg)]
+    reference = slow(*exact, weight)
+    reference.backward()
+    rounded = [x.to(dtype).requires_grad_() for x in (l_pos, l_neg)]
+    loss = fast(*rounded, weight)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert abs(loss.item() - reference.item()) < bound
+    for mine, truth in zip(rounded, exact):
+        assert (mine.grad.double() - truth.grad).abs().max() < bound / N
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 0.06), (torch.float16, 0.008)])
+def test_hard_positive_kl_equals_loops(dtype, bound):
+    _, l_anchor, _ = logits(1)
+    _, l_hard, _ = logits(2)
+    l_hard = torch.where(l_anchor == -torch.inf, -torch.inf, l_hard.nan_to_num(neginf=0.0))
+    exact = [l_hard.clone().requires_grad_(), l_anchor.clone().requires_grad_()]
+    reference = kl_by_hand(*exact)
+    reference.backward()
+    rounded = [l_hard.to(dtype).requires_grad_(), l_anchor.to(dtype).requires_grad_()]
+    loss = hard_positive_kl(*rounded)
+    loss.backward()
+    assert abs(loss.item() - reference.item()) < bound
+    assert (rounded[1].grad.double() - exact[1].grad).abs().max() < bound / N
+    assert rounded[0].grad is None, "no gradient through p_h"
+
+
+def test_one_positive_is_cross_entropy():
+    l_pos, l_neg, _ = logits()
+    l_pos = l_pos[:, :1]
+    truth = F.cross_entropy(torch.cat([l_pos, l_neg], 1).float(), torch.zeros(N, dtype=torch.long))
+    for form in (multi_positive_nce, multi_positive_mean_log):
+        assert torch.allclose(form(l_pos, l_neg), truth, atol=1e-6)
+
+
+def test_closed_forms():
+    """All logits equal: p = (S w) / (S w + K), so the values can be written down."""
+    l_pos, l_neg = torch.zeros(2, 3), torch.zeros(2, 9)
+    assert multi_positive_nce(l_pos, l_neg).item() == pytest.approx(-math.log(3 / 12))
+    assert multi_positive_mean_log(l_pos, l_neg).item() == pytest.approx(-math.log(1 / 12))
+    assert multi_positive_nce(l_pos, l_neg, torch.tensor([[1.0, 0.5, 0.0]] * 2)).item() == pytest.approx(-math.log(1.5 / 10.5))
+    # KL of (3/4, 1/4) from (1/2, 1/2)
+    kl = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    assert hard_positive_kl(torch.tensor([[math.log(3), 0.0]]), torch.zeros(1, 2)).item() == pytest.approx(kl)
+
+
+def test_easy_positive_satisfies_the_sum_but_not_the_mean():
+    """What separates the two forms: one easy positive among hard ones."""
+    l_pos, l_neg = torch.tensor([[10.0, -10.0]]), torch.zeros(1, 4)
+    assert multi_positive_nce(l_pos, l_neg) < 0.01
+    assert multi_positive_mean_log(l_pos, l_neg) > 5
+
+
+@pytest.mark.parametrize("chunk", [7, 1000])
+def test_streamed_softmax_equals_the_whole(chunk):
+    g = torch.Generator().manual_seed(0)
+    f, bank = (F.normalize(torch.randn(n, 8, generator=g), dim=1) for n in (5, 40))
+    lse, mean = stream_softmax(f, bank, 0.1, chunk)
+    whole = f.double() @ bank.double().t() / 0.1
+    assert torch.allclose(lse.double(), whole.logsumexp(1), atol=1e-5)
+    assert torch.allclose(mean.double(), whole.softmax(1) @ bank.double(), atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["logsum", "meanlog"])
+def test_bank_loss_equals_loops(form):
+    M, C, T = 30, 8, 0.1
+    g = torch.Generator().manual_seed(3)
+    bank = F.normalize(torch.randn(M, C, generator=g, dtype=torch.float64), dim=1)
+    f = F.normalize(torch.randn(N, C, generator=g, dtype=torch.float64), dim=1)
+    hard = F.normalize(torch.randn(N, C, generator=g, dtype=torch.float64), dim=1)
+    positives = torch.stack([torch.randperm(M, generator=g)[:S] for _ in range(N)])
+    _, _, weight = logits()
+
+    exact = f.clone().requires_grad_()
+    isl = kl = 0
+    for i in range(N):
+        p_i = torch.stack([torch.exp(exact[i] @ bank[n] / T) for n in range(M)])
+        p_i = p_i / p_i.sum()
+        p_h = torch.stack([torch.exp(hard[i] @ bank[n] / T) for n in range(M)])
+        p_h = p_h / p_h.sum()
+        terms = [(weight[i, s], p_i[positives[i, s]]) for s in range(S) if weight[i, s] > 0]
+        if form == "logsum":
+            isl = isl - torch.log(sum(w * p for w, p in terms)) / N
+        else:
+            isl = isl - sum(w * torch.log(p) for w, p in terms) / sum(w for w, _ in terms) / N
+        kl = kl + sum(p_h[n] * torch.log(p_h[n] / p_i[n]) for n in range(M)) / N
+    (isl + 0.5 * kl).backward()
+
+    mine = f.float().requires_grad_()
+    loss, hp = bank_loss(mine, bank.float(), positives, weight.float(), T, hard.float(), form, chunk=11)
+    (loss + 0.5 * hp).backward()
+    assert loss.item() == pytest.approx(isl.item(), abs=1e-5)
+    assert hp.item() == pytest.approx(kl.item(), abs=1e-5)
+    assert (mine.grad.double() - exact.grad).abs().max() < 1e-5
