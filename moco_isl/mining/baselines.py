@@ -3,7 +3,7 @@
 Letters: M images, C feature dimension, k neighbours.
 """
 
-from typing import Callable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 

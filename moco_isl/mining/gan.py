@@ -1,12 +1,12 @@
 """The GAN on cached features: generator, discriminator, their losses (Eq. 1), their training and its watchdog.
 
-Letters: M images, C feature dimension, N batch of anchors, B images of the probe's bank.
+Letters: M images, C feature dimension, N batch of anchors, B images of the probe's bank, k nearest looked at.
 """
 
 import math
 import time
 from dataclasses import dataclass
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 import torch.nn as nn
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from moco_isl.errors import RunFailed
 from moco_isl.mining.neighbors import topk
 from moco_isl.mining.positives import PositiveSets
-from moco_isl.mining.triplets import TripletSampler
+from moco_isl.mining.triplets import TripletSampler, training_search
 
 Tensor = torch.Tensor
 
@@ -33,43 +33,62 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Triplet (a, p, n), each [N, C] -> logit [N] that the triplet is a real one; sigmoid of it is the score."""
+    """Triplet (a, p, n), each [N, C] -> logit [N] that the triplet is a real one; its sigmoid is the score.
+    Layers 3C-C-C/2-1."""
 
     def __init__(self, C: int):
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(3 * C, C), nn.LeakyReLU(0.2), nn.Linear(C, C // 2), nn.LeakyReLU(0.2),
-                                    nn.Linear(C // 2, 1))
+        self.first = nn.Linear(3 * C, C)
+        self.rest = nn.Sequential(nn.LeakyReLU(0.2), nn.Linear(C, C // 2), nn.LeakyReLU(0.2), nn.Linear(C // 2, 1))
 
     def forward(self, a: Tensor, p: Tensor, n: Tensor) -> Tensor:
-        return self.layers(torch.cat([a, p, n], 1)).squeeze(1)
+        return self.rest(self.first(torch.cat([a, p, n], 1))).squeeze(1)
+
+    def with_proxy(self, a: Tensor, p: Tensor, n: Tensor, proxy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits of (a, p, n), (a, proxy, n), (a, p, proxy), each [N]: forward three times, with shared products."""
+        W_a, W_p, W_n = self.first.weight.chunk(3, dim=1)  # each [C, C]
+        from_a, from_p, from_n = F.linear(a, W_a, self.first.bias), F.linear(p, W_p), F.linear(n, W_n)
+        a_p, a_n = from_a + from_p, from_a + from_n
+        rows = torch.cat([a_p + from_n, a_n + F.linear(proxy, W_p), a_p + F.linear(proxy, W_n)])  # [3 N, C]
+        return self.rest(rows).squeeze(1).chunk(3)
 
 
 def discriminator_loss(D: Discriminator, a: Tensor, p: Tensor, n: Tensor, proxy: Tensor, lam: float) -> Tensor:
-    """Eq. 1 as D minimises it: real triplets to 1, the proxy as positive and the proxy as negative to 0."""
-    real, as_p, as_n = D(torch.cat([a, a, a]), torch.cat([p, proxy, p]), torch.cat([n, n, proxy])).chunk(3)
+    """Eq. 1 as D minimises it: real triplets to 1, the proxy as positive and the proxy as negative to 0. Scalar."""
+    real, as_p, as_n = D.with_proxy(a, p, n, proxy)
     return F.softplus(-real).mean() + (F.softplus(as_p).mean() + lam * F.softplus(as_n).mean()) / (1 + lam)
 
 
 def generator_loss(D: Discriminator, a: Tensor, p: Tensor, n: Tensor, proxy: Tensor, lam: float) -> Tensor:
-    """Eq. 1 as G minimises it, not saturating: both kinds of false triplets to 1."""
-    as_p, as_n = D(torch.cat([a, a]), torch.cat([proxy, p]), torch.cat([n, proxy])).chunk(2)
+    """Eq. 1 as G minimises it, not saturating: both kinds of false triplets to 1. Scalar."""
+    _, as_p, as_n = D.with_proxy(a, p, n, proxy)
     return (F.softplus(-as_p).mean() + lam * F.softplus(-as_n).mean()) / (1 + lam)
 
 
 @dataclass
 class GANSettings:
-    iters: int = 20_000  # cap
-    min_iters: int = 5_000
+    """iters None: 90 sqrt(M), which is 3,400 at 1,437 images and 20,000 at 50,000; min_iters None: a quarter of iters."""
+
+    iters: int | None = None  # cap
+    min_iters: int | None = None
     batch: int = 256  # N
     lam: float = 1.0  # lambda of Eq. 1
     lr: float = 1e-4
-    probes: int = 40  # looks at the proxies until the cap
-    max_hub: float = 0.05  # share of all images whose proxies one image may stand beside
-    min_distinct: float = 0.1  # share of proxies that must have a nearest row of their own
+    triplets: int = 5  # of an anchor
+    max_hub: float = 0.05  # collapsed: one image is among the nearest of more than this share of the proxies, ...
+    times_natural: float = 5.0  # ... and of more than so many times what the features' own hub has
+    min_distinct: float = 0.1  # collapsed: fewer distinct nearest images than this share of the proxies
+
+    def span(self, M: int) -> tuple[int, int]:
+        """Minimum and cap of iterations for M images."""
+        cap = round(90 * math.sqrt(M)) if self.iters is None else self.iters
+        return (max(1, cap // 4) if self.min_iters is None else min(self.min_iters, cap)), cap
 
 
 @dataclass
 class GANFit:
+    """report: figures of the weights that were kept, and `history`, a list a figure, one entry a look."""
+
     G: Generator
     D: Discriminator
     report: dict
@@ -79,41 +98,41 @@ class GANFit:
 class _Trainer:
     """One iteration: draw triplets, step D, step G. Nothing in it reads a value back, so CUDA can capture it."""
 
-    def __init__(self, features: Tensor, positives: PositiveSets, settings: GANSettings, state: dict | None,
-                 seed: int):
+    def __init__(self, features: Tensor, positives: PositiveSets, settings: GANSettings, state: dict | None, seed: int):
         device, (M, C) = features.device, features.shape
         self.s, self.features, self.M = settings, features, M
         self.N = min(settings.batch, M)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             self.G, self.D = Generator(C), Discriminator(C)
         if state is not None:
-            self.G.load_state_dict(state["G"])
-            self.D.load_state_dict(state["D"])
+            self.set_weights(state)
         self.G.to(device), self.D.to(device)
-        on_gpu = device.type == "cuda"
-        adam = lambda net: torch.optim.Adam(net.parameters(), settings.lr, fused=True, capturable=on_gpu)
+        adam = lambda net: torch.optim.Adam(net.parameters(), settings.lr, fused=True, capturable=device.type == "cuda")
         self.adam_G, self.adam_D = adam(self.G), adam(self.D)
         self.generator = torch.Generator(device).manual_seed(seed)
-        self.sampler = TripletSampler(features, positives, self.N, self.generator)
-        self.anchors = self.sampler.order.clone()  # [M] passes over all anchors, in an order of their own
+        self.sampler = TripletSampler(features, positives, self.N, self.generator, settings.triplets, training_search(features))
+        self.anchors = torch.empty(M, dtype=torch.int64, device=device)
         self.cursor = torch.zeros(1, dtype=torch.int64, device=device)
         self.lane = torch.arange(self.N, device=device)
-        self.losses = torch.zeros(2, device=device)  # sums of D's and G's since last read
+        self.losses = torch.zeros(2, device=device)  # sums of D's and G's since the last read
         self.graph = None
+        self.shuffle()
 
     def shuffle(self) -> None:
-        """Once a pass over the anchors: a new order of anchors and of candidates."""
+        """Before each pass over the anchors: a new order of anchors, another of candidates."""
         self.sampler.shuffle()
         self.anchors.copy_(torch.randperm(self.M, generator=self.generator, device=self.generator.device))
 
     def draw(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Images (a, p, n), each [N]: the next anchors of the pass with a fresh window of candidates."""
+        """Images a, p, n, each [N]: the next anchors of the pass, with a window of candidates of this iteration.
+
+        An anchor comes once a pass, so each of its triplets (five passes are the method's epoch) has its own draw.
+        """
         a = self.anchors[(self.cursor + self.lane) % self.M]
         self.cursor.add_(self.N).remainder_(self.M)
-        device = self.cursor.device
-        offset = torch.randint(self.M, (1,), generator=self.generator, device=device)
-        u = torch.rand(self.N, generator=self.generator, device=device)
+        u = torch.rand(self.N, generator=self.generator, device=a.device)
+        offset = torch.randint(self.M, (1,), generator=self.generator, device=a.device)
         return a, self.sampler.draw_positives(a, u), self.sampler.draw_negatives(a, offset)
 
     def step(self) -> None:
@@ -128,31 +147,34 @@ class _Trainer:
 
     def _update(self, adam: torch.optim.Optimizer, net: nn.Module, loss: Tensor) -> None:
         params = list(net.parameters())
-        for param, grad in zip(params, torch.autograd.grad(loss, params)):  # only this net's: G's step leaves D alone
+        for param, grad in zip(params, torch.autograd.grad(loss, params)):  # of this net alone: G's step spares D's
             param.grad = grad
         adam.step()
 
     def capture(self) -> None:
-        """From here on `run` replays one iteration as a CUDA graph. Call after a few plain iterations (they warm up)."""
-        self.graph = torch.cuda.CUDAGraph()
-        self.graph.register_generator_state(self.generator)
-        torch.cuda.synchronize()
-        with torch.cuda.graph(self.graph):
+        """From here on `run` replays one iteration as a CUDA graph. After some plain iterations: they warm it up."""
+        torch.cuda.synchronize(self.features.device)
+        graph = torch.cuda.CUDAGraph()
+        graph.register_generator_state(self.generator)
+        with torch.cuda.graph(graph):
             self.step()
+        self.graph = graph
 
     def run(self) -> None:
-        """One iteration: plain, or the captured one."""
+        """One iteration, plain or captured."""
         self.step() if self.graph is None else self.graph.replay()
 
-    def read_losses(self, iterations: int) -> tuple[float, float]:
-        """Mean losses of D and G since the last read."""
-        losses = (self.losses / max(iterations, 1)).tolist()
+    def read_losses(self, iterations: int) -> dict[str, float]:
+        """Mean losses of the iterations since the last read."""
+        loss_D, loss_G = (self.losses / iterations).tolist()
         self.losses.zero_()
-        return losses[0], losses[1]
+        if not math.isfinite(loss_D + loss_G):
+            raise RunFailed(f"the GAN's losses are not finite: lower its learning rate ({self.s.lr:g})")
+        return {"loss_D": loss_D, "loss_G": loss_G}
 
     def weights(self) -> dict:
-        return {name: {key: x.detach().clone() for key, x in net.state_dict().items()}
-                for name, net in (("G", self.G), ("D", self.D))}
+        copy = lambda net: {name: x.detach().clone() for name, x in net.state_dict().items()}
+        return {"G": copy(self.G), "D": copy(self.D)}
 
     def set_weights(self, weights: dict) -> None:
         self.G.load_state_dict(weights["G"])
@@ -160,97 +182,102 @@ class _Trainer:
 
 
 class _Probe:
-    """What the proxies do, on a fixed sample of anchors and of bank rows: cheap enough to be looked at often."""
+    """What the proxies do, on a fixed sample of triplets and of bank rows: cheap enough to be looked at often."""
 
     ANCHORS, BANK, NEAR = 1024, 8192, 10
 
     def __init__(self, trainer: _Trainer):
         self.trainer, device = trainer, trainer.features.device
         M, generator = trainer.M, torch.Generator().manual_seed(0)
-        self.anchors = torch.randperm(M, generator=generator)[:self.ANCHORS].to(device)
-        self.bank = torch.randperm(M, generator=generator)[:self.BANK].to(device)
-        u = torch.rand(len(self.anchors), generator=generator).to(device)
+        anchors = torch.randperm(M, generator=generator)[:self.ANCHORS].to(device)
+        bank = torch.randperm(M, generator=generator)[:self.BANK].to(device)
+        u = torch.rand(len(anchors), generator=generator).to(device)
         sampler = trainer.sampler
-        images = torch.stack([self.anchors, sampler.draw_positives(self.anchors, u), sampler.draw_negatives(self.anchors, 0)])
-        self.triplets = trainer.features[images].float()  # [3, n, C]
-        self.rows = trainer.features[self.bank].float()  # [B, C]
+        # in pieces of the trainer's batch: the sampler was promised no more anchors at a time
+        negatives = torch.cat([sampler.draw_negatives(part, 0) for part in anchors.split(trainer.N)])
+        self.triplets = trainer.features[torch.stack([anchors, sampler.draw_positives(anchors, u), negatives])].float()
+        self.rows = trainer.features[bank].float()  # [B, C]
+        at = torch.full((M,), -1, device=device)
+        at[bank] = torch.arange(len(bank), device=device)
+        self.own, self.k = at[anchors], min(self.NEAR, len(bank) - 1)
+        self.natural = proxy_statistics(topk(self.triplets[0], self.rows, self.k, self.own)[1], len(bank))["hub"]
 
     @torch.no_grad()
-    def look(self) -> dict:
-        """hub and distinct as `proxy_statistics` gives them for the sample; mean score, cosines to a, p, n."""
+    def look(self) -> dict[str, float]:
+        """Mean score of the proxies as positives, mean cosines to a, p and n, and their `proxy_statistics`."""
+        proxy = self.trainer.G(*self.triplets)
         a, p, n = self.triplets
-        proxy = self.trainer.G(a, p, n)
-        score = self.trainer.D(a, proxy, n).sigmoid()
-        cosine, near = topk(proxy, self.rows, min(self.NEAR, len(self.rows)))
-        return {"score": float(score.mean()), "cos_anchor": float((proxy * a).sum(1).mean()),
-                "cos_positive": float((proxy * p).sum(1).mean()), "cos_negative": float((proxy * n).sum(1).mean()),
-                **proxy_statistics(near, len(self.rows))}
+        near = topk(proxy, self.rows, self.k, self.own)[1]
+        cosines = {f"cos_{name}": float((proxy * x).sum(1).mean()) for name, x in zip(("anchor", "positive", "negative"), (a, p, n))}
+        return {"score": float(self.trainer.D(a, proxy, n).sigmoid().mean()), **cosines, **proxy_statistics(near, len(self.rows))}
 
 
-def proxy_statistics(near: Tensor, B: int) -> dict:
-    """near [n, k]: bank rows nearest to n proxies, of B rows. hub: share of the proxies that the most frequent row is
-    near to; distinct: how many rows are somebody's nearest, over the most there can be."""
+def proxy_statistics(near: Tensor, B: int) -> dict[str, float]:
+    """near [n, k]: the bank rows nearest to n proxies, of B rows. hub: share of the proxies that one row is near to, at
+    most; distinct: how many rows are somebody's nearest, as a share of the most there could be."""
     hits = torch.bincount(near.flatten(), minlength=B)
-    distinct = len(near[:, 0].unique())
-    return {"hub": int(hits.max()) / len(near), "distinct": distinct / min(len(near), B)}
+    return {"hub": int(hits.max()) / len(near), "distinct": len(near[:, 0].unique()) / min(len(near), B)}
 
 
-def collapse(hub: float, distinct: float, settings: GANSettings) -> str:
-    """Empty where the proxies are spread; otherwise a line that says why they are not and what to change."""
-    if hub <= settings.max_hub and distinct >= settings.min_distinct:
+def collapse(hub: float, distinct: float, natural: float, settings: GANSettings) -> str:
+    """Empty where the proxies are spread; otherwise why they are not and what to change.
+
+    natural: the hub of the features themselves in the same bank; few images have large ones without any collapse.
+    """
+    bound = min(max(settings.max_hub, settings.times_natural * natural), 0.5)
+    if hub <= bound and distinct >= settings.min_distinct:
         return ""
-    return (f"the GAN collapsed: one image is near {100 * hub:.1f} % of the proxies (at most {100 * settings.max_hub:g} %) and "
-            f"{100 * distinct:.1f} % of them have a nearest image of their own (at least {100 * settings.min_distinct:g} %); "
-            f"nothing was added. Train it longer (--isl-gan-iters, --isl-gan-min-iters), more slowly or with a smaller lambda")
+    return (f"the GAN collapsed, nothing was added: one image is near {100 * hub:.1f} % of the proxies (bound {100 * bound:.1f} %), "
+            f"{100 * distinct:.1f} % of their nearest images differ (bound {100 * settings.min_distinct:g} %); give it more "
+            "iterations (--isl-gan-iters, --isl-gan-min-iters) or a smaller --isl-lambda")
 
 
-def _settled(history: list[dict], patience: int = 4) -> bool:
-    """Losses and cosines of the last looks all lie close together, and the hub no longer falls."""
-    if len(history) <= patience:
+def settled(history: list[dict], looks: int = 5) -> bool:
+    """Losses, score and cosines of the last looks lie close together, and the hub did not fall below its earlier best."""
+    if len(history) <= looks:
         return False
-    last = history[-patience:]
+    last, before = history[-looks:], history[:-looks]
     spread = lambda name: max(look[name] for look in last) - min(look[name] for look in last)
-    quiet = all(spread(name) < 0.02 for name in ("cos_anchor", "cos_negative", "score"))
-    level = all(spread(name) < 0.03 for name in ("loss_D", "loss_G"))
-    return quiet and level and min(look["hub"] for look in last) >= min(look["hub"] for look in history[:-patience])
+    still = (spread(name) < bound for name, bound in [("loss_D", 0.05), ("loss_G", 0.05), ("score", 0.05), ("cos_anchor", 0.01),
+                                                      ("cos_positive", 0.01), ("cos_negative", 0.01)])
+    return all(still) and min(look["hub"] for look in last) >= min(look["hub"] for look in before)
 
 
-@torch.enable_grad()  # also where a caller has turned gradients off
+@torch.enable_grad()  # also where the caller has turned gradients off
 def fit_gan(features: Tensor, positives: PositiveSets, settings: GANSettings, seed: int, state: dict | None = None,
             tick: Callable[[], None] | None = None) -> GANFit:
-    """Train G and D on features [M, C] (unit rows) and sets of positives; `state` {"G", "D"} is where to start from.
+    """Train G and D on features [M, C] (unit rows) and the positive sets; `state` {"G", "D"}: weights to start from.
 
-    Stops between min_iters and iters once losses and proxies have settled, and keeps the weights with the smallest hub
-    among those looked at after the minimum (of equal ones the latest). Raises RunFailed where a loss is not finite,
-    BadInput where there are too few images, and whatever tick raises.
+    Stops between the minimum and the cap once losses and proxies have settled, and keeps the weights with the smallest
+    hub among those looked at from the minimum on (of equal ones the latest). Raises BadInput where there are too few
+    images, RunFailed at a loss that is not finite, and whatever tick raises, which is called every iteration.
     """
-    started, s = time.perf_counter(), settings
-    trainer = _Trainer(features, positives, s, state, seed)
+    started = time.perf_counter()
+    trainer = _Trainer(features, positives, settings, state, seed)
     probe = _Probe(trainer)
-    every = max(1, min(s.iters // s.probes, 500))
-    a_pass = max(1, trainer.M // trainer.N)
-    history, best, since = [], None, 0
-    for i in range(1, s.iters + 1):
+    minimum, cap = settings.span(trainer.M)
+    every, a_pass = max(1, min(cap // 40, 500)), max(1, trainer.M // trainer.N)
+    history, best, read = [], None, 0
+    for i in range(1, cap + 1):
         if tick is not None:
             tick()
         trainer.run()
-        since += 1
-        if features.device.type == "cuda" and trainer.graph is None and i == 3:
+        if i == 3 and features.device.type == "cuda":
             trainer.capture()
         if i % a_pass == 0:
             trainer.shuffle()
-        if i % every and i != s.iters:
+        if i % every and i != cap:
             continue
-        loss_D, loss_G = trainer.read_losses(since)
-        since = 0
-        if not math.isfinite(loss_D + loss_G):
-            raise RunFailed(f"the GAN's losses are not finite after {i} iterations: lower its learning rate ({s.lr:g})")
-        history.append({"iteration": i, "loss_D": loss_D, "loss_G": loss_G, **probe.look()})
-        if (i >= s.min_iters or i == s.iters) and (best is None or history[-1]["hub"] <= best[0]["hub"]):
+        history.append({"iteration": i, **trainer.read_losses(i - read), **probe.look()})
+        read = i
+        if i >= minimum and (best is None or history[-1]["hub"] <= best[0]["hub"]):
             best = history[-1], trainer.weights()
-        if i >= s.min_iters and _settled(history):
+        if i >= minimum and settled(history):
             break
-    trainer.set_weights(best[1])
-    report = {"iterations": i, "kept_iteration": best[0]["iteration"], **{k: v for k, v in best[0].items() if k != "iteration"},
-              "seconds": time.perf_counter() - started, "history": history}
-    return GANFit(trainer.G, trainer.D, report, collapse(best[0]["hub"], best[0]["distinct"], s))
+    kept, weights = best
+    trainer.set_weights(weights)
+    report = {**kept, "iteration_kept": kept["iteration"], "iterations": i, "natural_hub": probe.natural, "probe_bank": len(probe.rows),
+              "fit_seconds": time.perf_counter() - started,
+              "history": {name: [round(look[name], 4) for look in history] for name in history[0]}}
+    del report["iteration"]
+    return GANFit(trainer.G, trainer.D, report, collapse(kept["hub"], kept["distinct"], probe.natural, settings))

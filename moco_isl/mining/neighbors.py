@@ -4,7 +4,7 @@ Letters: M bank rows, Q queries, C feature dimension, k neighbours. Rows are uni
 `topk` and `top_pairs` are the only two ways in: a fused kernel or an approximate index may stand behind them.
 """
 
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 
@@ -47,7 +47,7 @@ def topk(queries: Tensor, bank: Tensor, k: int, exclude: Tensor | None = None, b
     if k > M - (exclude is not None):
         raise ValueError(f"{k} nearest were asked of a bank of {M} rows")
     limit = bytes_limit or _bytes(bank.device)
-    columns = min(M, max(4 * k, 16384 if bank.device.type == "cpu" else 131072))
+    columns = min(M, max(4 * k, 65536 if bank.device.type == "cpu" else 131072))
     rows = max(1, limit // (columns * 4))
     cosine = torch.empty(len(queries), k, device=bank.device)
     index = torch.empty(len(queries), k, dtype=torch.int64, device=bank.device)

@@ -1,0 +1,131 @@
+"""A round of mining: the frame that every miner but none fills with its own way to find edges.
+
+Letters: M images, C feature dimension, N anchors of a block, E directed edges.
+"""
+
+import resource
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+from moco_isl import dist
+from moco_isl.errors import BadInput, Interrupted
+from moco_isl.mining.edges import Edges, Rules, settle
+from moco_isl.mining.positives import PositiveSets
+
+Tensor = torch.Tensor
+Tick = Callable[[], None]
+
+
+class Miner(Protocol):
+    """What the training engine and ISL ask of a miner.
+
+    report: JSON-able figures of the last round. state_dict: tensors and plain values, what the next round starts from.
+    """
+
+    report: dict
+
+    def mine(self, features: Tensor, positives: PositiveSets, rng: torch.Generator,
+             tick: Tick | None = None) -> PositiveSets: ...
+
+    def state_dict(self) -> dict: ...
+
+    def load_state_dict(self, state: dict) -> None: ...
+
+
+class RoundMiner:
+    """The round around a `find`: settles by the rules what was found, and reports.
+
+    A miner of this kind writes find(features, positives, seed, tick) -> (edges of this rank's share, why). A `why` that
+    is not empty refuses the round, and must be so on every rank; then the sets stay as they were. `find` may put figures
+    of its own into self.report. By `over_blocks` and the seed, sets come out equal on every rank and for any number of
+    ranks.
+    """
+
+    name = "miner"
+
+    def __init__(self, rules: Rules):
+        self.rules = rules
+        self.report: dict = {}
+
+    def find(self, features: Tensor, positives: PositiveSets, seed: int, tick: Tick | None) -> tuple[Edges, str]:
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def mine(self, features: Tensor, positives: PositiveSets, rng: torch.Generator,
+             tick: Tick | None = None) -> PositiveSets:
+        """features [M, C] unit rows, the sets so far -> the sets of this round; both equal on all ranks.
+
+        rng: a CPU generator, one draw a round (rank 0's counts). Raises BadInput where features do not fit, Interrupted
+        on every rank where tick raised it on one.
+        """
+        started = time.perf_counter()
+        if features.ndim != 2 or len(features) != positives.num_images:
+            raise BadInput(f"features of shape {tuple(features.shape)} do not fit positive sets of {positives.num_images} "
+                           "images: one row an image is expected")
+        seed = dist.broadcast_object(int(torch.randint(2 ** 62, (1,), generator=rng)))
+        if features.device.type == "cpu":  # which multiplies half precision slowly
+            features = features.float()
+        self.report = {"miner": self.name}
+        edges, why = self.find(features, positives, seed, tick)
+        if why:
+            sets, counts = positives, {"edges_found": 0, "edges_added": 0, "edges_dropped": 0}
+        else:
+            sets, counts = settle(features, gather_edges(edges), positives, self.rules)
+        degree = sets.in_degree()
+        self.report |= {**counts, "accepted": not why, "why": why or self.report.get("why", ""), "edges": sets.num_edges,
+                        "mean_size": sets.mean_size, "coverage": sets.coverage, "worst_in_degree": int(degree.max()),
+                        "seconds": time.perf_counter() - started, "peak_memory_gib": _peak_gib(features.device)}
+        return sets
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        pass
+
+
+def block_size(M: int) -> int:
+    """Anchors of a block: from M alone, so that blocks are the same for any number of ranks."""
+    return min(max(-(-M // 64), 64), 4096)
+
+
+def over_blocks(M: int, device: torch.device, block: Callable[[Tensor, int], tuple[Tensor, ...]],
+                tick: Tick | None) -> list[Tensor]:
+    """block(anchors [N], number) -> tensors of N rows, over this rank's share of whole blocks of images.
+
+    Returns those of all its blocks, joined, with the anchors in front; tensors of no rows on a rank without a share.
+    A block is a matter of its number alone. Where tick raises Interrupted on one rank, all ranks raise it here.
+    """
+    size, parts, stopped = block_size(M), [], False
+    first, last = dist.shard(-(-M // size))
+    try:
+        for number in range(first, last):
+            if tick is not None:
+                tick()
+            anchors = torch.arange(number * size, min((number + 1) * size, M), device=device)
+            parts.append((anchors, *block(anchors, number)))
+        if not parts:  # more ranks than blocks: the shapes of an answer, of block 0
+            anchors = torch.arange(min(size, M), device=device)
+            parts.append(tuple(x[:0] for x in (anchors, *block(anchors, 0))))
+    except Interrupted:
+        stopped = True
+    if int(dist.all_reduce_max(torch.tensor(int(stopped), device=device))):
+        raise Interrupted("mining was interrupted")
+    return [torch.cat(x) for x in zip(*parts)]
+
+
+def gather_edges(edges: Edges) -> Edges:
+    """The edges of all ranks, in rank order, on all ranks."""
+    src, dst = (dist.all_gather_rows(x.int()) for x in (edges.src, edges.dst))
+    weight = None if edges.weight is None else dist.all_gather_rows(edges.weight)
+    return Edges(src, dst, dist.all_gather_rows(edges.sureness), weight)
+
+
+def _peak_gib(device: torch.device) -> float:
+    """The most memory so far: the GPU's where the features are there, otherwise this process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2 ** 30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
