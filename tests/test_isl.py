@@ -1,0 +1,184 @@
+"""ISL around a MoCo: its identities, its queue mask, its bank, its hard positives, each against loops."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from moco_isl.bank import FeatureBank, QueueSlots
+from moco_isl.builder import Instance
+from moco_isl.isl import ISL
+from moco_isl.mining.miners import KNNMiner, NoMiner
+from moco_isl.mining.positives import PositiveSets
+from tests.test_builder import C, K, M, images, moco, tiny
+
+T = 0.2
+
+
+def unit(n, seed):
+    return F.normalize(torch.randn(n, C, generator=torch.Generator().manual_seed(seed)), dim=1)
+
+
+def with_sets(**options):
+    isl = ISL(moco(), M, **options)
+    src = torch.tensor([0, 0, 1, 4, 4, 4])
+    dst = torch.tensor([3, 9, 2, 5, 6, 19])
+    isl.positives = PositiveSets.from_edges(M, src, dst)
+    isl.bank.fill(unit(M, 5))
+    return isl
+
+
+def fill_queue(isl):
+    """Every slot of the queue holds a key of a known image, some images twice."""
+    index = torch.arange(K) % M
+    for part in index.split(M):
+        isl.slots.write(isl.model.enqueue(unit(len(part), int(part[0]))), part)
+    return index
+
+
+def test_mask_off_and_no_positives_is_mocos_cross_entropy():
+    """Value and gradient, with ISL active."""
+    isl, model = ISL(moco(), M, mask=False, hpe=0), moco()
+    loss = isl(images(6, 0), images(6, 1), torch.arange(6))
+    truth = F.cross_entropy(*model(images(6, 0), images(6, 1)))
+    loss.backward(), truth.backward()
+    assert loss.item() == pytest.approx(truth.item(), abs=1e-6)
+    for mine, theirs in zip(isl.model.encoder_q.parameters(), model.encoder_q.parameters()):
+        assert torch.allclose(mine.grad, theirs.grad, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["logsum", "meanlog"])
+def test_queue_loss_equals_loops(form):
+    isl = with_sets(form=form, hpe=0.5)
+    owner = fill_queue(isl)
+    index = torch.tensor([0, 1, 4, 7])  # sets of 2, 1, 3 and none
+    q, k = unit(4, 11).requires_grad_(), unit(4, 12)
+    loss = isl._queue_loss(q, k, index)
+    queue, bank = isl.model.queue, isl.bank.rows
+    total = 0
+    sets = {0: [3, 9], 1: [2], 4: [5, 6, 19], 7: []}
+    for row, i in enumerate(index.tolist()):
+        kept = [j for j in range(K) if owner[j] != i and owner[j] not in sets[i]]
+        assert len(kept) < K
+        negative = sum(torch.exp(q[row] @ queue[:, j] / T) for j in kept)
+        positive = [torch.exp(q[row] @ v / T) for v in [k[row], *(bank[j] for j in sets[i])]]
+        if form == "logsum":
+            total = total - torch.log(sum(positive) / (sum(positive) + negative))
+        else:
+            total = total - sum(torch.log(p / (sum(positive) + negative)) for p in positive) / len(positive)
+        h = bank[min(sets[i], key=lambda j: float(bank[j] @ bank[i]))] if sets[i] else k[row]
+        p_h = torch.stack([h @ queue[:, j] / T for j in kept]).softmax(0)
+        p_i = torch.stack([q[row] @ queue[:, j] / T for j in kept]).softmax(0)
+        total = total + 0.5 * sum(p_h * torch.log(p_h / p_i))
+    assert loss.item() == pytest.approx(total.item() / 4, abs=1e-5)
+    mine, truth = torch.autograd.grad(loss, q, retain_graph=True)[0], torch.autograd.grad(total / 4, q)[0]
+    assert torch.allclose(mine, truth, atol=1e-5)
+
+
+def test_edge_weights_reach_the_loss():
+    isl = with_sets(hpe=0)
+    q, k, index = unit(2, 1), unit(2, 2), torch.tensor([0, 4])
+    before = isl._queue_loss(q, k, index)
+    isl.positives.weights.mul_(0.1)
+    assert not torch.allclose(isl._queue_loss(q, k, index), before)
+
+
+@pytest.mark.parametrize(("K_slots", "views"), [(24, 1), (50, 1), (24, 2)])
+def test_queue_mask_equals_loops(K_slots, views):
+    """Over three epochs in new orders, with a queue shorter and longer than the data set, and two keys an image."""
+    slots = QueueSlots(M, K_slots, views)
+    owner, ptr, g = [None] * K_slots, 0, torch.Generator().manual_seed(0)
+    for _ in range(3):
+        for batch in torch.randperm(M, generator=g).split(6):
+            for _ in range(views):
+                where = torch.tensor([(ptr + i) % K_slots for i in range(len(batch))])
+                slots.write(where, batch)
+                for i, s in zip(batch.tolist(), where.tolist()):
+                    owner[s] = i
+                ptr += len(batch)
+            rows = torch.randint(M, (5, 3), generator=g)
+            present = torch.rand(5, 3, generator=g) < 0.7
+            mask = slots.mask(rows, present)
+            for r in range(5):
+                wanted = {int(i) for i, here in zip(rows[r], present[r]) if here}
+                assert mask[r].tolist() == [o in wanted for o in owner]
+
+
+def test_bank_update_is_eq_8():
+    bank = FeatureBank()
+    assert not bank.filled
+    bank.fill(unit(M, 0))
+    before, new = bank.rows.clone(), unit(3, 1)
+    bank.update(torch.tensor([4, 0, 7]), new, mix=0.25)
+    for row, i in enumerate([4, 0, 7]):
+        mixed = 0.75 * before[i] + 0.25 * new[row]
+        assert torch.allclose(bank.rows[i], mixed / mixed.norm(), atol=1e-6)
+    assert torch.equal(bank.rows[1], before[1])
+    bank.update(torch.tensor([2]), new[:1], mix=1.0)
+    assert torch.equal(bank.rows[2], new[0])
+
+
+def test_state_moves_last():
+    """The keys of a step are not among its own negatives or bank rows, and are there for the next one."""
+    isl = with_sets()
+    index = torch.tensor([0, 1, 4])
+    q, k = isl.model.encode(images(3, 0), images(3, 1))
+    isl.encode = lambda *_, **__: (q, k)
+    expected = isl._queue_loss(q, k, index).item()
+    assert isl(images(3, 0), images(3, 1), index).item() == pytest.approx(expected)
+    assert torch.equal(isl.model.queue[:, :3].t(), k) and isl.slots.owner[:3].tolist() == [0, 1, 4]
+    assert torch.equal(isl.bank.rows[index], k)
+
+
+def test_symmetric_uses_both_views():
+    isl = ISL(moco(), M, symmetric=True, active=False)
+    im_1, im_2 = images(4, 0), images(4, 1)
+    one, other = moco(), moco()
+    other._momentum_update_key_encoder = lambda: None
+    loss = isl(im_1, im_2, torch.arange(4))
+    truth = (F.cross_entropy(*one(im_1, im_2)) + F.cross_entropy(*other(im_2, im_1))) / 2
+    assert loss.item() == pytest.approx(truth.item(), abs=1e-5)
+    assert int(isl.model.queue_ptr) == 8 and isl.slots.owner[:8].tolist() == [0, 1, 2, 3] * 2
+
+
+def test_a_large_set_takes_turns():
+    isl = ISL(moco(), M, P=2)
+    isl.positives = PositiveSets.from_edges(M, torch.zeros(5, dtype=torch.long), torch.arange(1, 6), symmetric=False)
+    seen = set()
+    for turn in range(3):
+        pos, weight = isl.positives.lookup(torch.tensor([0]), isl.P, turn)
+        assert weight.tolist() == [[1, 1]]
+        seen |= set(pos[0].tolist())
+    assert seen == {1, 2, 3, 4, 5}
+
+
+def test_mine_replaces_sets_and_fills_the_bank():
+    isl, features = ISL(moco(), M), unit(M, 3)
+    report = isl.mine(features, KNNMiner(k=2, budget=2, max_share=1.0))
+    assert isl.round == 1 and report["mean_size"] == isl.positives.mean_size > 0
+    assert torch.equal(isl.bank.rows, features)
+    isl.bank.rows.zero_()
+    isl.mine(features, NoMiner())
+    assert isl.round == 2 and not isl.bank.rows.any(), "a bank that holds features is not overwritten"
+
+
+def test_bank_objective_trains_and_updates_its_rows():
+    torch.manual_seed(0)
+    isl = ISL(Instance(tiny, C, T=0.1), M, hpe=0.5)
+    assert isl.bank.filled
+    before, index = isl.bank.rows.clone(), torch.arange(4)
+    loss = isl(images(4, 0), images(4, 1), index)
+    loss.backward()
+    f = F.normalize(isl.model.encoder_q(images(4, 0)), dim=1)
+    p = (f @ before.t() / 0.1).softmax(1)
+    assert isl.parts["isl"].item() == pytest.approx(-p[index, index].log().mean().item(), abs=1e-5)
+    assert torch.allclose(isl.bank.rows[:4], F.normalize((before[:4] + f) / 2, dim=1), atol=1e-6)
+    assert torch.equal(isl.bank.rows[4:], before[4:])
+
+
+def test_state_dict_round_trip():
+    isl, fresh = with_sets(), ISL(moco(), M)
+    isl(images(6, 0), images(6, 1), torch.arange(6))
+    fresh.model.load_state_dict(isl.model.state_dict())
+    fresh.load_state_dict(isl.state_dict())
+    step = lambda x: x(images(6, 2), images(6, 3), torch.arange(6, 12)).item()  # noqa: E731
+    assert step(fresh) == step(isl)
