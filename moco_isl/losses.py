@@ -7,6 +7,8 @@ padding. All sums are taken in float32, whatever the logits are stored in.
 
 import torch
 
+from moco_isl.mining.softmax import stream_softmax
+
 
 def multi_positive_nce(l_pos: torch.Tensor, l_neg: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
     """Log of the sum over the positives: Eq. 5 of the paper with the queue as negatives.
@@ -55,44 +57,19 @@ def hard_positive_kl(l_hard: torch.Tensor, l_anchor: torch.Tensor) -> torch.Tens
 
 
 class _SoftmaxOverBank(torch.autograd.Function):
-    """lse_i = log sum_n exp(f_i v_n / T) in one pass over the bank; its gradient, the mean bank row under p_i over T, falls out of the pass."""
+    """lse [N] over all bank rows (see `stream_softmax`); its gradient, mean / T, is at hand when the pass is over."""
 
     @staticmethod
-    def forward(ctx, f: torch.Tensor, bank: torch.Tensor, T: float, chunk: int):
+    def forward(ctx, f: torch.Tensor, bank: torch.Tensor, T: float, chunk: int) -> torch.Tensor:
         lse, mean = stream_softmax(f, bank, T, chunk)
         ctx.save_for_backward(mean)
-        ctx.T, ctx.dtype = T, f.dtype
-        ctx.mark_non_differentiable(mean)
-        return lse, mean
+        ctx.T = T
+        return lse
 
     @staticmethod
-    def backward(ctx, grad_lse, _):
+    def backward(ctx, grad_lse: torch.Tensor):
         (mean,) = ctx.saved_tensors
-        return (grad_lse[:, None] * mean / ctx.T).to(ctx.dtype), None, None, None
-
-
-@torch.no_grad()
-def stream_softmax(f: torch.Tensor, bank: torch.Tensor, T: float, chunk: int = 1 << 16) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax of f over all rows of the bank without holding more than [N, chunk] of it.
-
-    Args:
-        f: [N, C] features. bank: [M, C] rows, may be stored in half precision. chunk: bank rows at a time.
-
-    Returns:
-        lse [N]: log sum_n exp(f_i v_n / T), and mean [N, C]: sum_n p_in v_n; both float32.
-    """
-    N, C = f.shape
-    lse = f.new_full((N,), -torch.inf, dtype=torch.float32)
-    mean = f.new_zeros((N, C), dtype=torch.float32)
-    f = f.to(bank.dtype)
-    for rows in bank.split(chunk):
-        logits = (f @ rows.t()).float().div_(T)  # [N, chunk]
-        here = torch.logsumexp(logits, dim=1)  # [N]
-        new = torch.logaddexp(lse, here)
-        p = logits.sub_(new[:, None]).exp_().to(rows.dtype)  # [N, chunk], share of the total so far
-        mean = mean * (lse - new).exp()[:, None] + (p @ rows).float()
-        lse = new
-    return lse, mean
+        return grad_lse[:, None] * mean / ctx.T, None, None, None
 
 
 def bank_loss(
@@ -107,30 +84,34 @@ def bank_loss(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The exact softmax over all M bank rows: Eq. 4 and 5 (or the mean of logs), and Eq. 6.
 
-    With E_h the mean bank row under p_h, Eq. 6 needs no second pass over the logits of the anchor, since they are linear in f:
-    KL(p_h || p_i) = (h - f_i) E_h / T - lse_h + lse_i.
+    Nothing of size N x M is held, in neither direction: the gradient of lse_i = log sum_n exp(f_i v_n / T) is the mean row
+    under p_i over T, which the pass that finds lse_i finds as well. With E_h the mean row under p_h, Eq. 6 needs no pass of
+    its own over the anchor's logits, since they are linear in f: KL(p_h || p_i) = (h - f_i) E_h / T - lse_h + lse_i.
+    A float16 bank is read by half-precision products; autocast changes nothing here. Eq. 6 of a bank in half precision
+    can come out below 0 by the rounding of E_h, some 1e-3.
 
     Args:
-        f: [N, C] unit features with gradient. bank: [M, C] unit rows.
+        f: [N, C] unit features with gradient. bank: [M, C] unit rows, float32 or half precision.
         positives: [N, S] bank rows that count as positive, the own row among them. weight: [N, S], 0 for padding.
         hard: [N, C] features h of the hard positives, without gradient; None: no Eq. 6.
-        form: "logsum" (Eq. 5) or "meanlog".
+        form: "logsum" (Eq. 5) or "meanlog". chunk: bank rows at a time.
 
     Returns:
         (L_isl, L_hp), scalars, means over N; L_hp is 0 without `hard`.
     """
-    lse, _ = _SoftmaxOverBank.apply(f, bank, T, chunk)  # [N]
-    rows = bank[positives].float()  # [N, S, C]
-    l_pos = torch.einsum("nc,nsc->ns", f.float(), rows) / T
-    if form == "logsum":
-        loss = (lse - torch.logsumexp(_with_weight(l_pos, weight), dim=1)).mean()
-    else:
-        loss = (lse - (weight * l_pos).sum(1) / weight.sum(1)).mean()
-    if hard is None:
-        return loss, loss.new_zeros(())
-    lse_h, mean_h = stream_softmax(hard, bank, T, chunk)
-    kl = ((hard.float() - f.float()) * mean_h).sum(1) / T - lse_h + lse
-    return loss, kl.mean()
+    with torch.autocast(f.device.type, enabled=False):
+        f = f.float()
+        lse = _SoftmaxOverBank.apply(f, bank, T, chunk)  # [N]
+        l_pos = torch.einsum("nc,nsc->ns", f, bank[positives].float()) / T
+        if form == "logsum":
+            loss = (lse - torch.logsumexp(_with_weight(l_pos, weight), dim=1)).mean()
+        else:
+            loss = (lse - (weight * l_pos).sum(1) / weight.sum(1)).mean()
+        if hard is None:
+            return loss, loss.new_zeros(())
+        lse_h, mean_h = stream_softmax(hard, bank, T, chunk)
+        kl = ((hard.float() - f) * mean_h).sum(1) / T - lse_h + lse
+        return loss, kl.mean()
 
 
 def _with_weight(l_pos: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moco_isl.losses import bank_loss, hard_positive_kl, multi_positive_mean_log, multi_positive_nce, stream_softmax
+from moco_isl.losses import bank_loss, hard_positive_kl, multi_positive_mean_log, multi_positive_nce
+from moco_isl.mining.softmax import stream_softmax
 
 N, S, K = 6, 4, 50
 
