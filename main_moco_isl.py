@@ -23,6 +23,7 @@ from moco_isl.isl import ISL
 from moco_isl.mining.miners import GANMiner, KNNMiner, NoMiner, one_line
 from moco_isl.training import cli, engine, resume
 from moco_isl.training.meters import Progress
+from moco_isl.training.round_record import round_record
 from moco_isl.training.run_folder import RunFolder
 from moco_isl.training.signals import Stop
 
@@ -325,12 +326,13 @@ class Run:
         self.progress.close()
 
     def mine(self, epoch: int, stop: Stop) -> None:
-        encoder = self.model.encoder_k if self.isl.queue_objective else self.model.encoder_q
+        features, before = self.features(self.model.encoder_k if self.isl.queue_objective else self.model.encoder_q), self.isl.positives
         try:
-            report = engine.mine_round(self.isl, self.miner, self.features(encoder), self.labels, self.args.seed, stop)
+            report = engine.mine_round(self.isl, self.miner, features, self.labels, self.args.seed, stop)
         except Interrupted:
             self.save()
             raise Interrupted(f"saved before the mining of epoch {epoch}: go on with --resume auto") from None
+        cli.on_main(lambda: self.folder.save_round(self.isl.round, round_record(features, self.isl.positives, self.miner, before)))
         self.progress.say(f"=> {one_line(report)}")
         self.log(kind="round", epoch=epoch, **report)
         self.save()

@@ -11,7 +11,7 @@ from moco_isl.mining.edges import Edges, Rules
 from moco_isl.mining.gan import Discriminator, GANFit, GANSettings, Generator, collapse, fit_gan, proxy_statistics
 from moco_isl.mining.neighbors import topk
 from moco_isl.mining.positives import PositiveSets
-from moco_isl.mining.rounds import RoundMiner, Tick, over_blocks
+from moco_isl.mining.rounds import RoundMiner, Tick, block_size, over_blocks
 from moco_isl.mining.triplets import TripletSampler
 
 Tensor = torch.Tensor
@@ -124,6 +124,29 @@ class GANMiner(RoundMiner):
             dist.broadcast(x)
         return fit
 
+    @torch.no_grad()
+    def ranking(self, features: Tensor, positives: PositiveSets, anchors: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor] | None:
+        """What the last round's proxies of some anchors [A] would take first, whatever threshold, radius and budget: for reports.
+
+        features [M, C] and positives: those the round started from. Returns the score of each anchor's best proxy [A], the k images
+        nearest to it [A, k] and their cosine to it [A, k]; None where the round collapsed. Its triplets are draws of its own.
+        """
+        if self.networks is None:
+            return None
+        M, C = features.shape
+        G, D = Generator(C).to(features.device), Discriminator(C).to(features.device)
+        G.load_state_dict(self.networks["G"])
+        D.load_state_dict(self.networks["D"])
+        draws = torch.Generator().manual_seed(M)
+        sampler = TripletSampler(features, positives, M, torch.Generator().manual_seed(M), self.settings.triplets)
+        sampler.capacity = None  # nothing is captured here
+        parts = []
+        for part in anchors.split(block_size(M)):
+            score, proxy, _ = proxies_of(G, D, features, sampler, part, draws)
+            cosine, near = topk(proxy, features, k, part)
+            parts.append((score, near, cosine))
+        return tuple(torch.cat(x) for x in zip(*parts))
+
     def state_dict(self) -> dict:
         return {"networks": self.networks}
 
@@ -145,19 +168,25 @@ def best_proxies(fit: GANFit, features: Tensor, positives: PositiveSets, seed: i
 
     def block(anchors: Tensor, number: int) -> tuple[Tensor, ...]:
         draws = torch.Generator().manual_seed((seed + 0x9E3779B97F4A7C15 * (number + 1)) % 2 ** 63)
-        windows = sampler.spread(int(torch.randint(M, (1,), generator=draws)))
-        u = torch.rand(triplets, len(anchors), generator=draws).to(device)
-        a, tries = features[anchors].float(), []
-        for t, window in enumerate(windows):
-            p = features[sampler.draw_positives(anchors, u[t])].float()
-            n = features[sampler.draw_negatives(anchors, window)].float()
-            proxy = fit.G(a, p, n)  # [N, C]
-            tries.append((fit.D(a, proxy, n).sigmoid(), proxy, torch.stack([(proxy * x).sum(1) for x in (a, p, n)], 1)))
-        score, proxy, to_triplet = best_of(*(torch.stack(x) for x in zip(*tries)))
+        score, proxy, to_triplet = proxies_of(fit.G, fit.D, features, sampler, anchors, draws)
         cosine, near = topk(proxy, features, k, anchors, tick=tick)
         return score, near, cosine, to_triplet
 
     return over_blocks(M, device, block, tick)
+
+
+def proxies_of(G: Generator, D: Discriminator, features: Tensor, sampler: TripletSampler, anchors: Tensor,
+               draws: torch.Generator) -> tuple[Tensor, ...]:
+    """Eq. 3 for anchors [N]: score [N] and proxy [N, C] of the best triplet, cosines of the proxy to a, p, n [N, 3]."""
+    windows = sampler.spread(int(torch.randint(sampler.M, (1,), generator=draws)))
+    u = torch.rand(sampler.triplets, len(anchors), generator=draws).to(features.device)
+    a, tries = features[anchors].float(), []
+    for t, window in enumerate(windows):
+        p = features[sampler.draw_positives(anchors, u[t])].float()
+        n = features[sampler.draw_negatives(anchors, window)].float()
+        proxy = G(a, p, n)  # [N, C]
+        tries.append((D(a, proxy, n).sigmoid(), proxy, torch.stack([(proxy * x).sum(1) for x in (a, p, n)], 1)))
+    return best_of(*(torch.stack(x) for x in zip(*tries)))
 
 
 def best_of(score: Tensor, *values: Tensor) -> tuple[Tensor, ...]:

@@ -19,7 +19,7 @@ LAST = "checkpoint_last.pth.tar"
 
 
 class RunFolder:
-    """Files of a run under `path`: checkpoint_0199.pth.tar, checkpoint_last.pth.tar, metrics.jsonl, args.json.
+    """Files of a run under `path`: checkpoint_0199.pth.tar, checkpoint_last.pth.tar, metrics.jsonl, args.json, rounds/round_0001.pt.
 
     Opened by rank 0 alone. Raises BadInput where the folder cannot be written, holds a run that is not to be resumed, or is in use.
     """
@@ -41,6 +41,7 @@ class RunFolder:
             self.close()
             raise BadInput(f"--out '{path}' holds a run already ({held}): add --resume auto to go on with it, or choose another --out")
         checkpoint.remove_stale(self.path)
+        checkpoint.remove_stale(self.path / "rounds")
         self._metrics = None
 
     def held(self) -> str:
@@ -106,6 +107,13 @@ class RunFolder:
             numbered = sorted(p for p in self.path.glob("checkpoint_*.pth.tar") if p.name != LAST)
             for old in numbered[: max(0, len(numbered) - self.keep)]:
                 old.unlink()
+
+    def save_round(self, number: int, record: dict) -> None:
+        """Write what a round of mining leaves; one that is mined again writes the same over it."""
+        path = self.path / "rounds" / f"round_{number:04d}.pt"
+        with _full_disk(path.name):
+            path.parent.mkdir(exist_ok=True)
+        checkpoint.save(record, path)
 
 
 @contextlib.contextmanager
