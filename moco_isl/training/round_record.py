@@ -11,7 +11,7 @@ from moco_isl.mining.positives import PositiveSets
 
 Tensor = torch.Tensor
 
-FEATURE_BYTES = 32 << 20  # features are kept whole up to this size in half precision: 131,072 images at C = 128
+FEATURE_BYTES = 4 << 20  # features are kept whole up to this size in half precision: 16,384 images at C = 128
 ANCHORS = 4096  # what stands for all images where they are more
 NEAR = 512  # nearest images of an anchor
 RANKED = 100  # the largest set a report asks about
@@ -44,7 +44,7 @@ def round_record(features: Tensor, positives: PositiveSets, miner, before: Posit
       ranked [A, 100] int32, score [A] float16                         where the miner can rank images for an anchor past the
                                                                        end of its set (`miner.ranking`), for `sample_anchors`
 
-    10 bytes an edge, 8 an image, and at most 32 MiB more.
+    10 bytes an edge, 8 an image, and at most 15 MB more.
     """
     M = len(features)
     record = {"offsets": positives.offsets, "members": positives.members.int(), "sureness": positives.sureness,
