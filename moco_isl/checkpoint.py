@@ -6,7 +6,10 @@ them `args` (plain values) and `isl` (what an exact resume needs). Tensors and p
 
 import contextlib
 import os
+import re
 import shutil
+import warnings
+import zipfile
 from pathlib import Path
 
 import torch
@@ -15,7 +18,7 @@ import torch.nn as nn
 from moco_isl.errors import BadInput, RunFailed
 
 PREFIX = "module."
-TEMPORARY = ".tmp"
+TEMPORARY = ".half-written"
 
 
 def save(state: dict, path: str | Path) -> None:
@@ -35,8 +38,7 @@ def save(state: dict, path: str | Path) -> None:
     except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as a RuntimeError
         with contextlib.suppress(OSError):
             temporary.unlink()
-        kept = f"the last whole file is {path}" if path.exists() else "no older file stood there"
-        raise RunFailed(f"cannot write {path}: {_reason(error)}; {kept}. Free some space, then resume with --resume auto") from error
+        raise RunFailed(f"cannot write {path}: {_reason(error)}") from error
 
 
 def copy(source: Path, target: Path) -> None:
@@ -52,7 +54,9 @@ def copy(source: Path, target: Path) -> None:
         os.replace(temporary, target)
         _sync_folder(target.parent)
     except OSError as error:
-        raise RunFailed(f"cannot write {target}: {_reason(error)}; {source} is whole and can be resumed from") from error
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise RunFailed(f"cannot write {target}: {_reason(error)}; {source} is whole") from error
 
 
 def remove_stale(folder: Path) -> None:
@@ -61,8 +65,11 @@ def remove_stale(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def load(path: str | Path, map_location: torch.device | str = "cpu") -> dict:
-    """The dict in a checkpoint file. Never executes a pickle. Raises BadInput with what is wrong with the file."""
+def load(path: str | Path, map_location: torch.device | str = "cpu", mmap: bool = False) -> dict:
+    """The dict in a checkpoint file. Never executes a pickle. Raises BadInput with what is wrong with the file.
+
+    mmap: tensors are read from the file when they are looked at; for a look at names, shapes and plain values.
+    """
     path = Path(path)
     if not path.exists():
         raise BadInput(f"no file at '{path}': expected a checkpoint; check the path")
@@ -71,10 +78,12 @@ def load(path: str | Path, map_location: torch.device | str = "cpu") -> dict:
         hint = f"; it holds {', '.join(inside[-3:])}: name one of them" if inside else ""
         raise BadInput(f"'{path}' is a folder: expected a checkpoint file{hint}")
     try:
-        content = torch.load(path, map_location=map_location, weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickles of unusual protocols: what is wrong is said below, in a line
+            content = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
     except Exception as error:  # a file of any kind may raise anything here
-        raise BadInput(f"cannot read '{path}' as a checkpoint of tensors and plain values ({_first_line(error)}): expected a file written "
-                       f"by this project, by MoCo, or another torch.save of a state dict") from error
+        raise BadInput(f"cannot read '{path}': {_what_is_wrong(path, error)}; expected a checkpoint of this project or of MoCo, or another torch.save of "
+                       "a state dict") from error
     if not isinstance(content, dict):
         raise BadInput(f"'{path}' holds a {type(content).__name__}: expected a dict with a 'state_dict'")
     return content
@@ -85,12 +94,11 @@ def model_state(model: nn.Module) -> dict:
     return {PREFIX + name: tensor for name, tensor in model.state_dict().items()}
 
 
-def load_model(model: nn.Module, content: dict, path: str | Path) -> list[str]:
-    """Load what `load` gave into a `builder.MoCo` or `builder.Instance`.
+def match(model: nn.Module, content: dict, path: str | Path) -> tuple[dict, list[str]]:
+    """What `load` gave, held against a `builder.MoCo` or `builder.Instance` (which may be on the meta device).
 
-    Takes our files, MoCo's training files and MoCo's published, stripped ones. Returns what had to be filled in, out of
-    "encoder_k" (copied from the query encoder here) and "queue" (left as it was: the caller refills it). Raises BadInput with the
-    names that do not fit.
+    Takes our files, MoCo's training files and MoCo's published, stripped ones, with `module.` or without. Returns the tensors by the
+    model's names, and which of "encoder_k" and "queue" the file lacks. Raises BadInput with the names that do not fit.
     """
     state = content.get("state_dict", content)
     if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
@@ -109,6 +117,15 @@ def load_model(model: nn.Module, content: dict, path: str | Path) -> list[str]:
         parts = [f"missing {_some(missing)}" if missing else "", f"unknown {_some(extra)}" if extra else "", f"other shapes: {_some(shapes)}" if shapes else ""]
         cure = "give its --moco-k" if queue and len(shapes) == 1 and not missing and not extra else "give the -a, --stem, --moco-dim and --mlp it was trained with"
         raise BadInput(f"'{path}'{_said(content)} does not fit this model: {'; '.join(p for p in parts if p)}; {cure}")
+    return state, filled
+
+
+def load_model(model: nn.Module, content: dict, path: str | Path) -> list[str]:
+    """Load what `load` gave into a `builder.MoCo` or `builder.Instance`; see `match` for the files it takes and what it raises.
+
+    Returns what the file lacks: "encoder_k" is copied from the query encoder here, "queue" stays as it was and is the caller's to fill.
+    """
+    state, filled = match(model, content, path)
     model.load_state_dict(state, strict=False)
     if "encoder_k" in filled:
         model.copy_query_to_key()
@@ -127,6 +144,22 @@ def _some(names) -> str:
 def _reason(error: BaseException) -> str:
     cause = error if isinstance(error, OSError) else error.__context__ if isinstance(error.__context__, OSError) else error
     return cause.strerror or str(cause) if isinstance(cause, OSError) else _first_line(cause)
+
+
+def _what_is_wrong(path: Path, error: Exception) -> str:
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    with open(path, "rb") as file:
+        start = file.read(4)
+    if not start:
+        return "it is empty"
+    if start == b"PK\x03\x04" and not zipfile.is_zipfile(path):
+        return "it is cut off or damaged"
+    if (found := re.search(r"GLOBAL (\S+)", str(error))) and not found[1].startswith("torch."):
+        return f"it holds a pickled {found[1]}, and pickles are not executed"
+    if "Weights only load failed" in str(error) or start[:1] == b"\x80":
+        return "it holds pickled Python objects, which are not executed"
+    return "it is not a file of torch.save"
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,10 +1,12 @@
 """The folder of a run: one process at a time, nothing overwritten, metrics without gaps or doubles."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,41 +27,48 @@ class RunFolder:
     """
 
     def __init__(self, path: str | Path, resume: bool, keep: int | None = None):
-        self.path, self.keep = Path(path), keep
+        self.path, self.keep, self._metrics = Path(path), keep, None
+        check_folder(path, resume)
+        lock = self.path / ".lock"
+        # a start that fails leaves nothing behind: what was not there before goes again in `close`, unless the run has begun to write
+        self._made = [p for p in (lock, self.path, *self.path.absolute().parents) if not p.exists()]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / ".lock", "a")
+            self._lock = open(lock, "a")
         except OSError as error:
             raise BadInput(f"--out '{path}' cannot be written: {error.strerror}; expected a folder to create files in") from error
         try:
             # a record lock belongs to the process: forked loading workers do not inherit it, and it ends with the process however that dies
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not lock.exists() or not os.path.samestat(os.fstat(self._lock.fileno()), lock.stat()):
+                raise BlockingIOError  # its owner has just taken it away
         except OSError as error:
             self._lock.close()
             raise BadInput(f"--out '{path}' is in use by a run that is alive: wait for it or stop it, or choose another --out") from error
-        if not resume and (held := self.held()):
+        try:
+            check_folder(path, resume)  # again: now it is ours alone
+        except BadInput:
             self.close()
-            raise BadInput(f"--out '{path}' holds a run already ({held}): add --resume auto to go on with it, or choose another --out")
+            raise
         checkpoint.remove_stale(self.path)
         checkpoint.remove_stale(self.path / "rounds")
-        self._metrics = None
-
-    def held(self) -> str:
-        """A file that shows that a run is in this folder; '' if none is."""
-        found = [p.name for p in [*self.path.glob("checkpoint_*.pth.tar"), self.path / "metrics.jsonl"] if p.exists() and p.stat().st_size]
-        return found[0] if found else ""
 
     @property
     def last(self) -> Path:
         return self.path / LAST
 
     def close(self) -> None:
-        if getattr(self, "_metrics", None):
+        """Let the next run in. A folder of which nothing came goes again."""
+        for path in self._made:
+            with contextlib.suppress(OSError):
+                path.rmdir() if path.is_dir() else path.unlink()
+        if self._metrics is not None:
             self._metrics.close()
         self._lock.close()
 
     def write_args(self, args: dict) -> None:
-        """args.json: the resolved flags, the command, the code's version and what it runs on."""
+        """args.json: the resolved flags, the command, the code's version and what it runs on; `earlier`: the same of the starts before this one."""
+        self._made = []
         facts = {
             "args": args,
             "command": [sys.executable, *sys.argv],
@@ -70,58 +79,108 @@ class RunFolder:
             "torchvision": torchvision.__version__,
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
         }
-        with _full_disk("args.json"):
-            temporary = self.path / ("args.json" + checkpoint.TEMPORARY)
+        path = self.path / "args.json"
+        with self._writing(path.name):
+            if path.exists() and held(self.path):
+                facts["earlier"] = _starts_before(path)
+            temporary = path.with_name(path.name + checkpoint.TEMPORARY)
             temporary.write_text(json.dumps(facts, indent=1, default=str) + "\n")
-            os.replace(temporary, self.path / "args.json")
+            os.replace(temporary, path)
 
     def open_metrics(self, size: int) -> None:
         """Go on with metrics.jsonl after its first `size` bytes: what was logged after the checkpoint will be logged again."""
-        path = self.path / "metrics.jsonl"
-        with _full_disk(path.name):
-            self._metrics = open(path, "ab")
-            if self._metrics.tell() > size:
+        path, self._made = self.path / "metrics.jsonl", []
+        with self._writing(path.name):
+            self._metrics = open(path, "ab", buffering=0)  # what a full disk refuses must not be written again at the end
+            there = self._metrics.tell()
+            if there > size:
                 self._metrics.truncate(size)
-                self._metrics.seek(size)
+        if there < size:
+            print(f"=> warning: {path} is shorter than it was when the checkpoint was saved ({there} of {size} bytes): lines are missing")
 
     def log(self, **values) -> None:
         """One object into metrics.jsonl."""
-        with _full_disk("metrics.jsonl"):
-            self._metrics.write((json.dumps(values, default=_plain) + "\n").encode())
-            self._metrics.flush()
+        line = (json.dumps(values, default=_plain) + "\n").encode()
+        with self._writing("metrics.jsonl"):
+            if self._metrics.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def metrics_size(self) -> int:
         """Bytes of metrics.jsonl, safely on the disk."""
-        with _full_disk("metrics.jsonl"):
-            self._metrics.flush()
+        with self._writing("metrics.jsonl"):
             os.fsync(self._metrics.fileno())
             return os.fstat(self._metrics.fileno()).st_size
 
     def save(self, state: dict, number: int | None) -> None:
         """Write the last checkpoint; with a number (an epoch's end) under MoCo's name for that epoch as well."""
-        checkpoint.save(state, self.last)
-        if number is None:
-            return
-        checkpoint.copy(self.last, self.path / f"checkpoint_{number:04d}.pth.tar")
+        with self._writing():
+            if number is None:
+                checkpoint.save(state, self.last)
+                return
+            # the numbered one first: whoever goes on with the last one may rely on those before it
+            path = self.path / f"checkpoint_{number:04d}.pth.tar"
+            checkpoint.save(state, path)
+            checkpoint.copy(path, self.last)
         if self.keep is not None:
-            numbered = sorted(p for p in self.path.glob("checkpoint_*.pth.tar") if p.name != LAST)
-            for old in numbered[: max(0, len(numbered) - self.keep)]:
+            for old in numbered(self.path)[: -self.keep]:
                 old.unlink()
 
     def save_round(self, number: int, record: dict) -> None:
         """Write what a round of mining leaves; one that is mined again writes the same over it."""
         path = self.path / "rounds" / f"round_{number:04d}.pt"
-        with _full_disk(path.name):
+        with self._writing(path.name):
             path.parent.mkdir(exist_ok=True)
-        checkpoint.save(record, path)
+            checkpoint.save(record, path)
+
+    @contextlib.contextmanager
+    def _writing(self, name: str = ""):
+        """What cannot be written inside is a RunFailed that says what stands."""
+        try:
+            yield
+        except (OSError, RunFailed) as error:
+            what = f"cannot write {self.path / name}: {error.strerror}" if isinstance(error, OSError) else str(error)
+            stands = f"the last whole checkpoint is {self.last}" if self.last.exists() else "no checkpoint had been saved yet"
+            raise RunFailed(f"{what}; {stands}. Free some space, then resume with --resume auto") from error
 
 
-@contextlib.contextmanager
-def _full_disk(name: str):
+def check_folder(path: str | Path, resume: bool) -> None:
+    """Raise BadInput where no run can have its files in `path`: it cannot be written, or (without `resume`) holds one already."""
+    path = Path(path)
+    nearest = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not nearest.is_dir():
+        raise BadInput(f"--out '{path}' cannot be written: {nearest} is a file; expected a folder to create files in")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise BadInput(f"--out '{path}' cannot be written: no permission in {nearest}; expected a folder to create files in")
+    if not resume and (found := held(path)):
+        raise BadInput(f"--out '{path}' holds a run already ({found}): add --resume auto to go on with it, or choose another --out")
+
+
+def numbered(path: Path) -> list[Path]:
+    """The checkpoints of epochs' ends in a folder, in their order."""
+    found = {int(name[1]): p for p in path.glob("checkpoint_*.pth.tar") if (name := re.fullmatch(r"checkpoint_(\d{4,})\.pth\.tar", p.name))}
+    return [found[number] for number in sorted(found)]
+
+
+def newest(path: str | Path) -> Path | None:
+    """The checkpoint to go on with in a folder: the last one, or, where somebody took that away, the last numbered one."""
+    last = Path(path) / LAST
+    return last if last.is_file() else next(reversed(numbered(Path(path))), None)
+
+
+def held(path: Path) -> str:
+    """A file that shows that a run is in a folder; '' if none is."""
+    metrics = path / "metrics.jsonl"
+    found = newest(path) or (metrics if metrics.is_file() and metrics.stat().st_size else None)
+    return found.name if found else ""
+
+
+def _starts_before(path: Path) -> list[dict]:
+    """What args.json tells of the starts so far, the first one first; a broken file tells nothing."""
     try:
-        yield
-    except OSError as error:
-        raise RunFailed(f"cannot write {name}: {error.strerror}; the last checkpoint is whole. Free some space, then resume with --resume auto") from error
+        facts = json.loads(path.read_text())
+        return [*facts.pop("earlier", []), facts]
+    except (ValueError, AttributeError):
+        return []
 
 
 def _plain(value):
