@@ -6,7 +6,6 @@ Several k and T in one pass:       ... --k 20 50 200 --T 0.07 0.1
 Keep the features, use them again: ... --features x.safetensors
 """
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -15,7 +14,6 @@ import torch
 
 from moco_isl import data, dist
 from moco_isl.encoders import AMP_TYPES, BACKBONE, OUTPUT, STEMS, Taps
-from moco_isl.errors import RunFailed
 from moco_isl.evaluation import features
 from moco_isl.evaluation.backbone import describe, load_backbone
 from moco_isl.evaluation.knn import knn_grid
@@ -122,7 +120,8 @@ def worker(args, stop) -> None:
     M, Q = len(splits["train"].labels), len(splits["val" if "val" in splits else "train"].labels)
     say(f"=> {Q} queries ({protocol}) against {M} images in {time.perf_counter() - start:.1f} s")
     if args.out and dist.is_main():
-        write_results(args.out, {**facts, "protocol": protocol, "M": M, "queries": Q, "results": results})
+        facts = {**facts, "protocol": protocol, "M": M, "queries": Q, "results": results}
+        print(f"=> written to {features.write_json(Path(args.out) / 'results.json', facts)}")
 
 
 def get_features(args, device: torch.device) -> tuple[dict[str, features.Split], dict[str, str]]:
@@ -204,16 +203,6 @@ def judge(splits: dict[str, features.Split], ks: list[int], Ts: list[float]) -> 
                 }
             )
     return results
-
-
-def write_results(out: str, results: dict) -> None:
-    path = Path(out) / "results.json"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"command": sys.argv, **results}, indent=1) + "\n")
-    except OSError as error:
-        raise RunFailed(f"cannot write '{path}': {error.strerror}") from error
-    print(f"=> written to {path}")
 
 
 if __name__ == "__main__":

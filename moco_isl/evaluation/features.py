@@ -4,6 +4,8 @@ Letters: M images of a split, C numbers of a layer.
 """
 
 import hashlib
+import json
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,6 +107,17 @@ def load(path: str | Path, expected: dict[str, str], device: torch.device) -> tu
         rows = {n.removeprefix(f"{name}."): t.to(device) for n, t in tensors.items() if n.startswith(f"{name}.")}
         splits[name] = Split(labels=rows.pop("labels"), features=rows)
     return splits, metadata
+
+
+def write_json(path: str | Path, results: dict) -> Path:
+    """Write results, with the command that made them; returns the path. Raises RunFailed."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"command": sys.argv, **results}, indent=1) + "\n")
+    except OSError as error:
+        raise RunFailed(f"cannot write '{path}': {error.strerror}") from error
+    return path
 
 
 def accuracy(predictions: torch.Tensor, labels: torch.Tensor) -> float:

@@ -1,0 +1,260 @@
+#!/usr/bin/env python
+"""Judge features by linear classifiers on the frozen encoder: MoCo's protocol, or in seconds on cached features.
+
+MoCo's protocol:                python main_lincls.py --pretrained runs/x/checkpoint_last.pth.tar DIR
+Without augmentation, seconds:  ... --cache-features --lr 1 3 10 30
+Every layer in one pass:        ... --layers conv1 conv2 conv3 conv4 conv5 --lr 0.03 0.1 0.3
+With few labels beside it:      ... --shots 1,5,10
+The whole network:              ... --finetune --lr 0.01
+"""
+
+import random
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from moco_isl import checkpoint, data, dist
+from moco_isl.encoders import AMP_TYPES, BACKBONE, STEMS, get_head
+from moco_isl.evaluation import features, linear, probe
+from moco_isl.evaluation.backbone import describe, load_backbone
+from moco_isl.training import cli, engine, resume
+from moco_isl.training.run_folder import LAST, RunFolder
+from moco_isl.training.signals import Stop
+
+MOCO_LR, FINETUNE_LR = 30.0, 0.01
+FREE = ("pretrained", "arch", "stem", "mlp", "shots", "draws", "evaluate")  # may change on resuming: they train nothing
+
+
+def get_parser() -> cli.Parser:
+    parser = cli.Parser(description=__doc__)
+    cli.add_data_options(parser)
+    add = parser.add_argument_group("training, as MoCo has it").add_argument
+    add("-a", "--arch", help="architecture (default: as the file of --pretrained says or its tensors show; MoCo: resnet50)")
+    add("-j", "--workers", default=32, type=int, help="number of data loading workers (default: 32), at most one a core")
+    add("--epochs", default=100, type=int, help="number of total epochs to run")
+    add("--start-epoch", default=0, type=int, help="manual epoch number (useful on restarts)")
+    add("-b", "--batch-size", default=256, type=int, help="mini-batch size (default: 256), the total of all GPUs on all nodes")
+    add("--lr", "--learning-rate", nargs="+", type=float, help="initial learning rate (default: 30; 0.01 with --finetune); several "
+        "are trained side by side, the best chosen on images held out of train")
+    add("--schedule", default=[60, 80], nargs="*", type=int, help="learning rate schedule (when to drop lr by a ratio)")
+    add("--momentum", default=0.9, type=float, help="momentum")
+    add("--wd", "--weight-decay", default=0.0, type=float, dest="weight_decay", help="weight decay (default: 0.)")
+    add("-p", "--print-freq", default=10, type=int, help="print frequency (default: 10)")
+    add("--resume", default="", help="path to latest checkpoint, ours or MoCo's, or auto: go on with what is in --out, if anything is")
+    add("-e", "--evaluate", action="store_true", help="evaluate the classifiers of --resume on the validation set")
+    add("--seed", default=None, type=int, help="seed of everything; without one it is drawn, printed and kept")
+    add("--pretrained", default="", metavar="FILE", help="what to judge: a checkpoint of ours or MoCo's, or a state dict of torchvision "
+        "or timm (.safetensors too)")
+    cli.add_distributed_options(parser)
+    add = parser.add_argument_group("encoder").add_argument
+    add("--stem", choices=STEMS, default="auto", help="auto: as the tensors of the file show")
+    add("--key", action="store_true", help="judge the key encoder of a MoCo file, not the query encoder")
+    cli.add_switch(parser, "--mlp", default=None, help="warn if the file's head is not MoCo v2's MLP (--no-mlp: if it is); not needed")
+    add("--amp", choices=AMP_TYPES, default="off", help="half precision in the network; bf16 on any recent GPU")
+    add = parser.add_argument_group("what is trained").add_argument
+    add("--layers", nargs="+", default=[BACKBONE], metavar="LAYER", help="backbone (default, MoCo's), conv1 ... conv5 (of a ResNet its stem "
+        "and four stages), or all; one classifier for each, on about 9,000 numbers")
+    add("--cache-features", action="store_true", help="take the features once, without augmentation, and train on them: seconds, but not "
+        "MoCo's protocol")
+    add("--finetune", action="store_true", help="train the whole network from the checkpoint")
+    add("--holdout", type=int, default=0, metavar="n", help="images held out of train to choose the learning rate by (default: a tenth, "
+        "at most 10,000; none with a single --lr)")
+    add("--shots", default=[], type=_shots, metavar="n,n", help="also the accuracy with so many labelled images a class, e.g. 1,5,10")
+    add("--draws", default=20, type=int, metavar="n", help="draws of labelled images for --shots (default: 20)")
+    add = parser.add_argument_group("run").add_argument
+    add("--config", metavar="FILE.yaml", help="flags by name; the command line wins")
+    add("--out", metavar="DIR", help="folder of the run (default: runs/<time>-lincls)")
+    return parser
+
+
+def _shots(text: str) -> list[int]:
+    return [int(n) for n in text.split(",") if n]
+
+
+def check_args(args) -> None:
+    """Everything that can be known before any rank is started; fills in what depends on others."""
+    cli.check_data_options(args)
+    cli.check(args.resume != "auto" or (args.out and args.pretrained), "--resume auto needs --out, the folder to go on in, and --pretrained")
+    cli.check(not args.evaluate or args.resume not in ("", "auto"), "-e evaluates trained classifiers: name their file with --resume FILE")
+    resumed = checkpoint.load(args.resume) if args.resume not in ("", "auto") else {}
+    if args.evaluate and "probe" in resumed:  # with the classifiers that are in the file
+        args.lr, args.layers, args.finetune = (resumed["args"][name] for name in ("lr", "layers", "finetune"))
+    args.lr = sorted(set(args.lr or [FINETUNE_LR if args.finetune else MOCO_LR]))
+    lows = {"epochs": 1, "batch_size": 1, "workers": 0, "print_freq": 1, "start_epoch": 0, "lr": 0, "weight_decay": 0, "holdout": 0, "draws": 1}
+    for name, low in {**lows, "shots": 1, "momentum": 0}.items():
+        cli.check_range(args, name, low)
+    ranks = cli.total_ranks(args)
+    cli.check(args.batch_size % ranks == 0, f"--batch-size {args.batch_size} does not divide into {ranks} ranks: use a multiple of {ranks}")
+    cli.check(bool(args.pretrained or args.resume), "nothing to judge: give --pretrained FILE (random weights are not probed)")
+    if args.finetune:
+        cli.check(len(args.lr) == 1 and args.layers == [BACKBONE] and not args.cache_features and not args.shots,
+                  "--finetune trains one whole network: give one --lr, and no --layers, --cache-features or --shots")
+        cli.check(args.amp != "fp16", "--finetune with --amp fp16 is not offered: use --amp bf16")
+    if args.seed is None:
+        args.seed = random.SystemRandom().randrange(2**31)
+    args.out = args.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-lincls"
+    load_backbone(args.pretrained or args.resume, args.arch, args.stem, args.key)
+    for split in ("train", "val"):
+        features.labelled(args.dataset, args.data, split, args.download)
+
+
+def main(argv: list[str] | None = None, stop=None) -> int:
+    """Run with flags argv; returns the exit code. stop: a launcher's own 'shall we stop?', asked once a step."""
+    return cli.exit_code(run, argv, stop)
+
+
+def run(argv: list[str] | None, stop) -> None:
+    args = get_parser().parse_args(argv)
+    check_args(args)
+    cli.launch(worker, args, stop)
+
+
+def worker(args, stop) -> None:
+    """One rank of the run."""
+    device = cli.resolve_device(args)
+    args.seed, args.out = dist.broadcast_object((args.seed, args.out))
+    torch.manual_seed(args.seed)
+    folder = cli.on_main(lambda: RunFolder(args.out, bool(args.resume)))
+    try:
+        run = Run(args, device, folder)
+        run.finish() if args.evaluate else run.train(stop)
+    finally:
+        if folder is not None:
+            folder.close()
+
+
+class Run:
+    """Everything a rank has at hand, put together in the order in which it is needed."""
+
+    def __init__(self, args, device: torch.device, folder: RunFolder | None):
+        self.args, self.device, self.folder = args, device, folder
+        last = Path(args.out) / LAST
+        path = (str(last) if last.is_file() else "") if args.resume == "auto" else args.resume
+        content = checkpoint.load(path) if path else {}
+        self.source = path if path and "probe" not in content else args.pretrained or path  # MoCo's own hold all in one
+        encoder, self.info = load_backbone(self.source, args.arch, args.stem, args.key and self.source != path)
+        self.say(describe(self.info))
+        self.sha = features.fingerprint(self.source)
+        whole, self.val = (features.labelled(args.dataset, args.data, s, args.download) for s in ("train", "val"))
+        size = args.image_size or int(self.info["args"].get("image_size") or 0) or data.native_size(whole)
+        lr_given = args.finetune or args.lr != [MOCO_LR]
+        for line in probe.traps(self.info, batch_size=args.batch_size, lr_given=lr_given, mlp=args.mlp, dataset=args.dataset, size=size):
+            self.say(f"=> warning: {line}")
+        held = args.holdout or (min(len(whole) // 10, 10_000) if len(args.lr) > 1 else 0)
+        self.rest, self.held = data.holdout(whole, held, args.seed) if held else (whole, None)
+        workers = cli.usable_workers(args.workers, cli.processes_here(args))
+        self.size, self.classes = size, len(whole.classes)
+        self.reading = {"transform": data.get_eval_transform(args.dataset, size), "batch_size": args.batch_size, "workers": workers}
+        head = get_head(encoder) if self.info["head"] else None
+        self.probe = probe.Probe(encoder, None if args.finetune else args.layers, lrs=args.lr, classes=self.classes, size=size, device=device,
+                                 amp=AMP_TYPES[args.amp], momentum=args.momentum, weight_decay=args.weight_decay, reading=self.reading)
+        self.position, self.best, metrics_size = engine.Position(epoch=args.start_epoch), {}, 0
+        if path:
+            metrics_size = self.resume(content, path, head)
+        if folder is not None:
+            folder.write_args(vars(args))
+            folder.open_metrics(metrics_size)
+
+    def say(self, line: str) -> None:
+        if dist.is_main():
+            print(line, flush=True)
+
+    def log(self, **values) -> None:
+        if self.folder is not None:
+            self.folder.log(**values)
+
+    def resume(self, content: dict, path: str, head) -> int:
+        """Go on from a file of this script, or of MoCo's; returns how much of metrics.jsonl is to be kept."""
+        args, ours = self.args, content.get("probe")
+        if ours is None:
+            self.probe.take_over_head(head, path)
+            self.position.epoch = content.get("epoch", args.start_epoch)
+        else:
+            cli.check(not args.pretrained or ours["sha256"] == self.sha, f"'{path}' probes another file than --pretrained '{args.pretrained}': "
+                      "give that one, or choose another --out")
+            if not args.evaluate:
+                resume.check_same({k: v for k, v in content["args"].items() if k not in FREE}, vars(args))
+            self.probe.model.load_state_dict(ours["model"])
+            self.position, self.best = engine.Position(ours["epoch"], ours["step"], ours["total"]), ours["best"]
+            self.position.averages.load_state_dict(ours["averages"], self.device)
+            resume.restore_rng(ours["rng"], self.device)
+        if "optimizer" in content and not args.evaluate:
+            self.probe.optimizer.load_state_dict(content["optimizer"])
+        self.say(f"=> loaded '{path}' (epoch {self.position.epoch}, step {self.position.step})")
+        return ours["metrics_size"] if ours and Path(path).parent.resolve() == Path(args.out).resolve() else 0
+
+    def save(self) -> None:
+        """checkpoint_last: MoCo's keys, and what an exact resume needs. Every rank has to call it."""
+        rng, position = resume.rng_of_ranks(self.device), self.position
+
+        def write() -> None:
+            ours = {"model": self.probe.model.state_dict(), "epoch": position.epoch, "step": position.step, "total": position.total, "rng": rng,
+                    "averages": position.averages.state_dict(), "best": self.best, "sha256": self.sha, "metrics_size": self.folder.metrics_size()}
+            self.folder.save({"epoch": position.epoch, "arch": self.info["arch"], "state_dict": self.probe.state_dict(), "args": vars(self.args),
+                              "best_acc1": max(self.best.values(), default=0.0), "optimizer": self.probe.optimizer.state_dict(), "probe": ours}, None)
+
+        cli.on_main(write)
+
+    def batches(self):
+        args, labels = self.args, self.rest.labels.to(self.device)
+        if args.cache_features:
+            self.say("=> features are taken once, without augmentation: not MoCo's protocol, in which every epoch sees new crops")
+            return linear.CachedBatches(self.probe.take(self.rest), args.batch_size, args.seed)
+        augmentation = linear.probe_augmentation(args.dataset, self.size)
+        loader = data.train_loader(self.rest, augmentation=augmentation, batch_size=args.batch_size, seed=args.seed, device=self.device,
+                                   workers=self.reading["workers"], max_bad_images=args.max_bad_images, views=1)
+        return linear.AugmentedBatches(loader, labels)
+
+    def train(self, stop) -> None:
+        args, position, start = self.args, self.position, time.perf_counter()
+        source, val = self.batches(), self.probe.judged(self.val)
+        steps = len(source)
+        left = probe.Remaining(args.epochs * steps, position.epoch * steps + position.step)
+
+        def show(values: dict) -> None:
+            self.say(probe.step_line(position, steps, values, self.probe.model.names, left(position.epoch * steps + position.step)))
+            self.log(kind="step", epoch=position.epoch, step=position.step, **values)
+
+        last_good = lambda: str(self.folder.last) if self.folder and self.folder.last.exists() else "none yet"  # noqa: E731
+        with Stop(stop) as stop:
+            for epoch in range(position.epoch, args.epochs):
+                self.probe.start_epoch(epoch, args.epochs, args.schedule)
+                linear.train_one_epoch(self.probe.answer, source, self.probe.optimizer, position, stop=stop, show=show, save=self.save,
+                                       last_good=last_good, print_freq=args.print_freq)
+                self.end_of_epoch(epoch, self.probe.judge(val))
+        source.close()
+        val.close()
+        self.finish(time.perf_counter() - start)
+
+    def end_of_epoch(self, epoch: int, found: dict[str, dict[str, float]]) -> None:
+        name = max(found, key=lambda name: found[name]["top1"])
+        self.say(f" * Acc@1 {found[name]['top1']:.3f} Acc@5 {found[name]['top5']:.3f}" + (f" (best: {name})" if len(found) > 1 else ""))
+        self.best = {name: max(self.best.get(name, 0.0), row["top1"]) for name, row in found.items()}
+        self.log(kind="epoch", epoch=epoch, val=found, **self.position.averages.epoch())
+        if self.probe.frozen and epoch == self.args.start_epoch:
+            self.say(self.probe.frozen.check(self.probe.encoder))
+        self.position.epoch, self.position.step, self.position.averages = epoch + 1, 0, engine.Averages()
+        self.save()
+
+    def finish(self, seconds: float = 0.0) -> None:
+        """The proof that the backbone did not move, the table, results.json."""
+        args, judge = self.args, lambda split: self.probe.judge(self.probe.judged(split))
+        if self.probe.frozen:
+            self.say(self.probe.frozen.check(self.probe.encoder))
+        held = judge(self.held) if self.held is not None else None
+        rows = probe.result_rows(self.probe.model.names, judge(self.val), held, self.best, self.probe.dims)
+        few = self.probe.few_labels(self.rest, self.val, args.shots, args.draws, args.seed) if args.shots else []
+        self.say(probe.table(rows, few))
+        protocol = "fine-tuning" if args.finetune else "cached features" if args.cache_features else "augmented crops (MoCo's)"
+        facts = {"pretrained": self.source, "sha256": self.sha, **{k: self.info[k] for k in ("arch", "stem", "epoch")}, "dataset": args.dataset,
+                 "data": args.data, "protocol": protocol, "epochs": self.position.epoch, "batch_size": args.batch_size, "seed": args.seed,
+                 "train_images": len(self.rest), "held_out": len(self.held or ()), "val_images": len(self.val), "seconds": seconds,
+                 "backbone_unchanged": bool(self.probe.frozen), "classifiers": rows, "few_labels": few}
+        if dist.is_main():
+            print(f"=> written to {features.write_json(Path(args.out) / 'results.json', facts)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

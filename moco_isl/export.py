@@ -1,0 +1,244 @@
+"""Hand the backbone of a checkpoint to another library, in that library's own form, and prove that it arrived.
+
+python -m moco_isl.export FILE --to torchvision|timm|safetensors|detectron2 --out FILE
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import nn
+
+from moco_isl import __version__, checkpoint
+from moco_isl.encoders import BACKBONE, STEMS, Taps, evaluating, head_name
+from moco_isl.errors import BadInput, RunFailed
+from moco_isl.evaluation.backbone import describe, from_detectron2, load_backbone, read_file, to_detectron2
+from moco_isl.evaluation.features import fingerprint
+from moco_isl.training import cli
+
+Tensors = dict[str, torch.Tensor]
+TOLERANCE = 1e-5
+_DETECTRON2 = ("resnet18", "resnet34", "resnet50", "resnet101")
+_ALTERNATIVE = "use --to safetensors and build the network with moco_isl.encoders.build_encoder"
+
+
+def export(
+    path: str | Path,
+    to: str,
+    out: str | Path,
+    *,
+    key_encoder: bool = False,
+    arch: str | None = None,
+    stem: str | None = None,
+    results: list[str] = (),
+) -> list[str]:
+    """Write the backbone in `path` (see `load_backbone`) for the library `to` into the file `out`; lines to print.
+
+    What was written is read again the library's own way and gives the same backbone output on a fixed tensor, to 1e-5;
+    for detectron2 the names are mapped back and compared. results: results.json files of main_knn.py and main_lincls.py
+    for the model card of safetensors. Raises BadInput where the library has no such network, RunFailed on a difference.
+    """
+    path, out = Path(path), Path(out)
+    if out.is_dir() or (out.exists() and path.exists() and out.samefile(path)):
+        raise BadInput(f"--out '{out}' is {'a folder' if out.is_dir() else 'the file to read'}: name the file to write")
+    encoder, info = load_backbone(path, arch, stem, key_encoder)
+    place = head_name(encoder) + "."
+    state = {name: t.contiguous() for name, t in encoder.state_dict().items() if not name.startswith(place)}
+    write, note = _FORMS[to](state, info, out, lambda: model_card(path, info, results))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    read_again = write()
+    _compare(encoder, info, read_again)
+    proof = "names mapped back: equal tensors" if to == "detectron2" else "same output on a fixed tensor"
+    return [describe(info), f"=> wrote '{out}' for {to}: {len(state)} tensors, without the head; {proof}", *note]
+
+
+# ---- one function for each library: checks that it has the network, returns (write, notes); write() reads again ------
+
+
+def _torchvision(state: Tensors, info: dict, out: Path, card: Callable) -> tuple[Callable[[], nn.Module], list[str]]:
+    name = info["arch"].removeprefix("timm:")
+    known = name in torchvision.models.list_models(module=torchvision.models)
+    _require(
+        known and _same_shapes(lambda: torchvision.models.get_model(name, weights=None), state), info, "torchvision"
+    )
+
+    def write() -> nn.Module:
+        checkpoint.save(state, out)
+        model = torchvision.models.get_model(name, weights=None)
+        answer = model.load_state_dict(torch.load(out, weights_only=True), strict=False)
+        place = head_name(model) + "."
+        if answer.unexpected_keys or not all(n.startswith(place) for n in answer.missing_keys):
+            raise RunFailed(f"torchvision's {name} does not take '{out}': {answer}")
+        return Taps(model, [BACKBONE])
+
+    how = f"torchvision.models.{name}().load_state_dict(torch.load('{out}'), strict=False)"
+    return write, [f"=> read it by {how}; it misses exactly the classifier"]
+
+
+def _timm(state: Tensors, info: dict, out: Path, card: Callable) -> tuple[Callable[[], nn.Module], list[str]]:
+    try:
+        import timm
+    except ImportError:
+        raise BadInput("--to timm needs the package timm to check what it writes: pip install timm") from None
+    name = info["arch"].removeprefix("timm:")
+    known = timm.is_model(name)
+    _require(known and _same_shapes(lambda: timm.create_model(name, num_classes=0), state, whole=True), info, "timm")
+
+    def write() -> nn.Module:
+        if out.suffix == ".safetensors":
+            _save_safetensors(state, out, card())
+        else:
+            checkpoint.save({"arch": f"timm:{name}", "state_dict": state}, out)
+        return timm.create_model(name, num_classes=0, checkpoint_path=str(out))
+
+    return write, [f"=> read it by timm.create_model('{name}', num_classes=0, checkpoint_path='{out}')"]
+
+
+def _safetensors(state: Tensors, info: dict, out: Path, card: Callable) -> tuple[Callable[[], nn.Module], list[str]]:
+    def write() -> nn.Module:
+        _save_safetensors(state, out, card())
+        return Taps(load_backbone(out)[0], [BACKBONE])
+
+    return write, [f"=> read it by moco_isl.evaluation.backbone.load_backbone('{out}'), or any reader of safetensors"]
+
+
+def _detectron2(state: Tensors, info: dict, out: Path, card: Callable) -> tuple[Callable[[], nn.Module], list[str]]:
+    _require(info["arch"] in _DETECTRON2 and info["stem"] != "cifar", info, "detectron2")
+    if out.suffix == ".pkl":
+        raise BadInput(f"--out '{out}': detectron2 would open .pkl as a pickle, this is none; name it .pth")
+    state = {name: t for name, t in state.items() if not name.endswith("num_batches_tracked")}  # its norms have none
+
+    def write() -> nn.Module:
+        content = {"model": to_detectron2(state), "__author__": "moco_isl", "matching_heuristics": True}
+        checkpoint.save(content, out)
+        back = from_detectron2(torch.load(out, weights_only=True)["model"])
+        if back.keys() != state.keys() or not all(torch.equal(back[name], t) for name, t in state.items()):
+            raise RunFailed(f"the names in '{out}' do not map back to the backbone's")
+        return Taps(load_backbone(out)[0], [BACKBONE])
+
+    settings = (
+        "INPUT.FORMAT RGB, MODEL.PIXEL_MEAN [123.675, 116.280, 103.530], MODEL.PIXEL_STD [58.395, 57.120, 57.375]"
+    )
+    return write, [f"=> MODEL.WEIGHTS {out}, with {settings}, MODEL.RESNETS.STRIDE_IN_1X1 False"]
+
+
+_FORMS = {"torchvision": _torchvision, "timm": _timm, "safetensors": _safetensors, "detectron2": _detectron2}
+
+
+def _require(has_it: bool, info: dict, library: str) -> None:
+    if not has_it:
+        raise BadInput(
+            f"{library} has no network of the shape of {info['arch']} with stem {info['stem']}: {_ALTERNATIVE}"
+        )
+
+
+def _same_shapes(build: Callable[[], nn.Module], state: Tensors, whole: bool = False) -> bool:
+    """Whether the library's network (less its classifier, unless it has none: whole) has these names and shapes."""
+    with torch.device("meta"):
+        model = build()
+    place = None if whole else head_name(model) + "."
+    theirs = {n: t.shape for n, t in model.state_dict().items() if place is None or not n.startswith(place)}
+    return theirs == {n: t.shape for n, t in state.items()}
+
+
+def _save_safetensors(state: Tensors, out: Path, metadata: dict[str, str]) -> None:
+    from safetensors.torch import save_file
+
+    temporary = out.with_name(out.name + ".tmp")
+    try:
+        save_file(state, temporary, metadata=metadata)
+        temporary.replace(out)
+    except Exception as error:  # safetensors has an error of its own for a full disk
+        temporary.unlink(missing_ok=True)
+        raise RunFailed(f"cannot write '{out}': {error}") from error
+
+
+@torch.no_grad()
+def _compare(encoder: nn.Module, info: dict, read_again: nn.Module) -> None:
+    fixed = getattr(encoder, "image_size", None) or getattr(encoder, "pretrained_cfg", {}).get("input_size", [224])[-1]
+    side = 64 if isinstance(encoder, torchvision.models.ResNet) or info["stem"] == "cifar" else fixed
+    images = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+    with evaluating(encoder), evaluating(read_again):
+        ours = Taps(encoder, [BACKBONE])(images)[BACKBONE]
+        theirs = read_again(images)
+        theirs = theirs[BACKBONE] if isinstance(theirs, dict) else theirs
+    difference = (ours - theirs).abs().max().item()
+    if not difference <= TOLERANCE * max(1.0, ours.abs().max().item()):
+        raise RunFailed(f"what was written differs from the checkpoint: output by {difference:g} on a fixed tensor")
+
+
+# ---- the model card ------------------------------------------------------------------------------------------------
+
+
+def model_card(path: Path, info: dict, results: list[str]) -> dict[str, str]:
+    """What is known about a checkpoint, as safetensors' metadata: strings, those that are not known left out."""
+    args, beside = info["args"], path.parent / "args.json"
+    command = None
+    if beside.is_file():
+        command = " ".join(_json(beside).get("command", [])[1:])
+    card = {
+        "format": "pt",
+        "library": f"moco_isl {__version__}",
+        "arch": info["arch"],
+        "stem": info["stem"],
+        "encoder": info["part"],
+        "dataset": args.get("dataset"),
+        "image_size": args.get("image_size") or None,
+        "epochs": info["epoch"],
+        "objective": args.get("objective"),
+        "miner": args.get("miner"),
+        "command": command,
+        "source_sha256": fingerprint(path),
+    }
+    for name in results:
+        found = _json(Path(name))
+        rows = found.get("classifiers", found.get("results"))
+        if rows is None or found.get("sha256") not in (None, card["source_sha256"]):
+            raise BadInput(f"--results '{name}' is not of main_knn.py or main_lincls.py on '{path}'")
+        card["linear" if "classifiers" in found else "knn"] = json.dumps(rows)
+    card |= {key: value for key, value in read_file(path)[1].items() if key in ("knn", "linear") and key not in card}
+    return {key: str(value) for key, value in card.items() if value is not None}
+
+
+def _json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise BadInput(f"cannot read '{path}': {error}") from error
+    return content if isinstance(content, dict) else {}
+
+
+# ---- the command ---------------------------------------------------------------------------------------------------
+
+
+def get_parser() -> cli.Parser:
+    parser = cli.Parser(prog="python -m moco_isl.export", description=__doc__)
+    parser.add_argument("file", metavar="FILE", help="checkpoint of ours or MoCo's, or a state dict")
+    parser.add_argument("--to", required=True, choices=_FORMS, help="the library to write for")
+    parser.add_argument("--out", required=True, metavar="FILE", help="the file to write")
+    parser.add_argument("--key", action="store_true", help="the key encoder of a MoCo file, not the query encoder")
+    parser.add_argument("-a", "--arch", help="architecture (default: as the file says or its tensors show)")
+    parser.add_argument("--stem", choices=STEMS, default="auto", help="auto: as the tensors of the file show")
+    parser.add_argument(
+        "--results", nargs="+", default=[], metavar="results.json", help="for the model card of safetensors"
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None, stop=None) -> int:
+    """Run with flags argv; returns the exit code."""
+    return cli.exit_code(run, argv, stop)
+
+
+def run(argv: list[str] | None, stop) -> None:
+    args = get_parser().parse_args(argv)
+    options = {"key_encoder": args.key, "arch": args.arch, "stem": args.stem, "results": args.results}
+    for line in export(args.file, args.to, args.out, **options):
+        print(line)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,229 @@
+"""Every library gets the backbone in its own form and answers as ours does; MoCo's own probe reads our files."""
+
+import json
+from functools import partial
+
+import pytest
+import torch
+import torchvision
+from safetensors import safe_open
+
+import main_moco_isl
+from moco_isl import export
+from moco_isl.builder import MoCo
+from moco_isl.encoders import build_encoder
+from moco_isl.evaluation.backbone import load_backbone
+
+
+def write_moco(path, arch, stem="imagenet", mlp=True):
+    torch.manual_seed(0)
+    model = MoCo(partial(build_encoder, arch, stem=stem), dim=16, K=32, mlp=mlp)
+    with torch.no_grad():
+        for p in model.encoder_k.parameters():
+            p.mul_(0.9)
+        for name, t in model.named_buffers():
+            if "running" in name:
+                t.add_(torch.rand_like(t))
+    state = {f"module.{n}": t for n, t in model.state_dict().items()}
+    torch.save({"epoch": 7, "arch": arch, "state_dict": state, "args": {"dataset": "cifar10", "miner": "gan"}}, path)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def moco_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("export") / "moco.pth.tar"
+    return path, write_moco(path, "resnet18")
+
+
+def run(*argv):
+    return export.main([str(a) for a in argv])
+
+
+@torch.no_grad()
+def backbone(encoder, side=64):
+    seen = []
+    handle = encoder.fc.register_forward_pre_hook(lambda m, x: seen.append(x[0]))
+    encoder.eval()(images(side))
+    handle.remove()
+    return seen[0]
+
+
+def images(side=64):
+    return torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("key", [False, True])
+def test_torchvision_misses_exactly_the_classifier(moco_file, tmp_path, key, capsys):
+    path, model = moco_file
+    assert run(path, "--to", "torchvision", "--out", tmp_path / "sub" / "tv.pth", *(["--key"] if key else [])) == 0
+    assert ("encoder_k" if key else "encoder_q") in capsys.readouterr().out
+    theirs = torchvision.models.resnet18()
+    answer = theirs.load_state_dict(torch.load(tmp_path / "sub" / "tv.pth", weights_only=True), strict=False)
+    assert set(answer.missing_keys) == {"fc.weight", "fc.bias"} and answer.unexpected_keys == []
+    wanted = backbone(model.encoder_k if key else model.encoder_q)
+    assert torch.allclose(backbone(theirs), wanted, atol=1e-5)
+    assert not torch.allclose(backbone(torchvision.models.resnet18()), wanted, atol=1e-1)
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_timm_loads_strictly(moco_file, tmp_path, suffix):
+    timm = pytest.importorskip("timm")
+    path, model = moco_file
+    out = tmp_path / f"timm.{suffix}"
+    assert run(path, "--to", "timm", "--out", out) == 0
+    theirs = timm.create_model("resnet18", num_classes=0, checkpoint_path=str(out)).eval()
+    with torch.no_grad():
+        assert torch.allclose(theirs(images()), backbone(model.encoder_q), atol=1e-5)
+    if suffix == "pth":
+        state = torch.load(out, weights_only=True)["state_dict"]
+        timm.create_model("resnet18", num_classes=0).load_state_dict(state, strict=True)
+
+
+def test_a_timm_encoder_goes_back_to_timm(tmp_path):
+    timm = pytest.importorskip("timm")
+    encoder = build_encoder("timm:resnet10t", 16)
+    torch.save({"arch": "timm:resnet10t", "state_dict": encoder.state_dict()}, tmp_path / "own.pth")
+    assert run(tmp_path / "own.pth", "--to", "timm", "--out", tmp_path / "timm.pth") == 0
+    theirs = timm.create_model("resnet10t", num_classes=0, checkpoint_path=str(tmp_path / "timm.pth")).eval()
+    with torch.no_grad():
+        assert torch.allclose(theirs(images()), backbone(encoder), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "arch,stem,side", [("resnet18w16", "cifar", 32), ("alexnet", "cifar", 32), ("digits", "auto", 16)]
+)
+def test_safetensors_takes_every_network_and_carries_a_card(tmp_path, arch, stem, side):
+    path, out = tmp_path / "moco.pth.tar", tmp_path / "model.safetensors"
+    model = write_moco(path, arch, stem)
+    (tmp_path / "args.json").write_text(json.dumps({"command": ["python", "main_moco_isl.py", "--miner", "gan"]}))
+    knn, lin = tmp_path / "knn.json", tmp_path / "lin.json"
+    knn.write_text(json.dumps({"results": [{"feature": "output", "k": 200, "T": 0.1, "top1": 81.5}]}))
+    lin.write_text(json.dumps({"classifiers": [{"layer": "backbone", "lr": 30.0, "top1": 88.25}]}))
+    assert run(path, "--to", "safetensors", "--out", out, "--results", knn, lin) == 0
+    with safe_open(out, framework="pt") as file:
+        card = file.metadata()
+        assert not any(name.startswith("fc.") for name in file.keys())
+    assert (card["arch"], card["dataset"], card["epochs"], card["miner"]) == (arch, "cifar10", "7", "gan")
+    assert card["command"] == "main_moco_isl.py --miner gan" and "moco_isl" in card["library"]
+    assert json.loads(card["knn"])[0]["top1"] == 81.5 and json.loads(card["linear"])[0]["top1"] == 88.25
+    encoder, info = load_backbone(out)
+    assert info["arch"] == arch and info["head"] is None and info["args"]["dataset"] == "cifar10"
+    assert torch.allclose(backbone(encoder, side), backbone(model.encoder_q, side), atol=1e-5)
+
+
+@pytest.mark.parametrize("arch,blocks", [("resnet18", (2, 2, 2, 2)), ("resnet50", (3, 4, 6, 3))])
+def test_detectron2_has_the_names_its_resnets_expect(tmp_path, arch, blocks):
+    path, out = tmp_path / "moco.pth.tar", tmp_path / "d2.pth"
+    model = write_moco(path, arch, mlp=False)
+    assert run(path, "--to", "detectron2", "--out", out) == 0
+    content = torch.load(out, weights_only=True)
+    assert content["matching_heuristics"] is True
+    # the names of detectron2's modeling/backbone/resnet.py, written out
+    convs = ["conv1", "conv2"] + (["conv3"] if arch == "resnet50" else [])
+    units = ["stem.conv1"]
+    for stage, count in enumerate(blocks, start=2):
+        for block in range(count):
+            units += [f"res{stage}.{block}.{conv}" for conv in convs]
+        if stage > 2 or arch == "resnet50":
+            units.append(f"res{stage}.0.shortcut")
+    norm = ("weight", "bias", "running_mean", "running_var")
+    expected = {f"{unit}.weight" for unit in units} | {f"{unit}.norm.{part}" for unit in units for part in norm}
+    assert set(content["model"]) == expected
+    # by hand: one of each kind
+    own = model.encoder_q.state_dict()
+    for theirs, ours in {
+        "stem.conv1.norm.running_mean": "bn1.running_mean",
+        "res2.1.conv2.weight": "layer1.1.conv2.weight",
+        "res3.0.shortcut.weight": "layer2.0.downsample.0.weight",
+        "res3.0.shortcut.norm.bias": "layer2.0.downsample.1.bias",
+        "res5.1.conv1.norm.running_var": "layer4.1.bn1.running_var",
+    }.items():
+        assert torch.equal(content["model"][theirs], own[ours])
+    encoder, info = load_backbone(out)
+    assert info["arch"] == arch and torch.allclose(backbone(encoder), backbone(model.encoder_q), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "arch,stem,to,out,said",
+    [
+        (
+            "resnet18",
+            "cifar",
+            "torchvision",
+            "x.pth",
+            "torchvision has no network of the shape of resnet18 with stem cifar",
+        ),
+        ("resnet18", "cifar", "timm", "x.pth", "timm has no network of the shape of resnet18 with stem cifar"),
+        ("resnet18w16", "imagenet", "torchvision", "x.pth", "torchvision has no network of the shape of resnet18w16"),
+        ("resnet18w16", "imagenet", "timm", "x.pth", "timm has no network of the shape of resnet18w16"),
+        ("alexnet", "cifar", "torchvision", "x.pth", "torchvision has no network of the shape of alexnet"),
+        ("resnet18", "cifar", "detectron2", "x.pth", "detectron2 has no network"),
+        ("resnet18", "imagenet", "detectron2", "x.pkl", "name it .pth"),
+        ("digits", "auto", "safetensors", ".", "is a folder"),
+        ("digits", "auto", "safetensors", "moco.pth.tar", "the file to read"),
+        ("digits", "auto", "onnx", "x.onnx", "invalid choice: 'onnx'"),
+    ],
+)
+def test_what_a_library_cannot_hold_is_said(tmp_path, capsys, arch, stem, to, out, said):
+    if to == "timm":
+        pytest.importorskip("timm")
+    encoder = build_encoder(arch, 8, stem=stem)
+    torch.save({"arch": arch, "state_dict": encoder.state_dict()}, tmp_path / "moco.pth.tar")
+    assert run(tmp_path / "moco.pth.tar", "--to", to, "--out", tmp_path / out) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["moco.pth.tar"]
+
+
+def test_results_of_another_file_do_not_go_into_the_card(moco_file, tmp_path, capsys):
+    (tmp_path / "r.json").write_text(json.dumps({"sha256": "0" * 64, "results": []}))
+    out = tmp_path / "x.safetensors"
+    assert run(moco_file[0], "--to", "safetensors", "--out", out, "--results", tmp_path / "r.json") == 2
+    assert "is not of main_knn.py or main_lincls.py" in capsys.readouterr().err and not out.exists()
+
+
+# ---- the other way: MoCo's own main_lincls.py reads what main_moco_isl.py writes
+
+
+@pytest.mark.parametrize("mlp", [False, True])
+def test_mocos_own_probe_reads_our_pretraining_file(tmp_path, mlp):
+    argv = [
+        "--dataset",
+        "digits",
+        "-a",
+        "resnet18",
+        "--stem",
+        "imagenet",
+        "--image-size",
+        "32",
+        "--moco-k",
+        "64",
+        "--batch-size",
+        "32",
+    ]
+    argv += [
+        "--moco-dim",
+        "16",
+        "--max-steps",
+        "1",
+        "--epochs",
+        "1",
+        "--workers",
+        "0",
+        "--device",
+        "cpu",
+        "--seed",
+        "0",
+    ]
+    assert main_moco_isl.main([*argv, "--out", str(tmp_path), *(["--mlp"] if mlp else [])]) == 0
+    content = torch.load(tmp_path / "checkpoint_last.pth.tar", map_location="cpu", weights_only=True)
+    # what that script does: keep module.encoder_q.* but its fc, remove the prefix, and assert what is then missing
+    start = "module.encoder_q."
+    kept = {n.removeprefix(start): t for n, t in content["state_dict"].items() if n.startswith(start)}
+    kept = {n: t for n, t in kept.items() if not n.startswith("fc")}
+    model = torchvision.models.resnet18()
+    required = {f"{start}{n}" for n in model.state_dict() if n not in ("fc.weight", "fc.bias")}
+    assert required <= set(content["state_dict"])
+    answer = model.load_state_dict(kept, strict=False)
+    assert set(answer.missing_keys) == {"fc.weight", "fc.bias"} and answer.unexpected_keys == []
+    assert content["arch"] == "resnet18" and {"epoch", "arch", "state_dict", "optimizer"} <= set(content)
