@@ -11,20 +11,19 @@ import math
 import random
 import sys
 import time
-from pathlib import Path
 
 import torch
 
 from moco_isl import builder, checkpoint, data, dist
 from moco_isl.encoders import STEMS, build_encoder, extract_features, split_batch_norm
-from moco_isl.errors import Interrupted
+from moco_isl.errors import BadInput, Interrupted, RunFailed
 from moco_isl.evaluation.knn import weighted_knn
 from moco_isl.isl import ISL
 from moco_isl.mining.miners import GANMiner, KNNMiner, NoMiner, one_line
 from moco_isl.training import cli, engine, resume
 from moco_isl.training.meters import Progress
 from moco_isl.training.round_record import round_record
-from moco_isl.training.run_folder import RunFolder
+from moco_isl.training.run_folder import RunFolder, check_folder
 from moco_isl.training.signals import Stop
 
 
@@ -116,24 +115,33 @@ def check_args(args: argparse.Namespace) -> None:
     for name, low, high, low_open in [("moco_t", 0, float("inf"), True), ("isl_budget", 0, float("inf"), True), ("moco_m", 0, 1, False), ("momentum", 0, 1, False),
                                       ("isl_threshold", 0, 1, False), ("isl_radius", 0, 2, False), ("isl_bank_mix", 0, 1, True), ("isl_max_share", 0, 1, True)]:  # fmt: skip
         cli.check_range(args, name, low, high, low_open)
+    cli.check(args.start_epoch < args.epochs, f"--start-epoch {args.start_epoch} leaves nothing of --epochs {args.epochs}: give a smaller one, or more epochs")
     ranks = cli.total_ranks(args)
     cli.check(args.batch_size % (ranks * args.bn_splits) == 0, f"--batch-size {args.batch_size} does not divide into {ranks} ranks x {args.bn_splits} batch norm splits: "
               f"use a multiple of {ranks * args.bn_splits}")
     keys = args.batch_size * (2 if args.symmetric else 1)
     cli.check(args.objective == "bank" or args.moco_k >= keys, f"--moco-k {args.moco_k} is smaller than the {keys} keys of one step: use at least that")
-    cli.check(not (args.resume and args.init), "--resume goes on with a run, --init starts one: give only one of them")
-    cli.check(args.resume != "auto" or args.out, "--resume auto needs --out: it goes on with the run in that folder")
     cli.check(args.objective == "queue" or not args.symmetric, "--symmetric belongs to --objective queue")
     cli.check(args.isl_gan_min_iters <= args.isl_gan_iters, f"--isl-gan-min-iters {args.isl_gan_min_iters} is more than --isl-gan-iters {args.isl_gan_iters}")
     if args.seed is None:
         args.seed = random.SystemRandom().randrange(2**31)
     if args.isl_start is None:
         args.isl_start = 0 if args.init else args.epochs // 2
+
+
+def check_start(args: argparse.Namespace) -> tuple[resume.Start, dict]:
+    """Which file the run starts from and what is in it; everything about the files named that can be known before any work."""
+    cli.check(args.resume in ("", "auto") or not args.init, "--resume goes on with a run, --init starts one: give only one of them")
+    cli.check(args.resume != "auto" or args.out, "--resume auto needs --out: it goes on with the run in that folder")
     args.out = args.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{args.arch.replace(':', '-').replace('/', '-')}"
-    for name in ("resume", "init"):
-        path = getattr(args, name)
-        cli.check(path in ("", None, "auto") or Path(path).is_file() or Path(path).is_dir(), f"no file at --{name} '{path}': expected a checkpoint; check the path "
-                  "(nothing was started)")
+    start, content = resume.find_start(args.resume, args.init, args.out)
+    if start.goes_on and "isl" in content:
+        resume.take_over(args, content["args"])
+    check_args(args)
+    check_folder(args.out, start.in_place)
+    if start.goes_on and "isl" in content:
+        resume.check_same(content["args"], vars(args))
+    return start, content
 
 
 def main(argv: list[str] | None = None, stop=None) -> int:
@@ -143,118 +151,138 @@ def main(argv: list[str] | None = None, stop=None) -> int:
 
 def run(argv: list[str] | None, stop) -> None:
     args = get_parser().parse_args(argv)
-    check_args(args)
-    with torch.device("meta"):  # an unknown architecture or data set shows here, before anything is started
+    start, content = check_start(args)
+    if reached := resume.finished(start, content, args.epochs, args.max_steps):
+        print(f"=> already finished: {reached}")
+        return
+    with torch.device("meta"):  # an unknown architecture shows here, before anything is started
         build_encoder(args.arch, args.moco_dim, args.stem)
-    if cli.processes_here(args) > 1:
-        data.build_dataset(args.dataset, args.data, "train", args.download)
-    cli.launch(worker, args, stop)
+    if cli.processes_here(args) > 1:  # and what is wrong with the data and the file: before other processes are
+        with torch.device("meta"):
+            prepare(args, start)
+    cli.launch(worker, args, stop, start)
 
 
-def worker(args: argparse.Namespace, stop) -> None:
+def prepare(args: argparse.Namespace, start: resume.Start) -> tuple:
+    """Data set, images held out of it (or None), side of a crop, model: fit for each other and for the file to start from. Writes nothing."""
+    dataset, held_out = data.build_dataset(args.dataset, args.data, "train", args.download), None
+    if args.knn_holdout:
+        dataset, held_out = data.holdout(dataset, args.knn_holdout, args.seed)
+    size = args.image_size or data.native_size(dataset)
+    model = build_model(args, size)
+    if start.path:
+        content = checkpoint.load(start.path, mmap=True)
+        checkpoint.match(model, content, start.path)
+        images = content["isl"]["num_images"] if start.goes_on and "isl" in content else len(dataset)
+        cli.check(images == len(dataset), f"'{start.path}' was trained on {images} images, and now there are {len(dataset)}: give it the same ones, or start a new run "
+                  "with --init and another --out")
+    return dataset, held_out, size, model
+
+
+def worker(args: argparse.Namespace, stop, start: resume.Start) -> None:
     """One rank of the run."""
-    device = cli.resolve_device(args)
-    args.seed, args.out = dist.broadcast_object((args.seed, args.out))
-    torch.manual_seed(args.seed)
-    random.seed(args.seed)
-    folder = cli.on_main(lambda: RunFolder(args.out, bool(args.resume), args.keep))
-    try:
-        Run(args, device, folder, stop).train()
-    finally:
-        if folder is not None:
-            folder.close()
+    args.seed, args.out, start = dist.broadcast_object((args.seed, args.out, start))
+    with Stop(stop) as stop:
+        run = cli.together(lambda: Run(args, start, stop))
+        try:
+            run.begin()
+            run.train()
+        finally:
+            run.close()
 
 
 class Run:
     """Everything a rank has at hand, put together in the order in which it is needed."""
 
-    def __init__(self, args: argparse.Namespace, device: torch.device, folder: RunFolder | None, stop):
-        self.args, self.device, self.folder, self.asked = args, device, folder, stop
-        dataset = data.build_dataset(args.dataset, args.data, "train", args.download)
-        self.held_out = None
-        if args.knn_holdout:
-            dataset, self.held_out = data.holdout(dataset, args.knn_holdout, args.seed)
+    def __init__(self, args: argparse.Namespace, start: resume.Start, stop: Stop):
+        """What can fail by bad input comes first, and apart from the other ranks. Writes nothing."""
+        self.args, self.start, self.stop, self.folder, self.writer = args, start, stop, None, None
+        self.device = device = cli.resolve_device(args)
+        torch.manual_seed(args.seed)
+        random.seed(args.seed)
+        dataset, self.held_out, size, self.model = prepare(args, start)
         self.dataset, self.M = dataset, len(dataset)
-        size = args.image_size or data.native_size(dataset)
         workers = cli.usable_workers(args.workers, cli.processes_here(args))
         self.transform = data.get_eval_transform(args.dataset, size)
         self.ordered = {"batch_size": args.batch_size, "workers": workers, "device": device}
         self.loader = data.train_loader(dataset, augmentation=data.get_augmentation(args.dataset, aug_plus=args.aug_plus, size=size), batch_size=args.batch_size,
                                         seed=args.seed, workers=workers, device=device, multiple=args.bn_splits, max_bad_images=args.max_bad_images)
         self.labels = None if dataset.labels is None else dataset.labels.to(device)
-        self.model = self._build_model(size)
-        self.optimizer = torch.optim.SGD(self.model.encoder_q.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+        self.model.to(device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
+        self.progress = Progress(args.progress, args.epochs, len(self.loader))
+        if args.tensorboard:
+            tensorboard_writer()
+
+    def begin(self) -> None:
+        """Take the folder, load what the run starts from, open the files. The ranks do this side by side."""
+        args = self.args
+        self.folder = cli.on_main(lambda: RunFolder(args.out, self.start.in_place, args.keep))
+        self.optimizer = torch.optim.SGD(self.model.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay)  # as MoCo's file has it
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.amp == "fp16")
         self.isl = ISL(self.model, self.M, P=args.isl_max_positives, form=args.isl_loss, hpe=args.isl_hpe, bank_mix=args.isl_bank_mix, symmetric=args.symmetric,
                        seed=args.seed)
+        if args.compile:
+            for encoder in self.model.children():
+                encoder.compile()
         self.miner = build_miner(args)
+        self.parts = resume.Parts(self.model, self.optimizer, self.scaler, self.isl, self.miner)
         self.position = engine.Position(epoch=args.start_epoch)
-        metrics_size = self._load() or 0
-        if folder is not None:
-            folder.write_args(vars(args))
-            folder.open_metrics(metrics_size)
-        self.progress = Progress(args.progress, args.epochs, len(self.loader), self.position.total)
-        self.writer = _tensorboard(args.out) if args.tensorboard and dist.is_main() else None
+        metrics_size = self._load() if self.start.path else 0
+        cli.on_main(lambda: self.folder.begin(vars(args), metrics_size))
+        self.progress.begin(self.position.total)
+        if self.folder is not None and args.tensorboard:
+            self.writer = tensorboard_writer()(args.out, purge_step=self.position.total)
         self._warn()
 
-    def _build_model(self, size: int) -> torch.nn.Module:
-        args = self.args
+    def close(self) -> None:
+        self.loader.close()
+        self.progress.close()
+        for file in (self.writer, self.folder):
+            if file is not None:
+                file.close()
 
-        def base_encoder(num_classes: int) -> torch.nn.Module:
-            encoder = build_encoder(args.arch, num_classes, args.stem, size)
-            return split_batch_norm(encoder, args.bn_splits) if args.bn_splits > 1 else encoder
+    def features(self, encoder: torch.nn.Module, dataset=None) -> torch.Tensor:
+        """[M, C] unit rows, equal on all ranks: centre crops through the encoder in eval mode. Raises Interrupted when asked to stop."""
+        dataset = self.dataset if dataset is None else dataset
+        M, world = len(dataset), dist.world_size()
+        for buffer in encoder.buffers():  # batch norm's averages are each rank's own since the last step; a file holds rank 0's
+            dist.broadcast(buffer)
+        loader = data.eval_loader(dataset, transform=self.transform, shard=dist.shard(M), **self.ordered)
+        try:
+            with engine.autocast(self.device, self.args.amp):
+                most = math.ceil(math.ceil(M / world) / self.args.batch_size)
+                return extract_features(encoder, self.stop.watch(loader, most), M, self.device)
+        finally:
+            loader.close()
 
-        if args.objective == "queue":
-            model = builder.MoCo(base_encoder, args.moco_dim, args.moco_k, args.moco_m, args.moco_t, args.mlp)
-        else:
-            model = builder.Instance(base_encoder, args.moco_dim, args.moco_t, args.mlp)
-        model.to(self.device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
-        if args.compile:
-            for encoder in model.children():
-                encoder.compile()
-        return model
-
-    def features(self, encoder: torch.nn.Module) -> torch.Tensor:
-        """[M, C] unit rows, equal on all ranks: centre crops through the encoder in eval mode."""
-        loader = data.eval_loader(self.dataset, transform=self.transform, shard=dist.shard(self.M), **self.ordered)
-        with engine.autocast(self.device, self.args.amp):
-            return extract_features(encoder, loader, self.M, self.device)
-
-    def _load(self) -> int | None:
-        """Resume or initialise; returns how much of metrics.jsonl is to be kept, None: it starts empty."""
-        args, filled = self.args, []
-        path = args.resume or args.init
-        if args.resume == "auto":
-            last = Path(args.out) / "checkpoint_last.pth.tar"
-            path = str(last) if last.is_file() else None
-        if not path:
-            return None
-        content = checkpoint.load(path)
-        ours = content.get("isl") if args.resume else None
-        if ours:
-            resume.check_same(content["args"], vars(args))
+    def _load(self) -> int:
+        """Resume or initialise; returns how much of metrics.jsonl is to be kept."""
+        path, content = self.start.path, checkpoint.load(self.start.path)
         filled = checkpoint.load_model(self.model, content, path)
-        self.say(f"=> loaded '{path}' (epoch {content.get('epoch', 'unknown')})" + "".join(f"; it has no {part}" for part in filled))
+        fills = {"encoder_k": "copied from encoder_q", "queue": "filled anew by one feature pass"}
+        self.say(f"=> loaded '{path}' (epoch {content.get('epoch', 'unknown')})" + "".join(f"; it has no {part}, which is {fills[part]}" for part in filled))
         if "queue" in filled:
             self.refill_queue()
-        if not args.resume:
-            return None
-        self.position.epoch = content.get("epoch", args.start_epoch)
-        if "optimizer" in content:
-            self.optimizer.load_state_dict(content["optimizer"])
-        else:
-            self.say("=> it has no optimizer either: that one starts fresh")
-        return self._restore(ours, path) if ours else None
+        if not self.start.goes_on:
+            return 0
+        if "isl" not in content:
+            self._go_on_from_moco(content)
+            return 0
+        self.position, same = self.parts.restore(content, self.device)
+        if len(set(dist.gather_objects((self.position.epoch, self.position.step)))) > 1:
+            raise RunFailed(f"the ranks read different states out of '{path}': a shared file system that lags behind? Start again")
+        if not same:
+            self.say(f"=> '{path}' was saved by {len(content['isl']['rng'])} ranks, here are {dist.world_size()}: going on, but not bit for bit")
+        return content["isl"]["metrics_size"] if self.start.in_place else 0
 
-    def _restore(self, ours: dict, path: str) -> int:
-        self.isl.load_state_dict(ours["state"])
-        self.miner.load_state_dict(ours["miner"])
-        self.scaler.load_state_dict(ours["scaler"])
-        self.position = engine.Position(ours["epoch"], ours["step"], ours["total"])
-        self.position.averages.load_state_dict(ours["averages"], self.device)
-        if not resume.restore_rng(ours["rng"], self.device):
-            self.say(f"=> '{path}' was saved by {len(ours['rng'])} ranks, here are {dist.world_size()}: going on, but not bit for bit")
-        return ours["metrics_size"] if Path(path).parent.resolve() == Path(self.args.out).resolve() else 0
+    def _go_on_from_moco(self, content: dict) -> None:
+        self.position.epoch = resume.epoch_of(content) or self.args.start_epoch
+        if "optimizer" not in content:
+            self.say("=> it has no optimizer either: that one starts fresh")
+            return
+        self.optimizer.load_state_dict(content["optimizer"])
+        for group in self.optimizer.param_groups:
+            group.update(momentum=self.args.momentum, weight_decay=self.args.weight_decay)
 
     @torch.no_grad()
     def refill_queue(self) -> None:
@@ -270,15 +298,8 @@ class Run:
 
     def save(self, number: int | None = None) -> None:
         """checkpoint_last, and with a number checkpoint_<number>: MoCo's keys, and what an exact resume needs. Every rank has to call it."""
-        rng, position = resume.rng_of_ranks(self.device), self.position
-
-        def write() -> None:
-            ours = {"state": self.isl.state_dict(), "miner": self.miner.state_dict(), "scaler": self.scaler.state_dict(), "rng": rng, "epoch": position.epoch,
-                    "step": position.step, "total": position.total, "averages": position.averages.state_dict(), "metrics_size": self.folder.metrics_size()}  # fmt: skip
-            self.folder.save({"epoch": position.epoch, "arch": self.args.arch, "state_dict": checkpoint.model_state(self.model), "optimizer": self.optimizer.state_dict(),
-                              "args": vars(self.args), "isl": ours}, number)  # fmt: skip
-
-        cli.on_main(write)
+        ranks = resume.rng_of_ranks(self.device, self.position.averages)
+        cli.on_main(lambda: self.folder.save(self.parts.state(self.position, vars(self.args), ranks, self.folder.metrics_size()), number))
 
     def say(self, line: str) -> None:
         if dist.is_main():
@@ -296,39 +317,35 @@ class Run:
         args = self.args
         if args.objective == "queue" and args.moco_k > self.M:
             self.say(f"=> warning: the queue ({args.moco_k}) is longer than the data set ({self.M}): {args.moco_k / self.M:.1f} of its keys are an image's own; "
-                     f"--moco-k {max(args.batch_size, 2 ** (self.M // 2).bit_length() // 2)} would suit it")
+                     f"--moco-k {max(args.batch_size * (2 if args.symmetric else 1), 2 ** ((self.M // 2).bit_length() - 1))} would suit it")
         if args.knn_every and self.labels is None:
             self.say("=> warning: --knn-every without labels: nothing to judge by")
 
     def train(self) -> None:
         args, position = self.args, self.position
-        if position.epoch >= args.epochs:
-            self.say(f"=> already finished: {position.epoch} epochs of {args.epochs}")
-            return
         last_good = lambda: str(self.folder.last) if self.folder and self.folder.last.exists() else "none yet"  # noqa: E731
         self.say(f"=> {self.M} images, {len(self.loader)} steps an epoch, {dist.world_size()} x {self.device}, seed {args.seed}, files in {args.out}")
-        with Stop(self.asked) as stop:
-            for epoch in range(position.epoch, args.epochs):
-                lr = engine.learning_rate(epoch, lr=args.lr, epochs=args.epochs, cos=args.cos, schedule=args.schedule)
-                for group in self.optimizer.param_groups:
-                    group["lr"] = lr
-                self.isl.turn, self.isl.active = epoch, args.miner != "none" and epoch >= args.isl_start
-                rounds_due = 1 + (epoch - args.isl_start) // args.isl_every if self.isl.active else 0
-                if position.step == 0 and self.isl.round < rounds_due:
-                    self.mine(epoch, stop)
-                finished = engine.train_one_epoch(
-                    self.isl, self.loader, self.optimizer, self.scaler, position, device=self.device, stop=stop, progress=self.progress, log=self.log,
-                    save=self.save, last_good=last_good, amp=args.amp, print_freq=args.print_freq, save_every=args.save_every, max_steps=args.max_steps)  # fmt: skip
-                if not finished:
-                    self.save()
-                    break
-                self.end_of_epoch(epoch)
-        self.progress.close()
+        for epoch in range(position.epoch, args.epochs):
+            lr = engine.learning_rate(epoch, lr=args.lr, epochs=args.epochs, cos=args.cos, schedule=args.schedule)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.isl.turn, self.isl.active = epoch, args.miner != "none" and epoch >= args.isl_start
+            rounds_due = 1 + (epoch - args.isl_start) // args.isl_every if self.isl.active else 0
+            if position.step == 0 and self.isl.round < rounds_due:
+                self.mine(epoch)
+            finished = engine.train_one_epoch(
+                self.isl, self.loader, self.optimizer, self.scaler, position, device=self.device, stop=self.stop, progress=self.progress, log=self.log,
+                save=self.save, last_good=last_good, amp=args.amp, print_freq=args.print_freq, save_every=args.save_every, max_steps=args.max_steps)  # fmt: skip
+            if not finished:
+                self.save()
+                break
+            self.end_of_epoch(epoch)
 
-    def mine(self, epoch: int, stop: Stop) -> None:
-        features, before = self.features(self.model.encoder_k if self.isl.queue_objective else self.model.encoder_q), self.isl.positives
+    def mine(self, epoch: int) -> None:
+        before = self.isl.positives
         try:
-            report = engine.mine_round(self.isl, self.miner, features, self.labels, self.args.seed, stop)
+            features = self.features(self.model.encoder_k if self.isl.queue_objective else self.model.encoder_q)
+            report = engine.mine_round(self.isl, self.miner, features, self.labels, self.args.seed, self.stop)
         except Interrupted:
             self.save()
             raise Interrupted(f"saved before the mining of epoch {epoch}: go on with --resume auto") from None
@@ -341,7 +358,11 @@ class Run:
         """kNN where it is due, the epoch's line, the checkpoint."""
         values = self.position.averages.epoch()
         if self.args.knn_every and self.labels is not None and (epoch + 1) % self.args.knn_every == 0:
-            values["knn"] = self.knn()
+            try:
+                values["knn"] = self.knn()
+            except Interrupted:
+                self.save()
+                raise Interrupted(f"saved at the end of epoch {epoch}: go on with --resume auto") from None
             self.progress.say(f"=> epoch {epoch}: weighted kNN {values['knn']:.2f} %")
         self.log(kind="epoch", epoch=epoch, total=self.position.total, **values)
         self.position.epoch, self.position.step, self.position.averages = epoch + 1, 0, engine.Averages()
@@ -352,11 +373,19 @@ class Run:
         bank = self.features(self.model.encoder_q)
         queries, truth = bank, self.labels
         if self.held_out is not None:
-            n = len(self.held_out)
-            loader = data.eval_loader(self.held_out, transform=self.transform, shard=dist.shard(n), **self.ordered)
-            queries, truth = extract_features(self.model.encoder_q, loader, n, self.device), self.held_out.labels.to(self.device)
+            queries, truth = self.features(self.model.encoder_q, self.held_out), self.held_out.labels.to(self.device)
         found = weighted_knn(queries, bank, self.labels, k=min(200, self.M - 1), T=0.1, leave_one_out=self.held_out is None)
         return (found == truth).float().mean().item() * 100
+
+
+def build_model(args: argparse.Namespace, size: int) -> torch.nn.Module:
+    def base_encoder(num_classes: int) -> torch.nn.Module:
+        encoder = build_encoder(args.arch, num_classes, args.stem, size)
+        return split_batch_norm(encoder, args.bn_splits) if args.bn_splits > 1 else encoder
+
+    if args.objective == "queue":
+        return builder.MoCo(base_encoder, args.moco_dim, args.moco_k, args.moco_m, args.moco_t, args.mlp)
+    return builder.Instance(base_encoder, args.moco_dim, args.moco_t, args.mlp)
 
 
 def build_miner(args: argparse.Namespace):
@@ -369,12 +398,12 @@ def build_miner(args: argparse.Namespace):
                     radius_mode=args.isl_radius_mode, candidates=args.isl_candidates, **rules)
 
 
-def _tensorboard(out: str):
+def tensorboard_writer():
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise cli.BadInput("--tensorboard needs the package tensorboard: pip install 'moco_isl[tensorboard]'") from error
-    return SummaryWriter(out)
+        raise BadInput("--tensorboard needs the package tensorboard: pip install 'moco_isl[tensorboard]'") from error
+    return SummaryWriter
 
 
 if __name__ == "__main__":

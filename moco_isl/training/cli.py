@@ -2,10 +2,16 @@
 
 import argparse
 import difflib
+import errno
+import math
+import multiprocessing.connection
 import os
 import signal
 import socket
 import sys
+import threading
+import time
+import traceback
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -16,6 +22,7 @@ import yaml
 
 from moco_isl import dist
 from moco_isl.errors import BadInput, Interrupted, RunFailed
+from moco_isl.training.signals import SIGNALS
 
 MOCO_DIST_URL = "tcp://224.66.41.62:23456"
 DATASETS = ("folder", "cifar10", "cifar100", "svhn", "digits")
@@ -29,7 +36,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         unknown = message.removeprefix("unrecognized arguments: ").split()[0] if message.startswith("unrecognized") else ""
-        raise BadInput(f"{message}{_nearest(unknown, self._option_string_actions)}; see --help")
+        if unknown and not unknown.startswith("-"):
+            raise BadInput(f"'{unknown}' is one argument too many: expected flags and at most one DIR, which names the data set; see --help")
+        raise BadInput(f"{message}{_nearest(unknown.split('=')[0], self._option_string_actions)}; see --help")
 
     def parse_args(self, argv: list[str] | None = None, namespace=None) -> argparse.Namespace:
         """Flags of argv; with `--config FILE.yaml` those of the file first, so that the command line wins."""
@@ -122,10 +131,10 @@ def check(ok: bool, message: str) -> None:
 
 
 def check_range(args: argparse.Namespace, name: str, low: float, high: float = float("inf"), low_open: bool = False) -> None:
-    """The value(s) of flag `name` lie in [low, high], or (low, high]; NaN never does."""
+    """The value(s) of flag `name` lie in [low, high], or (low, high]; infinity and NaN never do."""
     value = getattr(args, name)
     for v in value if isinstance(value, list) else [value]:
-        inside = v is None or ((low < v if low_open else low <= v) and v <= high)
+        inside = v is None or ((low < v if low_open else low <= v) and v <= high and math.isfinite(v))
         bounds = f"{'more than' if low_open else 'at least'} {low:g}" + (f" and at most {high:g}" if high < float("inf") else "")
         check(inside, f"--{name.replace('_', '-')} {v} is out of range: expected {bounds}")
 
@@ -144,7 +153,7 @@ def usable_workers(asked: int, processes: int = 1) -> int:
     """`asked` loading processes, capped at the cores this process may use; said in a line when capped."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     most = max(1, cores // processes)
-    if asked > most:
+    if asked > most and dist.is_main():
         print(f"=> --workers {asked} capped at {most}, the cores there are for a process")
     return min(asked, most)
 
@@ -170,7 +179,7 @@ def resolve_device(args: argparse.Namespace) -> torch.device:
 
 def processes_here(args: argparse.Namespace) -> int:
     """How many processes this node runs, before any is started."""
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+    if _told_by_environment():
         return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if not args.multiprocessing_distributed:
         return 1
@@ -178,33 +187,56 @@ def processes_here(args: argparse.Namespace) -> int:
 
 
 def total_ranks(args: argparse.Namespace) -> int:
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+    if _told_by_environment():
         return int(os.environ["WORLD_SIZE"])
     return processes_here(args) * max(args.world_size, 1)
 
 
-def launch(worker: Callable, args: argparse.Namespace, stop: Callable[[], bool] | None) -> None:
-    """Run worker(args, stop) in every rank: in this process, or in those that it starts.
+def check_distributed_options(args: argparse.Namespace) -> None:
+    check_range(args, "nproc_per_node", 0)
+    check_range(args, "dist_timeout", 1)
+    check_range(args, "gpu", 0)
+    check(not args.nproc_per_node or args.multiprocessing_distributed, "--nproc-per-node says how many processes --multiprocessing-distributed starts: add that flag")
+    if args.world_size > 1 and not _told_by_environment():
+        check(0 <= args.rank < args.world_size, f"--world-size {args.world_size} needs --rank: expected 0 to {args.world_size - 1}, another one on each node")
+        check(args.dist_url != MOCO_DIST_URL, "several nodes need --dist-url tcp://HOST:PORT, HOST being the node of --rank 0 and PORT a free one there "
+              "(MoCo's default is a multicast address, which torch has given up)")  # fmt: skip
 
-    worker must be importable. Raises what the worker raised; of several failed processes, the first one's exit code decides.
+
+def launch(worker: Callable, args: argparse.Namespace, stop: Callable[[], bool] | None, *given) -> None:
+    """Run worker(args, stop, *given) in every rank: in this process, or in those that it starts.
+
+    worker must be importable, `given` picklable. Raises what the worker raised; of several processes that failed, the first decides.
     """
-    if args.multiprocessing_distributed and "RANK" not in os.environ:
-        _spawn(worker, args)
+    check_distributed_options(args)
+    if args.multiprocessing_distributed and not _told_by_environment():
+        _spawn(worker, args, given, stop)
         return
     joined = join_ranks(args)
     try:
-        worker(args, stop)
-    finally:
-        if joined:
-            torch.distributed.destroy_process_group()
+        worker(args, stop, *given)
+    except (BadInput, Interrupted):
+        _part(joined)
+        raise
+    _part(joined)
+
+
+def _part(joined: bool) -> None:
+    """Leave the process group, where all ranks do: after a failure the others may be gone, and this would wait for them."""
+    if joined:
+        torch.distributed.destroy_process_group()
+
+
+def _told_by_environment() -> bool:
+    """Whether torchrun or launch/ has started this process as one of several."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def join_ranks(args: argparse.Namespace) -> bool:
     """Join the process group that the environment (torchrun, launch/) or MoCo's --world-size and --rank describe, if any."""
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+    if _told_by_environment():
         rank, world, url = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), "env://"
     elif args.world_size > 1:
-        check(args.rank >= 0, f"--world-size {args.world_size} needs --rank: expected 0 to {args.world_size - 1}, another one on each node")
         rank, world, url = args.rank, args.world_size, args.dist_url
     else:
         return False
@@ -225,75 +257,163 @@ def _init_process_group(args: argparse.Namespace, rank: int, world: int, url: st
         raise RunFailed(f"rank {rank} of {world} could not join the others at {os.environ.get('MASTER_ADDR', url)} within {args.dist_timeout} s: {reason}") from error
 
 
-def _spawn(worker: Callable, args: argparse.Namespace) -> None:
-    """--multiprocessing-distributed: n processes on this node. Signals that the parent gets are passed on."""
+# ---- processes that this one starts ----------------------------------------------------------------------------------
+
+LOST = 70  # exit code between a rank and its parent: another rank was gone, so that one is the cause
+GRACE = 10  # seconds that the ranks have to end by themselves once one of them has ended early
+
+
+def _spawn(worker: Callable, args: argparse.Namespace, given: tuple, stop: Callable[[], bool] | None) -> None:
+    """--multiprocessing-distributed: n processes on this node. Signals that the parent gets are passed on, or what `stop` says if there is one."""
     n = processes_here(args)
-    if args.dist_url == MOCO_DIST_URL and args.world_size <= 1:
+    if args.dist_url == MOCO_DIST_URL:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             args.dist_url = f"tcp://127.0.0.1:{s.getsockname()[1]}"
-    context = torch.multiprocessing.start_processes(_spawned, (worker, args, n), nprocs=n, join=False, start_method="spawn")
+    # blocked until a rank's `Stop` takes them: one that comes while a rank is still importing is neither lost nor deadly
+    unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    processes = torch.multiprocessing.start_processes(_spawned, (worker, args, n, given), nprocs=n, join=False, start_method="spawn").processes
 
-    def pass_on(number, frame):
-        for process in context.processes:
+    def pass_on(number, frame=None) -> None:
+        # Ctrl-C reaches the ranks from the terminal too, and twice would mean at once
+        for process in processes:
             if process.is_alive():
-                os.kill(process.pid, number)
+                os.kill(process.pid, signal.SIGTERM if number == signal.SIGINT else number)
 
-    old = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)}
+    handled = SIGNALS if stop is None and threading.current_thread() is threading.main_thread() else ()
+    old = {number: signal.signal(number, pass_on) for number in handled}
+    signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
     try:
-        while not context.join():
-            pass
-    except torch.multiprocessing.ProcessExitedException as error:
-        codes = {BadInput.exit_code: BadInput, RunFailed.exit_code: RunFailed, Interrupted.exit_code: Interrupted}
-        if error.exit_code in codes:
-            raise codes[error.exit_code]("") from error  # the process has printed its line
-        raise RunFailed(f"process {error.error_index} of {n} was ended by {error.signal_name or f'exit code {error.exit_code}'}; the others were stopped. "
-                        "Resume with --resume auto") from error
+        _judge_ends(_ends(processes, stop, pass_on), n)
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
 
 
-def _spawned(local_rank: int, worker: Callable, args: argparse.Namespace, n: int) -> None:
-    os.environ["LOCAL_RANK"] = str(local_rank)
-    world = n * max(args.world_size, 1)
-    rank = max(args.rank, 0) * n + local_rank
+def _ends(processes: list, stop: Callable[[], bool] | None, pass_on: Callable[[int], None]) -> list[tuple[int, int]]:
+    """Wait for all; (index, exit code) of each in the order in which they ended. Once one has failed the others get GRACE seconds."""
+    alive, ends, deadline = {process.sentinel: i for i, process in enumerate(processes)}, [], math.inf
+    while alive:
+        left = max(0, deadline - time.monotonic())
+        ready = multiprocessing.connection.wait(list(alive), min(left, 0.5 if stop else 3600))
+        if stop is not None and stop():
+            pass_on(signal.SIGTERM)
+            stop = None
+        for sentinel in ready:
+            i = alive.pop(sentinel)
+            processes[i].join()
+            ends.append((i, processes[i].exitcode))
+            if processes[i].exitcode:
+                deadline = min(deadline, time.monotonic() + GRACE)
+        if time.monotonic() >= deadline:  # they may hang where no Python runs that could take a softer signal
+            for i in alive.values():
+                processes[i].kill()
+    return ends
 
-    def run(_argv, _stop):
+
+def _judge_ends(ends: list[tuple[int, int]], n: int) -> None:
+    """Raise what the first process to fail stands for; those that only lost another rank are not the cause."""
+    failed = [(i, code) for i, code in ends if code]
+    if not failed:
+        return
+    i, code = next(((i, code) for i, code in failed if code != LOST), failed[0])
+    if code == KEYBOARD:
+        raise KeyboardInterrupt
+    for kind in (BadInput, RunFailed, Interrupted):
+        if code == kind.exit_code:
+            raise kind("")  # the process has said why
+    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else "lost the others" if code == LOST else f"ended with exit code {code}"
+    raise RunFailed(f"process {i} of {n} {how}, and the others were stopped. Resume with --resume auto")
+
+
+def _spawned(local_rank: int, worker: Callable, args: argparse.Namespace, n: int, given: tuple) -> None:
+    rank, world = max(args.rank, 0) * n + local_rank, n * max(args.world_size, 1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(local_rank), "LOCAL_WORLD_SIZE": str(n)}
+
+    def run(_argv, _stop) -> None:
         _init_process_group(args, rank, world, args.dist_url)
-        worker(args, None)
+        worker(args, None, *given)
         torch.distributed.destroy_process_group()
 
-    code = exit_code(run)
+    try:
+        code = exit_code(run, lost=LOST)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
     if code:
+        sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)  # not through the interpreter's end, which may wait for ranks that are gone
 
 
+# ---- errors of one rank, of all ranks, and of the process ------------------------------------------------------------
+
+KEYBOARD = 130  # what a shell makes of a process that Ctrl-C ended
+
+
+def together(fn: Callable):
+    """fn() on every rank. Where it raises one of our errors on any, all raise it: rank 0 with its text, so that it is said once."""
+    result = error = None
+    try:
+        result = fn()
+    except (BadInput, RunFailed, Interrupted) as caught:
+        error = caught
+    found = [x for x in dist.gather_objects(None if error is None else (type(error).__name__, str(error))) if x]
+    if not found:
+        return result
+    kind, text = found[0]
+    raise {"BadInput": BadInput, "RunFailed": RunFailed, "Interrupted": Interrupted}[kind](text if dist.is_main() else "") from error
+
+
 def on_main(fn: Callable):
     """fn() on rank 0, its result there and None elsewhere; what it raises of our errors is raised on every rank, and only rank 0 says it."""
-    result, error = None, None
-    if dist.is_main():
-        try:
-            result = fn()
-        except (BadInput, RunFailed) as caught:
-            error = caught
-    kind = dist.broadcast_object(type(error).__name__ if error else "")
-    if error:
-        raise error
-    if kind:
-        raise {"BadInput": BadInput, "RunFailed": RunFailed}[kind]("")
-    return result
+    return together(lambda: fn() if dist.is_main() else None)
 
 
-def exit_code(script: Callable, argv: list[str] | None = None, stop: Callable[[], bool] | None = None) -> int:
-    """Run script(argv, stop); what a user did wrong, a failed run and an interruption become one line on stderr and an exit code."""
+def exit_code(script: Callable, argv: list[str] | None = None, stop: Callable[[], bool] | None = None, lost: int = RunFailed.exit_code) -> int:
+    """Run script(argv, stop); what a user did wrong, a failed run and an interruption become one line on stderr and an exit code.
+
+    lost: the exit code where the run failed because another rank is gone.
+    """
     try:
         script(argv, stop)
         return 0
     except (BadInput, RunFailed, Interrupted) as error:
-        word = "=> interrupted" if isinstance(error, Interrupted) else "error"
-        everyone_says_it = isinstance(error, (BadInput, Interrupted)) and os.environ.get("RANK", "0") != "0"
-        if str(error) and not everyone_says_it:
-            print(f"{word}: {error}", file=sys.stderr, flush=True)
+        # what is known before the ranks meet is known to all of them
+        if str(error) and (os.environ.get("RANK", "0") == "0" or isinstance(error, RunFailed)):
+            _say("=> interrupted" if isinstance(error, Interrupted) else "error", error)
         return error.exit_code
+    except KeyboardInterrupt:
+        _say("=> interrupted", "at once, without saving; --resume auto goes on from the last checkpoint")
+        return KEYBOARD
+    except Exception as error:
+        if _lost_a_rank(error):
+            if lost == RunFailed.exit_code:
+                _say("error", f"rank {os.environ.get('RANK', '?')} lost another rank, which has ended: see what that one said. Resume with --resume auto")
+            return lost
+        if not (text := _in_words(error)):
+            raise
+        _say("error", text)
+        return RunFailed.exit_code
+
+
+def _say(word: str, text) -> None:
+    print(f"{word}: {text}", file=sys.stderr, flush=True)
+
+
+def _lost_a_rank(error: Exception) -> bool:
+    text = str(error)
+    return dist.active() and (isinstance(error, torch.distributed.DistError) or "Connection closed by peer" in text or "Connection reset by peer" in text
+                              or "gloo" in text)  # fmt: skip
+
+
+def _in_words(error: Exception) -> str:
+    """What befell the machine, and not the program, in a line; '' for anything else, which deserves its traceback."""
+    text = (str(error).strip().splitlines() or [""])[0]
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return f"the GPU's memory is full ({text}): use a smaller --batch-size, --amp bf16, or more GPUs"
+    if isinstance(error, RuntimeError) and "DataLoader worker (pid" in text:  # torch raises it wherever the news finds the process
+        return f"a process that reads images died ({text}): it may have run out of memory; use fewer --workers. Resume with --resume auto"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{error.strerror}; the last checkpoint is whole. Free some space, then resume with --resume auto"
+    return ""

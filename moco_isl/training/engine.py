@@ -76,6 +76,7 @@ def train_one_epoch(
         require_finite(averages, epoch, last_good())
         values = {**averages.interval(), "lr": lr, **clock.read(), **_memory(device)}
         progress.report(epoch, position.step, values)
+        progress.name_unreadable(loader.bad_images())
         log(kind="step", epoch=epoch, step=position.step, total=position.total, **values)
 
     for images, index in loader.epoch(epoch, start_step=position.step):

@@ -47,11 +47,12 @@ class Averages:
         return dict(zip(self.names, (sums[:-1] / sums[-1]).tolist()))
 
     def state_dict(self) -> dict:
-        return {"names": self.names, "sums": self.sums, "read": self.read}
+        """Plain values; those of this rank."""
+        return {"names": self.names, **{k: None if x is None else x.tolist() for k, x in (("sums", self.sums), ("read", self.read))}}
 
     def load_state_dict(self, state: dict, device: torch.device) -> None:
         self.names = state["names"]
-        self.sums, self.read = (None if state[k] is None else state[k].to(device) for k in ("sums", "read"))
+        self.sums, self.read = (None if state[k] is None else torch.tensor(state[k], dtype=torch.float64, device=device) for k in ("sums", "read"))
 
 
 class Clock:
@@ -78,10 +79,14 @@ class Clock:
 class Progress:
     """What a user sees of the steps: MoCo's lines, or one bar over the whole run. Only rank 0 shows anything."""
 
-    def __init__(self, style: str, epochs: int, steps: int, done: int = 0):
-        self.epochs, self.steps, self.bar = epochs, steps, None
-        if style == "bar" and dist.is_main():
-            self.bar = tqdm(total=epochs * steps, initial=done, unit="step", file=sys.stderr, dynamic_ncols=True, mininterval=0.2)
+    def __init__(self, style: str, epochs: int, steps: int):
+        self.style, self.epochs, self.steps, self.bar = style, epochs, steps, None
+        self._named: set[int] = set()  # unreadable images
+
+    def begin(self, done: int) -> None:
+        """The first step is about to come, after `done` steps before this start."""
+        if self.style == "bar" and dist.is_main():
+            self.bar = tqdm(total=self.epochs * self.steps, initial=done, unit="step", file=sys.stderr, dynamic_ncols=True, mininterval=0.2)
 
     def step(self, epoch: int) -> None:
         if self.bar is not None:
@@ -104,6 +109,14 @@ class Progress:
         if dist.is_main():
             tqdm.write(line, file=sys.stdout) if self.bar is not None else print(line, flush=True)
 
+    def name_unreadable(self, found: list[tuple[int, str]]) -> None:
+        """A line for each unreadable image (index, path) the first time it is among those found. Every rank says its own."""
+        for index, path in found:
+            if index not in self._named:
+                self._named.add(index)
+                line = f"=> warning: {path} cannot be read; the next image stands in for it"
+                tqdm.write(line, file=sys.stdout) if self.bar is not None else print(line, flush=True)
+
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
@@ -114,5 +127,5 @@ def require_finite(averages: Averages, epoch: int, last_good: str) -> None:
     bad = averages.first_bad_step()
     worst = int(dist.all_reduce_max(torch.tensor(bad, device=averages.sums.device)))
     if worst >= 0:
-        raise RunFailed(f"the loss was not finite at epoch {epoch}, step {worst}; nothing was saved after that; the last good file is {last_good}. "
+        raise RunFailed("" if not dist.is_main() else f"the loss was not finite at epoch {epoch}, step {worst}; nothing was saved after that; the last good file is {last_good}. "
                         "Lower --lr or turn --amp off, then resume with --resume auto")

@@ -1,11 +1,17 @@
-"""What a run has to remember to go on as if it had never stopped, and what of its flags may change meanwhile."""
+"""What a run has to remember to go on as if it had never stopped, what of its flags may change meanwhile, and which file it starts from."""
 
 import random
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from moco_isl import dist
+from moco_isl import checkpoint, dist
 from moco_isl.errors import BadInput
+from moco_isl.isl import ISL
+from moco_isl.training.engine import Position
+from moco_isl.training.meters import Averages
+from moco_isl.training.run_folder import newest
 
 # everything that changes neither what is computed nor in which order
 MAY_CHANGE = {
@@ -25,21 +31,124 @@ def check_same(saved: dict, now: dict) -> None:
         raise BadInput(f"cannot resume with other settings: {pairs}. Give the same flags, or start a new run with --init and another --out")
 
 
-def rng_of_ranks(device: torch.device) -> list[dict]:
-    """The state of every generator of every rank, in rank order, on all ranks."""
+@dataclass(frozen=True)
+class Start:
+    """What a run starts from. path: a file, None: nothing. goes_on: it is resumed, not only initialised. in_place: what is in the run's folder is
+    this very run."""
+
+    path: str | None = None
+    goes_on: bool = False
+    in_place: bool = False
+
+
+def find_start(resume: str, init: str | None, out: str) -> tuple[Start, dict]:
+    """The file that --resume (a path, "auto" or "") or --init names, and what is in it, tensors not yet read.
+
+    Raises BadInput where it cannot be read, and where going on from it would overwrite what the run in `out` has reached since.
+    """
+    auto, found = resume == "auto", None
+    if auto:
+        found = newest(out)
+        if found is None and not init:
+            return Start(in_place=True), {}
+    path = str(found) if found else init if auto else resume or init
+    if not path:
+        return Start(), {}
+    content = _look(path, "resume" if resume and path != init else "init")
+    goes_on, in_place = bool(found or resume and not auto), auto
+    if resume and not auto and Path(out).exists() and Path(path).resolve().parent.samefile(out):
+        in_place, last = True, newest(out)
+        if last and _reached(content) < (there := _reached(checkpoint.load(last, mmap=True))):
+            at = "epoch {}, {} steps".format
+            raise BadInput(f"--resume '{path}' ({at(*_reached(content))}) is older than {last} ({at(*there)}), and going on from it would overwrite "
+                           "what came after: use --resume auto, or choose another --out")
+    return Start(path, goes_on, in_place), content
+
+
+def _look(path: str, flag: str) -> dict:
+    if not Path(path).exists():
+        raise BadInput(f"no file at --{flag} '{path}': expected a checkpoint; check the path (nothing was started)")
+    return checkpoint.load(path, mmap=True)
+
+
+def epoch_of(content: dict) -> int | None:
+    """The epoch a file was saved before, where it says that."""
+    return content.get("epoch") if isinstance(content.get("epoch"), int) else None
+
+
+def _reached(content: dict) -> tuple[int, int]:
+    """(epoch, steps in all), to compare files of one run."""
+    return epoch_of(content) or 0, content["isl"]["total"] if "isl" in content else 0
+
+
+def finished(start: Start, content: dict, epochs: int, max_steps: int) -> str:
+    """How far the run to be resumed is, where nothing is left to do; '' otherwise. Raises BadInput where that is a file from elsewhere."""
+    epoch, steps = epoch_of(content) or 0, content.get("isl", {}).get("total", 0)
+    if not start.goes_on or epoch < epochs and not 0 < max_steps <= steps:
+        return ""
+    if start.in_place:
+        return f"epoch {epoch} of {epochs}" if epoch >= epochs else f"{steps} steps of --max-steps {max_steps}"
+    raise BadInput(f"'{start.path}' has been trained for {epoch} epochs ({steps} steps), which leaves nothing to do: raise --epochs {epochs}"
+                   f"{f' or --max-steps {max_steps}' if max_steps else ''}, or start anew from its weights with --init")
+
+
+def take_over(flags, saved: dict) -> None:
+    """Flags that were not given (None) take the values that the run had: a seed that was drawn, a default that hangs on another flag."""
+    for name, value in saved.items():
+        if name not in MAY_CHANGE and getattr(flags, name, "") is None:
+            setattr(flags, name, value)
+
+
+def rng_of_ranks(device: torch.device, averages: Averages | None = None) -> list[dict]:
+    """The state of every generator of every rank, in rank order, on all ranks; with the averages, which are each rank's own too."""
     state = {"torch": torch.get_rng_state(), "python": random.getstate()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
+    if averages is not None:
+        state["averages"] = averages.state_dict()
     return dist.gather_objects(state)
 
 
-def restore_rng(states: list[dict], device: torch.device) -> bool:
-    """Put this rank's generators back; False where there are more or fewer ranks than when it was saved: then they stay as they are."""
-    if len(states) != dist.world_size():
+def restore_rng(states: list[dict], device: torch.device, averages: Averages | None = None) -> bool:
+    """Put this rank's generators (and averages) back. False where there are more or fewer ranks than when it was saved: then the generators stay as
+    they are, and rank 0's averages stand for all."""
+    same = len(states) == dist.world_size()
+    state = states[dist.rank() if same else 0]
+    if averages is not None:
+        averages.load_state_dict(state["averages"], device)
+    if not same:
         return False
-    state = states[dist.rank()]
     torch.set_rng_state(state["torch"].cpu())
     random.setstate(state["python"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)
     return True
+
+
+@dataclass
+class Parts:
+    """What a checkpoint holds the state of."""
+
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    isl: ISL
+    miner: object  # see mining.miners
+
+    def state(self, position: Position, flags: dict, ranks: list[dict], metrics_size: int) -> dict:
+        """What a file holds: MoCo's keys, and what an exact resume needs. ranks: of `rng_of_ranks`; metrics_size: bytes of metrics.jsonl by now."""
+        ours = {"state": self.isl.state_dict(), "miner": self.miner.state_dict(), "scaler": self.scaler.state_dict(), "rng": ranks, "epoch": position.epoch,
+                "step": position.step, "total": position.total, "num_images": self.isl.positives.num_images, "metrics_size": metrics_size}  # fmt: skip
+        return {"epoch": position.epoch, "arch": flags["arch"], "state_dict": checkpoint.model_state(self.model), "optimizer": self.optimizer.state_dict(),
+                "args": flags, "isl": ours}  # fmt: skip
+
+    def restore(self, content: dict, device: torch.device) -> tuple[Position, bool]:
+        """Take up everything but the model's state from a file of ours. Returns where the run is, and whether it goes on bit for bit: with other ranks than
+        those that saved the file it does not."""
+        ours = content["isl"]
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.isl.load_state_dict(ours["state"])
+        self.miner.load_state_dict(ours["miner"])
+        self.scaler.load_state_dict(ours["scaler"])
+        position = Position(ours["epoch"], ours["step"], ours["total"])
+        return position, restore_rng(ours["rng"], device, position.averages)

@@ -66,6 +66,11 @@ class RunFolder:
             self._metrics.close()
         self._lock.close()
 
+    def begin(self, args: dict, metrics_size: int) -> None:
+        """The run is to be written from here on: see `write_args` and `open_metrics`."""
+        self.write_args(args)
+        self.open_metrics(metrics_size)
+
     def write_args(self, args: dict) -> None:
         """args.json: the resolved flags, the command, the code's version and what it runs on; `earlier`: the same of the starts before this one."""
         self._made = []

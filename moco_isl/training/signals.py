@@ -1,8 +1,9 @@
 """Signals only set a flag; the loop looks at it between steps, and the ranks agree on when."""
 
+import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.distributed
@@ -16,7 +17,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 class Stop:
     """A context in which SIGTERM, SIGUSR1, SIGUSR2 and Ctrl-C ask the run to stop at the next step.
 
-    asked: a launcher's own question, instead of signal handlers. A second Ctrl-C ends the process at once, as usual.
+    asked: a launcher's own question, instead of signal handlers. A second Ctrl-C ends the process at once, as usual. Signals that were
+    blocked until here, as in a process just spawned, are let in.
     """
 
     def __init__(self, asked: Callable[[], bool] | None = None):
@@ -28,6 +30,7 @@ class Stop:
     def __enter__(self) -> "Stop":
         if self._asked is None and threading.current_thread() is threading.main_thread():
             self._old = {number: signal.signal(number, self._handle) for number in SIGNALS}
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         return self
 
     def __exit__(self, *_) -> None:
@@ -37,6 +40,8 @@ class Stop:
     def _handle(self, number, frame) -> None:
         if self._flag and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if not self._flag and dist.is_main():  # print is not safe inside a handler
+            os.write(1, f"=> {signal.Signals(number).name}: saving and leaving at the next step\n".encode())
         self._flag = True
 
     def here(self) -> bool:
@@ -50,6 +55,20 @@ class Stop:
         flag = torch.tensor([int(self.here())])
         torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX, group=self._group)
         return bool(flag.item())
+
+    def watch(self, batches: Iterable, most: int) -> Iterator:
+        """The batches, asking before each: raises Interrupted on all ranks at once. most: how many the rank with the most of them has."""
+        asked = 0
+        for batch in batches:
+            self._leave_if_agreed()
+            asked += 1
+            yield batch
+        for _ in range(asked, most):
+            self._leave_if_agreed()
+
+    def _leave_if_agreed(self) -> None:
+        if self.agreed():
+            raise Interrupted("asked to stop")
 
     def tick(self) -> None:
         """For long work on one rank: raises Interrupted once this rank was asked."""
