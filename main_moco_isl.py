@@ -157,19 +157,19 @@ def run(argv: list[str] | None, stop) -> None:
         return
     with torch.device("meta"):  # an unknown architecture shows here, before anything is started
         build_encoder(args.arch, args.moco_dim, args.stem)
-    if cli.processes_here(args) > 1:  # and what is wrong with the data and the file: before other processes are
-        with torch.device("meta"):
-            prepare(args, start)
+    if args.multiprocessing_distributed:  # and what is wrong with the data and the file: before other processes are
+        prepare(args, start, "meta")
     cli.launch(worker, args, stop, start)
 
 
-def prepare(args: argparse.Namespace, start: resume.Start) -> tuple:
-    """Data set, images held out of it (or None), side of a crop, model: fit for each other and for the file to start from. Writes nothing."""
+def prepare(args: argparse.Namespace, start: resume.Start, device: str = "cpu") -> tuple:
+    """Data set, images held out of it (or None), side of a crop, model on a device: fit for each other and for the file to start from. Writes nothing."""
     dataset, held_out = data.build_dataset(args.dataset, args.data, "train", args.download), None
     if args.knn_holdout:
         dataset, held_out = data.holdout(dataset, args.knn_holdout, args.seed)
     size = args.image_size or data.native_size(dataset)
-    model = build_model(args, size)
+    with torch.device(device):
+        model = build_model(args, size)
     if start.path:
         content = checkpoint.load(start.path, mmap=True)
         checkpoint.match(model, content, start.path)
