@@ -190,6 +190,38 @@ def test_whole_is_distributed_as_torchvisions(aug_plus, blur):
     ).all()  # 0.002: PIL rounds to 8 bits at every step
 
 
+def one_view(image, u, aug_plus, size, flip):
+    """The view of one image [3, H, W] in [0, 1] from its draws u [35], operation by operation with torchvision."""
+    box = [int(x) for x in augment.crop_boxes(u[None, :22], *image.shape[1:], (0.2, 1.0))[0]]
+    image = TF.resized_crop(image, *box, [size, size], antialias=True)
+    if u[22] < flip:
+        image = TF.hflip(image)
+    steps = [TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue]
+    hue = 0.1 if aug_plus else 0.4
+    factors = [0.6 + 0.8 * u[27 + i].item() for i in range(3)] + [hue * (2 * u[30].item() - 1)]
+    if not aug_plus and u[32] < 0.2:
+        image = TF.rgb_to_grayscale(image, 3)
+    if not aug_plus or u[31] < 0.8:
+        for step in sorted(range(4), key=lambda i: u[23 + i]):
+            image = steps[step](image, factors[step])
+    if aug_plus and u[32] < 0.2:
+        image = TF.rgb_to_grayscale(image, 3)
+    if aug_plus and u[33] < 0.5:
+        padded = torch.nn.functional.pad(image[None], (6, 6, 6, 6), mode="replicate")[0]
+        image = TF.gaussian_blur(padded, 13, 0.1 + 1.9 * u[34].item())[:, 6:-6, 6:-6]
+    return image
+
+
+@pytest.mark.parametrize("aug_plus, flip", [(True, 0.5), (False, 0.5), (True, 0.0)])
+def test_whole_is_torchvisions_operation_by_operation(aug_plus, flip):
+    image = pictures(150, 16, seed=5)
+    augmentation = BatchAugmentation(*IDENTITY, size=12, aug_plus=aug_plus, flip=flip, blur=aug_plus)
+    u = uniforms(0, 0, torch.arange(150), 0, augmentation.draws)
+    got = augmentation.apply(image, u)
+    want = torch.stack([one_view(x / 255, draws, aug_plus, 12, flip) for x, draws in zip(image, u)])
+    torch.testing.assert_close(got, want, atol=2e-4, rtol=0)
+
+
 def test_pil_augmentation_is_mocos():
     image = Image.fromarray(pictures(3, 40)[2].permute(1, 2, 0).numpy())
     for aug_plus in (True, False):

@@ -236,10 +236,10 @@ class DigitAugmentation(BatchViews):
         size: int,
         turn: float = 15.0,
         zoom: tuple[float, float] = (0.8, 1.2),
-        move: float = 0.15,
+        move: float = 0.1,
         contrast: float = 0.4,
         brightness: float = 0.2,
-        noise: float = 0.1,
+        noise: float = 0.15,
         dtype: torch.dtype = torch.float32,
     ):
         super().__init__(mean, std, size, dtype)
