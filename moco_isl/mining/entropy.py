@@ -1,0 +1,59 @@
+"""Anchor neighbourhoods (AND, Huang et al. 2019): the surest images get their nearest neighbours, more of them each round.
+
+Letters: M images, C feature dimension, N anchors of a block, k neighbours, T temperature.
+"""
+
+import torch
+
+from moco_isl import dist
+from moco_isl.errors import BadInput
+from moco_isl.mining.edges import Edges, Rules
+from moco_isl.mining.neighbors import topk
+from moco_isl.mining.positives import PositiveSets
+from moco_isl.mining.rounds import RoundMiner, Tick, over_blocks
+from moco_isl.mining.softmax import entropy
+
+Tensor = torch.Tensor
+
+
+class EntropyMiner(RoundMiner):
+    """Images ranked by the entropy of their softmax over all images (Eq. 4, themselves included), the lowest first; in
+    the n-th round the first share * n of them are anchors and each gets its k nearest.
+
+    T: temperature of the softmax, that of the loss. An edge is as sure as its anchor: what a budget leaves out is of the
+    anchors with the highest entropy. Published: share 0.25, k 1.
+    """
+
+    name = "entropy"
+
+    def __init__(self, k: int = 1, share: float = 0.25, T: float = 0.1, budget: float | None = None, max_share: float = 0.05,
+                 keep: bool = False):
+        super().__init__(Rules(budget, max_share, keep))
+        if not (k >= 1 and 0 < share <= 1 and T > 0):
+            raise BadInput(f"entropy miner with {k} neighbours, a share of {share} and temperature {T}: expected at least 1, above 0 "
+                           "and at most 1, above 0")
+        self.k, self.share, self.T = k, share, T
+        self.rounds = 0
+
+    def find(self, features: Tensor, positives: PositiveSets, seed: int, tick: Tick | None) -> tuple[Edges, str]:
+        M = len(features)
+        k = min(self.k, M - 1)
+
+        def block(anchors: Tensor, number: int) -> tuple[Tensor, Tensor]:
+            return entropy(features[anchors], features, self.T), topk(features[anchors], features, k, anchors, tick=tick)[1]
+
+        anchors, own, near = over_blocks(M, features.device, block, tick)  # [n], [n], [n, k] of this rank's share
+        self.rounds += 1
+        share = min(1.0, self.share * self.rounds)
+        everyone = dist.all_gather_rows(own)  # [M]: shares are contiguous, so in the order of the images
+        chosen = torch.zeros(M, dtype=torch.bool, device=features.device)
+        chosen[everyone.sort(stable=True).indices[: max(1, round(share * M))]] = True
+        self.report |= {"share": share, "entropy": float(everyone.mean()), "entropy_anchors": float(everyone[chosen].max())}
+        mine = chosen[anchors]
+        return Edges(anchors[mine].repeat_interleave(k), near[mine].flatten(), -own[mine].repeat_interleave(k)), ""
+
+    def state_dict(self) -> dict:
+        return {"rounds": self.rounds}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.rounds = state["rounds"]

@@ -1,0 +1,275 @@
+"""The miners of the methods that ISL is compared with, each against loops: AND (entropy), PAD (diffusion), LA (cluster)."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from moco_isl.errors import BadInput, Interrupted
+from moco_isl.mining.cluster import ClusterMiner, kmeans
+from moco_isl.mining.diffusion import DiffusionMiner, diffuse, mutual_graph
+from moco_isl.mining.entropy import EntropyMiner
+from moco_isl.mining.neighbors import topk
+from moco_isl.mining.positives import PositiveSets
+from moco_isl.mining.softmax import entropy
+from tests.ranks import run_ranks
+
+M, C = 60, 8
+
+
+def unit(n=M, seed=0):
+    return F.normalize(torch.randn(n, C, generator=torch.Generator().manual_seed(seed)), dim=1)
+
+
+def planted(per_group=10, groups=6, noise=0.05, seed=0):
+    """Rows around `groups` orthogonal directions, in order of the groups: their labels are i // per_group."""
+    centres = torch.eye(C)[:groups].repeat_interleave(per_group, 0)
+    return F.normalize(centres + noise * unit(len(centres), seed), dim=1), torch.arange(groups).repeat_interleave(per_group)
+
+
+def mine(miner, features, old=None):
+    return miner.mine(features, old or PositiveSets.empty(len(features)), torch.Generator().manual_seed(0))
+
+
+def sets_of(positives):
+    offsets, members = positives.offsets.tolist(), positives.members.tolist()
+    return [set(members[a:b]) for a, b in zip(offsets, offsets[1:])]
+
+
+def nearest_by_loops(x, i, k):
+    cosine = [float(x[i] @ x[j]) for j in range(len(x))]
+    return sorted((j for j in range(len(x)) if j != i), key=lambda j: -cosine[j])[:k]
+
+
+# ---- entropy -------------------------------------------------------------------------------------------------------
+
+
+def entropies_by_loops(x, T):
+    result = []
+    for i in range(len(x)):
+        e = [math.exp(float(x[i] @ x[j]) / T) for j in range(len(x))]
+        result.append(-sum(v / sum(e) * math.log(v / sum(e)) for v in e))
+    return result
+
+
+@pytest.mark.parametrize("chunk", [7, 1000])
+def test_entropy_equals_loops(chunk):
+    x = unit().double()
+    assert torch.allclose(entropy(x.float(), x.float(), 0.1, chunk).double(), torch.tensor(entropies_by_loops(x, 0.1)).double(), atol=1e-4)
+
+
+def test_entropy_of_equal_rows_is_log_m():
+    x = unit(1).expand(M, C)
+    assert entropy(x[:3], x, 0.1).tolist() == pytest.approx([math.log(M)] * 3, abs=1e-4)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_entropy_miner_gives_the_surest_their_nearest_and_more_of_them_each_round(k):
+    x = unit(seed=1)
+    H = entropies_by_loops(x.double(), 0.2)
+    surest = sorted(range(M), key=lambda i: H[i])
+    miner = EntropyMiner(k, share=0.4, T=0.2, max_share=1.0)
+    for n, anchors in [(1, 24), (2, 48), (3, 60), (4, 60)]:
+        found = mine(miner, x)
+        truth = [set() for _ in range(M)]
+        for i in surest[:anchors]:
+            for j in nearest_by_loops(x, i, k):
+                truth[i].add(j), truth[j].add(i)
+        assert sets_of(found) == truth, f"round {n}"
+        assert miner.report["share"] == pytest.approx(anchors / M)
+
+
+def test_entropy_budget_leaves_out_the_least_sure_anchors():
+    x = unit(seed=2)
+    H = entropies_by_loops(x.double(), 0.2)
+    found = mine(EntropyMiner(2, share=1.0, T=0.2, budget=0.5, max_share=1.0), x)
+    assert found.num_edges == M / 2
+    taken = [i for i in range(M) if set(nearest_by_loops(x, i, 2)) <= sets_of(found)[i]]
+    left = [i for i in range(M) if not sets_of(found)[i]]
+    assert taken and max(H[i] for i in taken[:1]) < min(H[i] for i in left if i not in taken)
+    surest = min(range(M), key=lambda i: H[i])
+    assert surest in taken
+
+
+def test_entropy_counts_its_rounds_across_a_resume():
+    miner, other = EntropyMiner(share=0.25), EntropyMiner(share=0.25)
+    mine(miner, unit())
+    other.load_state_dict(miner.state_dict())
+    mine(other, unit())
+    assert other.report["share"] == 0.5
+
+
+# ---- diffusion -----------------------------------------------------------------------------------------------------
+
+
+def graph_by_loops(x, k):
+    near = [nearest_by_loops(x, i, k) for i in range(len(x))]
+    S = torch.zeros(len(x), len(x), dtype=torch.float64)
+    for i in range(len(x)):
+        for j in near[i]:
+            if i in near[j]:
+                S[i, j] = max(float(x[i] @ x[j]), 0) / k
+    return S
+
+
+def graph(x, k):
+    cosine, near = topk(x, x, k, torch.arange(len(x)))
+    return near, mutual_graph(near, cosine)
+
+
+def test_mutual_graph_equals_loops():
+    x, k = unit(), 6
+    near, (mutual, S) = graph(x, k)
+    dense = torch.zeros(M, M).scatter_(1, near, S)
+    assert torch.allclose(dense.double(), graph_by_loops(x.double(), k), atol=1e-6)
+    assert torch.equal(dense, dense.T) and bool(mutual.any()) and not bool(mutual.all())
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_diffusion_equals_powers_of_the_matrix(steps):
+    x, k = unit(), 6
+    S = graph_by_loops(x.double(), k)
+    truth, power = torch.zeros_like(S), torch.eye(M, dtype=torch.float64)
+    for t in range(steps):
+        power = power @ S
+        truth = truth + 0.8**t * power
+    truth.fill_diagonal_(0)
+    near, (_, sparse) = graph(x, k)
+    image, value = diffuse(torch.arange(M), near, sparse, steps, 0.8, M + 5)
+    found = torch.zeros(M, M, dtype=torch.float64).scatter_add_(1, image, value.double())
+    assert torch.allclose(found, truth, atol=1e-6)
+    assert bool((value[:, :-1] >= value[:, 1:]).all()), "the highest first"
+
+
+def test_diffusion_keeps_the_highest():
+    near, (_, S) = graph(unit(), 6)
+    image, value = diffuse(torch.arange(M), near, S, 3, 0.9, M)
+    few, best = diffuse(torch.arange(M), near, S, 3, 0.9, 4)
+    assert torch.equal(few, image[:, :4]) and torch.equal(best, value[:, :4])
+
+
+def test_diffusion_trusts_many_paths_more_than_one_short_one():
+    """Two groups and a bridge between them that is more similar than anything inside: plain similarity takes the bridge first."""
+    x, labels = planted(per_group=8, groups=2, noise=0.6, seed=3)
+    x[0] = F.normalize(x[0] + x[8], dim=0)
+    x[8] = F.normalize(x[0] + 0.01 * x[8], dim=0)
+    cosine = x @ x.T - 2 * torch.eye(16)
+    assert divmod(int(cosine.argmax()), 16) == (0, 8)
+    found = mine(DiffusionMiner(k=7, steps=3, budget=2.0, max_share=1.0), x)
+    assert 8 not in sets_of(found)[0] and found.precision(labels) == 1 and found.num_edges == 32
+
+
+def test_diffusion_without_affinities_says_so():
+    x = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])  # each the other's nearest, at a cosine of -1: no affinity
+    miner = DiffusionMiner(k=1)
+    assert mine(miner, x).num_edges == 0
+    assert "mutual" in miner.report["why"]
+
+
+# ---- clusters ------------------------------------------------------------------------------------------------------
+
+
+def test_kmeans_finds_planted_groups():
+    x, labels = planted()
+    best = max((kmeans(x, 6, 20, torch.Generator().manual_seed(seed)) for seed in range(5)), key=lambda found: float((x @ found[1].T).amax(1).sum()))
+    together = best[0][:, None] == best[0]
+    assert torch.equal(together, labels[:, None] == labels)
+    for g in range(6):
+        assert torch.allclose(best[1][g], F.normalize(x[best[0] == g].mean(0), dim=0), atol=1e-5)
+
+
+def test_kmeans_equals_loops():
+    x, G = unit(seed=4), 7
+    centroids = x[torch.randperm(M, generator=torch.Generator().manual_seed(9))[:G]].double().tolist()
+    for _ in range(3):
+        assigned = [max(range(G), key=lambda g: sum(a * b for a, b in zip(row, centroids[g]))) for row in x.double().tolist()]
+        for g in range(G):
+            total = sum(x[i].double() for i in range(M) if assigned[i] == g)
+            centroids[g] = (total / total.norm()).tolist()
+    found, mine_ = kmeans(x, G, 3, torch.Generator().manual_seed(9))
+    assert found.tolist() == assigned
+    assert torch.allclose(mine_.double(), torch.tensor(centroids).double(), atol=1e-5)
+
+
+def test_kmeans_starts_an_empty_cluster_anew_from_the_worst_placed_row():
+    x = torch.cat([unit(1).expand(20, C), unit(3, 5)])  # most rows equal: drawn twice, one of two equal centroids stays empty
+    equal = next(s for s in range(99) if (torch.randperm(23, generator=torch.Generator().manual_seed(s))[:3] < 20).sum() >= 2)
+    cluster, _ = kmeans(x, 3, 20, torch.Generator().manual_seed(equal))
+    assert cluster.bincount(minlength=3).min() > 0 and len(cluster[:20].unique()) == 1
+
+
+def test_cluster_miner_equals_loops():
+    x = unit(seed=6)
+    miner = ClusterMiner(clusters=5, clusterings=3, background=12, candidates=6, max_share=1.0)
+    seed = int(torch.randint(2**62, (1,), generator=torch.Generator().manual_seed(0)))
+    cluster = [kmeans(x, 5, 20, torch.Generator().manual_seed((seed + h) % 2**63))[0].tolist() for h in range(3)]
+    truth = [set() for _ in range(M)]
+    for i in range(M):
+        background = nearest_by_loops(x, i, 12)
+        agree = {j: sum(own[i] == own[j] for own in cluster) for j in background}
+        close = sorted((j for j in background if agree[j]), key=lambda j: (-agree[j], -float(x[i] @ x[j])))[:6]
+        for j in close:
+            truth[i].add(j), truth[j].add(i)
+    assert sets_of(mine(miner, x)) == truth
+
+
+def test_cluster_miner_takes_what_more_clusterings_agree_on_first():
+    x, labels = planted(noise=0.5, seed=8)
+    small, large = (mine(ClusterMiner(6, 5, 30, 30, budget=b, max_share=1.0), x) for b in (2.0, 20.0))
+    assert small.precision(labels) > large.precision(labels)
+    assert small.sureness.min() >= 4.5, "pairs that all five put together come first"
+
+
+# ---- all of them ---------------------------------------------------------------------------------------------------
+
+MINERS = {
+    "entropy": lambda: EntropyMiner(2, share=0.5, budget=2.0),
+    "diffusion": lambda: DiffusionMiner(k=8, steps=2, budget=2.0),
+    "cluster": lambda: ClusterMiner(8, 3, 20, budget=2.0),
+}
+
+
+def two_rounds(rank, world, name):
+    miner = MINERS[name]()
+    rng, positives = torch.Generator().manual_seed(3), PositiveSets.empty(300)
+    for seed in (0, 1):
+        positives = miner.mine(unit(300, seed), positives, rng)
+    return positives.state_dict()
+
+
+@pytest.mark.parametrize("name", MINERS)
+def test_ranks_find_what_one_finds(name):
+    alone = two_rounds(0, 1, name)
+    for sets in run_ranks(2, two_rounds, name):
+        assert all(torch.equal(sets[key], alone[key]) for key in ("offsets", "members"))
+
+
+def interrupted(rank, world, name):
+    def tick():
+        if rank == 1:
+            raise Interrupted("asked to")
+
+    try:
+        MINERS[name]().mine(unit(300), PositiveSets.empty(300), torch.Generator().manual_seed(3), tick)
+    except Interrupted:
+        return "interrupted"
+
+
+@pytest.mark.parametrize("name", MINERS)
+def test_a_tick_that_stops_one_rank_stops_all(name):
+    assert run_ranks(2, interrupted, name) == ["interrupted"] * 2
+
+
+@pytest.mark.parametrize("name", MINERS)
+def test_on_planted_groups_every_pair_is_right(name):
+    x, labels = planted(per_group=20, groups=6, noise=0.2)
+    found = mine(MINERS[name](), x)
+    assert found.precision(labels) == 1 and found.num_edges > 60
+
+
+def test_senseless_settings_are_refused():
+    for wrong in (lambda: EntropyMiner(0), lambda: EntropyMiner(share=0.0), lambda: EntropyMiner(share=1.5), lambda: EntropyMiner(T=0),
+                  lambda: DiffusionMiner(k=0), lambda: DiffusionMiner(decay=0.0), lambda: ClusterMiner(clusters=0), lambda: ClusterMiner(background=0)):  # fmt: skip
+        with pytest.raises(BadInput):
+            wrong()
