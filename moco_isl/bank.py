@@ -12,8 +12,8 @@ import torch.nn.functional as F
 class FeatureBank:
     """One unit row an image: none before the first `fill`, or random ones to start from."""
 
-    def __init__(self, device: torch.device | str = "cpu"):
-        self.device = device
+    def __init__(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
+        self.device, self.dtype = device, dtype
         self.rows: torch.Tensor | None = None  # [M, C]
 
     @property
@@ -21,7 +21,7 @@ class FeatureBank:
         return self.rows is not None
 
     def fill_random(self, num_images: int, dim: int, generator: torch.Generator | None = None) -> None:
-        self.rows = F.normalize(torch.randn(num_images, dim, generator=generator), dim=1).to(self.device)
+        self.rows = F.normalize(torch.randn(num_images, dim, generator=generator), dim=1).to(self.device, self.dtype)
 
     def lookup(self, index: torch.Tensor) -> torch.Tensor:
         """Rows of index [...], as float32 [..., C]."""
@@ -30,7 +30,7 @@ class FeatureBank:
     @torch.no_grad()
     def fill(self, features: torch.Tensor) -> None:
         """Overwrite all rows by features [M, C]."""
-        self.rows = features.to(self.device, copy=True)
+        self.rows = features.to(self.device, self.dtype, copy=True)
 
     @torch.no_grad()
     def update(self, index: torch.Tensor, features: torch.Tensor, mix: float) -> None:
@@ -43,7 +43,7 @@ class FeatureBank:
         return {"rows": self.rows}
 
     def load_state_dict(self, state: dict) -> None:
-        self.rows = None if state["rows"] is None else state["rows"].to(self.device, copy=True)
+        self.rows = None if state["rows"] is None else state["rows"].to(self.device, self.dtype, copy=True)
 
 
 class QueueSlots:

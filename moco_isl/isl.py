@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from moco_isl import dist
 from moco_isl.bank import FeatureBank, QueueSlots
 from moco_isl.builder import Encode, Instance, MoCo
+from moco_isl.encoders import evaluating
 from moco_isl.losses import bank_loss, hard_positive_kl, multi_positive_mean_log, multi_positive_nce
 from moco_isl.mining.positives import PositiveSets
 
@@ -36,7 +37,7 @@ class ISL:
 
     def __init__(self, model: MoCo | Instance, num_images: int, *, P: int = 32, form: str = "logsum", hpe: float = 0.5, mask: bool = True,
                  bank_mix: float | None = None, symmetric: bool = False, active: bool = True, seed: int = 0,
-                 encode: Callable | None = None):
+                 encode: Callable | None = None, bank_dtype: torch.dtype = torch.float32):
         """
         num_images: M; `index` of a batch counts in 0 .. M - 1.
         P: how many positives of an image a step looks at; a larger set takes turns, one window an epoch.
@@ -44,6 +45,7 @@ class ISL:
         mask: leave the image itself and its set out of its negatives (queue objective).
         bank_mix: mu of Eq. 8; None: 1 around a MoCo (its key encoder averages already), 0.5 around an Instance.
         symmetric: each view is query once and key once (queue objective).
+        bank_dtype: torch.float16 halves the bank's memory and, around an Instance, takes the softmax by half-precision products.
         encode: the model's `encode` if it has been wrapped already; None wraps it here where ranks need it.
         """
         self.model, self.queue_objective = model, isinstance(model, MoCo)
@@ -51,7 +53,7 @@ class ISL:
         self.bank_mix = bank_mix if bank_mix is not None else (1.0 if self.queue_objective else 0.5)
         self.encode = encode or _distributed_encode(model)
         device = next(model.parameters()).device
-        self.bank, self.slots = FeatureBank(device), None
+        self.bank, self.slots = FeatureBank(device, bank_dtype), None
         if self.queue_objective:
             self.slots = QueueSlots(num_images, model.K, 2 if symmetric else 1, device)
         else:
@@ -64,7 +66,8 @@ class ISL:
     def __call__(self, *batch: torch.Tensor) -> torch.Tensor:
         """loss = isl(im_q, im_k, index): the scalar to call backward on; queue, slots and bank take the step's keys up.
 
-        im_q, im_k: [N, 3, S, S], index: [N] int64, all on the model's device.
+        im_q, im_k: [N, 3, S, S], index: [N] int64, all on the model's device. Around an `Instance` without hard positives, isl(im_q, index)
+        will do.
         """
         return (self._queue_step if self.queue_objective else self._bank_step)(*batch)
 
@@ -116,14 +119,14 @@ class ISL:
         chosen = rows[torch.arange(len(rows), device=rows.device), hardest]
         return torch.where((weight > 0).any(1, keepdim=True), chosen, other.float())
 
-    def _bank_step(self, im_1: torch.Tensor, im_2: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """im_1 is trained on; im_2 is only looked at, and only for the hard positives of images with an empty set."""
+    def _bank_step(self, im_1: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        """im_1 is trained on; the second view is only looked at, for the hard positives of images with an empty set."""
+        *second, index = rest
         f = self.encode(im_1)  # [N, C]
         positives, weight = self.positives.lookup(index, self.P, self.turn)
         hard = None
         if self.hpe:
-            with torch.no_grad():
-                other = self.model.encode(im_2)
+            other = self._second_views(*second, (weight == 0).all(dim=1))
             hard = self._hard_positive(index, self.bank.lookup(positives), weight, other)
         own = torch.ones_like(weight[:, :1])
         rows, weight = torch.cat([index[:, None], positives], 1), torch.cat([own, weight], 1)  # [N, 1 + P]
@@ -132,6 +135,20 @@ class ISL:
         self.bank.update(dist.all_gather_rows(index), dist.all_gather_rows(f.detach()), self.bank_mix)
         self.parts = {"loss": loss.detach(), "isl": isl.detach(), "hpe": hp.detach()}
         return loss
+
+    @torch.no_grad()
+    def _second_views(self, im_2: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        """[N, C]: features of the images im_2 [N, 3, S, S] where `wanted` [N], by the encoder in eval mode: they then do not depend on which
+        others are wanted, and leave its statistics alone. Elsewhere anything."""
+        N = len(wanted)
+        count = int(wanted.sum()) if self.positives.num_edges else N
+        some = min(N, -(-count * 8 // N) * N // 8)  # eighths of a batch: few shapes for compilers to see
+        first = wanted.int().argsort(descending=True, stable=True)[:some]
+        other = self.bank.rows.new_zeros(N, self.bank.rows.shape[1], dtype=torch.float32)
+        if some:
+            with evaluating(self.model.encoder_q):
+                other[first] = self.model.encode(im_2[first])
+        return other
 
     @torch.no_grad()
     def mine(self, features: torch.Tensor, miner, rng: torch.Generator | None = None, tick: Callable[[], None] | None = None) -> dict:
