@@ -7,7 +7,7 @@ padding. All sums are taken in float32, whatever the logits are stored in.
 
 import torch
 
-from moco_isl.mining.softmax import stream_softmax
+from moco_isl.mining.softmax import softmax_pass
 
 
 def multi_positive_nce(l_pos: torch.Tensor, l_neg: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
@@ -56,20 +56,58 @@ def hard_positive_kl(l_hard: torch.Tensor, l_anchor: torch.Tensor) -> torch.Tens
     return (log_h.exp() * difference).sum(1).mean()
 
 
-class _SoftmaxOverBank(torch.autograd.Function):
-    """lse [N] over all bank rows (see `stream_softmax`); its gradient, mean / T, is at hand when the pass is over."""
+class _SoftmaxOver(torch.autograd.Function):
+    """See `softmax_over`. The gradient of lse, mean / T, is at hand when the pass is over: neither logits nor rows are kept for backward."""
 
     @staticmethod
-    def forward(ctx, f: torch.Tensor, bank: torch.Tensor, T: float, chunk: int) -> torch.Tensor:
-        lse, mean = stream_softmax(f, bank, T, chunk)
-        ctx.save_for_backward(mean)
+    def forward(ctx, f, hard, rows, T, absent, chunk, fused):
+        N, both = len(f), f if hard is None else torch.cat([f, hard.to(f.dtype)])
+        lse, mean, top = softmax_pass(both, rows, T, absent, chunk, fused)
+        ctx.save_for_backward(mean[:N])
         ctx.T = T
-        return lse
+        outputs = lse[:N], top[:N], lse[N:], mean[N:]
+        ctx.mark_non_differentiable(*outputs[1:])
+        return outputs
 
     @staticmethod
-    def backward(ctx, grad_lse: torch.Tensor):
+    def backward(ctx, grad_lse: torch.Tensor, *_):
         (mean,) = ctx.saved_tensors
-        return grad_lse[:, None] * mean / ctx.T, None, None, None
+        return grad_lse[:, None] * mean / ctx.T, None, None, None, None, None, None
+
+
+def softmax_over(
+    f: torch.Tensor,
+    rows: torch.Tensor,
+    T: float,
+    *,
+    hard: torch.Tensor | None = None,
+    absent: torch.Tensor | None = None,
+    chunk: int | None = None,
+    fused: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """All that the losses need of the softmax of f, and of `hard`, over all rows: one pass, and no [N, R] tensor in either direction.
+
+    Args:
+        f: [N, C] float32 with gradient. hard: [N, C] without, or None. rows: [R, C], the queue's keys or the bank; they may be
+        overwritten before backward. absent: [N, A] int64, rows that do not count for a feature and its `hard`, R for none; one row at
+        least must count. chunk: rows at a time. fused: by a kernel, where it works (CUDA).
+
+    Returns:
+        lse [N]: log sum_r exp(f_i v_r / T), with gradient; top [N]: the largest logit; of `hard` lse_h [N] and mean_h [N, C], the mean
+        row under its softmax (without `hard` both are empty). All float32.
+    """
+    return _SoftmaxOver.apply(f, hard, rows, T, absent, chunk, fused)
+
+
+def linear_kl(
+    f: torch.Tensor, lse: torch.Tensor, hard: torch.Tensor, lse_h: torch.Tensor, mean_h: torch.Tensor, T: float
+) -> torch.Tensor:
+    """Eq. 6 from what `softmax_over` returns, mean over N: KL(p_h || p_i) = (h - f_i) E_h / T - lse_h + lse_i, with E_h = mean_h.
+
+    It needs no pass over the anchor's logits, since they are linear in f. Of rows in half precision it can come out below 0 by the
+    rounding of E_h, some 1e-3.
+    """
+    return (((hard.float() - f) * mean_h).sum(1) / T - lse_h + lse).mean()
 
 
 def bank_loss(
@@ -80,38 +118,32 @@ def bank_loss(
     T: float,
     hard: torch.Tensor | None = None,
     form: str = "logsum",
-    chunk: int = 1 << 16,
+    chunk: int | None = None,
+    fused: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The exact softmax over all M bank rows: Eq. 4 and 5 (or the mean of logs), and Eq. 6.
 
-    Nothing of size N x M is held, in neither direction: the gradient of lse_i = log sum_n exp(f_i v_n / T) is the mean row
-    under p_i over T, which the pass that finds lse_i finds as well. With E_h the mean row under p_h, Eq. 6 needs no pass of
-    its own over the anchor's logits, since they are linear in f: KL(p_h || p_i) = (h - f_i) E_h / T - lse_h + lse_i.
-    A float16 bank is read by half-precision products; autocast changes nothing here. Eq. 6 of a bank in half precision
-    can come out below 0 by the rounding of E_h, some 1e-3.
+    Nothing of size N x M is held, in neither direction (`softmax_over`, `linear_kl`). A bank in half precision is read by
+    half-precision products; autocast changes nothing here.
 
     Args:
         f: [N, C] unit features with gradient. bank: [M, C] unit rows, float32 or half precision.
         positives: [N, S] bank rows that count as positive, the own row among them. weight: [N, S], 0 for padding.
         hard: [N, C] features h of the hard positives, without gradient; None: no Eq. 6.
-        form: "logsum" (Eq. 5) or "meanlog". chunk: bank rows at a time.
+        form: "logsum" (Eq. 5) or "meanlog". chunk, fused: see `softmax_over`.
 
     Returns:
         (L_isl, L_hp), scalars, means over N; L_hp is 0 without `hard`.
     """
     with torch.autocast(f.device.type, enabled=False):
         f = f.float()
-        lse = _SoftmaxOverBank.apply(f, bank, T, chunk)  # [N]
+        lse, _, lse_h, mean_h = softmax_over(f, bank, T, hard=hard, chunk=chunk, fused=fused)
         l_pos = torch.einsum("nc,nsc->ns", f, bank[positives].float()) / T
         if form == "logsum":
             loss = (lse - torch.logsumexp(_with_weight(l_pos, weight), dim=1)).mean()
         else:
             loss = (lse - (weight * l_pos).sum(1) / weight.sum(1)).mean()
-        if hard is None:
-            return loss, loss.new_zeros(())
-        lse_h, mean_h = stream_softmax(hard, bank, T, chunk)
-        kl = ((hard.float() - f) * mean_h).sum(1) / T - lse_h + lse
-        return loss, kl.mean()
+        return loss, loss.new_zeros(()) if hard is None else linear_kl(f, lse, hard, lse_h, mean_h, T)
 
 
 def _with_weight(l_pos: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:

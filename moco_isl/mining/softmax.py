@@ -1,47 +1,79 @@
-"""The softmax over all rows of a bank, in pieces: nothing of size N x M is ever held.
+"""The softmax over all rows of a bank or a queue, in pieces: nothing of size N x M is ever held.
 
-Letters: M bank rows, N anchors, C feature dimension, T temperature.
+Letters: M rows, N anchors, C feature dimension, T temperature.
 """
 
-import math
-
 import torch
+
+from moco_isl.mining.fused import kernels_for
 
 Tensor = torch.Tensor
 
 _SCALE = 1 << 15  # the largest power of two that float16 holds
+_CHUNK = {"cpu": 2048, "cuda": 1 << 16}  # rows at a time: logits that stay in a CPU's caches, large products on a GPU
 
 
 @torch.no_grad()
-def stream_softmax(f: Tensor, bank: Tensor, T: float, chunk: int = 1 << 16) -> tuple[Tensor, Tensor]:
-    """p_in = exp(f_i v_n / T) / sum_m exp(f_i v_m / T), Eq. 4, as its normaliser and its mean row; one pass over the bank.
+def softmax_pass(
+    f: Tensor, rows: Tensor, T: float, absent: Tensor | None = None, chunk: int | None = None, fused: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """p_in = exp(f_i v_n / T) / sum_m exp(f_i v_m / T), Eq. 4, as its normaliser, its mean row and its largest logit.
 
-    Matrix products are taken in the bank's type, whatever autocast says; sums are in float32. Of a float16 bank the
-    shares are multiplied before they are stored as float16: 1 / M of a million rows is below what it resolves.
+    One pass over the rows. Matrix products are taken in the type of the rows, whatever autocast says; sums are in
+    float32. Of float16 rows the shares are multiplied before they are stored as float16: 1 / M of a million rows is
+    below what it resolves.
 
     Args:
-        f: [N, C] features. bank: [M, C] rows. chunk: bank rows at a time; no more than [N, chunk] is held.
+        f: [N, C] features. rows: [M, C]. chunk: rows at a time, no more than [N, chunk] is held; None: as suits the
+        device. absent: [n, R] int64, rows that do not count, in any order and number of times, M for none; those of
+        feature i stand in row i mod n (n divides N). fused: by a kernel with float16 products, where it works (CUDA).
 
     Returns:
-        lse [N]: log sum_n exp(f_i v_n / T), and mean [N, C]: sum_n p_in v_n; both float32.
+        lse [N]: log sum_n exp(f_i v_n / T), mean [N, C]: sum_n p_in v_n, top [N]: max_n f_i v_n / T; all float32.
+        A feature without any row has lse and top -inf and a mean of NaN.
     """
-    lse = f.new_full((len(f),), -torch.inf, dtype=torch.float32)
-    mean = f.new_zeros(f.shape, dtype=torch.float32)
+    if fused and (kernels := kernels_for(rows)) is not None:
+        return kernels.softmax_pass(f, rows, T, absent)
+    mask = None
+    if absent is not None:  # the last column takes what stands for none, and is cut off
+        mask = torch.zeros(len(absent), len(rows) + 1, dtype=torch.bool, device=f.device).scatter_(1, absent, True)
+    chunk = chunk or _CHUNK.get(f.device.type, _CHUNK["cuda"])
+    top = f.new_full((len(f),), -torch.inf, dtype=torch.float32)
+    total = f.new_zeros(len(f), dtype=torch.float32)  # sum of exp(logit - top) so far
+    mean = f.new_zeros(f.shape, dtype=torch.float32)  # times total
     with torch.autocast(f.device.type, enabled=False):
-        f = f.to(bank.dtype)
-        for rows in bank.split(chunk):
-            logits = (f @ rows.t()).float().div_(T)  # [N, chunk]
-            here = torch.logsumexp(logits, dim=1)  # [N]
-            total = torch.logaddexp(lse, here)
-            scale = min(len(rows), _SCALE)  # shares of this chunk then average 1, and their sum stays in float16's range
-            shares = logits.sub_((here - math.log(scale))[:, None]).exp_().to(rows.dtype)
-            part = (shares @ rows).float() / scale  # [N, C], the mean row of this chunk
-            mean = mean * (lse - total).exp()[:, None] + part * (here - total).exp()[:, None]
-            lse = total
-    return lse, mean
+        f = f.to(rows.dtype)
+        for start in range(0, len(rows), chunk):
+            here = rows[start : start + chunk]
+            logits = (f @ here.t()).float().div_(T)  # [N, chunk]
+            if mask is not None:
+                logits.view(-1, len(mask), len(here)).masked_fill_(mask[:, start : start + len(here)], -torch.inf)
+            new = torch.maximum(top, logits.amax(1))
+            shift = torch.where(new == -torch.inf, 0, new)  # absent rows alone so far: no inf - inf
+            shares = logits.sub_(shift[:, None]).exp_()  # [N, chunk]
+            shrink = (top - shift).exp_()
+            here_total = shares.sum(1)
+            total = total * shrink + here_total
+            mean = mean * shrink[:, None] + _weighted_sum(shares, here_total, here)
+            top = new
+    return top + total.log(), mean / total[:, None], top
 
 
-def entropy(f: Tensor, bank: Tensor, T: float, chunk: int = 1 << 16) -> Tensor:
+def _weighted_sum(shares: Tensor, total: Tensor, rows: Tensor) -> Tensor:
+    """shares [N, n], their sums [N], rows [n, C] -> [N, C] float32, by a product in the type of the rows."""
+    if rows.dtype == torch.float32:
+        return shares @ rows
+    scale = min(len(rows), _SCALE)  # shares then average 1 or more, and sum to what float16 can hold
+    factor = scale / total.clamp(min=torch.finfo(torch.float32).tiny)  # [N]
+    return (shares.mul_(factor[:, None]).to(rows.dtype) @ rows).float() / factor[:, None]
+
+
+def stream_softmax(f: Tensor, bank: Tensor, T: float, chunk: int | None = None) -> tuple[Tensor, Tensor]:
+    """lse [N] and mean [N, C] of `softmax_pass`."""
+    return softmax_pass(f, bank, T, chunk=chunk)[:2]
+
+
+def entropy(f: Tensor, bank: Tensor, T: float, chunk: int | None = None) -> Tensor:
     """[N]: - sum_n p_in log p_in of each anchor's softmax over the bank, float32. Arguments as in `stream_softmax`."""
     lse, mean = stream_softmax(f, bank, T, chunk)
     return lse - (f.float() * mean).sum(1) / T

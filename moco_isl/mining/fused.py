@@ -1,0 +1,96 @@
+"""Where the fused kernels serve, and the search through them. Plain forms, and references: softmax.py, neighbors.py.
+
+Letters: Q queries, M rows, C feature dimension, k neighbours.
+"""
+
+import functools
+import warnings
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+
+from moco_isl.errors import Interrupted
+
+Tensor = torch.Tensor
+
+_WIDEST = 256  # C that still fits a tile
+_SPARE = 6  # groups looked into beyond k: hardly ever then is a query left unsure
+_ROUNDING = 1.1e-3  # a float16 score of unit rows is off by less: 2^-11 a factor, and float32 sums
+_BYTES = 1 << 30  # of group maxima, or of rescored rows, at a time
+
+
+def kernels_for(rows: Tensor) -> ModuleType | None:
+    """The module of kernels if it can serve these rows: on a CUDA device where it was seen to work, at most 256 wide."""
+    return _seen_to_work(rows.device) if rows.device.type == "cuda" and rows.shape[1] <= _WIDEST else None
+
+
+@functools.cache
+def _seen_to_work(device: torch.device) -> ModuleType | None:
+    """The kernels, once they have compiled here and agreed with float64 on a small case; else None, and a warning."""
+    try:
+        from moco_isl.mining import kernels
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            f, rows = (torch.nn.functional.normalize(torch.randn(n, 128), dim=1).to(device) for n in (40, 3000))
+            absent = torch.randint(3001, (20, 900)).to(device)
+        check_kernels(kernels, f, rows, absent)
+    except Interrupted:
+        raise
+    except Exception as error:  # Triton, its compiler and the driver raise almost anything
+        reason = (str(error).strip().splitlines() or [""])[0]
+        warnings.warn(f"fused kernels are left out, plain ones used instead: {type(error).__name__}: {reason}", stacklevel=2)
+        return None
+    return kernels
+
+
+def check_kernels(kernels: ModuleType, f: Tensor, rows: Tensor, absent: Tensor, T: float = 0.1) -> None:
+    """Raise ArithmeticError where the kernels are off by more than float16 explains. f [N, C], rows [M, C], absent [n, R]."""
+    logits = torch.nn.functional.pad(f.double() @ rows.double().T / T, (0, 1))  # [N, M + 1], the last column for none
+    logits = logits.scatter_(1, absent.repeat(len(f) // len(absent), 1), -torch.inf)[:, :-1]
+    lse, mean, top = kernels.softmax_pass(f, rows, T, absent)
+    maxima = kernels.group_maxima(f.half(), rows.half()).T  # [N, groups]
+    groups = torch.arange(maxima.shape[1], device=f.device).repeat(len(f), 1)
+    scores = kernels.rescore(f, rows, groups)[:, : len(rows)]
+    truth = f.double() @ rows.double().T
+    best = torch.stack([part.amax(1) for part in truth.split(kernels.GROUP, 1)], 1)
+    for name, found, wanted, bound in [("lse", lse, logits.logsumexp(1), 0.01), ("mean", mean, logits.softmax(1) @ rows.double(), 0.002),
+                                       ("top", top, logits.amax(1), 0.02), ("maxima", maxima, best, 2e-3), ("scores", scores, truth, 1e-5)]:  # fmt: skip
+        off = (found.double() - wanted).abs().max().item()
+        if not off <= bound:
+            raise ArithmeticError(f"{name} is off by {off:.2g}, more than {bound:g}")
+
+
+def search(kernels: ModuleType, queries: Tensor, bank: Tensor, k: int, exclude: Tensor | None = None,
+           tick: Callable[[], None] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """queries [Q, C], bank [M, C] -> cosine [Q, k] float32, falling, row [Q, k] int64, and sure [Q] bool.
+
+    The best float16 score of every group of 64 rows is found without ever writing the scores; the k best rows lie in the
+    k groups with the largest ones, whose rows are scored again, in float32. `sure`: no row that was left out can belong
+    to the k best, whatever the rounding to float16 did. exclude [Q]: a row that the query may not find, -1 for none.
+    """
+    size, M = kernels.GROUP, len(bank)
+    bank = bank.contiguous()
+    half = bank if bank.dtype == torch.float16 else bank.half()
+    groups = -(-M // size)
+    looked = min(groups, k + (exclude is not None) + _SPARE)  # an own row may lift its group: one more
+    step = max(1, min(_BYTES // (4 * groups), _BYTES // (4 * looked * size)))
+    cosine = torch.empty(len(queries), k, device=bank.device)
+    row = torch.empty(len(queries), k, dtype=torch.int64, device=bank.device)
+    sure = torch.ones(len(queries), dtype=torch.bool, device=bank.device)
+    for i in range(0, len(queries), step):
+        if tick is not None:
+            tick()
+        q = queries[i : i + step].contiguous()
+        best, near = kernels.group_maxima(q.half(), half).T.contiguous().topk(min(looked + 1, groups), dim=1)
+        near = near[:, :looked].contiguous()
+        scores = kernels.rescore(q, bank, near)  # [n, looked * size]
+        rows = (near[:, :, None] * size + torch.arange(size, device=bank.device)).flatten(1)
+        if exclude is not None:
+            scores.masked_fill_(rows == exclude[i : i + step, None], -torch.inf)
+        value, at = scores.topk(k, dim=1)
+        cosine[i : i + step], row[i : i + step] = value, rows.gather(1, at)
+        if looked < groups:
+            sure[i : i + step] = value[:, -1] > best[:, looked] + _ROUNDING
+    return cosine, row, sure
