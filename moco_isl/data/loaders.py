@@ -7,6 +7,7 @@ number of workers, and a start in the middle of an epoch skips without loading.
 
 import multiprocessing.util
 import signal
+import sys
 from collections.abc import Callable, Iterator
 
 import torch
@@ -182,6 +183,9 @@ class _FileLoader:
             prefetch_factor=2 if workers else None,
             pin_memory=self.device.type == "cuda" if pin_memory is None else pin_memory,
             worker_init_fn=_quiet_worker,
+            # forked from this process, so that torch's watch sees it die; Python 3.14's way would put a server in between, and
+            # workers would outlive a killed run for ever
+            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
             # its own: iterating draws a number, which must not move the user's random state
             generator=torch.Generator(),
         )
