@@ -19,12 +19,17 @@ from moco_isl.encoders import STEMS, build_encoder, extract_features, split_batc
 from moco_isl.errors import BadInput, Interrupted, RunFailed
 from moco_isl.evaluation.knn import weighted_knn
 from moco_isl.isl import ISL
+from moco_isl.mining.cluster import ClusterMiner
+from moco_isl.mining.diffusion import DiffusionMiner
+from moco_isl.mining.entropy import EntropyMiner
 from moco_isl.mining.miners import GANMiner, KNNMiner, NoMiner, one_line
 from moco_isl.training import cli, engine, resume
 from moco_isl.training.meters import Progress
 from moco_isl.training.round_record import round_record
 from moco_isl.training.run_folder import RunFolder, check_folder
 from moco_isl.training.signals import Stop
+
+SCHEDULE = [120, 160]  # MoCo's, for its 200 epochs
 
 
 def get_parser() -> cli.Parser:
@@ -38,7 +43,8 @@ def get_parser() -> cli.Parser:
     group.add_argument("--start-epoch", default=0, type=int, help="manual epoch number (useful on restarts)")
     group.add_argument("-b", "--batch-size", default=256, type=int, help="mini-batch size (default: 256), the total of all GPUs on all nodes")
     group.add_argument("--lr", "--learning-rate", default=0.03, type=float, help="initial learning rate for batch 256")
-    group.add_argument("--schedule", default=[120, 160], nargs="*", type=int, help="learning rate schedule (when to drop lr by 10x)")
+    group.add_argument("--schedule", default=SCHEDULE, nargs="*", type=int, help="learning rate schedule (when to drop lr by 10x); with --isl-rounds "
+                       "epochs of each round (default: 120 160, or 60 %% and 80 %% of a round)")
     group.add_argument("--momentum", default=0.9, type=float, help="momentum of SGD solver")
     group.add_argument("--wd", "--weight-decay", default=1e-4, type=float, dest="weight_decay", help="weight decay (default: 1e-4)")
     group.add_argument("-p", "--print-freq", default=10, type=int, help="print frequency (default: 10)")
@@ -84,16 +90,28 @@ def get_parser() -> cli.Parser:
     group.add_argument("--isl-hpe", type=float, default=0.5, metavar="w", help="weight of hard positive enhancement, Eq. 6 (0.5); 0 turns it off")
     group.add_argument("--isl-max-positives", type=int, default=32, metavar="P", help="positives of an image that a step looks at (32); larger sets take turns")
     group.add_argument("--isl-bank-mix", type=float, metavar="mu", help="share of the new feature in a bank row, Eq. 8 (1 with the queue, 0.5 with the bank)")
+    cli.add_switch(group, "--isl-half-bank", help="keep the bank in float16: half the memory, and half-precision products in the bank objective's softmax")
 
     group = parser.add_argument_group("ISL: mining")
-    group.add_argument("--miner", choices=("none", "knn", "gan"), default="none", help="who finds the positives (default: none, which is MoCo)")
-    group.add_argument("--isl-start", type=int, metavar="e", help="first mining before this epoch (default: 0 with --init, else half of the epochs); a young "
-                       "encoder mines mistakes")
-    group.add_argument("--isl-every", type=int, default=20, metavar="n", help="epochs from round to round (20)")
+    group.add_argument("--miner", choices=("none", "knn", "gan", "entropy", "diffusion", "cluster"), default="none", help="who finds the positives (default: none, "
+                       "which is MoCo); gan: ISL, entropy: AND, diffusion: PAD, cluster: LA")
+    group.add_argument("--isl-rounds", type=int, default=1, metavar="n", help="n equal rounds of training, each with a learning rate schedule of its own, and mining "
+                       "between them, as the paper (it has 4)")
+    group.add_argument("--isl-start", type=int, metavar="e", help="first mining before this epoch (default: 0 with --init, else half of the epochs, or the "
+                       "second of the --isl-rounds); a young encoder mines mistakes")
+    group.add_argument("--isl-every", type=int, metavar="n", help="epochs from mining to mining (20, or one of the --isl-rounds)")
     group.add_argument("--isl-budget", type=float, default=5.0, metavar="x", help="mean positives of an image after a round, the surest first (5); raise it while the "
                        "printed precision stays above 0.9")
+    cli.add_switch(group, "--isl-grow", help="the budget counts for a round: x in the first, 2x in the second, and so on, as the published code (with 0.5)")
     group.add_argument("--isl-max-share", type=float, default=0.05, metavar="x", help="no image is a positive of more than this share of all images (0.05)")
     cli.add_switch(group, "--isl-keep", help="never drop a pair once mined, as the paper; off: each round judges old pairs again")
+    group.add_argument("--isl-neighbors", type=int, metavar="k", help="nearest images looked at by knn and entropy (as many as the budget asks for) and in diffusion's "
+                       "graph (20)")
+    group.add_argument("--isl-share", type=float, default=0.25, metavar="x", help="entropy: the surest share of all images mines, another x each round (0.25)")
+    group.add_argument("--isl-walk", type=int, default=2, metavar="n", help="diffusion: edges of the longest walk through the graph (2)")
+    group.add_argument("--isl-clusters", type=int, metavar="n", help="cluster: clusters of a clustering (one for 40 images)")
+    group.add_argument("--isl-clusterings", type=int, default=5, metavar="n", help="cluster: how many clusterings (5)")
+    group.add_argument("--isl-background", type=int, default=100, metavar="k", help="cluster: positives are among the k nearest (100)")
     group.add_argument("--isl-candidates", type=int, default=10, metavar="k", help="nearest rows of a proxy that may join (10)")
     group.add_argument("--isl-threshold", type=float, default=0.5, metavar="s", help="a proxy with a lower score adds nothing (0.5)")
     group.add_argument("--isl-radius", type=float, default=0.6, metavar="r", help="cosine (confidence) or Euclidean distance (fixed) within which rows join (0.6)")
@@ -109,11 +127,13 @@ def check_args(args: argparse.Namespace) -> None:
     """Everything about the flags that can be known before any work; fills in what depends on others."""
     cli.check_data_options(args)
     for name, low in {"epochs": 1, "batch_size": 2, "workers": 0, "moco_k": 1, "moco_dim": 1, "print_freq": 1, "bn_splits": 1, "isl_every": 1, "isl_triplets": 1,
+                      "isl_rounds": 1, "isl_neighbors": 1, "isl_walk": 1, "isl_clusters": 1, "isl_clusterings": 1, "isl_background": 1,
                       "isl_candidates": 1, "isl_max_positives": 1, "isl_gan_iters": 1, "isl_gan_min_iters": 1, "start_epoch": 0, "save_every": 0, "max_steps": 0,
                       "knn_every": 0, "knn_holdout": 0, "lr": 0, "weight_decay": 0, "isl_hpe": 0, "isl_lambda": 0, "keep": 1, "isl_start": 0}.items():  # fmt: skip
         cli.check_range(args, name, low)
     for name, low, high, low_open in [("moco_t", 0, float("inf"), True), ("isl_budget", 0, float("inf"), True), ("moco_m", 0, 1, False), ("momentum", 0, 1, False),
-                                      ("isl_threshold", 0, 1, False), ("isl_radius", 0, 2, False), ("isl_bank_mix", 0, 1, True), ("isl_max_share", 0, 1, True)]:  # fmt: skip
+                                      ("isl_threshold", 0, 1, False), ("isl_radius", 0, 2, False), ("isl_bank_mix", 0, 1, True), ("isl_max_share", 0, 1, True),
+                                      ("isl_share", 0, 1, True)]:  # fmt: skip
         cli.check_range(args, name, low, high, low_open)
     cli.check(args.start_epoch < args.epochs, f"--start-epoch {args.start_epoch} leaves nothing of --epochs {args.epochs}: give a smaller one, or more epochs")
     ranks = cli.total_ranks(args)
@@ -125,8 +145,14 @@ def check_args(args: argparse.Namespace) -> None:
     cli.check(args.isl_gan_min_iters <= args.isl_gan_iters, f"--isl-gan-min-iters {args.isl_gan_min_iters} is more than --isl-gan-iters {args.isl_gan_iters}")
     if args.seed is None:
         args.seed = random.SystemRandom().randrange(2**31)
+    length, odd = divmod(args.epochs, args.isl_rounds)
+    cli.check(not odd, f"--epochs {args.epochs} does not divide into {args.isl_rounds} rounds of equal length: use a multiple of {args.isl_rounds}")
+    if args.schedule is SCHEDULE and args.isl_rounds > 1:
+        args.schedule = [length * 3 // 5, length * 4 // 5]
     if args.isl_start is None:
-        args.isl_start = 0 if args.init else args.epochs // 2
+        args.isl_start = 0 if args.init else length if args.isl_rounds > 1 else args.epochs // 2
+    if args.isl_every is None:
+        args.isl_every = length if args.isl_rounds > 1 else 20
 
 
 def check_start(args: argparse.Namespace) -> tuple[resume.Start, dict]:
@@ -205,8 +231,9 @@ class Run:
         workers = cli.usable_workers(args.workers, cli.processes_here(args))
         self.transform = data.get_eval_transform(args.dataset, size)
         self.ordered = {"batch_size": args.batch_size, "workers": workers, "device": device}
+        views = 1 if args.objective == "bank" and not args.isl_hpe else 2
         self.loader = data.train_loader(dataset, augmentation=data.get_augmentation(args.dataset, aug_plus=args.aug_plus, size=size), batch_size=args.batch_size,
-                                        seed=args.seed, workers=workers, device=device, multiple=args.bn_splits, max_bad_images=args.max_bad_images)
+                                        seed=args.seed, workers=workers, device=device, multiple=args.bn_splits, max_bad_images=args.max_bad_images, views=views)
         self.labels = None if dataset.labels is None else dataset.labels.to(device)
         self.model.to(device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
         self.progress = Progress(args.progress, args.epochs, len(self.loader))
@@ -220,7 +247,7 @@ class Run:
         self.optimizer = torch.optim.SGD(self.model.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay)  # as MoCo's file has it
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.amp == "fp16")
         self.isl = ISL(self.model, self.M, P=args.isl_max_positives, form=args.isl_loss, hpe=args.isl_hpe, bank_mix=args.isl_bank_mix, symmetric=args.symmetric,
-                       seed=args.seed)
+                       seed=args.seed, bank_dtype=torch.float16 if args.isl_half_bank else torch.float32)
         if args.compile:
             for encoder in self.model.children():
                 encoder.compile()
@@ -257,13 +284,15 @@ class Run:
 
     def _load(self) -> int:
         """Resume or initialise; returns how much of metrics.jsonl is to be kept."""
-        path, content = self.start.path, checkpoint.load(self.start.path)
+        args, path, content = self.args, self.start.path, checkpoint.load(self.start.path)
         filled = checkpoint.load_model(self.model, content, path)
         fills = {"encoder_k": "copied from encoder_q", "queue": "filled anew by one feature pass"}
         self.say(f"=> loaded '{path}' (epoch {content.get('epoch', 'unknown')})" + "".join(f"; it has no {part}, which is {fills[part]}" for part in filled))
         if "queue" in filled:
             self.refill_queue()
         if not self.start.goes_on:
+            if args.objective == "bank":  # of features: random rows would undo what the encoder has learned
+                self.isl.bank.fill(self.features(self.model.encoder_q))
             return 0
         if "isl" not in content:
             self._go_on_from_moco(content)
@@ -326,7 +355,7 @@ class Run:
         last_good = lambda: str(self.folder.last) if self.folder and self.folder.last.exists() else "none yet"  # noqa: E731
         self.say(f"=> {self.M} images, {len(self.loader)} steps an epoch, {dist.world_size()} x {self.device}, seed {args.seed}, files in {args.out}")
         for epoch in range(position.epoch, args.epochs):
-            lr = engine.learning_rate(epoch, lr=args.lr, epochs=args.epochs, cos=args.cos, schedule=args.schedule)
+            lr = engine.learning_rate(epoch, lr=args.lr, epochs=args.epochs, cos=args.cos, schedule=args.schedule, rounds=args.isl_rounds)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.isl.turn, self.isl.active = epoch, args.miner != "none" and epoch >= args.isl_start
@@ -343,6 +372,8 @@ class Run:
 
     def mine(self, epoch: int) -> None:
         before = self.isl.positives
+        if self.args.isl_grow:
+            self.miner.rules.budget = self.args.isl_budget * (self.isl.round + 1)
         try:
             features = self.features(self.model.encoder_k if self.isl.queue_objective else self.model.encoder_q)
             report = engine.mine_round(self.isl, self.miner, features, self.labels, self.args.seed, self.stop)
@@ -390,12 +421,20 @@ def build_model(args: argparse.Namespace, size: int) -> torch.nn.Module:
 
 def build_miner(args: argparse.Namespace):
     rules = {"budget": args.isl_budget, "keep": args.isl_keep, "max_share": args.isl_max_share}
+    rounds = 1 + (args.epochs - 1 - args.isl_start) // args.isl_every if args.isl_grow else 1
+    most = max(1, math.ceil(args.isl_budget * rounds))  # positives an image, in the largest of the rounds
     if args.miner == "none":
         return NoMiner()
     if args.miner == "knn":
-        return KNNMiner(k=math.ceil(args.isl_budget), **rules)
-    return GANMiner(iters=args.isl_gan_iters, min_iters=args.isl_gan_min_iters, lam=args.isl_lambda, threshold=args.isl_threshold, radius=args.isl_radius,
-                    radius_mode=args.isl_radius_mode, candidates=args.isl_candidates, **rules)
+        return KNNMiner(k=args.isl_neighbors or most, **rules)
+    if args.miner == "entropy":
+        return EntropyMiner(k=args.isl_neighbors or most, share=args.isl_share, T=args.moco_t, **rules)
+    if args.miner == "diffusion":
+        return DiffusionMiner(k=args.isl_neighbors or 20, steps=args.isl_walk, candidates=4 * most, **rules)
+    if args.miner == "cluster":
+        return ClusterMiner(clusters=args.isl_clusters, clusterings=args.isl_clusterings, background=args.isl_background, candidates=4 * most, **rules)
+    return GANMiner(iters=args.isl_gan_iters, min_iters=args.isl_gan_min_iters, lam=args.isl_lambda, triplets=args.isl_triplets, threshold=args.isl_threshold,
+                    radius=args.isl_radius, radius_mode=args.isl_radius_mode, candidates=args.isl_candidates, **rules)
 
 
 def tensorboard_writer():
