@@ -18,6 +18,7 @@ from moco_isl.evaluation import features
 from moco_isl.evaluation.backbone import describe, load_backbone
 from moco_isl.evaluation.knn import knn_grid
 from moco_isl.training import cli
+from moco_isl.training.signals import Stop
 
 
 def get_parser() -> cli.Parser:
@@ -107,7 +108,8 @@ def say(line: str) -> None:
 def worker(args, stop) -> None:
     """One rank: features of both splits, neighbours of its share of the queries, the results of all."""
     device = cli.resolve_device(args)
-    splits, facts = get_features(args, device)
+    with Stop(stop) as asked:
+        splits, facts = get_features(args, device, asked)
     start = time.perf_counter()
     results = judge(splits, args.k, args.T)
     protocol = "val" if "val" in splits else "leave-one-out on train"
@@ -124,7 +126,7 @@ def worker(args, stop) -> None:
         print(f"=> written to {features.write_json(Path(args.out) / 'results.json', facts)}")
 
 
-def get_features(args, device: torch.device) -> tuple[dict[str, features.Split], dict[str, str]]:
+def get_features(args, device: torch.device, asked: Stop) -> tuple[dict[str, features.Split], dict[str, str]]:
     """Features of train and, where there is one, val: from --features if they are there, else from the encoder."""
     kept = dist.broadcast_object(args.features is not None and Path(args.features).exists())
     expected = {"image_size": str(args.image_size)} if args.image_size else {}
@@ -152,6 +154,7 @@ def get_features(args, device: torch.device) -> tuple[dict[str, features.Split],
         "batch_size": args.batch_size,
         "device": device,
         "normalize": True,
+        "watch": asked.watch,
         "workers": cli.usable_workers(args.workers, cli.processes_here(args)),
         "amp": AMP_TYPES[args.amp],
     }

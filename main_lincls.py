@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from moco_isl import checkpoint, data, dist
-from moco_isl.encoders import AMP_TYPES, BACKBONE, STEMS, get_head
+from moco_isl.encoders import AMP_TYPES, BACKBONE, STEMS, Taps, get_head
 from moco_isl.evaluation import features, linear, probe
 from moco_isl.evaluation.backbone import describe, load_backbone
 from moco_isl.training import cli, engine, resume
@@ -36,8 +36,8 @@ def get_parser() -> cli.Parser:
     add("--epochs", default=100, type=int, help="number of total epochs to run")
     add("--start-epoch", default=0, type=int, help="manual epoch number (useful on restarts)")
     add("-b", "--batch-size", default=256, type=int, help="mini-batch size (default: 256), the total of all GPUs on all nodes")
-    add("--lr", "--learning-rate", nargs="+", type=float, help="initial learning rate (default: 30; 0.01 with --finetune); several "
-        "are trained side by side, the best chosen on images held out of train")
+    add("--lr", "--learning-rate", nargs="+", type=float, help="initial learning rate (default: 30; 0.01 with --finetune), or several, "
+        "trained side by side: the best is chosen on images held out of train")
     add("--schedule", default=[60, 80], nargs="*", type=int, help="learning rate schedule (when to drop lr by a ratio)")
     add("--momentum", default=0.9, type=float, help="momentum")
     add("--wd", "--weight-decay", default=0.0, type=float, dest="weight_decay", help="weight decay (default: 0.)")
@@ -45,8 +45,7 @@ def get_parser() -> cli.Parser:
     add("--resume", default="", help="path to latest checkpoint, ours or MoCo's, or auto: go on with what is in --out, if anything is")
     add("-e", "--evaluate", action="store_true", help="evaluate the classifiers of --resume on the validation set")
     add("--seed", default=None, type=int, help="seed of everything; without one it is drawn, printed and kept")
-    add("--pretrained", default="", metavar="FILE", help="what to judge: a checkpoint of ours or MoCo's, or a state dict of torchvision "
-        "or timm (.safetensors too)")
+    add("--pretrained", default="", metavar="FILE", help="what to judge: a checkpoint, ours or MoCo's, or a torchvision or timm state dict")
     cli.add_distributed_options(parser)
     add = parser.add_argument_group("encoder").add_argument
     add("--stem", choices=STEMS, default="auto", help="auto: as the tensors of the file show")
@@ -54,13 +53,11 @@ def get_parser() -> cli.Parser:
     cli.add_switch(parser, "--mlp", default=None, help="warn if the file's head is not MoCo v2's MLP (--no-mlp: if it is); not needed")
     add("--amp", choices=AMP_TYPES, default="off", help="half precision in the network; bf16 on any recent GPU")
     add = parser.add_argument_group("what is trained").add_argument
-    add("--layers", nargs="+", default=[BACKBONE], metavar="LAYER", help="backbone (default, MoCo's), conv1 ... conv5 (of a ResNet its stem "
-        "and four stages), or all; one classifier for each, on about 9,000 numbers")
-    add("--cache-features", action="store_true", help="take the features once, without augmentation, and train on them: seconds, but not "
-        "MoCo's protocol")
+    add("--layers", nargs="+", default=[BACKBONE], metavar="LAYER", help="backbone (default, MoCo's), conv1 ... conv5 (of a ResNet its "
+        "stem and four stages), or all; one classifier for each, on about 9,000 numbers")
+    add("--cache-features", action="store_true", help="train on features taken once, without augmentation: fast, not MoCo's protocol")
     add("--finetune", action="store_true", help="train the whole network from the checkpoint")
-    add("--holdout", type=int, default=0, metavar="n", help="images held out of train to choose the learning rate by (default: a tenth, "
-        "at most 10,000; none with a single --lr)")
+    add("--holdout", type=int, default=0, metavar="n", help="images of train to choose among several --lr by (a tenth, at most 10,000)")
     add("--shots", default=[], type=_shots, metavar="n,n", help="also the accuracy with so many labelled images a class, e.g. 1,5,10")
     add("--draws", default=20, type=int, metavar="n", help="draws of labelled images for --shots (default: 20)")
     add = parser.add_argument_group("run").add_argument
@@ -73,29 +70,37 @@ def _shots(text: str) -> list[int]:
     return [int(n) for n in text.split(",") if n]
 
 
+def file_to_resume(args) -> str:
+    last = Path(args.out or "") / LAST
+    return args.resume if args.resume != "auto" else str(last) if last.is_file() else ""
+
+
 def check_args(args) -> None:
     """Everything that can be known before any rank is started; fills in what depends on others."""
     cli.check_data_options(args)
-    cli.check(args.resume != "auto" or (args.out and args.pretrained), "--resume auto needs --out, the folder to go on in, and --pretrained")
+    cli.check(args.resume != "auto" or (args.out and args.pretrained), "--resume auto needs --out, where to go on, and --pretrained")
     cli.check(not args.evaluate or args.resume not in ("", "auto"), "-e evaluates trained classifiers: name their file with --resume FILE")
-    resumed = checkpoint.load(args.resume) if args.resume not in ("", "auto") else {}
-    if args.evaluate and "probe" in resumed:  # with the classifiers that are in the file
-        args.lr, args.layers, args.finetune = (resumed["args"][name] for name in ("lr", "layers", "finetune"))
+    path = file_to_resume(args)
+    resumed = checkpoint.load(path) if path else {}
+    if "probe" in resumed:
+        for name in ("lr", "layers", "finetune") if args.evaluate else ("seed",) if args.seed is None else ():
+            setattr(args, name, resumed["args"][name])
     args.lr = sorted(set(args.lr or [FINETUNE_LR if args.finetune else MOCO_LR]))
-    lows = {"epochs": 1, "batch_size": 1, "workers": 0, "print_freq": 1, "start_epoch": 0, "lr": 0, "weight_decay": 0, "holdout": 0, "draws": 1}
-    for name, low in {**lows, "shots": 1, "momentum": 0}.items():
-        cli.check_range(args, name, low)
+    for name in ("epochs", "batch_size", "print_freq", "draws", "shots"):
+        cli.check_range(args, name, 1)
+    for name in ("workers", "start_epoch", "lr", "weight_decay", "holdout", "momentum"):
+        cli.check_range(args, name, 0)
     ranks = cli.total_ranks(args)
     cli.check(args.batch_size % ranks == 0, f"--batch-size {args.batch_size} does not divide into {ranks} ranks: use a multiple of {ranks}")
     cli.check(bool(args.pretrained or args.resume), "nothing to judge: give --pretrained FILE (random weights are not probed)")
-    if args.finetune:
-        cli.check(len(args.lr) == 1 and args.layers == [BACKBONE] and not args.cache_features and not args.shots,
-                  "--finetune trains one whole network: give one --lr, and no --layers, --cache-features or --shots")
-        cli.check(args.amp != "fp16", "--finetune with --amp fp16 is not offered: use --amp bf16")
+    probe_only = len(args.lr) > 1 or args.layers != [BACKBONE] or args.cache_features or args.shots
+    cli.check(not args.finetune or not probe_only, "--finetune trains one network: one --lr, no --layers, --cache-features, --shots")
+    cli.check(not args.finetune or args.amp != "fp16", "--finetune with --amp fp16 is not offered: use --amp bf16")
     if args.seed is None:
         args.seed = random.SystemRandom().randrange(2**31)
     args.out = args.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-lincls"
-    load_backbone(args.pretrained or args.resume, args.arch, args.stem, args.key)
+    encoder, _ = load_backbone(args.pretrained or args.resume, args.arch, args.stem, args.key)
+    Taps(encoder, [] if args.layers == ["all"] else args.layers)  # raises BadInput for a layer that is not there
     for split in ("train", "val"):
         features.labelled(args.dataset, args.data, split, args.download)
 
@@ -116,10 +121,11 @@ def worker(args, stop) -> None:
     device = cli.resolve_device(args)
     args.seed, args.out = dist.broadcast_object((args.seed, args.out))
     torch.manual_seed(args.seed)
-    folder = cli.on_main(lambda: RunFolder(args.out, bool(args.resume)))
+    folder = None if args.evaluate else cli.on_main(lambda: RunFolder(args.out, bool(args.resume)))
     try:
-        run = Run(args, device, folder)
-        run.finish() if args.evaluate else run.train(stop)
+        with Stop(stop) as stop:
+            run = Run(args, device, folder, stop)
+            run.finish() if args.evaluate else run.train()
     finally:
         if folder is not None:
             folder.close()
@@ -128,10 +134,9 @@ def worker(args, stop) -> None:
 class Run:
     """Everything a rank has at hand, put together in the order in which it is needed."""
 
-    def __init__(self, args, device: torch.device, folder: RunFolder | None):
-        self.args, self.device, self.folder = args, device, folder
-        last = Path(args.out) / LAST
-        path = (str(last) if last.is_file() else "") if args.resume == "auto" else args.resume
+    def __init__(self, args, device: torch.device, folder: RunFolder | None, stop: Stop):
+        self.args, self.device, self.folder, self.stop = args, device, folder, stop
+        path = file_to_resume(args)
         content = checkpoint.load(path) if path else {}
         self.source = path if path and "probe" not in content else args.pretrained or path  # MoCo's own hold all in one
         encoder, self.info = load_backbone(self.source, args.arch, args.stem, args.key and self.source != path)
@@ -140,16 +145,18 @@ class Run:
         whole, self.val = (features.labelled(args.dataset, args.data, s, args.download) for s in ("train", "val"))
         size = args.image_size or int(self.info["args"].get("image_size") or 0) or data.native_size(whole)
         lr_given = args.finetune or args.lr != [MOCO_LR]
-        for line in probe.traps(self.info, batch_size=args.batch_size, lr_given=lr_given, mlp=args.mlp, dataset=args.dataset, size=size):
-            self.say(f"=> warning: {line}")
+        flags = {"batch_size": args.batch_size, "lr_given": lr_given, "mlp": args.mlp, "dataset": args.dataset, "size": size}
+        self.say("\n".join(f"=> warning: {line}" for line in probe.traps(self.info, **flags)))
         held = args.holdout or (min(len(whole) // 10, 10_000) if len(args.lr) > 1 else 0)
         self.rest, self.held = data.holdout(whole, held, args.seed) if held else (whole, None)
         workers = cli.usable_workers(args.workers, cli.processes_here(args))
         self.size, self.classes = size, len(whole.classes)
         self.reading = {"transform": data.get_eval_transform(args.dataset, size), "batch_size": args.batch_size, "workers": workers}
         head = get_head(encoder) if self.info["head"] else None
-        self.probe = probe.Probe(encoder, None if args.finetune else args.layers, lrs=args.lr, classes=self.classes, size=size, device=device,
-                                 amp=AMP_TYPES[args.amp], momentum=args.momentum, weight_decay=args.weight_decay, reading=self.reading)
+        self.probe = probe.Probe(
+            encoder, None if args.finetune else args.layers, lrs=args.lr, classes=self.classes, size=size, device=device,
+            amp=AMP_TYPES[args.amp], momentum=args.momentum, weight_decay=args.weight_decay, reading=self.reading)
+        self.probe.watch = stop.watch
         self.position, self.best, metrics_size = engine.Position(epoch=args.start_epoch), {}, 0
         if path:
             metrics_size = self.resume(content, path, head)
@@ -158,7 +165,7 @@ class Run:
             folder.open_metrics(metrics_size)
 
     def say(self, line: str) -> None:
-        if dist.is_main():
+        if line and dist.is_main():
             print(line, flush=True)
 
     def log(self, **values) -> None:
@@ -172,8 +179,8 @@ class Run:
             self.probe.take_over_head(head, path)
             self.position.epoch = content.get("epoch", args.start_epoch)
         else:
-            cli.check(not args.pretrained or ours["sha256"] == self.sha, f"'{path}' probes another file than --pretrained '{args.pretrained}': "
-                      "give that one, or choose another --out")
+            other = f"'{path}' probes another file than --pretrained '{args.pretrained}': give that one, or choose another --out"
+            cli.check(not args.pretrained or ours["sha256"] == self.sha, other)
             if not args.evaluate:
                 resume.check_same({k: v for k, v in content["args"].items() if k not in FREE}, vars(args))
             self.probe.model.load_state_dict(ours["model"])
@@ -190,10 +197,12 @@ class Run:
         rng, position = resume.rng_of_ranks(self.device), self.position
 
         def write() -> None:
-            ours = {"model": self.probe.model.state_dict(), "epoch": position.epoch, "step": position.step, "total": position.total, "rng": rng,
-                    "averages": position.averages.state_dict(), "best": self.best, "sha256": self.sha, "metrics_size": self.folder.metrics_size()}
-            self.folder.save({"epoch": position.epoch, "arch": self.info["arch"], "state_dict": self.probe.state_dict(), "args": vars(self.args),
-                              "best_acc1": max(self.best.values(), default=0.0), "optimizer": self.probe.optimizer.state_dict(), "probe": ours}, None)
+            ours = {"model": self.probe.model.state_dict(), "averages": position.averages.state_dict(), "best": self.best, "rng": rng,
+                    "epoch": position.epoch, "step": position.step, "total": position.total, "sha256": self.sha,
+                    "metrics_size": self.folder.metrics_size()}
+            mocos = {"epoch": position.epoch, "arch": self.info["arch"], "state_dict": self.probe.state_dict(),
+                     "best_acc1": max(self.best.values(), default=0.0), "optimizer": self.probe.optimizer.state_dict()}
+            self.folder.save({**mocos, "args": vars(self.args), "probe": ours}, None)
 
         cli.on_main(write)
 
@@ -207,7 +216,7 @@ class Run:
                                    workers=self.reading["workers"], max_bad_images=args.max_bad_images, views=1)
         return linear.AugmentedBatches(loader, labels)
 
-    def train(self, stop) -> None:
+    def train(self) -> None:
         args, position, start = self.args, self.position, time.perf_counter()
         source, val = self.batches(), self.probe.judged(self.val)
         steps = len(source)
@@ -218,12 +227,11 @@ class Run:
             self.log(kind="step", epoch=position.epoch, step=position.step, **values)
 
         last_good = lambda: str(self.folder.last) if self.folder and self.folder.last.exists() else "none yet"  # noqa: E731
-        with Stop(stop) as stop:
-            for epoch in range(position.epoch, args.epochs):
-                self.probe.start_epoch(epoch, args.epochs, args.schedule)
-                linear.train_one_epoch(self.probe.answer, source, self.probe.optimizer, position, stop=stop, show=show, save=self.save,
-                                       last_good=last_good, print_freq=args.print_freq)
-                self.end_of_epoch(epoch, self.probe.judge(val))
+        for epoch in range(position.epoch, args.epochs):
+            self.probe.start_epoch(epoch, args.epochs, args.schedule)
+            linear.train_one_epoch(self.probe.answer, source, self.probe.optimizer, position, stop=self.stop, show=show, save=self.save,
+                                   last_good=last_good, print_freq=args.print_freq)
+            self.end_of_epoch(epoch, self.probe.judge(val))
         source.close()
         val.close()
         self.finish(time.perf_counter() - start)
@@ -248,10 +256,11 @@ class Run:
         few = self.probe.few_labels(self.rest, self.val, args.shots, args.draws, args.seed) if args.shots else []
         self.say(probe.table(rows, few))
         protocol = "fine-tuning" if args.finetune else "cached features" if args.cache_features else "augmented crops (MoCo's)"
-        facts = {"pretrained": self.source, "sha256": self.sha, **{k: self.info[k] for k in ("arch", "stem", "epoch")}, "dataset": args.dataset,
-                 "data": args.data, "protocol": protocol, "epochs": self.position.epoch, "batch_size": args.batch_size, "seed": args.seed,
-                 "train_images": len(self.rest), "held_out": len(self.held or ()), "val_images": len(self.val), "seconds": seconds,
-                 "backbone_unchanged": bool(self.probe.frozen), "classifiers": rows, "few_labels": few}
+        facts = {"pretrained": self.source, "sha256": self.sha, **{k: self.info[k] for k in ("arch", "stem", "epoch")},
+                 "dataset": args.dataset, "data": args.data, "protocol": protocol, "epochs": self.position.epoch,
+                 "batch_size": args.batch_size, "seed": args.seed, "train_images": len(self.rest), "held_out": len(self.held or ()),
+                 "val_images": len(self.val), "seconds": seconds, "backbone_unchanged": bool(self.probe.frozen),
+                 "classifiers": rows, "few_labels": few}
         if dist.is_main():
             print(f"=> written to {features.write_json(Path(args.out) / 'results.json', facts)}")
 

@@ -85,6 +85,8 @@ def test_every_flag_of_moco_with_its_default():
     line += " --multiprocessing-distributed --world-size 1 --rank 0 DIR"
     args = main_lincls.get_parser().parse_args(line.split())
     assert (args.arch, args.lr, args.world_size, args.rank, args.data) == ("resnet50", [30.0], 1, 0, "DIR")
+    for line in ("--lr 30 DIR", "--lr 1 3 DIR -b 8", "--schedule 60 80 DIR", "--lr 1 --schedule 5 DIR"):
+        assert main_lincls.get_parser().parse_args(line.split()).data == "DIR", line
     args = main_lincls.get_parser().parse_args("DIR -j 3 -b 8 --learning-rate 1 --weight-decay 2 -p 5 -e".split())
     assert (args.workers, args.batch_size, args.lr, args.weight_decay) == (3, 8, [1.0], 2.0)
     assert args.print_freq == 5 and args.evaluate
@@ -315,12 +317,26 @@ def test_mocos_protocol_end_to_end_and_its_file(moco_file, tmp_path, capsys):
     assert results(tmp_path / "own")["classifiers"][0]["top1"] == row["top1"]
 
 
+class StopInTheSecondEpoch:
+    def __init__(self, folder):
+        self.log, self.asked = folder / "metrics.jsonl", 0
+
+    def __call__(self):
+        self.asked += self.log.exists() and '"kind": "epoch"' in self.log.read_text()
+        return self.asked == 3
+
+
+def test_a_stop_while_features_are_taken_is_an_interruption(moco_file, tmp_path, capsys):
+    assert run(moco_file, tmp_path, "--cache-features", stop=lambda: True) == 75
+    assert "Traceback" not in capsys.readouterr().err
+    assert run(moco_file, tmp_path, "--cache-features", "--resume", "auto", "--epochs", 1) == 0
+
+
 @pytest.mark.parametrize("protocol", [[], ["--cache-features"], ["--finetune"]])
 def test_a_run_stopped_in_an_epoch_ends_as_the_unbroken_one(moco_file, tmp_path, protocol):
     flags = ["--epochs", 3, "--schedule", 2, "--lr", *([0.01] if "--finetune" in protocol else [0.1, 1]), *protocol]
     assert run(moco_file, tmp_path / "whole", *flags) == 0
-    asked = iter([False] * 8 + [True] + [False] * 100)
-    assert run(moco_file, tmp_path / "parts", *flags, stop=lambda: next(asked)) == 75
+    assert run(moco_file, tmp_path / "parts", *flags, stop=StopInTheSecondEpoch(tmp_path / "parts")) == 75
     assert last(tmp_path / "parts")["probe"]["epoch"] == 1 and last(tmp_path / "parts")["probe"]["step"] == 3
     assert run(moco_file, tmp_path / "parts", *flags, "--resume", "auto") == 0
     whole, parts = last(tmp_path / "whole"), last(tmp_path / "parts")
@@ -403,7 +419,7 @@ def folder_of_digits(root, classes):
         (["--epochs", "0"], "--epochs 0 is out of range"),
         (["--shots", "0"], "--shots 0 is out of range"),
         (["--shots", "one"], "--shots"),
-        (["--finetune", "--lr", "1", "2"], "--finetune trains one whole network"),
+        (["--finetune", "--lr", "1", "2"], "--finetune trains one network"),
         (["--learning-rat", "1"], "unrecognized.*did you mean --learning-rate"),
         (["--holdout", "1437"], "hold out 1437 of 1437"),
     ],

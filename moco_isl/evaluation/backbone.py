@@ -67,7 +67,7 @@ def load_backbone(
     built_stem = (
         stem if stem not in (None, "auto") else shown_stem if shown_stem and name.startswith(_STEMMED) else "auto"
     )
-    encoder, head = _with_head(name, built_stem, state, image_size)
+    encoder, head = _with_head(name, built_stem, state, image_size or args.get("image_size") or None)
     used, extra = _load(encoder, head, state, path, f"{name} with stem {built_stem}", shown, shown_stem)
     info = {
         "path": str(path),

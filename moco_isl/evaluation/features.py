@@ -6,7 +6,7 @@ Letters: M images of a split, C numbers of a layer.
 import hashlib
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,15 +37,29 @@ def labelled(name: str, root: str | None, split: str, download: bool = False):
 
 
 def take(
-    encoder: nn.Module, dataset, *, transform, batch_size: int, workers: int, device: torch.device, normalize: bool, amp
+    encoder: nn.Module,
+    dataset,
+    *,
+    transform,
+    batch_size: int,
+    workers: int,
+    device: torch.device,
+    normalize: bool,
+    amp: torch.dtype | None = None,
+    watch: Callable[[Iterable, int], Iterable] | None = None,
 ) -> Split:
-    """Features of a data set by an encoder that answers with a dict (`encoders.Taps`); each rank takes its share."""
+    """Features of a data set by an encoder that answers with a dict (`encoders.Taps`); each rank takes its share.
+
+    watch(batches, most a rank): gives the batches on, and may end the pass on all ranks (`signals.Stop.watch`).
+    """
     M = len(dataset)
     loader = data.eval_loader(
         dataset, transform=transform, batch_size=batch_size, workers=workers, device=device, shard=dist.shard(M)
     )
+    most = -(-M // dist.world_size())  # images of the rank with the most of them
+    batches = watch(loader, -(-most // batch_size)) if watch is not None else loader
     try:
-        features = extract_features(encoder, loader, M, device, normalize=normalize, amp=amp)
+        features = extract_features(encoder, batches, M, device, normalize=normalize, amp=amp)
         for _, path in loader.bad_images():
             print(f"=> warning: {path} cannot be read; the next image stands in for it", flush=True)
     finally:

@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +42,7 @@ class Probe:
     ):
         self.encoder, self.device, self.amp, self.reading = encoder.to(device), device, amp, reading
         self.layers = self.frozen = None
+        self.watch: Callable[[Iterable, int], Iterable] | None = None  # of passes over a split; may raise Interrupted
         self._taken: dict = {}  # data set -> its features: a frozen encoder gives them once
         self.dims: dict[str, int] = {}
         if layers is None:
@@ -93,7 +95,7 @@ class Probe:
         return self._taken[dataset]
 
     def _take(self, layers: nn.Module, dataset) -> features.Split:
-        return features.take(layers, dataset, device=self.device, normalize=False, amp=None, **self.reading)
+        return features.take(layers, dataset, device=self.device, normalize=False, watch=self.watch, **self.reading)
 
     def judged(self, dataset):
         """A split to be judged: by features taken once if the encoder is frozen and they fit easily, else by images."""

@@ -44,7 +44,20 @@ class Parser(argparse.ArgumentParser):
         """Flags of argv; with `--config FILE.yaml` those of the file first, so that the command line wins."""
         argv = list(sys.argv[1:] if argv is None else argv)
         config, _ = _ConfigOnly().parse_known_args(argv)
-        return super().parse_args(self._from_config(config.config) + argv if config.config else argv, namespace)
+        argv = self._from_config(config.config) + argv if config.config else argv
+        return super().parse_args(self._data_first(argv), namespace)
+
+    def _data_first(self, argv: list[str]) -> list[str]:
+        """argv with what a flag of several numbers would swallow moved to the front: `--lr 30 DIR` and `--schedule 60 80 DIR` name a DIR."""
+        front, rest, numbers = [], [], False
+        for token in argv:
+            if token.startswith("-") and not _is_number(token):
+                action = self._option_string_actions.get(token)
+                numbers = action is not None and action.nargs in ("*", "+") and action.type in (int, float)
+            swallowed = numbers and not token.startswith("-") and not _is_number(token)
+            (front if swallowed else rest).append(token)
+            numbers = numbers and not swallowed
+        return front + rest
 
     def _from_config(self, path: str) -> list[str]:
         try:
@@ -76,6 +89,14 @@ class Parser(argparse.ArgumentParser):
         if value:
             return [flag]
         return ["--no-" + flag[2:]] if "--no-" + flag[2:] in self._option_string_actions else []
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 class _ConfigOnly(argparse.ArgumentParser):
