@@ -65,17 +65,14 @@ class QueueSlots:
         self.slots[index, self.visits[index] % self.slots.shape[1]] = slots.to(torch.int32)
         self.visits[index] += 1
 
-    def mask(self, images: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
-        """[N, K] bool: True where the slot holds one of the row's images.
+    def absent(self, images: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
+        """[N, (1 + P) S] int64: the slots that hold one of the row's images, K where there is none to name.
 
         images: [N, 1 + P], present: [N, 1 + P] bool, False for padding.
         """
         slots = self.slots[images].long()  # [N, 1 + P, S]
         holds = (self.owner[slots] == images[..., None]) & present[..., None]
-        K = len(self.owner)
-        slots = torch.where(holds, slots, K).flatten(1)  # what does not hold goes to a column that is cut off
-        mask = torch.zeros(len(images), K + 1, dtype=torch.bool, device=images.device)
-        return mask.scatter_(1, slots, True)[:, :K]
+        return torch.where(holds, slots, len(self.owner)).flatten(1)
 
     def state_dict(self) -> dict:
         return {"slots": self.slots, "visits": self.visits, "owner": self.owner}

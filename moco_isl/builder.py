@@ -63,14 +63,18 @@ class MoCo(nn.Module):
     @torch.no_grad()
     def _encode_keys(self, im_k: torch.Tensor) -> torch.Tensor:
         """k [N, C], each image encoded on a rank that need not be its own: shuffling makes use of BN."""
-        if dist.world_size() == 1:
+        world, n = dist.world_size(), len(im_k)
+        if world == 1:
             return F.normalize(self.encoder_k(im_k).float(), dim=1)
-        n = len(im_k)
+        if n % world == 0:  # an equal share of every rank's images to every rank: 1 / world of the bytes of gathering all on all
+            order = torch.randperm(n, device=im_k.device)
+            k = F.normalize(self.encoder_k(dist.exchange_rows(im_k[order])).float(), dim=1)
+            return dist.exchange_rows(k)[order.argsort()]
         everything = dist.all_gather_rows(im_k)  # [n * world, 3, S, S]
         order = dist.broadcast(torch.randperm(len(everything), device=im_k.device))
-        mine = order.view(dist.world_size(), n)[dist.rank()]
+        mine = order.view(world, n)[dist.rank()]
         k = F.normalize(self.encoder_k(everything[mine]).float(), dim=1)
-        back = torch.argsort(order).view(dist.world_size(), n)[dist.rank()]
+        back = torch.argsort(order).view(world, n)[dist.rank()]
         return dist.all_gather_rows(k)[back]
 
     def encode(self, im_q: torch.Tensor, im_k: torch.Tensor, symmetric: bool = False) -> tuple[torch.Tensor, torch.Tensor]:

@@ -67,6 +67,35 @@ def all_reduce_max(x: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
+def exchange_rows(x: torch.Tensor) -> torch.Tensor:
+    """Part r of x [n, ...] goes to rank r, where the parts stand in the order of the ranks; done twice, all is as before.
+
+    n must be the same on all ranks and divide by their number.
+    """
+    if world_size() == 1:
+        return x
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    dist.all_to_all_single(out, x.contiguous())
+    return out
+
+
+@torch.no_grad()
+def all_gather_features(index: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """index int64 [n] and features [n, C] of all ranks in rank order, in one message and with the features in float16.
+
+    n must be the same on all ranks: nothing is asked of the device. What a rank gave itself comes back rounded too, so all ranks hold equal
+    rows; in a world of one nothing is rounded.
+    """
+    if world_size() == 1:
+        return index, rows
+    packed = torch.cat([index[:, None].view(torch.uint8), rows.to(torch.float16).view(torch.uint8)], 1)  # [n, 8 + 2 C]
+    everything = packed.new_empty(world_size() * len(packed), packed.shape[1])
+    dist.all_gather_into_tensor(everything, packed)
+    index, rows = (part.contiguous() for part in everything.split([8, everything.shape[1] - 8], 1))
+    return index.view(torch.int64)[:, 0], rows.view(torch.float16).float()
+
+
+@torch.no_grad()
 def all_gather_rows(x: torch.Tensor) -> torch.Tensor:
     """Rows of all ranks in rank order: [n_r, ...] on each -> [sum of n_r, ...] on all. Ranks may differ in n_r."""
     if world_size() == 1:

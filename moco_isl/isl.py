@@ -20,7 +20,7 @@ from moco_isl import dist
 from moco_isl.bank import FeatureBank, QueueSlots
 from moco_isl.builder import Encode, Instance, MoCo
 from moco_isl.encoders import evaluating
-from moco_isl.losses import bank_loss, hard_positive_kl, multi_positive_mean_log, multi_positive_nce
+from moco_isl.losses import bank_loss, linear_kl, multi_positive_mean_log, multi_positive_nce, softmax_over
 from moco_isl.mining.positives import PositiveSets
 
 FORMS = {"logsum": multi_positive_nce, "meanlog": multi_positive_mean_log}
@@ -37,7 +37,7 @@ class ISL:
 
     def __init__(self, model: MoCo | Instance, num_images: int, *, P: int = 32, form: str = "logsum", hpe: float = 0.5, mask: bool = True,
                  bank_mix: float | None = None, symmetric: bool = False, active: bool = True, seed: int = 0,
-                 encode: Callable | None = None, bank_dtype: torch.dtype = torch.float32):
+                 encode: Callable | None = None, bank_dtype: torch.dtype = torch.float32, fast: bool = False):
         """
         num_images: M; `index` of a batch counts in 0 .. M - 1.
         P: how many positives of an image a step looks at; a larger set takes turns, one window an epoch.
@@ -46,11 +46,13 @@ class ISL:
         bank_mix: mu of Eq. 8; None: 1 around a MoCo (its key encoder averages already), 0.5 around an Instance.
         symmetric: each view is query once and key once (queue objective).
         bank_dtype: torch.float16 halves the bank's memory and, around an Instance, takes the softmax by half-precision products.
+        fast: fused kernels where they work (CUDA), and ranks, which must then have equal batches, exchange features once a step in float16.
         encode: the model's `encode` if it has been wrapped already; None wraps it here where ranks need it.
         """
         self.model, self.queue_objective = model, isinstance(model, MoCo)
         self.P, self.form, self.hpe, self.mask, self.symmetric, self.active = P, form, hpe, mask, symmetric, active
         self.bank_mix = bank_mix if bank_mix is not None else (1.0 if self.queue_objective else 0.5)
+        self.fast = fast
         self.encode = encode or _distributed_encode(model)
         device = next(model.parameters()).device
         self.bank, self.slots = FeatureBank(device, bank_dtype), None
@@ -76,39 +78,43 @@ class ISL:
         views = 2 if self.symmetric else 1
         loss = self._queue_loss(q, k, index.repeat(views))
         for keys in k.chunk(views):  # the slot table wants an image at most once a call
-            slots = self.model.enqueue(keys := dist.all_gather_rows(keys))
-            everyone = dist.all_gather_rows(index)
-            self.slots.write(slots, everyone)
+            everyone, keys = self._of_all_ranks(index, keys)
+            self.slots.write(self.model.enqueue(keys), everyone)
             if self.bank.filled:
                 self.bank.update(everyone, keys, self.bank_mix)
         return loss
 
+    def _of_all_ranks(self, index: torch.Tensor, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.fast:
+            return dist.all_gather_features(index, features)
+        return dist.all_gather_rows(index), dist.all_gather_rows(features)
+
     def _queue_loss(self, q: torch.Tensor, k: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """Loss of q [N, C] with keys k [N, C] of images index [N]; changes no state but `parts`."""
-        T, queue = self.model.T, self.model.queue.detach().clone()  # a copy: the step overwrites slots before backward reads them
-        l_own = torch.einsum("nc,nc->n", q, k)[:, None].float() / T  # [N, 1]
-        l_neg = (q @ queue.to(q.dtype)).float() / T  # [N, K]
-        l_pos, weight, hard = l_own, None, k
+        T, queue = self.model.T, self.model.queue.t()  # [K, C]
+        q, k = q.float(), k.float()
+        l_own = (q * k).sum(1, keepdim=True) / T  # [N, 1]
+        l_pos, weight, hard, absent = l_own, None, k, None
         if self.active:
             positives, weight = self.positives.lookup(index, self.P, self.turn)  # [N, P] each
             if self.mask:
                 own = torch.ones_like(index[:, None], dtype=torch.bool)
-                mask = self.slots.mask(torch.cat([index[:, None], positives], 1), torch.cat([own, weight > 0], 1))
-                l_neg = l_neg.masked_fill(mask, -torch.inf)
+                absent = self.slots.absent(torch.cat([index[:, None], positives], 1), torch.cat([own, weight > 0], 1))
             if self.positives.num_edges:
                 rows = self.bank.lookup(positives)  # [N, P, C]
-                l_pos = torch.cat([l_own, torch.einsum("nc,npc->np", q, rows).float() / T], dim=1)  # [N, 1 + P]
+                l_pos = torch.cat([l_own, (q[:, None] * rows).sum(2) / T], dim=1)  # [N, 1 + P]
                 weight = torch.cat([torch.ones_like(l_own), weight], dim=1)
                 hard = self._hard_positive(index, rows, weight[:, 1:], k)
             else:
                 weight = None
-        loss = isl = FORMS[self.form](l_pos, l_neg, weight)
+        hard = hard if self.active and self.hpe else None
+        lse, top, lse_h, mean_h = softmax_over(q, queue, T, hard=hard, absent=absent, fused=self.fast)
+        loss = isl = FORMS[self.form](l_pos, lse[:, None], weight)  # all negatives together as one
         hp = loss.new_zeros(())
-        if self.active and self.hpe:
-            l_hard = (hard @ queue.to(hard.dtype)).float() / T
-            hp = hard_positive_kl(l_hard.masked_fill(l_neg == -torch.inf, -torch.inf), l_neg)
+        if hard is not None:
+            hp = linear_kl(q, lse, hard, lse_h, mean_h, T)
             loss = isl + self.hpe * hp
-        acc1 = (l_own[:, 0] >= l_neg.amax(1)).float().mean() * 100
+        acc1 = (l_own[:, 0] >= top).float().mean() * 100
         self.parts = {"loss": loss.detach(), "isl": isl.detach(), "hpe": hp.detach(), "acc1": acc1.detach()}
         return loss
 
@@ -130,9 +136,9 @@ class ISL:
             hard = self._hard_positive(index, self.bank.lookup(positives), weight, other)
         own = torch.ones_like(weight[:, :1])
         rows, weight = torch.cat([index[:, None], positives], 1), torch.cat([own, weight], 1)  # [N, 1 + P]
-        isl, hp = bank_loss(f, self.bank.rows, rows, weight, self.model.T, hard, self.form)
+        isl, hp = bank_loss(f, self.bank.rows, rows, weight, self.model.T, hard, self.form, fused=self.fast)
         loss = isl + self.hpe * hp
-        self.bank.update(dist.all_gather_rows(index), dist.all_gather_rows(f.detach()), self.bank_mix)
+        self.bank.update(*self._of_all_ranks(index, f.detach()), self.bank_mix)
         self.parts = {"loss": loss.detach(), "isl": isl.detach(), "hpe": hp.detach()}
         return loss
 

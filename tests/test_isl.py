@@ -97,7 +97,8 @@ def test_queue_mask_equals_loops(K_slots, views):
                 ptr += len(batch)
             rows = torch.randint(M, (5, 3), generator=g)
             present = torch.rand(5, 3, generator=g) < 0.7
-            mask = slots.mask(rows, present)
+            absent = slots.absent(rows, present)
+            mask = torch.zeros(5, K_slots + 1, dtype=torch.bool).scatter_(1, absent, True)[:, :-1]
             for r in range(5):
                 wanted = {int(i) for i, here in zip(rows[r], present[r]) if here}
                 assert mask[r].tolist() == [o in wanted for o in owner]
