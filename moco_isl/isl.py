@@ -13,7 +13,6 @@ Letters: N batch, C feature dimension, K queue length, M images, P positives of 
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from moco_isl import dist
