@@ -29,9 +29,9 @@ CONTINUE = ["--epochs", "60", "--lr", "0.02"]
 MINING = ["--isl-every", "20", "--isl-budget", "10", "--isl-loss", "meanlog", "--isl-hpe", "0", "--isl-gan-iters", "3000", "--isl-gan-min-iters", "2000"]
 
 
-def pretrain(name: str, seed: int, *flags: str) -> tuple[torch.nn.Module, list[dict]]:
-    """One run of the main script in runs/demo/<name>-<seed>: its query encoder, and its rounds of mining."""
-    out = OUT / f"{name}-{seed}"
+def pretrain(name: str, seed: int, *flags: str, folder: Path = OUT) -> tuple[torch.nn.Module, list[dict]]:
+    """One run of the main script in <folder>/<name>-<seed>: its query encoder, and its rounds of mining."""
+    out = run_folder(name, seed, folder)
     print(f"\n{name}, seed {seed}", flush=True)
     code = main_moco_isl.main([*COMMON, "--seed", str(seed), "--out", str(out), *flags])
     if code:
@@ -41,6 +41,10 @@ def pretrain(name: str, seed: int, *flags: str) -> tuple[torch.nn.Module, list[d
     encoder.load_state_dict({n.removeprefix("module.encoder_q."): v for n, v in state.items() if n.startswith("module.encoder_q.")})
     lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
     return encoder, [line for line in lines if line["kind"] == "round"]
+
+
+def run_folder(name: str, seed: int, folder: Path = OUT) -> Path:
+    return folder / f"{name}-{seed}"
 
 
 def untrained(seed: int) -> torch.nn.Module:
@@ -71,22 +75,28 @@ def one_seed(seed: int, train, val) -> dict[str, dict]:
     rows = {"raw pixels": judge(None, train, val), "untrained": judge(untrained(seed), train, val)}
     moco, _ = pretrain("moco", seed, *PRETRAIN)
     rows["MoCo v2, 60 epochs"] = judge(moco, train, val)
-    init = ["--init", str(OUT / f"moco-{seed}" / "checkpoint_last.pth.tar")]
+    init = ["--init", str(run_folder("moco", seed) / "checkpoint_last.pth.tar")]
     for miner, title in (("none", "+ 60, no mining"), ("knn", "+ 60, kNN mining"), ("gan", "+ 60, GAN mining")):
         encoder, rounds = pretrain(miner, seed, *CONTINUE, *init, "--miner", miner, *(MINING if miner != "none" else []))
-        rows[title] = judge(encoder, train, val)
-        if rounds:
-            last = rounds[-1]
-            rows[title] |= {"size": last["mean_size"], "precision": last["precision"], "own_nearest": last["precision_own_nearest"],
-                            "all_pairs": last["precision_all_pairs"], "accepted": sum(r["accepted"] for r in rounds), "rounds": len(rounds)}  # fmt: skip
+        rows[title] = judge(encoder, train, val) | mined(rounds)
     return rows
 
 
+def mined(rounds: list[dict]) -> dict:
+    """Figures of the last of some rounds of mining."""
+    if not rounds:
+        return {}
+    last = rounds[-1]
+    return {"size": last["mean_size"], "precision": last["precision"], "own_nearest": last["precision_own_nearest"],
+            "all_pairs": last["precision_all_pairs"], "accepted": sum(r["accepted"] for r in rounds), "rounds": len(rounds)}  # fmt: skip
+
+
 def table(seeds: list[dict[str, dict]]) -> str:
+    width = max(22, *(len(name) + 2 for name in seeds[0]))
     columns = {"knn": "kNN %", "one_shot": "1-shot %", "size": "set size", "precision": "precision", "own_nearest": "own nearest", "all_pairs": "all pairs"}
-    lines = [f"{'':22}" + "".join(f"{title:>16}" for title in columns.values())]
+    lines = [" " * width + "".join(f"{title:>16}" for title in columns.values())]
     for name in seeds[0]:
-        lines.append(f"{name:22}" + "".join(f"{_cell([s[name].get(c) for s in seeds], c):>16}" for c in columns))
+        lines.append(f"{name:{width}}" + "".join(f"{_cell([s[name].get(c) for s in seeds], c):>16}" for c in columns))
     return "\n".join(lines)
 
 
