@@ -10,12 +10,13 @@ import torch
 
 Tensor = torch.Tensor
 
-_BYTES = {"cpu": 32 << 20, "cuda": 1 << 30}  # of one piece of the score matrix: within a CPU's caches, large on a GPU
+_BYTES = {"cpu": 32 << 20, "cuda": 1 << 30}  # of one piece of the score matrix: a CPU is quick with small ones
+_COLUMNS = {"cpu": 65536, "cuda": 131072}  # of one piece, at most
 _GROUP = 32  # columns whose maximum is looked at first
 
 
-def _bytes(device: torch.device) -> int:
-    return _BYTES.get(device.type, _BYTES["cuda"])
+def _of(table: dict[str, int], device: torch.device) -> int:
+    return table.get(device.type, table["cpu"])
 
 
 def _best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -46,8 +47,8 @@ def topk(queries: Tensor, bank: Tensor, k: int, exclude: Tensor | None = None, b
     M = len(bank)
     if k > M - (exclude is not None):
         raise ValueError(f"{k} nearest were asked of a bank of {M} rows")
-    limit = bytes_limit or _bytes(bank.device)
-    columns = min(M, max(4 * k, 65536 if bank.device.type == "cpu" else 131072))
+    limit = bytes_limit or _of(_BYTES, bank.device)
+    columns = min(M, max(4 * k, _of(_COLUMNS, bank.device)))
     rows = max(1, limit // (columns * 4))
     cosine = torch.empty(len(queries), k, device=bank.device)
     index = torch.empty(len(queries), k, dtype=torch.int64, device=bank.device)
@@ -102,7 +103,7 @@ def top_pairs(features: Tensor, total: int, bytes_limit: int | None = None, seed
     pairs = M * (M - 1) // 2
     if total > pairs:
         raise ValueError(f"{total} pairs were asked of {M} images, which make {pairs}")
-    limit = bytes_limit or _bytes(features.device)
+    limit = bytes_limit or _of(_BYTES, features.device)
     bound = _guess_bound(features, total / pairs, seed)
     while True:
         cosine, key = _pairs_above(features, bound, limit, tick)
