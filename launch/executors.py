@@ -1,0 +1,139 @@
+"""From options to submitit: what sbatch is given, and a submission to SLURM, to this machine, or into this process."""
+
+import argparse
+import contextlib
+import io
+import os
+import shlex
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import submitit
+
+from launch import slurm
+from launch.job import Run
+from launch.options import ROOT, clean_environment
+from launch.report import Entry, write_entry
+from moco_isl.errors import BadInput
+
+# pending for a reason that time alone will not cure
+STUCK = {
+    "PartitionNodeLimit": "the partition has not that many nodes, or they are down",
+    "PartitionConfig": "no node of the partition has that many cores or GPUs, or that much memory",
+    "PartitionTimeLimit": "--timeout is longer than the partition allows",
+    "BadConstraints": "no node has these features",
+    "InvalidAccount": "the account does not exist",
+    "InvalidQOS": "the QOS does not exist",
+    "AccountNotAllowed": "the account may not use this partition",
+    "QOSNotAllowed": "the QOS may not use this partition",
+}
+
+
+class SlurmText(submitit.SlurmExecutor):
+    """Writes the sbatch file where there is no SLURM, for --dry-run."""
+
+    @classmethod
+    def affinity(cls) -> int:
+        return 1
+
+
+def python_command(opts: argparse.Namespace) -> str:
+    """How a node starts Python. USR2 is ignored until the run listens to it: by default it would end an interpreter that is still importing."""
+    python = opts.python or (shlex.quote(sys.executable) if not opts.container else "python")
+    return f"""sh -c 'trap "" USR2; exec "$@"' sh {opts.container + " " if opts.container else ""}{python}"""
+
+
+def setup_lines(opts: argparse.Namespace) -> list[str]:
+    pairs = [pair.split("=", 1) for pair in opts.env]
+    return [
+        *(f"export {name}={shlex.quote(value)}" for name, value in pairs),
+        f"export PYTHONPATH={shlex.quote(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}",  # a job finds this code from any folder
+        f"export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{opts.cpus_per_task}}}",
+        *opts.setup,
+    ]
+
+
+def slurm_parameters(opts: argparse.Namespace, name: str, after: str | None = None) -> dict:
+    """submitit's parameters; after: id of the job whose success this one waits for."""
+    free = {key: value if equals else True for key, equals, value in (pair.partition("=") for pair in opts.sbatch)}
+    always = {"requeue": True}  # whatever the cluster's default is
+    if after:
+        always["kill-on-invalid-dep"] = "yes"  # or it would pend for ever once the other has failed
+    asked = dict(
+        job_name=name, time=opts.timeout, nodes=opts.nodes, ntasks_per_node=opts.tasks_per_node, cpus_per_task=opts.cpus_per_task,
+        gpus_per_node=opts.gpus_per_node or None, mem=f"{round(opts.mem_gb * 1024)}MB" if opts.mem_gb else None, partition=opts.partition, account=opts.account,
+        qos=opts.qos, constraint=opts.constraint, comment=opts.comment, exclude=opts.exclude, dependency=f"afterok:{after}" if after else None)  # fmt: skip
+    return {k: v for k, v in asked.items() if v is not None} | dict(
+        wckey=None,  # submitit would put its own name, which clusters that keep wckeys refuse
+        array_parallelism=opts.array_parallelism, signal_delay_s=opts.signal_delay, setup=setup_lines(opts), additional_parameters=always | free,
+        # since 22.05 srun no longer inherits the cores of a task; and a rank that fails must not leave the others waiting for it
+        srun_args=[f"--cpus-per-task={opts.cpus_per_task}", "--kill-on-bad-exit=1", *opts.srun])  # fmt: skip
+
+
+def sbatch_text(opts: argparse.Namespace, folder: str, name: str, count: int = 1, after: str | None = None) -> str:
+    """The file that sbatch would be given, for one job or for an array of `count`."""
+    executor = SlurmText(folder, max_num_timeout=opts.max_restarts, python=python_command(opts))
+    executor.update_parameters(**slurm_parameters(opts, name, after))
+    if count > 1:
+        executor.parameters["map_count"] = count
+    return executor._make_submission_file_text(executor._submitit_command_str, "dry-run")
+
+
+def submit(opts: argparse.Namespace, runs: list[Run], folder: str, name: str, command: list[str], after: str | None = None) -> list[Entry]:
+    """Submit runs, several as one array, with logs in `folder` (%j: the job's id); writes launch.jsonl there. BadInput with SLURM's reason if refused."""
+    executor = _slurm(opts, folder, name, after) if opts.cluster == "slurm" else _local(opts, folder)
+    before = _litter(folder)
+    with clean_environment() if opts.cluster == "slurm" else contextlib.nullcontext():
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it raises
+                jobs = [executor.submit(runs[0])] if len(runs) == 1 else executor.submit_array(runs)
+        except submitit.core.utils.FailedJobError as error:
+            for file in _litter(folder) - before:
+                file.unlink()
+            raise BadInput(f"SLURM refused the job: {' '.join(str(error).split())}") from error
+    entries = [Entry(job=job.job_id, cluster=opts.cluster, script=run.script, folder=str(job.paths.folder), out=run.out.replace("%j", job.job_id),
+                     tasks=opts.nodes * opts.tasks_per_node, command=command) for job, run in zip(jobs, runs)]  # fmt: skip
+    for entry in entries:
+        write_entry(entry)
+    return entries
+
+
+def _litter(folder: str) -> set[Path]:
+    """What submitit writes before it knows whether sbatch takes the job."""
+    fixed = submitit.core.utils.JobPaths.get_first_id_independent_folder(folder)
+    return {*fixed.glob(".submission_file_*.sh"), *fixed.glob("*.pkl")} if fixed.is_dir() else set()
+
+
+def _slurm(opts: argparse.Namespace, folder: str, name: str, after: str | None) -> submitit.SlurmExecutor:
+    if not shutil.which("sbatch"):
+        raise BadInput("no sbatch here: submit from a login node of the cluster, or run on this machine with --cluster local")
+    executor = submitit.SlurmExecutor(folder, max_num_timeout=opts.max_restarts, python=python_command(opts))
+    executor.update_parameters(**slurm_parameters(opts, name, after))
+    return executor
+
+
+def _local(opts: argparse.Namespace, folder: str) -> submitit.LocalExecutor:
+    """This machine. A job inherits this process's environment, so that is where its variables go."""
+    os.environ.update(pair.split("=", 1) for pair in opts.env)
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    os.environ.setdefault("OMP_NUM_THREADS", str(opts.cpus_per_task))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    executor = submitit.LocalExecutor(folder, max_num_timeout=opts.max_restarts, python=python_command(opts))
+    executor.update_parameters(timeout_min=opts.timeout, signal_delay_s=opts.signal_delay, tasks_per_node=opts.tasks_per_node, gpus_per_node=opts.gpus_per_node,
+                               visible_gpus=[int(v) for v in visible] if all(v.isdigit() for v in visible) else (), setup=opts.setup)  # fmt: skip
+    return executor
+
+
+def why_stuck(job_id: str, seconds: float = 2) -> str:
+    """Why a job that was just submitted will not start, if SLURM says so within a moment; '' otherwise."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        job = slurm.ask(job_id)
+        if job and job.reason in STUCK:
+            return f"{job.reason}: {STUCK[job.reason]}"
+        if job and job.state != "PENDING":
+            break
+        time.sleep(0.3)
+    return ""

@@ -1,0 +1,172 @@
+"""What runs on the nodes: one `Run` a task, which submitit pickles, starts, and after an interruption starts again.
+
+Life of a task: forget what the last life left, meet the other ranks, run the script's main with a `stop` that signals set. When main has
+saved and comes back with 75, all ranks came back together: rank 0 lets submitit requeue the job, and all wait to be ended. Whatever goes wrong
+leaves a record beside the logs, so that the rank that began it can be named.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import submitit
+
+from launch import slurm
+from moco_isl.errors import Interrupted
+
+SCRIPTS = {"pretrain": "main_moco_isl", "lincls": "main_lincls", "knn": "main_knn"}
+NEW_LIFE = "=> life "  # begins the line in the error log that parts a life from the one before
+LOCAL_RESTARTS = 5  # submitit's controller of local jobs starts a job six times
+
+
+class Stop:
+    """The `stop` that main polls: true once SLURM asked for the node. USR2 is sent ahead of a preemption and of the time limit; TERM comes when a
+    job is cancelled or requeued, and is the only notice of preemption on clusters without preempt_send_user_signal: saving is right for all."""
+
+    def __init__(self) -> None:
+        self.signals: list[int] = []
+        self.requeue = signal.getsignal(signal.SIGUSR2)  # submitit's: writes the pickle of the next life, requeues, exits
+        for number in (signal.SIGUSR2, signal.SIGTERM):
+            signal.signal(number, self._note)
+
+    def _note(self, number, frame) -> None:
+        if number not in self.signals:
+            os.write(1, f"=> {signal.Signals(number).name}: asked to stop\n".encode())  # print is not safe inside a handler
+        self.signals.append(number)
+
+    def __call__(self) -> bool:
+        return bool(self.signals)
+
+
+@dataclasses.dataclass
+class Run:
+    """A script with its flags in its run folder. `restarts` counts the lives that ended by saving and requeueing."""
+
+    script: str  # a key of SCRIPTS
+    flags: list[str]  # the script's own, without --out and --resume
+    out: str  # run folder; %j is the job's id
+    resume: str | None = "auto"  # a file: to begin with, auto once there is a checkpoint; None: the script cannot resume
+    max_restarts: int = 30
+    join_timeout: float = 300  # seconds
+    restarts: int = 0
+
+    def checkpoint(self) -> submitit.helpers.DelayedSubmission:
+        """The next life, for submitit; made of what the constructor set, as it may be asked for before __call__."""
+        return submitit.helpers.DelayedSubmission(dataclasses.replace(self, restarts=self.restarts + 1))
+
+    def __call__(self) -> dict:
+        stop = Stop()  # first of all: until here a signal went to submitit's handler, which is as good as long as nothing runs
+        env = submitit.JobEnvironment()
+        _forget_last_life(env)
+        out = self.out.replace("%j", env.job_id)
+        try:
+            code = self._main(env, out, stop)
+        except Exception as error:
+            _record(env, 1, f"{type(error).__name__}: {error}")
+            raise
+        if code == Interrupted.exit_code:
+            code = self._leave(env, out, stop)
+        if code:
+            _record(env, code, "")
+            sys.exit(code)  # no traceback: main has said in a line what is wrong
+        return {"rank": env.global_rank, "out": out, "restarts": self.restarts}
+
+    def _main(self, env: submitit.JobEnvironment, out: str, stop: Stop) -> int:
+        from launch import rendezvous  # here, and not above: torch takes seconds, and the signals had to be caught first
+
+        life = int(os.environ.get("SLURM_RESTART_COUNT", 0)) if env.cluster == "slurm" else self.restarts
+        nodes, tasks = env.num_nodes, env.num_tasks
+        place = rendezvous.Place(
+            job=env.raw_job_id, life=life, rank=env.global_rank, world=tasks, local_rank=env.local_rank, local_world=tasks // nodes,
+            node=os.environ.get("SLURMD_NODENAME", env.hostname), first_node=env.hostnames[0] if nodes > 1 else "127.0.0.1")  # fmt: skip
+        print(f"=> rank {place.rank} of {place.world} on {place.node}, local rank {place.local_rank}, "
+              f"CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', '')}, life {life + 1} of job {env.job_id}", flush=True)  # fmt: skip
+        if life:
+            print(f"{NEW_LIFE}{life + 1} of job {env.job_id}", file=sys.stderr, flush=True)
+        if life and place.rank == 0:
+            _wait_for_lock(Path(out), stop)
+        store = rendezvous.join(place, self.join_timeout, stop)
+        if store is None:  # asked to stop before anything ran: there is nothing to save
+            return Interrupted.exit_code
+        if place.rank == 0:
+            print(f"=> {place.world} ranks met at {place.first_node}:{os.environ['MASTER_PORT']}", flush=True)
+        flags = [*self.flags, "--out", out]
+        if self.resume is not None:
+            if place.rank == 0:  # it alone looks, for a shared file system may show the others an older state
+                store.set("launch/resume", "auto" if any(Path(out).glob("checkpoint_*.pth.tar")) else self.resume)
+            flags += ["--resume", store.get("launch/resume").decode()]
+        return importlib.import_module(SCRIPTS[self.script]).main(flags, stop)
+
+    def _leave(self, env: submitit.JobEnvironment, out: str, stop: Stop) -> int:
+        """Everything is saved: have the job requeued, and wait for the end of this life; the exit code if there is no next one."""
+        most = self.max_restarts if env.cluster == "slurm" else min(self.max_restarts, LOCAL_RESTARTS)
+        go_on = f"The run is saved: the same command with --job-dir {out} goes on with it"
+        if self.restarts >= most:
+            _say(env, f"=> not requeued: restarted {self.restarts} times already (--max-restarts). {go_on}")
+            return Interrupted.exit_code
+        if env.cluster == "slurm":
+            self._requeue(env, stop)
+            _say(env, f"=> not requeued: SLURM neither took the job back nor ended it. {go_on}")
+        elif env.cluster == "local" and env.global_rank == 0 and stop.signals != [signal.SIGTERM]:
+            stop.requeue(signal.SIGUSR2, None)  # exits with the code that tells submitit's controller to start the tasks again
+        return Interrupted.exit_code
+
+    def _requeue(self, env: submitit.JobEnvironment, stop: Stop, patience: float = 120) -> None:
+        if env.global_rank == 0:
+            job = slurm.ask(env.job_id)
+            # a job that SLURM itself is taking down (cancelled, preempted without grace, requeued by the admin) goes where SLURM sends it
+            if job is None or job.state == "RUNNING":
+                try:
+                    stop.requeue(signal.SIGUSR2, None)
+                except SystemExit:
+                    pass  # done; to exit now would look like a failure to srun
+                except subprocess.SubprocessError as error:  # as when SLURM began to requeue in this very moment
+                    _say(env, f"=> {error}")
+        time.sleep(patience)  # SLURM ends all tasks, at most KillWait (30 s by default) from now
+
+
+def _forget_last_life(env: submitit.JobEnvironment) -> None:
+    """Remove what this rank left when it was ended: a stale error would be taken for this life's, and submitit stumbles over half-written files."""
+    paths = env.paths
+    stale = [paths.result_pickle, record_file(paths.folder, env.job_id, env.global_rank)]
+    if env.global_rank == 0:
+        stale.append(paths.submitted_pickle.with_suffix(".pkl.save_tmp"))
+    for file in [*stale, paths.result_pickle.with_suffix(".pkl.save_tmp")]:
+        file.unlink(missing_ok=True)
+
+
+def _wait_for_lock(out: Path, stop: Stop, seconds: float = 180) -> None:
+    """After a node failed, rank 0's last life may breathe on where SLURM cannot reach it, or a dead node's lock may outlive it: a restart waits
+    for the run folder for a while, where a second run would be refused at once."""
+    lock, end = out / ".lock", time.monotonic() + seconds
+    while lock.exists() and time.monotonic() < end and not stop():
+        try:
+            with open(lock, "a") as file:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except OSError:
+            time.sleep(1)
+
+
+def record_file(folder: Path, job_id: str, rank: int) -> Path:
+    return folder / f"{job_id}_{rank}_failure.json"
+
+
+def _record(env: submitit.JobEnvironment, code: int, error: str) -> None:
+    """When, where and of what this rank failed. A full disk may refuse it: the logs and the exit code remain."""
+    facts = {"time": time.time(), "rank": env.global_rank, "node": os.environ.get("SLURMD_NODENAME", env.hostname), "code": code, "error": error}
+    with contextlib.suppress(OSError):
+        record_file(env.paths.folder, env.job_id, env.global_rank).write_text(json.dumps(facts))
+
+
+def _say(env: submitit.JobEnvironment, line: str) -> None:
+    if env.global_rank == 0:
+        print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,60 @@
+"""What SLURM knows about a job: from slurmctld while it remembers (MinJobAge, 5 minutes after the end), then from the accounting if there is one."""
+
+import re
+import subprocess
+from dataclasses import dataclass
+
+FINAL = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "PREEMPTED", "REVOKED"}
+PASSING = {"NODE_FAIL", "PREEMPTED", "BOOT_FAIL"}  # shown for a moment by jobs that are about to be requeued
+
+
+@dataclass(frozen=True)
+class JobState:
+    state: str
+    reason: str = ""
+    restarts: int | None = None
+    exit_code: str = ""  # as SLURM has it, code:signal
+    nodes: str = ""
+    requeue: bool = False
+
+    @property
+    def final(self) -> bool:
+        return self.state in FINAL
+
+    @property
+    def may_return(self) -> bool:
+        """Final by its name, but SLURM requeues such jobs by itself."""
+        return self.requeue and self.state in PASSING
+
+
+def ask(job_id: str) -> JobState | None:
+    """The state of a job, or of an array's element A_i; None where SLURM knows nothing of it or cannot be asked."""
+    return _from_controller(job_id) or _from_accounting(job_id)
+
+
+def _run(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout if done.returncode == 0 else ""
+
+
+def _from_controller(job_id: str) -> JobState | None:
+    text = _run("scontrol", "show", "job", job_id, "-o")
+    found = dict(re.findall(r"(?:^|\s)(JobState|Reason|Restarts|ExitCode|NodeList|Requeue)=(\S*)", text.splitlines()[0] if text else ""))
+    if "JobState" not in found:
+        return None
+    nothing = ("None", "(null)")
+    return JobState(
+        state=found["JobState"], reason="" if found.get("Reason") in nothing else found.get("Reason", ""), restarts=int(found.get("Restarts", 0)),
+        exit_code=found.get("ExitCode", ""), nodes="" if found.get("NodeList") in nothing else found.get("NodeList", ""),
+        requeue=found.get("Requeue") == "1")  # fmt: skip
+
+
+def _from_accounting(job_id: str) -> JobState | None:
+    for line in _run("sacct", "-X", "-n", "-P", "-o", "JobID,State,ExitCode,NodeList", "-j", job_id).splitlines():
+        name, state, exit_code, nodes = line.split("|")
+        if name == job_id:
+            return JobState(state=state.split()[0], exit_code=exit_code, nodes="" if nodes == "None assigned" else nodes)
+    return None

@@ -1,0 +1,404 @@
+"""The launcher without SLURM: command lines, sbatch file, reports, waiting, sweeps, rendezvous, and jobs on this machine. With SLURM: tests/slurm."""
+
+import ast
+import json
+import os
+import pickle
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from launch import curves, executors, job, options, rendezvous, report, slurm, status, submit, sweep, watch
+from launch.job import Run
+from launch.report import Entry
+from launch.slurm import JobState
+from moco_isl.errors import BadInput
+from tests.ranks import run_ranks
+
+ROOT = Path(__file__).resolve().parents[1]
+DIGITS = shlex.split("--dataset digits -a digits --mlp --moco-dim 32 --moco-k 256 --epochs 1 -b 128 -j 0 --device cpu --seed 1 --max-steps 3 -p 1")
+CPU = shlex.split("--gpus-per-node 0 --tasks-per-node 2")
+
+
+@pytest.fixture
+def no_environment_left(monkeypatch):
+    """What a launcher in this process sets is gone afterwards."""
+    old = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(old)
+
+
+# ---- command lines
+
+
+def dry(capsys, *argv: str) -> str:
+    assert submit.main([argv[0], "--dry-run", *argv[1:]]) == 0
+    return capsys.readouterr().out
+
+
+def test_a_dry_run_shows_all_and_touches_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    asked = shlex.split("pretrain --nodes 4 --gpus-per-node 8 --partition gpu --timeout 2880 --account a --qos q --constraint c --comment 'two words' --mem-gb 320 "
+                        "--cpus-per-task 12 --exclude n7 --setup 'module load cuda' --env A=b --container 'apptainer exec --nv x.sif' --sbatch gres=gpu:8 "
+                        "--srun=--mpi=none --signal-delay 90 --job-dir runs/%j")  # fmt: skip
+    text = dry(capsys, *asked, "--then", "knn", "--knn", "DIR --k 20", "--", "--mlp", "--lr", "0.12", "--batch-size", "1024", "DIR")
+    for line in ("nodes=4", "gpus-per-node=8", "ntasks-per-node=8", "partition=gpu", "time=2880", "account=a", "qos=q", "constraint=c", "comment='two words'", "mem=327680MB",
+                 "cpus-per-task=12", "exclude=n7", "gres=gpu:8", "signal=USR2@90", "requeue", f"output={tmp_path}/runs/%j/%j_0_log.out",
+                 "dependency=afterok:JOB_OF_PRETRAIN", "kill-on-invalid-dep=yes"):  # fmt: skip
+        assert f"#SBATCH --{line}\n" in text, line
+    assert "module load cuda\n" in text and "export A=b\n" in text
+    assert "--mpi=none sh -c 'trap \"\" USR2; exec \"$@\"' sh apptainer exec --nv x.sif python -u -m submitit.core._submit" in text
+    assert "# lr: 0.12\n" in text and "# resume: auto\n" in text and f"# pretrained: {tmp_path}/runs/%j/checkpoint_last.pth.tar\n" in text and "# k: [20]\n" in text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_older_names_and_a_command_of_moco_without_the_dashes(capsys):
+    text = dry(capsys, *shlex.split("pretrain --ngpus 2 --job_dir there/%j --use_volta32 -a resnet50 --lr 0.03 --batch-size 256 --dist-url tcp://localhost:10001 "
+                                    "--multiprocessing-distributed --world-size 1 --rank 0 DIR"))  # fmt: skip
+    assert "#SBATCH --constraint=volta32gb\n" in text and "#SBATCH --gpus-per-node=2\n" in text and f"run folder {Path.cwd()}/there/%j" in text
+    assert "# lr: 0.03\n" in text and "# data: DIR\n" in text
+
+
+def test_help_of_both(capsys):
+    assert submit.main(["knn", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "--gpus-per-node" in text and "--pretrained" in text and "%%" not in text
+
+
+def test_launcher_and_scripts_share_no_flag():
+    own = {s for a in submit.get_parser()._actions for s in a.option_strings} - {"-h", "--help"}
+    for script in job.SCRIPTS:
+        shared = own & {s for a in options.script_parser(script)._actions for s in a.option_strings}
+        assert not shared, f"{script}: {shared} would be taken by the launcher when given before --"
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        ("walk", "expected pretrain, lincls or knn"),
+        ("pretrain --epohcs 3 DIR", "did you mean --epochs?"),
+        ("pretrain", "no data"),
+        ("pretrain --partitoin gpu DIR", "--partitoin"),
+        ("pretrain --out x DIR", "say --job-dir x"),
+        ("pretrain --resume nowhere.pth DIR", "no file at --resume 'nowhere.pth'"),
+        ("pretrain --nodes 3 --gpus-per-node 8 DIR", "--batch-size 256 does not divide into 24 ranks"),
+        ("pretrain --nodes 0 DIR", "--nodes 0"),
+        ("pretrain --tasks-per-node 2 --gpus-per-node 8 DIR", "one process a GPU"),
+        ("pretrain --timeout 1 --signal-delay 60 DIR", "--signal-delay 60"),
+        ("pretrain --cluster local --nodes 2 DIR", "--cluster slurm"),
+        ("pretrain --cluster debug --gpus-per-node 0 --tasks-per-node 2 DIR", "--cluster local"),
+        ("pretrain --env A DIR", "NAME=VALUE"),
+        ("pretrain --then probe DIR", "lincls, knn"),
+        ("pretrain --knn '--k 5' DIR", "--then does not name knn"),
+        ("pretrain --then knn --knn \"--k '5\" DIR", "No closing quotation"),
+        ("pretrain --then knn --knn '--kk 5' DIR", "did you mean --k?"),
+        ("lincls --then knn --pretrained x DIR", "--then follows a pretraining"),
+        ("pretrain --cluster slurm --gpus-per-node 1 DIR", "no sbatch here"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(argv, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert submit.main(shlex.split(argv)) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.startswith("error: ") and said.err.count("\n") == 1 and words in said.err, said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_shell_of_another_job_is_not_submitted(monkeypatch):
+    for name in ("RANK", "MASTER_PORT", "CUDA_VISIBLE_DEVICES", "SLURM_NTASKS", "SLURM_CONF", "SBATCH_ACCOUNT"):
+        monkeypatch.setenv(name, "1")
+    with options.clean_environment():
+        left = {name for name in ("RANK", "MASTER_PORT", "CUDA_VISIBLE_DEVICES", "SLURM_NTASKS", "SLURM_CONF", "SBATCH_ACCOUNT") if name in os.environ}
+    assert left == {"SLURM_CONF", "SBATCH_ACCOUNT"} and os.environ["RANK"] == "1"
+
+
+# ---- what became of a job
+
+
+@pytest.fixture
+def entry(tmp_path) -> Entry:
+    return Entry(job="7", cluster="slurm", script="pretrain", folder=str(tmp_path), out=str(tmp_path), tasks=3, command=["submit.py"])
+
+
+def fails(entry: Entry, rank: int, error: str, when: float, code: int = 1) -> None:
+    facts = {"time": when, "rank": rank, "node": f"n{rank}", "code": code, "error": error}
+    job.record_file(Path(entry.folder), entry.job, rank).write_text(json.dumps(facts))
+
+
+def test_the_cause_comes_before_what_followed_from_it(entry):
+    fails(entry, 0, "RuntimeError: [..] Connection closed by peer [10.0.0.2]:1", 1.0)  # noticed, and even recorded, first
+    fails(entry, 1, "ValueError: boom", 2.0)
+    entry.log(0).write_text("srun: error: n2: task 2: Killed\n")
+    assert [f.rank for f in report.failures(entry)] == [2, 1, 0] or [f.rank for f in report.failures(entry)][0] != 0
+    text = "\n".join(report.explain(entry, JobState("FAILED", exit_code="1:0")))
+    assert text.index("rank 0 on n0") > text.index("ValueError: boom")
+
+
+def test_a_rank_that_left_no_word_is_named_with_its_end(entry):
+    fails(entry, 0, "DistBackendError: NCCL watchdog", 1.0)
+    entry.log(0).write_text("srun: error: n2: task 1: Killed\nsrun: error: n3: tasks 2: Exited with exit code 3\n")
+    first, second, third = report.failures(entry)
+    assert (first.rank, first.node) == (1, "n2") and "exit code 137, signal 9" in first.word and second.word == "ended with exit code 3" and third.rank == 0
+
+
+def test_what_an_earlier_life_left_in_the_log_is_no_cause(entry):
+    entry.log(0).write_text("srun: error: n2: task 1: Killed\n=> life 2 of job 7\nfine\n")
+    assert report.failures(entry) == []
+    entry.log(0).write_text("=> life 2 of job 7\n*** STEP 7.0 ON n1 CANCELLED AT 2026-11-21T08:45:50 DUE TO TIME LIMIT ***\nsrun: error: n2: task 1: Killed\n")
+    assert report.failures(entry) == []
+    text = "\n".join(report.explain(entry, JobState("TIMEOUT")))
+    assert "--signal-delay" in text and f"--job-dir {entry.folder}" in text
+
+
+def test_the_rank_that_says_why_comes_first_of_those_that_end_with_a_code(entry):
+    fails(entry, 1, "", 1.0, code=3)
+    fails(entry, 0, "", 2.0, code=3)
+    entry.log(0).write_text("Epoch 1\nerror: cannot write metrics.jsonl: No space left on device\n")
+    assert [(f.rank, f.word) for f in report.failures(entry)] == [(0, "error: cannot write metrics.jsonl: No space left on device"), (1, "ended with exit code 3")]
+
+
+def test_a_job_that_slurm_forgot_is_judged_by_its_results(entry, monkeypatch):
+    monkeypatch.setattr(slurm, "ask", lambda job_id: None)
+    assert report.state(entry).state == "UNKNOWN"
+    for rank in range(3):
+        (Path(entry.folder) / f"7_{rank}_result.pkl").write_bytes(pickle.dumps(("success", {})))
+    assert report.state(entry).state == "COMPLETED"
+    (Path(entry.folder) / "7_1_result.pkl").write_bytes(pickle.dumps(("error", "trace")))
+    fails(entry, 1, "ValueError: boom", 1.0)
+    assert report.state(entry).state == "FAILED"
+
+
+def test_scontrol_and_sacct_are_read(tmp_path, monkeypatch):
+    tools = {"scontrol": "JobId=8 Restarts=2 JobState=NODE_FAIL Reason=None Requeue=1 ExitCode=0:9 NodeList=n[1-2] ReqNodeList=(null)", "sacct": "9_1|CANCELLED by 0|0:15|n1"}
+    for name, text in tools.items():
+        (tmp_path / name).write_text(f'#!/bin/sh\ncase "$*" in *{"8" if name == "scontrol" else "9_1"}*) echo "{text}";; *) exit 1;; esac\n')
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    found = slurm.ask("8")
+    assert found == JobState("NODE_FAIL", "", 2, "0:9", "n[1-2]", True) and found.may_return
+    assert slurm.ask("9_1") == JobState("CANCELLED", "", None, "0:15", "n1") and slurm.ask("5") is None
+
+
+def test_waiting_sees_through_a_failed_node_and_ends_when_slurm_has_forgotten(entry, monkeypatch, capsys):
+    clock = iter(range(0, 10_000, 5))
+    monkeypatch.setattr(watch.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(watch.time, "sleep", lambda seconds: None)
+    states = [JobState("RUNNING"), JobState("NODE_FAIL", requeue=True), JobState("PENDING", "BeginTime", 1), JobState("RUNNING", "", 1), JobState("COMPLETED", "", 1)]
+    monkeypatch.setattr(report, "state", lambda e, states=iter(states): next(states))
+    assert watch.outcome([entry], watch.wait([entry], 1)) == 0
+    monkeypatch.setattr(report, "state", lambda e: JobState("NODE_FAIL", requeue=True))
+    assert watch.wait([entry], 1)["7"].state == "NODE_FAIL"
+    monkeypatch.setattr(report, "state", lambda e: JobState("UNKNOWN"))
+    assert watch.outcome([entry], watch.wait([entry], 1)) == 1
+    assert "neither a result nor an error" in capsys.readouterr().out
+
+
+def test_status_without_a_job_is_one_line(tmp_path, capsys):
+    assert status.main([str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith("error: no launch.jsonl")
+
+
+# ---- ranks find each other
+
+
+def meet(rank: int, world: int, name: str, life: int, expected: int, seconds: float):
+    old = dict(os.environ)
+    place = rendezvous.Place(job=name, life=life, rank=rank, world=expected, local_rank=rank, local_world=expected, node=f"n{rank}", first_node="127.0.0.1")
+    try:
+        store = rendezvous.join(place, seconds, lambda: False)
+        found = {k: os.environ[k] for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
+        store.set(f"bye{rank}", "1")
+        store.wait([f"bye{r}" for r in range(world)])  # rank 0's store goes with its last holder
+        return found, None
+    except rendezvous.CannotJoin as error:
+        return None, str(error)
+    finally:
+        os.environ.clear()
+        os.environ.update(old)
+
+
+def test_ranks_meet_past_ports_that_others_hold():
+    ports = rendezvous.Place("test", 1, 0, 2, 0, 2, "n0", "127.0.0.1").ports
+    with socket.create_server(("", ports[0])):  # takes connections, and is mute
+        (first, _), (second, _) = run_ranks(2, meet, "test", 1, 2, 60.0)
+    assert first["MASTER_PORT"] == second["MASTER_PORT"] == str(ports[1])
+    assert (first["RANK"], second["RANK"], second["LOCAL_RANK"], second["WORLD_SIZE"]) == ("0", "1", "1", "2")
+
+
+def test_a_missing_rank_is_named_by_all_within_the_time():
+    answers = run_ranks(2, meet, "missing", 0, 3, 1.0)
+    assert all(found is None and "did not join within 1 s: rank 2." in error or "rank 0 ended" in error for found, error in answers)
+    assert "rank 2" in answers[0][1]
+
+
+def test_ports_differ_between_jobs_and_lives():
+    ports = {(name, life): rendezvous.Place(name, life, 0, 1, 0, 1, "n", "n").ports[0] for name in ("41", "42", "43") for life in (0, 1, 2)}
+    assert len(set(ports.values())) == len(ports) and all(10_000 <= port < 32_768 for port in ports.values())
+
+
+# ---- one life of a task
+
+
+class FakeMain:
+    """A script whose main does what it is told, in place of the real one."""
+
+    def __init__(self, monkeypatch, act):
+        self.calls, self.act = [], act
+        monkeypatch.setattr(job.importlib, "import_module", lambda name: self)
+
+    def main(self, flags, stop):
+        self.calls.append(flags)
+        return self.act(stop)
+
+
+def in_debug(tmp_path, **settings) -> tuple[int, Run]:
+    run = Run("pretrain", ["--lr", "1"], str(tmp_path / "debug"), **settings)
+    old = {number: signal.getsignal(number) for number in (signal.SIGUSR2, signal.SIGTERM)}
+    try:
+        return submit.debug(run), run
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("code", [0, 2, 3])
+def test_mains_exit_code_is_the_jobs(code, tmp_path, monkeypatch, no_environment_left):
+    fake = FakeMain(monkeypatch, lambda stop: code)
+    assert in_debug(tmp_path)[0] == code
+    assert fake.calls == [["--lr", "1", "--out", str(tmp_path / "debug"), "--resume", "auto"]]
+    assert len(list(tmp_path.rglob("*_failure.json"))) == (code > 0)
+
+
+def test_signals_are_told_to_main_and_an_exception_is_recorded(tmp_path, monkeypatch, capsys, no_environment_left):
+    seen = []
+
+    def act(stop):
+        seen.append(stop())
+        os.kill(os.getpid(), signal.SIGUSR2)
+        seen.append(stop())
+        raise ValueError("boom")
+
+    FakeMain(monkeypatch, act)
+    assert in_debug(tmp_path)[0] == 1 and seen == [False, True]
+    (record,) = tmp_path.rglob("*_failure.json")
+    assert json.loads(record.read_text())["error"] == "ValueError: boom" and "ValueError: boom" in capsys.readouterr().err
+
+
+def test_a_file_to_resume_from_gives_way_to_the_runs_own_checkpoint(tmp_path, monkeypatch, no_environment_left):
+    fake = FakeMain(monkeypatch, lambda stop: 0)
+    in_debug(tmp_path, resume="old.pth.tar")
+    (tmp_path / "debug" / "checkpoint_last.pth.tar").touch()
+    in_debug(tmp_path, resume="old.pth.tar")
+    in_debug(tmp_path, resume=None)
+    assert [flags[4:] for flags in fake.calls] == [["--resume", "old.pth.tar"], ["--resume", "auto"], []]
+
+
+def test_the_next_life_is_made_of_what_the_constructor_set():
+    run = Run("pretrain", ["--lr", "1"], "runs/%j", restarts=2)
+    following = run.checkpoint().function
+    assert following.restarts == 3 and following.out == "runs/%j" and pickle.loads(pickle.dumps(following)) == following
+
+
+def test_a_restart_waits_for_the_lock_of_its_last_life(tmp_path):
+    (tmp_path / ".lock").touch()
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", hold, str(tmp_path / ".lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        asked = iter([False, True])
+        job._wait_for_lock(tmp_path, lambda: next(asked))  # looks once, finds it held, is asked to stop
+        with pytest.raises(StopIteration):
+            next(asked)
+        holder.stdin.close()
+    job._wait_for_lock(tmp_path, lambda: False)
+
+
+# ---- this machine in place of a cluster
+
+
+def test_two_tasks_of_this_machine_train_together_and_status_tells(tmp_path, capfd, no_environment_left):
+    code = submit.main(["pretrain", "--cluster", "local", *CPU, "--timeout", "5", "--wait", "--poll", "0.5", "--job-dir", str(tmp_path / "%j"), "--", *DIGITS])
+    said = capfd.readouterr().out
+    assert code == 0, said
+    (folder,) = tmp_path.iterdir()
+    (entry,) = report.read_entries(folder)
+    assert f"job {entry.job} COMPLETED" in said and "rank 1 of 2" in entry.log(1, "out").read_text()
+    assert (folder / "checkpoint_last.pth.tar").exists() and "%j" not in folder.name
+    assert status.main([str(folder)]) == 0
+    assert "COMPLETED, restarts 0, epoch 0, loss" in capfd.readouterr().out
+
+
+# ---- sweeps
+
+
+def write(tmp_path, **plan) -> Path:
+    file = tmp_path / "sweep.yaml"
+    file.write_text(yaml.safe_dump(plan, sort_keys=False))
+    return file
+
+
+def test_the_points_of_a_sweep(tmp_path):
+    plan = sweep.read_plan(write(tmp_path, base={"data": "DIR", "mlp": True, "lr": 0.1}, grid={"moco-t": [0.1, 0.2], "cos": [True, False]}, points=[{"name": "a b/c", "lr": 3}]))
+    assert list(plan["points"]) == ["moco-t=0.1,cos=True", "moco-t=0.1,cos=False", "moco-t=0.2,cos=True", "moco-t=0.2,cos=False", "a_b_c"]
+    assert sweep.flags_of(plan["points"]["moco-t=0.2,cos=False"]) == ["DIR", "--mlp", "--lr", "0.1", "--moco-t", "0.2", "--no-cos"]
+    assert plan["points"]["a_b_c"]["lr"] == 3
+
+
+@pytest.mark.parametrize(
+    "plan, words",
+    [
+        ({"grids": {}}, "unknown ['grids']"),
+        ({"base": {"lr": 1}}, "neither grid nor points"),
+        ({"grid": {"lr": 1}}, "lr needs a list"),
+        ({"script": "walk", "points": [{"lr": 1}]}, "script 'walk'"),
+        ({"points": [{"name": "a"}, {"name": "a"}]}, "two points are named 'a'"),
+        ({"points": [{"learning": 1}], "base": {"dataset": "digits"}}, "--learning"),
+        ({"points": [{"lr": 1}], "figures": [{"x": "lr"}]}, "figures"),
+    ],
+)
+def test_a_bad_sweep_is_one_line(plan, words, tmp_path, capsys):
+    assert sweep.main([str(write(tmp_path, **plan))]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("error: ") and said.err.count("\n") == 1 and words in said.err and said.out == ""
+
+
+def test_a_sweep_on_this_machine_writes_a_folder_a_point_and_one_table(tmp_path, monkeypatch, capsys):
+    script = "import json, sys; out, T = sys.argv[1:]; open(out + '/metrics.jsonl', 'a').write(json.dumps({'kind': 'epoch', 'epoch': 0, 'loss': float(T), 'knn': 50}) + '\\n'); "
+    script += "sys.exit(float(T) > 0.2)"
+    monkeypatch.setattr(sweep, "_command", lambda name, flags, out: [sys.executable, "-c", script, str(out), flags[flags.index("--moco-t") + 1]])
+    file = write(tmp_path, base={"dataset": "digits", "batch-size": 128}, grid={"moco-t": [0.1, 0.2, 0.3]}, figures=[{"x": "moco-t", "y": "loss"}])
+    assert sweep.main([str(file), "--job-dir", str(tmp_path / "all")]) == 1  # the last point failed, the others ran
+    said = capsys.readouterr()
+    assert "moco-t=0.3 ended with exit code 1" in said.err and "| moco-t=0.1 | 0.1 | 0 | 0.1 | 50 |" in said.out
+    assert [row["loss"] for row in json.loads((tmp_path / "all" / "table.json").read_text())] == [0.1, 0.2, 0.3]
+    assert (tmp_path / "all" / "curve_0_moco-t.svg").stat().st_size > 1000
+
+
+def test_a_curve_has_the_mean_and_spread_of_equal_settings():
+    rows = [{"r": 1, "y": 2.0}, {"r": 1, "y": 4.0}, {"r": 0.5, "y": 1.0}, {"y": 9.0}, {"r": 2, "y": None}]
+    assert curves.points_of(rows, "r", "y") == [(0.5, 1.0, 0.0), (1, 3.0, pytest.approx(2**0.5))]
+
+
+# ---- the house
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "launch" / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+def test_recipes_are_command_lines_of_the_script(recipe):
+    args = options.parse_script("pretrain", ["--config", str(recipe), "DIR"], nodes=1, tasks_per_node=8)
+    content = yaml.safe_load(recipe.read_text())
+    assert all(getattr(args, name.replace("-", "_")) == value for name, value in content.items() if name != "wd") and args.data == "DIR"
+
+
+def test_nothing_imports_the_launcher():
+    for file in [*(ROOT / "moco_isl").rglob("*.py"), *ROOT.glob("main_*.py")]:
+        names = {alias.name for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Import) for alias in node.names}
+        names |= {node.module or "" for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom)}
+        assert not {name for name in names if name.split(".")[0] == "launch"}, file
