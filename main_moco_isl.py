@@ -352,7 +352,7 @@ class Run:
 
     def train(self) -> None:
         args, position = self.args, self.position
-        last_good = lambda: str(self.folder.last) if self.folder and self.folder.last.exists() else "none yet"  # noqa: E731
+        last_good = lambda: str(self.folder.last) if self.folder and self.folder.last.exists() else ""  # noqa: E731
         self.say(f"=> {self.M} images, {len(self.loader)} steps an epoch, {dist.world_size()} x {self.device}, seed {args.seed}, files in {args.out}")
         for epoch in range(position.epoch, args.epochs):
             lr = engine.learning_rate(epoch, lr=args.lr, epochs=args.epochs, cos=args.cos, schedule=args.schedule, rounds=args.isl_rounds)

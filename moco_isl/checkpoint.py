@@ -35,10 +35,13 @@ def save(state: dict, path: str | Path) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         _sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as a RuntimeError
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise RunFailed(f"cannot write {path}: {_reason(error)}") from error
+        cause = error if isinstance(error, OSError) else error.__context__  # torch's writer of zip files hides it behind a RuntimeError
+        if isinstance(cause, OSError):
+            raise RunFailed(f"cannot write {path}: {cause.strerror or cause}") from error
+        raise
 
 
 def copy(source: Path, target: Path) -> None:
@@ -56,7 +59,7 @@ def copy(source: Path, target: Path) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise RunFailed(f"cannot write {target}: {_reason(error)}; {source} is whole") from error
+        raise RunFailed(f"cannot write {target}: {error.strerror or error}; {source} is whole") from error
 
 
 def remove_stale(folder: Path) -> None:
@@ -141,29 +144,22 @@ def _some(names) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _reason(error: BaseException) -> str:
-    cause = error if isinstance(error, OSError) else error.__context__ if isinstance(error.__context__, OSError) else error
-    return cause.strerror or str(cause) if isinstance(cause, OSError) else _first_line(cause)
-
-
 def _what_is_wrong(path: Path, error: Exception) -> str:
     if isinstance(error, OSError):
         return error.strerror or str(error)
     with open(path, "rb") as file:
-        start = file.read(4)
+        start = file.read(8)
     if not start:
         return "it is empty"
-    if start == b"PK\x03\x04" and not zipfile.is_zipfile(path):
+    if start.startswith(b"PK\x03\x04") and not zipfile.is_zipfile(path):
         return "it is cut off or damaged"
+    if start.isascii() and start.decode().isprintable():
+        return "it is a text file"
     if (found := re.search(r"GLOBAL (\S+)", str(error))) and not found[1].startswith("torch."):
         return f"it holds a pickled {found[1]}, and pickles are not executed"
     if "Weights only load failed" in str(error) or start[:1] == b"\x80":
         return "it holds pickled Python objects, which are not executed"
     return "it is not a file of torch.save"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
 def _sync_folder(folder: Path) -> None:

@@ -6,6 +6,7 @@ number of workers, and a start in the middle of an epoch skips without loading.
 """
 
 import multiprocessing.util
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -154,6 +155,20 @@ def _refuse(dataset: Dataset, bad: list[int], most: int | None) -> None:
         )
 
 
+def reader_died(error: Exception) -> str:
+    """What to say where torch tells that a worker was ended from outside; '' for any other error.
+
+    It raises that wherever the news finds this process, in the loop over batches or in the midst of a step.
+    """
+    found = re.match(r"DataLoader worker \(pid(?:\(s\))? (\d+)", str(error)) if isinstance(error, RuntimeError) else None
+    if not found:  # an error inside of a worker comes without a pid
+        return ""
+    return (
+        f"a process that reads images was ended from outside (pid {found[1]}): the memory may have run out; use fewer "
+        "--workers, then resume with --resume auto"
+    )
+
+
 def _end_workers(holder: list[DataLoader]) -> None:
     """End the workers of a DataLoader for sure: they ignore SIGTERM, with which multiprocessing would do it at exit."""
     while holder:
@@ -208,12 +223,9 @@ class _FileLoader:
                     images = [self.normalize(x) for x in images]
                 yield [*images, index.to(self.device, non_blocking=True)]
         except RuntimeError as error:
-            if "DataLoader worker (pid" not in str(error):  # an error of its own: torch names no pid with those
-                raise
-            raise RunFailed(
-                f"a process that reads images died ({str(error).strip()}): it may have run out of memory; use fewer "
-                "--workers"
-            ) from error
+            if died := reader_died(error):
+                raise RunFailed(died) from error
+            raise
 
 
 class FileTrainLoader(_FileLoader):

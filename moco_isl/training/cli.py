@@ -6,6 +6,7 @@ import errno
 import math
 import multiprocessing.connection
 import os
+import re
 import signal
 import socket
 import sys
@@ -21,6 +22,7 @@ import torch.multiprocessing
 import yaml
 
 from moco_isl import dist
+from moco_isl.data.loaders import reader_died
 from moco_isl.errors import BadInput, Interrupted, RunFailed
 from moco_isl.training.signals import SIGNALS
 
@@ -35,10 +37,20 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message: str):
-        unknown = message.removeprefix("unrecognized arguments: ").split()[0] if message.startswith("unrecognized") else ""
-        if unknown and not unknown.startswith("-"):
-            raise BadInput(f"'{unknown}' is one argument too many: expected flags and at most one DIR, which names the data set; see --help")
-        raise BadInput(f"{message}{_nearest(unknown.split('=')[0], self._option_string_actions)}; see --help")
+        flag = found[1].split("/")[0] if (found := re.match(r"argument (\S+): ", message)) else ""
+        if found := re.search(r"invalid choice: '(.*?)'.*\(choose from (.*)\)", message):
+            choices = found[2].replace("'", "")
+            message = f"{flag} {found[1]}: expected one of {choices}{_nearest(found[1], choices.split(', '))}"
+        elif found := re.search(r"invalid (int|float) value: '(.*)'", message):
+            message = f"{flag} {found[2]}: expected a {'whole ' if found[1] == 'int' else ''}number"
+        elif message.startswith("unrecognized arguments: "):
+            first = message.split()[2]
+            if not first.startswith("-"):
+                raise BadInput(f"'{first}' is one argument too many: expected flags and at most one DIR, which names the data set; see --help")
+            message = f"no flag {first}{_nearest(first.split('=')[0], self._option_string_actions)}"
+        elif flag:
+            message = f"{flag}: {message.split(': ', 1)[1]}"
+        raise BadInput(f"{message}; see --help")
 
     def parse_args(self, argv: list[str] | None = None, namespace=None) -> argparse.Namespace:
         """Flags of argv; with `--config FILE.yaml` those of the file first, so that the command line wins."""
@@ -157,6 +169,7 @@ def check_range(args: argparse.Namespace, name: str, low: float, high: float = f
     for v in value if isinstance(value, list) else [value]:
         inside = v is None or ((low < v if low_open else low <= v) and v <= high and math.isfinite(v))
         bounds = f"{'more than' if low_open else 'at least'} {low:g}" + (f" and at most {high:g}" if high < float("inf") else "")
+        bounds += "" if v is None or math.isfinite(v) else ", and finite"
         check(inside, f"--{name.replace('_', '-')} {v} is out of range: expected {bounds}")
 
 
@@ -433,8 +446,8 @@ def _in_words(error: Exception) -> str:
     text = (str(error).strip().splitlines() or [""])[0]
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return f"the GPU's memory is full ({text}): use a smaller --batch-size, --amp bf16, or more GPUs"
-    if isinstance(error, RuntimeError) and "DataLoader worker (pid" in text:  # torch raises it wherever the news finds the process
-        return f"a process that reads images died ({text}): it may have run out of memory; use fewer --workers. Resume with --resume auto"
+    if died := reader_died(error):
+        return died
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"{error.strerror}; the last checkpoint is whole. Free some space, then resume with --resume auto"
     return ""

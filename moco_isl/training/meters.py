@@ -123,9 +123,9 @@ class Progress:
 
 
 def require_finite(averages: Averages, epoch: int, last_good: str) -> None:
-    """Raise RunFailed if a loss of this epoch was not finite, naming the step and the last good file. All ranks agree."""
+    """Raise RunFailed if a loss of this epoch was not finite, naming the step and the last good file ('': there is none). All ranks agree."""
     bad = averages.first_bad_step()
     worst = int(dist.all_reduce_max(torch.tensor(bad, device=averages.sums.device)))
     if worst >= 0:
-        raise RunFailed("" if not dist.is_main() else f"the loss was not finite at epoch {epoch}, step {worst}; nothing was saved after that; the last good file is {last_good}. "
-                        "Lower --lr or turn --amp off, then resume with --resume auto")
+        stands = f"the last good file is {last_good}: start anew from it with --init, a lower --lr" if last_good else "nothing had been saved yet: start anew with a lower --lr"
+        raise RunFailed(f"the loss was not finite at epoch {epoch}, step {worst}; {stands} or without --amp" if dist.is_main() else "")

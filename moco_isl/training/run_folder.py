@@ -151,7 +151,7 @@ class RunFolder:
 def check_folder(path: str | Path, resume: bool) -> None:
     """Raise BadInput where no run can have its files in `path`: it cannot be written, or (without `resume`) holds one already."""
     path = Path(path)
-    nearest = next(p for p in (path, *path.absolute().parents) if p.exists())
+    nearest = next(p for p in (path, *path.parents) if p.exists())
     if not nearest.is_dir():
         raise BadInput(f"--out '{path}' cannot be written: {nearest} is a file; expected a folder to create files in")
     if not os.access(nearest, os.W_OK | os.X_OK):

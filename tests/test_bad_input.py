@@ -1,0 +1,411 @@
+"""Everything a user can get wrong, and what goes wrong under way: one line that says what, what was expected and what to do, and the exit code.
+
+    python -m tests.test_bad_input      writes BAD_INPUT.md, the list of them; a test holds the file to it
+"""
+
+import contextlib
+import io
+import os
+import pickle
+import re
+import shutil
+import signal
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import main_moco_isl
+from moco_isl import builder, checkpoint
+from moco_isl.encoders import build_encoder
+from moco_isl.training.run_folder import RunFolder
+from tests.runs import DIGITS, SERVER, Running, photos
+
+LIST = Path(__file__).parent.parent / "BAD_INPUT.md"
+SMALL = DIGITS[2:]  # without the data set
+RUN = [*DIGITS, "--epochs", "2"]
+OUT = ["--out", "new"]
+PHOTOS = ["--image-size", "16", *"-a digits --mlp --moco-dim 16 --moco-k 16 -b 2 -j 0 --seed 1 --device cpu --epochs 1".split()]
+
+
+class Evil:
+    """What would make a file if somebody unpickled it."""
+
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+def make_place() -> None:
+    """The current folder becomes one in which everything that can be wrong is there."""
+    main_moco_isl.main([*RUN, "--out", "run", "--seed", "1"])
+    main_moco_isl.main([*RUN, "--out", "busy", "--max-steps", "3"])
+    photos(Path("photos"), 6)
+    for folder in ("empty", "only_val/val/a", "unreadable"):
+        Path(folder).mkdir(parents=True)
+    Path("text.txt").write_text("not a checkpoint\n")
+    Path("unreadable/a.jpg").write_text("no image")
+    Path("nothing.pth").touch()
+    Path("pickle.pth").write_bytes(pickle.dumps({"state_dict": Evil()}))
+    torch.save({"state_dict": Evil()}, "code.pth")
+    whole = Path("run/checkpoint_last.pth.tar").read_bytes()
+    Path("cut.pth").write_bytes(whole[: len(whole) // 2])
+    torch.save(torch.zeros(3), "tensor.pth")
+    torch.save({"state_dict": torch.nn.Conv2d(3, 4, 3).state_dict()}, "bare.pth")
+    other = builder.MoCo(lambda num_classes: build_encoder("resnet18w16", num_classes, "cifar"), 16, 128, mlp=True)
+    checkpoint.save({"epoch": 1, "arch": "resnet18w16", "state_dict": checkpoint.model_state(other)}, "resnet.pth")
+    for name, text in {"unknown": "lerning-rate: 1", "list": "- a", "broken": "a: b: c", "switch": "cos: very", "choice": "miner: gam"}.items():
+        Path(f"{name}.yaml").write_text(text)
+
+
+DATA = [
+    ("no data set named", [*SMALL, *OUT]),
+    ("no such folder", ["nowhere", *SMALL, *OUT]),
+    ("a file for a folder", ["text.txt", *SMALL, *OUT]),
+    ("a folder without images", ["empty", *SMALL, *OUT]),
+    ("a folder of which no image can be read", ["unreadable", *SMALL, *OUT, "--knn-holdout", "0"]),
+    ("val/ without train/", ["only_val", *SMALL, *OUT]),
+    ("two data sets", ["photos", *RUN, *OUT]),
+    ("two folders", ["photos", *SMALL, *OUT, "run"]),
+    ("an unknown data set", [*SMALL, "--dataset", "digit", *OUT]),
+    ("a torchvision set that is not there", ["empty", *SMALL, "--dataset", "cifar10", *OUT]),
+    ("nothing to download", [*RUN, *OUT, "--download"]),
+    ("all images held out", [*RUN, *OUT, "--knn-holdout", "1437"]),
+]
+NUMBERS = [
+    (f"{flag} {value}", [*RUN, *OUT, flag, value])
+    for flag, value in [
+        ("--epochs", "0"), ("--epochs", "ten"), ("--epochs", "1.5"), ("-b", "0"), ("-b", "-64"), ("--lr", "-1"), ("--lr", "nan"), ("--lr", "inf"), ("--lr", "fast"), ("--wd", "-1"),
+        ("--momentum", "2"), ("--moco-t", "0"), ("--moco-m", "1.5"), ("--moco-k", "0"), ("--moco-dim", "0"), ("--bn-splits", "0"), ("--workers", "-1"), ("-p", "0"), ("--keep", "0"),
+        ("--image-size", "5000"), ("--max-bad-images", "-1"), ("--save-every", "-1"), ("--isl-budget", "0"), ("--isl-max-share", "2"), ("--isl-threshold", "2"),
+        ("--isl-radius", "-1"), ("--isl-bank-mix", "0"), ("--isl-hpe", "-1"), ("--isl-every", "0"), ("--start-epoch", "2"), ("--nproc-per-node", "-1"), ("--dist-timeout", "0"),
+    ]
+]  # fmt: skip
+TOGETHER = [
+    ("splits that do not divide the batch", [*RUN, *OUT, "--bn-splits", "3"]),
+    ("ranks that do not divide the batch", [*RUN, *OUT, "--multiprocessing-distributed", "--nproc-per-node", "3"]),
+    ("a batch larger than what splits leave", [*RUN, *OUT, "-b", "2000", "--moco-k", "4000", "--bn-splits", "2000"]),
+    ("a queue smaller than the batch", [*RUN, *OUT, "--moco-k", "32"]),
+    ("a queue smaller than the keys of a symmetric step", [*RUN, *OUT, "--moco-k", "64", "--symmetric"]),
+    ("symmetric with the bank", [*RUN, *OUT, "--objective", "bank", "--symmetric"]),
+    ("a minimum above the cap", [*RUN, *OUT, "--isl-gan-iters", "10", "--isl-gan-min-iters", "20"]),
+]
+FLAGS = [
+    ("an unknown flag, nearly right", [*RUN, *OUT, "--epohcs", "3"]),
+    ("an unknown flag", [*RUN, *OUT, "--quux=3"]),
+    ("a flag without its value", [*RUN, *OUT, "--lr"]),
+    ("a value that is no choice", [*RUN, *OUT, "--miner", "gam"]),
+    ("an unknown architecture, nearly right", [*RUN, *OUT, "-a", "resnet51"]),
+    ("an unknown architecture", [*RUN, *OUT, "-a", "quux"]),
+    ("an unknown timm architecture", [*RUN, *OUT, "-a", "timm:resnet51"]),
+    ("no config file", [*RUN, *OUT, "--config", "nowhere.yaml"]),
+    ("a config with an unknown name", [*RUN, *OUT, "--config", "unknown.yaml"]),
+    ("a config that is a list", [*RUN, *OUT, "--config", "list.yaml"]),
+    ("a config that is no YAML", [*RUN, *OUT, "--config", "broken.yaml"]),
+    ("a config that is no text", [*RUN, *OUT, "--config", "code.pth"]),
+    ("a config with a wrong switch", [*RUN, *OUT, "--config", "switch.yaml"]),
+    ("a config with a wrong choice", [*RUN, *OUT, "--config", "choice.yaml"]),
+    ("an unknown device", [*RUN, *OUT, "--device", "gpu"]),
+    ("processes for one process", [*RUN, *OUT, "--nproc-per-node", "2"]),
+    ("nodes without a rank", [*RUN, *OUT, "--world-size", "2"]),
+    ("nodes without a place to meet", [*RUN, *OUT, "--world-size", "2", "--rank", "0"]),
+]
+FILES = [
+    (f"--{flag} {what}", [*RUN, *OUT, f"--{flag}", path])
+    for flag in ("resume", "init")
+    for what, path in [
+        ("to nothing", "nowhere.pth"), ("to a folder", "run"), ("to an empty folder", "empty"), ("to text", "text.txt"), ("to a pickle", "pickle.pth"),
+        ("to a file with code in it", "code.pth"), ("to an empty file", "nothing.pth"), ("to half a file", "cut.pth"), ("to a tensor", "tensor.pth"),
+        ("to bare encoder weights", "bare.pth"), ("to another architecture", "resnet.pth"),
+    ]
+] + [
+    ("another architecture than the file's", [*RUN, *OUT, "--init", "run/checkpoint_last.pth.tar", "-a", "resnet18w16"]),
+    ("another K than the file's", [*RUN, *OUT, "--init", "run/checkpoint_last.pth.tar", "--moco-k", "256"]),
+    ("another dimension than the file's", [*RUN, *OUT, "--init", "run/checkpoint_last.pth.tar", "--moco-dim", "32"]),
+    ("--resume and --init", [*RUN, *OUT, "--resume", "run/checkpoint_last.pth.tar", "--init", "run/checkpoint_last.pth.tar"]),
+    ("--resume auto without --out", [*RUN, "--resume", "auto"]),
+    ("a resumed file with nothing left to do", [*RUN, *OUT, "--resume", "run/checkpoint_last.pth.tar"]),
+    *[
+        (f"resumed with another {what}", [*RUN, "--out", "run", "--resume", "auto", *flags])
+        for what, flags in [("architecture", ["-a", "resnet18w16"]), ("batch", ["-b", "32"]), ("K", ["--moco-k", "256"]), ("schedule", ["--schedule", "1"]), ("length", ["--epochs", "3"]),
+                            ("rate, and seed", ["--lr", "0.2", "--seed", "5"]), ("hold-out", ["--knn-holdout", "999"])]  # fmt: skip
+    ],
+]  # fmt: skip
+FOLDERS = [
+    ("--out holds a run", [*RUN, "--out", "run"]),
+    ("--out holds another run than the file's", [*RUN, "--out", "busy", "--resume", "run/checkpoint_0000.pth.tar"]),
+    ("the file is older than its run", [*RUN, "--out", "run", "--resume", "run/checkpoint_0000.pth.tar"]),
+    ("--out is a file", [*RUN, "--out", "text.txt"]),
+    ("--out is in a file", [*RUN, "--out", "text.txt/new"]),
+    ("--out is in use", [*RUN, "--out", "busy", "--resume", "auto"]),
+]
+CASES = {"Data": DATA, "Numbers": NUMBERS, "Numbers that do not go together": TOGETHER, "Flags": FLAGS, "Files to start from": FILES, "The run's folder": FOLDERS}
+CPU_ONLY = ("a GPU that is not there", [*RUN, *OUT, "--device", "cuda"])  # in no list: elsewhere it is there
+
+
+def ask(argv: list[str]) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of the main script in this process."""
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        code = main_moco_isl.main(argv)
+    return code, out.getvalue(), err.getvalue()
+
+
+def files() -> dict[str, tuple[int, int]]:
+    """Everything under the current folder, with size and time."""
+    return {str(p): ((s := p.lstat()).st_size, s.st_mtime_ns) for p in Path().rglob("*") if p.is_file()} | {str(p): (0, 0) for p in Path().rglob("*") if p.is_dir()}
+
+
+def _hold(folder: str, here: str, ready, done) -> None:
+    os.chdir(here)
+    held = RunFolder(folder, resume=True)
+    ready.set()
+    done.wait(60)
+    held.close()
+
+
+@contextlib.contextmanager
+def somebody_else_in(folder: str):
+    ready, done = SERVER.Event(), SERVER.Event()
+    process = SERVER.Process(target=_hold, args=(folder, os.getcwd(), ready, done))
+    process.start()
+    assert ready.wait(60)
+    yield
+    done.set()
+    process.join()
+
+
+def answer(what: str, argv: list[str]) -> tuple[int, str, str]:
+    with somebody_else_in("busy") if "in use" in what else contextlib.nullcontext():
+        return ask(argv)
+
+
+@contextlib.contextmanager
+def a_place():
+    """A folder in which everything that can be wrong is there, as the current one."""
+    before = Path.cwd()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                make_place()
+            yield
+        finally:
+            os.chdir(before)
+
+
+@pytest.fixture(scope="module")
+def place():
+    with a_place():
+        yield
+
+
+def shown(argv: list[str]) -> str:
+    """Flags without those that are right."""
+    given = " ".join(x if x else "''" for x in argv)
+    for part, short in ((RUN, "..."), (SMALL, "..."), (OUT, ""), (PHOTOS, "...")):
+        given = given.replace(" ".join(part), short)
+    return " ".join(given.split())
+
+
+def _cell(text) -> str:
+    return str(text).replace("|", "\\|")
+
+
+def listed() -> dict[str, list[str]]:
+    """BAD_INPUT.md as it stands: what -> [flags, exit code, message]."""
+    rows = [re.split(r" (?<!\\)\| ", line.removeprefix("| ").removesuffix(" |")) for line in LIST.read_text().splitlines() if line.startswith("| ")]
+    return {row[0]: row[1:] for row in rows if row[0] != "what"}
+
+
+def hold_to_list(what: str, argv: list[str], code: int, err: str) -> None:
+    """What was just said is what BAD_INPUT.md says of it."""
+    assert listed().get(what) == [_cell(x) for x in (f"`{shown(argv)}`", code, err.strip())], "python -m tests.test_bad_input writes the list anew"
+
+
+@pytest.mark.parametrize("what, argv", [pytest.param(*case, id=case[0]) for case in [*sum(CASES.values(), []), CPU_ONLY]])
+def test_bad_input_is_one_line_and_leaves_nothing(place, what, argv):
+    if what == CPU_ONLY[0] and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    before = files()
+    code, out, err = answer(what, argv)
+    assert code == 2
+    assert err.startswith("error: ") and err.count("\n") == 1 and len(err) < 600, err
+    assert "Traceback" not in err and "usage" not in err
+    assert all(line.startswith("=> ") for line in out.splitlines()), out
+    assert files() == before
+    if what != CPU_ONLY[0]:
+        hold_to_list(what, argv, code, err)
+
+
+SAID = {  # what is named: the wrong thing, what was expected, what to do
+    "no such folder": "nowhere; expected a folder",
+    "two data sets": "'photos'",
+    "a torchvision set that is not there": "--download",
+    "--epochs ten": "ten: expected a whole number",
+    "--lr nan": "--lr nan is out of range: expected at least 0",
+    "--moco-m 1.5": "expected at least 0 and at most 1",
+    "splits that do not divide the batch": "--batch-size 64 does not divide into 1 ranks x 3",
+    "ranks that do not divide the batch": "--batch-size 64 does not divide into 3 ranks",
+    "a queue smaller than the batch": "--moco-k 32 is smaller than the 64 keys",
+    "a queue smaller than the keys of a symmetric step": "--moco-k 64 is smaller than the 128 keys",
+    "an unknown flag, nearly right": "--epohcs (did you mean --epochs?)",
+    "a value that is no choice": "--miner gam: expected one of none, ",
+    "an unknown architecture, nearly right": "resnet50",
+    "a config with an unknown name": "lerning-rate",
+    "--resume to nothing": "no file at --resume 'nowhere.pth'",
+    "--resume to a folder": "checkpoint_last.pth.tar: name one of them",
+    "--resume to text": "'text.txt': it is not a file of torch.save",
+    "--init to a file with code in it": "it holds a pickled posix.system, and pickles are not executed",
+    "--init to half a file": "cut off or damaged",
+    "--resume to another architecture": "(arch resnet18w16) does not fit this model: missing ",
+    "another architecture than the file's": "unknown encoder_q.",
+    "another K than the file's": "queue [16, 128] for [16, 256]; give its --moco-k",
+    "resumed with another architecture": "--arch was 'digits' and is now 'resnet18w16'",
+    "resumed with another batch": "--batch-size was 64 and is now 32",
+    "resumed with another K": "--moco-k was 128 and is now 256",
+    "resumed with another schedule": "--schedule was [120, 160] and is now [1]",
+    "resumed with another length": "--epochs was 2 and is now 3",
+    "resumed with another rate, and seed": "--lr was 0.1 and is now 0.2, --seed was 1 and is now 5",
+    "the file is older than its run": "is older than run/checkpoint_last.pth.tar (epoch 2, 14 steps)",
+    "--out is in use": "in use by a run that is alive",
+}  # fmt: skip
+
+
+def test_the_messages_name_what_matters():
+    rows = listed()
+    for what, words in SAID.items():
+        assert words in rows[what][2], (what, rows[what][2])
+    assert list(rows) == [case[0] for case in [*sum(CASES.values(), []), *UNDERWAY, *KILLED]]
+
+
+def test_nothing_was_executed(place):
+    assert not list(Path().rglob("executed"))
+    with open("pickle.pth", "rb") as file:  # the trap is armed
+        pickle.load(file)
+    assert Path("executed").exists()
+    Path("executed").unlink()
+
+
+# ---- under way -------------------------------------------------------------------------------------------------------
+
+UNDERWAY = [
+    ("the loss is not finite", [*RUN, *OUT, "--lr", "1e30", "-p", "1"]),
+    ("a truncated image", ["broken", *PHOTOS, *OUT]),
+    ("more of them than allowed", ["broken2", *PHOTOS, *OUT, "--max-bad-images", "1"]),
+]
+KILLED = [
+    ("a full disk (here: files may only be so large)", [*RUN, *OUT]),
+    ("a process that reads images is killed", ["photos", *PHOTOS, *OUT, "-j", "1", "--epochs", "1000"]),
+    ("one of two ranks is killed", [*RUN, *OUT, "--epochs", "1000"]),
+]
+
+
+def break_photos() -> None:
+    for name, numbers in {"broken": (2,), "broken2": (2, 4)}.items():
+        if not Path(name).exists():
+            photos(Path(name), 6)
+            for i in numbers:
+                path = Path(name, "train", f"{i:02}.jpg")
+                path.write_bytes(path.read_bytes()[:-200])
+
+
+@pytest.mark.parametrize("what, argv", [pytest.param(*case, id=case[0]) for case in UNDERWAY])
+def test_what_goes_wrong_under_way(place, what, argv):
+    break_photos()
+    code, _, err = ask(argv)
+    assert code == 3 and err.startswith("error: ") and err.count("\n") == 1
+    hold_to_list(what, argv, code, err)
+    shutil.rmtree("new")
+
+
+def kill_something(what: str, argv: list[str]) -> tuple[int, str]:
+    """(exit code, stderr) of a real process to which this happens; of rank 0 of two, where rank 1 is killed."""
+    run = Running(argv, Path("log"), ranks=2 if "ranks" in what else 1, largest_file=60_000 if "disk" in what else None)
+    if "disk" not in what:
+        run.wait_for("Epoch: [0]")
+        run.kill_reader() if "reads" in what else run.signal(signal.SIGKILL, rank=1)
+    code, said = run.codes(timeout=60)[0], run.said()
+    for path in (Path("log"), Path("new")):
+        path.unlink() if path.is_file() else shutil.rmtree(path)
+    return code, re.sub(r"pid \d+", "pid N", "".join(line for line in said.splitlines(True) if not re.match("=> |Epoch:", line)))
+
+
+@pytest.mark.parametrize("what, argv", [pytest.param(*case, id=case[0]) for case in KILLED])
+def test_what_ends_a_run_from_outside(place, what, argv):
+    code, err = kill_something(what, argv)
+    assert code == 3 and err.startswith("error: ") and err.count("\n") == 1, err
+    hold_to_list(what, argv, code, err)
+
+
+def test_the_last_good_file_is_named_and_stays(place, tmp_path):
+    """A loss that turns bad in a run that has saved: the file named is the one to go on from."""
+    argv = [*RUN, "--out", str(tmp_path)]
+    ask([*argv, "--max-steps", "5"])
+    good = (tmp_path / "checkpoint_last.pth.tar").read_bytes()
+    content = checkpoint.load(tmp_path / "checkpoint_last.pth.tar")
+    content["state_dict"]["module.encoder_q.fc.0.weight"].fill_(torch.nan)
+    checkpoint.save(content, tmp_path / "checkpoint_last.pth.tar")
+    bad = (tmp_path / "checkpoint_last.pth.tar").read_bytes()
+    code, _, err = ask([*argv, "--resume", "auto"])
+    assert code == 3 and "not finite at epoch 0, step 5" in err and f"the last good file is {tmp_path}/checkpoint_last.pth.tar" in err
+    assert (tmp_path / "checkpoint_last.pth.tar").read_bytes() == bad != good
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_broken_images_are_named_once_and_skipped(place, tmp_path, workers):
+    break_photos()
+    code, out, err = ask(["broken2", *PHOTOS, "--epochs", "2", "--max-bad-images", "2", "-p", "1", "-j", workers, "--out", str(tmp_path)])
+    assert code == 0 and not err
+    named = sorted(line for line in out.splitlines() if "cannot be read" in line)
+    assert named == [f"=> warning: broken2/train/{i:02}.jpg cannot be read; the next image stands in for it" for i in (2, 4)]
+
+
+def test_images_of_all_kinds_work(tmp_path):
+    folder, pixels = tmp_path / "kinds" / "train", np.random.default_rng(0).integers(0, 256, (20, 20), dtype=np.uint8)
+    folder.mkdir(parents=True)
+    grey = Image.fromarray(pixels)
+    images = {"grey": grey, "rgba": grey.convert("RGBA"), "palette": grey.convert("P"), "two_bytes": Image.fromarray(pixels.astype(np.uint16) * 257), "one_bit": grey.convert("1")}
+    for name, image in images.items():
+        image.save(folder / f"{name}.png")
+    grey.convert("RGB").save(folder / "rgb.jpg")
+    grey.convert("CMYK").save(folder / "cmyk.jpg")
+    code, out, err = ask([str(tmp_path / "kinds"), *PHOTOS, "--out", str(tmp_path / "out")])
+    assert (code, err) == (0, "") and "cannot be read" not in out and "=> 7 images" in out
+
+
+def test_a_queue_longer_than_the_data_set_is_only_warned_of(tmp_path):
+    code, out, err = ask([*RUN, "--moco-k", "1000", "--max-steps", "1", "--out", str(tmp_path)])
+    assert (code, err) == (0, "")
+    assert "=> warning: the queue (1000) is longer than the data set (437): 2.3 of its keys are an image's own; --moco-k 128 would suit it" in out
+    code, out, _ = ask([*RUN, "--moco-k", "128", "--max-steps", "1", "--out", str(tmp_path / "suits")])
+    assert code == 0 and "longer than the data set" not in out
+
+
+# ---- the list --------------------------------------------------------------------------------------------------------
+
+HEAD = """# What goes wrong, and what is said
+
+Written by `python -m tests.test_bad_input`, which tries all of it; the tests hold this list to what the main script says. Bad input ends with exit code 2 before
+anything is written or started, a run that fails under way with 3. `...` stands for the flags that are right: a small run on the digits.
+"""
+
+
+def as_markdown() -> str:
+    def row(what: str, argv: list[str]) -> str:
+        code, err = kill_something(what, argv) if (what, argv) in KILLED else answer(what, argv)[::2]
+        shutil.rmtree("new", ignore_errors=True)
+        return f"| {' | '.join(map(_cell, (what, f'`{shown(argv)}`', code, err.strip())))} |"
+
+    break_photos()
+    lines = [HEAD]
+    for heading, cases in {**CASES, "Under way": [*UNDERWAY, *KILLED]}.items():
+        lines += [f"## {heading}\n", "| what | flags | exit code | message |", "|---|---|---|---|", *(row(*case) for case in cases), ""]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    with a_place():
+        text = as_markdown()
+    LIST.write_text(text)
