@@ -1,0 +1,52 @@
+"""Write report.html about one run or several: how training went, what was mined, and whether mining helps or hurts.
+
+    python -m moco_isl.report RUN [RUN ...] [--labels] [--out FILE]
+
+The page is one file that works offline. Several runs are compared; it then lies in the first one's folder.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from moco_isl.errors import BadInput
+from moco_isl.training import cli
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = cli.Parser(prog="python -m moco_isl.report", description=__doc__)
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="the --out folder of a run")
+    cli.add_switch(parser, "--labels", help="look the labels of the images up: precision of the mined sets, mistakes, confused classes")
+    parser.add_argument("--out", metavar="FILE", help="the page (default: RUN/report.html)")
+    parser.add_argument("--data", metavar="DIR", help="where the images lie now, if not where the run read them")
+    parser.add_argument("--breakeven", metavar="FILE", help='from which precision on mined positives help, as JSON: {"meanlog": {"5": 0.84}, "logsum": 0.7}, by loss and set '
+                        "size; the verdict uses it (default: RUN/breakeven.json, if there)")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write the report; returns the exit code."""
+    return cli.exit_code(_run, argv)
+
+
+def _run(argv: list[str] | None, stop) -> None:
+    args = get_parser().parse_args(argv)
+    try:
+        from moco_isl.report.page import write_report
+    except ImportError as error:
+        raise BadInput(f"the report needs matplotlib and jinja2 ({error}): pip install 'moco_isl[report]'") from error
+    from moco_isl.report.runs import read_runs
+    from moco_isl.report.verdict import read_breakeven
+
+    runs = read_runs(args.runs)
+    out = Path(args.out or runs[0].path / "report.html")
+    cli.check(not out.is_dir(), f"--out '{out}' is a folder: expected the name of a file in it")
+    cli.check(out.parent.is_dir(), f"no folder '{out.parent}' for --out '{out}': make it first")
+    breakeven = Path(args.breakeven or runs[0].path / "breakeven.json")
+    table = read_breakeven(breakeven) if args.breakeven or breakeven.exists() else None
+    write_report(runs, out, args.labels, args.data, table)
+    print(f"=> {out} ({out.stat().st_size / 2**20:.1f} MiB)")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,177 @@
+"""Grids of images: the same anchors with their positives over the rounds, side by side for several runs (the paper's Figure 5).
+
+Letters: M images, E directed edges.
+"""
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from PIL import Image
+
+from moco_isl.data.datasets import SMALL
+from moco_isl.report.runs import Record, Run
+
+Tensor = torch.Tensor
+
+ANCHORS, SHOWN = 6, 8  # anchors of a grid, positives of an anchor
+PHOTO = 96  # side of a thumbnail of a photo
+
+
+@dataclass
+class Cell:
+    """An image of a grid. wrong: whether its class differs from the anchor's; None: not known."""
+
+    index: int
+    source: str
+    text: str
+    wrong: bool | None = None
+
+
+@dataclass
+class Row:
+    """Positives of an anchor after a round, or (round None) its nearest images; size: of the whole set."""
+
+    round: int | None
+    cells: list[Cell]
+    size: int
+
+
+@dataclass
+class Grid:
+    """anchors: (its image, for every run its rows in the order of its rounds)."""
+
+    title: str
+    text: str
+    runs: list[str]
+    anchors: list[tuple[Cell, list[list[Row]]]] = field(default_factory=list)
+
+
+class Album:
+    """Images of a data set as data URIs, each made once. labels: those to show and to judge by, or None."""
+
+    def __init__(self, dataset, labels: Tensor | None):
+        self.dataset, self.labels = dataset, labels
+        self._made: dict[int, str] = {}
+
+    def cell(self, i: int, anchor: int | None = None, text: str = "") -> Cell:
+        parts, wrong = [f"image {i}"], None
+        if self.labels is not None and (label := int(self.labels[i])) >= 0:
+            classes = self.dataset.classes
+            parts.append(f"class {classes[label] if classes else label}")
+            if anchor is not None and int(self.labels[anchor]) >= 0:
+                wrong = label != int(self.labels[anchor])
+        return Cell(i, self.source(i), ", ".join([*parts, *([text] if text else [])]), wrong)
+
+    def source(self, i: int) -> str:
+        if i not in self._made:
+            self._made[i] = data_uri(self.dataset, i)
+        return self._made[i]
+
+
+def data_uri(dataset, i: int) -> str:
+    """Image i: as it is (PNG) up to 64 pixels, otherwise its middle square as a thumbnail (JPEG); a grey square if it cannot be read."""
+    try:
+        image = dataset.image(i)
+    except Exception:  # PIL answers a broken file with almost any exception
+        image = Image.new("RGB", (32, 32), (128, 128, 128))
+    if isinstance(image, Tensor):
+        image = Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).numpy()))
+    buffer, small = io.BytesIO(), max(image.size) <= SMALL
+    if small:
+        image.save(buffer, "PNG", optimize=True)
+    else:
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        image.resize((PHOTO, PHOTO), Image.Resampling.LANCZOS, (left, top, left + side, top + side)).save(buffer, "JPEG", quality=80)
+    return f"data:image/{'png' if small else 'jpeg'};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def choose(record: Record, labels: Tensor | None, n: int = ANCHORS) -> dict[str, list[int]]:
+    """Anchors of each grid by this round's sets: random, surest, least, and with labels mistakes. A grid without any is left out."""
+    sets = record.sets
+    src, dst = sets.sources(), sets.members.long()
+    with_any = record.anchors[sets.sizes()[record.anchors] > 0]
+    shuffled = with_any[torch.randperm(len(with_any), generator=torch.Generator().manual_seed(0))]
+    chosen = {"random": shuffled[:n].sort().values.tolist(), "surest": _walk(src, dst, sets.sureness, n), "least": _walk(src, dst, -sets.sureness, n)}
+    if labels is not None:
+        wrong = (labels[src] != labels[dst]) & (labels[src] >= 0) & (labels[dst] >= 0)
+        chosen["mistakes"] = _walk(src[wrong], dst[wrong], sets.sureness[wrong], n)
+    return {kind: anchors for kind, anchors in chosen.items() if anchors}
+
+
+def _walk(src: Tensor, dst: Tensor, value: Tensor, n: int) -> list[int]:
+    """The first n sources by falling value, none that stood in an earlier pair: a pair and its way back show the same."""
+    best = value.topk(min(len(value), 2000)).indices
+    chosen, seen = [], set()
+    for a, b in zip(src[best].tolist(), dst[best].tolist()):
+        if a not in seen and b not in seen:
+            chosen.append(a)
+        seen |= {a, b}
+        if len(chosen) == n:
+            break
+    return chosen
+
+
+def build_grids(runs: Sequence[Run], album: Album, rounds_shown: int = 4) -> list[Grid]:
+    """Grids of runs that count the same images; the first run with a round chooses the anchors."""
+    runs = [run for run in runs if any(round_.path.exists() for round_ in run.rounds)]
+    if not runs:
+        return []
+    first = [round_ for round_ in runs[0].rounds if round_.path.exists() and round_.accepted] or [round_ for round_ in runs[0].rounds if round_.path.exists()]
+    chosen = choose(first[-1].load(), album.labels)
+    names = [run.name for run in runs]
+    grids = {kind: Grid(*TITLES[kind], names, [(album.cell(i), []) for i in anchors]) for kind, anchors in chosen.items()}
+    for run in runs:
+        rows = {kind: [[] for _ in anchors] for kind, anchors in chosen.items()}
+        shown = pick([round_ for round_ in run.rounds if round_.path.exists()], rounds_shown if len(runs) == 1 else rounds_shown - 1)
+        for round_ in shown:
+            record = round_.load()
+            for kind, anchors in chosen.items():
+                for i, anchor in enumerate(anchors):
+                    rows[kind][i].append(positives_row(record, anchor, round_.number, kind, album))
+                    if round_ is shown[-1] and (row := nearest_row(record, anchor, album)):
+                        rows[kind][i].append(row)
+        for kind, grid in grids.items():
+            for (_, columns), of_anchor in zip(grid.anchors, rows[kind]):
+                columns.append(of_anchor)
+    return list(grids.values())
+
+
+TITLES = {
+    "random": ("Random images", "Drawn among the images that have positives; the surest positives first."),
+    "surest": ("The surest pairs", "The images of the pairs that the miner was surest of in its last round; the surest positives first."),
+    "least": ("The least sure pairs", "The images of the pairs that only just got in; the least sure positives first."),
+    "mistakes": ("The worst mistakes", "The images of the wrong pairs that the miner was surest of; wrong positives first."),
+}
+
+
+def pick(items: Sequence, n: int) -> list:
+    """At most n of them, evenly spread, with the first and the last."""
+    if len(items) <= n:
+        return list(items)
+    return [items[round(i * (len(items) - 1) / (n - 1))] for i in range(n)]
+
+
+def positives_row(record: Record, anchor: int, number: int, kind: str, album: Album) -> Row:
+    """The positives of an anchor in a round, in the order that the grid asks for."""
+    edges = list(range(int(record.sets.offsets[anchor]), int(record.sets.offsets[anchor + 1])))
+    size, members = len(edges), record.sets.members
+    if kind == "least":
+        edges = edges[::-1]
+    if kind == "mistakes":
+        edges.sort(key=lambda e: int(album.labels[members[e]]) == int(album.labels[anchor]))  # stable: the surest first in either half
+    text = lambda e: f"cosine {record.cosine[e]:.2f}, sureness {record.sets.sureness[e]:.2f}"
+    return Row(number, [album.cell(int(members[e]), anchor, text(e)) for e in edges[:SHOWN]], size)
+
+
+def nearest_row(record: Record, anchor: int, album: Album) -> Row | None:
+    """The nearest images of an anchor, for comparison; None where they are not known."""
+    at = int(torch.searchsorted(record.anchors, anchor))
+    if at == len(record.anchors) or int(record.anchors[at]) != anchor:
+        return None
+    near, cosine = (x[at, :SHOWN].tolist() for x in record.nearest)
+    return Row(None, [album.cell(i, anchor, f"cosine {c:.2f}") for i, c in zip(near, cosine)], len(near))

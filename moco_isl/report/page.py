@@ -1,0 +1,168 @@
+"""The page itself: what each part of the template is handed, and the file, written whole or not at all."""
+
+import contextlib
+import itertools
+import os
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+import torch
+
+from moco_isl import __version__
+from moco_isl.errors import BadInput, RunFailed
+from moco_isl.report import figures, sections
+from moco_isl.report.charts import Chart
+from moco_isl.report.grids import Album, Cell, Grid, build_grids
+from moco_isl.report.runs import Run
+from moco_isl.report.verdict import Verdict, gains, judge
+
+MOST_CLASSES = 16  # of a confusion table; above, only its worst pairs are shown
+
+
+@dataclass
+class Confusion:
+    """Wrong pairs of a round by class. table: (class, [(share of the largest count, count)]), empty where there are too many classes."""
+
+    wrong: int
+    edges: int
+    classes: list[str]
+    table: list[tuple[str, list[tuple[float, int]]]]
+    worst: list[tuple[str, str, int, float]]
+
+
+@dataclass
+class Part:
+    """What the page shows of one run."""
+
+    run: Run
+    colour: str
+    verdict: Verdict
+    facts: list[tuple[str, str]]
+    training: list[Chart]
+    mining: list[Chart]
+    hubs: list[tuple[Cell, int]]
+    precision: list[Chart]
+    confusion: Confusion | None
+
+
+def write_report(runs: Sequence[Run], out: Path, labels: bool = False, root: str | None = None, breakeven: dict | None = None) -> None:
+    """Write the page about these runs to `out`.
+
+    labels: look up the labels of the data sets, for precision; they are never stored. root: where the images lie now, if they moved.
+    breakeven: see `verdict.read_breakeven`. Raises BadInput where images with --labels are gone, RunFailed where `out` cannot be written.
+    """
+    albums = _albums(runs, labels, root)
+    parts, measured = [], []
+    for run, colour in zip(runs, itertools.cycle(sections.COLOURS)):
+        album = albums.get(run.images)
+        rounds = _rounds(run, album)
+        sections.fill_precision(rounds)
+        measured.append((run, rounds))
+        parts.append(_part(run, colour, rounds, album, breakeven))
+    comparison = None
+    if len(runs) > 1:
+        comparison = {"lines": gains(runs), "rows": [(part, _row(part.run)) for part in parts], "charts": [*sections.compared_training(runs), *sections.compared_precision(measured)]}
+    context = {
+        "parts": parts, "comparison": comparison, "grids": _grids(runs, albums), "labels": labels, "without_images": [run.name for run in runs if run.images not in albums],
+        "version": __version__, "number": itertools.count(1).__next__, "colour_of": {part.run.name: part.colour for part in parts},
+    }  # fmt: skip
+    _write(out, _environment().get_template("report.html").render(context))
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(loader=jinja2.PackageLoader("moco_isl.report"), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
+                                     lstrip_blocks=True)  # fmt: skip
+    number = lambda pattern: lambda x, *a: "–" if x is None or x != x else pattern(x, *a)  # noqa: E731
+    environment.filters |= {"percent": number(lambda x, digits=1: f"{100 * x:.{digits}f}"), "decimal": number(lambda x, digits=2: f"{x:.{digits}f}"),
+                            "count": number(lambda x: f"{x:,}"), "points": number(lambda x: f"{100 * x:+.1f}".replace("-", "−"))}  # fmt: skip
+    return environment
+
+
+def _albums(runs: Sequence[Run], labels: bool, root: str | None) -> dict[tuple, Album]:
+    """By `Run.images`, the images of every data set that can be had; without labels those that are gone cost no more than the grids."""
+    albums = {}
+    for run in runs:
+        if run.images in albums or not (labels or run.rounds):
+            continue
+        try:
+            dataset = run.dataset(root)
+        except BadInput as error:
+            if labels:
+                raise
+            print(f"=> no grids of images: {error}", file=sys.stderr)
+            continue
+        if labels and dataset.labels is None:
+            raise BadInput(f"the images of run '{run.path}' have no labels: leave --labels off")
+        albums[run.images] = Album(dataset, dataset.labels if labels else None)
+    return albums
+
+
+def _rounds(run: Run, album: Album | None) -> list[sections.Mined]:
+    labels = album.labels if album else None
+    K = 0 if labels is None else int(labels.max()) + 1
+    return [m for round_ in run.rounds if (m := sections.mined(round_, labels, K))]
+
+
+def _part(run: Run, colour: str, rounds: list[sections.Mined], album: Album | None, breakeven: dict | None) -> Part:
+    hubs = [(album.cell(i), degree) for i, degree in rounds[-1].hubs] if album and rounds else []
+    judged = bool(rounds) and bool(rounds[-1].curves)
+    return Part(run, colour, judge(run, breakeven), _facts(run), sections.training_charts(run), sections.mining_charts(run, rounds), hubs,
+                sections.precision_charts(rounds) if judged else [], _confusion(rounds[-1], album) if judged else None)  # fmt: skip
+
+
+def _facts(run: Run) -> list[tuple[str, str]]:
+    flags = run.flags
+    done = run.epochs[-1]["epoch"] + 1 if run.epochs else 0
+    speed = [line["images_per_s"] for line in run.steps if "images_per_s" in line]
+    facts = [("images", " ".join(filter(None, [flags.get("dataset"), flags.get("data")]))), ("encoder", flags.get("arch")), ("objective", flags.get("objective")),
+             ("miner", flags.get("miner")), ("loss", flags.get("isl_loss") if flags.get("miner") != "none" else None), ("epochs", f"{done} of {flags.get('epochs')}"),
+             ("batch", flags.get("batch_size")), ("seed", flags.get("seed")), ("started from", flags.get("init")),
+             ("speed", f"{statistics.median(speed):,.0f} images a second" if speed else None), ("on", run.facts.get("device")),
+             ("version", (run.facts.get("version") or "") + (f", {run.facts['git'][:10]}" if run.facts.get("git") else ""))]  # fmt: skip
+    return [(name, str(value)) for name, value in facts if value not in (None, "")]
+
+
+def _row(run: Run) -> dict:
+    """A line of the comparison."""
+    knn = [line["knn"] for line in run.epochs if "knn" in line]
+    last = run.rounds[-1].report if run.rounds else {}
+    gap = lambda rule: last["precision"] - last[rule] if last.get("precision") is not None and last.get(rule) is not None else None  # noqa: E731
+    return {
+        "miner": run.flags.get("miner"), "loss": run.flags.get("isl_loss") if run.rounds else None, "epochs": run.epochs[-1]["epoch"] + 1 if run.epochs else 0,
+        "rounds": f"{sum(r.accepted for r in run.rounds)} of {len(run.rounds)}" if run.rounds else "–", "size": last.get("mean_size"), "coverage": last.get("coverage"),
+        "hub": last.get("worst_in_degree"), "precision": last.get("precision"), "over_own": gap("precision_own_nearest"), "over_pairs": gap("precision_all_pairs"),
+        "knn": knn[-1] if knn else None, "best_knn": max(knn) if knn else None, "seconds": sum(r.report.get("seconds", 0) for r in run.rounds) if run.rounds else None,
+    }  # fmt: skip
+
+
+def _confusion(m: sections.Mined, album: Album) -> Confusion:
+    counts, K = m.confusion, len(m.confusion)
+    names = list(album.dataset.classes or map(str, range(K)))
+    wrong = int(counts.sum())
+    shares = (counts.double() / counts.max().clamp(min=1)).tolist()
+    table = [(names[i], list(zip(shares[i], counts[i].tolist()))) for i in range(K)] if K <= MOST_CLASSES and wrong else []
+    worst = [(names[a], names[b], n, n / wrong) for a, b, n in figures.worst_pairs(counts)]
+    return Confusion(wrong, m.round.report.get("edges", 0), names[:K], table, worst)
+
+
+def _grids(runs: Sequence[Run], albums: dict[tuple, Album]) -> list[Grid]:
+    grids = []
+    with torch.no_grad():
+        for images, album in albums.items():
+            grids += build_grids([run for run in runs if run.images == images], album)
+    return grids
+
+
+def _write(out: Path, text: str) -> None:
+    temporary = out.with_name(out.name + ".tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, out)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise RunFailed(f"cannot write {out}: {error.strerror}; give another file with --out") from error

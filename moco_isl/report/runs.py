@@ -1,0 +1,164 @@
+"""A run folder read back: its flags, its metrics, its rounds of mining, the images it was trained on.
+
+Letters: M images, E directed edges of the sets, A anchors looked at, k neighbours.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from moco_isl import checkpoint, data
+from moco_isl.errors import BadInput
+from moco_isl.mining.positives import PositiveSets
+from moco_isl.training.round_record import nearest_of_sample, sample_anchors
+
+Tensor = torch.Tensor
+
+
+class Record:
+    """What a round left in the run folder (`training.round_record` says what its file holds)."""
+
+    def __init__(self, content: dict[str, Tensor]):
+        members = content["members"]
+        self.sets = PositiveSets(content["offsets"].long(), members, torch.ones(len(members)), content["sureness"])
+        self.cosine = content["cosine"].float()  # [E] similarity of an edge's ends
+        self.ranked = content["ranked"].long() if "ranked" in content else None  # [A, k] the miner's own ranking of `anchors`
+        self.score = content["score"].float() if "score" in content else None  # [A]
+        self._content = content
+
+    @property
+    def M(self) -> int:
+        return self.sets.num_images
+
+    @cached_property
+    def anchors(self) -> Tensor:
+        """[A] the images whose neighbours are known."""
+        return self._content["anchors"].long() if "anchors" in self._content else sample_anchors(self.M)
+
+    @cached_property
+    def nearest(self) -> tuple[Tensor, Tensor]:
+        """Nearest images of the anchors [A, k] and their cosines [A, k], the nearest first."""
+        if "near" in self._content:
+            return self._content["near"].long(), self._content["near_cosine"].float()
+        _, near, cosine = nearest_of_sample(self._content["features"].float())
+        return near, cosine
+
+
+@dataclass
+class Round:
+    """A round of mining: its line in metrics.jsonl, and the file beside it if there is one."""
+
+    report: dict
+    path: Path
+
+    @property
+    def number(self) -> int:
+        return self.report["round"]
+
+    @property
+    def epoch(self) -> int:
+        """Epochs done before it."""
+        return self.report["epoch"]
+
+    @property
+    def accepted(self) -> bool:
+        return bool(self.report.get("accepted", True))
+
+    def load(self) -> Record | None:
+        """The record; None where the round left none. Large: load it, use it, let it go."""
+        if not self.path.exists():
+            return None
+        content = checkpoint.load(self.path)
+        if missing := {"offsets", "members", "sureness", "cosine"} - content.keys():
+            raise BadInput(f"'{self.path}' is not the record of a round: it lacks {', '.join(sorted(missing))}; run the mining again")
+        return Record(content)
+
+
+@dataclass
+class Run:
+    """A run folder. flags: the resolved flags of args.json; facts: the rest of it; steps, epochs: lines of metrics.jsonl."""
+
+    path: Path
+    name: str
+    flags: dict
+    facts: dict
+    steps: list[dict]
+    epochs: list[dict]
+    rounds: list[Round]
+
+    @property
+    def images(self) -> tuple:
+        """What tells whether two runs counted their images alike."""
+        root = self.flags.get("data")
+        held_out = self.flags.get("knn_holdout") or 0
+        return self.flags.get("dataset"), root and os.path.realpath(root), held_out, self.flags.get("seed") if held_out else None
+
+    def dataset(self, root: str | None = None):
+        """The images it was trained on, in the order that its sets count. root: where they lie, if not where they lay.
+
+        Raises BadInput where they are gone, or not those that were mined.
+        """
+        flags = self.flags
+        root = root or flags.get("data")
+        try:
+            dataset = data.build_dataset(flags["dataset"], root if flags["dataset"] != "digits" else None, "train")
+        except BadInput as error:
+            raise BadInput(f"the images of run '{self.path}' cannot be read: {error}. Say where they lie now with --data DIR") from error
+        if flags.get("knn_holdout"):
+            dataset, _ = data.holdout(dataset, flags["knn_holdout"], flags["seed"])
+        sizes = (record.M for record in (round_.load() for round_ in self.rounds[-1:]) if record)
+        if (M := next(sizes, len(dataset))) != len(dataset):
+            raise BadInput(f"run '{self.path}' mined {M} images, but {root or flags['dataset']} holds {len(dataset)}: expected the images it was "
+                           "trained on; say where they lie with --data DIR")  # fmt: skip
+        return dataset
+
+
+def read_runs(paths: Sequence[str | Path]) -> list[Run]:
+    """The runs in these folders, each with a name of its own. Raises BadInput."""
+    paths = [Path(path) for path in paths]
+    return [read_run(path, name) for path, name in zip(paths, _names(paths))]
+
+
+def read_run(path: Path, name: str) -> Run:
+    expected = "expected the --out folder of a run of main_moco_isl.py, with args.json and metrics.jsonl"
+    if not path.is_dir():
+        raise BadInput(f"no such run: '{path}'; {expected}")
+    for file in ("metrics.jsonl", "args.json"):
+        if not (path / file).is_file():
+            raise BadInput(f"'{path}' holds no run: {file} is missing; {expected}")
+    facts = _read_json(path / "args.json", (path / "args.json").read_text())
+    lines = _read_lines(path / "metrics.jsonl")
+    if not lines or not isinstance(facts, dict) or not isinstance(facts.get("args"), dict):
+        raise BadInput(f"'{path}' holds a run that has logged nothing yet: let it run for --print-freq steps at least")
+    of_kind = lambda kind: [line for line in lines if line.get("kind") == kind]
+    rounds = [Round(line, path / "rounds" / f"round_{line['round']:04d}.pt") for line in of_kind("round")]
+    return Run(path, name, facts.pop("args"), facts, of_kind("step"), of_kind("epoch"), rounds)
+
+
+def _read_lines(path: Path) -> list[dict]:
+    """The objects of a JSON-lines file; a last line that a kill has torn is left out."""
+    text = path.read_text().split("\n")
+    whole = text[:-1]  # what follows the last line's end is empty, or torn
+    return [_read_json(f"{path}, line {number}", line) for number, line in enumerate(whole, 1) if line]
+
+
+def _read_json(where: str | Path, text: str):
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise BadInput(f"cannot read {where}: {error.msg}; expected JSON as main_moco_isl.py writes it") from error
+
+
+def _names(paths: list[Path]) -> list[str]:
+    """The shortest ends of the paths that tell them apart."""
+    parts = [path.resolve().parts for path in paths]
+    for length in range(1, max(map(len, parts), default=1) + 1):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise BadInput(f"the run '{paths[0]}' is named twice: name each run once")

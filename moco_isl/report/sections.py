@@ -1,0 +1,247 @@
+"""What the page shows of runs: their training, their rounds of mining, and how right the mined pairs are.
+
+Letters: M images, A anchors, K classes.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from moco_isl.report import figures
+from moco_isl.report.charts import Chart, Line, line_chart
+from moco_isl.report.figures import SIZES
+from moco_isl.report.runs import Record, Round, Run
+
+Tensor = torch.Tensor
+
+COLOURS = ("c1", "c2", "c3", "c4", "c5", "c6")
+PART_NAMES = {"loss": "whole loss", "isl": "positives against negatives", "hpe": "hard positives, before their weight"}
+NO_PARTS = {"kind", "epoch", "total", "step", "acc1", "knn", "lr", "time", "data_time", "images_per_s", "memory_gib"}
+RULES = {"mined": "mined, the surest first", "ranked": "the proxies' own ranking", "own": "each image's own nearest", "pairs": "all pairs ranked by similarity"}
+RULE_COLOURS = {"mined": "c1", "ranked": "c4", "own": "c2", "pairs": "c3"}
+
+
+# ---------------------------------------------------------------- training
+
+
+def marks(run: Run) -> list[tuple[float, bool]]:
+    return [(round_.epoch, not round_.accepted) for round_ in run.rounds]
+
+
+def values(run: Run, name: str) -> tuple[list[float], list[float | None]]:
+    """Epochs done and the value of `name` there: one point an epoch, or, before a second epoch has ended, one a logged interval."""
+    lines = [line for line in run.epochs if name in line]
+    if len(lines) >= 2 or name == "knn":
+        return [line["epoch"] + 1 for line in lines], [line[name] for line in lines]
+    steps = max((line["step"] for line in run.steps), default=1)
+    lines = [line for line in run.steps if name in line]
+    return [line["epoch"] + line["step"] / steps for line in lines], [line[name] for line in lines]
+
+
+def learning_rates(run: Run) -> tuple[list[float], list[float]]:
+    first = {}
+    for line in run.steps:
+        first.setdefault(line["epoch"], line["lr"])
+    return list(first), list(first.values())
+
+
+def training_charts(run: Run) -> list[Chart]:
+    parts = [name for name in (run.epochs or run.steps or [{}])[-1] if name not in NO_PARTS]
+    drawn = {name: values(run, name) for name in parts}
+    drawn = {name: (x, y) for name, (x, y) in drawn.items() if name == "loss" or (any(y) and y != drawn["loss"][1])}
+    loss = [Line(*xy, PART_NAMES.get(name, name), colour) for (name, xy), colour in zip(drawn.items(), COLOURS)]
+    found = [
+        line_chart("Loss", loss, "epochs", "mean of an epoch", marks=marks(run)),
+        line_chart("Weighted kNN", [Line(*values(run, "knn"))], "epochs", "accuracy, %", marks=marks(run), note="On the query encoder's features; logged by --knn-every."),
+        line_chart("Learning rate", [Line(*learning_rates(run), dots=False, steps=True)], "epochs", "learning rate", marks=marks(run)),
+    ]  # fmt: skip
+    return [chart for chart in found if chart]
+
+
+def compared_training(runs: Sequence[Run]) -> list[Chart]:
+    lines = lambda of: [Line(*of(run), run.name, colour) for run, colour in zip(runs, itertools.cycle(COLOURS))]  # noqa: E731
+    by_round = lambda name: lines(lambda run: ([r.epoch for r in run.rounds], [r.report.get(name) for r in run.rounds]))  # noqa: E731
+    found = [
+        line_chart("Weighted kNN", lines(lambda run: values(run, "knn")), "epochs", "accuracy, %"),
+        line_chart("Loss", lines(lambda run: values(run, "loss")), "epochs", "whole loss", note="Losses of different forms do not compare in height."),
+        line_chart("Images with any positive", by_round("coverage"), "epochs", "images, %", percent=True),
+        line_chart("Worst hub", by_round("worst_in_degree"), "epochs", "sets that one image is in, at most", whole_y=True),
+        line_chart("Precision of the sets", by_round("precision"), "epochs", "right pairs, %", percent=True),
+    ]  # fmt: skip
+    return [chart for chart in found if chart]
+
+
+# ---------------------------------------------------------------- rounds
+
+
+@dataclass
+class Mined:
+    """Numbers of a round with a record. curves: rule of RULES -> {positives an image: precision}; empty without labels, as by_cosine and by_score."""
+
+    round: Round
+    mean_size: float
+    at_least: list[float]
+    hubs: list[tuple[int, int]]
+    score: Tensor | None
+    curves: dict[str, dict[float, float | None]]
+    by_cosine: dict[str, list[tuple[float, float, int]]]
+    by_score: list[tuple[float, float, int]]
+    confusion: Tensor | None
+    unseen: float  # share of anchors whose known neighbours do not reach as far as all pairs ranked at 100 positives do
+    sampled: bool  # whether the anchors are a sample
+
+
+def mined(round_: Round, labels: Tensor | None, K: int = 0) -> Mined | None:
+    record = round_.load()
+    if record is None:
+        return None
+    sets = record.sets
+    curves, by_cosine, by_score, counts, unseen = {}, {}, [], None, 0.0
+    if labels is not None:
+        curves, by_cosine, by_score, unseen = judge(record, labels)
+        counts = figures.confusion(sets, labels, K)
+    return Mined(round_, sets.mean_size, figures.share_with_at_least(sets.sizes()), figures.hubs(sets), record.score, curves, by_cosine, by_score, counts, unseen,
+                 len(record.anchors) < record.M)  # fmt: skip
+
+
+def judge(record: Record, labels: Tensor) -> tuple[dict, dict, list, float]:
+    """curves, by_cosine, by_score and unseen of a round."""
+    sets, (near, cosine), anchors = record.sets, record.nearest, record.anchors
+    edges = figures.agreement(labels, sets.sources(), sets.members.long())  # [E]
+    around = figures.agreement(labels, anchors[:, None], near)  # [A, k]
+    sizes = sorted({*(s for s in SIZES if s <= 1.005 * sets.mean_size), sets.mean_size})
+    curves = {
+        "mined": figures.precision_of_best(sets.sureness, edges, record.M, sizes) if sets.num_edges else {},
+        "own": figures.precision_of_first(around),
+        "pairs": figures.precision_of_best(cosine, around, len(anchors)),
+    }
+    by_cosine = {"mined": figures.precision_by(record.cosine, edges), "own": figures.precision_by(cosine[:, :100].flatten(), around[:, :100].flatten())}
+    by_score = []
+    if record.ranked is not None:
+        ranked = figures.agreement(labels, anchors[:, None], record.ranked)
+        curves["ranked"] = figures.precision_of_first(ranked)
+        by_score = figures.precision_by(record.score, ranked[:, :10].nanmean(1), 10)
+    return curves, by_cosine, by_score, figures.unseen(cosine, record.M, 100)
+
+
+def mining_charts(run: Run, rounds: Sequence[Mined]) -> list[Chart]:
+    found = [
+        line_chart("Size of the sets", [_shaded(i, rounds, list(range(len(m.at_least))), m.at_least, steps=True) for i, m in enumerate(rounds)], "positives, at least",
+                   "images, %", percent=True, whole_x=True),
+        line_chart("Images with any positive", [Line([r.epoch for r in run.rounds], [r.report.get("coverage") for r in run.rounds])], "epochs", "images, %",
+                   marks=marks(run), percent=True),
+        line_chart("Worst hub", [Line([r.epoch for r in run.rounds], [r.report.get("worst_in_degree") for r in run.rounds], colour="c2")], "epochs",
+                   "sets that one image is in, at most", marks=marks(run), whole_y=True),
+        *gan_charts(run), score_histogram(run, rounds),
+    ]  # fmt: skip
+    return [chart for chart in found if chart]
+
+
+def _shaded(i: int, rounds: Sequence[Mined], x: list, y: list, **options) -> Line:
+    """A line of the i-th of several rounds: the later, the stronger; the first and the last named."""
+    label = f"round {rounds[i].round.number}" if i in (0, len(rounds) - 1) else ""
+    return Line(x, y, label, "c1", alpha=1.0 if len(rounds) == 1 else 0.3 + 0.7 * i / (len(rounds) - 1), dots=False, **options)
+
+
+def gan_charts(run: Run) -> list[Chart | None]:
+    """Losses, proxies and hubs along the GAN's iterations, the rounds one behind the other."""
+    figures_of, x, starts = {}, [], []
+    for round_ in run.rounds:
+        history = round_.report.get("history")
+        if not history or not history.get("iteration"):
+            continue
+        start = x[-1] if x else 0
+        starts.append((start, not round_.accepted))
+        x += [start + i for i in history["iteration"]]
+        for name, y in history.items():
+            figures_of.setdefault(name, []).extend(y)
+    if not x:
+        return []
+    line = lambda name, label, colour: Line(x, figures_of.get(name, [None] * len(x)), label, colour, dots=False)  # noqa: E731
+    return [
+        line_chart("GAN losses", [line("loss_D", "discriminator", "c1"), line("loss_G", "generator", "c2")], "iterations, round after round", "loss", marks=starts),
+        line_chart("Cosine of the proxies", [line("cos_anchor", "to the anchor", "c1"), line("cos_positive", "to the positive", "c3"),
+                                             line("cos_negative", "to the negative", "c2")], "iterations, round after round", "mean cosine", marks=starts,
+                   note="Near 0: nothing learned yet. Near 1 to the anchor: mining is plain nearest neighbours."),
+        line_chart("Are the proxies spread?", [line("distinct", "nearest images that differ", "c1"), line("hub", "proxies near one image, at most", "c2")],
+                   "iterations, round after round", "%", marks=starts, percent=True),
+    ]  # fmt: skip
+
+
+def score_histogram(run: Run, rounds: Sequence[Mined], bins: int = 30) -> Chart | None:
+    """How the scores of the best proxies are spread, a line a round; the threshold of the last round as a mark."""
+    scored = [m for m in rounds if m.score is not None]
+    if not scored:
+        return None
+    threshold = scored[-1].round.report.get("threshold")
+    low, high = min(float(m.score.min()) for m in scored), max(float(m.score.max()) for m in scored)
+    low, high = (low - 0.01, high + 0.01) if high - low < 0.02 else (low, high)
+    centres = [low + (i + 0.5) * (high - low) / bins for i in range(bins)]
+    lines = [_shaded(i, scored, centres, (torch.histc(m.score, bins, low, high) / len(m.score)).tolist(), steps=True) for i, m in enumerate(scored)]
+    inside = threshold is not None and low <= threshold <= high
+    if inside:
+        top = max(max(line.y) for line in lines)
+        lines.append(Line([threshold, threshold], [0, top], "threshold", "bad", "--", dots=False))
+    note = "" if inside or threshold is None else f"The threshold, {threshold:g}, lies outside."
+    return line_chart("Scores of the best proxies", lines, "score", "images, %", percent=True, note=note)
+
+
+# ---------------------------------------------------------------- precision
+
+
+def precision_charts(rounds: Sequence[Mined]) -> list[Chart]:
+    last, note = rounds[-1], ""
+    if last.sampled:
+        note = "Estimated on a sample of 4,096 images, to about a point."
+    if last.unseen > 0.01:
+        note += f" All pairs ranked: at 100 positives {100 * last.unseen:.0f} % of the images have more than the 512 nearest that are known."
+    found = [
+        line_chart(f"Precision against set size, round {last.round.number}", _rules(last.curves), "positives an image", "right pairs, %", percent=True, x_sizes=True, note=note),
+        *(_over_epochs(rounds, size) for size in (5, 50)),
+        line_chart(f"Precision against similarity, round {last.round.number}",
+                   [Line([x for x, _, _ in last.by_cosine[rule]], [p for _, p, _ in last.by_cosine[rule]], label, RULE_COLOURS[rule])
+                    for rule, label in (("mined", "mined pairs"), ("own", "every image and its 100 nearest"))], "cosine", "right pairs, %", percent=True,
+                   note="Groups of equal count."),
+        line_chart(f"Precision against score, round {last.round.number}", [Line([x for x, _, _ in last.by_score], [p for _, p, _ in last.by_score], colour="c4")],
+                   "score of the best proxy", "right among the 10 nearest to it, %", percent=True,
+                   note="Ten groups of equal count. A score that ranks would rise from left to right."),
+    ]  # fmt: skip
+    return [chart for chart in found if chart]
+
+
+def _rules(curves: dict[str, dict]) -> list[Line]:
+    return [Line(list(curves[rule]), list(curves[rule].values()), label, RULE_COLOURS[rule], "-" if rule == "mined" else "--")
+            for rule, label in RULES.items() if curves.get(rule)]  # fmt: skip
+
+
+def _over_epochs(rounds: Sequence[Mined], size: int) -> Chart | None:
+    """The paper's Figure 3: precision at one set size over the rounds."""
+    x = [m.round.epoch for m in rounds]
+    lines = [Line(x, [m.curves.get(rule, {}).get(size) for m in rounds], label, RULE_COLOURS[rule], "-" if rule in ("mined", "ranked") else "--")
+             for rule, label in RULES.items()]  # fmt: skip
+    mined_as_far = any(m.curves.get("mined", {}).get(size) is not None for m in rounds)
+    note = "" if mined_as_far else f"The mined sets hold {rounds[-1].mean_size:.1f} positives an image: they do not reach {size}."
+    return line_chart(f"Precision at {size} positives an image", lines, "epochs", "right pairs, %", percent=True, note=note)
+
+
+def compared_precision(runs: Sequence[tuple[Run, Sequence[Mined]]]) -> list[Chart]:
+    """Last rounds of several runs, each beside its own nearest."""
+    lines = []
+    for (run, rounds), colour in zip(runs, itertools.cycle(COLOURS)):
+        if rounds and rounds[-1].curves:
+            lines += [Line(list(c), list(c.values()), name, colour, style) for c, name, style in
+                      ((rounds[-1].curves["mined"], run.name, "-"), (rounds[-1].curves["own"], f"{run.name}: own nearest", "--"))]  # fmt: skip
+    chart = line_chart("Precision against set size, last rounds", lines, "positives an image", "right pairs, %", percent=True, x_sizes=True)
+    return [chart] if chart else []
+
+
+def fill_precision(rounds: Sequence[Mined]) -> None:
+    """Into the reports of rounds that were logged without labels, what the labels say now."""
+    for m in rounds:
+        if m.curves.get("mined") and m.round.report.get("precision") is None:
+            own, pairs, size = m.curves["own"], m.curves["pairs"], m.mean_size
+            near: Callable[[dict], float | None] = lambda curve: curve[min(curve, key=lambda s: abs(math.log(s / size)))]  # noqa: B023
+            m.round.report |= {"precision": m.curves["mined"][size], "precision_own_nearest": near(own), "precision_all_pairs": near(pairs)}
