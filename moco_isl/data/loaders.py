@@ -175,7 +175,11 @@ def _end_workers(holder: list[DataLoader]) -> None:
         iterator = getattr(holder.pop(), "_iterator", None)  # torch has no public way to end workers kept over epochs
         if iterator is not None:
             workers = list(iterator._workers)
-            iterator._shutdown_workers()
+            try:
+                iterator._shutdown_workers()
+            except RuntimeError as error:  # the news that one was ended from outside may arrive as late as here
+                if not reader_died(error):
+                    raise
             for worker in workers:
                 if worker.is_alive():
                     worker.kill()
@@ -226,6 +230,11 @@ class _FileLoader:
             if died := reader_died(error):
                 raise RunFailed(died) from error
             raise
+        except (ConnectionError, EOFError) as error:  # it was ended in the midst of handing a batch over
+            raise RunFailed(
+                "a process that reads images was ended from outside: the memory may have run out; use fewer --workers, "
+                "then resume with --resume auto"
+            ) from error
 
 
 class FileTrainLoader(_FileLoader):
@@ -355,9 +364,9 @@ def train_loader(
     Global batch b of an epoch is permutation(seed, epoch)[b B : (b + 1) B], B = batch_size over all ranks; each rank
     takes its contiguous share. The last, smaller batch is kept, trimmed to a multiple of ranks x `multiple`; so fewer
     images than that number sit an epoch out, others in the next. .bad_images() names unreadable images; past
-    max_bad_images the iteration raises RunFailed. .close() ends the workers. fast: large JPEGs may be decoded smaller,
-    never below what the smallest crop needs. A BatchViews augmentation needs ImagesInMemory and takes no workers.
-    Raises BadInput.
+    max_bad_images the iteration raises RunFailed. .close() ends the workers. fast: large JPEGs are decoded smaller,
+    never below what the smallest crop needs; their crops are drawn on the smaller image, so lie elsewhere. A BatchViews
+    augmentation needs ImagesInMemory and takes no workers. Raises BadInput.
     """
     plan = _Plan(len(dataset), batch_size, seed, multiple)
     if not isinstance(augmentation, BatchViews):
