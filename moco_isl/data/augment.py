@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from moco_isl.data.draws import uniforms
 
+_CACHE = 1 << 18  # floats, one MiB
 _GREY = (0.2989, 0.587, 0.114)  # ITU-R 601, as torchvision rounds it
 
 
@@ -70,17 +71,38 @@ def resized_crop(images: torch.Tensor, boxes: torch.Tensor, flip: torch.Tensor, 
     return rows[:, None] @ images @ columns.transpose(1, 2)[:, None]
 
 
+def blur_kernel(sigma: torch.Tensor, reach: int = 6) -> torch.Tensor:
+    """[N, 2 reach + 1] weights of a Gaussian of sigma [N] pixels, at most 2; 0: not at all."""
+    offset = torch.arange(-reach, reach + 1, device=sigma.device)
+    kernel = torch.exp(-0.5 * (offset / sigma[:, None].clamp(min=1e-3)) ** 2)
+    return kernel / kernel.sum(1, keepdim=True)
+
+
+def repeat_border(images: torch.Tensor, reach: int, dim: int) -> torch.Tensor:
+    """`reach` more pixels at both ends of dim 2 or 3, copies of the last ones."""
+    first, last = images.narrow(dim, 0, 1), images.narrow(dim, images.shape[dim] - 1, 1)
+    size = [reach if d == dim else -1 for d in range(4)]
+    return torch.cat([first.expand(size), images, last.expand(size)], dim)
+
+
+def weighted_shifts(padded: torch.Tensor, kernel: torch.Tensor, dim: int) -> torch.Tensor:
+    """Sum of shifted copies along dim 2 or 3, those of each image by its own kernel [N, taps]; taps - 1 pixels shorter."""
+    taps, weights = kernel.shape[1], kernel.to(padded.dtype)
+    length = padded.shape[dim] - taps + 1
+    total = padded.narrow(dim, 0, length) * _by_image(weights[:, 0])
+    for i in range(1, taps):
+        total = total.addcmul_(padded.narrow(dim, i, length), _by_image(weights[:, i]))
+    return total
+
+
+def blur_along(images: torch.Tensor, kernel: torch.Tensor, dim: int) -> torch.Tensor:
+    return weighted_shifts(repeat_border(images, kernel.shape[1] // 2, dim), kernel, dim)
+
+
 def gaussian_blur(images: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """Blur by sigma [N] pixels (0: not at all), at most 2; square images, borders repeated; a matrix an image."""
-    S, reach = images.shape[2], 6  # 3 of the largest sigma
-    offset = torch.arange(-reach, reach + 1, device=images.device)
-    kernel = torch.exp(-0.5 * (offset / sigma[:, None].clamp(min=1e-3)) ** 2)  # [N, 2 reach + 1]
-    kernel = kernel / kernel.sum(1, keepdim=True)
-    pixel = torch.arange(S, device=images.device)
-    source = (pixel[:, None] + offset).clamp(0, S - 1)  # [S, 2 reach + 1]
-    shifts = (source[:, :, None] == pixel).to(images.dtype)  # [S, 2 reach + 1, S]
-    matrix = torch.einsum("nr,irj->nij", kernel.to(images.dtype), shifts)[:, None]  # [N, 1, S, S]
-    return matrix @ images @ matrix.transpose(2, 3)
+    """Blur by sigma [N] pixels (0: not at all), at most 2; borders repeated."""
+    kernel = blur_kernel(sigma)
+    return blur_along(blur_along(images, kernel, 3), kernel, 2)
 
 
 # ---------------------------------------------------------------- colour
@@ -114,43 +136,80 @@ def adjust_hue(images: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
     """Turn the hue by shift [N], in turns: HSV and back, without ever writing S and V down.
 
     With top and low the largest and smallest channel, a pixel of hue h (0 to 6) has in red, green, blue
-    top - (top - low) clamp(min(k, 4 - k), 0, 1), k = (h + 5, 3, 1) mod 6.
+    top - (top - low) clamp(min(k, 4 - k), 0, 1), k = (h + 5, 3, 1) mod 6. The remainder is taken of turns, by floor,
+    which vectorises.
     """
     r, g, b = images.unbind(1)
     top, low = images.amax(1), images.amin(1)  # [N, H, W]
     chroma = top - low
     safe = torch.where(chroma == 0, 1, chroma)
     hue = torch.where(top == r, (g - b) / safe, torch.where(top == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
-    hue = hue + 6 * shift.to(images.dtype)[:, None, None]
+    hue = hue / 6 + shift.to(images.dtype)[:, None, None]
     channels = []
     for phase in (5, 3, 1):
-        k = torch.remainder(hue + phase, 6)
+        k = hue + phase / 6
+        k = 6 * (k - k.floor())
         channels.append(top - chroma * torch.minimum(k, 4 - k).clamp(0, 1))
     return torch.stack(channels, 1)
 
 
-def _hue_where(images: torch.Tensor, shift: torch.Tensor, here: torch.Tensor) -> torch.Tensor:
-    if images.device.type == "cpu" and not torch.compiler.is_compiling():
-        # the dearest step: on a CPU, where a look at the values costs nothing, only for the rows that need it
-        rows = here.nonzero()[:, 0]
-        return images.index_copy(0, rows, adjust_hue(images[rows], shift[rows]))
-    return torch.where(_by_image(here), adjust_hue(images, shift), images)
+ADJUST = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
 
 
-def colour_jitter(images: torch.Tensor, factors: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """factors [N, 4]: brightness, contrast, saturation (1: as it is), hue (0: as it is); order [N, 4]: their turns.
+def _jitter_step(images: torch.Tensor, step: torch.Tensor, factors: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+    """The step-th operation on each image: step [N]; mean [N, 1, 1, 1] is what contrast blends with.
 
     The first three are one blend, with black, with the mean grey or with the grey image.
     """
-    for step in order.unbind(1):
-        chosen = factors.gather(1, step[:, None])[:, 0]
-        tone = grey(images)
-        other = torch.where(_by_image(step == 2), tone, tone.mean((1, 2, 3), keepdim=True))
-        other = torch.where(_by_image(step == 0), 0, other)
-        is_hue = step == 3
-        blended = blend(images, other, torch.where(is_hue, 1, chosen))
-        images = _hue_where(blended, torch.where(is_hue, chosen, 0), is_hue)
+    chosen = factors.gather(1, step[:, None])[:, 0]
+    other = torch.where(_by_image(step == 2), grey(images), mean)
+    other = torch.where(_by_image(step == 0), 0, other)
+    blended = blend(images, other, chosen)
+    return torch.where(_by_image(step == 3), adjust_hue(images, torch.where(step == 3, chosen, 0)), blended)
+
+
+def _jitter_at_once(images: torch.Tensor, factors: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """As `colour_jitter`, without a look at the values: each pixel by itself, but for the mean that contrast needs.
+
+    That one is found first, by doing what comes before contrast: compiled, these are two passes, one that reads the
+    images and one that writes them anew, instead of one of each for every turn.
+    """
+    due = order.argsort(1)[:, 1]  # [N], the turn of contrast
+    before, none = images, torch.zeros_like(images[:, :1, :1, :1])
+    for turn in range(3):
+        before = torch.where(_by_image(turn < due), _jitter_step(before, order[:, turn], factors, none), before)
+    mean = grey(before).mean((1, 2, 3), keepdim=True)
+    for turn in range(4):
+        images = _jitter_step(images, order[:, turn], factors, mean)
     return images
+
+
+def _jitter_by_rows(images: torch.Tensor, factors: torch.Tensor, order: torch.Tensor, adjust=ADJUST) -> torch.Tensor:
+    """As `colour_jitter`, where a look at the values costs nothing: each operation on the images that are due for it."""
+    idle = (factors == torch.tensor([1.0, 1.0, 1.0, 0.0])).all(1).tolist()
+    for turn in order.T.tolist():
+        for step, operation in enumerate(adjust):
+            rows = [i for i, due in enumerate(turn) if due == step and not idle[i]]
+            images = _on_rows(images, rows, operation, factors[:, step])
+    return images
+
+
+def _on_rows(images: torch.Tensor, rows: list[int], operation, *factors: torch.Tensor) -> torch.Tensor:
+    """images with operation(images, *factors) done on some of them."""
+    if len(rows) == len(images):
+        return operation(images, *factors)
+    if not rows:
+        return images
+    return images.index_copy(0, torch.tensor(rows), operation(images[rows], *(f[rows] for f in factors)))
+
+
+def _looks_are_free(images: torch.Tensor) -> bool:
+    return images.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def colour_jitter(images: torch.Tensor, factors: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """factors [N, 4]: brightness, contrast, saturation (1: as it is), hue (0: as it is); order [N, 4]: their turns."""
+    return (_jitter_by_rows if _looks_are_free(images) else _jitter_at_once)(images, factors, order)
 
 
 # ---------------------------------------------------------------- recipes
@@ -178,12 +237,15 @@ class BatchViews:
         """One view: images uint8 [N, 3, H, W], u [N, draws] -> [N, 3, S, S], a function of its arguments alone."""
         raise NotImplementedError
 
-    def _normalize(self, images: torch.Tensor) -> torch.Tensor:
+    def normalize(self, images: torch.Tensor) -> torch.Tensor:
         return torch.stack([(images[:, c] - m) / s for c, (m, s) in enumerate(zip(self.mean, self.std))], 1)
 
 
 class BatchAugmentation(BatchViews):
-    """MoCo v2's augmentation (aug_plus) or MoCo v1's; with blur, sigma 0.1 to 2 for half of the views."""
+    """MoCo v2's augmentation (aug_plus) or MoCo v1's; with blur, sigma 0.1 to 2 for half of the views.
+
+    `crop` and `finish` may be done in two places: of photos the workers crop, and the device does the rest.
+    """
 
     draws = 22 + 1 + 4 + 4 + 1 + 1 + 2  # box, flip, jitter's order and factors, jitter at all, grey at all, blur
 
@@ -203,27 +265,80 @@ class BatchAugmentation(BatchViews):
         self.scale = scale
         self.flip = flip
         self.blur = blur
+        self.adjust, self.shifts = ADJUST, weighted_shifts  # a compiler may stand in for each
 
     def apply(self, images: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-        box, flip, order, factors, jitter, to_grey, blur = u.split((22, 1, 4, 4, 1, 1, 2), 1)
-        boxes = crop_boxes(box, images.shape[2], images.shape[3], self.scale)
-        images = images.to(self.dtype) / 255
-        # flipped here and not at the end: every later step treats the left as the right
-        images = resized_crop(images, boxes, flip[:, 0] < self.flip, self.size).clamp(0, 1)
+        return self.finish(self.crop(images, u), u)
+
+    def boxes(self, u: torch.Tensor, H: int, W: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of views of images of H x W pixels with draws u [N, draws]: boxes [N, 4], see `crop_boxes`, flipped [N]."""
+        return crop_boxes(u[:, :22], H, W, self.scale), u[:, 22] < self.flip
+
+    def crop(self, images: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        """uint8 [N, 3, H, W] -> [N, 3, S, S] in [0, 1]: cut out, resized, mirrored."""
+        boxes, flipped = self.boxes(u, images.shape[2], images.shape[3])
+        # mirrored here and not at the end: every later step treats the left as the right
+        return resized_crop(images.to(self.dtype) / 255, boxes, flipped, self.size).clamp(0, 1)
+
+    def finish(self, crops: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        """The rest of a view, [N, 3, S, S], from its crop: floats in [0, 1], or uint8 if the crop was made elsewhere."""
+        plan = self._plan(u)
+        if _looks_are_free(crops):
+            few = max(1, _CACHE // crops[0].numel())  # images at a time, that stay in a CPU's cache
+            pieces = zip(crops.split(few), *(part.split(few) for part in plan))
+            return torch.cat([self._finish_by_rows(*piece) for piece in pieces])
+        factors, order, to_grey, kernel, _ = plan
+        images = self.colour(crops, factors, order, to_grey)
+        return self.blur_columns(self.blur_rows(images, kernel), kernel) if self.blur else self.normalize(images)
+
+    def _plan(self, u: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """factors [N, 4], order [N, 4], see `colour_jitter`; to grey [N]; kernel [N, 13], blurred [N]."""
+        order, factors, jitter, to_grey, blur = u[:, 23:].split((4, 4, 1, 1, 2), 1)
         hue = 0.1 if self.aug_plus else 0.4
         jittered = jitter < (0.8 if self.aug_plus else 1.0)
         strengths = torch.where(jittered, between(factors[:, :3], 0.6, 1.4), 1)
         turns = torch.where(jittered, between(factors[:, 3:], -hue, hue), 0)
-        factors = torch.cat([strengths, turns], 1)
+        blurred = blur[:, 0] < 0.5
+        kernel = blur_kernel(torch.where(blurred, between(blur[:, 1], 0.1, 2.0), 0))
+        return torch.cat([strengths, turns], 1), order.argsort(1), to_grey[:, 0] < 0.2, kernel, blurred
+
+    # Four steps that a compiler is to see one by one: fused with the second, the first blur would be done 13 times.
+
+    def colour(
+        self, crops: torch.Tensor, factors: torch.Tensor, order: torch.Tensor, to_grey: torch.Tensor
+    ) -> torch.Tensor:
+        images = self._floats(crops)
         if self.aug_plus:
-            images = colour_jitter(images, factors, order.argsort(1))
-            images = torch.where(_by_image(to_grey[:, 0] < 0.2), grey(images), images)
-        else:
-            images = torch.where(_by_image(to_grey[:, 0] < 0.2), grey(images), images)
-            images = colour_jitter(images, factors, order.argsort(1))
+            images = _jitter_at_once(images, factors, order)
+        images = torch.where(_by_image(to_grey), grey(images), images)
+        return images if self.aug_plus else _jitter_at_once(images, factors, order)
+
+    def blur_rows(self, images: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
+        return blur_along(images, kernel, 3)
+
+    def blur_columns(self, images: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
+        return self.normalize(blur_along(images, kernel, 2))
+
+    def _floats(self, crops: torch.Tensor) -> torch.Tensor:
+        return crops if crops.is_floating_point() else crops.to(self.dtype) / 255
+
+    def _finish_by_rows(self, crops, factors, order, to_grey, kernel, blurred) -> torch.Tensor:
+        """As `finish`, on few images and each operation on those alone that are due for it."""
+        images = self._floats(crops)
+        greys = [i for i, here in enumerate(to_grey.tolist()) if here]
+        if self.aug_plus:
+            images = _jitter_by_rows(images, factors, order, self.adjust)
+        images = _on_rows(images, greys, lambda x: grey(x).expand_as(x))
+        if not self.aug_plus:
+            images = _jitter_by_rows(images, factors, order, self.adjust)
         if self.blur:
-            images = gaussian_blur(images, torch.where(blur[:, 0] < 0.5, between(blur[:, 1], 0.1, 2.0), 0))
-        return self._normalize(images)
+            images = _on_rows(images, [i for i, here in enumerate(blurred.tolist()) if here], self._blur, kernel)
+        return self.normalize(images)
+
+    def _blur(self, images: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
+        for dim in (3, 2):
+            images = self.shifts(repeat_border(images, kernel.shape[1] // 2, dim), kernel, dim)
+        return images
 
 
 class DigitAugmentation(BatchViews):
@@ -264,4 +379,4 @@ class DigitAugmentation(BatchViews):
         images = images + _by_image(between(u[:, 5], -self.brightness, self.brightness)).to(self.dtype)
         noise = between(u[:, 6:], -1, 1) * (self.noise * 3**0.5)  # uniform: as good as Gaussian here, and cheaper
         images = images + noise.view_as(images).to(self.dtype)
-        return self._normalize(images.expand(-1, 3, -1, -1))
+        return self.normalize(images.expand(-1, 3, -1, -1))
