@@ -1,5 +1,6 @@
 # make demo     pretrain on the embedded digits, go on with and without mining, print the table
 # make test     the whole suite but the tests marked slurm
+# make test-slurm   those: on a SLURM of two nodes that it installs (Debian, as root) and starts on this host
 # VENV=dir      use (or make) this virtual environment instead of .venv;  PYTHON=python3.12 to make it with another one
 
 VENV ?= .venv
@@ -13,6 +14,9 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(PY) -m pytest -q -m "not slurm" tests
 
+test-slurm: $(VENV)/.installed
+	$(PY) -m pytest -q -m slurm tests/slurm
+
 install: $(VENV)/.installed
 
 $(VENV)/.installed: setup.py
@@ -20,4 +24,4 @@ $(VENV)/.installed: setup.py
 	$(PY) -m pip install --quiet --editable '.[test]'
 	touch $@
 
-.PHONY: demo test install
+.PHONY: demo test test-slurm install
