@@ -161,7 +161,7 @@ def test_detectron2_has_the_names_its_resnets_expect(tmp_path, arch, blocks):
         ("resnet18", "imagenet", "detectron2", "x.pkl", "name it .pth"),
         ("digits", "auto", "safetensors", ".", "is a folder"),
         ("digits", "auto", "safetensors", "moco.pth.tar", "the file to read"),
-        ("digits", "auto", "onnx", "x.onnx", "invalid choice: 'onnx'"),
+        ("digits", "auto", "onnx", "x.onnx", "onnx"),
     ],
 )
 def test_what_a_library_cannot_hold_is_said(tmp_path, capsys, arch, stem, to, out, said):

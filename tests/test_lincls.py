@@ -420,7 +420,7 @@ def folder_of_digits(root, classes):
         (["--shots", "0"], "--shots 0 is out of range"),
         (["--shots", "one"], "--shots"),
         (["--finetune", "--lr", "1", "2"], "--finetune trains one network"),
-        (["--learning-rat", "1"], "unrecognized.*did you mean --learning-rate"),
+        (["--learning-rat", "1"], "--learning-rat .did you mean --learning-rate"),
         (["--holdout", "1437"], "hold out 1437 of 1437"),
     ],
 )
