@@ -2,7 +2,8 @@
 
     python -m benchmarks.mining_ranks [--images 20000] [--repeats 3]
 
-One thread a rank. Features are unit rows around M / 50 random centres. Ranks beyond the cores can only wait for each other.
+One thread a rank. Features are unit rows around M / 50 random centres. Ranks beyond the cores can only wait for each
+other.
 """
 
 import argparse
@@ -21,7 +22,9 @@ from tests.ranks import run_ranks
 def features_of(M: int, C: int = 128) -> torch.Tensor:
     g = torch.Generator().manual_seed(0)
     centres = torch.randn(M // 50, C, generator=g)
-    return F.normalize(centres[torch.randint(len(centres), (M,), generator=g)] + 0.7 * torch.randn(M, C, generator=g), dim=1)
+    return F.normalize(
+        centres[torch.randint(len(centres), (M,), generator=g)] + 0.7 * torch.randn(M, C, generator=g), dim=1
+    )
 
 
 def one_round(rank: int, world: int, M: int, repeats: int) -> tuple[list[float], int, int]:
@@ -40,15 +43,20 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=20_000)
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
-    print(f"M = {args.images}, C = 128, k 10, budget 5; {os.cpu_count()} cores; seconds of a round, median of {args.repeats} (least to most)")
+    print(
+        f"M = {args.images}, C = 128, k 10, budget 5; {os.cpu_count()} cores; seconds of a round, "
+        f"median of {args.repeats} (least to most)"
+    )
     first = None
     for world in (1, 2, 4):
         results = run_ranks(world, one_round, args.images, args.repeats, timeout=600)
         slowest = [max(times) for times in zip(*(seconds for seconds, *_ in results))]
         sets = {tuple(found) for _, *found in results}
         first = first or sets
-        print(f"{world} ranks: {statistics.median(slowest):.2f} s ({min(slowest):.2f} to {max(slowest):.2f}), "
-              f"sets {'equal' if sets == first and len(sets) == 1 else 'DIFFER'}, {results[0][1]} edges")  # fmt: skip
+        print(
+            f"{world} ranks: {statistics.median(slowest):.2f} s ({min(slowest):.2f} to {max(slowest):.2f}), "
+            f"sets {'equal' if sets == first and len(sets) == 1 else 'DIFFER'}, {results[0][1]} edges"
+        )
 
 
 if __name__ == "__main__":

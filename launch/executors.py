@@ -21,7 +21,7 @@ from moco_isl.errors import BadInput
 # pending for a reason that time alone will not cure
 STUCK = {
     "PartitionNodeLimit": "the partition has not that many nodes, or they are down",
-    "PartitionConfig": "no node of the partition has that many cores or GPUs, or that much memory",
+    "PartitionConfig": "the partition has no such nodes: too many of them, too many cores or GPUs, or too much memory",
     "PartitionTimeLimit": "--timeout is longer than the partition allows",
     "BadConstraints": "no node has these features",
     "InvalidAccount": "the account does not exist",
@@ -40,7 +40,9 @@ class SlurmText(submitit.SlurmExecutor):
 
 
 def python_command(opts: argparse.Namespace) -> str:
-    """How a node starts Python. USR2 is ignored until the run listens to it: by default it would end an interpreter that is still importing."""
+    """How a node starts Python. USR2 is ignored until the run listens to it: by default it would end an interpreter
+    that is still importing.
+    """
     python = opts.python or (shlex.quote(sys.executable) if not opts.container else "python")
     return f"""sh -c 'trap "" USR2; exec "$@"' sh {opts.container + " " if opts.container else ""}{python}"""
 
@@ -49,7 +51,8 @@ def setup_lines(opts: argparse.Namespace) -> list[str]:
     pairs = [pair.split("=", 1) for pair in opts.env]
     return [
         *(f"export {name}={shlex.quote(value)}" for name, value in pairs),
-        f"export PYTHONPATH={shlex.quote(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}",  # a job finds this code from any folder
+        # a job finds this code from any folder
+        f"export PYTHONPATH={shlex.quote(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}",
         f"export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{opts.cpus_per_task}}}",
         *opts.setup,
     ]
@@ -62,14 +65,31 @@ def slurm_parameters(opts: argparse.Namespace, name: str, after: str | None = No
     if after:
         always["kill-on-invalid-dep"] = "yes"  # or it would pend for ever once the other has failed
     asked = dict(
-        job_name=name, time=opts.timeout, nodes=opts.nodes, ntasks_per_node=opts.tasks_per_node, cpus_per_task=opts.cpus_per_task,
-        gpus_per_node=opts.gpus_per_node or None, mem=f"{round(opts.mem_gb * 1024)}MB" if opts.mem_gb else None, partition=opts.partition, account=opts.account,
-        qos=opts.qos, constraint=opts.constraint, comment=opts.comment, exclude=opts.exclude, dependency=f"afterok:{after}" if after else None)  # fmt: skip
+        job_name=name,
+        time=opts.timeout,
+        nodes=opts.nodes,
+        ntasks_per_node=opts.tasks_per_node,
+        cpus_per_task=opts.cpus_per_task,
+        gpus_per_node=opts.gpus_per_node or None,
+        mem=f"{round(opts.mem_gb * 1024)}MB" if opts.mem_gb else None,
+        partition=opts.partition,
+        account=opts.account,
+        qos=opts.qos,
+        constraint=opts.constraint,
+        comment=opts.comment,
+        exclude=opts.exclude,
+        dependency=f"afterok:{after}" if after else None,
+    )
     return {k: v for k, v in asked.items() if v is not None} | dict(
         wckey=None,  # submitit would put its own name, which clusters that keep wckeys refuse
-        array_parallelism=opts.array_parallelism, signal_delay_s=opts.signal_delay, setup=setup_lines(opts), additional_parameters=always | free,
-        # since 22.05 srun no longer inherits the cores of a task; and a rank that fails must not leave the others waiting for it
-        srun_args=[f"--cpus-per-task={opts.cpus_per_task}", "--kill-on-bad-exit=1", *opts.srun])  # fmt: skip
+        array_parallelism=opts.array_parallelism,
+        signal_delay_s=opts.signal_delay,
+        setup=setup_lines(opts),
+        additional_parameters=always | free,
+        # since 22.05 srun no longer inherits the cores of a task; and a rank that fails must not leave the others
+        # waiting for it
+        srun_args=[f"--cpus-per-task={opts.cpus_per_task}", "--kill-on-bad-exit=1", *opts.srun],
+    )
 
 
 def sbatch_text(opts: argparse.Namespace, folder: str, name: str, count: int = 1, after: str | None = None) -> str:
@@ -81,8 +101,12 @@ def sbatch_text(opts: argparse.Namespace, folder: str, name: str, count: int = 1
     return executor._make_submission_file_text(executor._submitit_command_str, "dry-run")
 
 
-def submit(opts: argparse.Namespace, runs: list[Run], folder: str, name: str, command: list[str], after: str | None = None) -> list[Entry]:
-    """Submit runs, several as one array, with logs in `folder` (%j: the job's id); writes launch.jsonl there. BadInput with SLURM's reason if refused."""
+def submit(
+    opts: argparse.Namespace, runs: list[Run], folder: str, name: str, command: list[str], after: str | None = None
+) -> list[Entry]:
+    """Submit runs, several as one array, with logs in `folder` (%j: the job's id); writes launch.jsonl there.
+    BadInput with SLURM's reason if refused.
+    """
     executor = _slurm(opts, folder, name, after) if opts.cluster == "slurm" else _local(opts, folder)
     before = _litter(folder)
     with clean_environment() if opts.cluster == "slurm" else contextlib.nullcontext():
@@ -93,8 +117,18 @@ def submit(opts: argparse.Namespace, runs: list[Run], folder: str, name: str, co
             for file in _litter(folder) - before:
                 file.unlink()
             raise BadInput(f"SLURM refused the job: {' '.join(str(error).split())}") from error
-    entries = [Entry(job=job.job_id, cluster=opts.cluster, script=run.script, folder=str(job.paths.folder), out=run.out.replace("%j", job.job_id),
-                     tasks=opts.nodes * opts.tasks_per_node, command=command) for job, run in zip(jobs, runs)]  # fmt: skip
+    entries = [
+        Entry(
+            job=job.job_id,
+            cluster=opts.cluster,
+            script=run.script,
+            folder=str(job.paths.folder),
+            out=run.out.replace("%j", job.job_id),
+            tasks=opts.nodes * opts.tasks_per_node,
+            command=command,
+        )
+        for job, run in zip(jobs, runs)
+    ]
     for entry in entries:
         write_entry(entry)
     return entries
@@ -108,7 +142,9 @@ def _litter(folder: str) -> set[Path]:
 
 def _slurm(opts: argparse.Namespace, folder: str, name: str, after: str | None) -> submitit.SlurmExecutor:
     if not shutil.which("sbatch"):
-        raise BadInput("no sbatch here: submit from a login node of the cluster, or run on this machine with --cluster local")
+        raise BadInput(
+            "no sbatch here: submit from a login node of the cluster, or run on this machine with --cluster local"
+        )
     executor = submitit.SlurmExecutor(folder, max_num_timeout=opts.max_restarts, python=python_command(opts))
     executor.update_parameters(**slurm_parameters(opts, name, after))
     return executor
@@ -121,8 +157,14 @@ def _local(opts: argparse.Namespace, folder: str) -> submitit.LocalExecutor:
     os.environ.setdefault("OMP_NUM_THREADS", str(opts.cpus_per_task))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     executor = submitit.LocalExecutor(folder, max_num_timeout=opts.max_restarts, python=python_command(opts))
-    executor.update_parameters(timeout_min=opts.timeout, signal_delay_s=opts.signal_delay, tasks_per_node=opts.tasks_per_node, gpus_per_node=opts.gpus_per_node,
-                               visible_gpus=[int(v) for v in visible] if all(v.isdigit() for v in visible) else (), setup=opts.setup)  # fmt: skip
+    executor.update_parameters(
+        timeout_min=opts.timeout,
+        signal_delay_s=opts.signal_delay,
+        tasks_per_node=opts.tasks_per_node,
+        gpus_per_node=opts.gpus_per_node,
+        visible_gpus=[int(v) for v in visible] if all(v.isdigit() for v in visible) else (),
+        setup=opts.setup,
+    )
     return executor
 
 

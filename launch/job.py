@@ -1,8 +1,9 @@
 """What runs on the nodes: one `Run` a task, which submitit pickles, starts, and after an interruption starts again.
 
-Life of a task: forget what the last life left, meet the other ranks, run the script's main with a `stop` that signals set. When main has
-saved and comes back with 75, all ranks came back together: rank 0 lets submitit requeue the job, and all wait to be ended. Whatever goes wrong
-leaves a record beside the logs, so that the rank that began it can be named.
+Life of a task: forget what the last life left, meet the other ranks, run the script's main with a `stop` that signals
+set. When main has saved and comes back with 75, all ranks came back together: rank 0 lets submitit requeue the job,
+and all wait to be ended. Whatever goes wrong leaves a record beside the logs, so that the rank that began it can be
+named.
 """
 
 import contextlib
@@ -28,18 +29,22 @@ LOCAL_RESTARTS = 5  # submitit's controller of local jobs starts a job six times
 
 
 class Stop:
-    """The `stop` that main polls: true once SLURM asked for the node. USR2 is sent ahead of a preemption and of the time limit; TERM comes when a
-    job is cancelled or requeued, and is the only notice of preemption on clusters without preempt_send_user_signal: saving is right for all."""
+    """The `stop` that main polls: true once SLURM asked for the node. USR2 is sent ahead of a preemption and of the
+    time limit; TERM comes when a job is cancelled or requeued, and is the only notice of preemption on clusters
+    without preempt_send_user_signal: saving is right for all.
+    """
 
     def __init__(self) -> None:
         self.signals: list[int] = []
-        self.requeue = signal.getsignal(signal.SIGUSR2)  # submitit's: writes the pickle of the next life, requeues, exits
+        # submitit's handler: writes the pickle of the next life, requeues, exits
+        self.requeue = signal.getsignal(signal.SIGUSR2)
         for number in (signal.SIGUSR2, signal.SIGTERM):
             signal.signal(number, self._note)
 
     def _note(self, number, frame) -> None:
         if number not in self.signals:
-            os.write(1, f"=> {signal.Signals(number).name}: asked to stop\n".encode())  # print is not safe inside a handler
+            # print is not safe inside a handler
+            os.write(1, f"=> {signal.Signals(number).name}: asked to stop\n".encode())
         self.signals.append(number)
 
     def __call__(self) -> bool:
@@ -53,7 +58,7 @@ class Run:
     script: str  # a key of SCRIPTS
     flags: list[str]  # the script's own, without --out and --resume
     out: str  # run folder; %j is the job's id
-    resume: str | None = "auto"  # a file: to begin with, auto once there is a checkpoint; None: the script cannot resume
+    resume: str | None = "auto"  # a file: until there is a checkpoint of its own; None: the script cannot resume
     max_restarts: int = 30
     join_timeout: float = 300  # seconds
     restarts: int = 0
@@ -63,7 +68,7 @@ class Run:
         return submitit.helpers.DelayedSubmission(dataclasses.replace(self, restarts=self.restarts + 1))
 
     def __call__(self) -> dict:
-        stop = Stop()  # first of all: until here a signal went to submitit's handler, which is as good as long as nothing runs
+        stop = Stop()  # first of all: until here a signal goes to submitit's handler, as good as long as nothing runs
         env = submitit.JobEnvironment()
         _forget_last_life(env)
         out = self.out.replace("%j", env.job_id)
@@ -80,15 +85,26 @@ class Run:
         return {"rank": env.global_rank, "out": out, "restarts": self.restarts}
 
     def _main(self, env: submitit.JobEnvironment, out: str, stop: Stop) -> int:
-        from launch import rendezvous  # here, and not above: torch takes seconds, and the signals had to be caught first
+        # here, and not above: torch takes seconds, and the signals had to be caught first
+        from launch import rendezvous
 
         life = int(os.environ.get("SLURM_RESTART_COUNT", 0)) if env.cluster == "slurm" else self.restarts
         nodes, tasks = env.num_nodes, env.num_tasks
         place = rendezvous.Place(
-            job=env.raw_job_id, life=life, rank=env.global_rank, world=tasks, local_rank=env.local_rank, local_world=tasks // nodes,
-            node=os.environ.get("SLURMD_NODENAME", env.hostname), first_node=env.hostnames[0] if nodes > 1 else "127.0.0.1")  # fmt: skip
-        print(f"=> rank {place.rank} of {place.world} on {place.node}, local rank {place.local_rank}, "
-              f"CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', '')}, life {life + 1} of job {env.job_id}", flush=True)  # fmt: skip
+            job=env.raw_job_id,
+            life=life,
+            rank=env.global_rank,
+            world=tasks,
+            local_rank=env.local_rank,
+            local_world=tasks // nodes,
+            node=os.environ.get("SLURMD_NODENAME", env.hostname),
+            first_node=env.hostnames[0] if nodes > 1 else "127.0.0.1",
+        )
+        print(
+            f"=> rank {place.rank} of {place.world} on {place.node}, local rank {place.local_rank}, "
+            f"CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', '')}, life {life + 1} of job {env.job_id}",
+            flush=True,
+        )
         if life:
             print(f"{NEW_LIFE}{life + 1} of job {env.job_id}", file=sys.stderr, flush=True)
         if life and place.rank == 0:
@@ -106,7 +122,7 @@ class Run:
         return importlib.import_module(SCRIPTS[self.script]).main(flags, stop)
 
     def _leave(self, env: submitit.JobEnvironment, out: str, stop: Stop) -> int:
-        """Everything is saved: have the job requeued, and wait for the end of this life; the exit code if there is no next one."""
+        """Everything is saved: have the job requeued, and wait for the end. The exit code, if there is no next life."""
         most = self.max_restarts if env.cluster == "slurm" else min(self.max_restarts, LOCAL_RESTARTS)
         go_on = f"The run is saved: the same command with --job-dir {out} goes on with it"
         if self.restarts >= most:
@@ -116,14 +132,16 @@ class Run:
             self._requeue(env, stop)
             _say(env, f"=> not requeued: SLURM neither took the job back nor ended it. {go_on}")
         elif env.cluster == "local" and env.global_rank == 0 and stop.signals != [signal.SIGTERM]:
-            stop.requeue(signal.SIGUSR2, None)  # exits with the code that tells submitit's controller to start the tasks again
+            # exits with the code that tells submitit's controller to start the tasks again
+            stop.requeue(signal.SIGUSR2, None)
         return Interrupted.exit_code
 
     def _requeue(self, env: submitit.JobEnvironment, stop: Stop, patience: float = 120) -> None:
         if env.global_rank == 0:
             job = slurm.ask(env.job_id)
-            # a job that SLURM itself is taking down (cancelled, preempted without grace, requeued by the admin) goes where SLURM sends it
-            if job is None or job.state == "RUNNING":
+            # a job that SLURM itself is taking down (cancelled, preempted without grace, requeued by the admin) goes
+            # where SLURM sends it
+            if job is None or not job.leaving:
                 try:
                     stop.requeue(signal.SIGUSR2, None)
                 except SystemExit:
@@ -134,7 +152,9 @@ class Run:
 
 
 def _forget_last_life(env: submitit.JobEnvironment) -> None:
-    """Remove what this rank left when it was ended: a stale error would be taken for this life's, and submitit stumbles over half-written files."""
+    """Remove what this rank left when it was ended: a stale error would be taken for this life's, and submitit
+    stumbles over half-written files.
+    """
     paths = env.paths
     stale = [paths.result_pickle, record_file(paths.folder, env.job_id, env.global_rank)]
     if env.global_rank == 0:
@@ -144,8 +164,9 @@ def _forget_last_life(env: submitit.JobEnvironment) -> None:
 
 
 def _wait_for_lock(out: Path, stop: Stop, seconds: float = 180) -> None:
-    """After a node failed, rank 0's last life may breathe on where SLURM cannot reach it, or a dead node's lock may outlive it: a restart waits
-    for the run folder for a while, where a second run would be refused at once."""
+    """After a node failed, rank 0's last life may breathe on where SLURM cannot reach it, or a dead node's lock may
+    outlive it: a restart waits for the run folder for a while, where a second run would be refused at once.
+    """
     lock, end = out / ".lock", time.monotonic() + seconds
     while lock.exists() and time.monotonic() < end and not stop():
         try:
@@ -162,7 +183,13 @@ def record_file(folder: Path, job_id: str, rank: int) -> Path:
 
 def _record(env: submitit.JobEnvironment, code: int, error: str) -> None:
     """When, where and of what this rank failed. A full disk may refuse it: the logs and the exit code remain."""
-    facts = {"time": time.time(), "rank": env.global_rank, "node": os.environ.get("SLURMD_NODENAME", env.hostname), "code": code, "error": error}
+    facts = {
+        "time": time.time(),
+        "rank": env.global_rank,
+        "node": os.environ.get("SLURMD_NODENAME", env.hostname),
+        "code": code,
+        "error": error,
+    }
     with contextlib.suppress(OSError):
         record_file(env.paths.folder, env.job_id, env.global_rank).write_text(json.dumps(facts))
 

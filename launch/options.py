@@ -1,4 +1,6 @@
-"""The command lines of submit.py and sweep.py: what is asked of the cluster, and the flags of the script, parsed by the script's own parser."""
+"""The command lines of submit.py and sweep.py: what is asked of the cluster, and the flags of the script, parsed by
+the script's own parser.
+"""
 
 import argparse
 import contextlib
@@ -16,7 +18,17 @@ from launch.job import SCRIPTS  # noqa: E402
 from moco_isl.errors import BadInput  # noqa: E402
 
 # names that would reach the job through sbatch and mean something else there
-FOREIGN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES", "GROUP_RANK", "ROLE_RANK")
+FOREIGN = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "CUDA_VISIBLE_DEVICES",
+    "GROUP_RANK",
+    "ROLE_RANK",
+)
 FOREIGN_PREFIXES = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_", "TORCHELASTIC_", "PMI", "OMPI_")
 FAMILIAR = {"SLURM_CONF"}  # without it neither sbatch nor the job's own scontrol finds a cluster of this name
 
@@ -28,38 +40,128 @@ class LauncherParser(argparse.ArgumentParser):
 
 def add_cluster_options(parser: argparse.ArgumentParser, clusters: tuple[str, ...]) -> None:
     group = parser.add_argument_group("what a job gets")
-    group.add_argument("--cluster", choices=clusters, default=clusters[0], help="; ".join({
-        "slurm": "slurm: submit (default)" if clusters[0] == "slurm" else "slurm: submit a job array", "local": "local: processes of this machine, in the background",
-        "debug": "debug: one task in this very process", "none": "none: one after another on this machine (default)"}[c] for c in clusters))  # fmt: skip
+    group.add_argument(
+        "--cluster",
+        choices=clusters,
+        default=clusters[0],
+        help="; ".join(
+            {
+                "slurm": "slurm: submit (default)" if clusters[0] == "slurm" else "slurm: submit a job array",
+                "local": "local: processes of this machine, in the background",
+                "debug": "debug: one task in this very process",
+                "none": "none: one after another on this machine (default)",
+            }[c]
+            for c in clusters
+        ),
+    )
     group.add_argument("--nodes", "--nnodes", type=int, default=1, metavar="n", help="nodes of a job (1)")
-    group.add_argument("--gpus-per-node", "--ngpus", "--gpus", type=int, default=1, metavar="n", help="GPUs of a node, one process each (1); 0: CPU only")
-    group.add_argument("--tasks-per-node", type=int, metavar="n", help="processes of a node (default: one a GPU); for CPU runs, with --gpus-per-node 0")
-    group.add_argument("--cpus-per-task", type=int, metavar="n", help="cores of a process (10 with GPUs, else 1): its loading workers run there")
+    group.add_argument(
+        "--gpus-per-node",
+        "--ngpus",
+        "--gpus",
+        type=int,
+        default=1,
+        metavar="n",
+        help="GPUs of a node, one process each (1); 0: CPU only",
+    )
+    group.add_argument(
+        "--tasks-per-node",
+        type=int,
+        metavar="n",
+        help="processes of a node (default: one a GPU); for CPU runs, with --gpus-per-node 0",
+    )
+    group.add_argument(
+        "--cpus-per-task",
+        type=int,
+        metavar="n",
+        help="cores of a process (10 with GPUs, else 1): its loading workers run there",
+    )
     group.add_argument("--mem-gb", type=float, metavar="x", help="memory of a node (default: the cluster's)")
-    group.add_argument("--timeout", type=int, default=2800, metavar="min", help="time limit of one life of a job, in minutes (2800); what takes longer is requeued")
-    group.add_argument("--signal-delay", type=int, default=120, metavar="s", help="seconds before the time limit at which the run is told to save (120)")
-    group.add_argument("--max-restarts", type=int, default=30, metavar="n", help="how often a run may save and be requeued (30), by time limit or preemption; what "
-                       "the admin or a failed node requeues is not counted")
-    group.add_argument("--join-timeout", type=float, default=300, metavar="s", help="seconds within which all ranks must have come together (300)")
+    group.add_argument(
+        "--timeout",
+        type=int,
+        default=2800,
+        metavar="min",
+        help="time limit of one life of a job, in minutes (2800); what takes longer is requeued",
+    )
+    group.add_argument(
+        "--signal-delay",
+        type=int,
+        default=120,
+        metavar="s",
+        help="seconds before the time limit at which the run is told to save (120)",
+    )
+    group.add_argument(
+        "--max-restarts",
+        type=int,
+        default=30,
+        metavar="n",
+        help="how often a run may save and be requeued (30), by time limit or preemption; what "
+        "the admin or a failed node requeues is not counted",
+    )
+    group.add_argument(
+        "--join-timeout",
+        type=float,
+        default=300,
+        metavar="s",
+        help="seconds within which all ranks must have come together (300)",
+    )
 
     group = parser.add_argument_group("where it runs")
     group.add_argument("--partition", metavar="NAME", help="default: the cluster's")
     for name in ("account", "qos", "comment"):
         group.add_argument(f"--{name}", metavar="NAME")
     group.add_argument("--constraint", metavar="FEATURE", help="features of the nodes")
-    group.add_argument("--use-volta32", "--use_volta32", action="store_const", const="volta32gb", dest="constraint", help="--constraint volta32gb")
+    group.add_argument(
+        "--use-volta32",
+        "--use_volta32",
+        action="store_const",
+        const="volta32gb",
+        dest="constraint",
+        help="--constraint volta32gb",
+    )
     group.add_argument("--exclude", metavar="NODES", help="nodes to avoid")
-    group.add_argument("--array-parallelism", type=int, default=256, metavar="n", help="how many elements of a job array run at once (256)")
-    group.add_argument("--sbatch", action="append", default=[], metavar="KEY=VALUE", help="any other option of sbatch, such as gres=gpu:a100:8; repeatable")
-    group.add_argument("--srun", action="append", default=[], metavar="ARG", help="any option of srun, such as --srun=--container-image=X; repeatable")
+    group.add_argument(
+        "--array-parallelism",
+        type=int,
+        default=256,
+        metavar="n",
+        help="how many elements of a job array run at once (256)",
+    )
+    group.add_argument(
+        "--sbatch",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="any other option of sbatch, such as gres=gpu:a100:8; repeatable",
+    )
+    group.add_argument(
+        "--srun",
+        action="append",
+        default=[],
+        metavar="ARG",
+        help="any option of srun, such as --srun=--container-image=X; repeatable",
+    )
 
     group = parser.add_argument_group("its environment")
-    group.add_argument("--setup", action="append", default=[], metavar="CMD", help="shell command that runs on the first node before the job, such as "
-                       "'module load cuda'; repeatable")
+    group.add_argument(
+        "--setup",
+        action="append",
+        default=[],
+        metavar="CMD",
+        help="shell command that runs on the first node before the job, such as 'module load cuda'; repeatable",
+    )
     group.add_argument("--env", action="append", default=[], metavar="K=V", help="environment variable; repeatable")
-    group.add_argument("--container", default="", metavar="CMD", help="command that runs what follows it in a container, such as 'apptainer exec --nv moco.sif'; "
-                       "scontrol has to work inside, for the requeueing")
-    group.add_argument("--python", metavar="CMD", help="Python of the nodes (default: this one, in a container: python)")
+    group.add_argument(
+        "--container",
+        default="",
+        metavar="CMD",
+        help="command that runs what follows it in a container, such as 'apptainer exec --nv moco.sif'; "
+        "scontrol has to work inside, for the requeueing",
+    )
+    group.add_argument(
+        "--python", metavar="CMD", help="Python of the nodes (default: this one, in a container: python)"
+    )
 
 
 def check_cluster_options(opts: argparse.Namespace) -> None:
@@ -67,14 +169,32 @@ def check_cluster_options(opts: argparse.Namespace) -> None:
     opts.tasks_per_node = opts.tasks_per_node or max(1, opts.gpus_per_node)
     opts.cpus_per_task = opts.cpus_per_task or (10 if opts.gpus_per_node else 1)
     for name in ("nodes", "tasks_per_node", "cpus_per_task", "timeout", "array_parallelism"):
-        _check(getattr(opts, name) >= 1, f"--{name.replace('_', '-')} {getattr(opts, name)} is out of range: expected at least 1")
+        _check(
+            getattr(opts, name) >= 1,
+            f"--{name.replace('_', '-')} {getattr(opts, name)} is out of range: expected at least 1",
+        )
     for name in ("gpus_per_node", "max_restarts", "signal_delay"):
-        _check(getattr(opts, name) >= 0, f"--{name.replace('_', '-')} {getattr(opts, name)} is out of range: expected at least 0")
-    _check(opts.gpus_per_node in (0, opts.tasks_per_node), f"--tasks-per-node {opts.tasks_per_node} with --gpus-per-node {opts.gpus_per_node}: expected "
-           "one process a GPU, or --gpus-per-node 0")  # fmt: skip
-    _check(opts.signal_delay < 60 * opts.timeout, f"--signal-delay {opts.signal_delay} s is not before the time limit of {opts.timeout} min")
-    _check(opts.cluster == "slurm" or opts.nodes == 1, f"--nodes {opts.nodes} needs --cluster slurm: this machine is one node")
-    _check(opts.cluster != "debug" or opts.tasks_per_node == 1, "--cluster debug is one task in this process: for several use --cluster local")
+        _check(
+            getattr(opts, name) >= 0,
+            f"--{name.replace('_', '-')} {getattr(opts, name)} is out of range: expected at least 0",
+        )
+    _check(
+        opts.gpus_per_node in (0, opts.tasks_per_node),
+        f"--tasks-per-node {opts.tasks_per_node} with --gpus-per-node {opts.gpus_per_node}: expected "
+        "one process a GPU, or --gpus-per-node 0",
+    )
+    _check(
+        opts.signal_delay < 60 * opts.timeout,
+        f"--signal-delay {opts.signal_delay} s is not before the time limit of {opts.timeout} min",
+    )
+    _check(
+        opts.cluster == "slurm" or opts.nodes == 1,
+        f"--nodes {opts.nodes} needs --cluster slurm: this machine is one node",
+    )
+    _check(
+        opts.cluster != "debug" or opts.tasks_per_node == 1,
+        "--cluster debug is one task in this process: for several use --cluster local",
+    )
     for name in ("env", "sbatch"):
         for pair in getattr(opts, name):
             _check("=" in pair or name == "sbatch", f"--{name} '{pair}': expected NAME=VALUE")
@@ -88,13 +208,20 @@ def split_flags(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argpa
 
 
 def take_run_flags(flags: list[str]) -> tuple[list[str], str]:
-    """The flags without --resume, and its value ('auto' if it was not there). The run folder is the launcher's business: --out raises BadInput."""
+    """The flags without --resume, and its value ('auto' if it was not there). The run folder is the launcher's
+    business: --out raises BadInput.
+    """
     mine = LauncherParser(add_help=False, allow_abbrev=False)
     mine.add_argument("--resume", default="auto")
     mine.add_argument("--out")
     taken, flags = mine.parse_known_args(flags)
-    _check(taken.out is None, f"--out {taken.out}: the launcher gives the script its run folder; say --job-dir {taken.out}")
-    _check(taken.resume in ("auto", "") or Path(taken.resume).is_file(), f"no file at --resume '{taken.resume}': expected a checkpoint (nothing was submitted)")
+    _check(
+        taken.out is None, f"--out {taken.out}: the launcher gives the script its run folder; say --job-dir {taken.out}"
+    )
+    _check(
+        taken.resume in ("auto", "") or Path(taken.resume).is_file(),
+        f"no file at --resume '{taken.resume}': expected a checkpoint (nothing was submitted)",
+    )
     return flags, taken.resume or "auto"
 
 
@@ -107,10 +234,19 @@ def takes(script: str, flag: str) -> bool:
     return any(flag in action.option_strings for action in script_parser(script)._actions)
 
 
-def parse_script(script: str, flags: list[str], nodes: int, tasks_per_node: int, check: bool = True) -> argparse.Namespace:
-    """The script's own reading of its flags, and with `check` its own checks, as if it were one of its ranks. Raises what it raises: BadInput."""
+def parse_script(
+    script: str, flags: list[str], nodes: int, tasks_per_node: int, check: bool = True
+) -> argparse.Namespace:
+    """The script's own reading of its flags, and with `check` its own checks, as if it were one of its ranks. Raises
+    what it raises: BadInput.
+    """
     module = importlib.import_module(SCRIPTS[script])
-    as_rank = {"RANK": "0", "WORLD_SIZE": str(nodes * tasks_per_node), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": str(tasks_per_node)}
+    as_rank = {
+        "RANK": "0",
+        "WORLD_SIZE": str(nodes * tasks_per_node),
+        "LOCAL_RANK": "0",
+        "LOCAL_WORLD_SIZE": str(tasks_per_node),
+    }
     with clean_environment(), _environment(as_rank):
         args = module.get_parser().parse_args(flags)
         if check:
@@ -129,7 +265,9 @@ def words(text: str, option: str) -> list[str]:
 @contextlib.contextmanager
 def clean_environment() -> Iterator[None]:
     """Without what a shell inside another job, or under torchrun, has set."""
-    foreign = {k: v for k, v in os.environ.items() if (k in FOREIGN or k.startswith(FOREIGN_PREFIXES)) and k not in FAMILIAR}
+    foreign = {
+        k: v for k, v in os.environ.items() if (k in FOREIGN or k.startswith(FOREIGN_PREFIXES)) and k not in FAMILIAR
+    }
     for name in foreign:
         del os.environ[name]
     try:

@@ -1,8 +1,9 @@
 """How the ranks of a job find each other, from what SLURM says about the job alone.
 
-Rank 0 opens torch's key-value store on its node, at the first free port of a short list that every rank can work out: a function of the job's id and
-of how often it was restarted, so that two jobs on a node differ, and no restart meets what its last life left behind. The others look
-through the same list for the store that answers with this job's name. Then every rank signs in, and waits until all have, or gives up.
+Rank 0 opens torch's key-value store on its node, at the first free port of a short list that every rank can work out:
+a function of the job's id and of how often it was restarted, so that two jobs on a node differ, and no restart meets
+what its last life left behind. The others look through the same list for the store that answers with this job's name.
+Then every rank signs in, and waits until all have, or gives up.
 """
 
 import os
@@ -46,9 +47,10 @@ class Place:
 
 
 def join(place: Place, seconds: float, stop: Callable[[], bool]) -> TCPStore | None:
-    """Meet the other ranks; the store, with MASTER_ADDR, RANK and the like in the environment; None if stop() came first.
+    """Meet the other ranks; returns the store, with MASTER_ADDR, RANK and the like in the environment.
 
-    The store has to be kept as long as ranks may want to talk. Raises CannotJoin after `seconds`, naming who is missing.
+    The store has to be kept as long as ranks may want to talk. None if stop() came first. Raises CannotJoin after
+    `seconds`, naming who is missing.
     """
     end = time.monotonic() + seconds
     found = _open(place) if place.rank == 0 else _find(place, end, stop)
@@ -62,18 +64,33 @@ def join(place: Place, seconds: float, stop: Callable[[], bool]) -> TCPStore | N
             return None
         if time.monotonic() > end:
             missing = [r for r, signature in enumerate(signatures) if not _has(store, [signature])]
-            raise CannotJoin(f"{len(missing)} of {place.world} ranks did not join within {seconds:.0f} s: {_ranks(missing)}. Their logs say why, "
-                             "if they started; --join-timeout gives slow nodes longer")  # fmt: skip
+            raise CannotJoin(
+                f"{len(missing)} of {place.world} ranks did not join within {seconds:.0f} s: {_ranks(missing)}. "
+                "Their logs say why, if they started; --join-timeout gives slow nodes longer"
+            )
         time.sleep(0.1)
-    os.environ.update(MASTER_ADDR=place.first_node, MASTER_PORT=str(port), RANK=str(place.rank), WORLD_SIZE=str(place.world),
-                      LOCAL_RANK=str(place.local_rank), LOCAL_WORLD_SIZE=str(place.local_world))  # fmt: skip
+    os.environ.update(
+        MASTER_ADDR=place.first_node,
+        MASTER_PORT=str(port),
+        RANK=str(place.rank),
+        WORLD_SIZE=str(place.world),
+        LOCAL_RANK=str(place.local_rank),
+        LOCAL_WORLD_SIZE=str(place.local_world),
+    )
     return store
 
 
 def _open(place: Place) -> tuple[TCPStore, int]:
     for port in place.ports:
         try:  # multi_tenant: init_process_group("env://") of this process then uses this very server
-            store = TCPStore(place.first_node, port, is_master=True, wait_for_workers=False, multi_tenant=True, timeout=timedelta(seconds=60))
+            store = TCPStore(
+                place.first_node,
+                port,
+                is_master=True,
+                wait_for_workers=False,
+                multi_tenant=True,
+                timeout=timedelta(seconds=60),
+            )
         except DistError as error:
             reason = str(error).splitlines()[0]
             continue
@@ -91,8 +108,10 @@ def _find(place: Place, end: float, stop: Callable[[], bool]) -> tuple[TCPStore,
             if store is not None and _has(store, [f"launch/{place.name}"]):
                 return store, port
         time.sleep(0.2)
-    raise CannotJoin(f"rank {place.rank} on {place.node} did not find rank 0 at {place.first_node} (ports {place.ports}): it did not start "
-                     "in time, its log says why, or a firewall stands between the nodes")  # fmt: skip
+    raise CannotJoin(
+        f"rank {place.rank} on {place.node} did not find rank 0 at {place.first_node} (ports {place.ports}): "
+        "it did not start in time, its log says why, or a firewall stands between the nodes"
+    )
 
 
 def _has(store: TCPStore, keys: list[str]) -> bool:
@@ -111,7 +130,9 @@ def _listens(host: str, port: int) -> bool:
 
 
 def _client(host: str, port: int, seconds: float = 5) -> TCPStore | None:
-    """The store at host:port; None if what listens there is no store. In a thread: the constructor waits for ever on a listener that is mute."""
+    """The store at host:port; None if what listens there is no store. In a thread: the constructor waits for ever on
+    a listener that is mute.
+    """
     found = []
 
     def connect() -> None:

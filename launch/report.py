@@ -1,6 +1,8 @@
-"""What became of a job, in words: from SLURM, from the records and logs that its ranks left, and from the run's own metrics.
+"""What became of a job, in words: from SLURM, from the records and logs that its ranks left, and from the run's own
+metrics.
 
-A job's folder holds launch.jsonl (a line a submission), and per job J and rank R: J_R_log.out, J_R_log.err, J_R_failure.json, J_R_result.pkl.
+A job's folder holds launch.jsonl (a line a submission), and per job J and rank R: J_R_log.out, J_R_log.err,
+J_R_failure.json, J_R_result.pkl.
 """
 
 import contextlib
@@ -21,8 +23,9 @@ RECORDS = "launch.jsonl"
 
 # what a rank says whose partner has gone: a consequence, not a cause
 CONSEQUENCE = re.compile(
-    r"closed by peer|[Cc]onnection (reset|refused|closed)|[Bb]roken pipe|[Tt]imed out waiting|NCCL|[Ww]atchdog|could not join the others|"
-    r"rank 0 ended while|lost another rank|was ended with the others|DistNetworkError|DistStoreError|DistBackendError|Interrupted system call"
+    r"closed by peer|[Cc]onnection (reset|refused|closed)|[Bb]roken pipe|[Tt]imed out waiting|Interrupted system call|"
+    r"NCCL|[Ww]atchdog|DistNetworkError|DistStoreError|DistBackendError|"
+    r"could not join the others|rank 0 ended while|lost another rank|was ended with the others"
 )
 SRUN_SAYS = re.compile(r"^srun: error: (\S+): tasks? ([\d,-]+): (.+)$")
 TAKEN_DOWN = re.compile(r"CANCELLED AT .* DUE TO")  # after this line ranks are killed because SLURM ends the job
@@ -116,7 +119,9 @@ def _succeeded(entry: Entry, rank: int) -> bool:
 
 
 def failures(entry: Entry) -> list[Failure]:
-    """The ranks that failed, the one that began it first: causes before consequences, those with a word before those without, then by time."""
+    """The ranks that failed, the one that began it first: causes before consequences, those with a word before those
+    without, then by time.
+    """
     found = {}
     for rank in range(entry.tasks):
         file = record_file(Path(entry.folder), entry.job, rank)
@@ -131,7 +136,9 @@ def failures(entry: Entry) -> list[Failure]:
 
 
 def _srun_says(entry: Entry) -> list[tuple[int, str, str]]:
-    """(rank, node, how it ended) as srun tells it at the end of rank 0's log: of ranks that were killed, all that there is."""
+    """(rank, node, how it ended) as srun tells it at the end of rank 0's log: of ranks that were killed, all that
+    there is.
+    """
     told, over = [], False
     for line in _this_life(entry.log(0)):
         if TAKEN_DOWN.search(line):
@@ -200,7 +207,7 @@ def _last(out: str, kinds: tuple[str, ...], names: tuple[str, ...]) -> dict:
 
 ADVICE = {
     "CANCELLED": "it was cancelled; what was saved stays",
-    "TIMEOUT": "it reached its time limit before it had saved and left: a longer --signal-delay gives it more time for that",
+    "TIMEOUT": "it reached its time limit before it had saved and left: a longer --signal-delay gives it more time",
     "NODE_FAIL": "a node failed, and SLURM did not requeue the job",
     "OUT_OF_MEMORY": "it needed more memory than it had: raise --mem-gb, or lower --workers",
     "UNKNOWN": "SLURM has forgotten it, and it left neither a result nor an error: it was cancelled or killed",
@@ -208,7 +215,9 @@ ADVICE = {
 
 
 def explain(entry: Entry, job: JobState, lines: int = 12) -> list[str]:
-    """Why a job ended without success: the first cause with its log and the end of it, then the ranks that only followed."""
+    """Why a job ended without success: the first cause with its log and the end of it, then the ranks that only
+    followed.
+    """
     exit_code = f" (exit code {job.exit_code})" if job.exit_code not in ("", "0:0") else ""
     text = [f"job {entry.job} {job.state}{exit_code}" + (f": {ADVICE[job.state]}" if job.state in ADVICE else "")]
     found = failures(entry)

@@ -1,10 +1,24 @@
-"""What SLURM knows about a job: from slurmctld while it remembers (MinJobAge, 5 minutes after the end), then from the accounting if there is one."""
+"""What SLURM knows about a job: from slurmctld while it remembers (MinJobAge, 5 minutes after the end), then from the
+accounting if there is one.
+"""
 
 import re
 import subprocess
 from dataclasses import dataclass
 
-FINAL = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "PREEMPTED", "REVOKED"}
+FINAL = {
+    "COMPLETED",
+    "FAILED",
+    "CANCELLED",
+    "TIMEOUT",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "BOOT_FAIL",
+    "DEADLINE",
+    "PREEMPTED",
+    "REVOKED",
+}
+LEAVING = {"COMPLETING", "PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT"}
 PASSING = {"NODE_FAIL", "PREEMPTED", "BOOT_FAIL"}  # shown for a moment by jobs that are about to be requeued
 
 
@@ -20,6 +34,11 @@ class JobState:
     @property
     def final(self) -> bool:
         return self.state in FINAL
+
+    @property
+    def leaving(self) -> bool:
+        """SLURM is ending it, or has, or is about to start it again."""
+        return self.final or self.state in LEAVING
 
     @property
     def may_return(self) -> bool:
@@ -42,19 +61,29 @@ def _run(*command: str) -> str:
 
 def _from_controller(job_id: str) -> JobState | None:
     text = _run("scontrol", "show", "job", job_id, "-o")
-    found = dict(re.findall(r"(?:^|\s)(JobState|Reason|Restarts|ExitCode|NodeList|Requeue)=(\S*)", text.splitlines()[0] if text else ""))
+    found = dict(
+        re.findall(
+            r"(?:^|\s)(JobState|Reason|Restarts|ExitCode|NodeList|Requeue)=(\S*)", text.splitlines()[0] if text else ""
+        )
+    )
     if "JobState" not in found:
         return None
     nothing = ("None", "(null)")
     return JobState(
-        state=found["JobState"], reason="" if found.get("Reason") in nothing else found.get("Reason", ""), restarts=int(found.get("Restarts", 0)),
-        exit_code=found.get("ExitCode", ""), nodes="" if found.get("NodeList") in nothing else found.get("NodeList", ""),
-        requeue=found.get("Requeue") == "1")  # fmt: skip
+        state=found["JobState"],
+        reason="" if found.get("Reason") in nothing else found.get("Reason", ""),
+        restarts=int(found.get("Restarts", 0)),
+        exit_code=found.get("ExitCode", ""),
+        nodes="" if found.get("NodeList") in nothing else found.get("NodeList", ""),
+        requeue=found.get("Requeue") == "1",
+    )
 
 
 def _from_accounting(job_id: str) -> JobState | None:
     for line in _run("sacct", "-X", "-n", "-P", "-o", "JobID,State,ExitCode,NodeList", "-j", job_id).splitlines():
         name, state, exit_code, nodes = line.split("|")
         if name == job_id:
-            return JobState(state=state.split()[0], exit_code=exit_code, nodes="" if nodes == "None assigned" else nodes)
+            return JobState(
+                state=state.split()[0], exit_code=exit_code, nodes="" if nodes == "None assigned" else nodes
+            )
     return None

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """What a job is doing: state, restarts, last epoch and loss, images/s; and why it failed, if it did.
 
-    python launch/status.py runs/4711            the last submission into this folder
-    python launch/status.py runs/4711 --all      all of them, and those that follow the pretraining
-    python launch/status.py runs/4711 --wait     stays until it has ended; exit code 0 if it succeeded
+python launch/status.py runs/4711            the last submission into this folder
+python launch/status.py runs/4711 --all      all of them, and those that follow the pretraining
+python launch/status.py runs/4711 --wait     stays until it has ended; exit code 0 if it succeeded
 """
 
 import argparse
@@ -23,7 +23,9 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("job_dir", metavar="JOB_DIR", type=Path, help="the folder that submit.py or sweep.py printed")
     parser.add_argument("--all", action="store_true", help="every submission into the folder, and into those below it")
     parser.add_argument("--wait", action="store_true", help="until the job has ended")
-    parser.add_argument("--poll", type=float, default=5, metavar="s", help="seconds between two looks while waiting (5)")
+    parser.add_argument(
+        "--poll", type=float, default=5, metavar="s", help="seconds between two looks while waiting (5)"
+    )
     return parser
 
 
@@ -44,23 +46,39 @@ def main(argv: list[str] | None = None) -> int:
 
 def find(folder: Path, everything: bool) -> list[Entry]:
     """The last submission into a folder; of a sweep's folder the last of each point; or all."""
-    files = [folder / report.RECORDS] if (folder / report.RECORDS).exists() and not everything else sorted(folder.rglob(report.RECORDS))
+    files = (
+        [folder / report.RECORDS]
+        if (folder / report.RECORDS).exists() and not everything
+        else sorted(folder.rglob(report.RECORDS))
+    )
     if not files:
         raise BadInput(f"no {report.RECORDS} in '{folder}': expected the folder that submit.py or sweep.py printed")
-    found = [entry for file in files for entry in report.read_entries(file.parent)[slice(None) if everything else slice(-1, None)]]
-    return list({entry.job: entry for entry in found}.values())  # a sweep notes a job twice: with its logs, and in its point
+    found = [
+        entry
+        for file in files
+        for entry in report.read_entries(file.parent)[slice(None) if everything else slice(-1, None)]
+    ]
+    # a sweep notes a job twice: with its logs, and in its point
+    return list({entry.job: entry for entry in found}.values())
 
 
 def describe(entry: Entry, job: report.JobState) -> list[str]:
     """The lines on one job."""
     seen = report.progress(entry.out)
-    facts = [f"{job.state}" + (f" ({job.reason})" if job.reason and not job.final else ""), f"restarts {report.restarts(entry, job)}"]
+    facts = [
+        f"{job.state}" + (f" ({job.reason})" if job.reason and not job.final else ""),
+        f"restarts {report.restarts(entry, job)}",
+    ]
     facts += [f"nodes {job.nodes}"] if job.nodes else []
     facts += [f"epoch {seen['epoch']}"] if "epoch" in seen else []
     facts += [f"loss {seen['loss']:.4f}"] if "loss" in seen else []
     facts += [f"{seen['images_per_s']:.0f} images/s"] if "images_per_s" in seen else []
     facts += [f"kNN {seen['knn']:.2f} %"] if "knn" in seen else []
-    lines = [f"job {entry.job} ({entry.script}): " + ", ".join(facts), f"  folder {entry.out}", f"  log    {entry.log(0, 'out')}"]
+    lines = [
+        f"job {entry.job} ({entry.script}): " + ", ".join(facts),
+        f"  folder {entry.out}",
+        f"  log    {entry.log(0, 'out')}",
+    ]
     if (job.final and not job.may_return and job.state != "COMPLETED") or job.state == "UNKNOWN":
         lines += ["  " + line for line in report.explain(entry, job)]
     return lines

@@ -1,13 +1,15 @@
 #!/usr/bin/env python
-"""Run a script of this repository on a SLURM cluster; it comes back by itself after preemption, time limit and node failure.
+"""Run a script of this repository on a SLURM cluster; it comes back by itself after preemption, time limit and node
+failure.
 
-    python launch/submit.py pretrain --nodes 4 --gpus-per-node 8 --partition gpu --timeout 2880 --job-dir runs/%j -- --config FILE.yaml DIR
+    python launch/submit.py pretrain --nodes 4 --gpus-per-node 8 --partition gpu --job-dir runs/%j -- --config FILE DIR
     python launch/submit.py lincls|knn ... -- --pretrained FILE DIR
-    python launch/submit.py pretrain ... --then lincls,knn --lincls "--lr 30 DIR"       and when it has succeeded, the evaluation
-    python launch/submit.py pretrain --cluster local --gpus-per-node 2 ...               the same without SLURM
+    python launch/submit.py pretrain ... --then lincls,knn --lincls "DIR --lr 30"     and when it is done, evaluate
+    python launch/submit.py pretrain --cluster local --gpus-per-node 2 ...             the same without SLURM
 
-After `--` come the script's own flags (--help shows them too), but --out and --resume: the run folder is --job-dir, and a run goes on where its
-last checkpoint is. The same command with --job-dir naming that folder continues a run that was ended. The code is read anew at every restart.
+After `--` come the script's own flags (--help shows them too), but --out and --resume: the run folder is --job-dir,
+and a run goes on where its last checkpoint is. The same command with --job-dir naming that folder continues a run
+that was ended. The code is read anew at every restart.
 """
 
 import argparse
@@ -30,20 +32,45 @@ from moco_isl.errors import BadInput  # noqa: E402
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = options.LauncherParser(prog="submit.py pretrain|lincls|knn", description=__doc__, allow_abbrev=False, add_help=False,
-                                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = options.LauncherParser(
+        prog="submit.py pretrain|lincls|knn",
+        description=__doc__,
+        allow_abbrev=False,
+        add_help=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("-h", "--help", action="store_true", help="show this, and the script's flags")
-    parser.add_argument("--job-dir", "--job_dir", default="runs/%j", metavar="DIR", help="run folder and logs; %%j is the job's id, on this "
-                        "machine the time (default: runs/%%j)")
+    parser.add_argument(
+        "--job-dir",
+        "--job_dir",
+        default="runs/%j",
+        metavar="DIR",
+        help="run folder and logs; %%j is the job's id, on this machine the time (default: runs/%%j)",
+    )
     parser.add_argument("--name", metavar="NAME", help="name of the job (default: moco_isl-<script>)")
-    parser.add_argument("--dry-run", action="store_true", help="show the sbatch file and the resolved flags, and touch nothing")
-    parser.add_argument("--wait", action="store_true", help="stay until all is done; exit code 0 if it succeeded, else why not")
-    parser.add_argument("--poll", type=float, default=5, metavar="s", help="seconds between two looks at the job while waiting (5)")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="show the sbatch file and the resolved flags, and touch nothing"
+    )
+    parser.add_argument(
+        "--wait", action="store_true", help="stay until all is done; exit code 0 if it succeeded, else why not"
+    )
+    parser.add_argument(
+        "--poll", type=float, default=5, metavar="s", help="seconds between two looks at the job while waiting (5)"
+    )
     group = parser.add_argument_group("and then (after pretrain)")
-    group.add_argument("--then", default="", metavar="lincls,knn", help="submit these as well, to start when the pretraining has succeeded, on one node each, in "
-                       "DIR/lincls and DIR/knn")
+    group.add_argument(
+        "--then",
+        default="",
+        metavar="lincls,knn",
+        help="submit these as well, to start when the pretraining has succeeded, on one node each, in "
+        "DIR/lincls and DIR/knn",
+    )
     for name in ("lincls", "knn"):
-        group.add_argument(f"--{name}", metavar="FLAGS", help=f"flags of main_{name}.py in quotes (default: the pretraining's data set); --pretrained is given")
+        group.add_argument(
+            f"--{name}",
+            metavar="FLAGS",
+            help=f"flags of main_{name}.py in quotes (default: the pretraining's data set); --pretrained is given",
+        )
     options.add_cluster_options(parser, ("slurm", "local", "debug"))
     return parser
 
@@ -93,22 +120,32 @@ def make_plan(script: str, opts: argparse.Namespace, flags: list[str]) -> list[R
             raise BadInput(f"--{name} has flags for main_{name}.py, but --then does not name {name}")
     job_dir = opts.job_dir
     if opts.cluster != "slurm":  # submitit's local controller would make a folder of the name %j
-        job_dir = job_dir.replace("%j", "debug" if opts.cluster == "debug" else time.strftime(f"local-%Y%m%d-%H%M%S-{os.getpid()}"))
+        job_dir = job_dir.replace(
+            "%j", "debug" if opts.cluster == "debug" else time.strftime(f"local-%Y%m%d-%H%M%S-{os.getpid()}")
+        )
     folder = str(Path(job_dir).expanduser().absolute())
     flags, resume = options.take_run_flags(flags)
-    args = options.parse_script(script, flags + (["--resume", resume] if resume != "auto" else []), opts.nodes, opts.tasks_per_node)
+    args = options.parse_script(
+        script, flags + (["--resume", resume] if resume != "auto" else []), opts.nodes, opts.tasks_per_node
+    )
     plan = [_run(script, flags, folder, opts, resume)]
     same_data = ["--dataset", args.dataset, *([args.data] if args.data else [])]
     for name in then:
         given = getattr(opts, name)
-        flags = ["--pretrained", f"{folder}/checkpoint_last.pth.tar", *(same_data if given is None else options.words(given, f"--{name}"))]
+        flags = [
+            "--pretrained",
+            f"{folder}/checkpoint_last.pth.tar",
+            *(same_data if given is None else options.words(given, f"--{name}")),
+        ]
         options.parse_script(name, flags, 1, opts.tasks_per_node, check=False)  # the file is yet to come
         plan.append(_run(name, flags, f"{folder}/{name}", opts))
     return plan
 
 
 def _run(script: str, flags: list[str], out: str, opts: argparse.Namespace, resume: str = "auto") -> Run:
-    return Run(script, flags, out, resume if options.takes(script, "--resume") else None, opts.max_restarts, opts.join_timeout)
+    return Run(
+        script, flags, out, resume if options.takes(script, "--resume") else None, opts.max_restarts, opts.join_timeout
+    )
 
 
 def _name(run: Run, opts: argparse.Namespace) -> str:
@@ -136,7 +173,9 @@ def dry_run(plan: list[Run], opts: argparse.Namespace) -> int:
 
 
 def submit_all(plan: list[Run], opts: argparse.Namespace, command: list[str]) -> int:
-    """Submit the plan. SLURM holds what follows until the first has succeeded; on this machine that is waited for here."""
+    """Submit the plan. SLURM holds what follows until the first has succeeded; on this machine that is waited for
+    here.
+    """
     first = executors.submit(opts, plan[:1], plan[0].out, _name(plan[0], opts), command)[0]
     tell(first, opts)
     entries, code = [first], 0
@@ -156,13 +195,27 @@ def submit_all(plan: list[Run], opts: argparse.Namespace, command: list[str]) ->
 def tell(entry: Entry, opts: argparse.Namespace) -> None:
     """The job's id, where its logs are, and how to follow them."""
     where = f"partition {opts.partition}" if opts.partition else "default partition"
-    print(f"job {entry.job}: {entry.script}, {entry.tasks} task{'s' if entry.tasks > 1 else ''}" + (f", {where}" if entry.cluster == "slurm" else ", on this machine"))
+    print(
+        f"job {entry.job}: {entry.script}, {entry.tasks} task{'s' if entry.tasks > 1 else ''}"
+        + (f", {where}" if entry.cluster == "slurm" else ", on this machine")
+    )
     print(f"  folder  {entry.out}")
     print(f"  logs    {entry.log(0, 'out')}  (.err, and a pair for every rank)")
     print(f"  follow  tail -F {shlex.quote(str(entry.log(0, 'out')))}")
-    print(f"  state   python {os.path.relpath(Path(__file__).with_name('status.py'))} {shlex.quote(entry.folder)}", flush=True)
-    if entry.cluster == "slurm" and not entry.out.endswith(("/lincls", "/knn")) and (stuck := executors.why_stuck(entry.job)):
-        print(f"warning: job {entry.job} will not start: {stuck}. To take it back: scancel {entry.job}", file=sys.stderr, flush=True)
+    print(
+        f"  state   python {os.path.relpath(Path(__file__).with_name('status.py'))} {shlex.quote(entry.folder)}",
+        flush=True,
+    )
+    if (
+        entry.cluster == "slurm"
+        and not entry.out.endswith(("/lincls", "/knn"))
+        and (stuck := executors.why_stuck(entry.job))
+    ):
+        print(
+            f"warning: job {entry.job} will not start: {stuck}. To take it back: scancel {entry.job}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def debug(run: Run) -> int:

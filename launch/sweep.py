@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Run one script at many settings: one folder a point, one table at the end.
 
-    python launch/sweep.py FILE.yaml                                     one after another on this machine; run it again to go on
-    python launch/sweep.py FILE.yaml --cluster slurm --nodes 1 ...       as one job array; each point survives as submit.py's jobs do
-    python launch/sweep.py FILE.yaml --table                             the table of what is there so far
+    python launch/sweep.py FILE.yaml                               one after another on this machine; again: it goes on
+    python launch/sweep.py FILE.yaml --cluster slurm --nodes 1     as one job array; each point survives as a job does
+    python launch/sweep.py FILE.yaml --table                       the table of what is there so far
 
 FILE.yaml:
     script: pretrain                    # or lincls, knn (default: pretrain)
@@ -16,7 +16,6 @@ Flags by name, as in --config. Points are named by what differs between them.
 """
 
 import argparse
-import copy
 import itertools
 import json
 import re
@@ -31,23 +30,37 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from launch import executors, options, report, watch  # noqa: E402
-from launch.curves import write_curves  # noqa: E402
 from launch.job import SCRIPTS, Run  # noqa: E402
 from launch.report import Entry  # noqa: E402
+from launch.tables import write_table  # noqa: E402
 from moco_isl.errors import BadInput, Interrupted  # noqa: E402
 
 KNOWN = {"script", "base", "grid", "points", "columns", "figures"}
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = options.LauncherParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options.LauncherParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("file", metavar="FILE.yaml", type=Path)
-    parser.add_argument("--job-dir", "--job_dir", metavar="DIR", help="folder of the sweep (default: runs/<name of the file>)")
+    parser.add_argument(
+        "--job-dir", "--job_dir", metavar="DIR", help="folder of the sweep (default: runs/<name of the file>)"
+    )
     parser.add_argument("--name", metavar="NAME", help="name of the job array (default: moco_isl-<name of the file>)")
-    parser.add_argument("--dry-run", action="store_true", help="show the points with their commands (and the sbatch file), and touch nothing")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="show the points with their commands (and the sbatch file), and touch nothing",
+    )
     parser.add_argument("--table", action="store_true", help="only print and write the table of what is there")
-    parser.add_argument("--wait", action="store_true", help="with --cluster slurm or local: stay until all points are done, and print the table")
-    parser.add_argument("--poll", type=float, default=5, metavar="s", help="seconds between two looks at the jobs while waiting (5)")
+    parser.add_argument(
+        "--wait",
+        action="store_true",
+        help="with --cluster slurm or local: stay until all points are done, and print the table",
+    )
+    parser.add_argument(
+        "--poll", type=float, default=5, metavar="s", help="seconds between two looks at the jobs while waiting (5)"
+    )
     options.add_cluster_options(parser, ("none", "slurm", "local"))
     return parser
 
@@ -82,13 +95,17 @@ def _main(opts: argparse.Namespace) -> int:
 
 
 def read_plan(file: Path) -> dict:
-    """The sweep as {script, points: {name: settings}, columns}. Raises BadInput."""
+    """The sweep: script, points {name: all settings}, own {name: those of the point}, columns, figures. Or BadInput."""
     try:
         plan = yaml.safe_load(file.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise BadInput(f"cannot read '{file}': {str(error).splitlines()[0]}") from error
     if not isinstance(plan, dict) or (unknown := set(plan) - KNOWN):
-        raise BadInput(f"'{file}': " + (f"unknown {sorted(unknown)}, " if isinstance(plan, dict) else "") + f"expected a mapping of {sorted(KNOWN)}")
+        raise BadInput(
+            f"'{file}': "
+            + (f"unknown {sorted(unknown)}, " if isinstance(plan, dict) else "")
+            + f"expected a mapping of {sorted(KNOWN)}"
+        )
     script, base, grid = plan.get("script", "pretrain"), plan.get("base") or {}, plan.get("grid") or {}
     if script not in SCRIPTS:
         raise BadInput(f"'{file}': script {script!r}, expected one of {', '.join(SCRIPTS)}")
@@ -99,13 +116,20 @@ def read_plan(file: Path) -> dict:
     if not settings:
         raise BadInput(f"'{file}': neither grid nor points: expected settings to run")
     points: dict[str, dict] = {}
+    owns: dict[str, dict] = {}
     for own in settings:
         own = dict(own)
         name = re.sub(r"[^\w.=,+-]+", "_", str(own.pop("name", ",".join(f"{k}={v}" for k, v in own.items()))))
         if name in points:
             raise BadInput(f"'{file}': two points are named '{name}': give them names")
-        points[name] = {**base, **own}
-    return {"script": script, "points": points, "columns": plan.get("columns"), "figures": _figures(file, plan)}
+        points[name], owns[name] = {**base, **own}, {str(k): v for k, v in own.items()}
+    return {
+        "script": script,
+        "points": points,
+        "own": owns,
+        "columns": plan.get("columns"),
+        "figures": _figures(file, plan),
+    }
 
 
 def _figures(file: Path, plan: dict) -> list[dict]:
@@ -129,7 +153,10 @@ def flags_of(settings: dict) -> list[str]:
 
 def _runs(script: str, points: dict[str, list[str]], folder: Path, opts: argparse.Namespace) -> list[Run]:
     resume = "auto" if options.takes(script, "--resume") else None
-    return [Run(script, flags, str(folder / name), resume, opts.max_restarts, opts.join_timeout) for name, flags in points.items()]
+    return [
+        Run(script, flags, str(folder / name), resume, opts.max_restarts, opts.join_timeout)
+        for name, flags in points.items()
+    ]
 
 
 def _command(script: str, flags: list[str], out: Path) -> list[str]:
@@ -139,7 +166,11 @@ def _command(script: str, flags: list[str], out: Path) -> list[str]:
 
 def dry_run(script: str, points: dict[str, list[str]], folder: Path, opts: argparse.Namespace) -> int:
     if opts.cluster == "slurm":
-        print(executors.sbatch_text(opts, str(folder / "jobs" / "%j"), opts.name or f"moco_isl-{folder.name}", len(points)).strip())
+        print(
+            executors.sbatch_text(
+                opts, str(folder / "jobs" / "%j"), opts.name or f"moco_isl-{folder.name}", len(points)
+            ).strip()
+        )
     for name, flags in points.items():
         print(f"# ---- {name}\n" + " ".join(_command(script, flags, folder / name)))
     print("# nothing was started")
@@ -147,7 +178,9 @@ def dry_run(script: str, points: dict[str, list[str]], folder: Path, opts: argpa
 
 
 def run_here(script: str, points: dict[str, list[str]], folder: Path) -> int:
-    """One point after another; a point that fails does not stop the others. What is finished already is left alone by the script itself."""
+    """One point after another; a point that fails does not stop the others. What is finished already is left alone by
+    the script itself.
+    """
     failed = []
     for i, (name, flags) in enumerate(points.items()):
         out = folder / name
@@ -181,7 +214,11 @@ def run_array(script: str, points: dict[str, list[str]], folder: Path, opts: arg
     for entry in entries:
         _note_in_point(entry)
         print(f"job {entry.job}: {Path(entry.out).name}\n  logs    {entry.log(0, 'out')}")
-    print(f"state: python launch/status.py {folder}\ntable: python launch/sweep.py {opts.file} --job-dir {folder} --table", flush=True)
+    print(
+        f"state: python launch/status.py {folder}\n"
+        f"table: python launch/sweep.py {opts.file} --job-dir {folder} --table",
+        flush=True,
+    )
     return watch.outcome(entries, watch.wait(entries, opts.poll)) if opts.wait else 0
 
 
@@ -189,41 +226,6 @@ def _note_in_point(entry: Entry) -> None:
     """The record of a job in the folder of its point too, where status.py is asked for it."""
     with open(Path(entry.out) / report.RECORDS, "a") as file:
         file.write(json.dumps(vars(entry)) + "\n")
-
-
-def write_table(plan: dict, folder: Path) -> None:
-    """Print and write table.md and table.json: a row a point, its own settings and what it logged last."""
-    common = {k for k in set.intersection(*(set(s) for s in plan["points"].values())) if len({json.dumps(s[k]) for s in plan["points"].values()}) == 1}
-    rows = []
-    for name, settings in plan["points"].items():
-        own = {str(k): v for k, v in settings.items() if k not in common}
-        rows.append({"point": name, **own, **results(plan["script"], folder / name)})
-    columns = list(dict.fromkeys(k for row in rows for k in row))
-    if plan["columns"]:
-        own = {"point"} | {str(k) for s in plan["points"].values() for k in s}
-        columns = [c for c in columns if c in own] + [c for c in plan["columns"] if c in columns]
-    show = lambda v: f"{v:.4g}" if isinstance(v, float) else "" if v is None else str(v)  # noqa: E731
-    cells = [columns, ["---"] * len(columns), *([show(row.get(c)) for c in columns] for row in rows)]
-    text = "\n".join("| " + " | ".join(line) + " |" for line in cells)
-    print(text)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "table.md").write_text(text + "\n")
-    (folder / "table.json").write_text(json.dumps(rows, indent=1) + "\n")
-    if plan["figures"]:
-        write_curves(plan["figures"], rows, folder)
-
-
-def results(script: str, out: Path) -> dict:
-    """What a point has to show: of a pretraining what it logged last, of an evaluation its results.json."""
-    if script == "pretrain":
-        seen = report.progress(str(out))
-        return {k: seen.get(k) for k in ("epoch", "loss", "knn")} | report.last_round(str(out))
-    try:
-        found = json.loads((out / "results.json").read_text())
-    except (OSError, json.JSONDecodeError):
-        return {}
-    best = max(found.get("results", []), key=lambda r: r.get("top1", 0), default={})
-    return {k: v for k, v in best.items() if isinstance(v, (int, float, str))}
 
 
 if __name__ == "__main__":

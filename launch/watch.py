@@ -37,11 +37,22 @@ def _ended(job: JobState, age: float) -> bool:
 
 
 def _shown(job: JobState) -> str:
-    return " ".join(filter(None, [job.state, f"({job.reason})" if job.reason and not job.final else "", f"restarted {job.restarts}x" if job.restarts else ""]))
+    return " ".join(
+        filter(
+            None,
+            [
+                job.state,
+                f"({job.reason})" if job.reason and not job.final else "",
+                f"restarted {job.restarts}x" if job.restarts else "",
+            ],
+        )
+    )
 
 
 def outcome(entries: list[Entry], states: dict[str, JobState]) -> int:
-    """Say what became of the jobs; 0 if all succeeded, else the exit code of the first that did not (1 where none is known)."""
+    """Say what became of the jobs; 0 if all succeeded, else the exit code of the first that did not (1 where none is
+    known).
+    """
     code = 0
     for entry in entries:
         job = states[entry.job]

@@ -1,4 +1,6 @@
-"""The launcher without SLURM: command lines, sbatch file, reports, waiting, sweeps, rendezvous, and jobs on this machine. With SLURM: tests/slurm."""
+"""The launcher without SLURM: command lines, sbatch file, reports, waiting, sweeps, rendezvous, and jobs on this
+machine. With SLURM: tests/slurm.
+"""
 
 import ast
 import json
@@ -9,21 +11,22 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import yaml
 
-from launch import curves, executors, job, options, rendezvous, report, slurm, status, submit, sweep, watch
+from launch import job, options, rendezvous, report, slurm, status, submit, sweep, tables, watch
 from launch.job import Run
 from launch.report import Entry
 from launch.slurm import JobState
-from moco_isl.errors import BadInput
 from tests.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parents[1]
-DIGITS = shlex.split("--dataset digits -a digits --mlp --moco-dim 32 --moco-k 256 --epochs 1 -b 128 -j 0 --device cpu --seed 1 --max-steps 3 -p 1")
+DIGITS = shlex.split(
+    "--dataset digits -a digits --mlp --moco-dim 32 --moco-k 256 --epochs 1 -b 128 -j 0 --device cpu --seed 1 -p 1 "
+    "--max-steps 3"
+)
 CPU = shlex.split("--gpus-per-node 0 --tasks-per-node 2")
 
 
@@ -46,24 +49,77 @@ def dry(capsys, *argv: str) -> str:
 
 def test_a_dry_run_shows_all_and_touches_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    asked = shlex.split("pretrain --nodes 4 --gpus-per-node 8 --partition gpu --timeout 2880 --account a --qos q --constraint c --comment 'two words' --mem-gb 320 "
-                        "--cpus-per-task 12 --exclude n7 --setup 'module load cuda' --env A=b --container 'apptainer exec --nv x.sif' --sbatch gres=gpu:8 "
-                        "--srun=--mpi=none --signal-delay 90 --job-dir runs/%j")  # fmt: skip
-    text = dry(capsys, *asked, "--then", "knn", "--knn", "DIR --k 20", "--", "--mlp", "--lr", "0.12", "--batch-size", "1024", "DIR")
-    for line in ("nodes=4", "gpus-per-node=8", "ntasks-per-node=8", "partition=gpu", "time=2880", "account=a", "qos=q", "constraint=c", "comment='two words'", "mem=327680MB",
-                 "cpus-per-task=12", "exclude=n7", "gres=gpu:8", "signal=USR2@90", "requeue", f"output={tmp_path}/runs/%j/%j_0_log.out",
-                 "dependency=afterok:JOB_OF_PRETRAIN", "kill-on-invalid-dep=yes"):  # fmt: skip
+    asked = shlex.split(
+        "pretrain --nodes 4 --gpus-per-node 8 --partition gpu --timeout 2880 --account a --qos q --constraint c "
+        "--comment 'two words' --mem-gb 320 "
+        "--cpus-per-task 12 --exclude n7 --setup 'module load cuda' --env A=b --sbatch gres=gpu:8 "
+        "--container 'apptainer exec --nv x.sif' "
+        "--srun=--mpi=none --signal-delay 90 --job-dir runs/%j"
+    )
+    text = dry(
+        capsys,
+        *asked,
+        "--then",
+        "knn",
+        "--knn",
+        "DIR --k 20",
+        "--",
+        "--mlp",
+        "--lr",
+        "0.12",
+        "--batch-size",
+        "1024",
+        "DIR",
+    )
+    for line in (
+        "nodes=4",
+        "gpus-per-node=8",
+        "ntasks-per-node=8",
+        "partition=gpu",
+        "time=2880",
+        "account=a",
+        "qos=q",
+        "constraint=c",
+        "comment='two words'",
+        "mem=327680MB",
+        "cpus-per-task=12",
+        "exclude=n7",
+        "gres=gpu:8",
+        "signal=USR2@90",
+        "requeue",
+        f"output={tmp_path}/runs/%j/%j_0_log.out",
+        "dependency=afterok:JOB_OF_PRETRAIN",
+        "kill-on-invalid-dep=yes",
+    ):
         assert f"#SBATCH --{line}\n" in text, line
     assert "module load cuda\n" in text and "export A=b\n" in text
-    assert "--mpi=none sh -c 'trap \"\" USR2; exec \"$@\"' sh apptainer exec --nv x.sif python -u -m submitit.core._submit" in text
-    assert "# lr: 0.12\n" in text and "# resume: auto\n" in text and f"# pretrained: {tmp_path}/runs/%j/checkpoint_last.pth.tar\n" in text and "# k: [20]\n" in text
+    assert (
+        '--mpi=none sh -c \'trap "" USR2; exec "$@"\' sh apptainer exec --nv x.sif python -u -m submitit.core._submit'
+        in text
+    )
+    assert (
+        "# lr: 0.12\n" in text
+        and "# resume: auto\n" in text
+        and f"# pretrained: {tmp_path}/runs/%j/checkpoint_last.pth.tar\n" in text
+        and "# k: [20]\n" in text
+    )
     assert list(tmp_path.iterdir()) == []
 
 
 def test_older_names_and_a_command_of_moco_without_the_dashes(capsys):
-    text = dry(capsys, *shlex.split("pretrain --ngpus 2 --job_dir there/%j --use_volta32 -a resnet50 --lr 0.03 --batch-size 256 --dist-url tcp://localhost:10001 "
-                                    "--multiprocessing-distributed --world-size 1 --rank 0 DIR"))  # fmt: skip
-    assert "#SBATCH --constraint=volta32gb\n" in text and "#SBATCH --gpus-per-node=2\n" in text and f"run folder {Path.cwd()}/there/%j" in text
+    text = dry(
+        capsys,
+        *shlex.split(
+            "pretrain --ngpus 2 --job_dir there/%j --use_volta32 -a resnet50 --lr 0.03 --batch-size 256 "
+            "--dist-url tcp://localhost:10001 "
+            "--multiprocessing-distributed --world-size 1 --rank 0 DIR"
+        ),
+    )
+    assert (
+        "#SBATCH --constraint=volta32gb\n" in text
+        and "#SBATCH --gpus-per-node=2\n" in text
+        and f"run folder {Path.cwd()}/there/%j" in text
+    )
     assert "# lr: 0.03\n" in text and "# data: DIR\n" in text
 
 
@@ -98,7 +154,7 @@ def test_launcher_and_scripts_share_no_flag():
         ("pretrain --env A DIR", "NAME=VALUE"),
         ("pretrain --then probe DIR", "lincls, knn"),
         ("pretrain --knn '--k 5' DIR", "--then does not name knn"),
-        ("pretrain --then knn --knn \"--k '5\" DIR", "No closing quotation"),
+        ('pretrain --then knn --knn "--k \'5" DIR', "No closing quotation"),
         ("pretrain --then knn --knn '--kk 5' DIR", "did you mean --k?"),
         ("lincls --then knn --pretrained x DIR", "--then follows a pretraining"),
         ("pretrain --cluster slurm --gpus-per-node 1 DIR", "no sbatch here"),
@@ -117,7 +173,11 @@ def test_the_shell_of_another_job_is_not_submitted(monkeypatch):
     for name in ("RANK", "MASTER_PORT", "CUDA_VISIBLE_DEVICES", "SLURM_NTASKS", "SLURM_CONF", "SBATCH_ACCOUNT"):
         monkeypatch.setenv(name, "1")
     with options.clean_environment():
-        left = {name for name in ("RANK", "MASTER_PORT", "CUDA_VISIBLE_DEVICES", "SLURM_NTASKS", "SLURM_CONF", "SBATCH_ACCOUNT") if name in os.environ}
+        left = {
+            name
+            for name in ("RANK", "MASTER_PORT", "CUDA_VISIBLE_DEVICES", "SLURM_NTASKS", "SLURM_CONF", "SBATCH_ACCOUNT")
+            if name in os.environ
+        }
     assert left == {"SLURM_CONF", "SBATCH_ACCOUNT"} and os.environ["RANK"] == "1"
 
 
@@ -126,7 +186,15 @@ def test_the_shell_of_another_job_is_not_submitted(monkeypatch):
 
 @pytest.fixture
 def entry(tmp_path) -> Entry:
-    return Entry(job="7", cluster="slurm", script="pretrain", folder=str(tmp_path), out=str(tmp_path), tasks=3, command=["submit.py"])
+    return Entry(
+        job="7",
+        cluster="slurm",
+        script="pretrain",
+        folder=str(tmp_path),
+        out=str(tmp_path),
+        tasks=3,
+        command=["submit.py"],
+    )
 
 
 def fails(entry: Entry, rank: int, error: str, when: float, code: int = 1) -> None:
@@ -135,10 +203,10 @@ def fails(entry: Entry, rank: int, error: str, when: float, code: int = 1) -> No
 
 
 def test_the_cause_comes_before_what_followed_from_it(entry):
-    fails(entry, 0, "RuntimeError: [..] Connection closed by peer [10.0.0.2]:1", 1.0)  # noticed, and even recorded, first
+    fails(entry, 0, "RuntimeError: [..] Connection closed by peer [10.0.0.2]:1", 1.0)  # noticed, and recorded, first
     fails(entry, 1, "ValueError: boom", 2.0)
-    entry.log(0).write_text("srun: error: n2: task 2: Killed\n")
-    assert [f.rank for f in report.failures(entry)] == [2, 1, 0] or [f.rank for f in report.failures(entry)][0] != 0
+    entry.log(0).write_text("srun: launch/slurm: Terminating StepId=7.0\nsrun: error: n2: task 2: Killed\n")
+    assert [f.rank for f in report.failures(entry)] == [1, 2, 0]  # rank 2 was only ended with the others
     text = "\n".join(report.explain(entry, JobState("FAILED", exit_code="1:0")))
     assert text.index("rank 0 on n0") > text.index("ValueError: boom")
 
@@ -147,13 +215,21 @@ def test_a_rank_that_left_no_word_is_named_with_its_end(entry):
     fails(entry, 0, "DistBackendError: NCCL watchdog", 1.0)
     entry.log(0).write_text("srun: error: n2: task 1: Killed\nsrun: error: n3: tasks 2: Exited with exit code 3\n")
     first, second, third = report.failures(entry)
-    assert (first.rank, first.node) == (1, "n2") and "exit code 137, signal 9" in first.word and second.word == "ended with exit code 3" and third.rank == 0
+    assert (
+        (first.rank, first.node) == (1, "n2")
+        and "exit code 137, signal 9" in first.word
+        and second.word == "ended with exit code 3"
+        and third.rank == 0
+    )
 
 
 def test_what_an_earlier_life_left_in_the_log_is_no_cause(entry):
     entry.log(0).write_text("srun: error: n2: task 1: Killed\n=> life 2 of job 7\nfine\n")
     assert report.failures(entry) == []
-    entry.log(0).write_text("=> life 2 of job 7\n*** STEP 7.0 ON n1 CANCELLED AT 2026-11-21T08:45:50 DUE TO TIME LIMIT ***\nsrun: error: n2: task 1: Killed\n")
+    entry.log(0).write_text(
+        "=> life 2 of job 7\n*** STEP 7.0 ON n1 CANCELLED AT 2026-11-21T08:45:50 DUE TO TIME LIMIT ***\n"
+        "srun: error: n2: task 1: Killed\n"
+    )
     assert report.failures(entry) == []
     text = "\n".join(report.explain(entry, JobState("TIMEOUT")))
     assert "--signal-delay" in text and f"--job-dir {entry.folder}" in text
@@ -163,7 +239,10 @@ def test_the_rank_that_says_why_comes_first_of_those_that_end_with_a_code(entry)
     fails(entry, 1, "", 1.0, code=3)
     fails(entry, 0, "", 2.0, code=3)
     entry.log(0).write_text("Epoch 1\nerror: cannot write metrics.jsonl: No space left on device\n")
-    assert [(f.rank, f.word) for f in report.failures(entry)] == [(0, "error: cannot write metrics.jsonl: No space left on device"), (1, "ended with exit code 3")]
+    assert [(f.rank, f.word) for f in report.failures(entry)] == [
+        (0, "error: cannot write metrics.jsonl: No space left on device"),
+        (1, "ended with exit code 3"),
+    ]
 
 
 def test_a_job_that_slurm_forgot_is_judged_by_its_results(entry, monkeypatch):
@@ -178,9 +257,15 @@ def test_a_job_that_slurm_forgot_is_judged_by_its_results(entry, monkeypatch):
 
 
 def test_scontrol_and_sacct_are_read(tmp_path, monkeypatch):
-    tools = {"scontrol": "JobId=8 Restarts=2 JobState=NODE_FAIL Reason=None Requeue=1 ExitCode=0:9 NodeList=n[1-2] ReqNodeList=(null)", "sacct": "9_1|CANCELLED by 0|0:15|n1"}
+    tools = {
+        "scontrol": "JobId=8 Restarts=2 JobState=NODE_FAIL Reason=None Requeue=1 ExitCode=0:9 NodeList=n[1-2] "
+        "ReqNodeList=(null)",
+        "sacct": "9_1|CANCELLED by 0|0:15|n1",
+    }
     for name, text in tools.items():
-        (tmp_path / name).write_text(f'#!/bin/sh\ncase "$*" in *{"8" if name == "scontrol" else "9_1"}*) echo "{text}";; *) exit 1;; esac\n')
+        (tmp_path / name).write_text(
+            f'#!/bin/sh\ncase "$*" in *{"8" if name == "scontrol" else "9_1"}*) echo "{text}";; *) exit 1;; esac\n'
+        )
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     found = slurm.ask("8")
@@ -192,7 +277,13 @@ def test_waiting_sees_through_a_failed_node_and_ends_when_slurm_has_forgotten(en
     clock = iter(range(0, 10_000, 5))
     monkeypatch.setattr(watch.time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(watch.time, "sleep", lambda seconds: None)
-    states = [JobState("RUNNING"), JobState("NODE_FAIL", requeue=True), JobState("PENDING", "BeginTime", 1), JobState("RUNNING", "", 1), JobState("COMPLETED", "", 1)]
+    states = [
+        JobState("RUNNING"),
+        JobState("NODE_FAIL", requeue=True),
+        JobState("PENDING", "BeginTime", 1),
+        JobState("RUNNING", "", 1),
+        JobState("COMPLETED", "", 1),
+    ]
     monkeypatch.setattr(report, "state", lambda e, states=iter(states): next(states))
     assert watch.outcome([entry], watch.wait([entry], 1)) == 0
     monkeypatch.setattr(report, "state", lambda e: JobState("NODE_FAIL", requeue=True))
@@ -212,7 +303,16 @@ def test_status_without_a_job_is_one_line(tmp_path, capsys):
 
 def meet(rank: int, world: int, name: str, life: int, expected: int, seconds: float):
     old = dict(os.environ)
-    place = rendezvous.Place(job=name, life=life, rank=rank, world=expected, local_rank=rank, local_world=expected, node=f"n{rank}", first_node="127.0.0.1")
+    place = rendezvous.Place(
+        job=name,
+        life=life,
+        rank=rank,
+        world=expected,
+        local_rank=rank,
+        local_world=expected,
+        node=f"n{rank}",
+        first_node="127.0.0.1",
+    )
     try:
         store = rendezvous.join(place, seconds, lambda: False)
         found = {k: os.environ[k] for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
@@ -236,12 +336,19 @@ def test_ranks_meet_past_ports_that_others_hold():
 
 def test_a_missing_rank_is_named_by_all_within_the_time():
     answers = run_ranks(2, meet, "missing", 0, 3, 1.0)
-    assert all(found is None and "did not join within 1 s: rank 2." in error or "rank 0 ended" in error for found, error in answers)
+    assert all(
+        found is None and "did not join within 1 s: rank 2." in error or "rank 0 ended" in error
+        for found, error in answers
+    )
     assert "rank 2" in answers[0][1]
 
 
 def test_ports_differ_between_jobs_and_lives():
-    ports = {(name, life): rendezvous.Place(name, life, 0, 1, 0, 1, "n", "n").ports[0] for name in ("41", "42", "43") for life in (0, 1, 2)}
+    ports = {
+        (name, life): rendezvous.Place(name, life, 0, 1, 0, 1, "n", "n").ports[0]
+        for name in ("41", "42", "43")
+        for life in (0, 1, 2)
+    }
     assert len(set(ports.values())) == len(ports) and all(10_000 <= port < 32_768 for port in ports.values())
 
 
@@ -290,7 +397,9 @@ def test_signals_are_told_to_main_and_an_exception_is_recorded(tmp_path, monkeyp
     FakeMain(monkeypatch, act)
     assert in_debug(tmp_path)[0] == 1 and seen == [False, True]
     (record,) = tmp_path.rglob("*_failure.json")
-    assert json.loads(record.read_text())["error"] == "ValueError: boom" and "ValueError: boom" in capsys.readouterr().err
+    assert (
+        json.loads(record.read_text())["error"] == "ValueError: boom" and "ValueError: boom" in capsys.readouterr().err
+    )
 
 
 def test_a_file_to_resume_from_gives_way_to_the_runs_own_checkpoint(tmp_path, monkeypatch, no_environment_left):
@@ -310,8 +419,11 @@ def test_the_next_life_is_made_of_what_the_constructor_set():
 
 def test_a_restart_waits_for_the_lock_of_its_last_life(tmp_path):
     (tmp_path / ".lock").touch()
-    hold = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); sys.stdin.read()"
-    with subprocess.Popen([sys.executable, "-c", hold, str(tmp_path / ".lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); "
+    hold += "print('held', flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, str(tmp_path / ".lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
         assert holder.stdout.readline() == b"held\n"
         asked = iter([False, True])
         job._wait_for_lock(tmp_path, lambda: next(asked))  # looks once, finds it held, is asked to stop
@@ -325,7 +437,23 @@ def test_a_restart_waits_for_the_lock_of_its_last_life(tmp_path):
 
 
 def test_two_tasks_of_this_machine_train_together_and_status_tells(tmp_path, capfd, no_environment_left):
-    code = submit.main(["pretrain", "--cluster", "local", *CPU, "--timeout", "5", "--wait", "--poll", "0.5", "--job-dir", str(tmp_path / "%j"), "--", *DIGITS])
+    code = submit.main(
+        [
+            "pretrain",
+            "--cluster",
+            "local",
+            *CPU,
+            "--timeout",
+            "5",
+            "--wait",
+            "--poll",
+            "0.5",
+            "--job-dir",
+            str(tmp_path / "%j"),
+            "--",
+            *DIGITS,
+        ]
+    )
     said = capfd.readouterr().out
     assert code == 0, said
     (folder,) = tmp_path.iterdir()
@@ -346,9 +474,30 @@ def write(tmp_path, **plan) -> Path:
 
 
 def test_the_points_of_a_sweep(tmp_path):
-    plan = sweep.read_plan(write(tmp_path, base={"data": "DIR", "mlp": True, "lr": 0.1}, grid={"moco-t": [0.1, 0.2], "cos": [True, False]}, points=[{"name": "a b/c", "lr": 3}]))
-    assert list(plan["points"]) == ["moco-t=0.1,cos=True", "moco-t=0.1,cos=False", "moco-t=0.2,cos=True", "moco-t=0.2,cos=False", "a_b_c"]
-    assert sweep.flags_of(plan["points"]["moco-t=0.2,cos=False"]) == ["DIR", "--mlp", "--lr", "0.1", "--moco-t", "0.2", "--no-cos"]
+    plan = sweep.read_plan(
+        write(
+            tmp_path,
+            base={"data": "DIR", "mlp": True, "lr": 0.1},
+            grid={"moco-t": [0.1, 0.2], "cos": [True, False]},
+            points=[{"name": "a b/c", "lr": 3}],
+        )
+    )
+    assert list(plan["points"]) == [
+        "moco-t=0.1,cos=True",
+        "moco-t=0.1,cos=False",
+        "moco-t=0.2,cos=True",
+        "moco-t=0.2,cos=False",
+        "a_b_c",
+    ]
+    assert sweep.flags_of(plan["points"]["moco-t=0.2,cos=False"]) == [
+        "DIR",
+        "--mlp",
+        "--lr",
+        "0.1",
+        "--moco-t",
+        "0.2",
+        "--no-cos",
+    ]
     assert plan["points"]["a_b_c"]["lr"] == 3
 
 
@@ -371,10 +520,22 @@ def test_a_bad_sweep_is_one_line(plan, words, tmp_path, capsys):
 
 
 def test_a_sweep_on_this_machine_writes_a_folder_a_point_and_one_table(tmp_path, monkeypatch, capsys):
-    script = "import json, sys; out, T = sys.argv[1:]; open(out + '/metrics.jsonl', 'a').write(json.dumps({'kind': 'epoch', 'epoch': 0, 'loss': float(T), 'knn': 50}) + '\\n'); "
+    script = (
+        "import json, sys; out, T = sys.argv[1:]; line = {'kind': 'epoch', 'epoch': 0, 'loss': float(T), 'knn': 50}; "
+    )
+    script += "open(out + '/metrics.jsonl', 'a').write(json.dumps(line) + '\\n'); "
     script += "sys.exit(float(T) > 0.2)"
-    monkeypatch.setattr(sweep, "_command", lambda name, flags, out: [sys.executable, "-c", script, str(out), flags[flags.index("--moco-t") + 1]])
-    file = write(tmp_path, base={"dataset": "digits", "batch-size": 128}, grid={"moco-t": [0.1, 0.2, 0.3]}, figures=[{"x": "moco-t", "y": "loss"}])
+    monkeypatch.setattr(
+        sweep,
+        "_command",
+        lambda name, flags, out: [sys.executable, "-c", script, str(out), flags[flags.index("--moco-t") + 1]],
+    )
+    file = write(
+        tmp_path,
+        base={"dataset": "digits", "batch-size": 128},
+        grid={"moco-t": [0.1, 0.2, 0.3]},
+        figures=[{"x": "moco-t", "y": "loss"}],
+    )
     assert sweep.main([str(file), "--job-dir", str(tmp_path / "all")]) == 1  # the last point failed, the others ran
     said = capsys.readouterr()
     assert "moco-t=0.3 ended with exit code 1" in said.err and "| moco-t=0.1 | 0.1 | 0 | 0.1 | 50 |" in said.out
@@ -384,7 +545,7 @@ def test_a_sweep_on_this_machine_writes_a_folder_a_point_and_one_table(tmp_path,
 
 def test_a_curve_has_the_mean_and_spread_of_equal_settings():
     rows = [{"r": 1, "y": 2.0}, {"r": 1, "y": 4.0}, {"r": 0.5, "y": 1.0}, {"y": 9.0}, {"r": 2, "y": None}]
-    assert curves.points_of(rows, "r", "y") == [(0.5, 1.0, 0.0), (1, 3.0, pytest.approx(2**0.5))]
+    assert tables.points_of(rows, "r", "y") == [(0.5, 1.0, 0.0), (1, 3.0, pytest.approx(2**0.5))]
 
 
 # ---- the house
@@ -394,11 +555,21 @@ def test_a_curve_has_the_mean_and_spread_of_equal_settings():
 def test_recipes_are_command_lines_of_the_script(recipe):
     args = options.parse_script("pretrain", ["--config", str(recipe), "DIR"], nodes=1, tasks_per_node=8)
     content = yaml.safe_load(recipe.read_text())
-    assert all(getattr(args, name.replace("-", "_")) == value for name, value in content.items() if name != "wd") and args.data == "DIR"
+    assert (
+        all(getattr(args, name.replace("-", "_")) == value for name, value in content.items() if name != "wd")
+        and args.data == "DIR"
+    )
 
 
 def test_nothing_imports_the_launcher():
     for file in [*(ROOT / "moco_isl").rglob("*.py"), *ROOT.glob("main_*.py")]:
-        names = {alias.name for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Import) for alias in node.names}
-        names |= {node.module or "" for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom)}
+        names = {
+            alias.name
+            for node in ast.walk(ast.parse(file.read_text()))
+            if isinstance(node, ast.Import)
+            for alias in node.names
+        }
+        names |= {
+            node.module or "" for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom)
+        }
         assert not {name for name in names if name.split(".")[0] == "launch"}, file

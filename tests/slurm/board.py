@@ -9,7 +9,7 @@ from pathlib import Path
 from tests.slurm.cluster import Cluster
 from tests.slurm.lab import GAN, KNN, SINGLE, Lab
 
-AT_ONCE = 5  # most of a scenario is waiting for SLURM
+AT_ONCE = 4  # most of a scenario is waiting for SLURM, and two ranks import torch the rest
 
 
 @dataclass
@@ -47,7 +47,9 @@ class Board:
         self.cluster, self.folder, self.rows = cluster, folder, {}
         self.pool = ThreadPoolExecutor(AT_ONCE)
         self.last = ThreadPoolExecutor(1)
-        self.references = {kind: self.pool.submit(self._reference, kind, flags) for kind, flags in self._needed(names).items()}
+        self.references = {
+            kind: self.pool.submit(self._reference, kind, flags) for kind, flags in self._needed(names).items()
+        }
         self.results: dict[str, Future] = {n: self.pool.submit(self._timed, n) for n in names if not SCENARIOS[n].alone}
         together = list(self.results.values())
         for name in names:

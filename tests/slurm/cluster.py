@@ -1,12 +1,14 @@
-"""A real SLURM cluster of two nodes on this host: private folder, sockets, ports and database, nothing of the system's own.
+"""A real SLURM cluster of two nodes on this host: private folder, sockets, ports and database, nothing of the
+system's own.
 
     python tests/slurm/cluster.py install            # Debian's packages, as root; no service is started
     python tests/slurm/cluster.py up DIR [--no-accounting]
     python tests/slurm/cluster.py status DIR         # its processes
     python tests/slurm/cluster.py down DIR           # ends them; DIR stays
 
-Two slurmd play the nodes n1 and n2 (two lines in /etc/hosts), each with 16 pretended cores and two pretended GPUs. Partitions: debug
-(default, high priority), low (preempted after 20 s of grace), lownograce (preempted at once). `export SLURM_CONF=DIR/slurm.conf` uses it.
+Two slurmd play the nodes n1 and n2 (two lines in /etc/hosts), each with 16 pretended cores and two pretended GPUs.
+Partitions: debug (default, high priority), low (preempted after 20 s of grace), lownograce (preempted at once).
+`export SLURM_CONF=DIR/slurm.conf` uses it.
 """
 
 import argparse
@@ -60,8 +62,8 @@ MinJobAge=300
 SlurmctldTimeout=30
 SlurmdTimeout=15
 GresTypes=gpu
-NodeName=n[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{node_ports}] CPUs=16 Boards=1 SocketsPerBoard=1 CoresPerSocket=16 \
-ThreadsPerCore=1 RealMemory=8000 Gres=gpu:2 Feature=volta32gb State=UNKNOWN
+NodeName=n[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{node_ports}] CPUs=16 Boards=1 \
+SocketsPerBoard=1 CoresPerSocket=16 ThreadsPerCore=1 RealMemory=8000 Gres=gpu:2 Feature=volta32gb State=UNKNOWN
 PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=10
 PartitionName=low Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=20
 PartitionName=lownograce Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=0
@@ -89,7 +91,8 @@ LogFile={D}/log/slurmdbd.log
 PidFile={D}/run/slurmdbd.pid
 """
 DATABASE = "create database if not exists slurm_acct; " + " ".join(
-    f"create user if not exists slurm@{h} identified by 'slurm'; grant all on slurm_acct.* to slurm@{h};" for h in ("127.0.0.1", "localhost")
+    f"create user if not exists slurm@{h} identified by 'slurm'; grant all on slurm_acct.* to slurm@{h};"
+    for h in ("127.0.0.1", "localhost")
 )
 
 
@@ -98,18 +101,27 @@ class ClusterError(RuntimeError):
 
 
 def install() -> None:
-    """Debian's packages, unless they are there. A policy forbids their services to start; one that was there before stays as it was."""
+    """Debian's packages, unless they are there. A policy forbids their services to start; one that was there before
+    stays as it was.
+    """
     if not missing():
         return
     if os.geteuid() != 0 or not shutil.which("apt-get"):
-        raise ClusterError(f"SLURM is not installed ({', '.join(missing())}) and cannot be: that takes root and apt-get")
+        raise ClusterError(
+            f"SLURM is not installed ({', '.join(missing())}) and cannot be: that takes root and apt-get"
+        )
     policy = Path("/usr/sbin/policy-rc.d")
     ours = not policy.exists()
     if ours:
         policy.write_text("#!/bin/sh\nexit 101\n")
         policy.chmod(0o755)
     try:
-        quiet = dict(env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        quiet = dict(
+            env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
         subprocess.run(["apt-get", "update", "-qq"], **quiet)  # an old list may do; the installation says if not
         done = subprocess.run(["apt-get", "install", "-y", "-qq", "--no-install-recommends", *PACKAGES], **quiet)
     finally:
@@ -191,7 +203,10 @@ class Cluster:
             _wait("slurmctld", lambda: self._answers("scontrol", "ping"))
             for node in NODES:
                 self.start_node(node)
-            _wait("the nodes", lambda: self.run("sinfo", "-h", "-N", "-p", "debug", "-t", "idle", "-o", "%N").split() == NODES)
+            _wait(
+                "the nodes",
+                lambda: self.run("sinfo", "-h", "-N", "-p", "debug", "-t", "idle", "-o", "%N").split() == NODES,
+            )
         except ClusterError:
             self.down()
             raise
@@ -213,17 +228,31 @@ class Cluster:
             key.write_bytes(os.urandom(128))
         key.parent.chmod(0o700)
         key.chmod(0o600)
-        self.run("munged", "--force", f"--key-file={key}", f"--socket={D}/run/munge.sock", f"--pid-file={D}/run/munged.pid",
-                 f"--log-file={D}/munge/log", f"--seed-file={D}/munge/seed")  # fmt: skip
+        self.run(
+            "munged",
+            "--force",
+            f"--key-file={key}",
+            f"--socket={D}/run/munge.sock",
+            f"--pid-file={D}/run/munged.pid",
+            f"--log-file={D}/munge/log",
+            f"--seed-file={D}/munge/seed",
+        )
 
     def _write_config(self) -> None:
         port = _free_ports(5)
-        names = dict(D=self.D, host=socket.gethostname().split(".")[0], port=port, dbd_port=port + 1, sql_port=port + 2,
-                     node_ports=f"{port + 3}-{port + 4}")  # fmt: skip
+        names = dict(
+            D=self.D,
+            host=socket.gethostname().split(".")[0],
+            port=port,
+            dbd_port=port + 1,
+            sql_port=port + 2,
+            node_ports=f"{port + 3}-{port + 4}",
+        )
         self.sql_port = port + 2
         accounting = ACCOUNTING.format(**names) if self.accounting else "AccountingStorageType=accounting_storage/none"
         (self.D / "slurm.conf").write_text(SLURM_CONF.format(accounting=accounting, **names))
-        (self.D / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")  # unused, but stops slurmd from looking for /sys/fs/cgroup
+        # unused, but stops slurmd from looking for /sys/fs/cgroup
+        (self.D / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
         for gpu in ("gpu0", "gpu1"):
             if not (self.D / "dev" / gpu).exists():
                 os.mknod(self.D / "dev" / gpu, 0o666 | stat.S_IFCHR, os.makedev(1, 3))
@@ -243,11 +272,27 @@ class Cluster:
         sock = D / "run" / "sql" / "sock"
         with open(D / "log" / "mariadbd.log", "ab") as log:
             subprocess.Popen(
-                ["mariadbd", "--no-defaults", "--user=mysql", f"--datadir={sql}", f"--socket={sock}", f"--pid-file={sock.with_name('pid')}",
-                 "--bind-address=127.0.0.1", f"--port={self.sql_port}", "--innodb-buffer-pool-size=64M", "--innodb-flush-log-at-trx-commit=0",
-                 "--innodb-lock-wait-timeout=900", "--performance-schema=OFF", "--skip-log-bin"],
-                env=self.env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-            )  # fmt: skip
+                [
+                    "mariadbd",
+                    "--no-defaults",
+                    "--user=mysql",
+                    f"--datadir={sql}",
+                    f"--socket={sock}",
+                    f"--pid-file={sock.with_name('pid')}",
+                    "--bind-address=127.0.0.1",
+                    f"--port={self.sql_port}",
+                    "--innodb-buffer-pool-size=64M",
+                    "--innodb-flush-log-at-trx-commit=0",
+                    "--innodb-lock-wait-timeout=900",
+                    "--performance-schema=OFF",
+                    "--skip-log-bin",
+                ],
+                env=self.env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
         client = ["--no-defaults", "-uroot", "-S", str(sock)]
         _wait("mariadbd", lambda: self._answers("mariadb-admin", *client, "ping"))
         self.run("mariadb", *client, "-e", DATABASE)
@@ -258,8 +303,14 @@ class Cluster:
         self.run("slurmd", "-N", node)
 
     def kill_node(self, node: str) -> None:
-        """What a power cut does: the daemon, its step daemons and everything they started are gone at once; nobody is left to tell."""
-        tasks = [pid for pid, _ in _proc("stat") if (env := _environ(pid)).get("SLURMD_NODENAME") == node and env.get("SLURM_CONF") == self.env["SLURM_CONF"]]
+        """What a power cut does: the daemon, its step daemons and everything they started are gone at once; nobody is
+        left to tell.
+        """
+        tasks = [
+            pid
+            for pid, _ in _proc("stat")
+            if (env := _environ(pid)).get("SLURMD_NODENAME") == node and env.get("SLURM_CONF") == self.env["SLURM_CONF"]
+        ]
         parents = {pid: int(text.rpartition(")")[2].split()[1]) for pid, text in _proc("stat")}
         daemons = dict(_proc("cmdline"))
         steps = {parents[pid] for pid in tasks if daemons.get(parents.get(pid), "").startswith("slurmstepd")}
@@ -269,14 +320,21 @@ class Cluster:
 
     def processes(self) -> dict[str, int]:
         """The cluster's own daemons that live, by name, in the order in which they should end."""
-        files = [*sorted(self.D.glob("run/slurmd.n*.pid")), *(self.D / "run" / f for f in ("slurmctld.pid", "slurmdbd.pid", "sql/pid", "munged.pid"))]
+        files = [
+            *sorted(self.D.glob("run/slurmd.n*.pid")),
+            *(self.D / "run" / f for f in ("slurmctld.pid", "slurmdbd.pid", "sql/pid", "munged.pid")),
+        ]
         return {f.name.removesuffix(".pid").replace("pid", "mariadbd"): pid for f in files if (pid := self._pid(f))}
 
     def _pid(self, file: Path) -> int | None:
-        """The process of a pid file, if it lives and is a daemon of this folder (its number may long belong to somebody else)."""
+        """The process of a pid file, if it lives and is a daemon of this folder (its number may long belong to
+        somebody else).
+        """
         try:
             pid = int(file.read_text())
-            ours = (Path(f"/proc/{pid}/environ").read_bytes() + Path(f"/proc/{pid}/cmdline").read_bytes()).find(bytes(self.D)) >= 0
+            ours = (Path(f"/proc/{pid}/environ").read_bytes() + Path(f"/proc/{pid}/cmdline").read_bytes()).find(
+                bytes(self.D)
+            ) >= 0
             return pid if ours else None
         except (OSError, ValueError):
             return None
@@ -324,7 +382,11 @@ def _environ(pid: int) -> dict[str, str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["install", "up", "down", "status"])
-    parser.add_argument("folder", nargs="?", help="where the cluster lives: a folder the database's user can reach, such as /tmp/cluster")
+    parser.add_argument(
+        "folder",
+        nargs="?",
+        help="where the cluster lives: a folder the database's user can reach, such as /tmp/cluster",
+    )
     parser.add_argument("--no-accounting", action="store_true", help="without slurmdbd and its database")
     args = parser.parse_args()
     if args.command != "install" and not args.folder:

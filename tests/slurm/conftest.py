@@ -1,4 +1,6 @@
-"""The cluster of the suite: brought up once, taken down at the end; skipped where there can be none, unless MOCO_ISL_REQUIRE_SLURM=1."""
+"""The cluster of the suite: brought up once, taken down at the end; skipped where there can be none, unless
+MOCO_ISL_REQUIRE_SLURM=1.
+"""
 
 import os
 import shutil
@@ -15,7 +17,9 @@ _boards = []
 
 @pytest.fixture(scope="session")
 def board(request):
-    chosen = [item.callspec.params["name"] for item in request.session.items if "board" in getattr(item, "fixturenames", ())]
+    chosen = [
+        item.callspec.params["name"] for item in request.session.items if "board" in getattr(item, "fixturenames", ())
+    ]
     folder = Path(tempfile.mkdtemp(prefix="moco_isl_slurm_"))
     folder.chmod(0o755)  # the database's user has to pass
     cluster = Cluster(folder / "cluster")

@@ -1,4 +1,6 @@
-"""What a scenario needs: jobs submitted as a user submits them, faults at an exact place, and the questions to ask of a run that has ended."""
+"""What a scenario needs: jobs submitted as a user submits them, faults at an exact place, and the questions to ask of
+a run that has ended.
+"""
 
 import contextlib
 import json
@@ -22,12 +24,28 @@ ROOT = Path(__file__).resolve().parents[2]
 FAULTS = Path(__file__).with_name("faults")
 
 # 12 steps an epoch; mining before the epochs 2 and 3; every step logged
-KNN = shlex.split("--dataset digits -a digits --mlp --moco-dim 32 --moco-k 256 --moco-t 0.1 --epochs 4 -b 128 -j 0 --device cpu --seed 1 -p 1 --miner knn "
-                  "--isl-start 2 --isl-every 1")  # fmt: skip
-GAN = [*KNN[: KNN.index("--miner")], *shlex.split("--miner gan --isl-start 2 --isl-every 1 --isl-gan-iters 300 --isl-gan-min-iters 100")]
-SINGLE = [*KNN[: KNN.index("--epochs")], *shlex.split("--epochs 2 -b 128 -j 0 --device cpu --seed 1 -p 1 --miner knn --isl-start 1 --isl-every 1")]
+KNN = shlex.split(
+    "--dataset digits -a digits --mlp --moco-dim 32 --moco-k 256 --moco-t 0.1 --epochs 4 -b 128 -j 0 --device cpu "
+    "--seed 1 -p 1 --miner knn --isl-start 2 --isl-every 1"
+)
+GAN = [
+    *KNN[: KNN.index("--miner")],
+    *shlex.split("--miner gan --isl-start 2 --isl-every 1 --isl-gan-iters 300 --isl-gan-min-iters 100"),
+]
+SINGLE = [
+    *KNN[: KNN.index("--epochs")],
+    *shlex.split("--epochs 2 -b 128 -j 0 --device cpu --seed 1 -p 1 --miner knn --isl-start 1 --isl-every 1"),
+]
 TWO_NODES = shlex.split("--nodes 2 --gpus-per-node 0 --timeout 20")
-CLOCKS = {"time", "data_time", "images_per_s", "seconds", "fit_seconds", "memory_gib", "peak_memory_gib"}  # what two equal runs do not share
+CLOCKS = {
+    "time",
+    "data_time",
+    "images_per_s",
+    "seconds",
+    "fit_seconds",
+    "memory_gib",
+    "peak_memory_gib",
+}  # what two equal runs do not share
 OWN = {"out", "resume", "metrics_size", "workers", "save_every", "start_epoch"}
 
 _fork = multiprocessing.get_context("forkserver")
@@ -114,7 +132,9 @@ class Job:
     def end(self, code: int | None = 0, seconds: float = 300) -> str:
         """Wait for the waiting command; its words. code: what it has to exit with (None: anything but 0)."""
         got = self.call.end(seconds)
-        assert (got != 0) if code is None else (got == code), f"exit code {got}, expected {code}:\n{self.call.text}\n{self.log(0, 'err')[-3000:]}"
+        assert (got != 0) if code is None else (got == code), (
+            f"exit code {got}, expected {code}:\n{self.call.text}\n{self.log(0, 'err')[-3000:]}"
+        )
         return self.call.text
 
 
@@ -133,17 +153,48 @@ class Lab:
     def env(self, faults: list[dict] = (), **more: str) -> dict[str, str]:
         env = {**self.cluster.env, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **more}
         if faults:
-            env |= {"MOCO_ISL_FAULTS": json.dumps(list(faults)), "MOCO_ISL_FAULT_DIR": str(self.marks), "PYTHONPATH": f"{FAULTS}:{ROOT}"}
+            env |= {
+                "MOCO_ISL_FAULTS": json.dumps(list(faults)),
+                "MOCO_ISL_FAULT_DIR": str(self.marks),
+                "PYTHONPATH": f"{FAULTS}:{ROOT}",
+            }
         return env
 
     def command(self, module: str, *argv: str, faults: list[dict] = (), cwd: Path | None = None, **env: str) -> Call:
         self.calls += 1
-        return Call(module, [*map(str, argv)], self.env(faults, **env), cwd or self.folder, self.folder / f"said_{self.calls}.txt")
+        return Call(
+            module,
+            [*map(str, argv)],
+            self.env(faults, **env),
+            cwd or self.folder,
+            self.folder / f"said_{self.calls}.txt",
+        )
 
-    def submit(self, *options: str, flags: list[str] = KNN, faults: list[dict] = (), folder: Path | None = None, nodes: list[str] = TWO_NODES, **more) -> Job:
+    def submit(
+        self,
+        *options: str,
+        flags: list[str] = KNN,
+        faults: list[dict] = (),
+        folder: Path | None = None,
+        nodes: list[str] = TWO_NODES,
+        **more,
+    ) -> Job:
         """Submit a pretraining that is waited for."""
-        call = self.command("submit", "pretrain", *nodes, "--wait", "--poll", "1", "--job-dir", folder or self.folder / "%j", *options, "--", *flags,
-                            faults=faults, **more)  # fmt: skip
+        call = self.command(
+            "submit",
+            "pretrain",
+            *nodes,
+            "--wait",
+            "--poll",
+            "1",
+            "--job-dir",
+            folder or self.folder / "%j",
+            *options,
+            "--",
+            *flags,
+            faults=faults,
+            **more,
+        )
         return Job(self, call)
 
     def until(self, ready, what: str, seconds: float = 180, call: Call | None = None, or_ended: bool = False):
@@ -154,7 +205,11 @@ class Lab:
             if value := ready():
                 return value
             if ended or time.monotonic() > end:
-                raise AssertionError(f"no {what} " + ("before the command ended" if ended else f"in {seconds:.0f} s") + f":\n{call.text if call else ''}")
+                raise AssertionError(
+                    f"no {what} "
+                    + ("before the command ended" if ended else f"in {seconds:.0f} s")
+                    + f":\n{call.text if call else ''}"
+                )
             time.sleep(0.1)
 
     # ---- what must be so in the end
@@ -162,22 +217,30 @@ class Lab:
     def no_orphans(self, *jobs: Job) -> None:
         """No process of these jobs lives."""
         for job in jobs:
-            self.until(lambda: not orphans(job), f"end of the processes {orphans(job)} of job {job.id}", 20)
+            self.until(lambda job=job: not orphans(job), f"end of the processes {orphans(job)} of job {job.id}", 20)
 
     def complete(self, job: Job, reference: Path | None, folder: Path | None = None) -> None:
-        """The run is done: last weights, all state and all logged losses equal the unbroken run's; one final file; nothing left over."""
+        """The run is done: last weights, all state and all logged losses equal the unbroken run's; one final file;
+        nothing left over.
+        """
         folder = folder or job.folder
         names = sorted(p.name for p in folder.glob("checkpoint_*"))
         epochs = json.loads((folder / "args.json").read_text())["args"]["epochs"]
         assert names == [f"checkpoint_{e:04d}.pth.tar" for e in range(epochs)] + ["checkpoint_last.pth.tar"], names
-        assert not list(folder.glob("*" + checkpoint.TEMPORARY)) and not list(folder.glob(f"{job.id}_*_failure.json")) and not list(folder.glob("*.save_tmp"))
+        assert (
+            not list(folder.glob("*" + checkpoint.TEMPORARY))
+            and not list(folder.glob(f"{job.id}_*_failure.json"))
+            and not list(folder.glob("*.save_tmp"))
+        )
         if reference is not None:
             same_run(reference, folder)
         self.no_orphans(job)
 
 
 def orphans(job: Job) -> list[int]:
-    """The processes that were started for a job, their children too: they carry its id in the environment they were started with."""
+    """The processes that were started for a job, their children too: they carry its id in the environment they were
+    started with.
+    """
     found = []
     for pid, _ in _proc("stat"):
         env = _environ(pid)
@@ -226,7 +289,9 @@ def first_difference(a: list[dict], b: list[dict]) -> str:
 def small_disk(folder: Path, megabytes: int):
     """A file system of that size at folder."""
     folder.mkdir(parents=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)], check=True, capture_output=True)
+    subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)], check=True, capture_output=True
+    )
     try:
         yield
     finally:
