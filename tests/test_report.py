@@ -59,6 +59,20 @@ def gan(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def page_of_one(knn, tmp_path_factory):
+    page = tmp_path_factory.mktemp("pages") / "one.html"
+    assert report(knn, "--labels", "--out", page) == 0
+    return page
+
+
+@pytest.fixture(scope="module")
+def page_of_two(knn, gan, tmp_path_factory):
+    page = tmp_path_factory.mktemp("pages") / "two.html"
+    assert report(knn, gan, "--labels", "--out", page) == 0
+    return page
+
+
+@pytest.fixture(scope="module")
 def digits():
     return data.build_dataset("digits")
 
@@ -224,7 +238,7 @@ def test_a_run_leaves_a_record_a_round_and_a_resumed_one_the_same(knn, tmp_path,
 
 def test_a_chart_is_whole_svg_that_follows_the_page():
     chart = line_chart("A <title>", [Line([0, 1, 2], [0.5, None, math.nan], "a & b"), Line([0, 1], [1, 2], "second", "c2", "--")], "x", "y", marks=[(1, True), (0, False)])
-    one, other = chart.inline(1), chart.inline(2)
+    one, other = str(chart.inline(1)), str(chart.inline(2))
     ids = re.findall(r'\bid="([^"]+)"', one)
     assert len(ids) == len(set(ids)) and not set(ids) & set(re.findall(r'\bid="([^"]+)"', other))
     assert set(re.findall(r'(?:url\(|href=")#([^)"]+)', one)) <= set(ids)
@@ -360,9 +374,8 @@ class Cells(HTMLParser):
         self.text.append(data)
 
 
-def test_the_page_shows_what_was_recorded(knn, gan, digits, tmp_path):
-    assert report(knn, gan, "--labels", "--out", tmp_path / "page.html") == 0
-    text = (tmp_path / "page.html").read_text()
+def test_the_page_shows_what_was_recorded(knn, gan, page_of_two, digits):
+    text = page_of_two.read_text()
     page = Cells(text)
     titles = {key[0] for key in page.rows}
     assert {"Random images", "The surest pairs", "The least sure pairs"} <= titles
@@ -454,6 +467,9 @@ def test_a_run_that_has_just_begun_and_a_plain_one(tmp_path, knn):
     words = " ".join(Cells((tmp_path / "young" / "report.html").read_text()).text)
     assert "still to come" in words and "Loss" in words and "Rounds of mining" not in words
     assert report(tmp_path / "young", knn) == 0, "compared with one that has mined"
+    first_round = next(line for line in lines if '"round"' in line)
+    (tmp_path / "young" / "metrics.jsonl").write_text(first_round + "\n")
+    assert report(tmp_path / "young", "--labels") == 0, "ended in its first round"
 
 
 # ---------------------------------------------------------------- the page in a browser
@@ -485,11 +501,9 @@ PIXELS = """[...document.querySelectorAll('.row img')].map(image => {
 })"""
 
 
-@pytest.mark.parametrize("several", [False, True])
-def test_the_page_renders(browser, knn, gan, digits, tmp_path, several):
-    page = tmp_path / "page.html"
-    assert report(*([knn, gan] if several else [knn]), "--labels", "--out", page) == 0
-    colours = []
+@pytest.mark.parametrize("name", ["page_of_one", "page_of_two"])
+def test_the_page_renders(browser, name, digits, request):
+    page, colours = request.getfixturevalue(name), []
     for width, dark in ((1280, False), (1280, True), (390, False), (390, True)):
         browser.open(page.as_uri(), width, dark=dark)
         assert browser.complaints == []

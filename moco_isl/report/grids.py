@@ -105,7 +105,7 @@ def choose(record: Record, labels: Tensor | None, n: int = ANCHORS) -> dict[str,
 
 def _walk(src: Tensor, dst: Tensor, value: Tensor, n: int) -> list[int]:
     """The first n sources by falling value, none that stood in an earlier pair: a pair and its way back show the same."""
-    best = value.topk(min(len(value), 2000)).indices
+    best = value.sort(descending=True, stable=True).indices[:2000]
     chosen, seen = [], set()
     for a, b in zip(src[best].tolist(), dst[best].tolist()):
         if a not in seen and b not in seen:

@@ -88,8 +88,9 @@ def _albums(runs: Sequence[Run], labels: bool, root: str | None) -> dict[tuple, 
     for run in runs:
         if run.images in albums or not (labels or run.rounds):
             continue
+        M = run.num_images()
         try:
-            dataset = run.dataset(root)
+            dataset = run.dataset(root, M)
         except BadInput as error:
             if labels:
                 raise

@@ -98,10 +98,15 @@ class Run:
         held_out = self.flags.get("knn_holdout") or 0
         return self.flags.get("dataset"), root and os.path.realpath(root), held_out, self.flags.get("seed") if held_out else None
 
-    def dataset(self, root: str | None = None):
-        """The images it was trained on, in the order that its sets count. root: where they lie, if not where they lay.
+    def num_images(self) -> int | None:
+        """M, as the last round that left a record says."""
+        record = next((round_.load() for round_ in reversed(self.rounds) if round_.path.exists()), None)
+        return record.M if record else None
 
-        Raises BadInput where they are gone, or not those that were mined.
+    def dataset(self, root: str | None = None, M: int | None = None):
+        """The images it was trained on, in the order that its sets count. root: where they lie, if not where they lay; M: how many there are.
+
+        Raises BadInput where they are gone, or not those.
         """
         flags = self.flags
         root = root or flags.get("data")
@@ -111,8 +116,7 @@ class Run:
             raise BadInput(f"the images of run '{self.path}' cannot be read: {error}. Say where they lie now with --data DIR") from error
         if flags.get("knn_holdout"):
             dataset, _ = data.holdout(dataset, flags["knn_holdout"], flags["seed"])
-        sizes = (record.M for record in (round_.load() for round_ in self.rounds[-1:]) if record)
-        if (M := next(sizes, len(dataset))) != len(dataset):
+        if M is not None and len(dataset) != M:
             raise BadInput(f"run '{self.path}' mined {M} images, but {root or flags['dataset']} holds {len(dataset)}: expected the images it was "
                            "trained on; say where they lie with --data DIR")  # fmt: skip
         return dataset

@@ -143,7 +143,7 @@ def mining_charts(run: Run, rounds: Sequence[Mined]) -> list[Chart]:
 def _shaded(i: int, rounds: Sequence[Mined], x: list, y: list, **options) -> Line:
     """A line of the i-th of several rounds: the later, the stronger; the first and the last named."""
     label = f"round {rounds[i].round.number}" if i in (0, len(rounds) - 1) else ""
-    return Line(x, y, label, "c1", alpha=1.0 if len(rounds) == 1 else 0.3 + 0.7 * i / (len(rounds) - 1), dots=False, **options)
+    return Line(x, y, label, "c1", alpha=1.0 if len(rounds) == 1 else 0.4 + 0.6 * i / (len(rounds) - 1), dots=False, **options)
 
 
 def gan_charts(run: Run) -> list[Chart | None]:
