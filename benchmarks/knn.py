@@ -9,9 +9,9 @@ Peak memory is what the search adds to the features themselves.
 import argparse
 import json
 import platform
-import resource
 import sys
 import time
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -47,19 +47,26 @@ def unit_rows(n: int, dim: int, device: torch.device, dtype: torch.dtype, seed: 
     return rows
 
 
-def peak_bytes(device: torch.device) -> int:
+def peak_bytes(device: torch.device, reset: bool = False) -> int | None:
+    """Most memory held since the last reset, now being the start of the next; None where the system does not tell."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        peak = torch.cuda.max_memory_allocated(device)
+        if reset:
+            torch.cuda.reset_peak_memory_stats(device)
+            peak = torch.cuda.memory_allocated(device)
+        return peak
+    try:
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark of resident memory starts anew
+        return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024
+    except OSError:
+        return None
 
 
 def measure(M: int, Q: int, dim: int, k: int, device: torch.device, dtype: torch.dtype, repeat: int) -> dict:
     bank, queries = unit_rows(M, dim, device, dtype, 0), unit_rows(Q, dim, device, dtype, 1)
     labels = torch.randint(CLASSES, (M,), generator=torch.Generator().manual_seed(2)).to(device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    before = peak_bytes(device)
+    before = peak_bytes(device, reset=True)
     knn_grid(queries[:1024], bank, labels, [k], [0.1], CLASSES)
     seconds = []
     for _ in range(repeat):
@@ -67,6 +74,7 @@ def measure(M: int, Q: int, dim: int, k: int, device: torch.device, dtype: torch
         knn_grid(queries, bank, labels, [k], [0.1], CLASSES)[k, 0.1].sum().item()  # .item() waits for the device
         seconds.append(time.perf_counter() - start)
     median = sorted(seconds)[len(seconds) // 2]
+    peak = peak_bytes(device)
     return {
         "images": M,
         "queries": Q,
@@ -75,7 +83,7 @@ def measure(M: int, Q: int, dim: int, k: int, device: torch.device, dtype: torch
         "k": k,
         "seconds": median,
         "all_seconds": seconds,
-        "peak_mib": (peak_bytes(device) - before) / 2**20,
+        "peak_mib": None if peak is None else (peak - before) / 2**20,
         "features_mib": (bank.nbytes + queries.nbytes) / 2**20,
     }
 
@@ -87,7 +95,7 @@ def main() -> None:
     M, Q = args.images or (1_281_167 if gpu else 50_000), args.queries or (50_000 if gpu else 10_000)
     dtype = (torch.float16 if gpu else torch.bfloat16) if args.half else torch.float32
     rows = []
-    for dim in sorted(args.dims):  # smaller first: a CPU's peak never falls again
+    for dim in args.dims:
         rows.append(measure(M, Q, dim, args.k, device, dtype, args.repeat))
     hardware = torch.cuda.get_device_name(device) if gpu else f"{platform.machine()}, {torch.get_num_threads()} threads"
     print(f"{hardware}, torch {torch.__version__}, median of {args.repeat}")
