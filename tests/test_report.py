@@ -187,6 +187,7 @@ def test_large_sets_are_sampled_the_same_in_every_round():
     assert bool((anchors.diff() > 0).all()) and anchors[-1] < 10_000
 
 
+@torch.no_grad()
 def test_ranking_of_the_gan_miner_is_that_of_a_loop(small):
     features, _, sets = small
     miner, empty = GANMiner(iters=10, triplets=2), PositiveSets.empty(40)
