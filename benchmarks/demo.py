@@ -36,7 +36,7 @@ def pretrain(name: str, seed: int, *flags: str, folder: Path = OUT) -> tuple[tor
     code = main_moco_isl.main([*COMMON, "--seed", str(seed), "--out", str(out), *flags])
     if code:
         sys.exit(code)
-    encoder = untrained(seed)
+    encoder = untrained(seed, mlp="--no-mlp" not in flags)
     state = checkpoint.load(out / "checkpoint_last.pth.tar")["state_dict"]
     encoder.load_state_dict({n.removeprefix("module.encoder_q."): v for n, v in state.items() if n.startswith("module.encoder_q.")})
     lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
@@ -47,10 +47,11 @@ def run_folder(name: str, seed: int, folder: Path = OUT) -> Path:
     return folder / f"{name}-{seed}"
 
 
-def untrained(seed: int) -> torch.nn.Module:
+def untrained(seed: int, mlp: bool = True) -> torch.nn.Module:
     torch.manual_seed(seed)
     encoder = build_encoder("digits", 64)
-    add_mlp(encoder)
+    if mlp:
+        add_mlp(encoder)
     return encoder
 
 
