@@ -15,7 +15,7 @@ import time
 import torch
 
 from moco_isl import builder, checkpoint, data, dist
-from moco_isl.encoders import STEMS, build_encoder, extract_features, split_batch_norm
+from moco_isl.encoders import build_encoder, extract_features, split_batch_norm
 from moco_isl.errors import BadInput, Interrupted, RunFailed
 from moco_isl.evaluation.knn import weighted_knn
 from moco_isl.isl import ISL
@@ -23,136 +23,16 @@ from moco_isl.mining.cluster import ClusterMiner
 from moco_isl.mining.diffusion import DiffusionMiner
 from moco_isl.mining.entropy import EntropyMiner
 from moco_isl.mining.miners import GANMiner, KNNMiner, NoMiner, one_line
-from moco_isl.training import cli, engine, resume
+from moco_isl.training import cli, engine, options, resume
 from moco_isl.training.meters import Progress
+from moco_isl.training.options import check_args
 from moco_isl.training.round_record import round_record
 from moco_isl.training.run_folder import RunFolder, check_folder
 from moco_isl.training.signals import Stop
 
-SCHEDULE = [120, 160]  # MoCo's, for its 200 epochs
-
 
 def get_parser() -> cli.Parser:
-    parser = cli.Parser(description=__doc__)
-    cli.add_data_options(parser)
-    group = parser.add_argument_group("training, as MoCo has it")
-    group.add_argument("-a", "--arch", default="resnet50", help="encoder: torchvision's names, timm:<name>, resnet18w32 (narrow), alexnet, digits "
-                       "(default: resnet50)")
-    group.add_argument("-j", "--workers", default=32, type=int, help="number of data loading workers (default: 32), at most one a core")
-    group.add_argument("--epochs", default=200, type=int, help="number of total epochs to run")
-    group.add_argument("--start-epoch", default=0, type=int, help="manual epoch number (useful on restarts)")
-    group.add_argument("-b", "--batch-size", default=256, type=int, help="mini-batch size (default: 256), the total of all GPUs on all nodes")
-    group.add_argument("--lr", "--learning-rate", default=0.03, type=float, help="initial learning rate for batch 256")
-    group.add_argument("--schedule", default=SCHEDULE, nargs="*", type=int, help="learning rate schedule (when to drop lr by 10x); with --isl-rounds "
-                       "epochs of each round (default: 120 160, or 60 %% and 80 %% of a round)")
-    group.add_argument("--momentum", default=0.9, type=float, help="momentum of SGD solver")
-    group.add_argument("--wd", "--weight-decay", default=1e-4, type=float, dest="weight_decay", help="weight decay (default: 1e-4)")
-    group.add_argument("-p", "--print-freq", default=10, type=int, help="print frequency (default: 10)")
-    group.add_argument("--resume", default="", help="path to latest checkpoint, ours or MoCo's, or auto: go on with what is in --out, if anything is")
-    group.add_argument("--seed", default=None, type=int, help="seed of everything; without one it is drawn, printed and kept")
-    cli.add_distributed_options(parser)
-
-    group = parser.add_argument_group("MoCo's own")
-    group.add_argument("--moco-dim", default=128, type=int, help="feature dimension (default: 128)")
-    group.add_argument("--moco-k", default=65536, type=int, help="queue size; number of negative keys (default: 65536)")
-    group.add_argument("--moco-m", default=0.999, type=float, help="moco momentum of updating key encoder (default: 0.999)")
-    group.add_argument("--moco-t", default=0.07, type=float, help="softmax temperature (default: 0.07)")
-    cli.add_switch(group, "--mlp", help="MoCo v2: use mlp head")
-    cli.add_switch(group, "--aug-plus", help="MoCo v2: use its data augmentation")
-    cli.add_switch(group, "--cos", help="MoCo v2: use cosine lr schedule")
-
-    group = parser.add_argument_group("run")
-    group.add_argument("--config", metavar="FILE.yaml", help="flags by name; the command line wins")
-    group.add_argument("--out", metavar="DIR", help="folder of the run (default: runs/<time>-<arch>)")
-    group.add_argument("--init", metavar="FILE", help="start from the weights of this file, ours or MoCo's, at epoch 0: the way to continue a "
-                       "converged MoCo with mining")
-    group.add_argument("--keep", type=int, metavar="n", help="keep the last n numbered checkpoints (default: all)")
-    group.add_argument("--save-every", type=int, default=0, metavar="n", help="save every n steps as well; for long epochs on machines that die")
-    group.add_argument("--max-steps", type=int, default=0, metavar="n", help="end after n steps; to try a command out")
-    group.add_argument("--knn-every", type=int, default=0, metavar="n", help="log weighted kNN every n epochs where there are labels (default: never); "
-                       "costs a pass over the images, and steers nothing")
-    group.add_argument("--knn-holdout", type=int, default=0, metavar="n", help="judge kNN on n images held out of train; 0: leave one out")
-    group.add_argument("--progress", choices=("lines", "bar"), default="lines", help="MoCo's lines (default), or a bar with the time left")
-    cli.add_switch(group, "--tensorboard", help="write TensorBoard events into the run's folder too (an extra)")
-
-    group = parser.add_argument_group("network and numerics")
-    group.add_argument("--stem", choices=STEMS, default="auto", help="auto: a 3x3 stem without pooling for images up to 64 pixels")
-    group.add_argument("--bn-splits", type=int, default=1, metavar="n", help="batch norm over n parts of a batch; 8 on one GPU does what shuffling BN does on 8")
-    cli.add_switch(group, "--symmetric", help="each view is query once and key once: better epochs, at twice the price")
-    group.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off", help="half precision in the network; bf16 on any recent GPU")
-    cli.add_switch(group, "--channels-last", help="memory format that tensor cores like; use it with --amp")
-    cli.add_switch(group, "--compile", help="torch.compile both encoders: a minute at the start, faster steps")
-
-    group = parser.add_argument_group("ISL: the loss")
-    group.add_argument("--objective", choices=("queue", "bank"), default="queue", help="queue: MoCo. bank: the paper's softmax over all images, small data sets")
-    group.add_argument("--isl-loss", choices=("logsum", "meanlog"), default="logsum", help="logsum: Eq. 5, forgiving. meanlog: learns most from clean sets, and "
-                       "suffers most from wrong ones")
-    group.add_argument("--isl-hpe", type=float, default=0.5, metavar="w", help="weight of hard positive enhancement, Eq. 6 (0.5); 0 turns it off")
-    group.add_argument("--isl-max-positives", type=int, default=32, metavar="P", help="positives of an image that a step looks at (32); larger sets take turns")
-    group.add_argument("--isl-bank-mix", type=float, metavar="mu", help="share of the new feature in a bank row, Eq. 8 (1 with the queue, 0.5 with the bank)")
-    cli.add_switch(group, "--isl-half-bank", help="keep the bank in float16: half the memory, and half-precision products in the bank objective's softmax")
-
-    group = parser.add_argument_group("ISL: mining")
-    group.add_argument("--miner", choices=("none", "knn", "gan", "entropy", "diffusion", "cluster"), default="none", help="who finds the positives (default: none, "
-                       "which is MoCo); gan: ISL, entropy: AND, diffusion: PAD, cluster: LA")
-    group.add_argument("--isl-rounds", type=int, default=1, metavar="n", help="n equal rounds of training, each with a learning rate schedule of its own, and mining "
-                       "between them, as the paper (it has 4)")
-    group.add_argument("--isl-start", type=int, metavar="e", help="first mining before this epoch (default: 0 with --init, else half of the epochs, or the "
-                       "second of the --isl-rounds); a young encoder mines mistakes")
-    group.add_argument("--isl-every", type=int, metavar="n", help="epochs from mining to mining (20, or one of the --isl-rounds)")
-    group.add_argument("--isl-budget", type=float, default=5.0, metavar="x", help="mean positives of an image after a round, the surest first (5); raise it while the "
-                       "printed precision stays above 0.9")
-    cli.add_switch(group, "--isl-grow", help="the budget counts for a round: x in the first, 2x in the second, and so on, as the published code (with 0.5)")
-    group.add_argument("--isl-max-share", type=float, default=0.05, metavar="x", help="no image is a positive of more than this share of all images (0.05)")
-    cli.add_switch(group, "--isl-keep", help="never drop a pair once mined, as the paper; off: each round judges old pairs again")
-    group.add_argument("--isl-neighbors", type=int, metavar="k", help="nearest images looked at by knn and entropy (as many as the budget asks for) and in diffusion's "
-                       "graph (20)")
-    group.add_argument("--isl-share", type=float, default=0.25, metavar="x", help="entropy: the surest share of all images mines, another x each round (0.25)")
-    group.add_argument("--isl-walk", type=int, default=2, metavar="n", help="diffusion: edges of the longest walk through the graph (2)")
-    group.add_argument("--isl-clusters", type=int, metavar="n", help="cluster: clusters of a clustering (one for 40 images)")
-    group.add_argument("--isl-clusterings", type=int, default=5, metavar="n", help="cluster: how many clusterings (5)")
-    group.add_argument("--isl-background", type=int, default=100, metavar="k", help="cluster: positives are among the k nearest (100)")
-    group.add_argument("--isl-candidates", type=int, default=10, metavar="k", help="nearest rows of a proxy that may join (10)")
-    group.add_argument("--isl-threshold", type=float, default=0.5, metavar="s", help="a proxy with a lower score adds nothing (0.5)")
-    group.add_argument("--isl-radius", type=float, default=0.6, metavar="r", help="cosine (confidence) or Euclidean distance (fixed) within which rows join (0.6)")
-    group.add_argument("--isl-radius-mode", choices=("confidence", "fixed"), default="confidence", help="confidence: the surer, the wider, as the published code")
-    group.add_argument("--isl-triplets", type=int, default=5, metavar="n", help="triplets an anchor; the best proxy counts (5)")
-    group.add_argument("--isl-lambda", type=float, default=1.0, metavar="l", help="Eq. 1: larger makes proxies explore more (1)")
-    group.add_argument("--isl-gan-iters", type=int, default=20000, metavar="n", help="most iterations of the GAN in a round (20000)")
-    group.add_argument("--isl-gan-min-iters", type=int, default=5000, metavar="n", help="fewest (5000); a short GAN collapses onto one image")
-    return parser
-
-
-def check_args(args: argparse.Namespace) -> None:
-    """Everything about the flags that can be known before any work; fills in what depends on others."""
-    cli.check_data_options(args)
-    for name, low in {"epochs": 1, "batch_size": 2, "workers": 0, "moco_k": 1, "moco_dim": 1, "print_freq": 1, "bn_splits": 1, "isl_every": 1, "isl_triplets": 1,
-                      "isl_rounds": 1, "isl_neighbors": 1, "isl_walk": 1, "isl_clusters": 1, "isl_clusterings": 1, "isl_background": 1,
-                      "isl_candidates": 1, "isl_max_positives": 1, "isl_gan_iters": 1, "isl_gan_min_iters": 1, "start_epoch": 0, "save_every": 0, "max_steps": 0,
-                      "knn_every": 0, "knn_holdout": 0, "lr": 0, "weight_decay": 0, "isl_hpe": 0, "isl_lambda": 0, "keep": 1, "isl_start": 0}.items():  # fmt: skip
-        cli.check_range(args, name, low)
-    for name, low, high, low_open in [("moco_t", 0, float("inf"), True), ("isl_budget", 0, float("inf"), True), ("moco_m", 0, 1, False), ("momentum", 0, 1, False),
-                                      ("isl_threshold", 0, 1, False), ("isl_radius", 0, 2, False), ("isl_bank_mix", 0, 1, True), ("isl_max_share", 0, 1, True),
-                                      ("isl_share", 0, 1, True)]:  # fmt: skip
-        cli.check_range(args, name, low, high, low_open)
-    cli.check(args.start_epoch < args.epochs, f"--start-epoch {args.start_epoch} leaves nothing of --epochs {args.epochs}: give a smaller one, or more epochs")
-    ranks = cli.total_ranks(args)
-    cli.check(args.batch_size % (ranks * args.bn_splits) == 0, f"--batch-size {args.batch_size} does not divide into {ranks} ranks x {args.bn_splits} batch norm splits: "
-              f"use a multiple of {ranks * args.bn_splits}")
-    keys = args.batch_size * (2 if args.symmetric else 1)
-    cli.check(args.objective == "bank" or args.moco_k >= keys, f"--moco-k {args.moco_k} is smaller than the {keys} keys of one step: use at least that")
-    cli.check(args.objective == "queue" or not args.symmetric, "--symmetric belongs to --objective queue")
-    cli.check(args.isl_gan_min_iters <= args.isl_gan_iters, f"--isl-gan-min-iters {args.isl_gan_min_iters} is more than --isl-gan-iters {args.isl_gan_iters}")
-    if args.seed is None:
-        args.seed = random.SystemRandom().randrange(2**31)
-    length, odd = divmod(args.epochs, args.isl_rounds)
-    cli.check(not odd, f"--epochs {args.epochs} does not divide into {args.isl_rounds} rounds of equal length: use a multiple of {args.isl_rounds}")
-    if args.schedule is SCHEDULE and args.isl_rounds > 1:
-        args.schedule = [length * 3 // 5, length * 4 // 5]
-    if args.isl_start is None:
-        args.isl_start = 0 if args.init else length if args.isl_rounds > 1 else args.epochs // 2
-    if args.isl_every is None:
-        args.isl_every = length if args.isl_rounds > 1 else 20
+    return options.get_parser(__doc__)
 
 
 def check_start(args: argparse.Namespace) -> tuple[resume.Start, dict]:

@@ -65,7 +65,7 @@ def test_no_circles():
 def test_nothing_but_the_command_line_sees_args():
     """The parser's home and what is run by `python -m` may; a function of the method may not."""
     for file in sorted(PACKAGE.rglob("*.py")):
-        if file.name in ("cli.py", "__main__.py", "export.py"):
+        if file.name in ("cli.py", "options.py", "__main__.py", "export.py"):
             continue
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, (ast.FunctionDef, ast.Lambda)):
