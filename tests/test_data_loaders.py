@@ -135,7 +135,7 @@ def test_batch_sizes_that_cannot_be_are_refused(folder):
     with pytest.raises(BadInput, match="load_into_memory"):
         train_loader(
             build_dataset("folder", folder),
-            augmentation=get_augmentation("folder", aug_plus=True, on_device=True),
+            augmentation=get_augmentation("digits", aug_plus=True),
             batch_size=2,
             seed=0,
         )

@@ -6,6 +6,7 @@ data's values on the host: no synchronisation, one graph for torch.compile.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +45,19 @@ def crop_boxes(u: torch.Tensor, H: int, W: int, scale: tuple[float, float], trie
     top = torch.where(found, (u[:, 2 * tries] * (H - h + 1)).floor(), (H - last_h) // 2)
     left = torch.where(found, (u[:, 2 * tries + 1] * (W - w + 1)).floor(), (W - last_w) // 2)
     return torch.stack([top, left, h, w], 1)
+
+
+def crop_box(draw: Callable[[int], float], H: int, W: int, scale: tuple[float, float], tries: int = 10) -> tuple:
+    """One box of `crop_boxes`, on the host: draw(j) is what stands in column j of u. Rounding may differ by a pixel."""
+    for i in range(tries):
+        area = H * W * (scale[0] + (scale[1] - scale[0]) * draw(i))
+        ratio = math.exp(math.log(3 / 4) + math.log(16 / 9) * draw(tries + i))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= W and 0 < h <= H:
+            return int(draw(2 * tries) * (H - h + 1)), int(draw(2 * tries + 1) * (W - w + 1)), h, w
+    w = min(W, round(H * 4 / 3)) if W / H > 4 / 3 else W
+    h = min(H, round(W * 4 / 3)) if W / H < 3 / 4 else H
+    return (H - h) // 2, (W - w) // 2, h, w
 
 
 def _resize_weights(start: torch.Tensor, length: torch.Tensor, full: int, S: int) -> torch.Tensor:
@@ -270,23 +284,33 @@ class BatchAugmentation(BatchViews):
     def apply(self, images: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
         return self.finish(self.crop(images, u), u)
 
-    def boxes(self, u: torch.Tensor, H: int, W: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of views of images of H x W pixels with draws u [N, draws]: boxes [N, 4], see `crop_boxes`, flipped [N]."""
-        return crop_boxes(u[:, :22], H, W, self.scale), u[:, 22] < self.flip
-
     def crop(self, images: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
         """uint8 [N, 3, H, W] -> [N, 3, S, S] in [0, 1]: cut out, resized, mirrored."""
-        boxes, flipped = self.boxes(u, images.shape[2], images.shape[3])
+        boxes = crop_boxes(u[:, :22], images.shape[2], images.shape[3], self.scale)
         # mirrored here and not at the end: every later step treats the left as the right
-        return resized_crop(images.to(self.dtype) / 255, boxes, flipped, self.size).clamp(0, 1)
+        return resized_crop(images.to(self.dtype) / 255, boxes, u[:, 22] < self.flip, self.size).clamp(0, 1)
+
+    def box(self, draw: Callable[[int], float], H: int, W: int) -> tuple[tuple, bool]:
+        """`crop` of one image whose draws are draw(0), draw(1), ...: its box (top, left, height, width), and if to mirror."""
+        return crop_box(draw, H, W, self.scale), draw(22) < self.flip
+
+    def crop_one(self, image: torch.Tensor, box: tuple, mirror: bool, full: tuple[int, int]) -> torch.Tensor:
+        """uint8 [3, h, w] -> uint8 [3, S, S]. box: in pixels of the image's full size (H, W), which h, w may be a part of."""
+        scales = (image.shape[1] / full[0], image.shape[2] / full[1]) * 2
+        top, left, h, w = (max(round(x * scale), i // 2) for i, (x, scale) in enumerate(zip(box, scales)))
+        part = image[None, :, top : top + h, left : left + w]
+        view = F.interpolate(part, (self.size, self.size), mode="bilinear", antialias=True)[0]
+        return view.flip(2) if mirror else view
 
     def finish(self, crops: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
         """The rest of a view, [N, 3, S, S], from its crop: floats in [0, 1], or uint8 if the crop was made elsewhere."""
         plan = self._plan(u)
         if _looks_are_free(crops):
             few = max(1, _CACHE // crops[0].numel())  # images at a time, that stay in a CPU's cache
-            pieces = zip(crops.split(few), *(part.split(few) for part in plan))
-            return torch.cat([self._finish_by_rows(*piece) for piece in pieces])
+            done = torch.empty(crops.shape, dtype=self.dtype)
+            for piece in zip(done.split(few), crops.split(few), *(part.split(few) for part in plan)):
+                self._finish_by_rows(*piece)
+            return done
         factors, order, to_grey, kernel, _ = plan
         images = self.colour(crops, factors, order, to_grey)
         return self.blur_columns(self.blur_rows(images, kernel), kernel) if self.blur else self.normalize(images)
@@ -322,8 +346,8 @@ class BatchAugmentation(BatchViews):
     def _floats(self, crops: torch.Tensor) -> torch.Tensor:
         return crops if crops.is_floating_point() else crops.to(self.dtype) / 255
 
-    def _finish_by_rows(self, crops, factors, order, to_grey, kernel, blurred) -> torch.Tensor:
-        """As `finish`, on few images and each operation on those alone that are due for it."""
+    def _finish_by_rows(self, done, crops, factors, order, to_grey, kernel, blurred) -> None:
+        """As `finish`, on few images, into `done`, and each operation on those alone that are due for it."""
         images = self._floats(crops)
         greys = [i for i, here in enumerate(to_grey.tolist()) if here]
         if self.aug_plus:
@@ -333,7 +357,8 @@ class BatchAugmentation(BatchViews):
             images = _jitter_by_rows(images, factors, order, self.adjust)
         if self.blur:
             images = _on_rows(images, [i for i, here in enumerate(blurred.tolist()) if here], self._blur, kernel)
-        return self.normalize(images)
+        for c, (mean, std) in enumerate(zip(self.mean, self.std)):
+            torch.sub(images[:, c], mean, out=done[:, c]).div_(std)
 
     def _blur(self, images: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
         for dim in (3, 2):

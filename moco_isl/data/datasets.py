@@ -4,9 +4,10 @@ All have len(), [i] -> (image, label), .labels (int64 [M] or None), .classes (li
 image's name in messages) and .size_hint (side of the images in memory; None for files). M is the number of images.
 """
 
+import io
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -21,9 +22,31 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from moco_isl.errors import BadInput
 
+try:
+    from torchvision.io import decode_jpeg  # deprecated since 0.29 in favour of a package of its own
+except ImportError:
+    decode_jpeg = None
+
 NAMES = ("folder", "cifar10", "cifar100", "svhn", "digits")
 SMALL = 64  # side up to which images are treated as CIFAR's are: neither enlarged nor blurred
 _DIGITS_TRAIN = 1437  # of 1,797, in the order of the file: DIGITS.md says why
+
+
+def decode_pixels(path: str, at_least: Callable[[int, int], int]) -> tuple[torch.Tensor, tuple[int, int]]:
+    """`decode` as uint8 [3, h, w], and the image's full size (H, W); at_least(W, H) says how small it may be decoded.
+
+    A JPEG of its full size goes through torchvision where that still decodes: PIL's values in two thirds of the time.
+    """
+    with open(path, "rb") as file:
+        content = file.read()
+    with Image.open(io.BytesIO(content)) as image:
+        W, H = image.size
+        keep = max(1, at_least(W, H))
+        if decode_jpeg and image.format == "JPEG" and image.mode == "RGB" and min(W, H) // keep < 2:
+            pixels = decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8))
+        else:
+            pixels = pil_to_tensor(_to_rgb(image, keep))
+    return pixels, (H, W)
 
 
 def decode(path: str, at_least: int | None = None) -> Image.Image:
@@ -33,13 +56,17 @@ def decode(path: str, at_least: int | None = None) -> Image.Image:
     Raises what PIL raises on a file it cannot read (OSError and others).
     """
     with Image.open(path) as image:
-        if at_least and image.format == "JPEG":
-            image.draft("RGB", (at_least, at_least))
-        if image.mode.startswith("I") or image.mode == "F":
-            return _to_eight_bits(image).convert("RGB")
-        if image.mode == "P" and "transparency" in image.info:
-            image = image.convert("RGBA")  # the same colours as straight to RGB, without PIL's warning
-        return image.convert("RGB")
+        return _to_rgb(image, at_least)
+
+
+def _to_rgb(image: Image.Image, at_least: int | None) -> Image.Image:
+    if at_least and image.format == "JPEG":
+        image.draft("RGB", (at_least, at_least))
+    if image.mode.startswith("I") or image.mode == "F":
+        return _to_eight_bits(image).convert("RGB")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # the same colours as straight to RGB, without PIL's warning
+    return image.convert("RGB")
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:
@@ -71,6 +98,9 @@ class ImageFiles(Dataset):
 
     def image(self, i: int, at_least: int | None = None) -> Image.Image:
         return decode(self.path(i), at_least)
+
+    def pixels(self, i: int, at_least: Callable[[int, int], int]) -> tuple[torch.Tensor, tuple[int, int]]:
+        return decode_pixels(self.path(i), at_least)
 
     def __getitem__(self, i: int) -> tuple[Image.Image, int]:
         return self.image(i), (-1 if self.labels is None else int(self.labels[i]))
@@ -136,6 +166,9 @@ class Part(Dataset):
 
     def image(self, i: int, at_least: int | None = None):
         return self.dataset.image(int(self.rows[i]), at_least)
+
+    def pixels(self, i: int, at_least: Callable[[int, int], int]):
+        return self.dataset.pixels(int(self.rows[i]), at_least)
 
     def __getitem__(self, i: int):
         return self.dataset[int(self.rows[i])]
@@ -329,6 +362,16 @@ def load_into_memory(dataset: Dataset, threads: int = 4, limit_bytes: int = 8 <<
     whole = ImagesInMemory(torch.stack(images), dataset.labels, dataset.classes, dataset)
     whole.unreadable = unreadable
     return whole
+
+
+def hold_small(dataset: Dataset, threads: int = 4) -> Dataset:
+    """The data set held in memory where its images are small ones of one size, as CIFAR's; otherwise as it is."""
+    if native_size(dataset) > SMALL:
+        return dataset
+    try:
+        return load_into_memory(dataset, threads)
+    except BadInput:
+        return dataset  # of several sizes, or too many: they stay in their files, and the loader names what is broken
 
 
 def _read(dataset: Dataset, i: int) -> torch.Tensor | None:

@@ -6,6 +6,7 @@ input moves every bit of the output. int64 arithmetic wraps around, on CPU as on
 """
 
 import random
+from collections.abc import Callable
 
 import torch
 
@@ -19,14 +20,19 @@ def _signed(x: int) -> int:
     return x - (1 << 64) if x >> 63 else x
 
 
+def _mix_int(x: int) -> int:
+    """`_mix` of one plain integer, 64 bits without a sign."""
+    x &= _64
+    x = ((x ^ (x >> 30)) * _MULTIPLY[0]) & _64
+    x = ((x ^ (x >> 27)) * _MULTIPLY[1]) & _64
+    return x ^ (x >> 31)
+
+
 def hash64(*parts: int) -> int:
     """One number of 64 bits from any integers."""
     state = 0
     for part in parts:
-        state = (state + part + _GOLDEN) & _64
-        state = ((state ^ (state >> 30)) * _MULTIPLY[0]) & _64
-        state = ((state ^ (state >> 27)) * _MULTIPLY[1]) & _64
-        state ^= state >> 31
+        state = _mix_int(state + part + _GOLDEN)
     return state
 
 
@@ -49,6 +55,12 @@ def uniforms(seed: int, epoch: int, index: torch.Tensor, view: int, n: int) -> t
     row = _mix(index + _signed(hash64(seed, epoch, view)))  # [N]
     column = torch.arange(1, n + 1, device=index.device) * _signed(_GOLDEN)  # [n]
     return _shift(_mix(row[:, None] + column), 40).float() * 2.0**-24  # the upper 24 bits: as many as a float32 holds
+
+
+def uniform(seed: int, epoch: int, index: int, view: int) -> Callable[[int], float]:
+    """The row of `uniforms` of one image, a column at a time, for a worker that needs few of them."""
+    row = _mix_int(index + hash64(seed, epoch, view))
+    return lambda j: (_mix_int(row + (j + 1) * _GOLDEN) >> 40) * 2.0**-24
 
 
 class seeded:
