@@ -230,7 +230,8 @@ def test_the_kept_weights_have_the_smallest_hub_after_the_minimum(monkeypatch):
 def test_a_settled_fit_stops_before_the_cap_but_not_before_the_minimum(monkeypatch):
     settings = GANSettings(iters=40, min_iters=9, batch=32)
     assert run_scripted(monkeypatch, [0.02] * 40, settings)["iterations"] == 9
-    assert run_scripted(monkeypatch, [0.9 - 0.02 * i for i in range(20)] + [0.5] * 20, settings)["iterations"] == 26
+    assert run_scripted(monkeypatch, [0.05 - 0.001 * i for i in range(20)] + [0.03] * 20, settings)["iterations"] == 26
+    assert run_scripted(monkeypatch, [0.9] * 40, settings)["iterations"] == 40  # still, but collapsed
 
 
 def test_spans_follow_the_number_of_images():

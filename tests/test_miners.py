@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from moco_isl.errors import BadInput, Interrupted
 from moco_isl.mining import GANMiner, KNNMiner, NoMiner, PositiveSets, one_line
-from moco_isl.mining import miners, rounds
+from moco_isl.mining import edges, miners, rounds
 from moco_isl.mining.edges import Edges, Rules, settle, under_cap
 from moco_isl.mining.gan import Discriminator, GANFit, Generator
 from moco_isl.mining.triplets import TripletSampler
@@ -171,8 +171,19 @@ def test_members_come_surest_first():
 def test_under_cap_decides_long_chains():
     """0-1, 1-2, 2-3, ...: at a cap of 1 every second pair, each decided only by the one before it."""
     n = 200
-    taken = under_cap(torch.arange(n), torch.arange(n) + 1, n + 1, 1)
-    assert taken.tolist() == [i % 2 == 0 for i in range(n)]
+    room = torch.ones(n + 1).long()
+    taken = under_cap(torch.arange(n), torch.arange(n) + 1, room)
+    assert taken.tolist() == [i % 2 == 0 for i in range(n)] and room.tolist() == [0] * n + [1]
+
+
+def test_pieces_of_the_list_change_nothing():
+    M, found = 60, random_found(60, 400)
+    pairs = unique_pairs(found)
+    lower, higher = torch.tensor(sorted(pairs)).T
+    sureness = -torch.tensor([float(pairs.index(pair)) for pair in sorted(pairs)])
+    for budget in (None, 2.0):
+        whole, pieces = (edges._choose(lower, higher, sureness, M, Rules(budget, 0.1), piece) for piece in (1 << 22, 7))
+        assert torch.equal(whole, pieces) and len(whole)
 
 
 def test_weights_go_through_and_are_not_what_ranks():
@@ -292,6 +303,18 @@ def test_proxies_that_collapse_only_in_the_mining_are_refused(monkeypatch, first
     miner = warm_miner(first_round)
     assert miner.mine(clusters(M), PositiveSets.empty(M), rng()).num_edges == 0
     assert "collapsed" in miner.report["why"] and not miner.report["accepted"]
+
+
+def test_precision_at_sizes_equals_counting(first_round):
+    M, labels = 400, torch.arange(400) % 20
+    miner = warm_miner(first_round, remember=30)
+    assert miner.precision_at(labels, [5]) == [None]
+    sets = miner.mine(clusters(M), PositiveSets.empty(M), rng())
+    assert edge_set(sets) == edge_set(warm_miner(first_round).mine(clusters(M), PositiveSets.empty(M), rng()))
+    _, near = miner.nearest
+    same = [[(labels[j] == labels[i]).item() for j in row] for i, row in enumerate(near.tolist())]
+    expected = [sum(sum(row[:size]) for row in same) / (M * size) for size in (1, 5, 30)]
+    assert miner.precision_at(labels, [1, 5, 30, 31]) == pytest.approx([*expected, None])
 
 
 def test_a_silent_round_says_why(first_round):

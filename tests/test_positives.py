@@ -58,8 +58,8 @@ def test_sureness_of_any_sign_and_infinite_orders():
 
 def test_large_keys_do_not_overflow():
     M = 2_000_000_000  # M squared is near the end of int64; offsets of that size would not fit, so only the keys are built
-    from moco_isl.mining.positives import _unique
-    src, dst, _ = _unique(M, torch.tensor([M - 1, 5, M - 2]), torch.tensor([M - 2, M - 1, M - 1]), [None], True)
+    from moco_isl.mining.positives import distinct_edges
+    src, dst, _ = distinct_edges(M, torch.tensor([M - 1, 5, M - 2]), torch.tensor([M - 2, M - 1, M - 1]), [None], True)
     assert src.tolist() == [5, M - 2] and dst.tolist() == [M - 1, M - 1]
 
 

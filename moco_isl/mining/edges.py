@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from moco_isl.mining.positives import PositiveSets
+from moco_isl.mining.positives import PositiveSets, distinct_edges
 
 Tensor = torch.Tensor
 
@@ -46,36 +46,41 @@ def settle(features: Tensor, found: Edges, old: PositiveSets, rules: Rules) -> t
     image over the cap is passed over, and the budget ends the list.
     """
     M = len(features)
-    new = PositiveSets.from_edges(M, found.src, found.dst, found.weight, sureness=found.sureness)
-    lower, higher, sureness, weight = _pairs(new)
-    old_lower, old_higher, old_sureness, old_weight = _pairs(old)
-    if len(old_lower) and not rules.keep and len(lower):
-        old_sureness, stays = _judge(features, (lower, higher, sureness), (old_lower, old_higher), rules.floor)
-        old_lower, old_higher, old_sureness, old_weight = (
-            x[stays] for x in (old_lower, old_higher, old_sureness, old_weight))
-    if rules.keep:  # above everything new, among themselves as before
-        old_sureness = torch.full_like(old_sureness, torch.inf)
-    union = PositiveSets.from_edges(M, torch.cat([lower, old_lower]), torch.cat([higher, old_higher]),
-                                    torch.cat([weight, old_weight]), symmetric=False,
-                                    sureness=torch.cat([sureness, old_sureness]))
-    src, dst, sureness, weight = union.sources(), union.members.long(), union.sureness, union.weights
-    order = sureness.sort(descending=True, stable=True).indices  # from_edges left them by (lower, sureness, higher)
-    src, dst, sureness, weight = (x[order] for x in (src, dst, sureness, weight))
-    taken = under_cap(src, dst, M, max(1, int(rules.max_share * M)), always=torch.isinf(sureness))
-    if rules.budget is not None:
-        bound = round(rules.budget * M / 2)
-        taken &= (taken.cumsum(0) <= bound) | torch.isinf(sureness)
-    src, dst, sureness, weight = (x[taken] for x in (src, dst, sureness, weight))
-    sets = PositiveSets.from_edges(M, src, dst, weight, sureness=sureness)
-    stayed = _common(old, sets)
-    return sets, {"edges_found": new.num_edges, "edges_added": sets.num_edges - stayed, "edges_dropped": old.num_edges - stayed}
+    lower, higher, (sureness, weight) = distinct_edges(M, found.src, found.dst, [found.sureness, found.weight], undirected=True)
+    new = len(lower)
+    was = distinct_edges(M, old.sources(), old.members, [old.sureness, old.weights], undirected=True)
+    if rules.keep:
+        was_sureness = torch.full_like(was[2][0], torch.inf)  # above everything new
+    elif new:
+        was_sureness = _judge(features, (lower, higher, sureness), was[:2], rules.floor)
+    else:
+        was_sureness = was[2][0]
+    weight = torch.ones_like(sureness) if weight is None else weight
+    in_old = torch.cat([torch.zeros(new, device=lower.device), torch.ones(len(was[0]), device=lower.device)])
+    lower, higher, (sureness, weight, in_old) = distinct_edges(
+        M, torch.cat([lower, was[0]]), torch.cat([higher, was[1]]),
+        [torch.cat([sureness, was_sureness]), torch.cat([weight, was[2][1]]), in_old], undirected=True)
+    chosen = _choose(lower, higher, sureness, M, rules)
+    sets = PositiveSets.from_edges(M, lower[chosen], higher[chosen], weight[chosen], sureness=sureness[chosen])
+    stayed = int(in_old[chosen].sum(dtype=torch.float64))
+    return sets, {"edges_found": 2 * new, "edges_added": 2 * (len(chosen) - stayed), "edges_dropped": 2 * (len(was[0]) - stayed)}
 
 
-def _pairs(sets: PositiveSets) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Each mutual pair once: lower [U], higher [U] int64, sureness [U], weight [U]."""
-    src, dst = sets.sources(), sets.members.long()
-    once = src < dst
-    return src[once], dst[once], sets.sureness[once], sets.weights[once]
+def _choose(lower: Tensor, higher: Tensor, sureness: Tensor, M: int, rules: Rules, piece: int = 1 << 22) -> Tensor:
+    """Which pairs [U], sorted by image, stay: their places, surest first. Sureness inf: always; -inf: never."""
+    order = sureness.sort(descending=True, stable=True).indices
+    kept, out = int((sureness == torch.inf).sum()), int((sureness == -torch.inf).sum())
+    chosen, rest = [order[:kept]], order[kept:len(order) - out]
+    bound = len(rest) if rules.budget is None else max(0, round(rules.budget * M / 2) - kept)
+    room = torch.full((M,), max(1, int(rules.max_share * M)), device=lower.device)
+    room -= torch.bincount(torch.cat([lower[chosen[0]], higher[chosen[0]]]), minlength=M)
+    for part in rest.split(piece):  # greedy on a list is greedy on its pieces in turn
+        taken = part[under_cap(lower[part], higher[part], room)][:bound]
+        chosen.append(taken)
+        bound -= len(taken)
+        if not bound:
+            break
+    return torch.cat(chosen)
 
 
 def pair_cosines(features: Tensor, a: Tensor, b: Tensor, chunk: int = 1 << 18) -> Tensor:
@@ -84,64 +89,45 @@ def pair_cosines(features: Tensor, a: Tensor, b: Tensor, chunk: int = 1 << 18) -
     return torch.cat(parts) if parts else torch.empty(0, device=features.device)
 
 
-def _judge(features: Tensor, new: tuple[Tensor, Tensor, Tensor], old: tuple[Tensor, Tensor], floor: float) -> tuple[Tensor, Tensor]:
-    """Old pairs under today's features, measured by today's pairs: sureness [U_old] and which stay [U_old] bool.
+def _judge(features: Tensor, new: tuple[Tensor, Tensor, Tensor], old: tuple[Tensor, Tensor], floor: float) -> Tensor:
+    """Old pairs under today's features, measured by today's pairs: their sureness [U_old], -inf where they must leave.
 
     A pair mined in an earlier round has no proxy today, but it has a cosine. It leaves where that is below the `floor`
-    quantile of the cosines of the pairs found today. Where it stays, it is as sure as a pair found today whose cosine
-    has the same rank: both then stand on one scale, whatever the miner's sureness means.
+    quantile of the cosines of the pairs found today. Where it stays, it is as sure as the pair found today whose cosine
+    and sureness have the same rank: both then stand on one scale, whatever the miner's sureness means.
     """
     cosine = pair_cosines(features, *new[:2]).sort().values
     scale = new[2].sort().values
     today = pair_cosines(features, *old)
-    rank = torch.searchsorted(cosine, today, right=True).sub_(1)
-    stays = today >= cosine[int(floor * (len(cosine) - 1))]
-    return scale[rank.clamp(min=0)], stays
+    rank = torch.searchsorted(cosine, today, right=True).sub_(1).clamp_(min=0)
+    return torch.where(today >= cosine[int(floor * (len(cosine) - 1))], scale[rank], -torch.inf)
 
 
-def under_cap(src: Tensor, dst: Tensor, M: int, cap: int, always: Tensor | None = None) -> Tensor:
-    """Pairs src [U], dst [U], surest first -> [U] bool: which a greedy pass takes that gives no image more than cap.
+def under_cap(a: Tensor, b: Tensor, room: Tensor) -> Tensor:
+    """Pairs a [U], b [U], surest first, and the room [M] their images have left -> which are taken, [U] bool.
 
-    The same as walking down the list and taking a pair where both its images have room. In rounds: a pair that has
-    fewer than cap - taken undecided pairs above it at both its images is safe; one with a full image is out.
-    `always` [U] bool: pairs taken whatever the cap (they count for it).
+    The same as walking down the list and taking a pair where both its images have room; `room` is brought up to date.
+    In rounds: a pair with fewer undecided pairs above it than there is room, at both its images, is safe; one with a
+    full image is out.
     """
-    taken = torch.zeros(len(src), dtype=torch.bool, device=src.device)
-    room = torch.full((M,), cap, device=src.device)
-    open_ = torch.arange(len(src), device=src.device)
-    if always is not None and bool(always.any()):
-        taken |= always
-        room -= torch.bincount(torch.cat([src[always], dst[always]]), minlength=M)
-        open_ = open_[~always]
-    while len(open_):
-        a, b = src[open_], dst[open_]
-        fits = (room[a] > 0) & (room[b] > 0)
-        open_, a, b = open_[fits], a[fits], b[fits]
-        if not len(open_):
-            break
-        above_a, above_b = _above(a, b)
-        safe = (above_a < room[a]) & (above_b < room[b])
-        taken[open_[safe]] = True
-        room -= torch.bincount(torch.cat([a[safe], b[safe]]), minlength=M)
-        open_ = open_[~safe]
+    taken = torch.zeros(len(a), dtype=torch.bool, device=a.device)
+    undecided = torch.arange(len(a), device=a.device)
+    while len(undecided):
+        fits = (room[a[undecided]] > 0) & (room[b[undecided]] > 0)
+        undecided = undecided[fits]
+        images = torch.stack([a[undecided], b[undecided]], 1)  # [U, 2]
+        safe = (_earlier(images.flatten()).view(-1, 2) < room[images]).all(1)
+        taken[undecided[safe]] = True
+        room -= torch.bincount(images[safe].flatten(), minlength=len(room))
+        undecided = undecided[~safe]
     return taken
 
 
-def _above(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Pairs a [U], b [U] in order -> for each end how many earlier pairs its image stands in, [U] and [U]."""
-    image = torch.stack([a, b], 1).flatten()  # earlier pairs first
-    sorted_, order = image.sort(stable=True)
-    position = torch.arange(len(image), device=a.device)
-    first = torch.ones_like(sorted_, dtype=torch.bool)
-    torch.ne(sorted_[1:], sorted_[:-1], out=first[1:])
-    start = torch.where(first, position, 0).cummax(0).values
-    above = torch.empty_like(position)
-    above[order] = position - start
-    above = above.view(-1, 2)
-    return above[:, 0], above[:, 1]
-
-
-def _common(a: PositiveSets, b: PositiveSets) -> int:
-    """Directed edges that are in both."""
-    key = lambda sets: sets.sources() * sets.num_images + sets.members
-    return int(torch.isin(key(a), key(b)).sum()) if a.num_edges and b.num_edges else 0
+def _earlier(images: Tensor) -> Tensor:
+    """images [n] -> how often each has come before in the list, [n]."""
+    values, order = images.sort(stable=True)
+    place = torch.arange(len(images), device=images.device)
+    first = torch.ones_like(values, dtype=torch.bool)
+    torch.ne(values[1:], values[:-1], out=first[1:])
+    start = torch.where(first, place, 0).cummax(0).values
+    return torch.empty_like(place).index_copy_(0, order, place - start)

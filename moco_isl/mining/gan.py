@@ -272,7 +272,8 @@ def fit_gan(features: Tensor, positives: PositiveSets, settings: GANSettings, se
         read = i
         if i >= minimum and (best is None or history[-1]["hub"] <= best[0]["hub"]):
             best = history[-1], trainer.weights()
-        if i >= minimum and settled(history):
+        spread = not collapse(history[-1]["hub"], history[-1]["distinct"], probe.natural, settings)
+        if i >= minimum and spread and settled(history):  # collapsed proxies lie still too
             break
     kept, weights = best
     trainer.set_weights(weights)

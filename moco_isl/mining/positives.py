@@ -37,7 +37,7 @@ class PositiveSets:
         """
         if len(src) and (int(torch.minimum(src.min(), dst.min())) < 0 or int(torch.maximum(src.max(), dst.max())) >= M):
             raise ValueError(f"edges must join images 0 to {M - 1}")
-        src, dst, (weight, sureness) = _unique(M, src, dst, [weight, sureness], symmetric)
+        src, dst, (weight, sureness) = distinct_edges(M, src, dst, [weight, sureness], symmetric)
         if symmetric:
             # For any image first its partners of lower index, then those of higher, each ascending: sorted for the ties.
             src, dst = torch.cat([dst, src]), torch.cat([src, dst])
@@ -124,8 +124,9 @@ class PositiveSets:
         return cls(state["offsets"], state["members"], state["weights"], state["sureness"])
 
 
-def _unique(M: int, src: Tensor, dst: Tensor, values: list[Tensor | None], undirected: bool):
-    """Distinct edges, sorted by (src, dst), without self edges, with the largest of each of `values`.
+def distinct_edges(M: int, src: Tensor, dst: Tensor, values: list[Tensor | None],
+                   undirected: bool) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    """Edges src [E], dst [E] without doubles and self edges, sorted by (src, dst), with the largest of each of `values` [E].
 
     Where `undirected`, i -> j and j -> i are one edge, returned as lower -> higher.
     """

@@ -4,6 +4,7 @@ Letters: M images, C feature dimension, N anchors of a block, E directed edges.
 """
 
 import resource
+import sys
 import time
 from collections.abc import Callable
 from typing import Protocol
@@ -128,4 +129,5 @@ def _peak_gib(device: torch.device) -> float:
     """The most memory so far: the GPU's where the features are there, otherwise this process's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2 ** 30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+    unit = 2 ** 30 if sys.platform == "darwin" else 2 ** 20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
