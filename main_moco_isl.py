@@ -87,9 +87,10 @@ def prepare(args: argparse.Namespace, start: resume.Start, device: str = "cpu") 
 
 def worker(args: argparse.Namespace, stop, start: resume.Start) -> None:
     """One rank of the run."""
+    device = cli.resolve_device(args)  # before the ranks talk: they do it through their GPUs
     args.seed, args.out, start = dist.broadcast_object((args.seed, args.out, start))
     with Stop(stop) as stop:
-        run = cli.together(lambda: Run(args, start, stop))
+        run = cli.together(lambda: Run(args, device, start, stop))
         try:
             run.begin()
             run.train()
@@ -100,10 +101,9 @@ def worker(args: argparse.Namespace, stop, start: resume.Start) -> None:
 class Run:
     """Everything a rank has at hand, put together in the order in which it is needed."""
 
-    def __init__(self, args: argparse.Namespace, start: resume.Start, stop: Stop):
+    def __init__(self, args: argparse.Namespace, device: torch.device, start: resume.Start, stop: Stop):
         """What can fail by bad input comes first, and apart from the other ranks. Writes nothing."""
-        self.args, self.start, self.stop, self.folder, self.writer = args, start, stop, None, None
-        self.device = device = cli.resolve_device(args)
+        self.args, self.device, self.start, self.stop, self.folder, self.writer = args, device, start, stop, None, None
         torch.manual_seed(args.seed)
         random.seed(args.seed)
         dataset, self.held_out, size, self.model = prepare(args, start)

@@ -7,6 +7,8 @@ Each run is killed once, in an epoch, in GAN training, in mining or in a save, a
 """
 
 import argparse
+import atexit
+import functools
 import json
 import random
 import shutil
@@ -48,14 +50,23 @@ class Setting:
         return found, waited
 
 
-def settings(root: Path, names: list[str] | None = None) -> list[Setting]:
-    digits = [*DIGITS, *MINED, *LENGTH]
-    make = {
-        "one process": lambda: Setting("one process", root, digits, digits),
-        "two workers": lambda: Setting("two workers", root, [*(flags := [*photos(root / "photos"), *MINED, *LENGTH]), "-j", 2], flags),
-        "two ranks": lambda: Setting("two ranks", root, digits, digits, ranks=2),
-    }
-    return [make[name]() for name in names or make]
+SETTINGS = ("one process", "two workers", "two ranks")
+
+
+def make_setting(name: str, root: Path) -> Setting:
+    if name == "two workers":
+        flags = [*photos(root / "photos"), *MINED, *LENGTH]
+        return Setting(name, root, [*flags, "-j", 2], flags)
+    flags = [*DIGITS, *MINED, *LENGTH]
+    return Setting(name, root, flags, flags, ranks=2 if name == "two ranks" else 1)
+
+
+@functools.cache
+def setting(name: str) -> Setting:
+    """One for all tests of a session; its folder goes with the process."""
+    root = Path(tempfile.mkdtemp(prefix="kill_and_resume_"))
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    return make_setting(name, root)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -67,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     seed = random.SystemRandom().randrange(10**6) if args.seed is None else args.seed
     draw, root = random.Random(seed), args.keep or Path(tempfile.mkdtemp(prefix="kill_and_resume_"))
     root.mkdir(exist_ok=True)
-    start, ways = time.monotonic(), settings(root)
+    start, ways = time.monotonic(), [make_setting(name, root) for name in SETTINGS]
     print(f"{args.kills} kills, seed {seed}, in {root}\n\n| killed in | moment | setting | equal |\n|---|---|---|---|", flush=True)
     tally: dict[tuple[str, str], list[bool]] = {}
     for i in range(args.kills):

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import random
 import resource
+import signal
 import socket
 import sys
 import threading
@@ -52,11 +53,12 @@ def photos(folder: Path, n: int = 20, side: int = 20) -> list[str]:
 
 @dataclass(frozen=True)
 class Kill:
-    """Kill -9 at the `call`-th entry into a stage, `after` seconds later, or when the stage is over if that comes first."""
+    """A signal, kill -9, at the `call`-th entry into a stage, `after` seconds later, or when the stage is over if that comes first."""
 
     stage: str
     call: int
     after: float
+    number: int = signal.SIGKILL
 
     def arm(self) -> None:
         module, name = STAGES[self.stage]
@@ -66,11 +68,14 @@ class Kill:
             calls[0] += 1
             if calls[0] != self.call:
                 return inner(*args, **options)
-            threading.Timer(self.after, os.kill, (os.getpid(), 9)).start()
+            timer = threading.Timer(self.after, os.kill, (os.getpid(), self.number))
+            timer.start()
             try:
                 return inner(*args, **options)
             finally:
-                os.kill(os.getpid(), 9)
+                if not timer.finished.is_set():
+                    timer.cancel()
+                    os.kill(os.getpid(), self.number)
 
         setattr(module, name, entered)
 
@@ -132,12 +137,13 @@ class Running:
             process.start()
             self.processes.append(process)
 
-    def wait_for(self, text: str, timeout: float = 120) -> None:
+    def wait_for(self, text: str) -> None:
         """Until the log has the text."""
-        end = time.monotonic() + timeout
-        while text not in self.said():
-            assert time.monotonic() < end and any(p.is_alive() for p in self.processes), f"no {text!r} in:\n{self.said()}"
-            self.processes[0].join(0.02)
+        self.wait_until(lambda: text in self.said())
+
+    def wait_until(self, happens) -> None:
+        wait_until(lambda: happens() or not any(p.is_alive() for p in self.processes))
+        assert happens(), self.said()
 
     def said(self) -> str:
         return self.log.read_text() if self.log.exists() else ""
@@ -145,10 +151,9 @@ class Running:
     def signal(self, number: int, rank: int = 0) -> None:
         os.kill(self.processes[rank].pid, number)
 
-    def kill_reader(self) -> None:
-        """Kill -9 a process that reads images for rank 0."""
-        pid = self.processes[0].pid
-        os.kill(int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0]), 9)
+    def children(self, rank: int = 0) -> list[int]:
+        """Processes of a rank's own: those that read its images, or the ranks that it has started."""
+        return children(self.processes[rank].pid)
 
     def codes(self, timeout: float = 120) -> list[int]:
         """Exit codes of the ranks; those that have not ended by then are killed and the test fails."""
@@ -160,6 +165,19 @@ class Running:
             process.kill()
         assert not late, f"{len(late)} of {len(self.processes)} ranks had not ended after {timeout} s:\n{self.said()}"
         return [p.exitcode for p in self.processes]
+
+
+def wait_until(happens, timeout: float = 120) -> None:
+    end = time.monotonic() + timeout
+    while not happens():
+        assert time.monotonic() < end, f"it did not happen in {timeout} s"
+        time.sleep(0.02)
+
+
+def children(pid: int) -> list[int]:
+    """Process ids of a process's children in the order of their start; not multiprocessing's own helpers."""
+    found = [int(x) for x in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return [x for x in found if b"resource_tracker" not in Path(f"/proc/{x}/cmdline").read_bytes()]
 
 
 def run(argv: list, log: Path, **options) -> None:

@@ -256,7 +256,7 @@ SAID = {  # what is named: the wrong thing, what was expected, what to do
     "a config with an unknown name": "lerning-rate",
     "--resume to nothing": "no file at --resume 'nowhere.pth'",
     "--resume to a folder": "checkpoint_last.pth.tar: name one of them",
-    "--resume to text": "'text.txt': it is not a file of torch.save",
+    "--resume to text": "'text.txt': it is a text file; expected a checkpoint",
     "--init to a file with code in it": "it holds a pickled posix.system, and pickles are not executed",
     "--init to half a file": "cut off or damaged",
     "--resume to another architecture": "(arch resnet18w16) does not fit this model: missing ",
@@ -325,7 +325,7 @@ def kill_something(what: str, argv: list[str]) -> tuple[int, str]:
     run = Running(argv, Path("log"), ranks=2 if "ranks" in what else 1, largest_file=60_000 if "disk" in what else None)
     if "disk" not in what:
         run.wait_for("Epoch: [0]")
-        run.kill_reader() if "reads" in what else run.signal(signal.SIGKILL, rank=1)
+        os.kill(run.children()[0] if "reads" in what else run.processes[1].pid, signal.SIGKILL)
     code, said = run.codes(timeout=60)[0], run.said()
     for path in (Path("log"), Path("new")):
         path.unlink() if path.is_file() else shutil.rmtree(path)

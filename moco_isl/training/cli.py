@@ -249,15 +249,15 @@ def launch(worker: Callable, args: argparse.Namespace, stop: Callable[[], bool] 
     joined = join_ranks(args)
     try:
         worker(args, stop, *given)
-    except (BadInput, Interrupted):
-        _part(joined)
+    except (BadInput, Interrupted) as error:
+        _part(joined and getattr(error, "agreed", isinstance(error, Interrupted)))
         raise
     _part(joined)
 
 
-def _part(joined: bool) -> None:
-    """Leave the process group, where all ranks do: after a failure the others may be gone, and this would wait for them."""
-    if joined:
+def _part(together: bool) -> None:
+    """Leave the process group where all ranks do: after a failure of one the others may be gone, and this would wait for them."""
+    if together:
         torch.distributed.destroy_process_group()
 
 
@@ -396,7 +396,9 @@ def together(fn: Callable):
     if not found:
         return result
     kind, text = found[0]
-    raise {"BadInput": BadInput, "RunFailed": RunFailed, "Interrupted": Interrupted}[kind](text if dist.is_main() else "") from error
+    agreed = {"BadInput": BadInput, "RunFailed": RunFailed, "Interrupted": Interrupted}[kind](text if dist.is_main() else "")
+    agreed.agreed = True
+    raise agreed from error
 
 
 def on_main(fn: Callable):
@@ -413,8 +415,9 @@ def exit_code(script: Callable, argv: list[str] | None = None, stop: Callable[[]
         script(argv, stop)
         return 0
     except (BadInput, RunFailed, Interrupted) as error:
-        # what is known before the ranks meet is known to all of them
-        if str(error) and (os.environ.get("RANK", "0") == "0" or isinstance(error, RunFailed)):
+        # a stop, and what is wrong before the ranks meet, is known to all of them; of what goes wrong later only who is to say it has the text
+        own = isinstance(error, RunFailed) or isinstance(error, BadInput) and dist.active()
+        if str(error) and (own or os.environ.get("RANK", "0") == "0"):
             _say("=> interrupted" if isinstance(error, Interrupted) else "error", error)
         return error.exit_code
     except KeyboardInterrupt:

@@ -1,0 +1,192 @@
+"""Files: whole or not there, read without executing anything, ours and MoCo's, filled in where they lack something."""
+
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from moco_isl import builder, checkpoint
+from moco_isl.encoders import build_encoder
+from moco_isl.errors import BadInput, RunFailed
+from tests.runs import DIGITS
+from tests.test_bad_input import Evil, ask
+
+
+def moco(dim=16, K=32, mlp=True, arch="digits"):
+    torch.manual_seed(0)
+    return builder.MoCo(lambda num_classes: build_encoder(arch, num_classes), dim, K, mlp=mlp)
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("broken", ["torch.save", "os.fsync", "os.replace"])
+def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch, broken):
+    path = tmp_path / "x.pth.tar"
+    checkpoint.save({"a": torch.zeros(5)}, path)
+    module, name = {"torch": torch, "os": os}[broken.split(".")[0]], broken.split(".")[1]
+    real = getattr(module, name)
+
+    def fails(*args, **options):
+        if broken == "torch.save":
+            args[1].write(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, name, fails)
+    with pytest.raises(RunFailed, match="cannot write .*x.pth.tar: No space left on device"):
+        checkpoint.save({"a": torch.ones(5)}, path)
+    monkeypatch.setattr(module, name, real)
+    assert [p.name for p in tmp_path.iterdir()] == ["x.pth.tar"] and checkpoint.load(path)["a"].sum() == 0
+
+
+def test_what_is_no_matter_of_the_disk_is_not_called_so(tmp_path):
+    with pytest.raises(RuntimeError, match="DataLoader") as raised:  # it may be raised anywhere
+        checkpoint.save({"a": Raises()}, tmp_path / "x")
+    assert raised.type is RuntimeError and not list(tmp_path.iterdir())
+
+
+class Raises:
+    def __reduce__(self):
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    done = []
+    for module, name in ((torch, "save"), (os, "fsync"), (os, "replace")):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, name=name, real=real, **options: (done.append(name), real(*args, **options))[1])
+    checkpoint.save({"a": 1}, tmp_path / "x")
+    assert done == ["save", "fsync", "replace", "fsync"]  # the last of the folder
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_copy_is_another_name_and_outlives_the_first(tmp_path, monkeypatch, links):
+    first, second = tmp_path / "first", tmp_path / "second"
+    checkpoint.save({"a": 1}, first)
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(1, "Operation not permitted")))
+    (tmp_path / ("second" + checkpoint.TEMPORARY)).touch()  # of a copy that was killed
+    checkpoint.copy(first, second)
+    assert second.samefile(first) == links
+    checkpoint.save({"a": 2}, first)
+    assert checkpoint.load(second) == {"a": 1} and sorted(p.name for p in tmp_path.iterdir()) == ["first", "second"]
+
+
+def test_stale_files_go_and_a_users_own_stay(tmp_path):
+    for name in ("checkpoint_last.pth.tar" + checkpoint.TEMPORARY, "mine.tmp"):
+        (tmp_path / name).touch()
+    checkpoint.remove_stale(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.tmp"]
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["zip", "old", "pickle"])
+def test_no_pickle_is_executed(tmp_path, monkeypatch, how):
+    monkeypatch.chdir(tmp_path)
+    if how == "pickle":
+        Path("x").write_bytes(pickle.dumps({"state_dict": Evil()}))
+    else:
+        torch.save({"state_dict": Evil()}, "x", _use_new_zipfile_serialization=how == "zip")
+    for mmap in (False, True):
+        with pytest.raises(BadInput, match="not executed"):
+            checkpoint.load("x", mmap=mmap)
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+    with open("x", "rb") as file:
+        pickle.load(file) if how == "pickle" else torch.load(file, weights_only=False)
+    assert Path("executed").exists()  # the trap was armed
+
+
+def test_files_of_old_torch_are_read(tmp_path):
+    content = {"epoch": 3, "state_dict": {"a": torch.arange(3.0)}}
+    torch.save(content, tmp_path / "x", _use_new_zipfile_serialization=False)
+    for mmap in (False, True):
+        got = checkpoint.load(tmp_path / "x", mmap=mmap)
+        assert got["epoch"] == 3 and torch.equal(got["state_dict"]["a"], torch.arange(3.0))
+
+
+@pytest.mark.parametrize("prefix", ["module.", ""])
+@pytest.mark.parametrize("bare", [True, False])
+def test_a_stripped_file_is_filled_in(prefix, bare):
+    """As MoCo publishes them: the query encoder alone; some have been saved without `module.`, or as a bare state dict."""
+    source, model = moco(), moco()
+    torch.nn.init.normal_(source.encoder_q.fc[2].weight)
+    kept = {prefix + name: x for name, x in source.state_dict().items() if name.startswith("encoder_q.")}
+    queue = model.queue.clone()
+    filled = checkpoint.load_model(model, kept if bare else {"epoch": 200, "arch": "digits", "state_dict": kept}, "x")
+    assert filled == ["encoder_k", "queue"] and torch.equal(model.queue, queue)
+    for encoder in (model.encoder_q, model.encoder_k):
+        assert all(torch.equal(x, y) for x, y in zip(encoder.state_dict().values(), source.encoder_q.state_dict().values()))
+
+
+def test_a_whole_file_is_taken_as_it_is():
+    source, model = moco(), moco()
+    for x in source.parameters():
+        torch.nn.init.normal_(x)
+    source.queue.normal_()
+    source.queue_ptr.fill_(7)
+    assert checkpoint.load_model(model, {"state_dict": checkpoint.model_state(source)}, "x") == []
+    assert all(torch.equal(x, model.state_dict()[name]) for name, x in source.state_dict().items())
+
+
+def test_the_bank_takes_a_mocos_query_encoder():
+    torch.manual_seed(1)
+    model = builder.Instance(lambda num_classes: build_encoder("digits", num_classes), 16, mlp=True)
+    source = moco()
+    assert checkpoint.load_model(model, {"state_dict": checkpoint.model_state(source)}, "x") == []
+    assert torch.equal(model.encoder_q.fc[2].weight, source.encoder_q.fc[2].weight)
+
+
+@pytest.mark.parametrize("other, words", [
+    (dict(arch="resnet18w16"), "missing encoder_q.conv1.0.weight.* and .* more; unknown encoder_q.conv1.weight.* give the -a"),
+    (dict(dim=8), r"other shapes: queue \[8, 32\] for \[16, 32\], encoder_q.fc.2.weight \[8, .* give the -a"),
+    (dict(mlp=False), "missing encoder_q.fc.0.weight.*unknown encoder_q.fc.weight.* --mlp"),
+    (dict(K=64), r"other shapes: queue \[16, 64\] for \[16, 32\]; give its --moco-k"),
+])  # fmt: skip
+def test_what_does_not_fit_is_named_and_not_loaded(other, words):
+    model = moco()
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    with pytest.raises(BadInput, match=words):
+        checkpoint.load_model(model, {"arch": "y", "state_dict": checkpoint.model_state(moco(**other))}, "x")
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+
+
+# ---- through the main script -----------------------------------------------------------------------------------------
+
+
+def mocos_file(path):
+    """What MoCo's main_moco.py saves: the optimizer counts all parameters of the model, and has momentum for the query encoder's."""
+    model = moco(K=128)
+    optimizer = torch.optim.SGD(model.parameters(), 0.3, momentum=0.9, weight_decay=1e-4)
+    sum(p.square().sum() for p in model.encoder_q.parameters()).backward()
+    optimizer.step()
+    names = {"module." + name: x for name, x in model.state_dict().items()}
+    torch.save({"epoch": 1, "arch": "digits", "state_dict": names, "optimizer": optimizer.state_dict()}, path)
+    return model, optimizer
+
+
+def test_a_training_file_of_mocos_goes_on(tmp_path):
+    model, optimizer = mocos_file(tmp_path / "moco.pth.tar")
+    code, out, err = ask([*DIGITS, "--epochs", "2", "--max-steps", "1", "--lr", "0", "--resume", str(tmp_path / "moco.pth.tar"), "--out", str(tmp_path / "out")])
+    assert (code, err) == (0, "") and "it has no" not in out and "(epoch 1)" in out
+    after = checkpoint.load(tmp_path / "out" / "checkpoint_last.pth.tar")
+    assert after["epoch"] == 1 and torch.equal(after["state_dict"]["module.encoder_q.fc.0.weight"], model.encoder_q.fc[0].weight)
+    mine, theirs = after["optimizer"], optimizer.state_dict()
+    assert mine["state"].keys() == theirs["state"].keys() and mine["param_groups"][0]["params"] == theirs["param_groups"][0]["params"]
+    keys = after["state_dict"]["module.queue"]
+    assert torch.equal(keys[:, 64:], model.queue[:, 64:]) and not torch.equal(keys[:, :64], model.queue[:, :64])
+    optimizer.load_state_dict(mine)  # and MoCo could go on with ours
+
+
+def test_a_published_file_goes_on_and_says_what_was_filled_in(tmp_path):
+    model, _ = mocos_file(tmp_path / "whole.pth.tar")
+    kept = {name: x for name, x in torch.load(tmp_path / "whole.pth.tar")["state_dict"].items() if "encoder_q" in name}
+    torch.save({"epoch": 1, "arch": "digits", "state_dict": kept}, tmp_path / "stripped.pth.tar")
+    code, out, err = ask([*DIGITS, "--epochs", "2", "--max-steps", "1", "--resume", str(tmp_path / "stripped.pth.tar"), "--out", str(tmp_path / "out")])
+    assert (code, err) == (0, "")
+    for words in ("it has no encoder_k, which is copied", "it has no queue, which is filled anew", "queue filled with features of 128 images", "it has no optimizer either: that one starts fresh"):
+        assert words in out
+    assert checkpoint.load(tmp_path / "out" / "checkpoint_last.pth.tar")["isl"]["total"] == 1

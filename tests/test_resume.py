@@ -1,0 +1,246 @@
+"""A resumed run is the unbroken one, bit for bit: killed anywhere, stopped anywhere, with other workers; and what may not be resumed is refused."""
+
+import contextlib
+import io
+import itertools
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import main_moco_isl
+from moco_isl import checkpoint
+from moco_isl.errors import BadInput
+from moco_isl.mining import gan, miners
+from moco_isl.training import resume
+from moco_isl.training.meters import Averages
+from tests.kill_and_resume import SETTINGS, setting
+from tests.ranks import run_ranks
+from tests.runs import DIGITS, Running, differences, metrics, photos, random_kill
+from tests.test_bad_input import ask
+
+# ---- killed ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, stage, rank", [
+    ("one process", "epoch", 0), ("one process", "GAN", 0), ("one process", "mining", 0), ("one process", "save", 0), ("two workers", "epoch", 0), ("two workers", "save", 0),
+    ("two ranks", "epoch", 1), ("two ranks", "mining", 0),
+])  # fmt: skip
+def test_killed_and_resumed_it_equals_the_unbroken_run(name, stage, rank):
+    way, draw = setting(name), random.Random(f"{name} {stage}")
+    assert way.kill(random_kill(draw, way.seconds, stage), rank)[0] == []
+
+
+def test_the_comparison_sees_a_bit_and_a_line(tmp_path):
+    other, whole = tmp_path / "other", setting("one process").whole
+    shutil.copytree(whole, other)
+    assert differences(whole, other) == []
+    content = checkpoint.load(other / "checkpoint_last.pth.tar")
+    content["state_dict"]["module.queue"].view(torch.int32)[3, 5] ^= 1
+    checkpoint.save(content, other / "checkpoint_last.pth.tar")
+    (other / "rounds" / "round_0001.pt").unlink()
+    lines = (other / "metrics.jsonl").read_text().splitlines(True)
+    (other / "metrics.jsonl").write_text("".join([*lines[:4], lines[3], *lines[4:]]))
+    assert differences(whole, other) == ["only one has rounds/round_0001.pt", "checkpoint_last.pth.tar.state_dict.module.queue",
+                                         f"metrics.jsonl, line 5 of {len(lines)} and {len(lines) + 1}"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_runs_compared_have_something_to_lose(name):
+    """Positives, warm networks, moving statistics, a round and a kNN in their lines: otherwise they would be equal too easily."""
+    way = setting(name)
+    kinds = [line["kind"] for line in metrics(way.whole)]
+    assert kinds.count("round") == 2 and kinds.count("epoch") == 3 and kinds.count("step") >= 9
+    ours = checkpoint.load(way.whole / "checkpoint_last.pth.tar")["isl"]
+    assert len(ours["state"]["positives"]["members"]) > 10 and ours["miner"]["networks"]["G"] and len(ours["rng"]) == way.ranks
+
+
+# ---- stopped ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, places", [
+    ("two workers", ["saved at epoch", "saved before the mining of epoch"]),
+    ("one process", ["saved at epoch", "saved before the mining of epoch", "saved at the end of epoch"]),
+])  # fmt: skip
+def test_stopped_over_and_over_with_other_workers(tmp_path, name, places):
+    """A launcher's stop after a few polls, wherever they fall: in steps, feature passes, GAN training, mining, kNN; workers come and go."""
+    way, codes, said = setting(name), [], ""
+    polls = itertools.cycle([1, 3, 30, 2, 5, 90, 8, 100, 17])
+    while not codes or codes[-1] == 75:
+        left = [next(polls)]
+
+        def stop():
+            left[0] -= 1
+            return left[0] < 0
+
+        code = _main([*way.argv, "-j", str(len(codes) % 3 // 2), "--save-every", "0", "--out", str(tmp_path / "out"), "--resume", "auto"], stop)
+        codes.append(code[0])
+        said += code[2]
+        assert len(codes) < 40
+    assert codes[-1] == 0 and len(codes) > 4 and differences(way.whole, tmp_path / "out") == []
+    assert all(place in said for place in places), said
+
+
+def _main(argv, stop):
+    before = gan.collapse, miners.collapse
+    gan.collapse = miners.collapse = lambda *_: ""  # as in the processes it is compared with
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+            return main_moco_isl.main([str(x) for x in argv], stop), out.getvalue(), err.getvalue()
+    finally:
+        gan.collapse, miners.collapse = before
+
+
+# ---- where nothing may be lost ---------------------------------------------------------------------------------------
+
+FLAGS = [*DIGITS, "--epochs", "2"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("finished")
+    assert ask([*FLAGS, "--out", str(out)])[0] == 0
+    return out
+
+
+def files(path):
+    return {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in Path(path).iterdir() if p.is_file()}
+
+
+@pytest.mark.parametrize("flags", [["--resume", "auto"], ["--resume", "{}/checkpoint_last.pth.tar"], ["--resume", "auto", "-j", "1", "--print-freq", "7"]])
+def test_a_finished_run_stays_as_it_is(finished, flags):
+    before = files(finished)
+    code, out, err = ask([*FLAGS, "--out", str(finished), *(flag.format(finished) for flag in flags)])
+    assert (code, err, out) == (0, "", "=> already finished: epoch 2 of 2\n")
+    assert files(finished) == before
+
+
+def test_steps_that_were_all_taken_are_enough(tmp_path):
+    flags = [*FLAGS, "--max-steps", "3", "--out", str(tmp_path)]
+    assert ask(flags)[0] == 0
+    before = files(tmp_path)
+    code, out, _ = ask([*flags, "--resume", "auto"])
+    assert code == 0 and "already finished: 3 steps of --max-steps 3" in out and files(tmp_path) == before
+
+
+def test_killed_before_the_first_checkpoint_it_starts_anew(finished, tmp_path):
+    """A folder with lines of metrics and nothing else."""
+    (tmp_path / "metrics.jsonl").write_bytes((finished / "metrics.jsonl").read_bytes()[:500])
+    assert ask([*FLAGS, "--out", str(tmp_path)])[0] == 2
+    assert ask([*FLAGS, "--out", str(tmp_path), "--resume", "auto"])[0] == 0
+    assert differences(finished, tmp_path) == []
+
+
+def test_another_folder_goes_on_from_a_file_and_leaves_its_own_alone(finished, tmp_path):
+    before = files(finished)
+    code, out, err = ask([*FLAGS, "--out", str(tmp_path / "new"), "--resume", str(finished / "checkpoint_0000.pth.tar")])
+    assert (code, err) == (0, "") and files(finished) == before
+    lines = metrics(finished)
+    assert metrics(tmp_path / "new") == lines[[line["kind"] for line in lines].index("epoch") + 1 :]
+    assert differences(finished, tmp_path / "new") != []  # the first epoch is missing here, but not in the last checkpoint:
+    last = [checkpoint.load(out / "checkpoint_last.pth.tar")["state_dict"] for out in (finished, tmp_path / "new")]
+    assert all(torch.equal(x, last[1][name]) for name, x in last[0].items())
+
+
+def test_without_the_last_file_the_numbered_one_is_gone_on_with(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "out")
+    for name in ("checkpoint_last.pth.tar", "checkpoint_0001.pth.tar"):
+        (tmp_path / "out" / name).unlink()
+    assert ask([*FLAGS, "--out", str(tmp_path / "out"), "--resume", "auto"])[0] == 0
+    assert differences(finished, tmp_path / "out") == []
+
+
+def test_a_file_of_the_folder_itself_is_gone_on_with_if_it_is_the_newest(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "out")
+    out = tmp_path / "out"
+    shutil.copy(out / "checkpoint_0000.pth.tar", out / "checkpoint_last.pth.tar")
+    for older in ("checkpoint_last.pth.tar", "checkpoint_0000.pth.tar"):
+        assert ask([*FLAGS, "--out", str(out), "--resume", str(out / older)])[0] == 0
+        assert differences(finished, out) == []
+        before = files(out)
+        assert ask([*FLAGS, "--out", str(out), "--resume", str(out / "checkpoint_0000.pth.tar")])[0] == 2 and files(out) == before
+        shutil.copy(out / "checkpoint_0000.pth.tar", out / "checkpoint_last.pth.tar")
+
+
+# ---- what may change, and what may not -------------------------------------------------------------------------------
+
+
+def test_a_drawn_seed_is_taken_over(tmp_path):
+    flags = FLAGS[: FLAGS.index("--seed")] + FLAGS[FLAGS.index("--seed") + 2 :]
+    assert ask([*flags, "--max-steps", "2", "--out", str(tmp_path)])[0] == 0
+    seed = json.loads((tmp_path / "args.json").read_text())["args"]["seed"]
+    code, out, err = ask([*flags, "--max-steps", "4", "--out", str(tmp_path), "--resume", "auto"])
+    assert (code, err) == (0, "") and f"seed {seed}," in out
+
+
+def test_the_same_command_starts_from_a_file_and_goes_on_with_the_run(finished, tmp_path):
+    """--init with --resume auto, as a launcher gives it at every start; without --init the defaults that hang on it are kept too."""
+    flags = [*FLAGS, "--out", str(tmp_path), "--miner", "knn"]
+    both = [*flags, "--init", str(finished / "checkpoint_last.pth.tar"), "--resume", "auto"]
+    code, out, _ = ask([*both, "--max-steps", "2"])
+    assert code == 0 and "knn: " in out and "(epoch 2)" in out
+    code, out, _ = ask([*both, "--max-steps", "4"])
+    assert code == 0 and f"=> loaded '{tmp_path}/checkpoint_last.pth.tar' (epoch 0)" in out and "knn: " not in out
+    assert ask([*flags, "--resume", "auto", "--max-steps", "5"])[0] == 0
+
+
+def test_what_may_change_and_what_may_not():
+    saved = {"lr": 0.1, "epochs": 5, "cos": False, "arch": "a", "workers": 2, "print_freq": 10, "device": "cpu", "data": "here", "gone": 1}
+    resume.check_same(saved, {**saved, "workers": 0, "print_freq": 1, "device": "cuda", "data": "there", "new": 3})
+    resume.check_same(saved, {name: value for name, value in saved.items() if name != "gone"} | {"epochs": 9})
+    for name, value in {"lr": 0.2, "epochs": 4, "cos": True, "arch": "b"}.items():
+        with pytest.raises(BadInput, match=f"--{name} was {saved[name]!r} and is now {value!r}"):
+            resume.check_same(saved, {**saved, name: value})
+    with pytest.raises(BadInput, match="--epochs was 5 and is now 9"):  # half a cosine over 9 is another schedule
+        resume.check_same({**saved, "cos": True}, {**saved, "cos": True, "epochs": 9})
+
+
+def test_another_number_of_ranks_goes_on_and_says_so(finished, tmp_path):
+    flags = [*FLAGS, "--out", tmp_path / "out", "--resume", "auto"]
+    assert ask([*map(str, flags), "--max-steps", "3"])[0] == 0
+    running = Running([*flags, "--max-steps", "9"], tmp_path / "log", ranks=2)
+    assert running.codes() == [0, 0] and "was saved by 1 ranks, here are 2: going on, but not bit for bit" in running.said()
+    lines = [line for line in metrics(tmp_path / "out") if line["kind"] == "epoch"]
+    assert len(lines) == 1 and lines[0]["total"] == 7 and 0 < lines[0]["loss"] < 20
+
+
+def test_other_images_are_refused(tmp_path):
+    flags = [*photos(tmp_path / "photos", 8), "--epochs", "3", "--out", str(tmp_path / "out")]
+    assert ask([*flags, "--max-steps", "1"])[0] == 0
+    (tmp_path / "photos" / "train" / "07.jpg").unlink()
+    code, _, err = ask([*flags, "--resume", "auto"])
+    assert code == 2 and "was trained on 8 images, and now there are 7" in err
+
+
+# ---- the parts -------------------------------------------------------------------------------------------------------
+
+
+def test_generators_come_back():
+    states = resume.rng_of_ranks(torch.device("cpu"))
+    drawn = torch.rand(3), random.random()
+    torch.manual_seed(0), random.seed(0)
+    assert resume.restore_rng(states, torch.device("cpu"))
+    assert torch.equal(torch.rand(3), drawn[0]) and random.random() == drawn[1]
+    assert not resume.restore_rng(states * 2, torch.device("cpu"))
+
+
+def _ranks_keep_their_own(rank, world):
+    torch.manual_seed(rank)
+    averages, again = Averages(), Averages()
+    for step in range(3):
+        averages.add({"loss": torch.tensor(float(step + 10 * rank))}, 4, step)
+        if step == 1:
+            averages.interval()
+    states = resume.rng_of_ranks(torch.device("cpu"), averages)
+    drawn = torch.rand(2)
+    torch.manual_seed(99)
+    assert resume.restore_rng(states, torch.device("cpu"), again) and torch.equal(torch.rand(2), drawn)
+    return again.interval(), again.epoch(), averages.epoch()
+
+
+def test_each_rank_keeps_its_generators_and_averages():
+    for rank, (interval, epoch, want) in enumerate(run_ranks(2, _ranks_keep_their_own)):
+        assert interval == {"loss": 2.0 + 10 * rank} and epoch == want == {"loss": 6.0}
