@@ -23,7 +23,7 @@ from moco_isl.mining.cluster import ClusterMiner
 from moco_isl.mining.diffusion import DiffusionMiner
 from moco_isl.mining.entropy import EntropyMiner
 from moco_isl.mining.miners import GANMiner, KNNMiner, NoMiner, one_line
-from moco_isl.training import cli, engine, options, resume
+from moco_isl.training import cli, engine, fast, options, resume
 from moco_isl.training.meters import Progress
 from moco_isl.training.options import check_args
 from moco_isl.training.round_record import round_record
@@ -107,13 +107,18 @@ class Run:
         torch.manual_seed(args.seed)
         random.seed(args.seed)
         dataset, self.held_out, size, self.model = prepare(args, start)
-        self.dataset, self.M = dataset, len(dataset)
         workers = cli.usable_workers(args.workers, cli.processes_here(args))
+        if args.on_device:
+            dataset, self.held_out = (part and data.hold_small(part, workers) for part in (dataset, self.held_out))
+        self.dataset, self.M = dataset, len(dataset)
         self.transform = data.get_eval_transform(args.dataset, size)
         self.ordered = {"batch_size": args.batch_size, "workers": workers, "device": device}
         views = 1 if args.objective == "bank" and not args.isl_hpe else 2
-        self.loader = data.train_loader(dataset, augmentation=data.get_augmentation(args.dataset, aug_plus=args.aug_plus, size=size), batch_size=args.batch_size,
-                                        seed=args.seed, workers=workers, device=device, multiple=args.bn_splits, max_bad_images=args.max_bad_images, views=views)
+        augmentation = data.get_augmentation(args.dataset, aug_plus=args.aug_plus, size=size, on_device=args.on_device)
+        self.loader = data.train_loader(dataset, augmentation=augmentation, batch_size=args.batch_size, seed=args.seed, workers=workers, device=device,
+                                        multiple=args.bn_splits, max_bad_images=args.max_bad_images, views=views)
+        if args.compile:
+            fast.compile_augmentation(augmentation, views * args.batch_size // dist.world_size(), device)
         self.labels = None if dataset.labels is None else dataset.labels.to(device)
         self.model.to(device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
         self.progress = Progress(args.progress, args.epochs, len(self.loader))
@@ -124,13 +129,13 @@ class Run:
         """Take the folder, load what the run starts from, open the files. The ranks do this side by side."""
         args = self.args
         self.folder = cli.on_main(lambda: RunFolder(args.out, self.start.in_place, args.keep))
-        self.optimizer = torch.optim.SGD(self.model.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay)  # as MoCo's file has it
+        self.fused = args.fast and self.device.type == "cuda"
+        self.optimizer = fast.sgd(self.model.parameters(), args.lr, args.momentum, args.weight_decay, self.fused)  # all parameters, as MoCo's file has it
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.amp == "fp16")
         self.isl = ISL(self.model, self.M, P=args.isl_max_positives, form=args.isl_loss, hpe=args.isl_hpe, bank_mix=args.isl_bank_mix, symmetric=args.symmetric,
-                       seed=args.seed, bank_dtype=torch.float16 if args.isl_half_bank else torch.float32)
+                       seed=args.seed, bank_dtype=torch.float16 if args.isl_half_bank else torch.float32, fast=args.fast)
         if args.compile:
-            for encoder in self.model.children():
-                encoder.compile()
+            fast.compile_encoders(self.model, args.batch_size // dist.world_size())
         self.miner = build_miner(args)
         self.parts = resume.Parts(self.model, self.optimizer, self.scaler, self.isl, self.miner)
         self.position = engine.Position(epoch=args.start_epoch)
@@ -191,7 +196,7 @@ class Run:
             return
         self.optimizer.load_state_dict(content["optimizer"])
         for group in self.optimizer.param_groups:
-            group.update(momentum=self.args.momentum, weight_decay=self.args.weight_decay)
+            group.update(momentum=self.args.momentum, weight_decay=self.args.weight_decay, fused=self.fused or None)
 
     @torch.no_grad()
     def refill_queue(self) -> None:
@@ -242,9 +247,11 @@ class Run:
             rounds_due = 1 + (epoch - args.isl_start) // args.isl_every if self.isl.active else 0
             if position.step == 0 and self.isl.round < rounds_due:
                 self.mine(epoch)
-            finished = engine.train_one_epoch(
-                self.isl, self.loader, self.optimizer, self.scaler, position, device=self.device, stop=self.stop, progress=self.progress, log=self.log,
-                save=self.save, last_good=last_good, amp=args.amp, print_freq=args.print_freq, save_every=args.save_every, max_steps=args.max_steps)  # fmt: skip
+            with fast.numerics(args.fast, self.device):
+                finished = engine.train_one_epoch(
+                    self.isl, self.loader, self.optimizer, self.scaler, position, device=self.device, stop=self.stop, progress=self.progress, log=self.log,
+                    save=self.save, last_good=last_good, amp=args.amp, channels_last=args.channels_last, print_freq=args.print_freq, save_every=args.save_every,
+                    max_steps=args.max_steps)  # fmt: skip
             if not finished:
                 self.save()
                 break

@@ -119,7 +119,7 @@ class ISL:
 
     def _hard_positive(self, index: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         """[N, C]: the member of each set whose bank row is the least similar to the image's own; the other view's feature for an empty set."""
-        cosine = torch.einsum("nc,npc->np", self.bank.lookup(index), rows).masked_fill(weight == 0, torch.inf)
+        cosine = (self.bank.lookup(index)[:, None] * rows).sum(2).masked_fill(weight == 0, torch.inf)  # no product: autocast stays out
         hardest = cosine.argmin(dim=1)
         chosen = rows[torch.arange(len(rows), device=rows.device), hardest]
         return torch.where((weight > 0).any(1, keepdim=True), chosen, other.float())

@@ -45,6 +45,13 @@ def autocast(device: torch.device, amp: str) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.float16 if amp == "fp16" else torch.bfloat16, enabled=amp != "off")
 
 
+def to_network(image: torch.Tensor, device: torch.device, amp: str = "off", channels_last: bool = False) -> torch.Tensor:
+    """[N, 3, S, S] as the network takes it: on its device and, in one go, in the type autocast would give it and in its memory format."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp, image.dtype)
+    layout = torch.channels_last if channels_last else torch.preserve_format
+    return image.to(device, dtype, non_blocking=True, memory_format=layout)
+
+
 def train_one_epoch(
     isl: ISL,
     loader,
@@ -59,6 +66,7 @@ def train_one_epoch(
     save: Callable[[], None],
     last_good: Callable[[], str],
     amp: str = "off",
+    channels_last: bool = False,
     print_freq: int = 10,
     save_every: int = 0,
     max_steps: int = 0,
@@ -81,7 +89,7 @@ def train_one_epoch(
 
     for images, index in loader.epoch(epoch, start_step=position.step):
         clock.got_data()
-        images = [image.to(device, non_blocking=True) for image in images]  # 2 x [N, 3, S, S]
+        images = [to_network(image, device, amp, channels_last) for image in images]  # 2 x [N, 3, S, S]
         index = index.to(device, non_blocking=True)  # [N]
         with autocast(device, amp):
             loss = isl(*images, index)

@@ -3,8 +3,10 @@
 import argparse
 import random
 
+import torch
+
 from moco_isl.encoders import STEMS
-from moco_isl.training import cli
+from moco_isl.training import cli, fast
 
 SCHEDULE = [120, 160]  # MoCo's, for its 200 epochs
 
@@ -56,9 +58,12 @@ def get_parser(description: str) -> cli.Parser:
     group.add_argument("--stem", choices=STEMS, default="auto", help="auto: a 3x3 stem without pooling for images up to 64 pixels")
     group.add_argument("--bn-splits", type=int, default=1, metavar="n", help="batch norm over n parts of a batch; 8 on one GPU does what shuffling BN does on 8")
     cli.add_switch(group, "--symmetric", help="each view is query once and key once: better epochs, at twice the price")
-    group.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off", help="half precision in the network; bf16 on any recent GPU")
-    cli.add_switch(group, "--channels-last", help="memory format that tensor cores like; use it with --amp")
-    cli.add_switch(group, "--compile", help="torch.compile both encoders: a minute at the start, faster steps")
+    cli.add_switch(group, "--fast", help="all that makes a step fast: --on-device, a fused optimizer and loss, TF32 and, on a GPU, --amp bf16, "
+                   "--channels-last and --compile; each can be taken back, as in --fast --no-compile")
+    group.add_argument("--amp", choices=("off", "bf16", "fp16"), help="half precision in the network; bf16 on any recent GPU (default: off)")
+    cli.add_switch(group, "--channels-last", default=None, help="memory format that tensor cores like; use it with --amp")
+    cli.add_switch(group, "--compile", default=None, help="torch.compile the encoders and what is augmented on the device: a minute at the start, faster steps")
+    cli.add_switch(group, "--on-device", default=None, help="augment on the device: small images are held there whole, of photos the workers only decode and crop")
 
     group = parser.add_argument_group("ISL: the loss")
     group.add_argument("--objective", choices=("queue", "bank"), default="queue", help="queue: MoCo. bank: the paper's softmax over all images, small data sets")
@@ -120,6 +125,9 @@ def check_args(args: argparse.Namespace) -> None:
     cli.check(args.objective == "bank" or args.moco_k >= keys, f"--moco-k {args.moco_k} is smaller than the {keys} keys of one step: use at least that")
     cli.check(args.objective == "queue" or not args.symmetric, "--symmetric belongs to --objective queue")
     cli.check(args.isl_gan_min_iters <= args.isl_gan_iters, f"--isl-gan-min-iters {args.isl_gan_min_iters} is more than --isl-gan-iters {args.isl_gan_iters}")
+    for name, value in fast.defaults(args.fast, cuda=args.device != "cpu" and torch.cuda.is_available()).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     if args.seed is None:
         args.seed = random.SystemRandom().randrange(2**31)
     length, odd = divmod(args.epochs, args.isl_rounds)

@@ -1,0 +1,77 @@
+"""The fast path: what --fast stands for, and those parts of it that are no flag of their own.
+
+Every part leaves the method as it is; tests/test_fast.py holds each to the plain path.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from moco_isl.data.augment import BatchAugmentation, BatchViews
+
+
+def defaults(fast: bool, cuda: bool) -> dict[str, object]:
+    """Values of the flags that --fast decides where they were not given. On a CPU half precision, channels last and compilers cost more than
+    they bring, or need a C++ compiler: there they stay off unless asked for."""
+    return {"amp": "bf16" if fast and cuda else "off", "channels_last": fast and cuda, "compile": fast and cuda, "on_device": fast}
+
+
+@contextmanager
+def numerics(fast: bool, device: torch.device) -> Iterator[None]:
+    """On CUDA: TF32 for what float32 products a training step has left, and convolutions chosen by trial.
+
+    For training alone: mining and judging compare float32 features, and keep full products.
+    """
+    if not fast or device.type != "cuda":
+        yield
+        return
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.benchmark = before[1]
+
+
+def sgd(parameters, lr: float, momentum: float, weight_decay: float, fused: bool) -> torch.optim.SGD:
+    """MoCo's optimizer; fused: one kernel for all parameters (CUDA)."""
+    return torch.optim.SGD(parameters, lr, momentum=momentum, weight_decay=weight_decay, fused=fused or None)
+
+
+def compiled(fn: Callable, wanted: Callable[[torch.Tensor], bool]) -> Callable:
+    """fn, compiled for those calls whose first argument is wanted; the others, such as a last, smaller batch or features in eval mode, run as
+    they are: each new shape would be a minute of compiling."""
+    graph = torch.compile(fn, dynamic=False)
+
+    @functools.wraps(fn)
+    def run(x: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        return (graph if wanted(x) else fn)(x, *rest)
+
+    return run
+
+
+def compile_encoders(model: torch.nn.Module, batch: int) -> None:
+    """Compile the encoders of a MoCo or an Instance for training batches of this size on this rank. State-dict keys stay as they are."""
+    for encoder in model.children():
+        encoder.forward = compiled(encoder.forward, lambda x, encoder=encoder: encoder.training and len(x) == batch)
+
+
+def compile_augmentation(augmentation: Callable, views: int, device: torch.device) -> None:
+    """Compile what a loader's augmentation does on the device: on CUDA for `views` views at once, on a CPU for one photo at a time.
+
+    Augmentations by PIL stay as they are.
+    """
+    if not isinstance(augmentation, BatchViews):
+        return
+    if device.type == "cuda":
+        whole = isinstance(augmentation, BatchAugmentation)
+        names = ("crop", "colour", *(("blur_rows", "blur_columns") if augmentation.blur else ("normalize",))) if whole else ("apply",)
+        for name in names:
+            setattr(augmentation, name, compiled(getattr(augmentation, name), lambda x: len(x) == views))
+    elif isinstance(augmentation, BatchAugmentation):
+        augmentation.adjust = tuple(compiled(adjust, lambda x: len(x) == 1) for adjust in augmentation.adjust)
+        augmentation.shifts = compiled(augmentation.shifts, lambda x: len(x) == 1)
