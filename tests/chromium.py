@@ -8,8 +8,19 @@ import subprocess
 import tempfile
 import time
 
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update",
-         "--disable-sync", "--disable-dev-shm-usage", "--hide-scrollbars", "--remote-debugging-pipe"]  # fmt: skip
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+    "--hide-scrollbars",
+    "--remote-debugging-pipe",
+]
 
 
 def find() -> str | None:
@@ -67,7 +78,9 @@ class Browser:
         if method == "Runtime.consoleAPICalled" and params["type"] in ("error", "warning", "assert"):
             self.complaints.append(f"console.{params['type']}: {[a.get('value') for a in params['args']]}")
         elif method == "Runtime.exceptionThrown":
-            self.complaints.append(f"exception: {params['exceptionDetails'].get('exception', params['exceptionDetails']).get('description')}")
+            self.complaints.append(
+                f"exception: {params['exceptionDetails'].get('exception', params['exceptionDetails']).get('description')}"
+            )
         elif method == "Log.entryAdded" and params["entry"]["level"] in ("error", "warning"):
             self.complaints.append(f"{params['entry']['source']}: {params['entry']['text']}")
         elif method == "Network.requestWillBeSent" and not params["request"]["url"].startswith(("data:", "file:", "about:")):

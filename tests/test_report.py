@@ -22,7 +22,7 @@ from moco_isl import checkpoint, data
 from moco_isl.data.datasets import ImagesInMemory
 from moco_isl.errors import BadInput
 from moco_isl.mining.gan import Discriminator, Generator
-from moco_isl.mining.miners import GANMiner, KNNMiner
+from moco_isl.mining.miners import GANMiner
 from moco_isl.mining.positives import PositiveSets
 from moco_isl.mining.triplets import TripletSampler
 from moco_isl.report import __main__ as command
@@ -93,7 +93,11 @@ def small():
 
 
 def edges(sets):
-    return [(i, int(sets.members[e]), float(sets.sureness[e])) for i in range(sets.num_images) for e in range(int(sets.offsets[i]), int(sets.offsets[i + 1]))]
+    return [
+        (i, int(sets.members[e]), float(sets.sureness[e]))
+        for i in range(sets.num_images)
+        for e in range(int(sets.offsets[i]), int(sets.offsets[i + 1]))
+    ]
 
 
 def share(pairs, labels):
@@ -136,7 +140,7 @@ def test_own_nearest_and_all_pairs_are_the_rounds_baselines():
 
 
 def test_precision_by_value_groups_evenly_and_leaves_nan_out():
-    value, correct = torch.tensor([0.1, 0.9, 0.5, 0.6, 0.2, float("inf")]), torch.tensor([0.0, 1.0, 1.0, float("nan"), 1.0, 1.0])
+    value, correct = (torch.tensor([0.1, 0.9, 0.5, 0.6, 0.2, float("inf")]), torch.tensor([0.0, 1.0, 1.0, float("nan"), 1.0, 1.0]))
     assert figures.precision_by(value, correct, 2) == [pytest.approx((0.15, 0.5, 2)), pytest.approx((0.7, 1.0, 2))]
     assert figures.precision_by(value[:0], correct[:0]) == []
 
@@ -238,7 +242,13 @@ def test_a_run_leaves_a_record_a_round_and_a_resumed_one_the_same(knn, tmp_path,
 
 
 def test_a_chart_is_whole_svg_that_follows_the_page():
-    chart = line_chart("A <title>", [Line([0, 1, 2], [0.5, None, math.nan], "a & b"), Line([0, 1], [1, 2], "second", "c2", "--")], "x", "y", marks=[(1, True), (0, False)])
+    chart = line_chart(
+        "A <title>",
+        [Line([0, 1, 2], [0.5, None, math.nan], "a & b"), Line([0, 1], [1, 2], "second", "c2", "--")],
+        "x",
+        "y",
+        marks=[(1, True), (0, False)],
+    )
     one, other = str(chart.inline(1)), str(chart.inline(2))
     ids = re.findall(r'\bid="([^"]+)"', one)
     assert len(ids) == len(set(ids)) and not set(ids) & set(re.findall(r'\bid="([^"]+)"', other))
@@ -255,7 +265,9 @@ def test_a_chart_is_whole_svg_that_follows_the_page():
 
 
 def run_of(last=None, miner="knn", form="meanlog", **more):
-    rounds = [] if last is None else [runs.Round({"round": 1, "epoch": 0, "mean_size": 5.0, "coverage": 0.9, "edges": 100} | last, Path("none"))]
+    rounds = (
+        [] if last is None else [runs.Round({"round": 1, "epoch": 0, "mean_size": 5.0, "coverage": 0.9, "edges": 100} | last, Path("none"))]
+    )
     return runs.Run(Path("run"), "run", {"miner": miner, "isl_loss": form} | more, {}, [], [], rounds)
 
 
@@ -267,11 +279,18 @@ def test_verdicts():
     bad = judged(0.55, 0.63)
     assert bad.tone == "bad" and "8 points less precise than each image's own nearest" in bad.text and "will likely hurt" in bad.text
     good = judged(0.95, 0.90, 0.95)
-    assert good.tone == "good" and "5 points more precise" in good.text and "as precise as all pairs" in good.text and "should help" in good.text
+    assert (
+        good.tone == "good"
+        and "5 points more precise" in good.text
+        and "as precise as all pairs" in good.text
+        and "should help" in good.text
+    )
     assert judged(0.8, 0.8).tone == "open" and judged(0.8, 0.9).tone == "bad"
     assert judged(0.8, 0.8, table={"meanlog": {5.0: 0.7, 50.0: 0.9}}).tone == "good"
     assert judged(0.8, 0.8, table={"meanlog": {1.0: 0.99, 5.0: 0.85}}).tone == "bad"
-    assert judged(0.95, 0.9, table={"meanlog": {5.0: 0.94}}).tone == "open" and judged(0.95, 0.9, table={"logsum": {5.0: 0.99}}).tone == "good"
+    assert (
+        judged(0.95, 0.9, table={"meanlog": {5.0: 0.94}}).tone == "open" and judged(0.95, 0.9, table={"logsum": {5.0: 0.99}}).tone == "good"
+    )
     assert "plain MoCo" in verdict.judge(run_of(miner="none")).text and "still to come" in verdict.judge(run_of()).text
     assert "needs labels" in verdict.judge(run_of({})).text
     refused = judged(0.95, 0.9, accepted=False, why="the GAN collapsed")
@@ -381,7 +400,9 @@ def test_the_page_shows_what_was_recorded(knn, gan, page_of_two, digits):
     titles = {key[0] for key in page.rows}
     assert {"Random images", "The surest pairs", "The least sure pairs"} <= titles
     assert {key[1] for key in page.rows} == {"nearest", "adversary"}
-    records = {name: {str(r.number): r.load() for r in runs.read_run(path, name).rounds} for name, path in (("nearest", knn), ("adversary", gan))}
+    records = {
+        name: {str(r.number): r.load() for r in runs.read_run(path, name).rounds} for name, path in (("nearest", knn), ("adversary", gan))
+    }
     shown = 0
     for (title, run, anchor, number), cells in page.rows.items():
         for index, source, wrong in cells:
@@ -397,7 +418,9 @@ def test_the_page_shows_what_was_recorded(knn, gan, page_of_two, digits):
         if title == "The least sure pairs":
             members = members[::-1]
         if title == "The worst mistakes":
-            members = [m for m in members if digits.labels[m] != digits.labels[anchor]] + [m for m in members if digits.labels[m] == digits.labels[anchor]]
+            members = [m for m in members if digits.labels[m] != digits.labels[anchor]] + [
+                m for m in members if digits.labels[m] == digits.labels[anchor]
+            ]
         assert indices == members[:8]
         shown += len(indices)
     assert shown > 100
@@ -414,11 +437,18 @@ def test_a_page_without_labels_says_nothing_about_classes(knn, tmp_path):
     run = tmp_path / "unlabelled"
     shutil.copytree(knn, run)
     drop = ("knn", "precision", "precision_own_nearest", "precision_all_pairs", "baselines")
-    (run / "metrics.jsonl").write_text("".join(json.dumps({k: v for k, v in line.items() if k not in drop}) + "\n" for line in lines) + '{"kind": "ste')
+    (run / "metrics.jsonl").write_text(
+        "".join(json.dumps({k: v for k, v in line.items() if k not in drop}) + "\n" for line in lines) + '{"kind": "ste'
+    )
     assert report(run) == 0
     page = Cells((run / "report.html").read_text())
     words = " ".join(page.text)
-    assert "needs labels" in words and "Worst hub" in words and page.rows and not any(wrong for cells in page.rows.values() for *_, wrong in cells)
+    assert (
+        "needs labels" in words
+        and "Worst hub" in words
+        and page.rows
+        and not any(wrong for cells in page.rows.values() for *_, wrong in cells)
+    )
     assert "Precision against" not in words and "The worst mistakes" not in words and "class " not in words.replace("class than", "")
     assert report(run, "--labels", "--out", tmp_path / "with.html") == 0
     precision = PositiveSets.precision(runs.read_run(run, "x").rounds[1].load().sets, data.build_dataset("digits").labels)
@@ -488,17 +518,23 @@ def browser():
 
 def test_the_browser_complains_where_there_is_reason_to(browser, tmp_path):
     page = tmp_path / "bad.html"
-    page.write_text("<body><img src='missing.png'><script>console.error('one'); setTimeout(() => fetch('http://127.0.0.1:9/'), 0); nothing.at.all</script></body>")
+    page.write_text(
+        "<body><img src='missing.png'><script>"
+        "console.error('one'); setTimeout(() => fetch('http://127.0.0.1:9/'), 0); nothing.at.all</script></body>"
+    )
     browser.open(page.as_uri())
     browser.evaluate("new Promise(done => setTimeout(done, 100))")
     said = " ".join(browser.complaints)
-    assert "console.error: ['one']" in said and "nothing is not defined" in said and "ERR_FILE_NOT_FOUND" in said and "request: http" in said
+    assert (
+        "console.error: ['one']" in said and "nothing is not defined" in said and "ERR_FILE_NOT_FOUND" in said and "request: http" in said
+    )
 
 
 PIXELS = """[...document.querySelectorAll('.row img')].map(image => {
     const canvas = document.createElement('canvas'); [canvas.width, canvas.height] = [image.naturalWidth, image.naturalHeight];
     const context = canvas.getContext('2d'); context.drawImage(image, 0, 0);
-    return [+image.dataset.index, image.getBoundingClientRect().width, [...context.getImageData(0, 0, canvas.width, canvas.height).data].filter((_, i) => i % 4 == 0)];
+    const pixels = [...context.getImageData(0, 0, canvas.width, canvas.height).data];
+    return [+image.dataset.index, image.getBoundingClientRect().width, pixels.filter((_, i) => i % 4 == 0)];
 })"""
 
 
@@ -508,8 +544,12 @@ def test_the_page_renders(browser, name, digits, request):
     for width, dark in ((1280, False), (1280, True), (390, False), (390, True)):
         browser.open(page.as_uri(), width, dark=dark)
         assert browser.complaints == []
-        assert browser.evaluate("innerWidth") == width and browser.evaluate("document.documentElement.scrollWidth") <= width, "nothing sticks out"
-        sizes = browser.evaluate("[...document.querySelectorAll('figure svg')].map(s => {const r = s.getBoundingClientRect(); return [r.width, r.height]})")
+        assert browser.evaluate("innerWidth") == width and browser.evaluate("document.documentElement.scrollWidth") <= width, (
+            "nothing sticks out"
+        )
+        sizes = browser.evaluate(
+            "[...document.querySelectorAll('figure svg')].map(s => {const r = s.getBoundingClientRect(); return [r.width, r.height]})"
+        )
         assert len(sizes) >= 10 and all(250 < w <= width and h > 150 for w, h in sizes)
         text = browser.evaluate("getComputedStyle(document.querySelector('figure svg text')).fill")
         line = browser.evaluate("getComputedStyle(document.querySelector('figure svg path[style*=\"--c1\"]')).stroke")

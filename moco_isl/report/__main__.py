@@ -19,8 +19,12 @@ def get_parser() -> argparse.ArgumentParser:
     cli.add_switch(parser, "--labels", help="look the labels of the images up: precision of the mined sets, mistakes, confused classes")
     parser.add_argument("--out", metavar="FILE", help="the page (default: RUN/report.html)")
     parser.add_argument("--data", metavar="DIR", help="where the images lie now, if not where the run read them")
-    parser.add_argument("--breakeven", metavar="FILE", help='from which precision on mined positives help, as JSON: {"meanlog": {"5": 0.84}, "logsum": 0.7}, by loss and set '
-                        "size; the verdict uses it (default: RUN/breakeven.json, if there)")
+    parser.add_argument(
+        "--breakeven",
+        metavar="FILE",
+        help='from which precision on mined positives help, as JSON: {"meanlog": {"5": 0.84}, "logsum": 0.7}, by loss and set '
+        "size; the verdict uses it (default: RUN/breakeven.json, if there)",
+    )
     return parser
 
 

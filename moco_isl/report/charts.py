@@ -19,11 +19,25 @@ STAND_IN = {name: f"#01{i:02x}fe" for i, name in enumerate(NAMES)}
 STEPS = [1, 2, 2.5, 5, 10]  # between the ticks of an axis
 DASHES = {"-": "solid", "--": "dashed", ":": "dotted"}
 SETTINGS = {
-    "svg.fonttype": "none", "svg.hashsalt": "report", "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 9.5,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": STAND_IN["muted"], "axes.labelcolor": STAND_IN["muted"],
-    "xtick.color": STAND_IN["muted"], "ytick.color": STAND_IN["muted"], "text.color": STAND_IN["fg"], "axes.grid": True,
-    "grid.color": STAND_IN["grid"], "grid.linewidth": 0.8, "axes.axisbelow": True, "axes.linewidth": 0.8, "axes.labelsize": 9.5,
-}  # fmt: skip
+    "svg.fonttype": "none",
+    "svg.hashsalt": "report",
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 9.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": STAND_IN["muted"],
+    "axes.labelcolor": STAND_IN["muted"],
+    "xtick.color": STAND_IN["muted"],
+    "ytick.color": STAND_IN["muted"],
+    "text.color": STAND_IN["fg"],
+    "axes.grid": True,
+    "grid.color": STAND_IN["grid"],
+    "grid.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "axes.linewidth": 0.8,
+    "axes.labelsize": 9.5,
+}
 
 
 @dataclass
@@ -37,7 +51,7 @@ class Line:
     style: str = "-"
     alpha: float = 1.0
     dots: bool | None = None  # None: where there are few points
-    steps: bool = False
+    steps: str = ""  # "mid": each value holds around its x; "post": from its x on
 
 
 @dataclass
@@ -54,11 +68,23 @@ class Chart:
         return Markup(re.sub(r'xlink:href="#', f'href="#f{number}-', svg))
 
 
-def line_chart(title: str, lines: Sequence[Line], x_label: str, y_label: str, *, marks: Sequence[tuple[float, bool]] = (), x_sizes: bool = False,
-               note: str = "", percent: bool = False, whole_x: bool = False, whole_y: bool = False) -> Chart | None:
+def line_chart(
+    title: str,
+    lines: Sequence[Line],
+    x_label: str,
+    y_label: str,
+    *,
+    marks: Sequence[tuple[float, bool]] = (),
+    x_sizes: bool = False,
+    note: str = "",
+    percent: bool = False,
+    whole_x: bool = False,
+    whole_y: bool = False,
+) -> Chart | None:
     """A chart of lines, or None where there is nothing to draw.
 
-    marks: vertical lines at (x, refused). x_sizes: a logarithmic axis for set sizes of 1 to 100. percent: y holds shares, shown as per cent.
+    marks: vertical lines at (x, refused). x_sizes: a logarithmic axis for set sizes of 1 to 100. percent: y holds shares, shown as
+    per cent.
     """
     lines = [line for line in lines if any(_finite(y) for y in line.y)]
     if not lines:
@@ -74,7 +100,9 @@ def line_chart(title: str, lines: Sequence[Line], x_label: str, y_label: str, *,
         axes.set_ylabel(y_label)
         _scale(axes, x_sizes, whole_x, whole_y)
         svg = _to_svg(figure, title)
-    legend = [{"label": line.label, "colour": line.colour, "style": DASHES[line.style], "alpha": line.alpha} for line in lines if line.label]
+    legend = [
+        {"label": line.label, "colour": line.colour, "style": DASHES[line.style], "alpha": line.alpha} for line in lines if line.label
+    ]
     if any(not refused for _, refused in marks):
         legend.append({"label": "round of mining", "colour": "muted", "style": "dotted", "alpha": 1})
     if any(refused for _, refused in marks):
@@ -89,8 +117,20 @@ def _finite(y) -> bool:
 def _draw(axes, line: Line, factor: float, zorder: float) -> None:
     x, y = list(line.x), [factor * v if _finite(v) else math.nan for v in line.y]
     dots = line.dots if line.dots is not None else sum(map(_finite, line.y)) <= 20
-    axes.plot(x, y, color=STAND_IN[line.colour], linestyle=line.style, linewidth=1.8, alpha=line.alpha, zorder=zorder, marker="o" if dots else None,
-              markersize=4, markeredgewidth=0, drawstyle="steps-mid" if line.steps else "default", solid_capstyle="round")  # fmt: skip
+    axes.plot(
+        x,
+        y,
+        color=STAND_IN[line.colour],
+        linestyle=line.style,
+        linewidth=1.8,
+        alpha=line.alpha,
+        zorder=zorder,
+        marker="o" if dots else None,
+        markersize=4,
+        markeredgewidth=0,
+        drawstyle=f"steps-{line.steps}" if line.steps else "default",
+        solid_capstyle="round",
+    )
 
 
 def _scale(axes, x_sizes: bool, whole_x: bool, whole_y: bool) -> None:
@@ -108,7 +148,7 @@ def _scale(axes, x_sizes: bool, whole_x: bool, whole_y: bool) -> None:
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_minor_formatter(NullFormatter())
     else:
-        axes.xaxis.set_major_locator(MaxNLocator(6, steps=STEPS, integer=whole_x))
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=STEPS, integer=whole_x or axes.get_xlabel() == "epochs"))
 
 
 def _to_svg(figure: Figure, title: str) -> str:

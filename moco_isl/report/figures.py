@@ -33,7 +33,10 @@ def precision_of_first(correct: Tensor, sizes: Sequence[int] = SIZES) -> dict[in
 
 
 def precision_of_best(value: Tensor, correct: Tensor, images: int, sizes: Sequence[float] = SIZES) -> dict[float, float | None]:
-    """value [E], correct [E] of pairs ranked all together -> precision of the size * images best; sizes beyond E (by half a per cent) are left out."""
+    """value [E], correct [E] of pairs ranked all together -> precision of the size * images best.
+
+    Sizes beyond E (by half a per cent) are left out.
+    """
     order = value.flatten().sort(descending=True, stable=True).indices
     correct = correct.flatten()[order]
     E, hits, known = len(correct), correct.nan_to_num(0).double().cumsum(0), (~correct.isnan()).cumsum(0)

@@ -96,7 +96,11 @@ def choose(record: Record, labels: Tensor | None, n: int = ANCHORS) -> dict[str,
     src, dst = sets.sources(), sets.members.long()
     with_any = record.anchors[sets.sizes()[record.anchors] > 0]
     shuffled = with_any[torch.randperm(len(with_any), generator=torch.Generator().manual_seed(0))]
-    chosen = {"random": shuffled[:n].sort().values.tolist(), "surest": _walk(src, dst, sets.sureness, n), "least": _walk(src, dst, -sets.sureness, n)}
+    chosen = {
+        "random": shuffled[:n].sort().values.tolist(),
+        "surest": _walk(src, dst, sets.sureness, n),
+        "least": _walk(src, dst, -sets.sureness, n),
+    }
     if labels is not None:
         wrong = (labels[src] != labels[dst]) & (labels[src] >= 0) & (labels[dst] >= 0)
         chosen["mistakes"] = _walk(src[wrong], dst[wrong], sets.sureness[wrong], n)
@@ -121,7 +125,9 @@ def build_grids(runs: Sequence[Run], album: Album, rounds_shown: int = 4) -> lis
     runs = [run for run in runs if any(round_.path.exists() for round_ in run.rounds)]
     if not runs:
         return []
-    first = [round_ for round_ in runs[0].rounds if round_.path.exists() and round_.accepted] or [round_ for round_ in runs[0].rounds if round_.path.exists()]
+    first = [round_ for round_ in runs[0].rounds if round_.path.exists() and round_.accepted] or [
+        round_ for round_ in runs[0].rounds if round_.path.exists()
+    ]
     chosen = choose(first[-1].load(), album.labels)
     names = [run.name for run in runs]
     grids = {kind: Grid(*TITLES[kind], names, [(album.cell(i), []) for i in anchors]) for kind, anchors in chosen.items()}

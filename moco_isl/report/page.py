@@ -65,20 +65,39 @@ def write_report(runs: Sequence[Run], out: Path, labels: bool = False, root: str
         parts.append(_part(run, colour, rounds, album, breakeven))
     comparison = None
     if len(runs) > 1:
-        comparison = {"lines": gains(runs), "rows": [(part, _row(part.run)) for part in parts], "charts": [*sections.compared_training(runs), *sections.compared_precision(measured)]}
+        comparison = {
+            "lines": gains(runs),
+            "rows": [(part, _row(part.run)) for part in parts],
+            "charts": [*sections.compared_training(runs), *sections.compared_precision(measured)],
+        }
     context = {
-        "parts": parts, "comparison": comparison, "grids": _grids(runs, albums), "labels": labels, "without_images": [run.name for run in runs if run.images not in albums],
-        "version": __version__, "number": itertools.count(1).__next__, "colour_of": {part.run.name: part.colour for part in parts},
-    }  # fmt: skip
+        "parts": parts,
+        "comparison": comparison,
+        "grids": _grids(runs, albums),
+        "labels": labels,
+        "without_images": [run.name for run in runs if run.images not in albums],
+        "version": __version__,
+        "number": itertools.count(1).__next__,
+        "colour_of": {part.run.name: part.colour for part in parts},
+    }
     _write(out, _environment().get_template("report.html").render(context))
 
 
 def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(loader=jinja2.PackageLoader("moco_isl.report"), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
-                                     lstrip_blocks=True)  # fmt: skip
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("moco_isl.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     number = lambda pattern: lambda x, *a: "–" if x is None or x != x else pattern(x, *a)  # noqa: E731
-    environment.filters |= {"percent": number(lambda x, digits=1: f"{100 * x:.{digits}f}"), "decimal": number(lambda x, digits=2: f"{x:.{digits}f}"),
-                            "count": number(lambda x: f"{x:,}"), "points": number(lambda x: f"{100 * x:+.1f}".replace("-", "−"))}  # fmt: skip
+    environment.filters |= {
+        "percent": number(lambda x, digits=1: f"{100 * x:.{digits}f}"),
+        "decimal": number(lambda x, digits=2: f"{x:.{digits}f}"),
+        "count": number(lambda x: f"{x:,}"),
+        "points": number(lambda x: f"{100 * x:+.1f}".replace("-", "−")),
+    }
     return environment
 
 
@@ -111,19 +130,37 @@ def _rounds(run: Run, album: Album | None) -> list[sections.Mined]:
 def _part(run: Run, colour: str, rounds: list[sections.Mined], album: Album | None, breakeven: dict | None) -> Part:
     hubs = [(album.cell(i), degree) for i, degree in rounds[-1].hubs] if album and rounds else []
     judged = bool(rounds) and bool(rounds[-1].curves)
-    return Part(run, colour, judge(run, breakeven), _facts(run), sections.training_charts(run), sections.mining_charts(run, rounds), hubs,
-                sections.precision_charts(rounds) if judged else [], _confusion(rounds[-1], album) if judged else None)  # fmt: skip
+    return Part(
+        run,
+        colour,
+        judge(run, breakeven),
+        _facts(run),
+        sections.training_charts(run),
+        sections.mining_charts(run, rounds),
+        hubs,
+        sections.precision_charts(rounds) if judged else [],
+        _confusion(rounds[-1], album) if judged else None,
+    )
 
 
 def _facts(run: Run) -> list[tuple[str, str]]:
     flags = run.flags
     done = run.epochs[-1]["epoch"] + 1 if run.epochs else 0
     speed = [line["images_per_s"] for line in run.steps if "images_per_s" in line]
-    facts = [("images", " ".join(filter(None, [flags.get("dataset"), flags.get("data")]))), ("encoder", flags.get("arch")), ("objective", flags.get("objective")),
-             ("miner", flags.get("miner")), ("loss", flags.get("isl_loss") if flags.get("miner") != "none" else None), ("epochs", f"{done} of {flags.get('epochs')}"),
-             ("batch", flags.get("batch_size")), ("seed", flags.get("seed")), ("started from", flags.get("init")),
-             ("speed", f"{statistics.median(speed):,.0f} images a second" if speed else None), ("on", run.facts.get("device")),
-             ("version", (run.facts.get("version") or "") + (f", {run.facts['git'][:10]}" if run.facts.get("git") else ""))]  # fmt: skip
+    facts = [
+        ("images", " ".join(filter(None, [flags.get("dataset"), flags.get("data")]))),
+        ("encoder", flags.get("arch")),
+        ("objective", flags.get("objective")),
+        ("miner", flags.get("miner")),
+        ("loss", flags.get("isl_loss") if flags.get("miner") != "none" else None),
+        ("epochs", f"{done} of {flags.get('epochs')}"),
+        ("batch", flags.get("batch_size")),
+        ("seed", flags.get("seed")),
+        ("started from", flags.get("init")),
+        ("speed", f"{statistics.median(speed):,.0f} images a second" if speed else None),
+        ("on", run.facts.get("device")),
+        ("version", (run.facts.get("version") or "") + (f", {run.facts['git'][:10]}" if run.facts.get("git") else "")),
+    ]
     return [(name, str(value)) for name, value in facts if value not in (None, "")]
 
 
@@ -131,13 +168,22 @@ def _row(run: Run) -> dict:
     """A line of the comparison."""
     knn = [line["knn"] for line in run.epochs if "knn" in line]
     last = run.rounds[-1].report if run.rounds else {}
-    gap = lambda rule: last["precision"] - last[rule] if last.get("precision") is not None and last.get(rule) is not None else None  # noqa: E731
+    gap = lambda rule: None if None in (last.get("precision"), last.get(rule)) else last["precision"] - last[rule]  # noqa: E731
     return {
-        "miner": run.flags.get("miner"), "loss": run.flags.get("isl_loss") if run.rounds else None, "epochs": run.epochs[-1]["epoch"] + 1 if run.epochs else 0,
-        "rounds": f"{sum(r.accepted for r in run.rounds)} of {len(run.rounds)}" if run.rounds else "–", "size": last.get("mean_size"), "coverage": last.get("coverage"),
-        "hub": last.get("worst_in_degree"), "precision": last.get("precision"), "over_own": gap("precision_own_nearest"), "over_pairs": gap("precision_all_pairs"),
-        "knn": knn[-1] if knn else None, "best_knn": max(knn) if knn else None, "seconds": sum(r.report.get("seconds", 0) for r in run.rounds) if run.rounds else None,
-    }  # fmt: skip
+        "miner": run.flags.get("miner"),
+        "loss": run.flags.get("isl_loss") if run.rounds else None,
+        "epochs": run.epochs[-1]["epoch"] + 1 if run.epochs else 0,
+        "rounds": f"{sum(r.accepted for r in run.rounds)} of {len(run.rounds)}" if run.rounds else "–",
+        "size": last.get("mean_size"),
+        "coverage": last.get("coverage"),
+        "hub": last.get("worst_in_degree"),
+        "precision": last.get("precision"),
+        "over_own": gap("precision_own_nearest"),
+        "over_pairs": gap("precision_all_pairs"),
+        "knn": knn[-1] if knn else None,
+        "best_knn": max(knn) if knn else None,
+        "seconds": sum(r.report.get("seconds", 0) for r in run.rounds) if run.rounds else None,
+    }
 
 
 def _confusion(m: sections.Mined, album: Album) -> Confusion:

@@ -96,7 +96,7 @@ class Run:
         """What tells whether two runs counted their images alike."""
         root = self.flags.get("data")
         held_out = self.flags.get("knn_holdout") or 0
-        return self.flags.get("dataset"), root and os.path.realpath(root), held_out, self.flags.get("seed") if held_out else None
+        return (self.flags.get("dataset"), root and os.path.realpath(root), held_out, self.flags.get("seed") if held_out else None)
 
     def num_images(self) -> int | None:
         """M, as the last round that left a record says."""
@@ -104,9 +104,9 @@ class Run:
         return record.M if record else None
 
     def dataset(self, root: str | None = None, M: int | None = None):
-        """The images it was trained on, in the order that its sets count. root: where they lie, if not where they lay; M: how many there are.
+        """The images it was trained on, in the order that its sets count.
 
-        Raises BadInput where they are gone, or not those.
+        root: where they lie, if not where they lay; M: how many there are. Raises BadInput where they are gone, or not those.
         """
         flags = self.flags
         root = root or flags.get("data")
@@ -117,8 +117,10 @@ class Run:
         if flags.get("knn_holdout"):
             dataset, _ = data.holdout(dataset, flags["knn_holdout"], flags["seed"])
         if M is not None and len(dataset) != M:
-            raise BadInput(f"run '{self.path}' mined {M} images, but {root or flags['dataset']} holds {len(dataset)}: expected the images it was "
-                           "trained on; say where they lie with --data DIR")  # fmt: skip
+            raise BadInput(
+                f"run '{self.path}' mined {M} images, but {root or flags['dataset']} holds {len(dataset)}: expected the images it was "
+                "trained on; say where they lie with --data DIR"
+            )
         return dataset
 
 

@@ -20,7 +20,12 @@ Tensor = torch.Tensor
 COLOURS = ("c1", "c2", "c3", "c4", "c5", "c6")
 PART_NAMES = {"loss": "whole loss", "isl": "positives against negatives", "hpe": "hard positives, before their weight"}
 NO_PARTS = {"kind", "epoch", "total", "step", "acc1", "knn", "lr", "time", "data_time", "images_per_s", "memory_gib"}
-RULES = {"mined": "mined, the surest first", "ranked": "the proxies' own ranking", "own": "each image's own nearest", "pairs": "all pairs ranked by similarity"}
+RULES = {
+    "mined": "mined, the surest first",
+    "ranked": "the proxies' own ranking",
+    "own": "each image's own nearest",
+    "pairs": "all pairs ranked by similarity",
+}
 RULE_COLOURS = {"mined": "c1", "ranked": "c4", "own": "c2", "pairs": "c3"}
 
 
@@ -42,10 +47,12 @@ def values(run: Run, name: str) -> tuple[list[float], list[float | None]]:
 
 
 def learning_rates(run: Run) -> tuple[list[float], list[float]]:
+    """Epochs done and the rate of the epoch that begins there; the last one's to its end."""
     first = {}
     for line in run.steps:
         first.setdefault(line["epoch"], line["lr"])
-    return list(first), list(first.values())
+    epochs, rates = list(first), list(first.values())
+    return (epochs + [epochs[-1] + 1], rates + rates[-1:]) if first else ([], [])
 
 
 def training_charts(run: Run) -> list[Chart]:
@@ -55,9 +62,16 @@ def training_charts(run: Run) -> list[Chart]:
     loss = [Line(*xy, PART_NAMES.get(name, name), colour) for (name, xy), colour in zip(drawn.items(), COLOURS)]
     found = [
         line_chart("Loss", loss, "epochs", "mean of an epoch", marks=marks(run)),
-        line_chart("Weighted kNN", [Line(*values(run, "knn"))], "epochs", "accuracy, %", marks=marks(run), note="On the query encoder's features; logged by --knn-every."),
-        line_chart("Learning rate", [Line(*learning_rates(run), dots=False, steps=True)], "epochs", "learning rate", marks=marks(run)),
-    ]  # fmt: skip
+        line_chart(
+            "Weighted kNN",
+            [Line(*values(run, "knn"))],
+            "epochs",
+            "accuracy, %",
+            marks=marks(run),
+            note="On the query encoder's features; logged by --knn-every.",
+        ),
+        line_chart("Learning rate", [Line(*learning_rates(run), dots=False, steps="post")], "epochs", "learning rate", marks=marks(run)),
+    ]
     return [chart for chart in found if chart]
 
 
@@ -66,11 +80,17 @@ def compared_training(runs: Sequence[Run]) -> list[Chart]:
     by_round = lambda name: lines(lambda run: ([r.epoch for r in run.rounds], [r.report.get(name) for r in run.rounds]))  # noqa: E731
     found = [
         line_chart("Weighted kNN", lines(lambda run: values(run, "knn")), "epochs", "accuracy, %"),
-        line_chart("Loss", lines(lambda run: values(run, "loss")), "epochs", "whole loss", note="Losses of different forms do not compare in height."),
+        line_chart(
+            "Loss",
+            lines(lambda run: values(run, "loss")),
+            "epochs",
+            "whole loss",
+            note="Losses of different forms do not compare in height.",
+        ),
         line_chart("Images with any positive", by_round("coverage"), "epochs", "images, %", percent=True),
         line_chart("Worst hub", by_round("worst_in_degree"), "epochs", "sets that one image is in, at most", whole_y=True),
         line_chart("Precision of the sets", by_round("precision"), "epochs", "right pairs, %", percent=True),
-    ]  # fmt: skip
+    ]
     return [chart for chart in found if chart]
 
 
@@ -79,7 +99,10 @@ def compared_training(runs: Sequence[Run]) -> list[Chart]:
 
 @dataclass
 class Mined:
-    """Numbers of a round with a record. curves: rule of RULES -> {positives an image: precision}; empty without labels, as by_cosine and by_score."""
+    """Numbers of a round with a record.
+
+    curves: rule of RULES -> {positives an image: precision}; empty without labels, as by_cosine and by_score are.
+    """
 
     round: Round
     mean_size: float
@@ -103,8 +126,19 @@ def mined(round_: Round, labels: Tensor | None, K: int = 0) -> Mined | None:
     if labels is not None:
         curves, by_cosine, by_score, unseen = judge(record, labels)
         counts = figures.confusion(sets, labels, K)
-    return Mined(round_, sets.mean_size, figures.share_with_at_least(sets.sizes()), figures.hubs(sets), record.score, curves, by_cosine, by_score, counts, unseen,
-                 len(record.anchors) < record.M)  # fmt: skip
+    return Mined(
+        round_,
+        sets.mean_size,
+        figures.share_with_at_least(sets.sizes()),
+        figures.hubs(sets),
+        record.score,
+        curves,
+        by_cosine,
+        by_score,
+        counts,
+        unseen,
+        len(record.anchors) < record.M,
+    )
 
 
 def judge(record: Record, labels: Tensor) -> tuple[dict, dict, list, float]:
@@ -118,7 +152,10 @@ def judge(record: Record, labels: Tensor) -> tuple[dict, dict, list, float]:
         "own": figures.precision_of_first(around),
         "pairs": figures.precision_of_best(cosine, around, len(anchors)),
     }
-    by_cosine = {"mined": figures.precision_by(record.cosine, edges), "own": figures.precision_by(cosine[:, :100].flatten(), around[:, :100].flatten())}
+    by_cosine = {
+        "mined": figures.precision_by(record.cosine, edges),
+        "own": figures.precision_by(cosine[:, :100].flatten(), around[:, :100].flatten()),
+    }
     by_score = []
     if record.ranked is not None:
         ranked = figures.agreement(labels, anchors[:, None], record.ranked)
@@ -129,14 +166,33 @@ def judge(record: Record, labels: Tensor) -> tuple[dict, dict, list, float]:
 
 def mining_charts(run: Run, rounds: Sequence[Mined]) -> list[Chart]:
     found = [
-        line_chart("Size of the sets", [_shaded(i, rounds, list(range(len(m.at_least))), m.at_least, steps=True) for i, m in enumerate(rounds)], "positives, at least",
-                   "images, %", percent=True, whole_x=True),
-        line_chart("Images with any positive", [Line([r.epoch for r in run.rounds], [r.report.get("coverage") for r in run.rounds])], "epochs", "images, %",
-                   marks=marks(run), percent=True),
-        line_chart("Worst hub", [Line([r.epoch for r in run.rounds], [r.report.get("worst_in_degree") for r in run.rounds], colour="c2")], "epochs",
-                   "sets that one image is in, at most", marks=marks(run), whole_y=True),
-        *gan_charts(run), score_histogram(run, rounds),
-    ]  # fmt: skip
+        line_chart(
+            "Size of the sets",
+            [_shaded(i, rounds, list(range(len(m.at_least))), m.at_least, steps="mid") for i, m in enumerate(rounds)],
+            "positives, at least",
+            "images, %",
+            percent=True,
+            whole_x=True,
+        ),
+        line_chart(
+            "Images with any positive",
+            [Line([r.epoch for r in run.rounds], [r.report.get("coverage") for r in run.rounds])],
+            "epochs",
+            "images, %",
+            marks=marks(run),
+            percent=True,
+        ),
+        line_chart(
+            "Worst hub",
+            [Line([r.epoch for r in run.rounds], [r.report.get("worst_in_degree") for r in run.rounds], colour="c2")],
+            "epochs",
+            "sets that one image is in, at most",
+            marks=marks(run),
+            whole_y=True,
+        ),
+        *gan_charts(run),
+        score_histogram(run, rounds),
+    ]
     return [chart for chart in found if chart]
 
 
@@ -162,13 +218,34 @@ def gan_charts(run: Run) -> list[Chart | None]:
         return []
     line = lambda name, label, colour: Line(x, figures_of.get(name, [None] * len(x)), label, colour, dots=False)  # noqa: E731
     return [
-        line_chart("GAN losses", [line("loss_D", "discriminator", "c1"), line("loss_G", "generator", "c2")], "iterations, round after round", "loss", marks=starts),
-        line_chart("Cosine of the proxies", [line("cos_anchor", "to the anchor", "c1"), line("cos_positive", "to the positive", "c3"),
-                                             line("cos_negative", "to the negative", "c2")], "iterations, round after round", "mean cosine", marks=starts,
-                   note="Near 0: nothing learned yet. Near 1 to the anchor: mining is plain nearest neighbours."),
-        line_chart("Are the proxies spread?", [line("distinct", "nearest images that differ", "c1"), line("hub", "proxies near one image, at most", "c2")],
-                   "iterations, round after round", "%", marks=starts, percent=True),
-    ]  # fmt: skip
+        line_chart(
+            "GAN losses",
+            [line("loss_D", "discriminator", "c1"), line("loss_G", "generator", "c2")],
+            "iterations, round after round",
+            "loss",
+            marks=starts,
+        ),
+        line_chart(
+            "Cosine of the proxies",
+            [
+                line("cos_anchor", "to the anchor", "c1"),
+                line("cos_positive", "to the positive", "c3"),
+                line("cos_negative", "to the negative", "c2"),
+            ],
+            "iterations, round after round",
+            "mean cosine",
+            marks=starts,
+            note="Near 0: nothing learned yet. Near 1 to the anchor: mining is plain nearest neighbours.",
+        ),
+        line_chart(
+            "Are the proxies spread?",
+            [line("distinct", "nearest images that differ", "c1"), line("hub", "proxies near one image, at most", "c2")],
+            "iterations, round after round",
+            "%",
+            marks=starts,
+            percent=True,
+        ),
+    ]
 
 
 def score_histogram(run: Run, rounds: Sequence[Mined], bins: int = 30) -> Chart | None:
@@ -180,7 +257,10 @@ def score_histogram(run: Run, rounds: Sequence[Mined], bins: int = 30) -> Chart 
     low, high = min(float(m.score.min()) for m in scored), max(float(m.score.max()) for m in scored)
     low, high = (low - 0.01, high + 0.01) if high - low < 0.02 else (low, high)
     centres = [low + (i + 0.5) * (high - low) / bins for i in range(bins)]
-    lines = [_shaded(i, scored, centres, (torch.histc(m.score, bins, low, high) / len(m.score)).tolist(), steps=True) for i, m in enumerate(scored)]
+    lines = [
+        _shaded(i, scored, centres, (torch.histc(m.score, bins, low, high) / len(m.score)).tolist(), steps="mid")
+        for i, m in enumerate(scored)
+    ]
     inside = threshold is not None and low <= threshold <= high
     if inside:
         top = max(max(line.y) for line in lines)
@@ -197,31 +277,58 @@ def precision_charts(rounds: Sequence[Mined]) -> list[Chart]:
     if last.sampled:
         note = "Estimated on a sample of 4,096 images, to about a point."
     if last.unseen > 0.01:
-        note += f" All pairs ranked: at 100 positives {100 * last.unseen:.0f} % of the images have more than the 512 nearest that are known."
+        note += (
+            f" All pairs ranked: at 100 positives {100 * last.unseen:.0f} % of the images have more than the 512 nearest that are known."
+        )
     found = [
-        line_chart(f"Precision against set size, round {last.round.number}", _rules(last.curves), "positives an image", "right pairs, %", percent=True, x_sizes=True, note=note),
+        line_chart(
+            f"Precision against set size, round {last.round.number}",
+            _rules(last.curves),
+            "positives an image",
+            "right pairs, %",
+            percent=True,
+            x_sizes=True,
+            note=note,
+        ),
         *(_over_epochs(rounds, size) for size in (5, 50)),
-        line_chart(f"Precision against similarity, round {last.round.number}",
-                   [Line([x for x, _, _ in last.by_cosine[rule]], [p for _, p, _ in last.by_cosine[rule]], label, RULE_COLOURS[rule])
-                    for rule, label in (("mined", "mined pairs"), ("own", "every image and its 100 nearest"))], "cosine", "right pairs, %", percent=True,
-                   note="Groups of equal count."),
-        line_chart(f"Precision against score, round {last.round.number}", [Line([x for x, _, _ in last.by_score], [p for _, p, _ in last.by_score], colour="c4")],
-                   "score of the best proxy", "right among the 10 nearest to it, %", percent=True,
-                   note="Ten groups of equal count. A score that ranks would rise from left to right."),
-    ]  # fmt: skip
+        line_chart(
+            f"Precision against similarity, round {last.round.number}",
+            [
+                Line([x for x, _, _ in last.by_cosine[rule]], [p for _, p, _ in last.by_cosine[rule]], label, RULE_COLOURS[rule])
+                for rule, label in (("mined", "mined pairs"), ("own", "every image and its 100 nearest"))
+            ],
+            "cosine",
+            "right pairs, %",
+            percent=True,
+            note="Groups of equal count.",
+        ),
+        line_chart(
+            f"Precision against score, round {last.round.number}",
+            [Line([x for x, _, _ in last.by_score], [p for _, p, _ in last.by_score], colour="c4")],
+            "score of the best proxy",
+            "right among the 10 nearest to it, %",
+            percent=True,
+            note="Ten groups of equal count. A score that ranks would rise from left to right.",
+        ),
+    ]
     return [chart for chart in found if chart]
 
 
 def _rules(curves: dict[str, dict]) -> list[Line]:
-    return [Line(list(curves[rule]), list(curves[rule].values()), label, RULE_COLOURS[rule], "-" if rule == "mined" else "--")
-            for rule, label in RULES.items() if curves.get(rule)]  # fmt: skip
+    return [
+        Line(list(curves[rule]), list(curves[rule].values()), label, RULE_COLOURS[rule], "-" if rule == "mined" else "--")
+        for rule, label in RULES.items()
+        if curves.get(rule)
+    ]
 
 
 def _over_epochs(rounds: Sequence[Mined], size: int) -> Chart | None:
     """The paper's Figure 3: precision at one set size over the rounds."""
     x = [m.round.epoch for m in rounds]
-    lines = [Line(x, [m.curves.get(rule, {}).get(size) for m in rounds], label, RULE_COLOURS[rule], "-" if rule in ("mined", "ranked") else "--")
-             for rule, label in RULES.items()]  # fmt: skip
+    lines = [
+        Line(x, [m.curves.get(rule, {}).get(size) for m in rounds], label, RULE_COLOURS[rule], "-" if rule in ("mined", "ranked") else "--")
+        for rule, label in RULES.items()
+    ]
     mined_as_far = any(m.curves.get("mined", {}).get(size) is not None for m in rounds)
     note = "" if mined_as_far else f"The mined sets hold {rounds[-1].mean_size:.1f} positives an image: they do not reach {size}."
     return line_chart(f"Precision at {size} positives an image", lines, "epochs", "right pairs, %", percent=True, note=note)
@@ -232,8 +339,13 @@ def compared_precision(runs: Sequence[tuple[Run, Sequence[Mined]]]) -> list[Char
     lines = []
     for (run, rounds), colour in zip(runs, itertools.cycle(COLOURS)):
         if rounds and rounds[-1].curves:
-            lines += [Line(list(c), list(c.values()), name, colour, style) for c, name, style in
-                      ((rounds[-1].curves["mined"], run.name, "-"), (rounds[-1].curves["own"], f"{run.name}: own nearest", "--"))]  # fmt: skip
+            lines += [
+                Line(list(c), list(c.values()), name, colour, style)
+                for c, name, style in (
+                    (rounds[-1].curves["mined"], run.name, "-"),
+                    (rounds[-1].curves["own"], f"{run.name}: own nearest", "--"),
+                )
+            ]
     chart = line_chart("Precision against set size, last rounds", lines, "positives an image", "right pairs, %", percent=True, x_sizes=True)
     return [chart] if chart else []
 

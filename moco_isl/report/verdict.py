@@ -8,7 +8,7 @@ from pathlib import Path
 from moco_isl.errors import BadInput
 from moco_isl.report.runs import Run
 
-# Measured with oracle and mined sets on CIFAR-10 and on the digits: a third of the positives wrong cost 2 to 5 points of kNN, one in ten paid.
+# Measured on CIFAR-10 and on the digits: a third of the positives wrong cost 2 to 5 points of kNN, one in ten wrong paid.
 HURTS, HELPS = 0.70, 0.90
 NEAR = 0.02  # precisions this close to a bound are not told from it
 
@@ -23,9 +23,14 @@ def read_breakeven(path: Path) -> dict:
     """{loss form: precision, or {mean set size: precision}}: the precision from which mined positives help. Raises BadInput."""
     try:
         content = json.loads(path.read_text())
-        table = {form: {float(size): float(p) for size, p in v.items()} if isinstance(v, dict) else {1.0: float(v)} for form, v in content.items()}
+        table = {
+            form: {float(size): float(p) for size, p in v.items()} if isinstance(v, dict) else {1.0: float(v)}
+            for form, v in content.items()
+        }
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise BadInput(f"cannot read the break-even '{path}' ({error}): expected JSON like {{\"meanlog\": {{\"5\": 0.84}}, \"logsum\": 0.7}}") from error
+        raise BadInput(
+            f'cannot read the break-even \'{path}\' ({error}): expected JSON like {{"meanlog": {{"5": 0.84}}, "logsum": 0.7}}'
+        ) from error
     if not all(0 <= p <= 1 for sizes in table.values() for p in sizes.values()):
         raise BadInput(f"the break-even '{path}' holds a precision outside 0 to 1")
     return table
@@ -43,7 +48,9 @@ def judge(run: Run, table: dict | None = None) -> Verdict:
     """By the last round's precision where the run's own log has one."""
     if not run.rounds:
         mining = run.flags.get("miner", "none") != "none"
-        return Verdict("open", "Nothing was mined yet: the first round is still to come." if mining else "Nothing was mined: this run is plain MoCo.")
+        return Verdict(
+            "open", "Nothing was mined yet: the first round is still to come." if mining else "Nothing was mined: this run is plain MoCo."
+        )
     last = run.rounds[-1].report
     if not last.get("edges"):
         return Verdict("bad", f"The last round left no positives at all{_because(last)}: training went on without any.")
@@ -63,9 +70,10 @@ def _with_labels(last: dict, breakeven: float | None) -> tuple[str, str]:
     gap = 100 * (precision - own) if own is not None else 0.0
     text = f"{100 * precision:.0f} of 100 mined pairs are right"
     if own is not None:
-        text = f"Mined pairs are {_compared(gap)} each image's own nearest neighbours at equal size ({precision:.2f} and {own:.2f})"
+        text = f"Mined pairs are {_compared(gap)} each image's own nearest neighbours at equal size "
+        text += f"({100 * precision:.1f} % and {100 * own:.1f} %)"
         if pairs is not None:
-            text += f", and {_compared(100 * (precision - pairs))} all pairs ranked by similarity ({pairs:.2f})"
+            text += f", and {_compared(100 * (precision - pairs))} all pairs ranked by similarity ({100 * pairs:.1f} %)"
     tone, consequence = _consequence(precision, gap, breakeven)
     return tone, f"{text}: with {_wrong(precision)}, {consequence}."
 
@@ -85,19 +93,25 @@ def _consequence(precision: float, gap: float, breakeven: float | None) -> tuple
         measured = f"the break-even measured for this loss is {breakeven:.2f}"
         if abs(precision - breakeven) <= NEAR:
             return "open", f"training on them will change little; {measured}"
-        return ("good", f"training on them should help; {measured}") if precision > breakeven else ("bad", f"training on them will likely hurt; {measured}")
+        return (
+            ("good", f"training on them should help; {measured}")
+            if precision > breakeven
+            else ("bad", f"training on them will likely hurt; {measured}")
+        )
     if precision < HURTS:
         return "bad", "training on them will likely hurt"
     if precision >= HELPS:
         return "good", "training on them should help"
     if gap <= -3:
         return "bad", "training on them will likely do worse than on plain nearest neighbours"
-    return "open", f"whether they help is open: below {HURTS:.2f} mining was seen to cost accuracy, from {HELPS:.2f} on it paid"
+    return ("open", f"whether they help is open: below {HURTS:.2f} mining was seen to cost accuracy, from {HELPS:.2f} on it paid")
 
 
 def _without_labels(last: dict) -> str:
-    text = (f"{100 * last['coverage']:.0f} % of the images have positives, {last['mean_size']:.1f} each on average over all. How many of them are right needs labels: "
-            "add --labels where there are any, or look at the images below.")  # fmt: skip
+    text = (
+        f"{100 * last['coverage']:.0f} % of the images have positives, {last['mean_size']:.1f} each on average over all. "
+        "How many of them are right needs labels: add --labels where there are any, or look at the images below."
+    )
     if (distinct := last.get("distinct")) is not None and distinct < 0.3:
         text += f" The proxies are crowded: only {100 * distinct:.0f} % of them have a nearest image of their own."
     return text
@@ -116,6 +130,7 @@ def gains(runs: list[Run]) -> list[str]:
                 continue
             gap = last(run) - last(plain)
             compared = "the same as" if abs(gap) < 0.05 else f"{abs(gap):.1f} points {'above' if gap > 0 else 'below'}"
-            lines.append(f"{run.name} ends at {last(run):.1f} % kNN, {compared} {plain.name}, which mined nothing. One run each: a point or less may be chance.")
+            text = f"{run.name} ends at {last(run):.1f} % kNN, {compared} {plain.name}, which mined nothing."
+            lines.append(f"{text} One run each: a point or less may be chance.")
             break
     return lines

@@ -47,8 +47,12 @@ def round_record(features: Tensor, positives: PositiveSets, miner, before: Posit
     10 bytes an edge, 8 an image, and at most 15 MB more.
     """
     M = len(features)
-    record = {"offsets": positives.offsets, "members": positives.members.int(), "sureness": positives.sureness,
-              "cosine": pair_cosines(features, positives.sources(), positives.members.long()).half()}  # fmt: skip
+    record = {
+        "offsets": positives.offsets,
+        "members": positives.members.int(),
+        "sureness": positives.sureness,
+        "cosine": pair_cosines(features, positives.sources(), positives.members.long()).half(),
+    }
     if features.numel() * 2 <= FEATURE_BYTES:
         record["features"] = features.half()
     else:
