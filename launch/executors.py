@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import io
 import os
+import pickle
 import shlex
 import shutil
 import sys
@@ -107,25 +108,29 @@ def submit(
     """Submit runs, several as one array, with logs in `folder` (%j: the job's id); writes launch.jsonl there.
     BadInput with SLURM's reason if refused.
     """
-    executor = _slurm(opts, folder, name, after) if opts.cluster == "slurm" else _local(opts, folder)
-    before = _litter(folder)
+    before = _half_submitted(folder)
     with clean_environment() if opts.cluster == "slurm" else contextlib.nullcontext():
         try:
+            executor = _slurm(opts, folder, name, after) if opts.cluster == "slurm" else _local(opts, folder)
             with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it raises
                 jobs = [executor.submit(runs[0])] if len(runs) == 1 else executor.submit_array(runs)
+        except OSError as error:
+            raise BadInput(f"cannot write into '{folder}': {error.strerror}; nothing was submitted") from error
         except submitit.core.utils.FailedJobError as error:
-            for file in _litter(folder) - before:
-                file.unlink()
+            for file in _half_submitted(folder) - before:
+                if _is_of(file, runs, name):
+                    file.unlink()
             raise BadInput(f"SLURM refused the job: {' '.join(str(error).split())}") from error
+    tasks = opts.nodes * opts.tasks_per_node
     entries = [
         Entry(
-            job=job.job_id,
-            cluster=opts.cluster,
-            script=run.script,
-            folder=str(job.paths.folder),
-            out=run.out.replace("%j", job.job_id),
-            tasks=opts.nodes * opts.tasks_per_node,
-            command=command,
+            job.job_id,
+            opts.cluster,
+            run.script,
+            str(job.paths.folder),
+            run.out.replace("%j", job.job_id),
+            tasks,
+            command,
         )
         for job, run in zip(jobs, runs)
     ]
@@ -134,10 +139,20 @@ def submit(
     return entries
 
 
-def _litter(folder: str) -> set[Path]:
-    """What submitit writes before it knows whether sbatch takes the job."""
+def _half_submitted(folder: str) -> set[Path]:
+    """The files that submitit writes before it knows whether sbatch takes the job; others may have theirs there too."""
     fixed = submitit.core.utils.JobPaths.get_first_id_independent_folder(folder)
     return {*fixed.glob(".submission_file_*.sh"), *fixed.glob("*.pkl")} if fixed.is_dir() else set()
+
+
+def _is_of(file: Path, runs: list[Run], name: str) -> bool:
+    """Whether this submission wrote such a file."""
+    try:
+        if file.suffix == ".pkl":
+            return submitit.helpers.DelayedSubmission.load(file).function in runs
+        return f"--job-name={shlex.quote(name)}\n" in file.read_text()
+    except (OSError, EOFError, pickle.UnpicklingError):  # another submission's, just moved or half written
+        return False
 
 
 def _slurm(opts: argparse.Namespace, folder: str, name: str, after: str | None) -> submitit.SlurmExecutor:

@@ -146,7 +146,7 @@ class Run:
                     stop.requeue(signal.SIGUSR2, None)
                 except SystemExit:
                     pass  # done; to exit now would look like a failure to srun
-                except subprocess.SubprocessError as error:  # as when SLURM began to requeue in this very moment
+                except (subprocess.SubprocessError, OSError) as error:  # SLURM may have begun to requeue this moment
                     _say(env, f"=> {error}")
         time.sleep(patience)  # SLURM ends all tasks, at most KillWait (30 s by default) from now
 

@@ -169,6 +169,14 @@ def test_bad_input_is_one_line_and_nothing_is_written(argv, words, tmp_path, mon
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_job_folder_that_cannot_be_is_one_line(tmp_path, capsys, no_environment_left):
+    (tmp_path / "file").touch()
+    argv = ["pretrain", "--cluster", "local", *CPU, "--job-dir", str(tmp_path / "file" / "run"), "--", *DIGITS]
+    assert submit.main(argv) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: cannot write into") and said.count("\n") == 1
+
+
 def test_the_shell_of_another_job_is_not_submitted(monkeypatch):
     for name in ("RANK", "MASTER_PORT", "CUDA_VISIBLE_DEVICES", "SLURM_NTASKS", "SLURM_CONF", "SBATCH_ACCOUNT"):
         monkeypatch.setenv(name, "1")
@@ -551,7 +559,7 @@ def test_a_curve_has_the_mean_and_spread_of_equal_settings():
 # ---- the house
 
 
-@pytest.mark.parametrize("recipe", sorted((ROOT / "launch" / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("recipe", sorted((ROOT / "launch" / "recipes").glob("queue_*.yaml")), ids=lambda p: p.stem)
 def test_recipes_are_command_lines_of_the_script(recipe):
     args = options.parse_script("pretrain", ["--config", str(recipe), "DIR"], nodes=1, tasks_per_node=8)
     content = yaml.safe_load(recipe.read_text())

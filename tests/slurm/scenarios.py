@@ -24,7 +24,7 @@ from launch import report
 from launch.rendezvous import Place
 from moco_isl import checkpoint
 from tests.slurm.board import Board, scenario
-from tests.slurm.cluster import Cluster
+from tests.slurm.cluster import Cluster, _environ
 from tests.slurm.lab import GAN, KNN, ROOT, SINGLE, TWO_NODES, Job, Lab, same_run, small_disk
 
 gpus = threading.Lock()  # the two pretended GPUs of a node: who takes or preempts them does so alone
@@ -192,9 +192,10 @@ def c15_again(lab: Lab, board: Board, job: Job) -> None:
 
 @scenario()
 def c05_workers_and_term(lab: Lab, board: Board):
-    """5 TERM and USR2 together, with loading workers"""
-    job = lab.submit(flags=[*KNN, "-j", "2"], faults=[HOLD])
-    job.at("hold")
+    """5 TERM and USR2 together, with loading workers, in a container's place"""
+    container = ["--container", "env INSIDE=a_container", "--python", sys.executable]
+    job = lab.submit("--cpus-per-task", "2", *container, flags=[*KNN, "-j", "2"], faults=[HOLD])
+    assert _environ(job.at("hold"))["INSIDE"] == "a_container"
     job.signal("TERM")
     job.signal()
     assert "Error" not in job.end()
@@ -296,20 +297,31 @@ def c09_requeued_by_the_admin(lab: Lab, board: Board):
     return "killed after KillWait, went on from the last periodic checkpoint (step 15, not 0), at another port", True
 
 
-@scenario(alone=True)
-def c10_node_failure(lab: Lab, board: Board):
-    """10 a node dies and comes back"""
+def node_failure(lab: Lab, board: Board, node: str) -> None:
     job = lab.submit(flags=[*KNN, "--save-every", "5"], faults=[HOLD])
     job.at("hold")
-    lab.cluster.kill_node("n2")
+    lab.cluster.kill_node(node)
     lab.until(lambda: job.state() != "RUNNING", "end of the first life", 120, job.call)
     time.sleep(2)
-    lab.cluster.start_node("n2")
+    lab.cluster.start_node(node)
     said = job.end(seconds=240)
     assert "FAILED" not in said and "CANCELLED" not in said and job.lives() == 2, said
     assert "=> loaded" in job.log()
     lab.complete(job, board.reference())
+
+
+@scenario(alone=True)
+def c10_node_failure(lab: Lab, board: Board):
+    """10 the second node dies and comes back"""
+    node_failure(lab, board, "n2")
     return "requeued when the node was missed, waited for it, went on; --wait never spoke of failure", True
+
+
+@scenario(alone=True)
+def c10_first_node_failure(lab: Lab, board: Board):
+    """10 the same with the first node, where the batch script and rank 0 are"""
+    node_failure(lab, board, "n1")
+    return "as before", True
 
 
 @scenario()
