@@ -1,12 +1,14 @@
 """Nearest rows and most similar pairs, in pieces: nothing of size M x M is ever held.
 
 Letters: M bank rows, Q queries, C feature dimension, k neighbours. Rows are unit vectors: a dot product is the cosine.
-`topk` and `top_pairs` are the only two ways in: a fused kernel or an approximate index may stand behind them.
+`topk` and `top_pairs` are the only two ways in: a fused kernel stands behind `topk`, an approximate index may.
 """
 
 from collections.abc import Callable
 
 import torch
+
+from moco_isl.mining import fused
 
 Tensor = torch.Tensor
 
@@ -42,11 +44,38 @@ def topk(queries: Tensor, bank: Tensor, k: int, exclude: Tensor | None = None, b
 
     exclude [Q] (int64) names a bank row an own query may not find (its own; -1 for none). Scores are computed in the
     bank's dtype (float32 accumulation); those of half-precision banks are recomputed in float32 for the rows found.
-    Holds bytes_limit bytes of scores at a time. Raises ValueError if the bank has too few rows for k.
+    Holds bytes_limit bytes of scores at a time; without one, a GPU searches by a kernel that never writes them.
+    Raises ValueError if the bank has too few rows for k.
     """
     M = len(bank)
     if k > M - (exclude is not None):
         raise ValueError(f"{k} nearest were asked of a bank of {M} rows")
+    kernels = fused.kernels_for(bank) if bytes_limit is None else None
+    if kernels is not None and 4 * k * kernels.GROUP <= M:
+        return _topk_fused(kernels, queries, bank, k, exclude, tick)
+    return _topk_plain(queries, bank, k, exclude, bytes_limit, tick)
+
+
+def _topk_fused(kernels, queries: Tensor, bank: Tensor, k: int, exclude: Tensor | None, tick) -> tuple[Tensor, Tensor]:
+    """As `topk`; the few queries whose neighbours half precision cannot tell apart from others are searched plainly."""
+    cosine, index, sure = fused.search(kernels, queries, bank, k, exclude, tick)
+    cosine, index = _in_order(cosine, index)
+    unsure = (~sure).nonzero().squeeze(1)
+    if len(unsure):
+        own = None if exclude is None else exclude[unsure]
+        cosine[unsure], index[unsure] = _topk_plain(queries[unsure], bank, k, own, None, tick)
+    return cosine, index
+
+
+def _in_order(cosine: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns sorted by falling cosine, equal ones by row."""
+    order = index.argsort(dim=1)
+    value, at = cosine.gather(1, order).sort(dim=1, descending=True, stable=True)
+    return value, index.gather(1, order).gather(1, at)
+
+
+def _topk_plain(queries: Tensor, bank: Tensor, k: int, exclude: Tensor | None, bytes_limit: int | None, tick) -> tuple[Tensor, Tensor]:
+    M = len(bank)
     limit = bytes_limit or _of(_BYTES, bank.device)
     columns = min(M, max(4 * k, _of(_COLUMNS, bank.device)))
     rows = max(1, limit // (columns * 4))
@@ -59,10 +88,8 @@ def topk(queries: Tensor, bank: Tensor, k: int, exclude: Tensor | None = None, b
         if bank.dtype != torch.float32:
             exact = torch.einsum("qc,qkc->qk", queries[i:i + rows].float(), bank[found[1]].float())
             found = exact, found[1]
-        order = found[1].argsort(dim=1)  # ties by row: sort by row, then stably by cosine
-        value, at = found[0].gather(1, order).sort(dim=1, descending=True, stable=True)
-        cosine[i:i + rows] = value[:, :k]
-        index[i:i + rows] = found[1].gather(1, order).gather(1, at)[:, :k]
+        value, at = _in_order(*found)
+        cosine[i:i + rows], index[i:i + rows] = value[:, :k], at[:, :k]
     return cosine, index
 
 
