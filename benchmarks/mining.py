@@ -1,7 +1,7 @@
 """One round of mining measured: precision beside both Euclidean baselines, hubs, coverage, seconds, memory.
 
     python -m benchmarks.mining features.safetensors               features [M, C] and labels [M] of real images
-    python -m benchmarks.mining --size 1281167 --iters 200         synthetic clusters of that many images
+    python -m benchmarks.mining --size 1281167 --iters 200 --worst 1 --no-table     the memory and seconds of that many
 
 Rows of the table, precision at mean set sizes 1, 5, 10, 50:
   own nearest       each image's nearest by cosine
@@ -19,11 +19,13 @@ import resource
 import shlex
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
+from moco_isl import dist
 from moco_isl.errors import BadInput
 from moco_isl.mining import GANMiner, PositiveSets, baselines, one_line, topk
 from moco_isl.mining.edges import Edges, Rules, settle
@@ -49,6 +51,8 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 5, 10, 50])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-table", action="store_true", help="the round alone: no baselines, no second search")
+    parser.add_argument("--worst", type=int, metavar="W", help="the most work and memory a round can be: every candidate of every anchor joins, "
+                        "whatever the GAN and the watchdog say; only one of W shares of the anchors is mined, copies stand for the others")
     parser.add_argument("--out", metavar="FILE.json", help="where to write all figures")
     return parser
 
@@ -93,6 +97,25 @@ def held_gib(device: str) -> float:
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated() / 2**30
     return peak_gib(device)
+
+
+class WorstCase(GANMiner):
+    """Mines the first of W shares of the anchors; everything joins, and shifted copies of its edges stand for the other shares."""
+
+    def __init__(self, shares: int, *args, **kwargs):
+        super().__init__(*args, **{**kwargs, "threshold": -1.0, "radius": 10.0, "radius_mode": "fixed"})
+        self.settings.max_hub, self.settings.min_distinct = 1.0, 0.0
+        self.shares = shares
+
+    def find(self, features, positives, seed, tick):
+        own, dist.shard = dist.shard, lambda n: (0, -(-n // self.shares))
+        try:
+            found, why = super().find(features, positives, seed, tick)
+        finally:
+            dist.shard = own
+        M, step = len(features), int(found.src.max()) + 1
+        shifted = lambda x: torch.cat([((x + i * step) % M).int() for i in range(self.shares)])
+        return Edges(shifted(found.src), shifted(found.dst), found.sureness.repeat(self.shares)), why
 
 
 def rounds(args: argparse.Namespace, miner: GANMiner, features: torch.Tensor, labels: torch.Tensor) -> tuple[PositiveSets, list[dict]]:
@@ -153,7 +176,8 @@ def main() -> int:
         torch.set_num_threads(args.threads)
     try:
         features, labels = load(args)
-        miner = GANMiner(args.budget, iters=args.iters, min_iters=args.min_iters, lam=args.lam, threshold=args.threshold, radius=args.radius)
+        kind = GANMiner if args.worst is None else partial(WorstCase, args.worst)
+        miner = kind(args.budget, iters=args.iters, min_iters=args.min_iters, lam=args.lam, threshold=args.threshold, radius=args.radius)
         name = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
         print(f"M = {len(features):,}, C = {features.shape[1]}, {features.dtype}, on {name}, {torch.get_num_threads()} threads, torch {torch.__version__}")
         start, cpu = time.perf_counter(), time.process_time()

@@ -224,7 +224,7 @@ def collapse(hub: float, distinct: float, natural: float, settings: GANSettings)
 
     natural: the hub of the features themselves in the same bank; few images have large ones without any collapse.
     """
-    bound = min(max(settings.max_hub, settings.times_natural * natural), 0.5)
+    bound = max(settings.max_hub, min(settings.times_natural * natural, 0.5))
     if hub <= bound and distinct >= settings.min_distinct:
         return ""
     return (f"the GAN collapsed, nothing was added: one image is near {100 * hub:.1f} % of the proxies (bound {100 * bound:.1f} %), "
