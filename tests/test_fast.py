@@ -1,5 +1,9 @@
 """The fast path: equal to the plain one, piece by piece, and the same for any number of workers and ranks."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +14,8 @@ from moco_isl.data import augment, build_dataset, get_augmentation, hold_small, 
 from moco_isl.data.augment import BatchAugmentation
 from moco_isl.data.datasets import ImagesInMemory, decode, decode_pixels
 from moco_isl.data.draws import uniform, uniforms
+from moco_isl.losses import hard_positive_kl, linear_kl, multi_positive_mean_log, multi_positive_nce, softmax_over
+from moco_isl.mining import fused, neighbors
 
 # ---------------------------------------------------------------- photos: workers crop, the device does the rest
 
@@ -134,3 +140,83 @@ def test_augmentation_at_once_equals_it_by_rows(aug_plus, monkeypatch):
     torch.testing.assert_close(augmentation.finish(crops, u), at_once, atol=2e-5, rtol=0)
     alone = torch.cat([augmentation.finish(crops[i : i + 1], u[i : i + 1]) for i in range(40)])
     torch.testing.assert_close(augmentation.finish(crops, u), alone, atol=1e-6, rtol=0)
+
+
+# ---------------------------------------------------------------- the loss and the search in one pass
+
+
+def unit(n, C, seed):
+    return F.normalize(torch.randn(n, C, generator=torch.Generator().manual_seed(seed)), dim=1)
+
+
+@pytest.mark.parametrize("chunk", [7, None])
+def test_softmax_in_one_pass_is_that_of_whole_logits(chunk):
+    """Value and gradient of the queue's losses against the forms that take logits; the queue may change before backward."""
+    N, K, T = 6, 50, 0.2
+    q, k, hard, queue = unit(N, 8, 0).requires_grad_(), unit(N, 8, 1), unit(N, 8, 2), unit(K, 8, 3)
+    absent = torch.randint(K + 1, (N, 9), generator=torch.Generator().manual_seed(4))  # K: none; some twice
+    mask = torch.zeros(N, K + 1, dtype=torch.bool).scatter_(1, absent, True)[:, :K]
+    own = (q * k).sum(1, keepdim=True) / T
+    logits = [(x @ queue.T / T).masked_fill(mask, -torch.inf) for x in (q, hard)]
+    want = [multi_positive_nce(own, logits[0]), multi_positive_mean_log(own, logits[0]), hard_positive_kl(logits[1], logits[0])]
+    lse, top, lse_h, mean_h = softmax_over(q, queue, T, hard=hard, absent=absent, chunk=chunk)
+    mine = [form(own, lse[:, None]) for form in (multi_positive_nce, multi_positive_mean_log)] + [linear_kl(q, lse, hard, lse_h, mean_h, T)]
+    torch.testing.assert_close(top, logits[0].amax(1))
+    grads = [torch.autograd.grad(loss, q, retain_graph=True)[0] for loss in want]
+    queue.zero_()
+    for loss, grad, other in zip(want, grads, mine):
+        torch.testing.assert_close(loss, other, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(grad, torch.autograd.grad(other, q, retain_graph=True)[0], atol=1e-5, rtol=1e-4)
+
+
+KERNELS = """
+import torch
+from moco_isl.mining import fused, kernels, neighbors
+from moco_isl.mining.kernels import Tile
+
+unit = lambda n, C: torch.nn.functional.normalize(torch.randn(n, C), dim=1)
+torch.manual_seed(0)
+kernels.softmax_tile, kernels.search_tile = lambda C: Tile(16, 32, 1, 1), lambda C: Tile(16, 64, 1, 1)
+f, rows = unit(20, 24), unit(300, 24)
+absent = torch.randint(301, (10, 40))
+absent[3] = torch.arange(300)[:40]  # a whole tile
+fused.check_kernels(kernels, f, rows, absent)
+Off = type("Off", (), {**vars(kernels), "softmax_pass": lambda f, rows, T, absent: kernels.softmax_pass(f, rows, T)})
+try:
+    fused.check_kernels(Off, f, rows, absent)
+except ArithmeticError as error:
+    print(error)
+rows = unit(800, 24)  # 13 groups
+rows[400:424] = rows[:24] + 3e-4 * torch.randn(24, 24)  # float16 takes them for equal
+rows[::64] = rows[0]  # equal rows in more groups than are looked into
+rows = torch.nn.functional.normalize(rows, dim=1)
+own = torch.arange(24)
+for dtype in (torch.float32, torch.float16):
+    cosine, row = neighbors._topk_fused(kernels, rows[:24], rows.to(dtype), 2, own, None)
+    wanted = neighbors.topk(rows[:24], rows.to(dtype), 2, own)
+    print((cosine - wanted[0]).abs().max().item() < 1e-6, torch.equal(row[1:], wanted[1][1:]))
+print(fused.search(kernels, rows[:4], rows, 2, own[:4])[2].tolist())
+"""
+
+
+def test_kernels_equal_the_plain_forms():
+    """In Triton's interpreter, in a process of its own: it has to be chosen before Triton is imported."""
+    pytest.importorskip("triton")
+    run = subprocess.run([sys.executable, "-c", KERNELS], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-3000:]
+    caught, *equal, sure = run.stdout.splitlines()
+    assert "lse is off" in caught and equal == ["True True"] * 2 and sure == "[False, True, True, True]", run.stdout
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("C", [64, 128, 256])
+def test_kernels_work_on_this_gpu(C):
+    fused._seen_to_work.cache_clear()
+    f, rows = unit(512, C, 0).cuda(), unit(70_000, C, 1).cuda()
+    kernels = fused.kernels_for(rows)
+    assert kernels is not None, "they were left out: see the warning"
+    fused.check_kernels(kernels, f, rows, torch.randint(70_001, (256, 66), device="cuda"))
+    own = torch.arange(512, device="cuda")
+    cosine, row = neighbors.topk(rows[:512], rows, 10, own)
+    wanted = neighbors._topk_plain(rows[:512], rows, 10, own, None, None)
+    assert torch.equal(row, wanted[1]) and torch.allclose(cosine, wanted[0], atol=1e-6)
