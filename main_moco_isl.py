@@ -23,6 +23,7 @@ from moco_isl.mining.cluster import ClusterMiner
 from moco_isl.mining.diffusion import DiffusionMiner
 from moco_isl.mining.entropy import EntropyMiner
 from moco_isl.mining.miners import GANMiner, KNNMiner, NoMiner, one_line
+from moco_isl.rotation import Rotations
 from moco_isl.training import cli, engine, fast, options, resume
 from moco_isl.training.meters import Progress
 from moco_isl.training.options import check_args
@@ -113,7 +114,7 @@ class Run:
         self.dataset, self.M = dataset, len(dataset)
         self.transform = data.get_eval_transform(args.dataset, size)
         self.ordered = {"batch_size": args.batch_size, "workers": workers, "device": device}
-        views = 1 if args.objective == "bank" and not args.isl_hpe else 2
+        views = 2 if args.objective == "queue" or args.objective == "bank" and args.isl_hpe else 1
         augmentation = data.get_augmentation(args.dataset, aug_plus=args.aug_plus, size=size, on_device=args.on_device)
         self.loader = data.train_loader(dataset, augmentation=augmentation, batch_size=args.batch_size, seed=args.seed, workers=workers, device=device,
                                         multiple=args.bn_splits, max_bad_images=args.max_bad_images, views=views)
@@ -132,8 +133,9 @@ class Run:
         self.fused = args.fast and self.device.type == "cuda"
         self.optimizer = fast.sgd(self.model.parameters(), args.lr, args.momentum, args.weight_decay, self.fused)  # all parameters, as MoCo's file has it
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.amp == "fp16")
-        self.isl = ISL(self.model, self.M, P=args.isl_max_positives, form=args.isl_loss, hpe=args.isl_hpe, bank_mix=args.isl_bank_mix, symmetric=args.symmetric,
-                       seed=args.seed, bank_dtype=torch.float16 if args.isl_half_bank else torch.float32, fast=args.fast)
+        self.isl = Rotations(self.model, self.M) if args.objective == "rotnet" else ISL(
+            self.model, self.M, P=args.isl_max_positives, form=args.isl_loss, hpe=args.isl_hpe, bank_mix=args.isl_bank_mix, symmetric=args.symmetric,
+            seed=args.seed, bank_dtype=torch.float16 if args.isl_half_bank else torch.float32, fast=args.fast)
         if args.compile:
             fast.compile_encoders(self.model, args.batch_size // dist.world_size())
         self.miner = build_miner(args)
@@ -303,6 +305,8 @@ def build_model(args: argparse.Namespace, size: int) -> torch.nn.Module:
 
     if args.objective == "queue":
         return builder.MoCo(base_encoder, args.moco_dim, args.moco_k, args.moco_m, args.moco_t, args.mlp)
+    if args.objective == "rotnet":
+        return builder.Rotation(base_encoder, args.moco_dim, args.mlp)
     return builder.Instance(base_encoder, args.moco_dim, args.moco_t, args.mlp)
 
 

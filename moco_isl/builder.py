@@ -124,10 +124,28 @@ class Instance(nn.Module):
     forward = encode
 
 
+class Rotation(nn.Module):
+    """The query encoder and a classifier of rotations on its output, for the rotnet objective."""
+
+    def __init__(self, base_encoder: Callable[..., nn.Module], dim: int = 128, mlp: bool = False):
+        super().__init__()
+        self.encoder_q = base_encoder(num_classes=dim)
+        if mlp:
+            add_mlp(self.encoder_q)
+        self.classifier = nn.Linear(dim, 4)
+
+    def encode(self, image: torch.Tensor) -> torch.Tensor:
+        """Images [N, 3, S, S] -> logits [4N, 4] of the N as they are, then turned by 90, 180 and 270 degrees."""
+        turned = torch.cat([torch.rot90(image, quarter, (2, 3)) for quarter in range(4)])
+        return self.classifier(F.relu(self.encoder_q(turned)))
+
+    forward = encode
+
+
 class Encode(nn.Module):
     """`model.encode` as a `forward`, which is what DistributedDataParallel wants to wrap."""
 
-    def __init__(self, model: MoCo | Instance):
+    def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
 

@@ -52,7 +52,7 @@ class ISL:
         self.P, self.form, self.hpe, self.mask, self.symmetric, self.active = P, form, hpe, mask, symmetric, active
         self.bank_mix = bank_mix if bank_mix is not None else (1.0 if self.queue_objective else 0.5)
         self.fast = fast
-        self.encode = encode or _distributed_encode(model)
+        self.encode = encode or distributed_encode(model)
         device = next(model.parameters()).device
         self.bank, self.slots = FeatureBank(device, bank_dtype), None
         if self.queue_objective:
@@ -185,7 +185,8 @@ class ISL:
             self.slots.load_state_dict(state["slots"])
 
 
-def _distributed_encode(model: MoCo | Instance) -> Callable:
+def distributed_encode(model: torch.nn.Module) -> Callable:
+    """`model.encode`, which averages gradients over the ranks where there are any."""
     if dist.world_size() == 1:
         return model.encode
     encode = Encode(model)

@@ -8,7 +8,7 @@ EVERYWHERE = {"errors", "dist", "__version__"}
 FLOORS = [
     {"builder", "loader", "encoders"},  # what MoCo has
     {"mining"},  # what ISL adds to a round
-    {"isl", "losses", "bank"},  # what ISL adds to a step
+    {"isl", "losses", "bank", "rotation"},  # what ISL adds to a step
     {"data"},  # what comes in
     {"training", "checkpoint"},  # how it runs
     {"evaluation", "export", "report"},  # how good it is

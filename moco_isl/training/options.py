@@ -66,7 +66,8 @@ def get_parser(description: str) -> cli.Parser:
     cli.add_switch(group, "--on-device", default=None, help="augment on the device: small images are held there whole, of photos the workers only decode and crop")
 
     group = parser.add_argument_group("ISL: the loss")
-    group.add_argument("--objective", choices=("queue", "bank"), default="queue", help="queue: MoCo. bank: the paper's softmax over all images, small data sets")
+    group.add_argument("--objective", choices=("queue", "bank", "rotnet"), default="queue", help="queue: MoCo. bank: the paper's softmax over all images. rotnet: "
+                       "which way up an image is, to compare with")
     group.add_argument("--isl-loss", choices=("logsum", "meanlog"), default="logsum", help="logsum: Eq. 5, forgiving. meanlog: learns most from clean sets, and "
                        "suffers most from wrong ones")
     group.add_argument("--isl-hpe", type=float, default=0.5, metavar="w", help="weight of hard positive enhancement, Eq. 6 (0.5); 0 turns it off")
@@ -122,8 +123,9 @@ def check_args(args: argparse.Namespace) -> None:
     cli.check(args.batch_size % (ranks * args.bn_splits) == 0, f"--batch-size {args.batch_size} does not divide into {ranks} ranks x {args.bn_splits} batch norm splits: "
               f"use a multiple of {ranks * args.bn_splits}")
     keys = args.batch_size * (2 if args.symmetric else 1)
-    cli.check(args.objective == "bank" or args.moco_k >= keys, f"--moco-k {args.moco_k} is smaller than the {keys} keys of one step: use at least that")
+    cli.check(args.objective != "queue" or args.moco_k >= keys, f"--moco-k {args.moco_k} is smaller than the {keys} keys of one step: use at least that")
     cli.check(args.objective == "queue" or not args.symmetric, "--symmetric belongs to --objective queue")
+    cli.check(args.objective != "rotnet" or args.miner == "none", "--objective rotnet has no use for positives: leave --miner none")
     cli.check(args.isl_gan_min_iters <= args.isl_gan_iters, f"--isl-gan-min-iters {args.isl_gan_min_iters} is more than --isl-gan-iters {args.isl_gan_iters}")
     for name, value in fast.defaults(args.fast, cuda=args.device != "cpu" and torch.cuda.is_available()).items():
         if getattr(args, name) is None:
