@@ -1,12 +1,13 @@
 """Every method of the paper's comparison on the embedded digits, in the demo's setting, as one table.
 
-    python -m benchmarks.methods        # 3 seeds, a process a core
+    python -m benchmarks.methods                # 3 seeds, a process a core
+    python -m benchmarks.methods --go-on        # after an interruption: runs that ended are not run again
 
 Each objective is trained for 60 epochs without mining, then continued for 60 equal ones with each miner: a round every 20 epochs,
 10 positives an image. Queue objective: MoCo v2, positives by the mean of logs, as in `make demo`. Bank objective: Instance, Eq. 5,
 without and with hard positive enhancement (HPE, Eq. 6), no MLP head, as the paper. Its SGD has no momentum here: with 12 steps an epoch
 the random rows of the first epochs otherwise draw all features into one point, and the loss stays at log M.
-Writes benchmarks/results/methods_digits.json; runs go to runs/methods/.
+RotNet: 60 epochs. Writes benchmarks/results/methods_digits.json; runs go to runs/methods/.
 """
 
 import argparse
@@ -15,7 +16,6 @@ import json
 import multiprocessing
 import os
 import platform
-import resource
 import shutil
 import statistics
 import sys
@@ -37,39 +37,48 @@ FAMILIES = {  # what it is called without mining, flags of its start, flags of w
     "bank": ("Instance", *([*BANK, "--isl-hpe", "0", *lr] for lr in BANK_LR)),
     "bank-hpe": ("Instance + HPE", *([*BANK, "--isl-hpe", "0.5", *lr] for lr in BANK_LR)),
 }
+STARTS = {**{family: flags for family, (_, flags, _) in FAMILIES.items()}, "rotnet": ["--objective", "rotnet", "--no-mlp"]}
 MINERS = {"gan": "ISL (gan)", "cluster": "LA (cluster)", "diffusion": "PAD (diffusion)", "entropy": "AND (entropy)", "knn": "nearest (knn)",
           "none": "no mining"}  # the longest first, so that processes end together  # fmt: skip
 
 
 def one_run(family: str, miner: str | None, seed: int) -> dict:
     """Figures of one run: of the 60 epochs that all others of a family start from (miner None), or of 60 more."""
+    name = f"{family}-{miner or 'start'}"
+    done = OUT / f"{name}-{seed}.json"
+    if done.exists():
+        return json.loads(done.read_text())
     torch.set_num_threads(1)
-    name, (_, start_flags, flags) = f"{family}-{miner or 'start'}", FAMILIES[family]
-    train, val = data.build_dataset("digits"), data.build_dataset("digits", split="val")
+    shutil.rmtree(demo.run_folder(name, seed, OUT), ignore_errors=True)
     if miner is None:
-        flags = [*demo.PRETRAIN, *start_flags]
+        flags = [*demo.PRETRAIN, *STARTS[family]]
     else:
         init = demo.run_folder(f"{family}-start", seed, OUT) / "checkpoint_last.pth.tar"
-        flags = [*demo.CONTINUE, "--init", str(init), "--miner", miner, *(demo.MINING if miner != "none" else []), *flags]
-    start = time.time()
+        flags = [*demo.CONTINUE, "--init", str(init), "--miner", miner, *(demo.MINING if miner != "none" else []), *FAMILIES[family][2]]
+    train, val = data.build_dataset("digits"), data.build_dataset("digits", split="val")
+    start, cpu = time.time(), time.process_time()
     with open(OUT / f"{name}-{seed}.log", "w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         encoder, rounds = demo.pretrain(name, seed, *flags, folder=OUT)
-    return demo.judge(encoder, train, val) | demo.mined(rounds) | {"seconds": time.time() - start}
+    figures = demo.judge(encoder, train, val) | demo.mined(rounds) | {"seconds": time.time() - start, "cpu_seconds": time.process_time() - cpu}
+    done.write_text(json.dumps(figures))
+    return figures
 
 
 def grid(seeds: int, processes: int) -> list[dict[str, dict]]:
     """One dict of row -> figures a seed."""
     found = {}
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        for miners in ([None], list(MINERS)):  # all starts first
-            jobs = [(family, miner, seed) for miner in miners for family in FAMILIES for seed in range(seeds)]
+        starts = [(family, None, seed) for family in STARTS for seed in range(seeds)]
+        others = [(family, miner, seed) for miner in MINERS for family in FAMILIES for seed in range(seeds)]
+        for jobs in (starts, others):
             for job, figures in zip(jobs, pool.map(one_run, *zip(*jobs))):
                 found[job] = figures
                 print(f"{' '.join(map(str, job))}: kNN {figures['knn']:.1f}, 1-shot {figures['one_shot']:.1f}, {figures['seconds']:.0f} s", flush=True)
     train, val = data.build_dataset("digits"), data.build_dataset("digits", split="val")
     tables = []
     for seed in range(seeds):
-        rows = {"raw pixels": demo.judge(None, train, val), "Random (untrained)": demo.judge(demo.untrained(seed), train, val)}
+        rows = {"raw pixels": demo.judge(None, train, val), "Random (untrained)": demo.judge(demo.untrained(seed), train, val),
+                "RotNet, 60 epochs": found["rotnet", None, seed]}  # fmt: skip
         for family, (title, *_) in FAMILIES.items():
             rows[f"{title}, 60 epochs"] = found[family, None, seed]
             for miner in reversed(MINERS):
@@ -98,20 +107,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs side by side (a process a core)")
+    parser.add_argument("--go-on", action="store_true", help="keep the runs that have ended")
     parser.add_argument("--result", type=Path, default=RESULT, metavar="FILE.json")
     args = parser.parse_args()
-    start, before = time.time(), os.getloadavg()[0]
-    shutil.rmtree(OUT, ignore_errors=True)
-    OUT.mkdir(parents=True)
+    start, load = time.time(), os.getloadavg()[0]
+    if not args.go_on:
+        shutil.rmtree(OUT, ignore_errors=True)
+    OUT.mkdir(parents=True, exist_ok=True)
     seeds = grid(args.seeds, args.processes)
-    usage, seconds = resource.getrusage(resource.RUSAGE_CHILDREN), time.time() - start
-    facts = {"command": "python -m benchmarks.methods " + " ".join(sys.argv[1:]), "seconds": seconds, "cpu_seconds": usage.ru_utime + usage.ru_stime,
-             "load_before": before, "device": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores", "torch": torch.__version__,
+    seconds, cpu_seconds = time.time() - start, sum(row.get("cpu_seconds", 0) for rows in seeds for row in rows.values())
+    facts = {"command": "python -m benchmarks.methods " + " ".join(sys.argv[1:]), "seconds": seconds, "cpu_seconds": cpu_seconds,
+             "load_before": load, "device": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores", "torch": torch.__version__,
              "n": args.seeds, "seeds": seeds}  # fmt: skip
     args.result.parent.mkdir(parents=True, exist_ok=True)
     args.result.write_text(json.dumps(facts, indent=1) + "\n")
     print(f"\nUCI digits, 1,437 images to train on, 360 held out; n = {args.seeds} seeds, mean ± standard deviation; {seconds:.0f} s, "
-          f"{facts['cpu_seconds']:.0f} s of CPU time\n\n{demo.table(seeds)}\n")
+          f"{cpu_seconds:.0f} s of CPU time in all runs\n\n{demo.table(seeds)}\n")
     print(f"Points over the same 60 epochs without mining, kNN / 1-shot, paired by seed:\n\n{gains(seeds)}\n\nWritten to {args.result}")
 
 
