@@ -49,7 +49,7 @@ def find(folder: Path, everything: bool) -> list[Entry]:
     files = (
         [folder / report.RECORDS]
         if (folder / report.RECORDS).exists() and not everything
-        else sorted(folder.rglob(report.RECORDS))
+        else sorted(folder.rglob(report.RECORDS), key=lambda f: (len(f.parts), f))
     )
     if not files:
         raise BadInput(f"no {report.RECORDS} in '{folder}': expected the folder that submit.py or sweep.py printed")
