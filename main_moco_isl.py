@@ -203,7 +203,10 @@ class Run:
     @torch.no_grad()
     def refill_queue(self) -> None:
         """Fill the queue from one feature pass of the key encoder: random images, each as often as the queue is longer than the data set."""
-        rows = self.features(self.model.encoder_k)
+        try:
+            rows = self.features(self.model.encoder_k)
+        except Interrupted:
+            raise Interrupted("before the first step, so there was nothing to save: give the same command again") from None
         order = torch.randperm(self.M, generator=torch.Generator().manual_seed(self.args.seed)).to(self.device)
         while (start := int(self.model.queue_ptr)) < self.args.moco_k:
             chosen = order[: self.args.moco_k - start]

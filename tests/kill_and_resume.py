@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tests.runs import DIGITS, MINED, STAGES, Kill, Running, differences, photos, random_kill, run
 
-LENGTH = ["--epochs", 3, "--isl-start", 1, "--knn-every", 2, "--save-every", 3]
+LENGTH = ["--epochs", 3, "--isl-start", 1, "--knn-every", 2, "--save-every", 3, "-p", 1]
 
 
 class Setting:
