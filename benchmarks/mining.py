@@ -51,8 +51,8 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 5, 10, 50])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-table", action="store_true", help="the round alone: no baselines, no second search")
-    parser.add_argument("--worst", type=int, metavar="W", help="the most work and memory a round can be: every candidate of every anchor joins, "
-                        "whatever the GAN and the watchdog say; only one of W shares of the anchors is mined, copies stand for the others")
+    parser.add_argument("--worst", type=int, metavar="W", help="the most work and memory a round can be: every candidate of every "
+                        "anchor joins, whatever GAN and watchdog say; one of W shares of the anchors is mined, copies stand for the others")
     parser.add_argument("--out", metavar="FILE.json", help="where to write all figures")
     return parser
 
@@ -178,8 +178,9 @@ def main() -> int:
         features, labels = load(args)
         kind = GANMiner if args.worst is None else partial(WorstCase, args.worst)
         miner = kind(args.budget, iters=args.iters, min_iters=args.min_iters, lam=args.lam, threshold=args.threshold, radius=args.radius)
-        name = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-        print(f"M = {len(features):,}, C = {features.shape[1]}, {features.dtype}, on {name}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+        name = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{platform.machine()}, {os.cpu_count()} cores"
+        print(f"M = {len(features):,}, C = {features.shape[1]}, {features.dtype}, on {name}, {torch.get_num_threads()} threads, "
+              f"torch {torch.__version__}")  # fmt: skip
         start, cpu = time.perf_counter(), time.process_time()
         _, reports = rounds(args, miner, features, labels)
         rows = {} if args.no_table else table(args, miner, features, labels)
@@ -191,9 +192,10 @@ def main() -> int:
         show(rows, args.sizes)
     print(f"all in {seconds:.0f} s ({cpu:.0f} s of CPU time)")
     if args.out:
-        facts = {"command": shlex.join(["python", "-m", "benchmarks.mining", *sys.argv[1:]]), "device": name, "cores": os.cpu_count(),
-                 "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(), "M": len(features),
-                 "C": features.shape[1], "sizes": args.sizes, "rounds": reports, "table": rows, "seconds": seconds, "cpu_seconds": cpu}  # fmt: skip
+        facts = {"command": shlex.join(["python", "-m", "benchmarks.mining", *sys.argv[1:]]), "device": name,
+                 "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__,
+                 "python": platform.python_version(), "M": len(features), "C": features.shape[1], "sizes": args.sizes,
+                 "rounds": reports, "table": rows, "seconds": seconds, "cpu_seconds": cpu}  # fmt: skip
         Path(args.out).write_text(json.dumps(facts, indent=1) + "\n")
     return 0
 

@@ -7,9 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from moco_isl.errors import BadInput, Interrupted, RunFailed
-from moco_isl.mining import PositiveSets
-from moco_isl.mining import gan
-from moco_isl.mining.gan import Discriminator, Generator, GANSettings, collapse, discriminator_loss, fit_gan, generator_loss
+from moco_isl.mining import PositiveSets, gan
+from moco_isl.mining.gan import Discriminator, GANSettings, Generator, collapse, discriminator_loss, fit_gan, generator_loss
 from moco_isl.mining.triplets import TripletSampler, training_search
 
 
@@ -112,8 +111,7 @@ def test_losses_equal_eq_1_written_out(lam):
     D, (a, p, n, x) = Discriminator(8), (rows(6, seed=s) for s in range(4))
     loss_D = loss_G = 0.0
     for i in range(6):
-        score = lambda *triplet: D(*(f[i:i + 1] for f in triplet)).sigmoid().item()
-        real, as_p, as_n = score(a, p, n), score(a, x, n), score(a, p, x)
+        real, as_p, as_n = (D(*(f[i:i + 1] for f in triplet)).sigmoid().item() for triplet in ((a, p, n), (a, x, n), (a, p, x)))
         loss_D -= (math.log(real) + math.log(1 - as_p) / (1 + lam) + lam / (1 + lam) * math.log(1 - as_n)) / 6
         loss_G -= (math.log(as_p) / (1 + lam) + lam / (1 + lam) * math.log(as_n)) / 6
     assert discriminator_loss(D, a, p, n, x, lam).item() == pytest.approx(loss_D, abs=1e-5)
@@ -267,3 +265,33 @@ def test_training_search_is_near_enough():
                    .draw_negatives(torch.arange(500), 3) for s in (None, search))
     hardness = lambda n: (features[:500] * features[n]).sum(1)
     assert float((hardness(exact) - hardness(fast)).max()) < 0.01
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_captured_iteration_trains_and_draws_anew():
+    features = clusters(3000).cuda()
+    sets = some_sets(3000, 2000).to("cuda")
+    trainer = gan._Trainer(features, sets, GANSettings(batch=100), None, seed=0)
+    for _ in range(3):
+        trainer.step()
+    trainer.capture()
+    trainer.read_losses(1)
+    seen, weights = [], trainer.weights()
+    drawn = trainer.generator.get_state()
+    for _ in range(20):
+        trainer.run()
+        seen.append(int(trainer.cursor))
+    assert seen == [(300 + 100 * (i + 1)) % 3000 for i in range(20)]
+    assert not torch.equal(drawn, trainer.generator.get_state())  # replays move the generator on
+    losses = trainer.read_losses(20)
+    assert 0.1 < losses["loss_D"] < 5 and 0.1 < losses["loss_G"] < 5
+    after = trainer.weights()
+    assert all(not torch.equal(x, after[net][name]) for net in ("G", "D") for name, x in weights[net].items())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_fit_on_a_gpu_spreads_as_on_the_cpu():
+    settings = GANSettings(iters=1500, min_iters=1500, batch=64, lr=1e-3)
+    fits = [fit_gan(clusters(400).to(device), PositiveSets.empty(400, device), settings, seed=0) for device in ("cpu", "cuda")]
+    assert not fits[0].why and not fits[1].why
+    assert abs(fits[0].report["cos_anchor"] - fits[1].report["cos_anchor"]) < 0.1

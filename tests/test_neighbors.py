@@ -39,7 +39,7 @@ def test_topk_equals_the_whole_matrix(k, limit, exclude, monkeypatch):
 
 def test_topk_orders_equal_rows_by_index():
     bank = rows(5).repeat(40, 1)  # rows i, i + 5, i + 10, ... are the same
-    cosine, index = topk(bank[:5], bank, 6)
+    _, index = topk(bank[:5], bank, 6)
     assert [sorted(row) == row and len({j % 5 for j in row}) == 1 for row in index.tolist()] == [True] * 5
 
 

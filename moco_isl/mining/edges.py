@@ -49,18 +49,14 @@ def settle(features: Tensor, found: Edges, old: PositiveSets, rules: Rules) -> t
     lower, higher, (sureness, weight) = distinct_edges(M, found.src, found.dst, [found.sureness, found.weight], undirected=True)
     new = len(lower)
     was = distinct_edges(M, old.sources(), old.members, [old.sureness, old.weights], undirected=True)
-    if rules.keep:
-        was_sureness = torch.full_like(was[2][0], torch.inf)  # above everything new
-    elif new:
-        was_sureness = _judge(features, (lower, higher, sureness), was[:2], rules.floor)
-    else:
-        was_sureness = was[2][0]
+    was_sureness = was[2][0] if rules.keep or not new else _judge(features, (lower, higher, sureness), was[:2], rules.floor)
     weight = torch.ones_like(sureness) if weight is None else weight
     in_old = torch.cat([torch.zeros(new, device=lower.device), torch.ones(len(was[0]), device=lower.device)])
     lower, higher, (sureness, weight, in_old) = distinct_edges(
         M, torch.cat([lower, was[0]]), torch.cat([higher, was[1]]),
         [torch.cat([sureness, was_sureness]), torch.cat([weight, was[2][1]]), in_old], undirected=True)
-    chosen = _choose(lower, higher, sureness, M, rules)
+    rank_by = torch.where(in_old > 0, torch.inf, sureness) if rules.keep else sureness
+    chosen = _choose(lower, higher, rank_by, M, rules)
     sets = PositiveSets.from_edges(M, lower[chosen], higher[chosen], weight[chosen], sureness=sureness[chosen])
     stayed = int(in_old[chosen].sum(dtype=torch.float64))
     return sets, {"edges_found": 2 * new, "edges_added": 2 * (len(chosen) - stayed), "edges_dropped": 2 * (len(was[0]) - stayed)}

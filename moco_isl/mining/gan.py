@@ -5,12 +5,12 @@ Letters: M images, C feature dimension, N batch of anchors, B images of the prob
 
 import math
 import time
-from dataclasses import dataclass
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import nn
 
 from moco_isl.errors import RunFailed
 from moco_isl.mining.neighbors import topk

@@ -10,7 +10,7 @@ import torch
 from moco_isl import dist
 from moco_isl.errors import BadInput, Interrupted, RunFailed
 from moco_isl.mining.edges import Edges, Rules
-from moco_isl.mining.gan import Discriminator, GANFit, GANSettings, Generator, collapse, fit_gan, proxy_statistics
+from moco_isl.mining.gan import Discriminator, GANFit, GANSettings, Generator, collapse, fit_gan
 from moco_isl.mining.neighbors import topk
 from moco_isl.mining.positives import PositiveSets
 from moco_isl.mining.rounds import RoundMiner, Tick, block_size, over_blocks
