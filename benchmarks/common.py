@@ -1,0 +1,228 @@
+"""What every benchmark shares: timing, the machine's own ceilings, the table on the screen and the file beside it.
+
+A benchmark writes benchmarks/results/<name>-<device>.json; `python -m benchmarks.results` makes RESULTS.md of them all:
+
+    name, title, command, date, commit, device {kind, name, cores, threads, load, memory_gib}, versions {python, torch, ...},
+    rows: [{what, value, unit, low, high, n, ...}], notes: [text]
+
+`value` is the median of n repeats, low and high their extremes, warm-up excluded. Of a row may be said: bar, goal (in its unit, what is to be
+reached), ratio and of (how many times as fast as the row named), images_per_s, memory_gib, floor.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+# ---------------------------------------------------------------- time
+
+
+@dataclass
+class Timing:
+    """Seconds of one call: all repeats."""
+
+    seconds: list[float]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    def row(self, what: str, unit: str = "ms", **more) -> dict:
+        scale = {"ms": 1e3, "s": 1.0, "us": 1e6}[unit]
+        return {"what": what, "value": self.median * scale, "unit": unit, "low": min(self.seconds) * scale, "high": max(self.seconds) * scale,
+                "n": len(self.seconds), **more}  # fmt: skip
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def once(fn: Callable[[], object], device: torch.device, inner: int = 1, cpu_time: bool = False) -> float:
+    """Seconds of one of `inner` calls in a row; cpu_time: of all threads of this process instead of the wall's."""
+    clock = time.process_time if cpu_time else time.perf_counter
+    synchronize(device)
+    start = clock()
+    for _ in range(inner):
+        fn()
+    synchronize(device)
+    return (clock() - start) / inner
+
+
+def timed(fn: Callable[[], object], device: torch.device, repeats: int = 5, warmup: int = 2, inner: int = 1, cpu_time: bool = False) -> Timing:
+    for _ in range(warmup):
+        fn()
+    return Timing([once(fn, device, inner, cpu_time) for _ in range(repeats)])
+
+
+def in_turns(fns: dict[str, Callable[[], object]], device: torch.device, repeats: int = 5, warmup: int = 1, cpu_time: bool = False) -> dict[str, Timing]:
+    """Side by side: each once, then each again. What else the machine does then falls on all of them alike."""
+    for fn in fns.values():
+        for _ in range(warmup):
+            fn()
+    rounds = [{name: once(fn, device, cpu_time=cpu_time) for name, fn in fns.items()} for _ in range(repeats)]
+    return {name: Timing([r[name] for r in rounds]) for name in fns}
+
+
+def exponent(sizes: list[int], seconds: list[float]) -> float:
+    """b of seconds ~ size^b, least squares."""
+    return statistics.linear_regression([math.log(x) for x in sizes], [math.log(x) for x in seconds]).slope
+
+
+# ---------------------------------------------------------------- ceilings
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, side: int = 8192) -> float:
+    """FLOP/s of a product of square matrices of random numbers."""
+    side = side if device.type == "cuda" else 1024
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    return 2 * side**3 / timed(lambda: a @ b, device, repeats=5, warmup=3, inner=5 if device.type == "cuda" else 2).median
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes/s, read and written, of a copy far larger than any cache."""
+    x = torch.empty(2**30 if device.type == "cuda" else 2**27, dtype=torch.uint8, device=device).random_()
+    y = torch.empty_like(x)
+    return 2 * x.numel() / timed(lambda: y.copy_(x), device, repeats=5, warmup=2).median
+
+
+def peak_gib(device: torch.device, reset: bool = False) -> float | None:
+    """Peak memory of the GPU since the last reset; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    peak = torch.cuda.max_memory_allocated(device) / 2**30
+    if reset:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    return peak
+
+
+# ---------------------------------------------------------------- the result
+
+
+def slug(device: torch.device) -> str:
+    """h200, cpu, ... : what result files are named after."""
+    return torch.cuda.get_device_name(device).lower().removeprefix("nvidia ").replace(" ", "-") if device.type == "cuda" else "cpu"
+
+
+def machine(device: torch.device) -> dict:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    facts = {"kind": device.type, "name": _cpu_name(), "cores": cores, "threads": torch.get_num_threads(), "load": round(os.getloadavg()[0], 1)}
+    if device.type == "cuda":
+        facts |= {"name": torch.cuda.get_device_name(device), "cpu": _cpu_name(), "memory_gib": torch.cuda.get_device_properties(device).total_memory / 2**30}
+    return facts
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def versions() -> dict:
+    found = {"python": platform.python_version()}
+    for name in ("torch", "torchvision", "triton", "pillow", "lightly", "kornia"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            pass
+    return found
+
+
+def commit() -> str | None:
+    done = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    return done.stdout.strip() or None
+
+
+class Result:
+    """Rows of one benchmark, shown as they come and written at the end."""
+
+    def __init__(self, name: str, title: str, device: torch.device):
+        self.name, self.title, self.device = name, title, device
+        self.rows: list[dict] = []
+        self.notes: list[str] = []
+        print(f"\n{title}, on {machine(device)['name']}", flush=True)
+
+    def add(self, row: dict, of: str | None = None) -> dict:
+        """Keep and print a row; of: the row that it is compared with, in the same unit."""
+        if of is not None:
+            row |= {"ratio": self[of]["value"] / row["value"], "of": of}
+        self.rows.append(row)
+        print("  " + in_words(row), flush=True)
+        return row
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+        print("  " + text, flush=True)
+
+    def __getitem__(self, what: str) -> dict:
+        return next(row for row in self.rows if row["what"] == what)
+
+    def write(self, folder: Path | str | None = None) -> Path:
+        facts = {"name": self.name, "title": self.title, "command": shlex.join(["python", "-m", *_module(), *sys.argv[1:]]),
+                 "date": datetime.date.today().isoformat(), "commit": commit(), "device": machine(self.device), "versions": versions(),
+                 "rows": self.rows, "notes": self.notes}  # fmt: skip
+        path = Path(folder or RESULTS) / f"{self.name}-{slug(self.device)}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(facts, indent=1) + "\n")
+        return path
+
+
+def _module() -> list[str]:
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return [spec.name.removesuffix(".__main__")] if spec else [Path(sys.argv[0]).stem]
+
+
+def in_words(row: dict) -> str:
+    """One row as a line of text."""
+    text = f"{row['what']:<46}{short(row['value']):>9} {row['unit']:<9}"
+    if row.get("n", 1) > 1:
+        text += f" ({short(row['low'])} to {short(row['high'])}, n = {row['n']})"
+    for name, words in (("images_per_s", "{} img/s"), ("memory_gib", "{} GiB"), ("floor", "floor {}"), ("bar", "bar {}"), ("goal", "goal {}")):
+        if row.get(name) is not None:
+            text += "; " + words.format(short(row[name]))
+    return text + (f"; {row['ratio']:.2f}x {row['of']}" if row.get("ratio") else "")
+
+
+def short(x: float) -> str:
+    return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.3g}"
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """With the flags that all benchmarks have."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", type=torch.device)
+    parser.add_argument("--repeats", type=int, default=5, metavar="n", help="timings of each row; their median counts (5)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: as torch sees fit)")
+    parser.add_argument("--quick", action="store_true", help="the smallest sizes: to see that it runs")
+    parser.add_argument("--out", metavar="DIR", help="where the JSON goes (default: benchmarks/results; quick runs write none unless told)")
+    return parser
+
+
+def begin(args: argparse.Namespace) -> None:
+    if args.threads:
+        torch.set_num_threads(args.threads)
+
+
+def end(args: argparse.Namespace, *results: Result) -> None:
+    for result in results:
+        if result.rows and (args.out or not args.quick):
+            print(f"  written: {result.write(args.out)}")
