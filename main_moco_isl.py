@@ -7,6 +7,7 @@ A first try without any data:  python main_moco_isl.py --dataset digits -a digit
 """
 
 import argparse
+import copy
 import math
 import random
 import sys
@@ -263,13 +264,15 @@ class Run:
             self.end_of_epoch(epoch)
 
     def mine(self, epoch: int) -> None:
-        before = self.isl.positives
+        before, miner, generators = self.isl.positives, copy.deepcopy(self.miner.state_dict()), resume.rng_of_ranks(self.device)
         if self.args.isl_grow:
             self.miner.rules.budget = self.args.isl_budget * (self.isl.round + 1)
         try:
             features = self.features(self.model.encoder_k if self.isl.queue_objective else self.model.encoder_q)
             report = engine.mine_round(self.isl, self.miner, features, self.labels, self.args.seed, self.stop)
-        except Interrupted:
+        except Interrupted:  # as if this round had not begun
+            self.miner.load_state_dict(miner)
+            resume.restore_rng(generators, self.device)
             self.save()
             raise Interrupted(f"saved before the mining of epoch {epoch}: go on with --resume auto") from None
         cli.on_main(lambda: self.folder.save_round(self.isl.round, round_record(features, self.isl.positives, self.miner, before)))

@@ -87,22 +87,30 @@ def test_top_pairs_lowers_a_bound_guessed_too_high(monkeypatch):
         top_pairs(features, 44851)
 
 
-def test_baselines_equal_counting():
+@pytest.mark.parametrize("unknown", [0, 3])  # every third label is unknown, its pairs are not counted
+def test_baselines_equal_counting(unknown):
     M = 200
     features, labels = rows(M, 3), torch.arange(M) % 4
+    if unknown:
+        labels[::unknown] = -1
     sizes = [1, 2.5, 7]
     found = baselines(features, labels, sizes)
     scores = (features @ features.T).fill_diagonal_(-2)
     near = scores.sort(dim=1, descending=True)
-    same = labels[near.indices] == labels[:, None]
+
+    def share(pairs):
+        known = [(i, j) for i, j in pairs if labels[i] >= 0 and labels[j] >= 0]
+        return sum(int(labels[i] == labels[j]) for i, j in known) / len(known)
+
     for size, own in zip(sizes, found["own_nearest"]):
         whole, extra = int(size), round((size - int(size)) * M)
-        last = same[:, whole][near.values[:, whole].sort(descending=True).indices[:extra]]
-        assert own == pytest.approx(float(same[:, :whole].sum() + last.sum()) / (M * whole + extra))
+        last = near.values[:, whole].sort(descending=True).indices[:extra].tolist()
+        pairs = [(i, int(j)) for i in range(M) for j in near.indices[i, :whole]] + [(i, int(near.indices[i, whole])) for i in last]
+        assert own == pytest.approx(share(pairs))
     i, j = torch.triu_indices(M, M, 1)
     order = scores[i, j].sort(descending=True).indices
     for size, pairs in zip(sizes, found["all_pairs"]):
         best = order[:round(size * M / 2)]
-        assert pairs == pytest.approx(float((labels[i[best]] == labels[j[best]]).double().mean()))
+        assert pairs == pytest.approx(share(zip(i[best].tolist(), j[best].tolist())))
     assert found["sizes"] == [1, 2.5, 7]
     assert set(baselines(features, labels, [3], pairs=False)) == {"sizes", "own_nearest"}

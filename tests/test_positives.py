@@ -82,6 +82,9 @@ def test_counts_equal_loops():
     assert sets.in_degree().tolist() == [members.count(i) for i in range(M)]
     same = sum(labels[i] == labels[j] for i, row in enumerate(rows) for j, _, _ in row)
     assert sets.precision(labels) == pytest.approx(int(same) / len(members))
+    labels[::5] = -1  # unknown: not counted, though equal
+    known = [(i, j) for i, row in enumerate(rows) for j, _, _ in row if labels[i] >= 0 and labels[j] >= 0]
+    assert sets.precision(labels) == pytest.approx(sum(int(labels[i] == labels[j]) for i, j in known) / len(known))
     assert sets.sources().tolist() == [i for i, row in enumerate(rows) for _ in row]
 
 

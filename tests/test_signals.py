@@ -93,8 +93,7 @@ def test_ranks_agree_though_one_was_asked_and_has_fewer_batches():
 
 @pytest.mark.parametrize("name, stage, number, rank", [
     ("one process", "epoch", signal.SIGTERM, 0), ("one process", "GAN", signal.SIGUSR1, 0), ("one process", "mining", signal.SIGINT, 0), ("one process", "save", signal.SIGUSR2, 0),
-    ("two ranks", "epoch", signal.SIGTERM, 1), ("two ranks", "GAN", signal.SIGUSR2, 0), pytest.param(
-        "two ranks", "mining", signal.SIGUSR1, 1, marks=pytest.mark.xfail(strict=False, reason="seen once: the resumed run differs; the cause is not known yet")),
+    ("two ranks", "epoch", signal.SIGTERM, 1), ("two ranks", "GAN", signal.SIGUSR2, 0), ("two ranks", "mining", signal.SIGUSR1, 1),
 ])  # fmt: skip
 def test_a_signal_saves_leaves_with_75_and_the_run_goes_on_exactly(tmp_path, name, stage, number, rank):
     way, out, log = setting(name), tmp_path / "out", tmp_path / "log"

@@ -3,11 +3,13 @@
 Letters: M images, C feature dimension, k neighbours.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 
 from moco_isl.mining.neighbors import top_pairs, topk
+from moco_isl.mining.positives import same_label
 
 Tensor = torch.Tensor
 
@@ -18,29 +20,31 @@ def baselines(features: Tensor, labels: Tensor, sizes: Sequence[float] = (1, 5, 
 
     own_nearest: the k nearest of every image, as directed edges; a size between two integers takes the nearest of all
     of the next k's edges in order of similarity. all_pairs: the size * M / 2 most similar pairs of the whole data set,
-    each way an edge. features [M, C] unit rows, labels [M].
+    each way an edge. features [M, C] unit rows, labels [M], below 0 where
+    unknown: pairs with such an image are not counted.
     """
     M, labels = len(features), labels.to(features.device)
     sizes = [float(min(size, M - 1)) for size in sizes]
     anchors = torch.arange(M, device=features.device)
-    k = max(-int(-size // 1) for size in sizes)
-    cosine, near = topk(features, features, k, exclude=anchors, tick=tick)
-    correct = labels[near] == labels[:, None]  # [M, k]
-    own = [_own_precision(correct, cosine, size) for size in sizes]
-    result = {"sizes": sizes, "own_nearest": own}
+    cosine, near = topk(features, features, max(math.ceil(size) for size in sizes), anchors, tick=tick)
+    same = same_label(labels, near, anchors[:, None])  # [M, k]
+    result = {"sizes": sizes, "own_nearest": [_own_precision(same, cosine, size) for size in sizes]}
     if pairs:
         totals = [max(1, round(size * M / 2)) for size in sizes]
         _, a, b = top_pairs(features, max(totals), tick=tick)
-        hits = (labels[a] == labels[b]).double().cumsum(0)
-        result["all_pairs"] = [float(hits[total - 1] / total) for total in totals]
+        same = same_label(labels, a, b)
+        result["all_pairs"] = [_mean(same[:total]) for total in totals]
     return result
 
 
-def _own_precision(correct: Tensor, cosine: Tensor, size: float) -> float:
-    M, whole = len(correct), int(size)
-    hits, count = correct[:, :whole].sum(), M * whole
-    extra = round((size - whole) * M)
-    if extra:
-        hits = hits + correct[cosine[:, whole].topk(extra).indices, whole].sum()
-        count += extra
-    return float(hits) / max(count, 1)
+def _own_precision(same: Tensor, cosine: Tensor, size: float) -> float:
+    whole = int(size)
+    parts = [same[:, :whole].flatten()]
+    if extra := round((size - whole) * len(same)):
+        parts.append(same[cosine[:, whole].topk(extra).indices, whole])
+    return _mean(torch.cat(parts))
+
+
+def _mean(same: Tensor) -> float:
+    """Of what is known; 0 where nothing is."""
+    return float(same.double().nanmean().nan_to_num())

@@ -12,7 +12,7 @@ from moco_isl.errors import BadInput, Interrupted, RunFailed
 from moco_isl.mining.edges import Edges, Rules
 from moco_isl.mining.gan import Discriminator, GANFit, GANSettings, Generator, collapse, fit_gan
 from moco_isl.mining.neighbors import topk
-from moco_isl.mining.positives import PositiveSets
+from moco_isl.mining.positives import PositiveSets, same_label
 from moco_isl.mining.rounds import RoundMiner, Tick, block_size, over_blocks
 from moco_isl.mining.triplets import TripletSampler
 
@@ -114,13 +114,13 @@ class GANMiner(RoundMiner):
 
     def precision_at(self, labels: Tensor, sizes: Sequence[int]) -> list[float | None]:
         """Share of the images nearest to the last round's best proxies that have the anchor's label, at each of `sizes`,
-        whatever score and radius say; labels [M]. None where the round collapsed. Logged, never used. Every rank calls."""
+        whatever score and radius say; labels [M], below 0 where unknown. None where the round collapsed. Every rank calls."""
         if self.nearest is None:
             return [None] * len(sizes)
         anchors, near = self.nearest
-        correct = (labels[near] == labels[anchors][:, None]).double().sum(0)  # [remember]
-        correct = dist.all_reduce_sum(correct).cumsum(0) / len(labels)
-        return [float(correct[size - 1] / size) if size <= len(correct) else None for size in sizes]
+        same = same_label(labels, near, anchors[:, None])  # [n, remember]
+        correct, known = (dist.all_reduce_sum(x.double().sum(0)).cumsum(0) for x in (same.nan_to_num(), ~same.isnan()))
+        return [float(correct[size - 1] / known[size - 1].clamp(min=1)) if size <= len(known) else None for size in sizes]
 
     def fit(self, features: Tensor, positives: PositiveSets, seed: int, tick: Tick | None = None) -> GANFit:
         """G and D, fitted by rank 0 and equal on all ranks. What ends rank 0's fit is raised on all."""

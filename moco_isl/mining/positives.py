@@ -87,9 +87,11 @@ class PositiveSets:
         return torch.repeat_interleave(self.sizes(), output_size=self.num_edges)
 
     def precision(self, labels: Tensor) -> float:
-        """Share of edges whose two ends have the same label; NaN without edges. Logged, never used."""
-        labels = labels.to(self.device)
-        return float((labels[self.sources()] == labels[self.members]).double().mean())
+        """Share of edges whose two ends have the same label, labels [M]; NaN without edges. Logged, never used.
+
+        A label below 0 is an unknown one: edges to it and from it are not counted.
+        """
+        return float(same_label(labels.to(self.device), self.sources(), self.members).double().nanmean())
 
     def lookup(self, index: Tensor, P: int, turn: int = 0) -> tuple[Tensor, Tensor]:
         """index [N] -> positives [N, P] int64 and weights [N, P]; padding is the image itself at weight 0.
@@ -122,6 +124,12 @@ class PositiveSets:
     @classmethod
     def from_state(cls, state: dict[str, Tensor]) -> "PositiveSets":
         return cls(state["offsets"], state["members"], state["weights"], state["sureness"])
+
+
+def same_label(labels: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """labels [M], images a, b (shapes that broadcast) -> float32: 1 where labels agree, 0 where not, NaN where one is below 0."""
+    a, b = labels[a], labels[b]
+    return torch.where((a >= 0) & (b >= 0), (a == b).float(), torch.nan)
 
 
 def distinct_edges(M: int, src: Tensor, dst: Tensor, values: list[Tensor | None],

@@ -42,7 +42,7 @@ class RoundMiner:
     A miner of this kind writes find(features, positives, seed, tick) -> (edges of this rank's share, why). A `why` that
     is not empty refuses the round, and must be so on every rank; then the sets stay as they were. `find` may put figures
     of its own into self.report. By `over_blocks` and the seed, sets come out equal on every rank and for any number of
-    ranks.
+    ranks (with equally many threads each: a product's last bit may depend on them).
     """
 
     name = "miner"

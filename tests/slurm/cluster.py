@@ -348,7 +348,7 @@ class Cluster:
                 time.sleep(0.2)
         for pid in pids.values():
             _kill(pid, signal.SIGTERM)
-        while any(Path(f"/proc/{pid}").exists() for pid in pids.values()) and time.monotonic() < end + 15:
+        while any(_lives(pid) for pid in pids.values()) and time.monotonic() < end + 15:
             time.sleep(0.1)
         for pid in self.processes().values():
             _kill(pid, signal.SIGKILL)
@@ -359,6 +359,14 @@ def _kill(pid: int, number: int) -> None:
         os.kill(pid, number)
     except ProcessLookupError:
         pass
+
+
+def _lives(pid: int) -> bool:
+    """Whether a process is there, and more than a child of ours that has ended: such a one is let go."""
+    try:
+        return os.waitpid(pid, os.WNOHANG) == (0, 0)
+    except ChildProcessError:
+        return Path(f"/proc/{pid}").exists()
 
 
 def _proc(name: str):

@@ -161,7 +161,7 @@ def c03_devices(lab: Lab, board: Board):
 
 @scenario(smoke=True)
 def c04_usr2(lab: Lab, board: Board):
-    """4 scancel --signal USR2"""
+    """4, 15 scancel --signal USR2; and the finished run again"""
     job = lab.submit(faults=[HOLD])
     job.at("hold")
     job.signal()
