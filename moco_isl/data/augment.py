@@ -198,22 +198,29 @@ def _jitter_at_once(images: torch.Tensor, factors: torch.Tensor, order: torch.Te
     return images
 
 
-def _jitter_by_rows(images: torch.Tensor, factors: torch.Tensor, order: torch.Tensor, adjust=ADJUST) -> torch.Tensor:
-    """As `colour_jitter`, where a look at the values costs nothing: each operation on the images that are due for it."""
-    idle = (factors == torch.tensor([1.0, 1.0, 1.0, 0.0])).all(1).tolist()
-    for turn in order.T.tolist():
+def _jitter_by_rows(images, factors, order: list[list[int]], idle: list[bool], adjust=ADJUST) -> torch.Tensor:
+    """As `colour_jitter`, where a look at the values costs nothing: each operation on the images that are due for it.
+
+    idle: images that stay as they are.
+    """
+    for turn in zip(*order):
         for step, operation in enumerate(adjust):
             rows = [i for i, due in enumerate(turn) if due == step and not idle[i]]
-            images = _on_rows(images, rows, operation, factors[:, step])
+            if rows:
+                images = _on_rows(images, rows, operation, factors[:, step])
     return images
+
+
+def _which(flags: list[bool]) -> list[int]:
+    return [i for i, flag in enumerate(flags) if flag]
 
 
 def _on_rows(images: torch.Tensor, rows: list[int], operation, *factors: torch.Tensor) -> torch.Tensor:
     """images with operation(images, *factors) done on some of them."""
-    if len(rows) == len(images):
-        return operation(images, *factors)
     if not rows:
         return images
+    if len(rows) == len(images):
+        return operation(images, *factors)
     return images.index_copy(0, torch.tensor(rows), operation(images[rows], *(f[rows] for f in factors)))
 
 
@@ -223,7 +230,9 @@ def _looks_are_free(images: torch.Tensor) -> bool:
 
 def colour_jitter(images: torch.Tensor, factors: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     """factors [N, 4]: brightness, contrast, saturation (1: as it is), hue (0: as it is); order [N, 4]: their turns."""
-    return (_jitter_by_rows if _looks_are_free(images) else _jitter_at_once)(images, factors, order)
+    if _looks_are_free(images):
+        return _jitter_by_rows(images, factors, order.tolist(), [False] * len(images))
+    return _jitter_at_once(images, factors, order)
 
 
 # ---------------------------------------------------------------- recipes
@@ -280,6 +289,8 @@ class BatchAugmentation(BatchViews):
         self.flip = flip
         self.blur = blur
         self.adjust, self.shifts = ADJUST, weighted_shifts  # a compiler may stand in for each
+        std = torch.tensor(std, dtype=dtype).view(1, 3, 1, 1)
+        self._affine = 1 / std, -torch.tensor(mean, dtype=dtype).view(1, 3, 1, 1) / std
 
     def apply(self, images: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
         return self.finish(self.crop(images, u), u)
@@ -304,19 +315,23 @@ class BatchAugmentation(BatchViews):
 
     def finish(self, crops: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
         """The rest of a view, [N, 3, S, S], from its crop: floats in [0, 1], or uint8 if the crop was made elsewhere."""
-        plan = self._plan(u)
+        factors, order, jittered, to_grey, kernel, blurred = self._plan(u)
         if _looks_are_free(crops):
             few = max(1, _CACHE // crops[0].numel())  # images at a time, that stay in a CPU's cache
+            order, idle, to_grey, blurred = order.tolist(), (~jittered).tolist(), to_grey.tolist(), blurred.tolist()
             done = torch.empty(crops.shape, dtype=self.dtype)
-            for piece in zip(done.split(few), crops.split(few), *(part.split(few) for part in plan)):
-                self._finish_by_rows(*piece)
+            for i in range(0, len(crops), few):
+                here = slice(i, i + few)
+                images = self._by_rows(crops[here], factors[here], order[here], idle[here], to_grey[here])
+                if self.blur:
+                    images = _on_rows(images, _which(blurred[here]), self._blur, kernel[here])
+                self._normalize_into(done[here], images)
             return done
-        factors, order, to_grey, kernel, _ = plan
         images = self.colour(crops, factors, order, to_grey)
         return self.blur_columns(self.blur_rows(images, kernel), kernel) if self.blur else self.normalize(images)
 
     def _plan(self, u: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """factors [N, 4], order [N, 4], see `colour_jitter`; to grey [N]; kernel [N, 13], blurred [N]."""
+        """factors [N, 4], order [N, 4], see `colour_jitter`; [N] each: jittered at all, to grey; kernel [N, 13], blurred [N]."""
         order, factors, jitter, to_grey, blur = u[:, 23:].split((4, 4, 1, 1, 2), 1)
         hue = 0.1 if self.aug_plus else 0.4
         jittered = jitter < (0.8 if self.aug_plus else 1.0)
@@ -324,7 +339,7 @@ class BatchAugmentation(BatchViews):
         turns = torch.where(jittered, between(factors[:, 3:], -hue, hue), 0)
         blurred = blur[:, 0] < 0.5
         kernel = blur_kernel(torch.where(blurred, between(blur[:, 1], 0.1, 2.0), 0))
-        return torch.cat([strengths, turns], 1), order.argsort(1), to_grey[:, 0] < 0.2, kernel, blurred
+        return torch.cat([strengths, turns], 1), order.argsort(1), jittered[:, 0], to_grey[:, 0] < 0.2, kernel, blurred
 
     # Four steps that a compiler is to see one by one: fused with the second, the first blur would be done 13 times.
 
@@ -344,21 +359,20 @@ class BatchAugmentation(BatchViews):
         return self.normalize(blur_along(images, kernel, 2))
 
     def _floats(self, crops: torch.Tensor) -> torch.Tensor:
-        return crops if crops.is_floating_point() else crops.to(self.dtype) / 255
+        return crops if crops.is_floating_point() else (crops / 255).to(self.dtype)
 
-    def _finish_by_rows(self, done, crops, factors, order, to_grey, kernel, blurred) -> None:
-        """As `finish`, on few images, into `done`, and each operation on those alone that are due for it."""
-        images = self._floats(crops)
-        greys = [i for i, here in enumerate(to_grey.tolist()) if here]
+    def _by_rows(self, crops, factors, order, idle, to_grey) -> torch.Tensor:
+        """As `colour`, on few images and each operation on those alone that are due for it."""
+        images, greys = self._floats(crops), _which(to_grey)
         if self.aug_plus:
-            images = _jitter_by_rows(images, factors, order, self.adjust)
+            images = _jitter_by_rows(images, factors, order, idle, self.adjust)
         images = _on_rows(images, greys, lambda x: grey(x).expand_as(x))
-        if not self.aug_plus:
-            images = _jitter_by_rows(images, factors, order, self.adjust)
-        if self.blur:
-            images = _on_rows(images, [i for i, here in enumerate(blurred.tolist()) if here], self._blur, kernel)
-        for c, (mean, std) in enumerate(zip(self.mean, self.std)):
-            torch.sub(images[:, c], mean, out=done[:, c]).div_(std)
+        return images if self.aug_plus else _jitter_by_rows(images, factors, order, idle, self.adjust)
+
+    def _normalize_into(self, done: torch.Tensor, images: torch.Tensor) -> None:
+        """`normalize` in one pass over memory that is there already."""
+        scale, shift = self._affine
+        torch.addcmul(shift, images, scale, out=done)
 
     def _blur(self, images: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
         for dim in (3, 2):

@@ -48,7 +48,7 @@ class DiffusionMiner(RoundMiner):
         self.report |= {"mutual": float(mutual.float().mean()), "alone": float((~mutual.any(1)).float().mean())}
 
         def walk(anchors: Tensor, number: int) -> tuple[Tensor, Tensor]:
-            pieces = anchors.split(max(1, _TOGETHER // (_REACH * k)))
+            pieces = anchors.split(max(1, _TOGETHER // (min(_REACH, k ** (self.steps - 1)) * k)))
             return tuple(torch.cat(x) for x in zip(*(diffuse(p, near, S, self.steps, self.decay, self.candidates) for p in pieces)))
 
         anchors, reached, F = over_blocks(M, device, walk, tick)  # [n], [n, candidates], [n, candidates]
