@@ -24,6 +24,7 @@ from moco_isl.mining.cluster import ClusterMiner
 from moco_isl.mining.diffusion import DiffusionMiner
 from moco_isl.mining.entropy import EntropyMiner
 from moco_isl.mining.miners import GANMiner, KNNMiner, NoMiner, one_line
+from moco_isl.mining.oracle import OracleMiner
 from moco_isl.rotation import Rotations
 from moco_isl.training import cli, engine, fast, options, resume
 from moco_isl.training.meters import Progress
@@ -76,6 +77,8 @@ def prepare(args: argparse.Namespace, start: resume.Start, device: str = "cpu") 
     if args.knn_holdout:
         dataset, held_out = data.holdout(dataset, args.knn_holdout, args.seed)
     size = args.image_size or data.native_size(dataset)
+    cli.check(args.miner != "oracle" or dataset.labels is not None, f"--miner oracle needs labels, and {args.data} has none: expected a folder a class")
+    build_miner(args, dataset.labels)
     with torch.device(device):
         model = build_model(args, size)
     if start.path:
@@ -139,7 +142,7 @@ class Run:
             seed=args.seed, bank_dtype=torch.float16 if args.isl_half_bank else torch.float32, fast=args.fast)
         if args.compile:
             fast.compile_encoders(self.model, args.batch_size // dist.world_size())
-        self.miner = build_miner(args)
+        self.miner = build_miner(args, self.labels)
         self.parts = resume.Parts(self.model, self.optimizer, self.scaler, self.isl, self.miner)
         self.position = engine.Position(epoch=args.start_epoch)
         metrics_size = self._load() if self.start.path else 0
@@ -178,6 +181,8 @@ class Run:
         self.say(f"=> loaded '{path}' (epoch {content.get('epoch', 'unknown')})" + "".join(f"; it has no {part}, which is {fills[part]}" for part in filled))
         if "queue" in filled:
             self.refill_queue()
+        if not self.start.goes_on and getattr(content.get("args"), "get", {}.get)("research_labels"):
+            self.say(f"=> warning: labels were used in the training of '{path}' (--research-labels), and so in what is made of it here")
         if not self.start.goes_on:
             if args.objective == "bank":  # of features: random rows would undo what the encoder has learned
                 self.isl.bank.fill(self.features(self.model.encoder_q))
@@ -235,6 +240,8 @@ class Run:
 
     def _warn(self) -> None:
         args = self.args
+        if args.research_labels:
+            self.say("=> warning: --research-labels: the positives of this run are drawn from the labels; what it reaches is no result without labels")
         if args.objective == "queue" and args.moco_k > self.M:
             self.say(f"=> warning: the queue ({args.moco_k}) is longer than the data set ({self.M}): {args.moco_k / self.M:.1f} of its keys are an image's own; "
                      f"--moco-k {max(args.batch_size * (2 if args.symmetric else 1), 2 ** ((self.M // 2).bit_length() - 1))} would suit it")
@@ -316,12 +323,15 @@ def build_model(args: argparse.Namespace, size: int) -> torch.nn.Module:
     return builder.Instance(base_encoder, args.moco_dim, args.moco_t, args.mlp)
 
 
-def build_miner(args: argparse.Namespace):
+def build_miner(args: argparse.Namespace, labels: torch.Tensor | None):
+    """labels [M]: of the training images, for the one miner that is allowed to see them."""
     rules = {"budget": args.isl_budget, "keep": args.isl_keep, "max_share": args.isl_max_share}
     rounds = 1 + (args.epochs - 1 - args.isl_start) // args.isl_every if args.isl_grow else 1
     most = max(1, math.ceil(args.isl_budget * rounds))  # positives an image, in the largest of the rounds
     if args.miner == "none":
         return NoMiner()
+    if args.miner == "oracle":
+        return OracleMiner(labels, args.oracle_precision, args.oracle_size, args.oracle_wrong)
     if args.miner == "knn":
         return KNNMiner(k=args.isl_neighbors or most, **rules)
     if args.miner == "entropy":

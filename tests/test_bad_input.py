@@ -81,6 +81,7 @@ NUMBERS = [
         ("--momentum", "2"), ("--moco-t", "0"), ("--moco-m", "1.5"), ("--moco-k", "0"), ("--moco-dim", "0"), ("--bn-splits", "0"), ("--workers", "-1"), ("-p", "0"), ("--keep", "0"),
         ("--image-size", "5000"), ("--max-bad-images", "-1"), ("--save-every", "-1"), ("--isl-budget", "0"), ("--isl-max-share", "2"), ("--isl-threshold", "2"),
         ("--isl-radius", "-1"), ("--isl-bank-mix", "0"), ("--isl-hpe", "-1"), ("--isl-every", "0"), ("--start-epoch", "2"), ("--nproc-per-node", "-1"), ("--dist-timeout", "0"),
+        ("--oracle-precision", "2"), ("--oracle-size", "0"),
     ]
 ]  # fmt: skip
 TOGETHER = [
@@ -91,6 +92,11 @@ TOGETHER = [
     ("a queue smaller than the keys of a symmetric step", [*RUN, *OUT, "--moco-k", "64", "--symmetric"]),
     ("symmetric with the bank", [*RUN, *OUT, "--objective", "bank", "--symmetric"]),
     ("a minimum above the cap", [*RUN, *OUT, "--isl-gan-iters", "10", "--isl-gan-min-iters", "20"]),
+    ("an oracle that was not allowed the labels", [*RUN, *OUT, "--miner", "oracle"]),
+    ("labels allowed to a miner that needs none", [*RUN, *OUT, "--miner", "knn", "--research-labels"]),
+    ("an oracle that is to grow", [*RUN, *OUT, "--miner", "oracle", "--research-labels", "--isl-grow"]),
+    ("an oracle asked for more than the labels make", [*RUN, *OUT, "--miner", "oracle", "--research-labels", "--oracle-size", "100"]),
+    ("an oracle where no image has a label", ["photos", *PHOTOS, *OUT, "--miner", "oracle", "--research-labels"]),
 ]
 FLAGS = [
     ("an unknown flag, nearly right", [*RUN, *OUT, "--epohcs", "3"]),
@@ -250,6 +256,8 @@ SAID = {  # what is named: the wrong thing, what was expected, what to do
     "ranks that do not divide the batch": "--batch-size 64 does not divide into 3 ranks",
     "a queue smaller than the batch": "--moco-k 32 is smaller than the 64 keys",
     "a queue smaller than the keys of a symmetric step": "--moco-k 64 is smaller than the 128 keys",
+    "an oracle that was not allowed the labels": "add --research-labels",
+    "an oracle where no image has a label": "photos has none: expected a folder a class",
     "an unknown flag, nearly right": "--epohcs (did you mean --epochs?)",
     "a value that is no choice": "--miner gam: expected one of none, ",
     "an unknown architecture, nearly right": "resnet50",

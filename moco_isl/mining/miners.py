@@ -247,5 +247,7 @@ def one_line(report: dict) -> str:
         text += (f"; D {report['loss_D']:.2f} G {report['loss_G']:.2f} score {report['score']:.2f}, proxy to a/p/n "
                  f"{report['cos_anchor']:.2f}/{report['cos_positive']:.2f}/{report['cos_negative']:.2f}, hub "
                  f"{100 * report['hub']:.2f} %, distinct {100 * report['distinct']:.0f} %, {report['iterations']} iterations")
+    if report.get("labels_used"):
+        text += f"; LABELS WERE USED (--research-labels), wrong ones {report['wrong']}"
     text += f"; {report['seconds']:.1f} s, peak {report['peak_memory_gib']:.1f} GiB"
     return text + (f"; {report['why']}" if report["why"] else "")

@@ -18,7 +18,7 @@ from moco_isl.report import figures, sections
 from moco_isl.report.charts import Chart
 from moco_isl.report.grids import Album, Cell, Grid, build_grids
 from moco_isl.report.runs import Run
-from moco_isl.report.verdict import Verdict, gains, judge
+from moco_isl.report.verdict import LABELS_USED, Verdict, gains, judge
 
 MOST_CLASSES = 16  # of a confusion table; above, only its worst pairs are shown
 
@@ -152,6 +152,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ("encoder", flags.get("arch")),
         ("objective", flags.get("objective")),
         ("miner", flags.get("miner")),
+        ("labels", LABELS_USED if flags.get("research_labels") else None),
         ("loss", flags.get("isl_loss") if flags.get("miner") != "none" else None),
         ("epochs", f"{done} of {flags.get('epochs')}"),
         ("batch", flags.get("batch_size")),
@@ -170,7 +171,7 @@ def _row(run: Run) -> dict:
     last = run.rounds[-1].report if run.rounds else {}
     gap = lambda rule: None if None in (last.get("precision"), last.get(rule)) else last["precision"] - last[rule]  # noqa: E731
     return {
-        "miner": run.flags.get("miner"),
+        "miner": f"{run.flags.get('miner')} ({LABELS_USED})" if run.flags.get("research_labels") else run.flags.get("miner"),
         "loss": run.flags.get("isl_loss") if run.rounds else None,
         "epochs": run.epochs[-1]["epoch"] + 1 if run.epochs else 0,
         "rounds": f"{sum(r.accepted for r in run.rounds)} of {len(run.rounds)}" if run.rounds else "–",

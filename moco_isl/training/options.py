@@ -76,8 +76,8 @@ def get_parser(description: str) -> cli.Parser:
     cli.add_switch(group, "--isl-half-bank", help="keep the bank in float16: half the memory, and half-precision products in the bank objective's softmax")
 
     group = parser.add_argument_group("ISL: mining")
-    group.add_argument("--miner", choices=("none", "knn", "gan", "entropy", "diffusion", "cluster"), default="none", help="who finds the positives (default: none, "
-                       "which is MoCo); gan: ISL, entropy: AND, diffusion: PAD, cluster: LA")
+    group.add_argument("--miner", choices=("none", "knn", "gan", "entropy", "diffusion", "cluster", "oracle"), default="none", help="who finds the positives (default: "
+                       "none, which is MoCo); gan: ISL, entropy: AND, diffusion: PAD, cluster: LA; oracle: drawn from the labels, for research only")
     group.add_argument("--isl-rounds", type=int, default=1, metavar="n", help="n equal rounds of training, each with a learning rate schedule of its own, and mining "
                        "between them, as the paper (it has 4)")
     group.add_argument("--isl-start", type=int, metavar="e", help="first mining before this epoch (default: 0 with --init, else half of the epochs, or the "
@@ -103,6 +103,13 @@ def get_parser(description: str) -> cli.Parser:
     group.add_argument("--isl-lambda", type=float, default=1.0, metavar="l", help="Eq. 1: larger makes proxies explore more (1)")
     group.add_argument("--isl-gan-iters", type=int, default=20000, metavar="n", help="most iterations of the GAN in a round (20000)")
     group.add_argument("--isl-gan-min-iters", type=int, default=5000, metavar="n", help="fewest (5000); a short GAN collapses onto one image")
+
+    group = parser.add_argument_group("research: how right must positives be?")
+    cli.add_switch(group, "--research-labels", help="let --miner oracle draw the positives from the labels; every round and every file of the run says so")
+    group.add_argument("--oracle-precision", type=float, default=1.0, metavar="p", help="share of its positives that have the anchor's label (1)")
+    group.add_argument("--oracle-size", type=float, default=5.0, metavar="s", help="its positives an image on average (5)")
+    group.add_argument("--oracle-wrong", choices=("uniform", "near"), default="uniform", help="its wrong positives: uniform (default), or near: the most similar "
+                       "images of another label, as mining's own mistakes are")
     return parser
 
 
@@ -116,7 +123,7 @@ def check_args(args: argparse.Namespace) -> None:
         cli.check_range(args, name, low)
     for name, low, high, low_open in [("moco_t", 0, float("inf"), True), ("isl_budget", 0, float("inf"), True), ("moco_m", 0, 1, False), ("momentum", 0, 1, False),
                                       ("isl_threshold", 0, 1, False), ("isl_radius", 0, 2, False), ("isl_bank_mix", 0, 1, True), ("isl_max_share", 0, 1, True),
-                                      ("isl_share", 0, 1, True)]:  # fmt: skip
+                                      ("isl_share", 0, 1, True), ("oracle_precision", 0, 1, False), ("oracle_size", 0, float("inf"), True)]:  # fmt: skip
         cli.check_range(args, name, low, high, low_open)
     cli.check(args.start_epoch < args.epochs, f"--start-epoch {args.start_epoch} leaves nothing of --epochs {args.epochs}: give a smaller one, or more epochs")
     ranks = cli.total_ranks(args)
@@ -126,6 +133,11 @@ def check_args(args: argparse.Namespace) -> None:
     cli.check(args.objective != "queue" or args.moco_k >= keys, f"--moco-k {args.moco_k} is smaller than the {keys} keys of one step: use at least that")
     cli.check(args.objective == "queue" or not args.symmetric, "--symmetric belongs to --objective queue")
     cli.check(args.objective != "rotnet" or args.miner == "none", "--objective rotnet has no use for positives: leave --miner none")
+    oracle = args.miner == "oracle"
+    cli.check(not oracle or args.research_labels, "--miner oracle draws positives from the labels: add --research-labels to say that this run may, or choose a "
+              "miner that needs none")
+    cli.check(oracle or not args.research_labels, f"--research-labels is for --miner oracle, and --miner {args.miner} uses no labels: leave it off")
+    cli.check(not oracle or not (args.isl_grow or args.isl_keep), "--miner oracle draws its sets anew each round, of --oracle-size: leave --isl-grow and --isl-keep off")
     cli.check(args.isl_gan_min_iters <= args.isl_gan_iters, f"--isl-gan-min-iters {args.isl_gan_min_iters} is more than --isl-gan-iters {args.isl_gan_iters}")
     for name, value in fast.defaults(args.fast, cuda=args.device != "cpu" and torch.cuda.is_available()).items():
         if getattr(args, name) is None:

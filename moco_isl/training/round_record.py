@@ -43,6 +43,7 @@ def round_record(features: Tensor, positives: PositiveSets, miner, before: Posit
       anchors [A] int32, near [A, k] int32, near_cosine [A, k] float16 the nearest images of `sample_anchors`
       ranked [A, 100] int32, score [A] float16                         where the miner can rank images for an anchor past the
                                                                        end of its set (`miner.ranking`), for `sample_anchors`
+      labels_used []                                                   only where the miner was shown the labels
 
     10 bytes an edge, 8 an image, and at most 15 MB more.
     """
@@ -63,4 +64,6 @@ def round_record(features: Tensor, positives: PositiveSets, miner, before: Posit
     if ranking is not None:
         score, ranked, _ = ranking
         record |= {"ranked": ranked.int(), "score": score.half()}
+    if getattr(miner, "report", {}).get("labels_used"):
+        record["labels_used"] = torch.tensor(True)
     return {name: x.detach().cpu().contiguous() for name, x in record.items()}

@@ -76,6 +76,7 @@ class RunFolder:
         self._made = []
         facts = {
             "args": args,
+            "labels_used": bool(args.get("research_labels")),
             "command": [sys.executable, *sys.argv],
             "version": __version__,
             "git": _git_commit(),

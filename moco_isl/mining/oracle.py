@@ -1,0 +1,132 @@
+"""Research only: positives drawn from the true labels, so that how much of them is right is known. For the question how right they must be.
+
+Letters: M images, C feature dimension, N anchors of a block, U undirected pairs, k false neighbours of an image.
+"""
+
+import torch
+
+from moco_isl import dist
+from moco_isl.errors import BadInput
+from moco_isl.mining.edges import Edges, Rules
+from moco_isl.mining.positives import PositiveSets, distinct_edges
+from moco_isl.mining.rounds import RoundMiner, Tick, over_blocks
+
+Tensor = torch.Tensor
+
+_COLUMNS = 8192  # images looked through at a time for false neighbours
+
+
+class OracleMiner(RoundMiner):
+    """Sets of `size` positives an image on average, of which the share `precision` has the anchor's label, to within one pair.
+
+    Right pairs are drawn uniformly, every image as an anchor equally often. Wrong ones likewise, or with wrong "near" each image's most
+    similar ones of another label first, which is what real mining mistakes for right. Each round draws anew; nothing of an earlier one stays.
+    labels [M], below 0 where unknown: such images get no positives. Raises BadInput where the labels do not have as many pairs.
+    """
+
+    name = "oracle"
+
+    def __init__(self, labels: Tensor, precision: float = 1.0, size: float = 5.0, wrong: str = "uniform"):
+        super().__init__(Rules(budget=None, max_share=1.0))
+        if not (0 <= precision <= 1 and size > 0) or wrong not in ("uniform", "near"):
+            raise BadInput(f"oracle of precision {precision}, size {size} and wrong pairs {wrong!r}: expected 0 to 1, more than 0, uniform or near")
+        self.labels, self.wrong = labels, wrong
+        pairs = max(1, round(size * len(labels) / 2))
+        self.right = round(precision * pairs)
+        self.false = pairs - self.right
+        for number, kind, there in zip((self.right, self.false), ("right", "wrong"), _pairs_there(labels)):
+            if number > there / 2:
+                raise BadInput(f"an oracle of precision {precision:g} and {size:g} positives an image needs {number} {kind} pairs, and these labels "
+                               f"make {there}: expected at most half of them; ask for smaller sets")  # fmt: skip
+
+    def mine(self, features: Tensor, positives: PositiveSets, rng: torch.Generator, tick: Tick | None = None) -> PositiveSets:
+        return super().mine(features, PositiveSets.empty(len(features), features.device), rng, tick)
+
+    def find(self, features: Tensor, positives: PositiveSets, seed: int, tick: Tick | None) -> tuple[Edges, str]:
+        generator = torch.Generator().manual_seed(seed)
+        labels = self.labels.cpu()
+        pairs = [draw_pairs(labels, True, self.right, generator)]
+        if self.wrong == "near" and self.false:
+            pairs.append(self._near(features, tick))
+        else:
+            pairs.append(draw_pairs(labels, False, self.false, generator))
+        src, dst = (torch.cat(x).to(features.device) for x in zip(*pairs))
+        self.report |= {"labels_used": True, "wrong": self.wrong}
+        start, stop = dist.shard(len(src))  # all ranks have drawn all; each hands in its share
+        return Edges(src[start:stop], dst[start:stop], torch.ones(stop - start, device=features.device)), ""
+
+    def _near(self, features: Tensor, tick: Tick | None) -> tuple[Tensor, Tensor]:
+        """The wrong pairs: each image's nearest false neighbour, then each one's second, and so on; of the last ones the most similar."""
+        M, labels, k, src = len(features), self.labels.to(features.device), 2 * self.false // len(features) + 2, ()
+        while len(src) < self.false:  # where a few images only have other labels, lists have to be longer
+            k = min(k, M - 1)
+            block = lambda anchors, number: nearest_false(features, labels, anchors, k, tick)  # noqa: B023
+            anchors, cosine, near = (dist.all_gather_rows(x) for x in over_blocks(M, features.device, block, tick))
+            found = cosine > -torch.inf
+            sureness = cosine / 4 - torch.arange(k, device=features.device)  # |cosine| <= 1: it decides within a place only
+            src, dst, (sureness,) = distinct_edges(M, anchors[:, None].expand_as(found)[found], near[found], [sureness[found]], undirected=True)
+            k *= 2
+        chosen = sureness.sort(descending=True, stable=True).indices[: self.false]
+        return src[chosen].cpu(), dst[chosen].cpu()
+
+    def state_dict(self) -> dict:
+        return {"labels_used": True}
+
+
+def _pairs_there(labels: Tensor) -> tuple[int, int]:
+    """How many undirected pairs of known labels are right, and how many wrong."""
+    count = labels[labels >= 0].bincount().double()
+    all_, right = float(count.sum()) ** 2, float((count**2).sum())
+    return round((right - float(count.sum())) / 2), round((all_ - right) / 2)
+
+
+def draw_pairs(labels: Tensor, right: bool, number: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """labels [M] -> `number` distinct pairs [U], [U] with one label (right) or two, drawn uniformly among each anchor's partners.
+
+    Anchors take turns in an order of their own each turn. There must be enough pairs: twice as many as are drawn.
+    """
+    known = (labels >= 0).nonzero().squeeze(1)
+    order = known[labels[known].sort(stable=True).indices]  # images, class by class
+    count = labels[known].bincount()
+    first = count.cumsum(0) - count
+    L = len(order)
+    partners = (count - 1 if right else L - count)[labels[order]]  # how many each has
+    places = (partners > 0).nonzero().squeeze(1)  # in `order`, of those that can be anchors
+    key = torch.empty(0, dtype=torch.int64)
+    while (missing := number - len(key)) > 0:
+        turns = [places[torch.randperm(len(places), generator=generator)] for _ in range(-(-missing // len(places)))]
+        at = torch.cat(turns)[: missing + missing // 16 + 16]
+        own = labels[order[at]]
+        step = (torch.rand(len(at), generator=generator, dtype=torch.float64) * partners[at]).long()
+        if right:  # around the class, from the next image on; otherwise around all, from the next class on
+            other = first[own] + (at - first[own] + 1 + step) % count[own]
+        else:
+            other = (first[own] + count[own] + step) % L
+        a, b = order[at], order[other]
+        key = _first_of_each(torch.cat([key, torch.minimum(a, b) * len(labels) + torch.maximum(a, b)]))[:number]
+    return key // len(labels), key % len(labels)
+
+
+def _first_of_each(key: Tensor) -> Tensor:
+    """key [n] without its doubles, in the order of their first coming."""
+    values, order = key.sort(stable=True)
+    new = torch.ones_like(values, dtype=torch.bool)
+    torch.ne(values[1:], values[:-1], out=new[1:])
+    return key[order[new].sort().values]
+
+
+def nearest_false(features: Tensor, labels: Tensor, anchors: Tensor, k: int, tick: Tick | None = None) -> tuple[Tensor, Tensor]:
+    """anchors [N] -> cosine [N, k] and image [N, k] of the most similar images of another label; -inf where there are no more."""
+    cosine, near = features.new_empty(len(anchors), 0, dtype=torch.float32), anchors.new_empty(len(anchors), 0)
+    queries, own = features[anchors], labels[anchors]
+    for start in range(0, len(features), _COLUMNS):
+        if tick is not None:
+            tick()
+        here = labels[start : start + _COLUMNS]
+        scores = (queries @ features[start : start + _COLUMNS].T).float()  # [N, columns]
+        scores.masked_fill_((own[:, None] == here) | (own[:, None] < 0) | (here < 0), -torch.inf)
+        value, at = scores.topk(min(k, scores.shape[1]), dim=1)
+        cosine, near = torch.cat([cosine, value], 1), torch.cat([near, at + start], 1)
+        cosine, keep = cosine.topk(min(k, cosine.shape[1]), dim=1)
+        near = near.gather(1, keep)
+    return cosine, near
