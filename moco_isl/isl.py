@@ -127,11 +127,13 @@ class ISL:
     def _bank_step(self, im_1: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
         """im_1 is trained on; the second view is only looked at, for the hard positives of images with an empty set."""
         *second, index = rest
-        f = self.encode(im_1)  # [N, C]
         positives, weight = self.positives.lookup(index, self.P, self.turn)
+        without = (weight == 0).all(dim=1)  # [N]
+        count = Coming(without.sum()) if self.hpe and self.positives.num_edges else None
+        f = self.encode(im_1)  # [N, C]
         hard = None
         if self.hpe:
-            other = self._second_views(*second, (weight == 0).all(dim=1))
+            other = self._second_views(*second, without, count)
             hard = self._hard_positive(index, self.bank.lookup(positives), weight, other)
         own = torch.ones_like(weight[:, :1])
         rows, weight = torch.cat([index[:, None], positives], 1), torch.cat([own, weight], 1)  # [N, 1 + P]
@@ -142,12 +144,11 @@ class ISL:
         return loss
 
     @torch.no_grad()
-    def _second_views(self, im_2: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    def _second_views(self, im_2: torch.Tensor, wanted: torch.Tensor, count: "Coming | None" = None) -> torch.Tensor:
         """[N, C]: features of the images im_2 [N, 3, S, S] where `wanted` [N], by the encoder in eval mode: they then do not depend on which
-        others are wanted, and leave its statistics alone. Elsewhere anything."""
+        others are wanted, and leave its statistics alone. Elsewhere anything. count: how many are wanted; None: all may be."""
         N = len(wanted)
-        count = int(wanted.sum()) if self.positives.num_edges else N
-        some = min(N, -(-count * 8 // N) * N // 8)  # eighths of a batch: few shapes for compilers to see
+        some = N if count is None else min(N, -(-int(count) * 8 // N) * N // 8)  # eighths of a batch: few shapes
         first = wanted.int().argsort(descending=True, stable=True)[:some]
         other = self.bank.rows.new_zeros(N, self.bank.rows.shape[1], dtype=torch.float32)
         if some:
@@ -183,6 +184,25 @@ class ISL:
         self.round = state["round"]
         if self.slots is not None:
             self.slots.load_state_dict(state["slots"])
+
+
+class Coming:
+    """A number on its way from the device: int() waits for the work that was queued before it was asked for, not for what came after.
+
+    Asked for before the encoder runs and read behind it, it leaves the device busy while the host goes on.
+    """
+
+    def __init__(self, number: torch.Tensor):
+        self.number, self.arrived = number, None
+        if number.device.type == "cuda":
+            self.number = torch.empty(number.shape, dtype=number.dtype, pin_memory=True).copy_(number, non_blocking=True)
+            self.arrived = torch.cuda.Event()
+            self.arrived.record(torch.cuda.current_stream(number.device))
+
+    def __int__(self) -> int:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return int(self.number)
 
 
 def distributed_encode(model: torch.nn.Module) -> Callable:

@@ -9,13 +9,27 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from benchmarks.published import PublishedMoCo, published_step
+from moco_isl import builder
+from moco_isl import isl as isl_module
 from moco_isl.data import augment, build_dataset, get_augmentation, hold_small, train_loader
 from moco_isl.data.augment import BatchAugmentation
 from moco_isl.data.datasets import ImagesInMemory, decode, decode_pixels
 from moco_isl.data.draws import uniform, uniforms
+from moco_isl.encoders import build_encoder
+from moco_isl.isl import ISL
 from moco_isl.losses import hard_positive_kl, linear_kl, multi_positive_mean_log, multi_positive_nce, softmax_over
 from moco_isl.mining import fused, neighbors
+from moco_isl.mining.positives import PositiveSets
+from moco_isl.training import engine, fast
+from moco_isl.training.meters import Progress
+from moco_isl.training.signals import Stop
+from tests import test_builder
+from tests.ranks import run_ranks
 
 # ---------------------------------------------------------------- photos: workers crop, the device does the rest
 
@@ -220,3 +234,224 @@ def test_kernels_work_on_this_gpu(C):
     cosine, row = neighbors.topk(rows[:512], rows, 10, own)
     wanted = neighbors._topk_plain(rows[:512], rows, 10, own, None, None)
     assert torch.equal(row, wanted[1]) and torch.allclose(cosine, wanted[0], atol=1e-6)
+
+
+# ---------------------------------------------------------------- whole steps of the training loop
+
+M, N, SIDE = 64, 16, 16
+OBJECTIVES = {"MoCo": ("queue", False, 0.5), "ISL": ("queue", True, 0.5), "Instance": ("bank", False, 0.0), "bank": ("bank", True, 0.5)}
+
+
+class Images:
+    """A loader of M random images as normalised views, four steps an epoch."""
+
+    def __init__(self, device="cpu"):
+        g = torch.Generator().manual_seed(0)
+        self.steps = [(torch.randn(2, N, 3, SIDE, SIDE, generator=g).to(device), (torch.arange(N) + i * N).to(device)) for i in range(4)]
+
+    def __len__(self):
+        return len(self.steps)
+
+    def epoch(self, epoch, start_step=0):
+        return ((tuple(views), index) for views, index in self.steps)
+
+    def bad_images(self):
+        return []
+
+
+def front(name, is_fast, device="cpu"):
+    """An ISL around a small ResNet; sets of two for the first 40 images, none for the others."""
+    objective, mined, hpe = OBJECTIVES[name]
+    encoder = lambda num_classes: build_encoder("resnet18w16", num_classes, image_size=SIDE)  # noqa: E731
+    torch.manual_seed(0)
+    model = (builder.MoCo(encoder, 16, 64, 0.9, 0.2, mlp=True) if objective == "queue" else builder.Instance(encoder, 16, 0.2)).to(device)
+    isl = ISL(model, M, P=4, hpe=hpe, active=mined or objective == "bank", fast=is_fast)
+    if mined:
+        src = torch.arange(40, device=device)
+        isl.positives = PositiveSets.from_edges(M, src, (src + 1) % 40)
+        isl.bank.fill(unit(M, 16, 7).to(device))
+    return isl
+
+
+def train(isl, is_fast, *, amp="off", channels_last=False, print_freq=1, steps=None, device="cpu", epochs=1):
+    """The losses of the loop's lines; steps: appends the number of the step that is being taken."""
+    found, position = [], engine.Position()
+    optimizer = fast.sgd(isl.model.parameters(), 0.05, 0.9, 1e-4, is_fast and device != "cpu")
+    watched = isl
+
+    class Watched:
+        model, parts = isl.model, property(lambda self: watched.parts)
+
+        def __call__(self, *batch):
+            if steps is not None:
+                steps.append(position.step)
+            return watched(*batch)
+
+    class Silent(Progress):
+        def report(self, epoch, step, values):
+            found.append(values["loss"])
+
+    for epoch in range(epochs):
+        position.epoch, position.step = epoch, 0
+        engine.train_one_epoch(Watched(), Images(device), optimizer, torch.amp.GradScaler(enabled=False), position, device=torch.device(device), stop=Stop(lambda: False),
+                               progress=Silent("lines", 1, 4), log=lambda **_: None, save=lambda: None, last_good=lambda: "", amp=amp, channels_last=channels_last,
+                               print_freq=print_freq)  # fmt: skip
+    return found
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_fast_steps_have_the_losses_of_plain_ones(name, monkeypatch):
+    """bf16, channels last and traced encoders (by a backend that needs no C++ compiler) against the plain path, over three epochs."""
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda fn, **options: compiler(fn, backend="aot_eager", **options))
+    plain = train(front(name, False), False, epochs=3)
+    isl = front(name, True)
+    isl.model.to(memory_format=torch.channels_last)
+    fast.compile_encoders(isl.model, N)
+    mine = train(isl, True, amp="bf16", channels_last=True, epochs=3)
+    assert mine == pytest.approx(plain, rel=0.02) and mine != plain
+    assert min(plain) < 0.97 * plain[0] or max(plain) > 1.03 * plain[0], "the losses must have moved for this to say anything"
+
+
+class Reads(TorchDispatchMode):
+    """Where a value, or a shape that depends on values, is asked of the device: each would make the host wait for a GPU."""
+
+    WAIT = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.masked_select, torch.ops.aten._unique2, torch.ops.aten.equal)
+
+    def __init__(self, steps):
+        super().__init__()
+        self.steps, self.found = steps, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        indexed = func.overloadpacket in (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_)
+        if func.overloadpacket in self.WAIT or indexed and any(x.dtype == torch.bool for x in tree_leaves(args[1]) if isinstance(x, torch.Tensor)):
+            self.found.append((len(self.steps), str(func)))
+        return func(*args, **(kwargs or {}))
+
+
+class Lists(TorchFunctionMode):
+    """tolist, cpu and numpy, which on a CPU pass no dispatcher."""
+
+    def __init__(self, reads):
+        super().__init__()
+        self.reads = reads
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (torch.Tensor.tolist, torch.Tensor.cpu, torch.Tensor.numpy):
+            self.reads.found.append((len(self.reads.steps), func.__name__))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_step_reads_nothing_back(name):
+    """Only after steps 3 and 4, which are logged. How many second views the bank objective has to look at is the one exception, see below."""
+    steps = []
+    with Reads(steps) as reads, Lists(reads):
+        train(front(name, True), True, print_freq=3, steps=steps)
+    counts = [step for step, what in reads.found if step in (1, 2)]
+    assert counts == ([1, 2] if name == "bank" else []), reads.found
+    assert {step for step, _ in reads.found} >= {3, 4}, "the probe sees those of the log"
+
+
+def test_the_published_step_reads_every_loss():
+    steps, step = [1], published_step(PublishedMoCo("resnet18w16", SIDE, 16, 64))
+    with Reads(steps) as reads:
+        step(*Images().steps[0][0])
+    assert reads.found
+
+
+def test_second_views_are_counted_before_the_encoder_runs(monkeypatch):
+    """The host asks before it queues the encoder and reads behind it: the device is busy while the answer travels."""
+    seen = []
+
+    class Seen(isl_module.Coming):
+        def __init__(self, number):
+            seen.append("asked")
+            super().__init__(number)
+
+        def __int__(self):
+            seen.append("read")
+            return super().__int__()
+
+    monkeypatch.setattr(isl_module, "Coming", Seen)
+    isl = front("bank", True)
+    isl.model.encoder_q.register_forward_hook(lambda *_: seen.append("encoded"))
+    views, index = Images().steps[2]  # images 32 to 47: half of them without a set
+    isl(*views, index)
+    assert seen == ["asked", "encoded", "read", "encoded"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_step_on_a_gpu_waits_for_nothing(name):
+    """CUDA itself raises where the host would wait."""
+    isl = front(name, True, "cuda")
+    train(isl, True, amp="bf16", device="cuda")  # kernels are tried out, and memory is found
+    (first, *others), optimizer = Images("cuda").steps, fast.sgd(isl.model.parameters(), 0.05, 0.9, 1e-4, True)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for views, index in others:
+            with engine.autocast(torch.device("cuda"), "bf16"):
+                loss = isl(*views, index)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# ---------------------------------------------------------------- ranks
+
+COLLECTIVES = ("all_gather", "all_gather_into_tensor", "all_to_all_single", "all_reduce", "broadcast", "broadcast_object_list", "all_gather_object")
+
+
+def _steps_of_a_rank(rank, world, is_fast):
+    """Losses, state, and (collective, bytes that this rank gives) of each of six steps; the gradients' all-reduce is DistributedDataParallel's own."""
+    isl = test_builder._with_positives(ISL(test_builder.moco(), test_builder.M, fast=is_fast), True)
+    sent, inner, steps = [], {name: getattr(torch.distributed, name) for name in COLLECTIVES}, []
+
+    def counted(name):
+        def call(*args, **options):
+            given = args[1] if name in ("all_gather", "all_gather_into_tensor", "all_to_all_single") else args[0]
+            sent.append((name, given.nbytes if isinstance(given, torch.Tensor) else -1))
+            return inner[name](*args, **options)
+
+        return call
+
+    def step(*batch):
+        sent.clear()
+        loss = ISL.__call__(isl, *batch)
+        steps.append(list(sent))
+        return loss
+
+    share = slice(rank * 4, rank * 4 + 4) if world > 1 else slice(None)
+    optimizer, losses = test_builder.sgd(isl.model), []
+    try:
+        for name in COLLECTIVES:
+            setattr(torch.distributed, name, counted(name))
+        for i in range(6):
+            im_q, im_k = test_builder.images(8, 10 + i), test_builder.images(8, 20 + i)
+            loss = step(im_q[share], im_k[share], ((torch.arange(8) + 8 * i) % test_builder.M)[share])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    finally:
+        for name, function in inner.items():
+            setattr(torch.distributed, name, function)
+    return losses, isl.model.state_dict(), isl.bank.rows, steps
+
+
+def test_two_fast_ranks_are_one_and_gather_keys_once_in_half_precision():
+    truth, state, bank, _ = _steps_of_a_rank(0, 1, True)
+    (first, state_1, bank_1, sent), (second, state_2, bank_2, _) = run_ranks(2, _steps_of_a_rank, True)
+    assert [(a + b) / 2 for a, b in zip(first, second)] == pytest.approx(truth, abs=2e-3)
+    assert torch.equal(bank_1, bank_2) and all(torch.equal(state_1[name], state_2[name]) for name in state_1), "ranks differ"
+    assert torch.allclose(bank_1, bank, atol=2e-3) and torch.allclose(state_1["queue"], state["queue"], atol=2e-3)
+    assert all(torch.allclose(state_1[name].double(), state[name].double(), atol=2e-3) for name in state)
+    n, C = 4, test_builder.C
+    images, keys = ("all_to_all_single", n * 3 * 4 * 4 * 4), ("all_to_all_single", n * C * 4)  # shuffling BN: there, and its keys back
+    assert sent == [[images, keys, ("all_gather_into_tensor", n * (8 + 2 * C))]] * 6, "an index of 8 bytes and C halves a key, once a step"
+    _, _, _, plain = run_ranks(2, _steps_of_a_rank, False)[0]
+    assert sum(size for _, size in plain[0]) > sum(size for _, size in sent[0]) and len(plain[0]) > 3
