@@ -1,11 +1,13 @@
 # make demo     pretrain on the embedded digits, go on with and without mining, print the table
 # make test     the whole suite but the tests marked slurm
 # make test-slurm   those: on a SLURM of two nodes that it installs (Debian, as root) and starts on this host
+# make bench    measure what this machine can (CPU: some minutes; GPU: everything, 8 minutes) and write benchmarks/RESULTS.md
 # VENV=dir      use (or make) this virtual environment instead of .venv;  PYTHON=python3.12 to make it with another one
 
 VENV ?= .venv
 PYTHON ?= python3
 SEEDS ?= 1
+MINUTES ?= 60
 PY := $(VENV)/bin/python
 
 demo: $(VENV)/.installed
@@ -17,6 +19,9 @@ test: $(VENV)/.installed
 test-slurm: $(VENV)/.installed
 	$(PY) -m pytest -q -m slurm tests/slurm
 
+bench: $(VENV)/.installed
+	$(PY) -m benchmarks.bench --minutes $(MINUTES)
+
 install: $(VENV)/.installed
 
 $(VENV)/.installed: setup.py
@@ -24,4 +29,4 @@ $(VENV)/.installed: setup.py
 	$(PY) -m pip install --quiet --editable '.[test]'
 	touch $@
 
-.PHONY: demo test test-slurm install
+.PHONY: demo test test-slurm bench install

@@ -13,24 +13,20 @@ a step adds at most to bank and batch.
 """
 
 import argparse
-import json
 import math
-import os
-import platform
-import shlex
 import statistics
-import sys
 import time
 
 import torch
 import torch.nn.functional as F
 
+from benchmarks import common
 from benchmarks.knn import peak_bytes, unit_rows
-from moco_isl.evaluation.features import table
 from moco_isl.losses import bank_loss
 from moco_isl.mining.fused import kernels_for
 
 T = 0.07
+COLUMNS = [("form", "form"), ("images", "M"), ("ms", "ms, median"), ("cpu_ms", "CPU ms, mean"), ("n", "n"), ("peak_mib", "MiB"), ("error", "error of gradient")]
 
 
 class WholeSoftmax(torch.autograd.Function):
@@ -118,43 +114,36 @@ def rows_of(M: int, args: argparse.Namespace, device: torch.device) -> list[dict
         forms.append(("fused, float16 bank", half, streamed(True)))
     if 6 * 4 * args.batch * M < args.plain_gib * 2**30:
         forms.append(("plain", bank, plain))
-    return [{"form": name, "images": M, **measure(loss, rows, batch, args.repeat, device)} for name, rows, loss in forms]
+    return [{"form": name, "images": M, **measure(loss, rows, batch, args.repeats, device)} for name, rows, loss in forms]
 
 
 def growth(rows: list[dict], name: str) -> float | None:
-    """Exponent b of seconds ~ M^b, least squares over the sizes measured."""
-    points = [(math.log(row["images"]), math.log(row["seconds"])) for row in rows if row["form"] == name]
-    return statistics.linear_regression(*zip(*points)).slope if len(points) > 1 else None
+    """Exponent b of seconds ~ M^b over the sizes measured."""
+    points = [(row["images"], row["seconds"]) for row in rows if row["form"] == name]
+    return common.exponent(*zip(*points)) if len(points) > 1 else None
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+def main(argv: list[str] | None = None) -> None:
+    parser = common.parser(__doc__)
     parser.add_argument("--images", type=int, nargs="+", default=[10_000, 100_000, 1_281_167], metavar="M")
     parser.add_argument("--batch", type=int, default=256, metavar="N")
     parser.add_argument("--dim", type=int, default=128, metavar="C")
     parser.add_argument("--positives", type=int, default=32, metavar="P")
-    parser.add_argument("--repeat", type=int, default=5, metavar="n", help="runs after a warm-up; the median counts (5)")
     parser.add_argument("--plain-gib", type=float, default=8.0, help="memory that the plain form may take (8)")
     parser.add_argument("--half", action="store_true", help="forms in half precision on a CPU too")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: as torch sees fit)")
-    parser.add_argument("--out", metavar="FILE.json")
-    args = parser.parse_args()
-    device = torch.device(args.device)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    rows = [row for M in args.images for row in rows_of(M, args, device)]
-    on = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    exponents = {name: growth(rows, name) for name in dict.fromkeys(row["form"] for row in rows)}
-    print(f"{on}, torch {torch.__version__}; batch {args.batch}, C {args.dim}, {args.positives} positives and hard positives; median of {args.repeat}\n")
-    print(table(["form", "images", "ms", "CPU ms", "MiB", "error of gradient"],
-                [[row["form"], f"{row['images']:,}", row["seconds"] * 1000, row["cpu_seconds"] * 1000, row["peak_mib"], f"{row['error']:.1e}"] for row in rows]))  # fmt: skip
-    print("\nseconds ~ M^b: " + ", ".join(f"{name} b = {b:.2f}" for name, b in exponents.items() if b is not None))
-    if args.out:
-        facts = {"command": "python -m benchmarks.bank_loss " + shlex.join(sys.argv[1:]), "hardware": on, "load": os.getloadavg()[0], "torch": torch.__version__,
-                 "python": platform.python_version(), "n": args.repeat, "rows": rows, "exponents": exponents}  # fmt: skip
-        with open(args.out, "w") as file:
-            json.dump(facts, file, indent=1)
+    args = parser.parse_args(argv)
+    common.begin(args)
+    if args.quick:
+        args.images, args.batch = [300, 600], 16
+    title = f"Exact bank loss, its forms, forward and backward: batch {args.batch}, C {args.dim}, {args.positives} positives and hard positives"
+    result = common.Result("bank-loss", title, args.device, COLUMNS)
+    for M in args.images:
+        for row in rows_of(M, args, args.device):
+            result.add({**row, "ms": row["seconds"] * 1e3, "cpu_ms": row["cpu_seconds"] * 1e3, "n": args.repeats, "error": f"{row['error']:.1e}"})
+    for name in dict.fromkeys(row["form"] for row in result.rows):
+        if (b := growth(result.rows, name)) is not None:
+            result.note(f"{name}: seconds ~ M^b, b = {b:.2f}")
+    common.end(args, result)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,16 @@
 """What every benchmark shares: timing, the machine's own ceilings, the table on the screen and the file beside it.
 
-A benchmark writes benchmarks/results/<name>-<device>.json; `python -m benchmarks.results` makes RESULTS.md of them all:
+A benchmark writes benchmarks/results/<name>_<device>.json; `python -m benchmarks.results` makes RESULTS.md of them all. The schema:
 
-    name, title, command, date, commit, device {kind, name, cores, threads, load, memory_gib}, versions {python, torch, ...},
-    rows: [{what, value, unit, low, high, n, ...}], notes: [text]
+    title, command, date, device, versions     text; device may be {name, kind, cores, threads, load, ...}, versions {python, torch, ...}
+    rows: [{column: value, ...}, ...]          values are numbers, text or None; or lists, in the order of `columns`
+    notes: [text, ...]                         what a reader has to know
+    columns: [[key, heading], ...]             what the page shows of a row and in which order; or just [key, ...]
+    name, commit, n, and anything else         kept, not shown but for n: how often each was repeated
 
-`value` is the median of n repeats, low and high their extremes, warm-up excluded. Of a row may be said: bar, goal (in its unit, what is to be
-reached), ratio and of (how many times as fast as the row named), images_per_s, memory_gib, floor.
+Without `columns` the rows are timings: {what, value, unit, low, high, n}, `value` the median of n repeats, low and high their extremes,
+warm-up excluded. Of such a row may also be said: bar, goal (in its unit, what is to be reached), ratio and of (how many times as fast as
+the row named), images_per_s, memory_gib, floor.
 """
 
 import argparse
@@ -72,7 +76,7 @@ def timed(fn: Callable[[], object], device: torch.device, repeats: int = 5, warm
 
 
 def in_turns(fns: dict[str, Callable[[], object]], device: torch.device, repeats: int = 5, warmup: int = 1, cpu_time: bool = False) -> dict[str, Timing]:
-    """Side by side: each once, then each again. What else the machine does then falls on all of them alike."""
+    """Side by side: each once, then each again. What else the machine does then falls on all of them alike; the i-th seconds belong together."""
     for fn in fns.values():
         for _ in range(warmup):
             fn()
@@ -153,10 +157,10 @@ def commit() -> str | None:
 
 
 class Result:
-    """Rows of one benchmark, shown as they come and written at the end."""
+    """Rows of one benchmark, shown as they come and written at the end. columns: [(key, heading), ...] of rows that are no timings."""
 
-    def __init__(self, name: str, title: str, device: torch.device):
-        self.name, self.title, self.device = name, title, device
+    def __init__(self, name: str, title: str, device: torch.device, columns: list[tuple[str, str]] | None = None):
+        self.name, self.title, self.device, self.columns = name, title, device, columns
         self.rows: list[dict] = []
         self.notes: list[str] = []
         print(f"\n{title}, on {machine(device)['name']}", flush=True)
@@ -166,7 +170,7 @@ class Result:
         if of is not None:
             row |= {"ratio": self[of]["value"] / row["value"], "of": of}
         self.rows.append(row)
-        print("  " + in_words(row), flush=True)
+        print("  " + (in_words(row) if self.columns is None else "  ".join(f"{cell(row.get(key)):<12}" for key, _ in self.columns)), flush=True)
         return row
 
     def note(self, text: str) -> None:
@@ -179,8 +183,8 @@ class Result:
     def write(self, folder: Path | str | None = None) -> Path:
         facts = {"name": self.name, "title": self.title, "command": shlex.join(["python", "-m", *_module(), *sys.argv[1:]]),
                  "date": datetime.date.today().isoformat(), "commit": commit(), "device": machine(self.device), "versions": versions(),
-                 "rows": self.rows, "notes": self.notes}  # fmt: skip
-        path = Path(folder or RESULTS) / f"{self.name}-{slug(self.device)}.json"
+                 **({} if self.columns is None else {"columns": self.columns}), "rows": self.rows, "notes": self.notes}  # fmt: skip
+        path = Path(folder or RESULTS) / f"{self.name}_{slug(self.device)}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(facts, indent=1) + "\n")
         return path
@@ -204,6 +208,13 @@ def in_words(row: dict) -> str:
 
 def short(x: float) -> str:
     return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.3g}"
+
+
+def cell(x) -> str:
+    """Any value of a row as text."""
+    if x is None:
+        return ""
+    return short(x) if isinstance(x, (int, float)) and not isinstance(x, bool) else str(x)
 
 
 def parser(description: str) -> argparse.ArgumentParser:

@@ -143,14 +143,14 @@ def on_gpu(result: common.Result, photos: list[Path], device: torch.device, repe
     result.add(row | {"images_per_s": len(files) / row["value"] * 1e3})
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--photos", metavar="DIR")
     parser.add_argument("--images", type=int, default=64, metavar="n", help="photos of each size (64)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     common.begin(args)
     torch.set_num_threads(1)
-    n = 8 if args.quick else args.images
+    n = 4 if args.quick else args.images
     result = common.Result("input", "JPEG photos to two views of 224 px, CPU time an image, one core", CPU)
     with tempfile.TemporaryDirectory() as folder:
         small = find_photos(args.photos, Path(folder), n)

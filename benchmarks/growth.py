@@ -1,0 +1,144 @@
+"""How mining and the bank loss grow with the number of images M, and the GAN's training: seconds, memory, fitted exponents.
+
+    python -m benchmarks.growth                           GAN of 20,000 iterations, M = 10,000, 100,000 and 1,281,167
+    python -m benchmarks.growth --device cpu              fewer iterations, M = 2,000 to 20,000 (mining) and 100,000 (loss)
+    python -m benchmarks.growth --parts gan|mining|loss
+
+  gan      its iterations at batch 256 with the hardest of 4,096 candidates and own draws for the five triplets, M = 50,000; no early end
+  mining   a round without the GAN's training: five triplets an anchor, the best proxy's ten nearest, joined by the radius, made into sets
+  loss     the exact softmax over all M, batch 256, P 32, hard positives, forward and backward (benchmarks/bank_loss.py, which has all its forms)
+
+Proxies of the mining pass lie near their anchors, as those of a trained GAN do. Memory is what the work adds at most to features, bank and batch.
+"""
+
+import argparse
+import time
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks import bank_loss, common
+from benchmarks.knn import peak_bytes
+from benchmarks.mining import synthetic
+from moco_isl.mining.gan import Discriminator, GANFit, GANSettings, Generator, fit_gan
+from moco_isl.mining.miners import GANMiner
+from moco_isl.mining.positives import PositiveSets
+
+C = 128
+BARS = {"gan": (20, 6), "mining": (30, 10), "loss": (20, 10)}  # s, s, ms on an H200 at the issue's sizes: to be reached, hoped for
+SIZES = {"cuda": [10_000, 100_000, 1_281_167], "cpu": [2000, 6000, 20_000]}
+LOSS_SIZES = {"cuda": [10_000, 100_000, 1_281_167], "cpu": [10_000, 30_000, 100_000]}
+
+
+class NearAnchor(Generator):
+    """Untrained, but its proxies are near their anchors; all its layers are computed."""
+
+    def forward(self, a: torch.Tensor, p: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
+        return F.normalize(a + 0.3 * super().forward(a, p, n), dim=1)
+
+
+class FittedMiner(GANMiner):
+    """A round after the GAN's training: every proxy scores enough, and most of what is near to it joins."""
+
+    def __init__(self, device: torch.device):
+        super().__init__(budget=10.0, threshold=-1.0, radius=0.0)
+        torch.manual_seed(0)
+        self.fitted = GANFit(NearAnchor(C).to(device), Discriminator(C).to(device), {"natural_hub": 0.1, "probe_bank": 8192})
+
+    def fit(self, features, positives, seed, tick=None) -> GANFit:
+        return self.fitted
+
+
+def repeated(fn, device: torch.device, repeats: int, most_seconds: float = 30.0) -> common.Timing:
+    """`repeats` timings, or as many as begin within most_seconds. The caller has warmed up."""
+    started, seconds = time.perf_counter(), []
+    while len(seconds) < repeats and (not seconds or time.perf_counter() - started < most_seconds):
+        seconds.append(common.once(fn, device))
+    return common.Timing(seconds)
+
+
+def features_of(M: int, device: torch.device) -> torch.Tensor:
+    return synthetic(M, C, device, torch.float16 if device.type == "cuda" else torch.float32, 0)[0]
+
+
+def measure_gan(args: argparse.Namespace, result: common.Result) -> None:
+    device, M = args.device, args.gan_images
+    features, empty = features_of(M, device), PositiveSets.empty(M, device)
+    run = lambda iters: fit_gan(features, empty, GANSettings(iters=iters, min_iters=iters), 0)  # noqa: E731
+    run(min(20, args.iters))
+    timing = repeated(lambda: run(args.iters), device, args.repeats)
+    issues = device.type == "cuda" and args.iters == 20_000
+    more = {"bar": BARS["gan"][0], "goal": BARS["gan"][1]} if issues else {}
+    result.add(timing.row(f"GAN, {args.iters:,} iterations, M = {M:,}", "s", **more))
+    result.add(common.Timing([s / args.iters for s in timing.seconds]).row("  of them each"))
+
+
+def measure_mining(args: argparse.Namespace, result: common.Result) -> None:
+    device, miner, done = args.device, FittedMiner(args.device), []
+    for M in args.images or SIZES[device.type]:
+        features, empty = features_of(M, device), PositiveSets.empty(M, device)
+        mine = lambda: miner.mine(features, empty, torch.Generator().manual_seed(0))  # noqa: B023, E731
+        before = peak_bytes(device, reset=True)
+        if not done:  # compilers and caches: at the smallest size, which the largest need not wait for
+            mine()
+        timing = repeated(mine, device, args.repeats)
+        done.append((M, timing.median, peak_bytes(device) - before))
+        more = {"bar": BARS["mining"][0], "goal": BARS["mining"][1]} if device.type == "cuda" and M == 1_281_167 else {}
+        result.add(timing.row(f"mining pass, M = {M:,}", "s", memory_gib=done[-1][2] / 2**30, **more))
+        report = miner.report
+        if report["why"] or not report["edges"]:
+            raise RuntimeError(f"the pass joined nothing, so it measured nothing: {report['why']}")
+    add_exponents(result, "mining pass", done)
+
+
+def measure_loss(args: argparse.Namespace, result: common.Result) -> None:
+    flags = argparse.Namespace(dim=C, batch=args.batch, positives=32, half=False, plain_gib=0.0, repeats=args.repeats)
+    found: dict[str, list] = {}
+    for M in args.images or LOSS_SIZES[args.device.type]:
+        for row in bank_loss.rows_of(M, flags, args.device):
+            more = {"bar": BARS["loss"][0], "goal": BARS["loss"][1]} if row["form"].startswith("fused") and M == 1_281_167 else {}
+            timing = common.Timing(row["all_seconds"])
+            result.add(timing.row(f"bank loss, {row['form']}, M = {M:,}", memory_gib=row["peak_mib"] / 1024, **more))
+            found.setdefault(row["form"], []).append((M, timing.median, row["peak_mib"]))
+    for form, points in found.items():
+        add_exponents(result, f"bank loss, {form}", points)
+
+
+def add_exponents(result: common.Result, what: str, points: list[tuple[int, float, float]]) -> None:
+    """points: (M, seconds, memory). Memory only where all of it could be seen (a CPU's high-water mark moves in steps)."""
+    if len(points) < 2:
+        return
+    sizes, seconds, memory = zip(*points)
+    result.add({"what": f"{what}: seconds ~ M^b, b", "value": common.exponent(sizes, seconds), "unit": ""})
+    if min(memory) > 0:
+        result.add({"what": f"{what}: memory ~ M^b, b", "value": common.exponent(sizes, memory), "unit": ""})
+
+
+PARTS = {"gan": (measure_gan, "GAN training: batch 256, hardest of 4,096, five triplets an anchor"),
+         "mining": (measure_mining, "Mining pass: five triplets an anchor, top 10 within the radius, C = 128"),
+         "loss": (measure_loss, "Exact bank loss, forward and backward: C = 128, P 32, hard positives")}  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = common.parser(__doc__)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--images", type=int, nargs="+", metavar="M", help="of mining and loss (default: by part and device)")
+    parser.add_argument("--iters", type=int, help="of the GAN (20,000; 500 on a CPU)")
+    parser.add_argument("--gan-images", type=int, metavar="M", help="that the GAN is trained on (50,000; 20,000 on a CPU)")
+    parser.add_argument("--batch", type=int, default=256, metavar="N", help="of the bank loss (256)")
+    args = parser.parse_args(argv)
+    common.begin(args)
+    gpu = args.device.type == "cuda"
+    args.iters = args.iters or (40 if args.quick else 20_000 if gpu else 500)
+    args.gan_images = args.gan_images or (500 if args.quick else 50_000 if gpu else 20_000)
+    if args.quick:
+        args.images, args.batch = args.images or [300, 600], 16
+    for part in args.parts:
+        measure, title = PARTS[part]
+        result = common.Result(f"growth-{part}", title if part != "loss" else f"{title}, batch {args.batch}", args.device)
+        measure(args, result)
+        common.end(args, result)
+
+
+if __name__ == "__main__":
+    main()

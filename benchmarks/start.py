@@ -1,0 +1,67 @@
+"""From the command to the end of the first step, in seconds: main_moco_isl.py in a process of its own, each time a new one.
+
+    python -m benchmarks.start              ResNet-50, photos of 224 px, batch 256, --fast --no-compile; on a CPU ResNet-18, 64 px, batch 16
+    python -m benchmarks.start --compile    on a GPU: with the compiler, too, whose cache may be warm
+
+The photos are drawn and lie in a folder of JPEGs. Counted is everything: Python, imports, data set, workers, model, first batch, first step, until
+the line that reports it.
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks import common
+from benchmarks.input import find_photos
+
+ROOT = Path(__file__).parent.parent
+BAR = 20  # s without the compiler, on an H200
+
+
+def seconds_to_first_step(flags: list[str], out: Path) -> float:
+    """Runs the script until its first step is reported. Raises RuntimeError with what it said where it never was."""
+    command = [sys.executable, "-u", str(ROOT / "main_moco_isl.py"), *flags, "-p", "1", "--max-steps", "1", "--out", str(out)]
+    start, seconds, said = time.perf_counter(), None, []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run:
+        for line in run.stdout:
+            said.append(line)
+            if seconds is None and re.match(r"Epoch: \[0\]\[ *1/", line):
+                seconds = time.perf_counter() - start
+    if run.returncode or seconds is None:
+        raise RuntimeError(f"no first step, exit code {run.returncode}:\n{''.join(said[-10:])}")
+    return seconds
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = common.parser(__doc__)
+    parser.add_argument("--compile", action="store_true", help="measure --fast with the compiler as well")
+    args = parser.parse_args(argv)
+    common.begin(args)
+    gpu = args.device.type == "cuda"
+    batch, arch, side = (256, "resnet50", 224) if gpu else (16, "resnet18", 64)
+    if args.quick:
+        batch, arch, side = 4, "digits", 16
+    flags = ["-a", arch, "--image-size", str(side), "-b", str(batch), "-j", "8" if gpu else "0", "--mlp", "--aug-plus", "--cos", "--moco-t", "0.2", "--seed", "0",
+             *(["--moco-k", "64"] if args.quick else []), *([] if gpu else ["--device", "cpu"])]  # fmt: skip
+    result = common.Result("start", f"From the command to the first step: {arch}, {side} px, batch {batch}", args.device)
+    forms = {"--fast --no-compile": ["--fast", "--no-compile"], "--no-fast": ["--no-fast"], **({"--fast": ["--fast"]} if args.compile else {})}
+    if args.quick:
+        del forms["--no-fast"]
+    with tempfile.TemporaryDirectory() as folder:
+        photos = Path(folder) / "photos"
+        (photos / "train").mkdir(parents=True)
+        find_photos("/nonexistent", photos / "train", 2 * batch)
+        calls = {name: lambda extra=extra, name=name: seconds_to_first_step([str(photos), *flags, *extra], Path(tempfile.mkdtemp(dir=folder))) for name, extra in forms.items()}
+        rounds = [{name: call() for name, call in calls.items()} for _ in range(1 if args.quick else args.repeats)]
+    for name in forms:
+        timing = common.Timing([seconds[name] for seconds in rounds])
+        result.add(timing.row(name, "s", **({"bar": BAR} if gpu and name == "--fast --no-compile" else {})))
+    result.note("a new process each time; the first finds files that may not lie in the system's cache yet")
+    common.end(args, result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,281 @@
+"""One training step, side by side in one process: as published, as lightly has it, our plain path, our fast path, with ISL on, and the floor.
+
+    python -m benchmarks.step --rows photos          ResNet-50, 224 px, batch 256, K 65,536, and what ISL adds at M = 1,281,167
+    python -m benchmarks.step --rows w64 w32         CIFAR-size ResNet-18, batch 512, images on the device, augmentation included
+    python -m benchmarks.step --rows bank            CIFAR-size AlexNet, bank objective
+    python -m benchmarks.step --profile              and the three largest costs of a step before (published) and after (fast)
+
+On a CPU the sizes are small ones: to see the forms beside each other and that all of it runs. A turn is some steps of each form; turns alternate.
+Our forms run `engine.train_one_epoch`, as the script does, and read their losses once a turn; the others read theirs every step, as they do.
+"""
+
+import argparse
+import itertools
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks import common, peers, profiling
+from benchmarks.floor import floor_rows
+from benchmarks.published import PublishedMoCo, published_step
+from moco_isl import builder, data
+from moco_isl.data.datasets import ImagesInMemory
+from moco_isl.encoders import build_encoder
+from moco_isl.isl import ISL
+from moco_isl.mining.positives import PositiveSets
+from moco_isl.training import engine, fast
+from moco_isl.training.meters import Progress
+from moco_isl.training.signals import Stop
+
+DIM, P = 128, 16
+PUBLISHED, FAST, WITH_ISL = "as published", "ours, fast", "ours, fast, ISL on"
+
+
+@dataclass(frozen=True)
+class Work:
+    """A row's sizes. N: batch, K: queue, M: images, steps: of a turn; photos are the same two views at every step, others augmented anew."""
+
+    title: str
+    arch: str
+    size: int
+    N: int
+    K: int
+    M: int
+    steps: int
+    photos: bool = False
+    bank: bool = False
+
+
+ROWS = {"photos": Work("MoCo v2 step, photos", "resnet50", 224, 256, 65536, 1_281_167, 10, photos=True),
+        "w64": Work("MoCo v2 step, CIFAR size, ResNet-18 of width 64", "resnet18w64", 32, 512, 4096, 50_000, 20),
+        "w32": Work("MoCo v2 step, CIFAR size, ResNet-18 of width 32", "resnet18w32", 32, 512, 4096, 50_000, 20),
+        "bank": Work("bank objective, CIFAR size, AlexNet", "alexnet", 32, 512, 0, 50_000, 20, bank=True)}  # fmt: skip
+ON_CPU = {"photos": {"size": 96, "N": 8, "M": 100_000, "steps": 1, "arch": "resnet18"}, "w64": {"N": 32, "M": 2000, "steps": 1},
+          "w32": {"N": 32, "M": 2000, "steps": 1}, "bank": {"N": 128, "M": 20_000, "steps": 1}}  # fmt: skip
+QUICK = {"size": 32, "N": 4, "K": 64, "M": 200, "steps": 1, "arch": "resnet18w16"}
+# ms a step at the issue's sizes on an H200: what is to be reached, and what is hoped for
+BARS = {"photos": (55, 45), "w64": (512 / 20_000 * 1e3, 512 / 31_000 * 1e3), "w32": (512 / 50_000 * 1e3, 512 / 80_000 * 1e3), "bank": (512 / 120_000 * 1e3, None)}
+
+
+# ---------------------------------------------------------------- batches
+
+
+class SameViews:
+    """A loader of photos on the device: the same two views at every step, with indices of their own."""
+
+    def __init__(self, work: Work, device: torch.device):
+        g = torch.Generator(device).manual_seed(0)
+        self.views = tuple(torch.randn(work.N, 3, work.size, work.size, device=device, generator=g) for _ in range(2))
+        self.index = torch.randperm(work.M, device=device, generator=g)[: work.N * 64].split(work.N)
+
+    def __len__(self) -> int:
+        return 1 << 30
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator:
+        return ((self.views, index) for index in itertools.cycle(self.index))
+
+    def bad_images(self) -> list:
+        return []
+
+
+def small_images(work: Work, device: torch.device, compiled: bool):
+    """Our loader of images held on the device, M random ones; compiled: its augmentation too."""
+    images = torch.randint(0, 256, (work.M, 3, work.size, work.size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    augmentation = data.get_augmentation("cifar10", aug_plus=True, size=work.size, on_device=True)
+    if compiled:
+        fast.compile_augmentation(augmentation, 2 * work.N, device)
+    dataset = ImagesInMemory(images, None, None, "random")
+    return data.train_loader(dataset, augmentation=augmentation, batch_size=work.N, seed=0, device=device)
+
+
+# ---------------------------------------------------------------- forms: calls that take some steps
+
+Turn = Callable[[], None]
+
+
+class Silent(Progress):
+    def report(self, epoch: int, step: int, values: dict[str, float]) -> None:
+        """Nothing is shown; the values were read."""
+
+
+def turn_of(step: Callable, loader, work: Work) -> Turn:
+    def turn() -> None:
+        for (im_q, im_k), _ in itertools.islice(loader.epoch(0), work.steps):
+            step(im_q, im_k)
+
+    return turn
+
+
+def ours(isl: ISL, optimizer: torch.optim.Optimizer, loader, work: Work, device: torch.device, is_fast: bool) -> Turn:
+    """`steps` steps of the training loop, from a loader's beginning; losses are read at the end."""
+    flags = fast.defaults(is_fast, device.type == "cuda")
+    scaler = torch.amp.GradScaler(device.type, enabled=False)
+
+    def turn() -> None:
+        with fast.numerics(is_fast, device):
+            engine.train_one_epoch(
+                isl, loader, optimizer, scaler, engine.Position(), device=device, stop=Stop(lambda: False), progress=Silent("lines", 1, work.steps),
+                log=lambda **_: None, save=lambda: None, last_good=lambda: "", amp=flags["amp"], channels_last=flags["channels_last"],
+                print_freq=work.steps, max_steps=work.steps)  # fmt: skip
+
+    return turn
+
+
+def our_model(work: Work, device: torch.device, is_fast: bool) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    flags = fast.defaults(is_fast, device.type == "cuda")
+    encoder = lambda num_classes: build_encoder(work.arch, num_classes, image_size=work.size)  # noqa: E731
+    torch.manual_seed(0)
+    model = builder.Instance(encoder, DIM, 0.1) if work.bank else builder.MoCo(encoder, DIM, work.K, 0.999, 0.2, mlp=True)
+    model.to(device, memory_format=torch.channels_last if flags["channels_last"] else torch.preserve_format)
+    optimizer = fast.sgd(model.parameters(), 0.03, 0.9, 1e-4, is_fast and device.type == "cuda")
+    if flags["compile"]:
+        fast.compile_encoders(model, work.N)
+    return model, optimizer
+
+
+def give_positives(isl: ISL, work: Work, device: torch.device) -> ISL:
+    """As after a round of mining: sets of P on average, and a bank of features."""
+    src = torch.arange(work.M, device=device).repeat_interleave(P // 2)
+    dst = torch.randint(work.M, (len(src),), device=device, generator=torch.Generator(device).manual_seed(1))
+    isl.positives = PositiveSets.from_edges(work.M, src, dst)
+    if not isl.bank.filled:
+        isl.bank.fill(F.normalize(torch.randn(work.M, DIM, device=device), dim=1))
+    return isl
+
+
+def loader_of(work: Work, device: torch.device, is_fast: bool):
+    compiled = fast.defaults(is_fast, device.type == "cuda")["compile"]
+    return SameViews(work, device) if work.photos else small_images(work, device, compiled)
+
+
+def forms(work: Work, device: torch.device, note: Callable[[str], None]) -> Iterator[tuple[str, Callable[[], Turn]]]:
+    """Name -> what builds the form and returns its turn. The last two share model and compiler's work."""
+    plain = loader_of(work, device, is_fast=False)
+    if not work.bank:
+        yield PUBLISHED, lambda: turn_of(published_step(PublishedMoCo(work.arch, work.size, DIM, work.K).to(device)), plain, work)
+        try:
+            import lightly  # noqa: F401
+
+            sizes = work.arch, work.size, DIM, work.K, device
+            yield "lightly, MoCo", lambda: turn_of(peers.moco_step(*sizes), plain, work)
+            yield "lightly, NNCLR", lambda: turn_of(peers.nnclr_step(*sizes), plain, work)
+        except ImportError:
+            note(peers.ABSENT)
+    options = {"hpe": 0.0} if work.bank else {"active": False}
+    shared = {}  # of the last two forms
+
+    def build(is_fast: bool, loader) -> Turn:
+        shared["model"], shared["loader"] = our_model(work, device, is_fast), loader
+        model, optimizer = shared["model"]
+        return ours(ISL(model, work.M, fast=is_fast, **options), optimizer, loader, work, device, is_fast)
+
+    def build_isl() -> Turn:
+        model, optimizer = shared["model"]
+        isl = give_positives(ISL(model, work.M, P=P, hpe=0.5, fast=True), work, device)
+        return ours(isl, optimizer, shared["loader"], work, device, True)
+
+    yield "ours, plain", lambda: build(False, plain)
+    yield FAST, lambda: build(True, loader_of(work, device, is_fast=True))
+    yield WITH_ISL, build_isl
+
+
+# ---------------------------------------------------------------- the table
+
+
+def build_all(work: Work, device: torch.device, result: common.Result, only: set[str] | None = None) -> tuple[dict[str, Turn], dict[str, float | None]]:
+    """The forms, warmed up by two turns each, and GiB that each needs at most beside the others."""
+    turns, memory, before = {}, {}, 0
+    for name, build in forms(work, device, result.note):
+        if only is not None and name not in only:
+            continue
+        if name != WITH_ISL:  # which has the model of the form before it
+            before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+        turns[name] = build()
+        turns[name]()
+        common.peak_gib(device, reset=True)
+        turns[name]()
+        common.synchronize(device)
+        peak = common.peak_gib(device)
+        memory[name] = None if peak is None else peak - before / 2**30
+    return turns, memory
+
+
+def measure(name: str, work: Work, device: torch.device, args: argparse.Namespace) -> list[common.Result]:
+    title = f"{work.title}: {work.arch}, {work.size} px, batch {work.N}, " + (f"M {work.M:,}" if work.bank else f"K {work.K:,}")
+    result = common.Result(f"step-{name}", title, device)
+    turns, memory = build_all(work, device, result)
+    timings = common.in_turns(turns, device, args.repeats, warmup=0)
+    first = next(iter(turns))
+    bar, goal = BARS[name] if device.type == "cuda" and work == ROWS[name] else (None, None)
+    for form, timing in timings.items():
+        timing = common.Timing([seconds / work.steps for seconds in timing.seconds])
+        more = {"bar": bar, "goal": goal} if form == FAST or form == WITH_ISL and work.bank else {}
+        result.add(timing.row(form, images_per_s=work.N / timing.median, memory_gib=memory[form], **more), of=None if form == first else first)
+    add_overhead(result, timings)
+    if not args.no_floor:
+        one = replace(work, steps=1)
+        model, optimizer = our_model(one, device, False)
+        isl = ISL(model, one.M, active=one.bank, hpe=0.0)
+        step = ours(isl, optimizer, loader_of(one, device, False), one, device, False)
+        step()
+        parameters = sum(p.numel() for p in model.encoder_q.parameters())
+        rows = floor_rows(step, parameters, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
+        result[FAST]["floor"] = max(row["value"] for row in rows)
+        for row in rows:
+            result.add(row)
+    result.note(f"a turn is {work.steps} steps; all forms in turns in one process; "
+                + ("the same two random views at every step" if work.photos else "random images on the device, augmentation included")
+                + ("" if work.bank else f"; ISL on: sets of {P} on average, P {P}, hard positives, bank update, queue mask, M = {work.M:,}"))  # fmt: skip
+    if work.bank:
+        result.note(f"ISL on: sets of {P} on average, P {P}, hard positives, and a second view of every image made; without: Instance, which has no use for one")
+    if device.type == "cpu":
+        result.note("on a CPU --fast stands for augmentation on the device alone, which all forms have here: the two rows differ by noise")
+    results = [result]
+    if args.profile:
+        results.append(profiling.result_of(name, title, {form: turns[form] for form in (first, FAST)}, work.steps, device))
+    return results
+
+
+def add_overhead(result: common.Result, timings: dict[str, common.Timing]) -> None:
+    """What ISL adds to the step, by pairs of turns."""
+    pairs = zip(timings[WITH_ISL].seconds, timings[FAST].seconds)
+    extra = [100 * (on / off - 1) for on, off in pairs]
+    result.add({"what": "what ISL adds", "value": statistics.median(extra), "unit": "%", "low": min(extra), "high": max(extra), "n": len(extra),
+                **({"bar": 3, "goal": 1} if result.name == "step-photos" and result.device.type == "cuda" else {})})  # fmt: skip
+
+
+def sizes(args: argparse.Namespace, name: str) -> Work:
+    work = ROWS[name]
+    if args.device.type == "cpu":
+        work = replace(work, **ON_CPU[name])
+    if args.quick:
+        work = replace(work, **{**QUICK, **({"arch": work.arch} if work.bank else {})})
+    given = {"arch": args.arch, "size": args.size, "N": args.batch, "K": args.queue, "M": args.images, "steps": args.steps}
+    return replace(work, **{key: value for key, value in given.items() if value is not None})
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = common.parser(__doc__)
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    for flag, metavar, text in (("--size", "S", "side of an image"), ("--batch", "N", "images of a step"), ("--queue", "K", "keys"), ("--images", "M", "of the data set"),
+                                ("--steps", "n", "of a turn")):  # fmt: skip
+        parser.add_argument(flag, type=int, metavar=metavar, help=f"{text} (default: by row and device)")
+    parser.add_argument("--arch", help="encoder (default: by row)")
+    parser.add_argument("--no-floor", action="store_true", help="leave the floor out")
+    parser.add_argument("--profile", action="store_true", help="the three largest costs of a step before (published) and after (fast)")
+    parser.add_argument("--warm", action="store_true", help="only compile what the fast forms need, so that it lies in the compiler's cache")
+    args = parser.parse_args(argv)
+    common.begin(args)
+    for name in args.rows:
+        work = sizes(args, name)
+        if args.warm:
+            build_all(work, args.device, common.Result(f"step-{name}", f"warming up: {work.title}", args.device), only={FAST, WITH_ISL})
+            continue
+        common.end(args, *measure(name, work, args.device, args))
+
+
+if __name__ == "__main__":
+    main()
