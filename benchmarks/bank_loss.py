@@ -102,7 +102,7 @@ def rows_of(M: int, args: argparse.Namespace, device: torch.device) -> list[dict
     bank = unit_rows(M, args.dim, device, torch.float32, 0)
     g = torch.Generator(device).manual_seed(1)
     index = torch.randint(M, (args.batch,), device=device, generator=g)
-    near = lambda noise: F.normalize(bank[index] + noise * unit_rows(args.batch, args.dim, device, torch.float32, 2), dim=1)  # noqa: E731
+    near = lambda noise: F.normalize(bank[index] + noise * unit_rows(args.batch, args.dim, device, torch.float32, 2), dim=1)
     positives = torch.cat([index[:, None], torch.randint(M, (args.batch, args.positives), device=device, generator=g)], 1)
     weight = torch.ones_like(positives, dtype=torch.float32)
     batch = near(0.5), positives, weight, near(1.0)

@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=common.RESULTS, metavar="DIR", help="where the JSONs go (default: benchmarks/results)")
     args = parser.parse_args(argv)
     gpu, began = args.device.startswith("cuda"), time.perf_counter()
-    left = lambda: args.minutes * 60 - (time.perf_counter() - began)  # noqa: E731
+    left = lambda: args.minutes * 60 - (time.perf_counter() - began)
     more = ["--device", args.device, "--out", str(args.out.absolute()), *(["--quick"] if args.quick else [])]
     parts = {name: part for name, part in (GPU if gpu else CPU).items() if not args.only or any(name.startswith(only) for only in args.only)}
     if gpu:

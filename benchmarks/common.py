@@ -1,6 +1,6 @@
 """What every benchmark shares: timing, the machine's own ceilings, the table on the screen and the file beside it.
 
-A benchmark writes benchmarks/results/<name>_<device>.json; `python -m benchmarks.results` makes RESULTS.md of them all. The schema:
+A benchmark writes benchmarks/results/<name>-<device>.json; `python -m benchmarks.results` makes RESULTS.md of them all. The schema:
 
     title, command, date, device, versions     text; device may be {name, kind, cores, threads, load, ...}, versions {python, torch, ...}
     rows: [{column: value, ...}, ...]          values are numbers, text or None; or lists, in the order of `columns`
@@ -181,18 +181,22 @@ class Result:
         return next(row for row in self.rows if row["what"] == what)
 
     def write(self, folder: Path | str | None = None) -> Path:
-        facts = {"name": self.name, "title": self.title, "command": shlex.join(["python", "-m", *_module(), *sys.argv[1:]]),
+        facts = {"name": self.name, "title": self.title, "command": _command(),
                  "date": datetime.date.today().isoformat(), "commit": commit(), "device": machine(self.device), "versions": versions(),
                  **({} if self.columns is None else {"columns": self.columns}), "rows": self.rows, "notes": self.notes}  # fmt: skip
-        path = Path(folder or RESULTS) / f"{self.name}_{slug(self.device)}.json"
+        path = Path(folder or RESULTS) / f"{self.name}-{slug(self.device)}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(facts, indent=1) + "\n")
         return path
 
 
-def _module() -> list[str]:
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return [spec.name.removesuffix(".__main__")] if spec else [Path(sys.argv[0]).stem]
+def _command() -> str:
+    """What was typed, but for where the file was to go."""
+    spec, given = getattr(sys.modules["__main__"], "__spec__", None), sys.argv[1:]
+    if "--out" in given:
+        at = given.index("--out")
+        del given[at : at + 2]
+    return shlex.join(["python", "-m", spec.name.removesuffix(".__main__") if spec else Path(sys.argv[0]).stem, *given])
 
 
 def in_words(row: dict) -> str:

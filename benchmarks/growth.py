@@ -64,7 +64,7 @@ def features_of(M: int, device: torch.device) -> torch.Tensor:
 def measure_gan(args: argparse.Namespace, result: common.Result) -> None:
     device, M = args.device, args.gan_images
     features, empty = features_of(M, device), PositiveSets.empty(M, device)
-    run = lambda iters: fit_gan(features, empty, GANSettings(iters=iters, min_iters=iters), 0)  # noqa: E731
+    run = lambda iters: fit_gan(features, empty, GANSettings(iters=iters, min_iters=iters), 0)
     run(min(20, args.iters))
     timing = repeated(lambda: run(args.iters), device, args.repeats)
     issues = device.type == "cuda" and args.iters == 20_000
@@ -77,7 +77,7 @@ def measure_mining(args: argparse.Namespace, result: common.Result) -> None:
     device, miner, done = args.device, FittedMiner(args.device), []
     for M in args.images or SIZES[device.type]:
         features, empty = features_of(M, device), PositiveSets.empty(M, device)
-        mine = lambda: miner.mine(features, empty, torch.Generator().manual_seed(0))  # noqa: B023, E731
+        mine = lambda: miner.mine(features, empty, torch.Generator().manual_seed(0))  # noqa: B023
         before = peak_bytes(device, reset=True)
         if not done:  # compilers and caches: at the smallest size, which the largest need not wait for
             mine()

@@ -167,7 +167,8 @@ def main(argv: list[str] | None = None) -> None:
         if args.device.type == "cuda":
             results.append(common.Result("input", "views finished on the device", args.device))
             on_gpu(results[1], small, args.device, args.repeats)
-    result.note(f"{len(small)} photos of each size; all calls in turns in one process, one thread; bar: a third of the published time")
+        drawn = small[0].parent == Path(folder)
+    result.note(f"{len(small)} {'drawn pictures' if drawn else 'photos'} of each size; all calls in turns in one process, one thread; bar: a third of the published time")
     common.end(args, *results)
 
 

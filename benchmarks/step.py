@@ -126,7 +126,7 @@ def ours(isl: ISL, optimizer: torch.optim.Optimizer, loader, work: Work, device:
 
 def our_model(work: Work, device: torch.device, is_fast: bool) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     flags = fast.defaults(is_fast, device.type == "cuda")
-    encoder = lambda num_classes: build_encoder(work.arch, num_classes, image_size=work.size)  # noqa: E731
+    encoder = lambda num_classes: build_encoder(work.arch, num_classes, image_size=work.size)
     torch.manual_seed(0)
     model = builder.Instance(encoder, DIM, 0.1) if work.bank else builder.MoCo(encoder, DIM, work.K, 0.999, 0.2, mlp=True)
     model.to(device, memory_format=torch.channels_last if flags["channels_last"] else torch.preserve_format)

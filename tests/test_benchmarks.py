@@ -81,34 +81,34 @@ def rows(facts: dict) -> dict[str, dict]:
 def test_step_has_all_forms_and_the_floor(tmp_path):
     pytest.importorskip("lightly")
     files = written(step.main, tmp_path, "--rows photos --profile")
-    assert set(files) == {"step-photos_cpu.json", "profile-photos_cpu.json"}
-    found = rows(files["step-photos_cpu.json"])
+    assert set(files) == {"step-photos-cpu.json", "profile-photos-cpu.json"}
+    found = rows(files["step-photos-cpu.json"])
     forms = ["as published", "lightly, MoCo", "lightly, NNCLR", "ours, plain", "ours, fast", "ours, fast, ISL on", "what ISL adds"]
     assert list(found)[:7] == forms and all(name.startswith("floor: ") for name in list(found)[7:]) and len(found) == 9
     assert found["ours, fast"]["of"] == "as published"
     assert 0 < found["ours, fast"]["floor"] < found["ours, fast"]["value"]
-    assert len(files["profile-photos_cpu.json"]["rows"]) == 6
+    assert len(files["profile-photos-cpu.json"]["rows"]) == 6
 
 
 def test_step_says_that_lightly_is_not_there(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lightly", None)
     files = written(step.main, tmp_path, "--rows w32 --no-floor")
-    assert "lightly, MoCo" not in rows(files["step-w32_cpu.json"]) and "pip install lightly" in capsys.readouterr().out
+    assert "lightly, MoCo" not in rows(files["step-w32-cpu.json"]) and "pip install lightly" in capsys.readouterr().out
 
 
 def test_step_of_the_bank_objective(tmp_path):
-    assert list(rows(written(step.main, tmp_path, "--rows bank")["step-bank_cpu.json"]))[:3] == ["ours, plain", "ours, fast", "ours, fast, ISL on"]
+    assert list(rows(written(step.main, tmp_path, "--rows bank")["step-bank-cpu.json"]))[:3] == ["ours, plain", "ours, fast", "ours, fast, ISL on"]
 
 
 def test_growth(tmp_path):
     files = written(growth.main, tmp_path, "")
-    assert set(files) == {"growth-gan_cpu.json", "growth-mining_cpu.json", "growth-loss_cpu.json"}
-    assert any("seconds ~ M^b" in name for name in rows(files["growth-mining_cpu.json"]))
-    assert rows(files["growth-gan_cpu.json"])["GAN, 40 iterations, M = 500"]["value"] > 0
+    assert set(files) == {"growth-gan-cpu.json", "growth-mining-cpu.json", "growth-loss-cpu.json"}
+    assert any("seconds ~ M^b" in name for name in rows(files["growth-mining-cpu.json"]))
+    assert rows(files["growth-gan-cpu.json"])["GAN, 40 iterations, M = 500"]["value"] > 0
 
 
 def test_start_counts_to_the_first_step(tmp_path, monkeypatch):
-    (row,) = written(start.main, tmp_path, "")["start_cpu.json"]["rows"]
+    (row,) = written(start.main, tmp_path, "")["start-cpu.json"]["rows"]
     assert 0.5 < row["value"] < 120
     monkeypatch.setattr(start, "ROOT", tmp_path)
     script = tmp_path / "main_moco_isl.py"
@@ -121,11 +121,11 @@ def test_start_counts_to_the_first_step(tmp_path, monkeypatch):
 
 
 def test_input(tmp_path):
-    found = rows(written(photos.main, tmp_path, "")["input_cpu.json"])
+    found = rows(written(photos.main, tmp_path, "")["input-cpu.json"])
     assert {"224 px, published: PIL", "500 px, ours, fast, all on the CPU"} <= set(found)
 
 
-@pytest.mark.parametrize(("main", "name", "count"), [(knn.main, "knn_cpu.json", 1), (bank_loss.main, "bank-loss_cpu.json", 4)])
+@pytest.mark.parametrize(("main", "name", "count"), [(knn.main, "knn-cpu.json", 1), (bank_loss.main, "bank-loss-cpu.json", 4)])
 def test_tables_of_other_columns(main, name, count, tmp_path):
     assert len(written(main, tmp_path, "")[name]["rows"]) == count
 

@@ -262,7 +262,7 @@ class Images:
 def front(name, is_fast, device="cpu"):
     """An ISL around a small ResNet; sets of two for the first 40 images, none for the others."""
     objective, mined, hpe = OBJECTIVES[name]
-    encoder = lambda num_classes: build_encoder("resnet18w16", num_classes, image_size=SIDE)  # noqa: E731
+    encoder = lambda num_classes: build_encoder("resnet18w16", num_classes, image_size=SIDE)
     torch.manual_seed(0)
     model = (builder.MoCo(encoder, 16, 64, 0.9, 0.2, mlp=True) if objective == "queue" else builder.Instance(encoder, 16, 0.2)).to(device)
     isl = ISL(model, M, P=4, hpe=hpe, active=mined or objective == "bank", fast=is_fast)
@@ -387,7 +387,7 @@ def test_a_step_on_a_gpu_waits_for_nothing(name):
     """CUDA itself raises where the host would wait."""
     isl = front(name, True, "cuda")
     train(isl, True, amp="bf16", device="cuda")  # kernels are tried out, and memory is found
-    (first, *others), optimizer = Images("cuda").steps, fast.sgd(isl.model.parameters(), 0.05, 0.9, 1e-4, True)
+    others, optimizer = Images("cuda").steps[1:], fast.sgd(isl.model.parameters(), 0.05, 0.9, 1e-4, True)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
