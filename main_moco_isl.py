@@ -29,7 +29,7 @@ from moco_isl.rotation import Rotations
 from moco_isl.training import cli, engine, fast, options, resume
 from moco_isl.training.meters import Progress
 from moco_isl.training.options import check_args
-from moco_isl.training.round_record import round_record
+from moco_isl.training.round_record import precision_of_ranking, round_record
 from moco_isl.training.run_folder import RunFolder, check_folder
 from moco_isl.training.signals import Stop
 
@@ -282,7 +282,10 @@ class Run:
             resume.restore_rng(generators, self.device)
             self.save()
             raise Interrupted(f"saved before the mining of epoch {epoch}: go on with --resume auto") from None
-        cli.on_main(lambda: self.folder.save_round(self.isl.round, round_record(features, self.isl.positives, self.miner, before)))
+        record = cli.on_main(lambda: round_record(features, self.isl.positives, self.miner, before))
+        cli.on_main(lambda: self.folder.save_round(self.isl.round, record))
+        if record is not None and self.labels is not None:
+            report |= precision_of_ranking(record, self.labels)
         self.progress.say(f"=> {one_line(report)}")
         self.log(kind="round", epoch=epoch, **report)
         self.save()

@@ -129,10 +129,10 @@ def test_an_undecided_discriminator_has_closed_losses():
 
 def test_a_step_updates_both_networks_and_each_by_its_own_loss():
     trainer = gan._Trainer(rows(60), PositiveSets.empty(60), GANSettings(batch=20), None, seed=3)
-    before = trainer.weights()
+    before = trainer.state()
     trainer.adam_D.param_groups[0]["lr"] = 0.0  # D stands still, though G's step passes through it
     trainer.step()
-    after = trainer.weights()
+    after = trainer.state()
     assert all(torch.equal(x, after["D"][name]) for name, x in before["D"].items())
     assert any(not torch.equal(x, after["G"][name]) for name, x in before["G"].items())
     losses = trainer.read_losses(1)
@@ -173,7 +173,7 @@ def test_fit_is_repeatable_warm_starts_and_asks_tick():
     first, again = (fit_gan(features, sets, settings, seed=5) for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(first.G.state_dict().values(), again.G.state_dict().values()))
     state = {"G": first.G.state_dict(), "D": first.D.state_dict()}
-    start = gan._Trainer(features, sets, settings, state, seed=6).weights()
+    start = gan._Trainer(features, sets, settings, state, seed=6).state()
     assert all(torch.equal(x, state["D"][name]) for name, x in start["D"].items())
     left = [30]
 
@@ -276,7 +276,7 @@ def test_a_captured_iteration_trains_and_draws_anew():
         trainer.step()
     trainer.capture()
     trainer.read_losses(1)
-    seen, weights = [], trainer.weights()
+    seen, weights = [], trainer.state()
     drawn = trainer.generator.get_state()
     for _ in range(20):
         trainer.run()
@@ -285,7 +285,7 @@ def test_a_captured_iteration_trains_and_draws_anew():
     assert not torch.equal(drawn, trainer.generator.get_state())  # replays move the generator on
     losses = trainer.read_losses(20)
     assert 0.1 < losses["loss_D"] < 5 and 0.1 < losses["loss_G"] < 5
-    after = trainer.weights()
+    after = trainer.state()
     assert all(not torch.equal(x, after[net][name]) for net in ("G", "D") for name, x in weights[net].items())
 
 

@@ -217,6 +217,15 @@ def test_ranking_of_the_gan_miner_is_that_of_a_loop(small):
         assert torch.allclose(cosine[i], features[order] @ proxy, atol=1e-5)
 
 
+def test_precision_of_a_ranking_is_counting():
+    labels = torch.tensor([0, 0, 1, 1, -1])
+    record = {"ranked": torch.tensor([[1, 2], [2, 0], [3, 4], [4, 2], [0, 1]], dtype=torch.int32)}
+    found = round_record.precision_of_ranking(record, labels, (1, 2))
+    # image 4 has no label: neither its own pairs nor those with it count; right are 0-1, 1-0, 2-3, 3-2
+    assert found == {"precision_ranked": {"1": pytest.approx(2 / 3), "2": pytest.approx(4 / 6)}}
+    assert round_record.precision_of_ranking({}, labels) == {}
+
+
 def test_a_run_leaves_a_record_a_round_and_a_resumed_one_the_same(knn, tmp_path, capsys):
     assert sorted(p.name for p in (knn / "rounds").iterdir()) == ["round_0001.pt", "round_0002.pt"]
     lines = [json.loads(line) for line in (knn / "metrics.jsonl").read_text().splitlines()]

@@ -3,10 +3,11 @@
 Letters: M images, C feature dimension, N batch of anchors, B images of the probe's bank, k nearest looked at.
 """
 
+import copy
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -87,12 +88,14 @@ class GANSettings:
 
 @dataclass
 class GANFit:
-    """report: figures of the weights that were kept, and `history`, a list a figure, one entry a look."""
+    """report: figures of the weights that were kept, and `history`, a list a figure, one entry a look. optimizers: the state
+    of Adam at those weights, {"adam_G", "adam_D"}; empty where they were fitted elsewhere."""
 
     G: Generator
     D: Discriminator
     report: dict
     why: str = ""  # not empty: collapsed
+    optimizers: dict = field(default_factory=dict)
 
 
 class _Trainer:
@@ -105,11 +108,11 @@ class _Trainer:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             self.G, self.D = Generator(C), Discriminator(C)
-        if state is not None:
-            self.set_weights(state)
         self.G.to(device), self.D.to(device)
         adam = lambda net: torch.optim.Adam(net.parameters(), settings.lr, fused=True, capturable=device.type == "cuda")
         self.adam_G, self.adam_D = adam(self.G), adam(self.D)
+        if state is not None:
+            self.load(state)
         self.generator = torch.Generator(device).manual_seed(seed)
         self.sampler = TripletSampler(features, positives, self.N, self.generator, settings.triplets, training_search(features))
         self.anchors = torch.empty(M, dtype=torch.int64, device=device)
@@ -172,13 +175,19 @@ class _Trainer:
             raise RunFailed(f"the GAN's losses are not finite: lower its learning rate ({self.s.lr:g})")
         return {"loss_D": loss_D, "loss_G": loss_G}
 
-    def weights(self) -> dict:
-        copy = lambda net: {name: x.detach().clone() for name, x in net.state_dict().items()}
-        return {"G": copy(self.G), "D": copy(self.D)}
+    def state(self) -> dict:
+        """Copies of the weights and of Adam's moments: {"G", "D", "adam_G", "adam_D"}."""
+        adam = lambda optimizer: copy.deepcopy(optimizer.state_dict()["state"])
+        return {"G": copy.deepcopy(self.G.state_dict()), "D": copy.deepcopy(self.D.state_dict()), "adam_G": adam(self.adam_G), "adam_D": adam(self.adam_D)}
 
-    def set_weights(self, weights: dict) -> None:
-        self.G.load_state_dict(weights["G"])
-        self.D.load_state_dict(weights["D"])
+    def load(self, state: dict) -> None:
+        """A state of `state`; without moments, as another rank has it, Adam starts anew."""
+        self.G.load_state_dict(state["G"])
+        self.D.load_state_dict(state["D"])
+        for name, optimizer in (("adam_G", self.adam_G), ("adam_D", self.adam_D)):
+            if name in state:
+                # a copy: Adam would go on writing into the tensors it is given
+                optimizer.load_state_dict({"state": copy.deepcopy(state[name]), "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 class _Probe:
@@ -246,7 +255,8 @@ def settled(history: list[dict], looks: int = 5) -> bool:
 @torch.enable_grad()  # also where the caller has turned gradients off
 def fit_gan(features: Tensor, positives: PositiveSets, settings: GANSettings, seed: int, state: dict | None = None,
             tick: Callable[[], None] | None = None) -> GANFit:
-    """Train G and D on features [M, C] (unit rows) and the positive sets; `state` {"G", "D"}: weights to start from.
+    """Train G and D on features [M, C] (unit rows) and the positive sets; `state`: where to start from,
+    the "G", "D" and where there are some "adam_G", "adam_D" of an earlier fit.
 
     Stops between the minimum and the cap once losses and proxies have settled, and keeps the weights with the smallest
     hub among those looked at from the minimum on (of equal ones the latest). Raises BadInput where there are too few
@@ -271,14 +281,15 @@ def fit_gan(features: Tensor, positives: PositiveSets, settings: GANSettings, se
         history.append({"iteration": i, **trainer.read_losses(i - read), **probe.look()})
         read = i
         if i >= minimum and (best is None or history[-1]["hub"] <= best[0]["hub"]):
-            best = history[-1], trainer.weights()
+            best = history[-1], trainer.state()
         spread = not collapse(history[-1]["hub"], history[-1]["distinct"], probe.natural, settings)
         if i >= minimum and spread and settled(history):  # collapsed proxies lie still too
             break
-    kept, weights = best
-    trainer.set_weights(weights)
+    kept, state = best
+    trainer.load(state)
     report = {**kept, "iteration_kept": kept["iteration"], "iterations": i, "natural_hub": probe.natural, "probe_bank": len(probe.rows),
               "fit_seconds": time.perf_counter() - started,
               "history": {name: [round(look[name], 4) for look in history] for name in history[0]}}
     del report["iteration"]
-    return GANFit(trainer.G, trainer.D, report, collapse(kept["hub"], kept["distinct"], probe.natural, settings))
+    return GANFit(trainer.G, trainer.D, report, collapse(kept["hub"], kept["distinct"], probe.natural, settings),
+                  {name: state[name] for name in ("adam_G", "adam_D")})

@@ -3,7 +3,6 @@
 Letters: M images, C feature dimension, N anchors of a block, k nearest looked at.
 """
 
-from collections.abc import Sequence
 
 import torch
 
@@ -12,7 +11,7 @@ from moco_isl.errors import BadInput, Interrupted, RunFailed
 from moco_isl.mining.edges import Edges, Rules
 from moco_isl.mining.gan import Discriminator, GANFit, GANSettings, Generator, collapse, fit_gan
 from moco_isl.mining.neighbors import topk
-from moco_isl.mining.positives import PositiveSets, same_label
+from moco_isl.mining.positives import PositiveSets
 from moco_isl.mining.rounds import RoundMiner, Tick, block_size, over_blocks
 from moco_isl.mining.triplets import TripletSampler
 
@@ -58,8 +57,7 @@ class GANMiner(RoundMiner):
     iters, min_iters: cap and minimum of a round's GAN training, by the number of images where None (see GANSettings).
     threshold: an anchor whose best score is not above it adds nothing. radius: R in cosine for radius_mode "confidence"
     (the surer, the wider), the Euclidean distance r for "fixed". candidates: how many images nearest to a proxy are
-    looked at. G and D of a round are where the next starts, unless they collapsed. remember: how many images nearest to
-    each best proxy `precision_at` can look at after a round (0: none).
+    looked at. G, D and their Adam moments are where the next round starts, unless they collapsed.
 
     An edge is as sure as its image is similar to the proxy. The score decides what Eq. 2 and 3 say and no more: it was
     seen to rank nothing (the upper half of the scores held the less precise proxies).
@@ -70,34 +68,30 @@ class GANMiner(RoundMiner):
     def __init__(self, budget: float | None = None, *, iters: int | None = None, min_iters: int | None = None,
                  batch: int = 256, lam: float = 1.0, lr: float = 1e-4, triplets: int = 5, threshold: float = 0.5,
                  radius: float = 0.6, radius_mode: str = "confidence", candidates: int = 10, max_share: float = 0.05,
-                 keep: bool = False, remember: int = 0):
+                 keep: bool = False):
         super().__init__(Rules(budget, max_share, keep))
         if radius_mode not in ("confidence", "fixed"):
             raise BadInput(f"radius mode {radius_mode!r} is unknown: use confidence or fixed")
         self.settings = GANSettings(iters, min_iters, batch, lam, lr, triplets)
         self.threshold, self.radius, self.radius_mode, self.candidates = threshold, radius, radius_mode, candidates
-        self.remember, self.nearest = remember, None
-        self.networks: dict | None = None  # weights of G and D
+        self.networks: dict | None = None  # weights of G and D; on rank 0, which fits them, the state of their optimizers too
 
     def find(self, features: Tensor, positives: PositiveSets, seed: int, tick: Tick | None) -> tuple[Edges, str]:
         M, device = len(features), features.device
         fit = self.fit(features, positives, seed, tick)
         self.report |= {**fit.report, "threshold": self.threshold, "radius": self.radius}
-        self.nearest, why, none = None, fit.why, torch.empty(0, device=device)
+        why, none = fit.why, torch.empty(0, device=device)
         if not why:
-            k = min(max(self.candidates, self.remember), M - 1)
+            k = min(self.candidates, M - 1)
             anchors, score, near, cosine, to_triplet = best_proxies(fit, features, positives, seed, k, self.settings.triplets, tick)
             figures = _statistics(M, score, near, to_triplet)
             self.report |= figures
             # a hub's share falls with the size of the bank it is among
             natural = fit.report["natural_hub"] * fit.report["probe_bank"] / M
             why = collapse(figures["hub"], figures["distinct"], natural, self.settings)
-        self.networks = None if why else {"G": fit.G.state_dict(), "D": fit.D.state_dict()}
+        self.networks = None if why else {"G": fit.G.state_dict(), "D": fit.D.state_dict(), **fit.optimizers}
         if why:
             return Edges(none.long(), none.long(), none), why
-        if self.remember:
-            self.nearest = anchors, near[:, :self.remember].int()
-        near, cosine = near[:, :self.candidates], cosine[:, :self.candidates]
         joins = radius_rule(score, cosine, self.threshold, self.radius, self.radius_mode)  # [n, candidates]
         self.report["why"] = self._silence(joins)
         return Edges(anchors[:, None].expand_as(joins)[joins], near[joins], cosine[joins]), ""
@@ -111,16 +105,6 @@ class GANMiner(RoundMiner):
             return (f"no proxy scored above {self.threshold:g} (the best {highest:.2f}): the discriminator still tells them all "
                     "from real triplets; give the GAN more iterations or lower --isl-threshold")
         return f"no image lies within the radius of a proxy: change --isl-radius ({self.radius:g}, {self.radius_mode})"
-
-    def precision_at(self, labels: Tensor, sizes: Sequence[int]) -> list[float | None]:
-        """Share of the images nearest to the last round's best proxies that have the anchor's label, at each of `sizes`,
-        whatever score and radius say; labels [M], below 0 where unknown. None where the round collapsed. Every rank calls."""
-        if self.nearest is None:
-            return [None] * len(sizes)
-        anchors, near = self.nearest
-        same = same_label(labels, near, anchors[:, None])  # [n, remember]
-        correct, known = (dist.all_reduce_sum(x.double().sum(0)).cumsum(0) for x in (same.nan_to_num(), ~same.isnan()))
-        return [float(correct[size - 1] / known[size - 1].clamp(min=1)) if size <= len(known) else None for size in sizes]
 
     def fit(self, features: Tensor, positives: PositiveSets, seed: int, tick: Tick | None = None) -> GANFit:
         """G and D, fitted by rank 0 and equal on all ranks. What ends rank 0's fit is raised on all."""

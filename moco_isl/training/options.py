@@ -101,8 +101,9 @@ def get_parser(description: str) -> cli.Parser:
     group.add_argument("--isl-radius-mode", choices=("confidence", "fixed"), default="confidence", help="confidence: the surer, the wider, as the published code")
     group.add_argument("--isl-triplets", type=int, default=5, metavar="n", help="triplets an anchor; the best proxy counts (5)")
     group.add_argument("--isl-lambda", type=float, default=1.0, metavar="l", help="Eq. 1: larger makes proxies explore more (1)")
-    group.add_argument("--isl-gan-iters", type=int, default=20000, metavar="n", help="most iterations of the GAN in a round (20000)")
-    group.add_argument("--isl-gan-min-iters", type=int, default=5000, metavar="n", help="fewest (5000); a short GAN collapses onto one image")
+    group.add_argument("--isl-gan-iters", type=int, metavar="n", help="most iterations of the GAN in a round (default: 90 times the root of the number of images, "
+                       "20,000 at 50,000)")
+    group.add_argument("--isl-gan-min-iters", type=int, metavar="n", help="fewest (default: a quarter of the most); a short GAN collapses onto one image")
 
     group = parser.add_argument_group("research: how right must positives be?")
     cli.add_switch(group, "--research-labels", help="let --miner oracle draw the positives from the labels; every round and every file of the run says so")
@@ -138,7 +139,8 @@ def check_args(args: argparse.Namespace) -> None:
               "miner that needs none")
     cli.check(oracle or not args.research_labels, f"--research-labels is for --miner oracle, and --miner {args.miner} uses no labels: leave it off")
     cli.check(not oracle or not (args.isl_grow or args.isl_keep), "--miner oracle draws its sets anew each round, of --oracle-size: leave --isl-grow and --isl-keep off")
-    cli.check(args.isl_gan_min_iters <= args.isl_gan_iters, f"--isl-gan-min-iters {args.isl_gan_min_iters} is more than --isl-gan-iters {args.isl_gan_iters}")
+    fewest, most = args.isl_gan_min_iters, args.isl_gan_iters
+    cli.check(None in (fewest, most) or fewest <= most, f"--isl-gan-min-iters {args.isl_gan_min_iters} is more than --isl-gan-iters {args.isl_gan_iters}")
     for name, value in fast.defaults(args.fast, cuda=args.device != "cpu" and torch.cuda.is_available()).items():
         if getattr(args, name) is None:
             setattr(args, name, value)

@@ -7,7 +7,7 @@ import torch
 
 from moco_isl.mining.edges import pair_cosines
 from moco_isl.mining.neighbors import topk
-from moco_isl.mining.positives import PositiveSets
+from moco_isl.mining.positives import PositiveSets, same_label
 
 Tensor = torch.Tensor
 
@@ -67,3 +67,15 @@ def round_record(features: Tensor, positives: PositiveSets, miner, before: Posit
     if getattr(miner, "report", {}).get("labels_used"):
         record["labels_used"] = torch.tensor(True)
     return {name: x.detach().cpu().contiguous() for name, x in record.items()}
+
+
+def precision_of_ranking(record: dict[str, Tensor], labels: Tensor, sizes: tuple[int, ...] = (5, 50)) -> dict[str, dict[str, float]]:
+    """Precision of the miner's own ranking at set sizes, {"precision_ranked": {size: share}}, as the paper's Figure 3; empty without a ranking.
+
+    labels [M], below 0 where unknown; over `sample_anchors` alone.
+    """
+    if "ranked" not in record:
+        return {}
+    anchors, labels = sample_anchors(len(labels)), labels.cpu()
+    same = same_label(labels, anchors[:, None], record["ranked"].long())  # [A, 100]
+    return {"precision_ranked": {str(size): float(same[:, :size].nanmean().nan_to_num()) for size in sizes}}
