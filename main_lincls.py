@@ -20,7 +20,7 @@ from moco_isl.encoders import AMP_TYPES, BACKBONE, STEMS, Taps, get_head
 from moco_isl.evaluation import features, linear, probe
 from moco_isl.evaluation.backbone import describe, load_backbone
 from moco_isl.training import cli, engine, resume
-from moco_isl.training.run_folder import LAST, RunFolder
+from moco_isl.training.run_folder import RunFolder
 from moco_isl.training.signals import Stop
 
 MOCO_LR, FINETUNE_LR = 30.0, 0.01
@@ -71,8 +71,8 @@ def _shots(text: str) -> list[int]:
 
 
 def file_to_resume(args) -> str:
-    last = Path(args.out or "") / LAST
-    return args.resume if args.resume != "auto" else str(last) if last.is_file() else ""
+    """Raises BadInput where it cannot be read, and where going on from it would overwrite what came after it."""
+    return args.resume if args.evaluate else resume.find_start(args.resume, None, args.out)[0].path or ""
 
 
 def check_args(args) -> None:
@@ -80,6 +80,7 @@ def check_args(args) -> None:
     cli.check_data_options(args)
     cli.check(args.resume != "auto" or (args.out and args.pretrained), "--resume auto needs --out, where to go on, and --pretrained")
     cli.check(not args.evaluate or args.resume not in ("", "auto"), "-e evaluates trained classifiers: name their file with --resume FILE")
+    args.out = args.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-lincls"
     path = file_to_resume(args)
     resumed = checkpoint.load(path) if path else {}
     if "probe" in resumed:
@@ -98,7 +99,6 @@ def check_args(args) -> None:
     cli.check(not args.finetune or args.amp != "fp16", "--finetune with --amp fp16 is not offered: use --amp bf16")
     if args.seed is None:
         args.seed = random.SystemRandom().randrange(2**31)
-    args.out = args.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-lincls"
     encoder, _ = load_backbone(args.pretrained or args.resume, args.arch, args.stem, args.key)
     Taps(encoder, [] if args.layers == ["all"] else args.layers)  # raises BadInput for a layer that is not there
     for split in ("train", "val"):
@@ -185,8 +185,7 @@ class Run:
                 resume.check_same({k: v for k, v in content["args"].items() if k not in FREE}, vars(args))
             self.probe.model.load_state_dict(ours["model"])
             self.position, self.best = engine.Position(ours["epoch"], ours["step"], ours["total"]), ours["best"]
-            self.position.averages.load_state_dict(ours["averages"], self.device)
-            resume.restore_rng(ours["rng"], self.device)
+            resume.restore_rng(ours["rng"], self.device, self.position.averages)
         if "optimizer" in content and not args.evaluate:
             self.probe.optimizer.load_state_dict(content["optimizer"])
         self.say(f"=> loaded '{path}' (epoch {self.position.epoch}, step {self.position.step})")
@@ -194,12 +193,11 @@ class Run:
 
     def save(self) -> None:
         """checkpoint_last: MoCo's keys, and what an exact resume needs. Every rank has to call it."""
-        rng, position = resume.rng_of_ranks(self.device), self.position
+        ranks, position = resume.rng_of_ranks(self.device, self.position.averages), self.position
 
         def write() -> None:
-            ours = {"model": self.probe.model.state_dict(), "averages": position.averages.state_dict(), "best": self.best, "rng": rng,
-                    "epoch": position.epoch, "step": position.step, "total": position.total, "sha256": self.sha,
-                    "metrics_size": self.folder.metrics_size()}
+            ours = {"model": self.probe.model.state_dict(), "best": self.best, "rng": ranks, "epoch": position.epoch, "step": position.step,
+                    "total": position.total, "sha256": self.sha, "metrics_size": self.folder.metrics_size()}
             mocos = {"epoch": position.epoch, "arch": self.info["arch"], "state_dict": self.probe.state_dict(),
                      "best_acc1": max(self.best.values(), default=0.0), "optimizer": self.probe.optimizer.state_dict()}
             self.folder.save({**mocos, "args": vars(self.args), "probe": ours}, None)
@@ -226,7 +224,7 @@ class Run:
             self.say(probe.step_line(position, steps, values, self.probe.model.names, left(position.epoch * steps + position.step)))
             self.log(kind="step", epoch=position.epoch, step=position.step, **values)
 
-        last_good = lambda: str(self.folder.last) if self.folder and self.folder.last.exists() else "none yet"  # noqa: E731
+        last_good = lambda: str(self.folder.last) if self.folder and self.folder.last.exists() else ""  # noqa: E731
         for epoch in range(position.epoch, args.epochs):
             self.probe.start_epoch(epoch, args.epochs, args.schedule)
             linear.train_one_epoch(self.probe.answer, source, self.probe.optimizer, position, stop=self.stop, show=show, save=self.save,

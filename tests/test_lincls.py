@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from functools import partial
 
 import pytest
@@ -410,10 +411,10 @@ def folder_of_digits(root, classes):
     "flags,said",
     [
         (["--pretrained", ""], "random weights are not probed"),
-        (["--pretrained", "nowhere.pth"], "no file at 'nowhere.pth'"),
+        (["--pretrained", "nowhere.pth"], "no file at --resume 'nowhere.pth'"),
         (["-a", "resnet18"], "does not fit resnet18.*looks like digits"),
         (["--layers", "conv4"], "no layer 'conv4'; it has conv1, conv2, conv3, backbone"),
-        (["--resume", "nowhere.pth"], "no file at 'nowhere.pth'"),
+        (["--resume", "nowhere.pth"], "no file at --resume 'nowhere.pth'"),
         (["-e"], "name their file with --resume"),
         (["--lr", "-1"], "--lr -1.0 is out of range"),
         (["--epochs", "0"], "--epochs 0 is out of range"),
@@ -497,3 +498,14 @@ def test_other_settings_or_another_file_cannot_be_resumed(moco_file, cached_run,
     assert "7 classes on 128 numbers" in capsys.readouterr().err
     assert run(moco_file, cached_run) == 2
     assert "holds a run already" in capsys.readouterr().err
+
+
+def test_an_older_file_of_the_same_folder_is_refused(moco_file, tmp_path, capsys):
+    """Going on from it would overwrite what came after."""
+    assert run(moco_file, tmp_path, "--cache-features", "--epochs", 1) == 0
+    shutil.copy(tmp_path / "checkpoint_last.pth.tar", tmp_path / "older.pth.tar")
+    assert run(moco_file, tmp_path, "--cache-features", "--epochs", 2, "--resume", "auto") == 0
+    reached = (tmp_path / "checkpoint_last.pth.tar").read_bytes()
+    assert run(moco_file, tmp_path, "--cache-features", "--epochs", 2, "--resume", tmp_path / "older.pth.tar") == 2
+    assert "is older than" in capsys.readouterr().err and (tmp_path / "checkpoint_last.pth.tar").read_bytes() == reached
+    assert run(moco_file, tmp_path, "-e", "--resume", tmp_path / "older.pth.tar") == 0  # to look at it harms nothing

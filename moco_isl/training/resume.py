@@ -78,7 +78,7 @@ def epoch_of(content: dict) -> int | None:
 
 def _reached(content: dict) -> tuple[int, int]:
     """(epoch, steps in all), to compare files of one run."""
-    return epoch_of(content) or 0, content["isl"]["total"] if "isl" in content else 0
+    return epoch_of(content) or 0, (content.get("isl") or content.get("probe") or {}).get("total", 0)
 
 
 def finished(start: Start, content: dict, epochs: int, max_steps: int) -> str:
