@@ -126,8 +126,7 @@ def rounds(args: argparse.Namespace, miner: GANMiner, features: torch.Tensor, la
         sets = miner.mine(features, sets, torch.Generator().manual_seed(args.seed + number))
         precision = sets.precision(labels) if sets.num_edges else None
         reports.append({**miner.report, "precision": precision, "memory_gib": peak_gib(args.device) - before})
-        print(f"round {number}: {one_line(miner.report)}; precision {'-' if precision is None else f'{precision:.3f}'}, "
-              f"{reports[-1]['memory_gib']:.2f} GiB beyond the features", flush=True)  # fmt: skip
+        print(f"round {number}: {one_line(reports[-1])}; {reports[-1]['memory_gib']:.2f} GiB beyond the features", flush=True)
     return sets, reports
 
 

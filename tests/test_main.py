@@ -44,7 +44,7 @@ def test_the_seed_decides(tmp_path):
     assert [line["loss"] for line in once] == [line["loss"] for line in again] != [line["loss"] for line in other]
 
 
-def test_mining_rounds_and_their_report(tmp_path):
+def test_mining_rounds_and_their_report(tmp_path, capsys):
     run(tmp_path / "moco", "--epochs", 3)
     before = weights(tmp_path / "moco")
     lines = run(tmp_path / "isl", "--init", tmp_path / "moco" / "checkpoint_last.pth.tar", "--epochs", 3, "--miner", "knn", "--isl-every", 2, "--isl-budget", 4)
@@ -54,6 +54,8 @@ def test_mining_rounds_and_their_report(tmp_path):
         assert line["mean_size"] == pytest.approx(4, abs=0.01)
         assert 0 < line["precision"] <= 1 and 0 < line["precision_own_nearest"] <= 1 and 0 < line["precision_all_pairs"] <= 1
         assert line["baselines"]["sizes"][0] == 4 and {5.0, 50.0} <= set(line["baselines"]["sizes"])
+    last = rounds[-1]
+    assert f"precision {last['precision']:.3f} (own nearest {last['precision_own_nearest']:.3f}, all pairs {last['precision_all_pairs']:.3f})" in capsys.readouterr().out
     assert any(line["hpe"] > 0 for line in lines if line["kind"] == "step")
     after = weights(tmp_path / "isl")
     assert any(not torch.equal(before[name], after[name]) for name in before)

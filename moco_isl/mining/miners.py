@@ -222,7 +222,7 @@ def _statistics(M: int, score: Tensor, near: Tensor, to_triplet: Tensor) -> dict
 
 
 def one_line(report: dict) -> str:
-    """A round's report as one line for the screen."""
+    """A round's report as one line for the screen, with the precision of the sets and of both baselines where somebody judged them."""
     if not report:
         return "no mining"
     text = (f"{report['miner']}: {report['mean_size']:.2f} positives an image, {100 * report['coverage']:.1f} % have any, worst "
@@ -231,6 +231,10 @@ def one_line(report: dict) -> str:
         text += (f"; D {report['loss_D']:.2f} G {report['loss_G']:.2f} score {report['score']:.2f}, proxy to a/p/n "
                  f"{report['cos_anchor']:.2f}/{report['cos_positive']:.2f}/{report['cos_negative']:.2f}, hub "
                  f"{100 * report['hub']:.2f} %, distinct {100 * report['distinct']:.0f} %, {report['iterations']} iterations")
+    if report.get("precision") is not None:
+        text += f"; precision {report['precision']:.3f}"
+        if report.get("precision_own_nearest") is not None:
+            text += f" (own nearest {report['precision_own_nearest']:.3f}, all pairs {report['precision_all_pairs']:.3f})"
     if report.get("labels_used"):
         text += f"; LABELS WERE USED (--research-labels), wrong ones {report['wrong']}"
     text += f"; {report['seconds']:.1f} s, peak {report['peak_memory_gib']:.1f} GiB"
