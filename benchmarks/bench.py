@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     gpu, began = args.device.startswith("cuda"), time.perf_counter()
     left = lambda: args.minutes * 60 - (time.perf_counter() - began)
-    more = ["--device", args.device, "--out", str(args.out.absolute()), *(["--quick"] if args.quick else [])]
+    more = ["--device", args.device, "--out", str(args.out.absolute()), *([] if gpu else ["--threads", "1"]), *(["--quick"] if args.quick else [])]
     parts = {name: part for name, part in (GPU if gpu else CPU).items() if not args.only or any(name.startswith(only) for only in args.only)}
     if gpu:
         compilers = [start(part, more) for part in WARM if not args.only or any(part.split()[2] in flags for flags, _ in parts.values())]

@@ -1,4 +1,5 @@
-"""What no implementation of a training step can be faster than: its products at the measured matmul rate, its bytes at the measured copy rate."""
+"""What no implementation of a training step can be faster than: its products at the rate of a large one (of matrices or a
+convolution, whichever is faster), its bytes at the rate of a copy; both measured in the same process."""
 
 from collections.abc import Callable
 
@@ -7,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.common import copy_rate, matmul_rate
+from benchmarks.common import convolution_rate, copy_rate, matmul_rate
 
 aten = torch.ops.aten
 PRODUCTS = (aten.convolution, aten.convolution_backward, aten.mm, aten.addmm, aten.bmm, aten.baddbmm)
@@ -42,7 +43,7 @@ def floor_rows(step: Callable[[], object], parameters: int, dtype: torch.dtype, 
     """Two rows in ms. parameters: of one encoder. dtype: in which the products are taken."""
     flops, elements = work_of(step)
     moved = elements * dtype.itemsize + parameters * BYTES_OF_PARAMETER
-    rate, copied = matmul_rate(device, dtype), copy_rate(device)
+    rate, copied = max(matmul_rate(device, dtype), convolution_rate(device, dtype)), copy_rate(device)
     name = str(dtype).removeprefix("torch.")
     return [{"what": f"floor: {flops / 1e12:.3g} TFLOP at {rate / 1e12:.3g} TFLOP/s ({name})", "value": flops / rate * 1e3, "unit": "ms"},
             {"what": f"floor: {moved / 1e9:.3g} GB at {copied / 1e9:.3g} GB/s", "value": moved / copied * 1e3, "unit": "ms"}]  # fmt: skip

@@ -53,7 +53,7 @@ def repeated(fn, device: torch.device, repeats: int, most_seconds: float = 30.0)
     """`repeats` timings, or as many as begin within most_seconds. The caller has warmed up."""
     started, seconds = time.perf_counter(), []
     while len(seconds) < repeats and (not seconds or time.perf_counter() - started < most_seconds):
-        seconds.append(common.once(fn, device))
+        seconds.append(common.once(fn, device, cpu_time=common.by_cpu_time(device)))
     return common.Timing(seconds)
 
 
@@ -97,7 +97,7 @@ def measure_loss(args: argparse.Namespace, result: common.Result) -> None:
     for M in args.images or LOSS_SIZES[args.device.type]:
         for row in bank_loss.rows_of(M, flags, args.device):
             more = {"bar": BARS["loss"][0], "goal": BARS["loss"][1]} if row["form"].startswith("fused") and M == 1_281_167 else {}
-            timing = common.Timing(row["all_seconds"])
+            timing = common.Timing(row["all_cpu_seconds" if common.by_cpu_time(args.device) else "all_seconds"])
             result.add(timing.row(f"bank loss, {row['form']}, M = {M:,}", memory_gib=row["peak_mib"] / 1024, **more))
             found.setdefault(row["form"], []).append((M, timing.median, row["peak_mib"]))
     for form, points in found.items():
@@ -137,6 +137,8 @@ def main(argv: list[str] | None = None) -> None:
         measure, title = PARTS[part]
         result = common.Result(f"growth-{part}", title if part != "loss" else f"{title}, batch {args.batch}", args.device)
         measure(args, result)
+        if common.by_cpu_time(args.device):
+            result.note(common.BY_CPU_TIME)
         common.end(args, result)
 
 

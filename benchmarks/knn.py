@@ -48,7 +48,7 @@ def measure(M: int, Q: int, dim: int, k: int, device: torch.device, dtype: torch
     labels = torch.randint(CLASSES, (M,), generator=torch.Generator().manual_seed(2)).to(device)
     before = peak_bytes(device, reset=True)
     knn_grid(queries[:1024], bank, labels, [k], [0.1], CLASSES)
-    timing = common.timed(lambda: knn_grid(queries, bank, labels, [k], [0.1], CLASSES), device, repeat, warmup=0)
+    timing = common.timed(lambda: knn_grid(queries, bank, labels, [k], [0.1], CLASSES), device, repeat, warmup=0, cpu_time=common.by_cpu_time(device))
     peak = peak_bytes(device)
     return {
         "images": M,
@@ -81,6 +81,8 @@ def main(argv: list[str] | None = None) -> None:
     result = common.Result("knn", "Weighted kNN, searching and voting", args.device, COLUMNS)
     for dim in args.dims:
         result.add(measure(M, Q, dim, args.k, args.device, dtype, args.repeats))
+    if common.by_cpu_time(args.device):
+        result.note(common.BY_CPU_TIME)
     common.end(args, result)
 
 

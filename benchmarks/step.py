@@ -81,13 +81,16 @@ class SameViews:
         return []
 
 
-def small_images(work: Work, device: torch.device, compiled: bool):
-    """Our loader of images held on the device, M random ones; compiled: its augmentation too."""
-    images = torch.randint(0, 256, (work.M, 3, work.size, work.size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+def random_images(work: Work) -> ImagesInMemory:
+    g = torch.Generator().manual_seed(0)
+    return ImagesInMemory(torch.randint(0, 256, (work.M, 3, work.size, work.size), dtype=torch.uint8, generator=g), None, None, "random")
+
+
+def small_images(work: Work, dataset: ImagesInMemory, device: torch.device, compiled: bool):
+    """Our loader of images held on the device; compiled: its augmentation too."""
     augmentation = data.get_augmentation("cifar10", aug_plus=True, size=work.size, on_device=True)
     if compiled:
         fast.compile_augmentation(augmentation, 2 * work.N, device)
-    dataset = ImagesInMemory(images, None, None, "random")
     return data.train_loader(dataset, augmentation=augmentation, batch_size=work.N, seed=0, device=device)
 
 
@@ -102,9 +105,13 @@ class Silent(Progress):
 
 
 def turn_of(step: Callable, loader, work: Work) -> Turn:
+    """Convolutions are chosen by trial, as MoCo's script has it."""
+
     def turn() -> None:
+        before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
         for (im_q, im_k), _ in itertools.islice(loader.epoch(0), work.steps):
             step(im_q, im_k)
+        torch.backends.cudnn.benchmark = before
 
     return turn
 
@@ -146,14 +153,17 @@ def give_positives(isl: ISL, work: Work, device: torch.device) -> ISL:
     return isl
 
 
-def loader_of(work: Work, device: torch.device, is_fast: bool):
-    compiled = fast.defaults(is_fast, device.type == "cuda")["compile"]
-    return SameViews(work, device) if work.photos else small_images(work, device, compiled)
+def loaders_of(work: Work, device: torch.device) -> tuple:
+    """For the plain forms and for the fast ones, of the same images."""
+    if work.photos:
+        return (SameViews(work, device),) * 2
+    images = random_images(work)
+    return tuple(small_images(work, images, device, fast.defaults(is_fast, device.type == "cuda")["compile"]) for is_fast in (False, True))
 
 
 def forms(work: Work, device: torch.device, note: Callable[[str], None]) -> Iterator[tuple[str, Callable[[], Turn]]]:
     """Name -> what builds the form and returns its turn. The last two share model and compiler's work."""
-    plain = loader_of(work, device, is_fast=False)
+    plain, quick = loaders_of(work, device)
     if not work.bank:
         yield PUBLISHED, lambda: turn_of(published_step(PublishedMoCo(work.arch, work.size, DIM, work.K).to(device)), plain, work)
         try:
@@ -178,7 +188,7 @@ def forms(work: Work, device: torch.device, note: Callable[[str], None]) -> Iter
         return ours(isl, optimizer, shared["loader"], work, device, True)
 
     yield "ours, plain", lambda: build(False, plain)
-    yield FAST, lambda: build(True, loader_of(work, device, is_fast=True))
+    yield FAST, lambda: build(True, quick)
     yield WITH_ISL, build_isl
 
 
@@ -203,13 +213,14 @@ def build_all(work: Work, device: torch.device, result: common.Result, only: set
     return turns, memory
 
 
-def measure(name: str, work: Work, device: torch.device, args: argparse.Namespace) -> list[common.Result]:
+def measure(name: str, work: Work, device: torch.device, args: argparse.Namespace) -> Iterator[common.Result]:
+    """The table, and with --profile a second one; each as soon as it is done."""
     title = f"{work.title}: {work.arch}, {work.size} px, batch {work.N}, " + (f"M {work.M:,}" if work.bank else f"K {work.K:,}")
     result = common.Result(f"step-{name}", title, device)
     turns, memory = build_all(work, device, result)
-    timings = common.in_turns(turns, device, args.repeats, warmup=0)
+    timings = common.in_turns(turns, device, args.repeats, warmup=0, cpu_time=common.by_cpu_time(device))
     first = next(iter(turns))
-    bar, goal = BARS[name] if device.type == "cuda" and work == ROWS[name] else (None, None)
+    bar, goal = BARS[name] if device.type == "cuda" and replace(work, steps=0) == replace(ROWS[name], steps=0) else (None, None)
     for form, timing in timings.items():
         timing = common.Timing([seconds / work.steps for seconds in timing.seconds])
         more = {"bar": bar, "goal": goal} if form == FAST or form == WITH_ISL and work.bank else {}
@@ -219,7 +230,7 @@ def measure(name: str, work: Work, device: torch.device, args: argparse.Namespac
         one = replace(work, steps=1)
         model, optimizer = our_model(one, device, False)
         isl = ISL(model, one.M, active=one.bank, hpe=0.0)
-        step = ours(isl, optimizer, loader_of(one, device, False), one, device, False)
+        step = ours(isl, optimizer, loaders_of(one, device)[0], one, device, False)
         step()
         parameters = sum(p.numel() for p in model.encoder_q.parameters())
         rows = floor_rows(step, parameters, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
@@ -231,12 +242,12 @@ def measure(name: str, work: Work, device: torch.device, args: argparse.Namespac
                 + ("" if work.bank else f"; ISL on: sets of {P} on average, P {P}, hard positives, bank update, queue mask, M = {work.M:,}"))  # fmt: skip
     if work.bank:
         result.note(f"ISL on: sets of {P} on average, P {P}, hard positives, and a second view of every image made; without: Instance, which has no use for one")
-    if device.type == "cpu":
+    if common.by_cpu_time(device):
+        result.note(common.BY_CPU_TIME)
         result.note("on a CPU --fast stands for augmentation on the device alone, which all forms have here: the two rows differ by noise")
-    results = [result]
+    yield result
     if args.profile:
-        results.append(profiling.result_of(name, title, {form: turns[form] for form in (first, FAST)}, work.steps, device))
-    return results
+        yield profiling.result_of(name, title, {form: turns[form] for form in (first, FAST)}, work.steps, device)
 
 
 def add_overhead(result: common.Result, timings: dict[str, common.Timing]) -> None:
@@ -274,7 +285,8 @@ def main(argv: list[str] | None = None) -> None:
         if args.warm:
             build_all(work, args.device, common.Result(f"step-{name}", f"warming up: {work.title}", args.device), only={FAST, WITH_ISL})
             continue
-        common.end(args, *measure(name, work, args.device, args))
+        for result in measure(name, work, args.device, args):
+            common.end(args, result)
 
 
 if __name__ == "__main__":
