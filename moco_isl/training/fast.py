@@ -13,9 +13,9 @@ from moco_isl.data.augment import BatchAugmentation, BatchViews
 
 
 def defaults(fast: bool, cuda: bool) -> dict[str, object]:
-    """Values of the flags that --fast decides where they were not given. On a CPU half precision, channels last and compilers cost more than
-    they bring, or need a C++ compiler: there they stay off unless asked for."""
-    return {"amp": "bf16" if fast and cuda else "off", "channels_last": fast and cuda, "compile": fast and cuda, "on_device": fast}
+    """Values of the flags that --fast decides where they were not given. On a CPU half precision pays only where there are
+    instructions for it, and compiling needs a C++ compiler: there they stay off unless asked for."""
+    return {"amp": "bf16" if fast and cuda else "off", "channels_last": fast, "compile": fast and cuda, "on_device": fast}
 
 
 @contextmanager

@@ -58,10 +58,10 @@ def get_parser(description: str) -> cli.Parser:
     group.add_argument("--stem", choices=STEMS, default="auto", help="auto: a 3x3 stem without pooling for images up to 64 pixels")
     group.add_argument("--bn-splits", type=int, default=1, metavar="n", help="batch norm over n parts of a batch; 8 on one GPU does what shuffling BN does on 8")
     cli.add_switch(group, "--symmetric", help="each view is query once and key once: better epochs, at twice the price")
-    cli.add_switch(group, "--fast", help="all that makes a step fast: --on-device, a fused optimizer and loss, TF32 and, on a GPU, --amp bf16, "
-                   "--channels-last and --compile; each can be taken back, as in --fast --no-compile")
-    group.add_argument("--amp", choices=("off", "bf16", "fp16"), help="half precision in the network; bf16 on any recent GPU (default: off)")
-    cli.add_switch(group, "--channels-last", default=None, help="memory format that tensor cores like; use it with --amp")
+    cli.add_switch(group, "--fast", help="all that makes a step fast: --on-device, --channels-last, a fused optimizer and loss and, on a GPU, TF32, "
+                   "--amp bf16 and --compile; each can be taken back, as in --fast --no-compile")
+    group.add_argument("--amp", choices=("off", "bf16", "fp16"), help="half precision in the network; bf16 on any recent GPU, or a CPU with instructions for it (default: off)")
+    cli.add_switch(group, "--channels-last", default=None, help="memory format that convolutions like: faster on a CPU, and on a GPU with --amp")
     cli.add_switch(group, "--compile", default=None, help="torch.compile the encoders and what is augmented on the device: a minute at the start, faster steps")
     cli.add_switch(group, "--on-device", default=None, help="augment on the device: small images are held there whole, of photos the workers only decode and crop")
 
