@@ -8,6 +8,7 @@ import contextlib
 import os
 import re
 import shutil
+import struct
 import warnings
 import zipfile
 from pathlib import Path
@@ -60,6 +61,43 @@ def copy(source: Path, target: Path) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise RunFailed(f"cannot write {target}: {error.strerror or error}; {source} is whole") from error
+
+
+def require_writable(path: str | Path, flag: str) -> None:
+    """Raise BadInput where no file can be written at `path`, before hours are spent on what is to go there. Makes its folder."""
+    path = Path(path)
+    temporary = path.with_name(path.name + TEMPORARY)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        temporary.unlink(missing_ok=True)  # another rank may have been faster
+    except OSError as error:
+        raise BadInput(f"{flag} '{path}' cannot be written: {error.strerror}; expected the name of a file, in a folder to create files in") from error
+
+
+def save_safetensors(tensors: dict[str, torch.Tensor], path: str | Path, metadata: dict[str, str]) -> None:
+    """Write tensors in the form of safetensors, whole or not at all, readable by whom other new files are. Raises RunFailed."""
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    temporary = path.with_name(path.name + TEMPORARY)
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        save_file(tensors, temporary, metadata=metadata)
+        temporary.chmod(mode)  # the library makes files that only their owner may read
+        temporary.replace(path)
+    except Exception as error:  # safetensors has an error of its own for a full disk
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise RunFailed(f"cannot write '{path}': {error}") from error
+
+
+def is_safetensors(path: str | Path) -> bool:
+    """Whether a file begins as safetensors' do: the length of a header, then the header, which is JSON."""
+    with open(path, "rb") as file:
+        start = file.read(9)
+        return len(start) == 9 and start[8:] == b"{" and struct.unpack("<Q", start[:8])[0] < os.fstat(file.fileno()).st_size
 
 
 def remove_stale(folder: Path) -> None:
@@ -151,6 +189,8 @@ def _what_is_wrong(path: Path, error: Exception) -> str:
         start = file.read(8)
     if not start:
         return "it is empty"
+    if is_safetensors(path):
+        return "it is a safetensors file, which holds weights alone"
     if start.startswith(b"PK\x03\x04") and not zipfile.is_zipfile(path):
         return "it is cut off or damaged"
     if start.isascii() and start.decode().isprintable():

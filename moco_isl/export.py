@@ -42,23 +42,40 @@ def export(
     for the model card of safetensors. Raises BadInput where the library has no such network, RunFailed on a difference.
     """
     path, out = Path(path), Path(out)
-    if out.is_dir() or (out.exists() and path.exists() and out.samefile(path)):
-        raise BadInput(f"--out '{out}' is {'a folder' if out.is_dir() else 'the file to read'}: name the file to write")
+    _check_out(path, to, out)
+    has_card = to == "safetensors" or (to == "timm" and out.suffix == ".safetensors")
+    if results and not has_card:
+        raise BadInput("--results go into the model card of safetensors: use --to safetensors, or --to timm with --out FILE.safetensors")
     encoder, info = load_backbone(path, arch, stem, key_encoder)
     place = head_name(encoder) + "."
     state = {name: t.contiguous() for name, t in encoder.state_dict().items() if not name.startswith(place)}
-    write, note = _FORMS[to](state, info, out, lambda: model_card(path, info, results))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    read_again = write()
-    _compare(encoder, info, read_again)
+    if to == "detectron2":  # its norms do not count batches
+        state = {name: t for name, t in state.items() if not name.endswith("num_batches_tracked")}
+    write, note = _FORMS[to](state, info, out, model_card(path, info, results) if has_card else {})
+    checkpoint.require_writable(out, "--out")
+    _compare(encoder, info, write())
     proof = "names mapped back: equal tensors" if to == "detectron2" else "same output on a fixed tensor"
     return [describe(info), f"=> wrote '{out}' for {to}: {len(state)} tensors, without the head; {proof}", *note]
+
+
+def _check_out(path: Path, to: str, out: Path) -> None:
+    """Raise BadInput where `out` is there already, or has a name by which its reader would take it for another kind of file."""
+    if out.is_dir():
+        raise BadInput(f"--out '{out}' is a folder: name the file to write")
+    if out.exists() and path.exists() and out.samefile(path):
+        raise BadInput(f"--out '{out}' is the file to read: name the file to write")
+    if out.exists():
+        raise BadInput(f"--out '{out}' is there already and is not written over: name another file, or remove that one first")
+    if out.suffix == ".pkl" and to == "detectron2":
+        raise BadInput(f"--out '{out}': detectron2 would open .pkl as a pickle, this is none; name it .pth")
+    if out.suffix == ".safetensors" and to in ("torchvision", "detectron2"):
+        raise BadInput(f"--out '{out}': what {to} reads is a file of torch.save; name it .pth, or use --to safetensors")
 
 
 # ---- one function for each library: checks that it has the network, returns (write, notes); write() reads again ------
 
 
-def _torchvision(state: Tensors, info: dict, out: Path, card: Callable) -> tuple[Callable[[], nn.Module], list[str]]:
+def _torchvision(state: Tensors, info: dict, out: Path, card: dict[str, str]) -> tuple[Callable[[], nn.Module], list[str]]:
     name = info["arch"].removeprefix("timm:")
     known = name in torchvision.models.list_models(module=torchvision.models)
     _require(
@@ -78,7 +95,7 @@ def _torchvision(state: Tensors, info: dict, out: Path, card: Callable) -> tuple
     return write, [f"=> read it by {how}; it misses exactly the classifier"]
 
 
-def _timm(state: Tensors, info: dict, out: Path, card: Callable) -> tuple[Callable[[], nn.Module], list[str]]:
+def _timm(state: Tensors, info: dict, out: Path, card: dict[str, str]) -> tuple[Callable[[], nn.Module], list[str]]:
     try:
         import timm
     except ImportError:
@@ -89,7 +106,7 @@ def _timm(state: Tensors, info: dict, out: Path, card: Callable) -> tuple[Callab
 
     def write() -> nn.Module:
         if out.suffix == ".safetensors":
-            _save_safetensors(state, out, card())
+            checkpoint.save_safetensors(state, out, card)
         else:
             checkpoint.save({"arch": f"timm:{name}", "state_dict": state}, out)
         return timm.create_model(name, num_classes=0, checkpoint_path=str(out))
@@ -97,19 +114,16 @@ def _timm(state: Tensors, info: dict, out: Path, card: Callable) -> tuple[Callab
     return write, [f"=> read it by timm.create_model('{name}', num_classes=0, checkpoint_path='{out}')"]
 
 
-def _safetensors(state: Tensors, info: dict, out: Path, card: Callable) -> tuple[Callable[[], nn.Module], list[str]]:
+def _safetensors(state: Tensors, info: dict, out: Path, card: dict[str, str]) -> tuple[Callable[[], nn.Module], list[str]]:
     def write() -> nn.Module:
-        _save_safetensors(state, out, card())
+        checkpoint.save_safetensors(state, out, card)
         return Taps(load_backbone(out)[0], [BACKBONE])
 
     return write, [f"=> read it by moco_isl.evaluation.backbone.load_backbone('{out}'), or any reader of safetensors"]
 
 
-def _detectron2(state: Tensors, info: dict, out: Path, card: Callable) -> tuple[Callable[[], nn.Module], list[str]]:
-    _require(info["arch"] in _DETECTRON2 and info["stem"] != "cifar", info, "detectron2")
-    if out.suffix == ".pkl":
-        raise BadInput(f"--out '{out}': detectron2 would open .pkl as a pickle, this is none; name it .pth")
-    state = {name: t for name, t in state.items() if not name.endswith("num_batches_tracked")}  # its norms have none
+def _detectron2(state: Tensors, info: dict, out: Path, card: dict[str, str]) -> tuple[Callable[[], nn.Module], list[str]]:
+    _require(info["arch"].removeprefix("timm:") in _DETECTRON2 and info["stem"] != "cifar", info, "detectron2")
 
     def write() -> nn.Module:
         content = {"model": to_detectron2(state), "__author__": "moco_isl", "matching_heuristics": True}
@@ -142,18 +156,6 @@ def _same_shapes(build: Callable[[], nn.Module], state: Tensors, whole: bool = F
     place = None if whole else head_name(model) + "."
     theirs = {n: t.shape for n, t in model.state_dict().items() if place is None or not n.startswith(place)}
     return theirs == {n: t.shape for n, t in state.items()}
-
-
-def _save_safetensors(state: Tensors, out: Path, metadata: dict[str, str]) -> None:
-    from safetensors.torch import save_file
-
-    temporary = out.with_name(out.name + ".tmp")
-    try:
-        save_file(state, temporary, metadata=metadata)
-        temporary.replace(out)
-    except Exception as error:  # safetensors has an error of its own for a full disk
-        temporary.unlink(missing_ok=True)
-        raise RunFailed(f"cannot write '{out}': {error}") from error
 
 
 @torch.no_grad()
@@ -193,12 +195,18 @@ def model_card(path: Path, info: dict, results: list[str]) -> dict[str, str]:
         "command": command,
         "source_sha256": fingerprint(path),
     }
+    judged = {}
     for name in results:
         found = _json(Path(name))
         rows = found.get("classifiers", found.get("results"))
         if rows is None or found.get("sha256") not in (None, card["source_sha256"]):
             raise BadInput(f"--results '{name}' is not of main_knn.py or main_lincls.py on '{path}'")
-        card["linear" if "classifiers" in found else "knn"] = json.dumps(rows)
+        wanted = "key" if info["part"] == "encoder_k" else "query"
+        if found.get("encoder", wanted) != wanted:
+            raise BadInput(f"--results '{name}' is of the {found['encoder']} encoder, and the {wanted} encoder is exported: give or drop --key")
+        where = {key: found[key] for key in ("dataset", "protocol") if key in found}
+        judged.setdefault("linear" if "classifiers" in found else "knn", []).extend({**where, **row} for row in rows)
+    card |= {key: json.dumps(rows) for key, rows in judged.items()}
     card |= {key: value for key, value in read_file(path)[1].items() if key in ("knn", "linear") and key not in card}
     return {key: str(value) for key, value in card.items() if value is not None}
 
@@ -218,7 +226,7 @@ def get_parser() -> cli.Parser:
     parser = cli.Parser(prog="python -m moco_isl.export", description=__doc__)
     parser.add_argument("file", metavar="FILE", help="checkpoint of ours or MoCo's, or a state dict")
     parser.add_argument("--to", required=True, choices=_FORMS, help="the library to write for")
-    parser.add_argument("--out", required=True, metavar="FILE", help="the file to write")
+    parser.add_argument("--out", required=True, metavar="FILE", help="the file to write; none that is there is written over")
     parser.add_argument("--key", action="store_true", help="the key encoder of a MoCo file, not the query encoder")
     parser.add_argument("-a", "--arch", help="architecture (default: as the file says or its tensors show)")
     parser.add_argument("--stem", choices=STEMS, default="auto", help="auto: as the tensors of the file show")

@@ -182,6 +182,61 @@ def test_results_of_another_file_do_not_go_into_the_card(moco_file, tmp_path, ca
     assert "is not of main_knn.py or main_lincls.py" in capsys.readouterr().err and not out.exists()
 
 
+def test_no_file_is_written_over(moco_file, tmp_path, capsys):
+    out = tmp_path / "checkpoint_0199.pth.tar"
+    out.write_bytes(b"days of training")
+    assert run(moco_file[0], "--to", "torchvision", "--out", out) == 2
+    assert "is there already" in capsys.readouterr().err and out.read_bytes() == b"days of training"
+
+
+@pytest.mark.parametrize("to", ["torchvision", "safetensors"])
+def test_a_place_that_cannot_be_written_is_said(moco_file, tmp_path, capsys, to):
+    (tmp_path / "file").write_text("")
+    assert run(moco_file[0], "--to", to, "--out", tmp_path / "file" / "x.pth") == 2
+    error = capsys.readouterr().err
+    assert "cannot be written" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("to", ["torchvision", "detectron2"])
+def test_a_name_by_which_the_file_would_be_misread_is_refused(moco_file, tmp_path, capsys, to):
+    assert run(moco_file[0], "--to", to, "--out", tmp_path / "x.safetensors") == 2
+    assert "name it .pth" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_results_that_would_go_nowhere_are_refused(moco_file, tmp_path, capsys):
+    (tmp_path / "r.json").write_text(json.dumps({"results": []}))
+    assert run(moco_file[0], "--to", "torchvision", "--out", tmp_path / "x.pth", "--results", tmp_path / "r.json") == 2
+    assert "--to safetensors" in capsys.readouterr().err
+
+
+def test_the_card_tells_what_was_judged_where_and_never_of_the_other_encoder(moco_file, tmp_path, capsys):
+    rows = {"a": [{"k": 1, "top1": 60.0}], "b": [{"k": 1, "top1": 70.0}]}
+    for name, results in rows.items():
+        facts = {"encoder": "query", "dataset": name, "protocol": "val", "results": results}
+        (tmp_path / f"{name}.json").write_text(json.dumps(facts))
+    files = ["--results", tmp_path / "a.json", tmp_path / "b.json"]
+    assert run(moco_file[0], "--to", "safetensors", "--out", tmp_path / "q.safetensors", *files) == 0
+    with safe_open(tmp_path / "q.safetensors", framework="pt") as file:
+        card = json.loads(file.metadata()["knn"])
+    assert [(row["dataset"], row["protocol"], row["top1"]) for row in card] == [("a", "val", 60.0), ("b", "val", 70.0)]
+    assert run(moco_file[0], "--key", "--to", "safetensors", "--out", tmp_path / "k.safetensors", *files) == 2
+    assert "of the query encoder, and the key encoder is exported" in capsys.readouterr().err
+
+
+def test_whoever_may_read_other_new_files_may_read_an_export(moco_file, tmp_path):
+    assert run(moco_file[0], "--to", "safetensors", "--out", tmp_path / "x.safetensors") == 0
+    (tmp_path / "other").touch()
+    assert (tmp_path / "x.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_detectron2_takes_a_timm_resnet_and_the_tensors_are_counted(tmp_path, capsys):
+    timm = pytest.importorskip("timm")
+    torch.save(timm.create_model("resnet18", pretrained=False).state_dict(), tmp_path / "t.pth")
+    assert run(tmp_path / "t.pth", "-a", "timm:resnet18", "--to", "detectron2", "--out", tmp_path / "d.pth") == 0
+    written = torch.load(tmp_path / "d.pth", weights_only=True)["model"]
+    assert f"{len(written)} tensors" in capsys.readouterr().out
+
+
 # ---- the other way: MoCo's own main_lincls.py reads what main_moco_isl.py writes
 
 

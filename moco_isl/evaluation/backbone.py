@@ -6,7 +6,6 @@ error that says which names and what the file looks like: nobody should judge an
 
 import argparse
 import re
-import struct
 from collections import Counter
 from pathlib import Path
 
@@ -80,7 +79,7 @@ def load_backbone(
         "used": used,
         "left": left + more + extra,
         "epoch": content.get("epoch") if isinstance(content.get("epoch"), int) else None,
-        "args": args or {key: value for key, value in metadata.items() if key in ("dataset", "mlp")},
+        "args": args or {key: value for key, value in metadata.items() if key in ("dataset", "image_size")},
         "results": content.get("results", {}),
     }
     return encoder, info
@@ -104,14 +103,14 @@ def describe(info: dict) -> str:
 def read_file(path: str | Path) -> tuple[dict, dict[str, str]]:
     """(content, safetensors' metadata) of a file of tensors. Raises BadInput."""
     path = Path(path)
-    if path.is_file() and _is_safetensors(path):
+    if path.is_file() and (path.suffix == ".safetensors" or checkpoint.is_safetensors(path)):
         from safetensors import SafetensorError, safe_open
 
         try:
             with safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
         except (SafetensorError, OSError) as error:
-            raise BadInput(f"cannot read '{path}' as safetensors: {error}; is it cut off?") from error
+            raise BadInput(f"cannot read '{path}' as safetensors: {error}; is it cut off, or of another kind?") from error
     # Beside tensors, training files of others hold their parsed arguments and numpy's scalars: plain data, both
     scalar = np.float64(0).__reduce__()[0]
     plain = [argparse.Namespace, np.dtype, scalar, *{type(np.dtype(t)) for t in ("f4", "f8", "i4", "i8", "b1")}]
@@ -122,14 +121,6 @@ def read_file(path: str | Path) -> tuple[dict, dict[str, str]]:
     return checkpoint.load(path), {}
 
 
-def _is_safetensors(path: Path) -> bool:
-    if path.suffix == ".safetensors":
-        return True
-    with open(path, "rb") as file:
-        start = file.read(9)
-    return len(start) == 9 and start[8:] == b"{" and struct.unpack("<Q", start[:8])[0] < path.stat().st_size
-
-
 def _state_dict(content: dict, path: str | Path) -> tuple[Tensors, list[str]]:
     """The tensors of the model by name, prefixes of wrappers removed, and the names of what is beside them."""
     for key in ("state_dict", "model", None):
@@ -138,7 +129,7 @@ def _state_dict(content: dict, path: str | Path) -> tuple[Tensors, list[str]]:
             break
     else:
         raise BadInput(
-            f"'{path}' holds no tensors but {_some(content)}: expected a state dict, bare or under state_dict or model"
+            f"'{path}' holds no tensors but {_some(content) or 'nothing'}: expected a state dict, bare or under state_dict or model"
         )
     left = (
         []
