@@ -27,6 +27,7 @@ COMMON = ["--dataset", "digits", "-a", "digits", "--mlp", "--moco-dim", "64", "-
 PRETRAIN = ["--epochs", "60", "--lr", "0.06"]
 CONTINUE = ["--epochs", "60", "--lr", "0.02"]
 MINING = ["--isl-every", "20", "--isl-budget", "10", "--isl-loss", "meanlog", "--isl-hpe", "0", "--isl-gan-iters", "3000", "--isl-gan-min-iters", "2000"]
+COLUMNS = {"knn": "kNN %", "one_shot": "1-shot %", "size": "set size", "precision": "precision", "own_nearest": "own nearest", "all_pairs": "all pairs"}
 
 
 def pretrain(name: str, seed: int, *flags: str, folder: Path = OUT) -> tuple[torch.nn.Module, list[dict]]:
@@ -93,16 +94,15 @@ def mined(rounds: list[dict]) -> dict:
 
 
 def table(seeds: list[dict[str, dict]]) -> str:
-    width = max(22, *(len(name) + 2 for name in seeds[0]))
-    columns = {"knn": "kNN %", "one_shot": "1-shot %", "size": "set size", "precision": "precision", "own_nearest": "own nearest", "all_pairs": "all pairs"}
-    lines = [" " * width + "".join(f"{title:>16}" for title in columns.values())]
+    lines = [" " * 22 + "".join(f"{title:>16}" for title in COLUMNS.values())]
     for name in seeds[0]:
-        lines.append(f"{name:{width}}" + "".join(f"{_cell([s[name].get(c) for s in seeds], c):>16}" for c in columns))
+        lines.append(f"{name:22}" + "".join(f"{figure(seeds, name, column):>16}" for column in COLUMNS))
     return "\n".join(lines)
 
 
-def _cell(values: list, column: str) -> str:
-    values = [v for v in values if v is not None]
+def figure(seeds: list[dict[str, dict]], name: str, column: str) -> str:
+    """Mean and standard deviation over the seeds of one figure; '' where that row has none."""
+    values = [seed[name][column] for seed in seeds if seed[name].get(column) is not None]
     if not values:
         return ""
     digits = 3 if column in ("precision", "own_nearest", "all_pairs") else 1

@@ -7,7 +7,7 @@ Each objective is trained for 60 epochs without mining, then continued for 60 eq
 10 positives an image. Queue objective: MoCo v2, positives by the mean of logs, as in `make demo`. Bank objective: Instance, Eq. 5,
 without and with hard positive enhancement (HPE, Eq. 6), no MLP head, as the paper. Its SGD has no momentum here: with 12 steps an epoch
 the random rows of the first epochs otherwise draw all features into one point, and the loss stays at log M.
-RotNet: 60 epochs. Writes benchmarks/results/methods_digits.json; runs go to runs/methods/.
+RotNet: 60 epochs. Writes benchmarks/results/methods-digits-cpu.json and methods-digits-gains-cpu.json; runs go to runs/methods/.
 """
 
 import argparse
@@ -15,21 +15,18 @@ import contextlib
 import json
 import multiprocessing
 import os
-import platform
 import shutil
 import statistics
-import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
 
-from benchmarks import demo
+from benchmarks import common, demo
 from moco_isl import data
 
 OUT = Path("runs/methods")
-RESULT = Path(__file__).parent / "results" / "methods_digits.json"
 BANK = ["--objective", "bank", "--no-mlp", "--isl-loss", "logsum", "--momentum", "0"]
 BANK_LR = (["--lr", "0.03"], ["--lr", "0.01"])  # of the start and of what follows, one third as in the demo
 FAMILIES = {  # what it is called without mining, flags of its start, flags of what follows
@@ -87,20 +84,31 @@ def grid(seeds: int, processes: int) -> list[dict[str, dict]]:
     return tables
 
 
-def gains(seeds: list[dict[str, dict]]) -> str:
-    """Points that each miner adds to the same continuation without mining, by kNN and 1-shot, paired by seed."""
-    lines = [f"{'':17}" + "".join(f"{title:>34}" for title, *_ in FAMILIES.values())]
+def gains(seeds: list[dict[str, dict]], family: str, miner: str) -> str:
+    """Points that a miner adds to the same continuation without mining, kNN / 1-shot, paired by seed."""
+    title = FAMILIES[family][0]
+    row, base = f"  {title} + 60, {MINERS[miner]}", f"  {title} + 60, {MINERS['none']}"
+    differences = [[s[row][c] - s[base][c] for s in seeds] for c in ("knn", "one_shot")]
+    spread = lambda x: f" ± {statistics.stdev(x):.1f}" if len(x) > 1 else ""  # noqa: E731
+    return " / ".join(f"{statistics.mean(x):+.1f}{spread(x)}" for x in differences)
+
+
+def results(seeds: list[dict[str, dict]], note: str) -> list[common.Result]:
+    """The table of all runs and that of the gains, in the common form."""
+    on = f"on the UCI digits (1,437 to train on, 360 held out), n = {len(seeds)} seeds, mean ± standard deviation"
+    whole = common.Result("methods-digits", f"Every method {on}", torch.device("cpu"), [("what", ""), *demo.COLUMNS.items()])
+    for name in seeds[0]:
+        whole.add({"what": name.strip(), **{column: demo.figure(seeds, name, column) for column in demo.COLUMNS}})
+    whole.note("kNN: weighted, k 50. 1-shot: one labelled image a class, mean of 20 draws. Precision: of the last round's sets, beside that of each image's own "
+               "nearest and of all pairs ranked, at equal size.")  # fmt: skip
+    gain = common.Result("methods-digits-gains", f"Points that mining adds to the same 60 epochs without, kNN / 1-shot, paired by seed, {on}", torch.device("cpu"),
+                         [("what", ""), *((family, title) for family, (title, *_) in FAMILIES.items())])  # fmt: skip
     for miner in reversed(MINERS):
-        if miner == "none":
-            continue
-        cells = []
-        for title, *_ in FAMILIES.values():
-            row, base = f"  {title} + 60, {MINERS[miner]}", f"  {title} + 60, {MINERS['none']}"
-            differences = {c: [s[row][c] - s[base][c] for s in seeds] for c in ("knn", "one_shot")}
-            spread = lambda x: f" ± {statistics.stdev(x):.1f}" if len(x) > 1 else ""  # noqa: E731
-            cells.append(" / ".join(f"{statistics.mean(x):+.1f}{spread(x)}" for x in differences.values()))
-        lines.append(f"{MINERS[miner]:17}" + "".join(f"{cell:>34}" for cell in cells))
-    return "\n".join(lines)
+        if miner != "none":
+            gain.add({"what": MINERS[miner], **{family: gains(seeds, family, miner) for family in FAMILIES}})
+    for result in (whole, gain):
+        result.note(note)
+    return [whole, gain]
 
 
 def main() -> None:
@@ -108,22 +116,17 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs side by side (a process a core)")
     parser.add_argument("--go-on", action="store_true", help="keep the runs that have ended")
-    parser.add_argument("--result", type=Path, default=RESULT, metavar="FILE.json")
+    parser.add_argument("--out", metavar="DIR", help="where the JSON goes (default: benchmarks/results)")
     args = parser.parse_args()
     start, load = time.time(), os.getloadavg()[0]
     if not args.go_on:
         shutil.rmtree(OUT, ignore_errors=True)
     OUT.mkdir(parents=True, exist_ok=True)
     seeds = grid(args.seeds, args.processes)
-    seconds, cpu_seconds = time.time() - start, sum(row.get("cpu_seconds", 0) for rows in seeds for row in rows.values())
-    facts = {"command": "python -m benchmarks.methods " + " ".join(sys.argv[1:]), "seconds": seconds, "cpu_seconds": cpu_seconds,
-             "load_before": load, "device": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores", "torch": torch.__version__,
-             "n": args.seeds, "seeds": seeds}  # fmt: skip
-    args.result.parent.mkdir(parents=True, exist_ok=True)
-    args.result.write_text(json.dumps(facts, indent=1) + "\n")
-    print(f"\nUCI digits, 1,437 images to train on, 360 held out; n = {args.seeds} seeds, mean ± standard deviation; {seconds:.0f} s, "
-          f"{cpu_seconds:.0f} s of CPU time in all runs\n\n{demo.table(seeds)}\n")
-    print(f"Points over the same 60 epochs without mining, kNN / 1-shot, paired by seed:\n\n{gains(seeds)}\n\nWritten to {args.result}")
+    cpu_seconds = sum(row.get("cpu_seconds", 0) for rows in seeds for row in rows.values())
+    note = f"{cpu_seconds:,.0f} s of CPU time in all runs, one thread each; {time.time() - start:,.0f} s of wall here, load {load:.1f} before"
+    for result in results(seeds, note):
+        print(f"  written: {result.write(args.out)}")
 
 
 if __name__ == "__main__":
