@@ -27,6 +27,7 @@ GPU = {
     "growth, mining": ("benchmarks.growth --parts mining --repeats 3", 120),
     "growth, GAN": ("benchmarks.growth --parts gan --repeats 2", 90),
     "start": ("benchmarks.start --repeats 1", 120),
+    "equal": ("benchmarks.equal", 90),
     "input": ("benchmarks.input --images 32 --repeats 3", 200),
     "kNN": ("benchmarks.knn --repeats 3", 100),
 }  # fmt: skip
@@ -39,6 +40,7 @@ CPU = {
     "growth": ("benchmarks.growth --repeats 3", 400),
     "input": ("benchmarks.input --images 16 --repeats 3", 400),
     "start": ("benchmarks.start --repeats 3", 200),
+    "equal": ("benchmarks.equal", 300),
     "kNN": ("benchmarks.knn --images 20000 --queries 1000 --dims 128 --repeats 3", 200),
 }  # fmt: skip
 

@@ -98,8 +98,9 @@ def measure_loss(args: argparse.Namespace, result: common.Result) -> None:
         for row in bank_loss.rows_of(M, flags, args.device):
             more = {"bar": BARS["loss"][0], "goal": BARS["loss"][1]} if row["form"].startswith("fused") and M == 1_281_167 else {}
             timing = common.Timing(row["all_cpu_seconds" if common.by_cpu_time(args.device) else "all_seconds"])
-            result.add(timing.row(f"bank loss, {row['form']}, M = {M:,}", memory_gib=row["peak_mib"] / 1024, **more))
-            found.setdefault(row["form"], []).append((M, timing.median, row["peak_mib"]))
+            peak = row["peak_mib"] / 1024 if args.device.type == "cuda" else 0.0  # too little to be seen in a process's memory
+            result.add(timing.row(f"bank loss, {row['form']}, M = {M:,}", memory_gib=peak or None, **more))
+            found.setdefault(row["form"], []).append((M, timing.median, peak))
     for form, points in found.items():
         add_exponents(result, f"bank loss, {form}", points)
 

@@ -12,6 +12,7 @@ Below it the round itself, as a run does it. Memory is what the process (or the 
 """
 
 import argparse
+import datetime
 import json
 import os
 import platform
@@ -25,6 +26,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from benchmarks import common
 from moco_isl import dist
 from moco_isl.errors import BadInput
 from moco_isl.mining import GANMiner, PositiveSets, baselines, one_line, topk
@@ -169,8 +171,18 @@ def show(rows: dict[str, dict], sizes: list[int]) -> None:
     print("worst hub: how many images the most frequent one is near to, ten nearest each (surest pairs: its positives at the largest size)")
 
 
-def main() -> int:
-    args = get_parser().parse_args()
+def page(args: argparse.Namespace, reports: list[dict], rows: dict[str, dict]) -> dict:
+    """Rounds and table in the form that benchmarks/common.py describes."""
+    columns = [("what", ""), *((f"at {size}", f"precision at {size}") for size in args.sizes), ("size", "set size"), ("hub", "worst hub"), ("seconds", "s"), ("memory_gib", "GiB")]
+    found = [{"what": f"round {i}", "size": r["mean_size"], "seconds": r["seconds"], "memory_gib": r["memory_gib"], "hub": r["worst_in_degree"]} for i, r in enumerate(reports)]
+    found += [{"what": name.strip(), **{f"at {size}": p for size, p in zip(args.sizes, row["precision"])}, "hub": row.get("hub"), "seconds": row.get("seconds")}
+              for name, row in rows.items()]  # fmt: skip
+    return {"name": "mining", "title": "Rounds of mining, and the precision of what they could have taken", "date": datetime.date.today().isoformat(),
+            "commit": common.commit(), "versions": common.versions(), "columns": columns, "rows": found, "notes": [one_line(report) for report in reports]}  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = get_parser().parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
     try:
@@ -194,7 +206,7 @@ def main() -> int:
         facts = {"command": shlex.join(["python", "-m", "benchmarks.mining", *sys.argv[1:]]), "device": name,
                  "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__,
                  "python": platform.python_version(), "M": len(features), "C": features.shape[1], "sizes": args.sizes,
-                 "rounds": reports, "table": rows, "seconds": seconds, "cpu_seconds": cpu}  # fmt: skip
+                 "rounds": reports, "table": rows, "seconds": seconds, "cpu_seconds": cpu, **page(args, reports, rows)}  # fmt: skip
         Path(args.out).write_text(json.dumps(facts, indent=1) + "\n")
     return 0
 

@@ -13,9 +13,8 @@ PAGE = Path(__file__).parent / "RESULTS.md"
 HEAD = """# What was measured
 
 Written by `python -m benchmarks.results` from `benchmarks/results/*.json`, never by hand. `make bench` measures what a machine can and writes both.
-A time is the median of n repeats (least to most), warm-up excluded; calls of one table took turns in one process unless it says otherwise. "x as fast" and
-"floor" are of the same table. A bar is what is to be reached, a goal what is hoped for; both were set for an H200 and stand only beside its figures, unless the
-measure is a ratio.
+A time is the median of n repeats (least to most), warm-up excluded; forms that are compared took turns in one process. "x as fast" and the floor are of the same
+table. A bar is what is to be reached, a goal what is hoped for; both were set for an H200 and stand only beside its figures, unless the measure is a ratio.
 """
 TIMING = [("what", ""), ("time", "median"), ("spread", "least to most"), ("n", "n"), ("ratio", "x as fast"), ("of", "as"), ("floor", "floor"), ("bar", "bar"),
           ("goal", "goal"), ("images_per_s", "img/s"), ("memory_gib", "GiB")]  # fmt: skip
@@ -37,7 +36,7 @@ def table(facts: dict) -> str:
         columns = [(c, c) if isinstance(c, str) else tuple(c) for c in facts["columns"]]
         rows = [row if isinstance(row, dict) else dict(zip((key for key, _ in columns), row)) for row in rows]
     texts = [[cell(row.get(key)).replace("|", "\\|") for key, _ in columns] for row in rows]
-    numbers = [all(not text or text[0] in "0123456789-+." for text in column) for column in zip(*texts)]
+    numbers = [i > 0 and all(not text or text[0] in "0123456789-+." for text in column) for i, column in enumerate(zip(*texts))]
     lines = [[heading for _, heading in columns], ["---:" if number else "---" for number in numbers], *texts]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

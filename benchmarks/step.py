@@ -237,7 +237,7 @@ def measure(name: str, work: Work, device: torch.device, args: argparse.Namespac
         result[FAST]["floor"] = max(row["value"] for row in rows)
         for row in rows:
             result.add(row)
-    result.note(f"a turn is {work.steps} steps; all forms in turns in one process; "
+    result.note(f"a turn is {work.steps} step{'s' * (work.steps > 1)}; all forms in turns in one process; "
                 + ("the same two random views at every step" if work.photos else "random images on the device, augmentation included")
                 + ("" if work.bank else f"; ISL on: sets of {P} on average, P {P}, hard positives, bank update, queue mask, M = {work.M:,}"))  # fmt: skip
     if work.bank:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import bank_loss, bench, common, floor, growth, knn, profiling, published, results, start, step
+from benchmarks import bank_loss, bench, common, equal, floor, growth, knn, mining, profiling, published, results, start, step
 from benchmarks import input as photos
 from moco_isl.builder import MoCo
 from moco_isl.encoders import build_encoder
@@ -97,7 +97,7 @@ def test_step_says_that_lightly_is_not_there(tmp_path, monkeypatch, capsys):
 
 
 def test_step_of_the_bank_objective(tmp_path):
-    assert list(rows(written(step.main, tmp_path, "--rows bank")["step-bank-cpu.json"]))[:3] == ["ours, plain", "ours, fast", "ours, fast, ISL on"]
+    assert list(rows(written(step.main, tmp_path, "--rows bank --no-floor")["step-bank-cpu.json"]))[:3] == ["ours, plain", "ours, fast", "ours, fast, ISL on"]
 
 
 def test_growth(tmp_path):
@@ -128,6 +128,19 @@ def test_input(tmp_path):
 @pytest.mark.parametrize(("main", "name", "count"), [(knn.main, "knn-cpu.json", 1), (bank_loss.main, "bank-loss-cpu.json", 4)])
 def test_tables_of_other_columns(main, name, count, tmp_path):
     assert len(written(main, tmp_path, "")[name]["rows"]) == count
+
+
+def test_table_of_mining(tmp_path):
+    out = tmp_path / "mining.json"
+    assert mining.main(["--size", "600", "--iters", "40", "--min-iters", "20", "--device", "cpu", "--sizes", "1", "5", "--out", str(out)]) == 0
+    page = results.section(json.loads(out.read_text()))
+    assert "| round 0 |" in page and "| own nearest |" in page and "precision at 5" in page
+
+
+def test_fast_and_plain_paths_are_run_alike(tmp_path):
+    found = rows(written(equal.main, tmp_path, "")["equal-digits-cpu.json"])
+    difference = found["kNN, fast path"]["value"] - found["kNN, plain path"]["value"]
+    assert found["fast less plain, by seed"]["value"] == pytest.approx(difference) and found["kNN, plain path"]["value"] > 10
 
 
 # ---------------------------------------------------------------- what they are made of
