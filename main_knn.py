@@ -12,12 +12,13 @@ from pathlib import Path
 
 import torch
 
-from moco_isl import data, dist
+from moco_isl import checkpoint, data, dist
 from moco_isl.encoders import AMP_TYPES, BACKBONE, OUTPUT, STEMS, Taps
-from moco_isl.evaluation import features
+from moco_isl.evaluation import features, probe
 from moco_isl.evaluation.backbone import describe, load_backbone
 from moco_isl.evaluation.knn import knn_grid
 from moco_isl.training import cli
+from moco_isl.training.run_folder import check_folder
 from moco_isl.training.signals import Stop
 
 
@@ -78,10 +79,17 @@ def check_args(args) -> None:
         args.features is None or not Path(args.features).is_dir(),
         f"--features '{args.features}' is a folder: expected a file name",
     )
-    if not kept:  # what does not fit shows here, before any rank starts
+    if args.out:
+        check_folder(args.out, resume=True)  # nothing of a run that may be in it is touched
+        features.require_own(args.out, "results")
+    if args.data is not None or args.dataset != "folder" or not kept:
         cli.check_data_options(args)
-        load_backbone(args.pretrained, args.arch, args.stem, args.key)
-        features.labelled(args.dataset, args.data, "train", args.download)
+        train = labelled_splits(args)["train"]
+    if not kept:  # what does not fit shows here, before any rank starts
+        encoder, info = load_backbone(args.pretrained, args.arch, args.stem, args.key)
+        features.require_side(encoder, info["arch"], features.side(args.image_size, info, train))
+        if args.features:
+            checkpoint.require_writable(args.features, "--features")
     else:
         cli.check(
             not args.pretrained or Path(args.pretrained).is_file(),
@@ -129,24 +137,20 @@ def worker(args, stop) -> None:
 def get_features(args, device: torch.device, asked: Stop) -> tuple[dict[str, features.Split], dict[str, str]]:
     """Features of train and, where there is one, val: from --features if they are there, else from the encoder."""
     kept = dist.broadcast_object(args.features is not None and Path(args.features).exists())
-    expected = {"image_size": str(args.image_size)} if args.image_size else {}
-    if args.pretrained:
-        expected |= {"sha256": features.fingerprint(args.pretrained), "encoder": "key" if args.key else "query"}
-    if not kept or args.data or args.dataset != "folder":
-        expected["dataset"] = args.dataset
+    named = args.data is not None or args.dataset != "folder"
+    sources = labelled_splits(args) if named or not kept else {}
+    expected = expectations(args, sources)
     if kept:
         splits, facts = features.load(args.features, expected, device)
         say(f"=> features of '{facts.get('pretrained')}' on '{facts.get('data')}' from '{args.features}'")
         return splits, facts
     encoder, info = load_backbone(args.pretrained, args.arch, args.stem, args.key)
     say(describe(info))
-    train = features.labelled(args.dataset, args.data, "train", args.download)
-    val = None
-    if args.dataset != "folder" or (Path(args.data) / "val").is_dir():
-        val = features.labelled(args.dataset, args.data, "val", args.download)
-    else:
+    if "val" not in sources:
         say(f"=> no val split in '{args.data}': each image of train is judged by all others (leave-one-out)")
-    size = args.image_size or info["args"].get("image_size") or data.native_size(train)
+    size = features.side(args.image_size, info, sources["train"])
+    for line in probe.strange(info, dataset=args.dataset, size=size):
+        say(f"=> warning: {line}")
     layers = [OUTPUT, BACKBONE] if info["head"] else [BACKBONE]
     taps = Taps(encoder, layers).to(device)
     options = {
@@ -157,17 +161,17 @@ def get_features(args, device: torch.device, asked: Stop) -> tuple[dict[str, fea
         "watch": asked.watch,
         "workers": cli.usable_workers(args.workers, cli.processes_here(args)),
         "amp": AMP_TYPES[args.amp],
+        "max_bad_images": args.max_bad_images,
     }
-    start, splits = time.perf_counter(), {}
-    for name, dataset in (("train", train), ("val", val)):
-        if dataset is not None:
-            splits[name] = features.take(taps, dataset, **options)
+    start = time.perf_counter()
+    splits = {name: features.take(taps, dataset, **options) for name, dataset in sources.items()}
     seconds = time.perf_counter() - start
     images = sum(len(split.labels) for split in splits.values())
     say(f"=> features of {images} images of side {size} in {seconds:.1f} s ({images / seconds:.0f} img/s)")
     facts = {
         **expected,
         "image_size": str(size),
+        "amp": args.amp,
         "arch": info["arch"],
         "stem": info["stem"],
         "pretrained": args.pretrained,
@@ -177,6 +181,30 @@ def get_features(args, device: torch.device, asked: Stop) -> tuple[dict[str, fea
     if args.features:
         cli.on_main(lambda: features.save(args.features, splits, facts))
     return splits, facts
+
+
+def labelled_splits(args) -> dict:
+    """train and, where there is one, val."""
+    names = ["train", "val"] if args.dataset != "folder" or (Path(args.data) / "val").is_dir() else ["train"]
+    return {name: features.labelled(args.dataset, args.data, name, args.download) for name in names}
+
+
+def expectations(args, sources: dict) -> dict[str, str]:
+    """What kept features have to say of themselves: all that the flags name."""
+    expected = {"image_size": str(args.image_size)} if args.image_size else {}
+    if sources:
+        expected |= {"dataset": args.dataset, "data_sha256": features.identity(sources.values())}
+    if args.pretrained:
+        expected["sha256"] = features.fingerprint(args.pretrained)
+    if args.pretrained or args.key:
+        expected["encoder"] = "key" if args.key else "query"
+    if args.arch:
+        expected["arch"] = args.arch
+    if args.stem != "auto":
+        expected["stem"] = args.stem
+    if args.pretrained or args.amp != "off":
+        expected["amp"] = args.amp
+    return expected
 
 
 def judge(splits: dict[str, features.Split], ks: list[int], Ts: list[float]) -> list[dict]:

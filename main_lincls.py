@@ -8,6 +8,7 @@ With few labels beside it:      ... --shots 1,5,10
 The whole network:              ... --finetune --lr 0.01
 """
 
+import argparse
 import random
 import sys
 import time
@@ -19,12 +20,14 @@ from moco_isl import checkpoint, data, dist
 from moco_isl.encoders import AMP_TYPES, BACKBONE, STEMS, Taps, get_head
 from moco_isl.evaluation import features, linear, probe
 from moco_isl.evaluation.backbone import describe, load_backbone
+from moco_isl.evaluation.knn import require_shots
 from moco_isl.training import cli, engine, resume
-from moco_isl.training.run_folder import RunFolder
+from moco_isl.training.run_folder import RunFolder, check_folder, held
 from moco_isl.training.signals import Stop
 
 MOCO_LR, FINETUNE_LR = 30.0, 0.01
 FREE = ("pretrained", "arch", "stem", "mlp", "shots", "draws", "evaluate")  # may change on resuming: they train nothing
+OF_THE_RUN = ("lr", "layers", "finetune", "cache_features", "seed", "holdout")  # what -e takes from the file: the same classifiers and split
 
 
 def get_parser() -> cli.Parser:
@@ -67,7 +70,10 @@ def get_parser() -> cli.Parser:
 
 
 def _shots(text: str) -> list[int]:
-    return [int(n) for n in text.split(",") if n]
+    try:
+        return [int(n) for n in text.split(",") if n]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is no list of whole numbers: expected such as 1,5,10") from None
 
 
 def file_to_resume(args) -> str:
@@ -80,17 +86,28 @@ def check_args(args) -> None:
     cli.check_data_options(args)
     cli.check(args.resume != "auto" or (args.out and args.pretrained), "--resume auto needs --out, where to go on, and --pretrained")
     cli.check(not args.evaluate or args.resume not in ("", "auto"), "-e evaluates trained classifiers: name their file with --resume FILE")
+    if args.evaluate and args.out:
+        check_folder(args.out, resume=True)
+        cli.check(not held(Path(args.out)), f"-e writes over no run's results, and --out '{args.out}' holds a run: choose another --out")
     args.out = args.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-lincls"
     path = file_to_resume(args)
     resumed = checkpoint.load(path) if path else {}
     if "probe" in resumed:
-        for name in ("lr", "layers", "finetune") if args.evaluate else ("seed",) if args.seed is None else ():
+        for name in OF_THE_RUN if args.evaluate else ("seed",) if args.seed is None else ():
             setattr(args, name, resumed["args"][name])
+        if args.evaluate:
+            args.image_size = args.image_size or resumed["args"].get("image_size", 0)
+    if "all" in args.layers:
+        args.layers = ["all"]
     args.lr = sorted(set(args.lr or [FINETUNE_LR if args.finetune else MOCO_LR]))
     for name in ("epochs", "batch_size", "print_freq", "draws", "shots"):
         cli.check_range(args, name, 1)
-    for name in ("workers", "start_epoch", "lr", "weight_decay", "holdout", "momentum"):
+    for name in ("workers", "start_epoch", "lr", "weight_decay", "holdout"):
         cli.check_range(args, name, 0)
+    cli.check_range(args, "momentum", 0, 1)
+    cli.check_range(args, "seed", -(2**63), 2**63 - 1)
+    nothing_left = f"--start-epoch {args.start_epoch} leaves nothing of --epochs {args.epochs}: give a smaller one, or more epochs"
+    cli.check(args.start_epoch < args.epochs or args.evaluate, nothing_left)
     ranks = cli.total_ranks(args)
     cli.check(args.batch_size % ranks == 0, f"--batch-size {args.batch_size} does not divide into {ranks} ranks: use a multiple of {ranks}")
     cli.check(bool(args.pretrained or args.resume), "nothing to judge: give --pretrained FILE (random weights are not probed)")
@@ -99,10 +116,12 @@ def check_args(args) -> None:
     cli.check(not args.finetune or args.amp != "fp16", "--finetune with --amp fp16 is not offered: use --amp bf16")
     if args.seed is None:
         args.seed = random.SystemRandom().randrange(2**31)
-    encoder, _ = load_backbone(args.pretrained or args.resume, args.arch, args.stem, args.key)
+    encoder, info = load_backbone(args.pretrained or args.resume, args.arch, args.stem, args.key)
     Taps(encoder, [] if args.layers == ["all"] else args.layers)  # raises BadInput for a layer that is not there
-    for split in ("train", "val"):
-        features.labelled(args.dataset, args.data, split, args.download)
+    train, _ = (features.labelled(args.dataset, args.data, split, args.download) for split in ("train", "val"))
+    features.require_side(encoder, info["arch"], features.side(args.image_size, info, train))
+    require_shots(train.labels, max(args.shots, default=0))
+    features.require_own(args.out, "classifiers")
 
 
 def main(argv: list[str] | None = None, stop=None) -> int:
@@ -124,7 +143,7 @@ def worker(args, stop) -> None:
     folder = None if args.evaluate else cli.on_main(lambda: RunFolder(args.out, bool(args.resume)))
     try:
         with Stop(stop) as stop:
-            run = Run(args, device, folder, stop)
+            run = cli.together(lambda: Run(args, device, folder, stop))
             run.finish() if args.evaluate else run.train()
     finally:
         if folder is not None:
@@ -143,20 +162,23 @@ class Run:
         self.say(describe(self.info))
         self.sha = features.fingerprint(self.source)
         whole, self.val = (features.labelled(args.dataset, args.data, s, args.download) for s in ("train", "val"))
-        size = args.image_size or int(self.info["args"].get("image_size") or 0) or data.native_size(whole)
+        size = features.side(args.image_size, self.info, whole)
         lr_given = args.finetune or args.lr != [MOCO_LR]
         flags = {"batch_size": args.batch_size, "lr_given": lr_given, "mlp": args.mlp, "dataset": args.dataset, "size": size}
         self.say("\n".join(f"=> warning: {line}" for line in probe.traps(self.info, **flags)))
         held = args.holdout or (min(len(whole) // 10, 10_000) if len(args.lr) > 1 else 0)
         self.rest, self.held = data.holdout(whole, held, args.seed) if held else (whole, None)
+        require_shots(self.rest.labels, max(args.shots, default=0))
         workers = cli.usable_workers(args.workers, cli.processes_here(args))
         self.size, self.classes = size, len(whole.classes)
-        self.reading = {"transform": data.get_eval_transform(args.dataset, size), "batch_size": args.batch_size, "workers": workers}
+        self.reading = {"transform": data.get_eval_transform(args.dataset, size), "batch_size": args.batch_size, "workers": workers,
+                        "max_bad_images": args.max_bad_images}
         head = get_head(encoder) if self.info["head"] else None
         self.probe = probe.Probe(
             encoder, None if args.finetune else args.layers, lrs=args.lr, classes=self.classes, size=size, device=device,
             amp=AMP_TYPES[args.amp], momentum=args.momentum, weight_decay=args.weight_decay, reading=self.reading)
         self.probe.watch = stop.watch
+        self.trained = content["args"] if "probe" in content else vars(args)  # the flags by which the classifiers were trained
         self.position, self.best, metrics_size = engine.Position(epoch=args.start_epoch), {}, 0
         if path:
             metrics_size = self.resume(content, path, head)
@@ -254,9 +276,10 @@ class Run:
         few = self.probe.few_labels(self.rest, self.val, args.shots, args.draws, args.seed) if args.shots else []
         self.say(probe.table(rows, few))
         protocol = "fine-tuning" if args.finetune else "cached features" if args.cache_features else "augmented crops (MoCo's)"
-        facts = {"pretrained": self.source, "sha256": self.sha, **{k: self.info[k] for k in ("arch", "stem", "epoch")},
+        facts = {"pretrained": self.source, "sha256": self.sha, "encoder": "key" if args.key else "query",
+                 **{k: self.info[k] for k in ("arch", "stem", "epoch")},
                  "dataset": args.dataset, "data": args.data, "protocol": protocol, "epochs": self.position.epoch,
-                 "batch_size": args.batch_size, "seed": args.seed, "train_images": len(self.rest), "held_out": len(self.held or ()),
+                 "batch_size": self.trained["batch_size"], "seed": args.seed, "train_images": len(self.rest), "held_out": len(self.held or ()),
                  "val_images": len(self.val), "seconds": seconds, "backbone_unchanged": bool(self.probe.frozen),
                  "classifiers": rows, "few_labels": few}
         if dist.is_main():

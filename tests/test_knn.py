@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torchvision.transforms.functional import to_pil_image
 
 import main_knn
@@ -207,6 +207,115 @@ def test_script_leaves_one_out_where_there_is_no_val(moco_file, tmp_path, capsys
         bank, labels = kept[f"train.{r['feature']}"], kept["train.labels"]
         predicted = knn_by_loops(bank, bank, labels, r["k"], 0.1, leave_one_out=True)
         assert r["top1"] == pytest.approx(100 * (predicted == labels).double().mean().item())
+
+
+def folder_of_digits(root, change=lambda image: image, n=40):
+    """n images in train and in val, with a folder a class."""
+    dataset = data.build_dataset("digits", split="val")
+    for i in range(2 * n):
+        folder = root / ("train" if i < n else "val") / dataset.classes[dataset.labels[i % n]]
+        folder.mkdir(parents=True, exist_ok=True)
+        to_pil_image(change(dataset[i][0])).save(folder / f"{i:03d}.png")
+    return root
+
+
+def test_kept_features_are_used_only_for_what_they_are_of(moco_file, tmp_path, capsys):
+    one, two = folder_of_digits(tmp_path / "one"), folder_of_digits(tmp_path / "two", lambda x: (x // 2).flip(2))
+    names = [sorted(str(p.relative_to(root)) for p in root.rglob("*.png")) for root in (one, two)]
+    assert names[0] == names[1]
+    kept, flags = tmp_path / "kept.safetensors", ["--image-size", 16, "--k", 3]
+    assert run_main("--pretrained", moco_file[0], one, "--features", kept, *flags, "--out", tmp_path / "out") == 0
+    assert run_main("--pretrained", moco_file[0], one, "--features", kept, "--k", 3, "--out", tmp_path / "again") == 0
+    assert results(tmp_path / "out")["results"] == results(tmp_path / "again")["results"]
+    before = kept.read_bytes()
+    for other, said in [
+        ([two], "of other data"),
+        (["--pretrained", moco_file[0], two], "of other data"),
+        ([one / "train"], "of other data"),
+        (["--dataset", "digits"], "with dataset folder, here it is digits"),
+        (["nowhere"], "no such folder"),
+        (["--key"], "of the encoder query, here it is key"),
+        (["-a", "resnet18"], "with arch digits"),
+        (["--amp", "bf16"], "with amp off"),
+        (["--image-size", 32], "with image_size 16"),
+    ]:
+        capsys.readouterr()
+        assert run_main("--features", kept, *other) == 2, other
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1
+    assert kept.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda t: t.update({"train.labels": t["train.labels"][:-1].clone()}),
+        lambda t: t.pop("val.output"),
+        lambda t: t.update({"val.backbone": t["val.backbone"][:, :5].clone()}),
+        lambda t: t["train.backbone"][3].fill_(float("nan")),
+    ],
+)
+def test_features_that_do_not_belong_together_are_refused(moco_file, tmp_path, capsys, harm):
+    kept = tmp_path / "kept.safetensors"
+    assert run_main("--pretrained", moco_file[0], "--dataset", "digits", "--features", kept, "--k", 1) == 0
+    tensors = load_file(kept)
+    harm(tensors)
+    save_file(tensors, kept)
+    capsys.readouterr()
+    assert run_main("--features", kept, "--k", 1) == 2
+    assert "expected labels and finite features" in capsys.readouterr().err
+
+
+def test_an_image_that_cannot_be_read_ends_it_or_is_left_out(moco_file, tmp_path, capsys):
+    root = folder_of_digits(tmp_path / "images")
+    flags = ["--pretrained", moco_file[0], root, "--k", 1, "--out", tmp_path / "out"]
+    broken = sorted((root / "val").rglob("*.png"))[7]
+    broken.write_bytes(broken.read_bytes()[:60])
+    assert run_main(*flags) == 3
+    error = capsys.readouterr().err
+    assert str(broken) in error and "--max-bad-images" in error and error.count("\n") == 1
+    assert run_main(*flags, "--max-bad-images", 1) == 0
+    assert f"{broken} cannot be read and is left out" in capsys.readouterr().out
+    found = results(tmp_path / "out")
+    argv = [str(a) for a in (*flags[:-1], tmp_path / "two", "--workers", 0, "--device", "cpu")]
+    assert run_ranks(2, _main_on_a_rank, [*argv, "--max-bad-images", "1"]) == [0, 0]
+    assert run_ranks(2, _main_on_a_rank, argv) == [3, 3]
+    assert results(tmp_path / "two")["results"] == found["results"]
+    broken.unlink()  # the same as if it had never been there
+    assert run_main(*flags) == 0
+    assert (results(tmp_path / "out")["results"], found["queries"]) == (found["results"], 39)
+
+
+def test_what_cannot_be_written_and_what_another_script_wrote_is_said_before_the_work(moco_file, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "probe").mkdir()
+    (tmp_path / "probe" / "results.json").write_text('{"classifiers": []}')
+    for flags, said in [
+        (["--features", tmp_path / "file" / "x"], "cannot be written"),
+        (["--out", tmp_path / "file"], "is a file"),
+        (["--out", tmp_path / "probe"], "results.json of another script"),
+    ]:
+        assert run_main("--pretrained", moco_file[0], "--dataset", "digits", *flags) == 2
+        caught = capsys.readouterr()
+        assert said in caught.err and caught.err.count("\n") == 1 and "used all" not in caught.out
+    assert (tmp_path / "probe" / "results.json").read_text() == '{"classifiers": []}'
+
+
+def test_images_that_do_not_fit_the_network_are_said(tmp_path, capsys):
+    pytest.importorskip("timm")
+    arch = "timm:vit_tiny_patch16_224"
+    torch.save(build_encoder(arch, 8).state_dict(), tmp_path / "vit.pth")
+    assert run_main("--pretrained", tmp_path / "vit.pth", "-a", arch, "--dataset", "digits") == 2
+    error = capsys.readouterr().err
+    assert f"{arch} does not take images of side 16" in error and "--image-size" in error and error.count("\n") == 1
+
+
+def test_a_file_trained_on_other_images_is_warned_of(moco_file, tmp_path, capsys):
+    content = torch.load(moco_file[0], weights_only=True)
+    torch.save({**content, "args": {"dataset": "cifar10", "image_size": 32}}, tmp_path / "file.pth.tar")
+    assert run_main("--pretrained", tmp_path / "file.pth.tar", "--dataset", "digits", "--image-size", 16, "--k", 1) == 0
+    out = capsys.readouterr().out
+    assert "trained on cifar10, judged on digits" in out and "side 32, judged on side 16" in out
 
 
 def _main_on_a_rank(rank, world, argv):

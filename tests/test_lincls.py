@@ -275,6 +275,36 @@ def test_evaluate_gives_the_numbers_of_the_run(moco_file, cached_run, tmp_path):
     assert after == before
 
 
+def test_evaluate_takes_the_held_out_images_and_the_protocol_from_the_file(cached_run, tmp_path):
+    """Without a seed of its own it would hold out other images, those trained on, and choose by them."""
+    flags = ["--dataset", "digits", "--device", "cpu", "--workers", "0", "--out", str(tmp_path), "-e", "--resume"]
+    assert main_lincls.main([*flags, str(cached_run / "checkpoint_last.pth.tar")]) == 0
+    before, after = results(cached_run), results(tmp_path)
+    same = ("classifiers", "protocol", "seed", "held_out", "train_images", "epochs", "batch_size")
+    assert {key: after[key] for key in same} == {key: before[key] for key in same}
+
+
+def test_evaluate_writes_over_no_run(moco_file, cached_run, capsys):
+    before = (cached_run / "results.json").read_bytes()
+    assert run(moco_file, cached_run, "-e", "--resume", cached_run / "checkpoint_last.pth.tar") == 2
+    assert "choose another --out" in capsys.readouterr().err and (cached_run / "results.json").read_bytes() == before
+
+
+def test_images_that_cannot_be_read_are_not_judged(tmp_path):
+    root = folder_of_digits(tmp_path, {"train": "01", "val": "01"})
+    broken = sorted((root / "val").rglob("*.png"))[2]
+    broken.write_bytes(broken.read_bytes()[:60])
+    dataset, transform = data.build_dataset("folder", root, "val"), data.get_eval_transform("folder", 16)
+    judged = linear.JudgedImages(dataset, torch.device("cpu"), max_bad_images=1, transform=transform, batch_size=2)
+    seen = list(judged)
+    whole = transform.normalize(torch.stack([transform(dataset.image(i)) for i in (0, 1, 3)]))
+    assert torch.equal(torch.cat([labels for _, labels in seen]), torch.tensor([0, 0, 1]))
+    assert torch.allclose(torch.cat([images for images, _ in seen]), whole, atol=1e-5)
+    judged.max_bad_images = 0
+    with pytest.raises(RunFailed, match="1 unreadable images.*--max-bad-images"):
+        list(judged)
+
+
 def test_mocos_protocol_end_to_end_and_its_file(moco_file, tmp_path, capsys):
     assert run(moco_file, tmp_path, "--epochs", 3, "--schedule", 2, "--lr", 1, "--print-freq", 3) == 0
     out = capsys.readouterr().out
@@ -411,7 +441,7 @@ def folder_of_digits(root, classes):
     "flags,said",
     [
         (["--pretrained", ""], "random weights are not probed"),
-        (["--pretrained", "nowhere.pth"], "no file at --resume 'nowhere.pth'"),
+        (["--pretrained", "nowhere.pth"], "no file at 'nowhere.pth'"),
         (["-a", "resnet18"], "does not fit resnet18.*looks like digits"),
         (["--layers", "conv4"], "no layer 'conv4'; it has conv1, conv2, conv3, backbone"),
         (["--resume", "nowhere.pth"], "no file at --resume 'nowhere.pth'"),
@@ -419,7 +449,12 @@ def folder_of_digits(root, classes):
         (["--lr", "-1"], "--lr -1.0 is out of range"),
         (["--epochs", "0"], "--epochs 0 is out of range"),
         (["--shots", "0"], "--shots 0 is out of range"),
-        (["--shots", "one"], "--shots"),
+        (["--shots", "one"], "--shots: 'one' is no list of whole numbers"),
+        (["--shots", "142"], "142 shots asked, but class 8 has only 141"),
+        (["--shots", "141", "--holdout", "400"], "141 shots asked"),
+        (["--momentum", "2"], "--momentum 2.0 is out of range"),
+        (["--seed", "1" + 20 * "0"], "--seed 1.* is out of range"),
+        (["--start-epoch", "4", "--epochs", "4"], "--start-epoch 4 leaves nothing of --epochs 4"),
         (["--finetune", "--lr", "1", "2"], "--finetune trains one network"),
         (["--learning-rat", "1"], "--learning-rat .did you mean --learning-rate"),
         (["--holdout", "1437"], "hold out 1437 of 1437"),
@@ -508,4 +543,4 @@ def test_an_older_file_of_the_same_folder_is_refused(moco_file, tmp_path, capsys
     reached = (tmp_path / "checkpoint_last.pth.tar").read_bytes()
     assert run(moco_file, tmp_path, "--cache-features", "--epochs", 2, "--resume", tmp_path / "older.pth.tar") == 2
     assert "is older than" in capsys.readouterr().err and (tmp_path / "checkpoint_last.pth.tar").read_bytes() == reached
-    assert run(moco_file, tmp_path, "-e", "--resume", tmp_path / "older.pth.tar") == 0  # to look at it harms nothing
+    assert run(moco_file, tmp_path / "look", "-e", "--resume", tmp_path / "older.pth.tar") == 0  # to look at it harms nothing

@@ -168,9 +168,9 @@ class _Plan:
 # ---------------------------------------------------------------- images in files
 
 
-def _refuse(dataset: Dataset, bad: list[int], most: int | None) -> None:
+def refuse(dataset: Dataset, bad: list[int], most: int | None) -> None:
     """Raise RunFailed when more images are unreadable than allowed (most None: any number), or all are."""
-    if len(bad) == len(dataset):
+    if bad and len(bad) == len(dataset):
         raise RunFailed(
             f"none of {len(bad)} images could be read, {dataset.path(0)} for one: expected image files; check the "
             "folder"
@@ -249,7 +249,7 @@ class _FileLoader:
         try:
             for *images, index, broken in self._loader:
                 if broken.any():  # spares the look at M flags in every step
-                    _refuse(self.reader.dataset, self.reader.unreadable.nonzero()[:, 0].tolist(), most)
+                    refuse(self.reader.dataset, self.reader.unreadable.nonzero()[:, 0].tolist(), most)
                 images = [x.to(self.device, non_blocking=True) for x in images]
                 if self.normalize is not None:
                     images = [self.normalize(x) for x in images]
@@ -379,7 +379,7 @@ class MemoryTrainLoader(_MemoryLoader):
         return self.plan.steps
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        _refuse(self.dataset, self.dataset.unreadable, self.max_bad_images)
+        refuse(self.dataset, self.dataset.unreadable, self.max_bad_images)
         steps = list(self.plan.rows(epoch, start_step))
         if not steps:
             return

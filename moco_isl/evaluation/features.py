@@ -5,6 +5,7 @@ Letters: M images of a split, C numbers of a layer.
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -14,8 +15,12 @@ import torch
 from torch import nn
 
 from moco_isl import checkpoint, data, dist
-from moco_isl.encoders import extract_features
+from moco_isl.data.datasets import ImagesInMemory
+from moco_isl.data.loaders import refuse
+from moco_isl.encoders import evaluating, extract_features
 from moco_isl.errors import BadInput, RunFailed
+
+LOOKED_AT = 10_000  # files of a data set whose sizes tell it from another with the same names
 
 
 @dataclass
@@ -36,6 +41,40 @@ def labelled(name: str, root: str | None, split: str, download: bool = False):
     return dataset
 
 
+def side(asked: int, info: dict, dataset) -> int:
+    """The side of the images to be judged: as asked for, else that of the training (see `load_backbone`), else what fits the images."""
+    return asked or int(info["args"].get("image_size") or 0) or data.native_size(dataset)
+
+
+@torch.no_grad()
+def require_side(encoder: nn.Module, arch: str, side: int) -> None:
+    """Raise BadInput where an encoder, on the CPU, does not take images of this side."""
+    try:
+        with evaluating(encoder):
+            encoder(torch.zeros(1, 3, side, side))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise BadInput(f"{arch} does not take images of side {side} ({reason.rstrip('.')}): give the --image-size it was made for") from error
+
+
+def identity(splits: Iterable) -> str:
+    """What tells data from other data, in short: the labels; of images in memory the pixels, of files the names below their folder and of
+    up to LOOKED_AT, spread over them, the sizes."""
+    digest = hashlib.sha256()
+    for dataset in splits:
+        digest.update(f"{len(dataset)} {dataset.classes}".encode())
+        digest.update(dataset.labels.numpy())
+        if isinstance(dataset, ImagesInMemory):
+            digest.update(dataset.images.contiguous().numpy())
+            continue
+        paths = [dataset.path(i) for i in range(len(dataset))]
+        root = len(os.path.commonprefix([min(paths), max(paths)]))
+        digest.update("\0".join(path[root:] for path in paths).encode(errors="surrogateescape"))
+        for path in paths[:: -(-len(paths) // LOOKED_AT)]:
+            digest.update(b"%d " % os.path.getsize(path))
+    return digest.hexdigest()
+
+
 def take(
     encoder: nn.Module,
     dataset,
@@ -47,10 +86,13 @@ def take(
     normalize: bool,
     amp: torch.dtype | None = None,
     watch: Callable[[Iterable, int], Iterable] | None = None,
+    max_bad_images: int | None = None,
 ) -> Split:
     """Features of a data set by an encoder that answers with a dict (`encoders.Taps`); each rank takes its share.
 
-    watch(batches, most a rank): gives the batches on, and may end the pass on all ranks (`signals.Stop.watch`).
+    watch(batches, most a rank): gives the batches on, and may end the pass on all ranks (`signals.Stop.watch`). Images
+    that cannot be read are named and left out; of more than max_bad_images (None: any number), or of features that are
+    not finite, RunFailed is raised on all ranks, with its text on the first.
     """
     M = len(dataset)
     loader = data.eval_loader(
@@ -60,11 +102,36 @@ def take(
     batches = watch(loader, -(-most // batch_size)) if watch is not None else loader
     try:
         features = extract_features(encoder, batches, M, device, normalize=normalize, amp=amp)
-        for _, path in loader.bad_images():
-            print(f"=> warning: {path} cannot be read; the next image stands in for it", flush=True)
+        bad = unreadable(loader, dataset, max_bad_images)
     finally:
         loader.close()
-    return Split(features, dataset.labels.to(device))
+    split = Split(features, dataset.labels.to(device))
+    if bad:
+        if dist.is_main():
+            for i in bad:
+                print(f"=> warning: {dataset.path(i)} cannot be read and is left out", flush=True)
+        kept = torch.ones(M, dtype=torch.bool, device=device).index_fill_(0, torch.tensor(bad, device=device), False)
+        split = Split({layer: x[kept] for layer, x in features.items()}, split.labels[kept])
+    for layer, x in split.features.items():
+        if not finite(x):
+            text = f"features of {layer} are not finite: this network overflows on these images; try --amp off or bf16"
+            raise RunFailed(text if dist.is_main() else "")
+    return split
+
+
+def unreadable(loader, dataset, most: int | None) -> list[int]:
+    """Positions of the images that an `eval_loader` could not read on any rank, to be asked by all of them after a pass. Raises RunFailed."""
+    bad = sorted({i for found in dist.gather_objects([i for i, _ in loader.bad_images()]) for i in found})
+    try:
+        refuse(dataset, bad, most)
+    except RunFailed as error:
+        raise RunFailed(str(error) if dist.is_main() else "") from error
+    return bad
+
+
+def finite(rows: torch.Tensor) -> bool:
+    """Whether all numbers of [M, ...] features are finite, without a second copy of them."""
+    return bool(rows.flatten(1).sum(dim=1).isfinite().all())
 
 
 def fingerprint(path: str | Path) -> str:
@@ -82,19 +149,9 @@ def _sha256(file) -> str:
 
 def save(path: str | Path, splits: dict[str, Split], metadata: dict[str, str]) -> None:
     """Keep the features of all splits in one safetensors file, whole or not at all. Raises RunFailed."""
-    from safetensors.torch import save_file
-
     tensors = {f"{name}.{layer}": t.cpu().contiguous() for name, s in splits.items() for layer, t in s.features.items()}
     tensors |= {f"{name}.labels": s.labels.cpu() for name, s in splits.items()}
-    path = Path(path)
-    temporary = path.with_name(path.name + checkpoint.TEMPORARY)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, temporary, metadata=metadata)
-        temporary.replace(path)
-    except Exception as error:  # safetensors has an error of its own for a full disk
-        temporary.unlink(missing_ok=True)
-        raise RunFailed(f"cannot write features to '{path}': {error}") from error
+    checkpoint.save_safetensors(tensors, path, metadata)
 
 
 def load(path: str | Path, expected: dict[str, str], device: torch.device) -> tuple[dict[str, Split], dict[str, str]]:
@@ -106,21 +163,51 @@ def load(path: str | Path, expected: dict[str, str], device: torch.device) -> tu
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError) as error:
-        raise BadInput(f"cannot read features from '{path}': {error}; remove it to have them taken anew") from error
-    names = sorted({name.partition(".")[0] for name in tensors})
-    if "train" not in names or any(f"{name}.labels" not in tensors for name in names):
-        raise BadInput(f"'{path}' holds no features of this project's; remove it, or give --features another name")
+        raise BadInput(
+            f"cannot read features from '{path}': {error}; if they were cut off, remove it to have them taken anew, else "
+            "give --features another name"
+        ) from error
+    splits: dict[str, Split] = {}
+    for name in sorted({name.partition(".")[0] for name in tensors}):
+        rows = {n.removeprefix(f"{name}."): t for n, t in tensors.items() if n.startswith(f"{name}.")}
+        splits[name] = Split(labels=rows.pop("labels", None), features=rows)
+    if "train" not in splits or not all(_whole(split, splits["train"]) for split in splits.values()):
+        raise BadInput(
+            f"'{path}' holds no features of this project's: expected labels and finite features of each split; remove it, "
+            "or give --features another name"
+        )
     for key, value in expected.items():
         if metadata.get(key) != value:
             raise BadInput(
-                f"'{path}' holds features with {key} {metadata.get(key)}, here it is {value}: "
+                f"'{path}' holds features {_NAMES.get(key, f'with {key}')} {str(metadata.get(key))[:12]}, here it is {value[:12]}: "
                 "remove it to have them taken anew, or give --features another name"
             )
-    splits = {}
-    for name in names:
-        rows = {n.removeprefix(f"{name}."): t.to(device) for n, t in tensors.items() if n.startswith(f"{name}.")}
-        splits[name] = Split(labels=rows.pop("labels"), features=rows)
+    for split in splits.values():
+        split.labels, split.features = split.labels.to(device), {n: t.to(device) for n, t in split.features.items()}
     return splits, metadata
+
+
+_NAMES = {"sha256": "of a checkpoint with sha256", "data_sha256": "of other data, with fingerprint", "encoder": "of the encoder"}  # words for keys
+
+
+def _whole(split: Split, train: Split) -> bool:
+    """Whether a split's tensors belong together, and to those of train."""
+    labels, of = split.labels, split.features
+    if labels is None or labels.dim() != 1 or labels.dtype != torch.int64 or of.keys() != train.features.keys() or not of:
+        return False
+    shapes = all(x.dim() == 2 and len(x) == len(labels) and x.shape[1:] == train.features[n].shape[1:] for n, x in of.items())
+    return shapes and all(x.is_floating_point() and finite(x) for x in of.values())
+
+
+def require_own(folder: str | Path, rows: str) -> None:
+    """Raise BadInput where `folder` holds a results.json whose results are not under `rows`: those of another script."""
+    path = Path(folder) / "results.json"
+    try:
+        own = not path.exists() or rows in json.loads(path.read_text())
+    except (OSError, ValueError):
+        own = False
+    if not own:
+        raise BadInput(f"--out '{folder}' holds a results.json of another script, which is not written over: choose another --out")
 
 
 def write_json(path: str | Path, results: dict) -> Path:

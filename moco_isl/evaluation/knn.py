@@ -116,11 +116,17 @@ def few_shot(
     return sum(accuracy) / draws, spread
 
 
-def draw_shots(labels: torch.Tensor, shots: int, generator: torch.Generator) -> torch.Tensor:
-    """Positions [classes, shots] of `shots` different random images of each class that occurs, classes in order."""
+def require_shots(labels: torch.Tensor, shots: int) -> None:
+    """Raise BadInput where a class that occurs has fewer than `shots` images."""
     classes, counts = labels.unique(return_counts=True)
     if (few := counts.min().item()) < shots:
-        raise BadInput(f"{shots} shots asked, but class {classes[counts.argmin()].item()} has only {few} images")
+        raise BadInput(f"{shots} shots asked, but class {classes[counts.argmin()].item()} has only {few} images: ask for at most as many")
+
+
+def draw_shots(labels: torch.Tensor, shots: int, generator: torch.Generator) -> torch.Tensor:
+    """Positions [classes, shots] of `shots` different random images of each class that occurs, classes in order."""
+    require_shots(labels, shots)
+    counts = labels.unique(return_counts=True)[1]
     order = torch.randperm(len(labels), generator=generator).to(labels.device)
     order = order[labels[order].argsort(stable=True)]  # shuffled within each class, classes one after the other
     return order[(counts.cumsum(0) - counts)[:, None] + torch.arange(shots, device=labels.device)]

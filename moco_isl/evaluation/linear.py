@@ -15,7 +15,7 @@ from moco_isl.data.draws import permutation
 from moco_isl.data.transforms import ImageTransform
 from moco_isl.encoders import Taps, evaluating, feature_dim, get_head, set_head
 from moco_isl.errors import Interrupted, RunFailed
-from moco_isl.evaluation.features import Split
+from moco_isl.evaluation.features import Split, unreadable
 from moco_isl.training.engine import Position
 from moco_isl.training.meters import Clock, require_finite
 from moco_isl.training.signals import Stop
@@ -176,13 +176,20 @@ class CachedBatches:
 class JudgedImages:
     """A split to be judged, image by image, each exactly once over all ranks: iterates (images, labels)."""
 
-    def __init__(self, dataset, device: torch.device, **options):
+    def __init__(self, dataset, device: torch.device, max_bad_images: int | None = None, **options):
+        self.dataset, self.max_bad_images = dataset, max_bad_images
         self.loader = data.eval_loader(dataset, shard=dist.shard(len(dataset)), device=device, **options)
         self.labels = dataset.labels.to(device)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Images that cannot be read are left out. Raises RunFailed past max_bad_images (None: any number)."""
         for images, index in self.loader:
-            yield images, self.labels[index]
+            if bad := self.loader.bad_images():
+                kept = ~torch.isin(index, torch.tensor([i for i, _ in bad], device=index.device))
+                images, index = images[kept], index[kept]
+            if len(index):
+                yield images, self.labels[index]
+        unreadable(self.loader, self.dataset, self.max_bad_images)
 
     def close(self) -> None:
         self.loader.close()

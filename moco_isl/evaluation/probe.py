@@ -160,16 +160,20 @@ def free_bytes(device: torch.device) -> float:
 
 def traps(info: dict, *, batch_size: int, lr_given: bool, mlp: bool | None, dataset: str, size: int) -> list[str]:
     """Warnings about what makes linear numbers lower than published ones; info: as `load_backbone` gives it."""
-    found, trained = [], info["args"]
+    found = []
     if batch_size != 256 and not lr_given:
         found.append(
             f"the learning rate of 30 is for batch 256, here it is {batch_size}: "
             f"linear scaling gives --lr {30 * batch_size / 256:g}"
         )
-    for who, says in (("--mlp says", mlp), ("the file's own flags say", trained.get("mlp"))):
-        if isinstance(says, bool) and info["head"] and says != (info["head"] == "mlp"):
-            wanted = "an MLP head" if says else "no MLP head"
-            found.append(f"{who} {wanted}, but the file has a {info['head']} one: is it the file you mean?")
+    if mlp is not None:
+        found += _head_differs(info, "--mlp says", mlp)
+    return found + strange(info, dataset=dataset, size=size)
+
+
+def strange(info: dict, *, dataset: str, size: int) -> list[str]:
+    """Warnings about a file that is judged on other images than it was trained on, or is not what its own flags say."""
+    found, trained = _head_differs(info, "the file's own flags say", info["args"].get("mlp")), info["args"]
     if trained.get("dataset", dataset) != dataset:
         found.append(
             f"trained on {trained['dataset']}, judged on {dataset}: images are normalised by {dataset}'s statistics"
@@ -177,6 +181,13 @@ def traps(info: dict, *, batch_size: int, lr_given: bool, mlp: bool | None, data
     if trained.get("image_size") and int(trained["image_size"]) != size:
         found.append(f"trained on images of side {trained['image_size']}, judged on side {size}")
     return found
+
+
+def _head_differs(info: dict, who: str, says: bool | None) -> list[str]:
+    if not isinstance(says, bool) or not info["head"] or says == (info["head"] == "mlp"):
+        return []
+    wanted, has = ("an MLP head", "a linear one") if says else ("no MLP head", "an MLP one")
+    return [f"{who} {wanted}, but the file has {has}: is it the file you mean?"]
 
 
 def result_rows(
