@@ -46,7 +46,8 @@ CPU = {
 
 
 def start(part: str, more: list[str]) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-m", *part.split(), *more], cwd=Path(__file__).parent.parent, start_new_session=True)
+    """In a process group of its own, with what it will start."""
+    return subprocess.Popen([sys.executable, "-m", *part.split(), *more], cwd=Path(__file__).parent.parent, preexec_fn=os.setpgrp)  # noqa: PLW1509
 
 
 def end(process: subprocess.Popen, seconds: float) -> str:
@@ -54,9 +55,11 @@ def end(process: subprocess.Popen, seconds: float) -> str:
     try:
         code = process.wait(timeout=max(1.0, seconds))
         return f"exit code {code}" if code else ""
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # with what it has started: compilers, workers
+    except BaseException as error:  # Ctrl-C, too, has to end compilers and workers
+        os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        if not isinstance(error, subprocess.TimeoutExpired):
+            raise
         return f"not done after {seconds:.0f} s"
 
 

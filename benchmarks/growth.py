@@ -137,10 +137,12 @@ def main(argv: list[str] | None = None) -> None:
     for part in args.parts:
         measure, title = PARTS[part]
         result = common.Result(f"growth-{part}", title if part != "loss" else f"{title}, batch {args.batch}", args.device)
-        measure(args, result)
-        if common.by_cpu_time(args.device):
-            result.note(common.BY_CPU_TIME)
-        common.end(args, result)
+        try:
+            measure(args, result)
+        finally:  # what was measured before an error is not lost
+            if common.by_cpu_time(args.device):
+                result.note(common.BY_CPU_TIME)
+            common.end(args, result)
 
 
 if __name__ == "__main__":

@@ -86,12 +86,12 @@ def random_images(work: Work) -> ImagesInMemory:
     return ImagesInMemory(torch.randint(0, 256, (work.M, 3, work.size, work.size), dtype=torch.uint8, generator=g), None, None, "random")
 
 
-def small_images(work: Work, dataset: ImagesInMemory, device: torch.device, compiled: bool):
+def small_images(work: Work, dataset: ImagesInMemory, device: torch.device, compiled: bool, views: int):
     """Our loader of images held on the device; compiled: its augmentation too."""
     augmentation = data.get_augmentation("cifar10", aug_plus=True, size=work.size, on_device=True)
     if compiled:
-        fast.compile_augmentation(augmentation, 2 * work.N, device)
-    return data.train_loader(dataset, augmentation=augmentation, batch_size=work.N, seed=0, device=device)
+        fast.compile_augmentation(augmentation, views * work.N, device)
+    return data.train_loader(dataset, augmentation=augmentation, batch_size=work.N, seed=0, device=device, views=views)
 
 
 # ---------------------------------------------------------------- forms: calls that take some steps
@@ -154,16 +154,17 @@ def give_positives(isl: ISL, work: Work, device: torch.device) -> ISL:
 
 
 def loaders_of(work: Work, device: torch.device) -> tuple:
-    """For the plain forms and for the fast ones, of the same images."""
+    """For the plain forms, the fast one and that with ISL on, of the same images. Without hard positives the bank objective has one view."""
     if work.photos:
-        return (SameViews(work, device),) * 2
-    images = random_images(work)
-    return tuple(small_images(work, images, device, fast.defaults(is_fast, device.type == "cuda")["compile"]) for is_fast in (False, True))
+        return (SameViews(work, device),) * 3
+    images, few = random_images(work), 1 if work.bank else 2
+    compiled = fast.defaults(True, device.type == "cuda")["compile"]
+    return tuple(small_images(work, images, device, *how) for how in ((False, few), (compiled, few), (compiled, 2)))
 
 
 def forms(work: Work, device: torch.device, note: Callable[[str], None]) -> Iterator[tuple[str, Callable[[], Turn]]]:
     """Name -> what builds the form and returns its turn. The last two share model and compiler's work."""
-    plain, quick = loaders_of(work, device)
+    plain, quick, with_isl = loaders_of(work, device)
     if not work.bank:
         yield PUBLISHED, lambda: turn_of(published_step(PublishedMoCo(work.arch, work.size, DIM, work.K).to(device)), plain, work)
         try:
@@ -175,17 +176,16 @@ def forms(work: Work, device: torch.device, note: Callable[[str], None]) -> Iter
         except ImportError:
             note(peers.ABSENT)
     options = {"hpe": 0.0} if work.bank else {"active": False}
-    shared = {}  # of the last two forms
+    shared = {}  # model and optimizer of the last two forms
 
     def build(is_fast: bool, loader) -> Turn:
-        shared["model"], shared["loader"] = our_model(work, device, is_fast), loader
-        model, optimizer = shared["model"]
+        model, optimizer = shared[is_fast] = our_model(work, device, is_fast)
         return ours(ISL(model, work.M, fast=is_fast, **options), optimizer, loader, work, device, is_fast)
 
     def build_isl() -> Turn:
-        model, optimizer = shared["model"]
+        model, optimizer = shared[True]
         isl = give_positives(ISL(model, work.M, P=P, hpe=0.5, fast=True), work, device)
-        return ours(isl, optimizer, shared["loader"], work, device, True)
+        return ours(isl, optimizer, with_isl, work, device, True)
 
     yield "ours, plain", lambda: build(False, plain)
     yield FAST, lambda: build(True, quick)
@@ -195,29 +195,34 @@ def forms(work: Work, device: torch.device, note: Callable[[str], None]) -> Iter
 # ---------------------------------------------------------------- the table
 
 
-def build_all(work: Work, device: torch.device, result: common.Result, only: set[str] | None = None) -> tuple[dict[str, Turn], dict[str, float | None]]:
-    """The forms, warmed up by two turns each, and GiB that each needs at most beside the others."""
-    turns, memory, before = {}, {}, 0
+def build_all(work: Work, device: torch.device, result: common.Result, only: set[str] | None = None) -> tuple[dict[str, Turn], dict[str, float | None], list[str]]:
+    """The forms, warmed up by two turns each; GiB that each needs at most beside the others; and those that could not be had."""
+    turns, memory, failed, before = {}, {}, [], 0
     for name, build in forms(work, device, result.note):
         if only is not None and name not in only:
             continue
         if name != WITH_ISL:  # which has the model of the form before it
             before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-        turns[name] = build()
-        turns[name]()
-        common.peak_gib(device, reset=True)
-        turns[name]()
-        common.synchronize(device)
-        peak = common.peak_gib(device)
+        try:
+            turn = build()
+            turn()
+            common.peak_gib(device, reset=True)
+            turn()
+            common.synchronize(device)
+        except Exception as error:  # a compiler's, a driver's, a library's: the other forms can still be measured
+            failed.append(name)
+            result.note(f"{name} is left out, {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}")
+            continue
+        turns[name], peak = turn, common.peak_gib(device)
         memory[name] = None if peak is None else peak - before / 2**30
-    return turns, memory
+    return turns, memory, failed
 
 
 def measure(name: str, work: Work, device: torch.device, args: argparse.Namespace) -> Iterator[common.Result]:
-    """The table, and with --profile a second one; each as soon as it is done."""
+    """The table, and with --profile a second one; each as soon as it is done. Raises RuntimeError at the end where a form is missing."""
     title = f"{work.title}: {work.arch}, {work.size} px, batch {work.N}, " + (f"M {work.M:,}" if work.bank else f"K {work.K:,}")
     result = common.Result(f"step-{name}", title, device)
-    turns, memory = build_all(work, device, result)
+    turns, memory, failed = build_all(work, device, result)
     timings = common.in_turns(turns, device, args.repeats, warmup=0, cpu_time=common.by_cpu_time(device))
     first = next(iter(turns))
     bar, goal = BARS[name] if device.type == "cuda" and replace(work, steps=0) == replace(ROWS[name], steps=0) else (None, None)
@@ -225,7 +230,8 @@ def measure(name: str, work: Work, device: torch.device, args: argparse.Namespac
         timing = common.Timing([seconds / work.steps for seconds in timing.seconds])
         more = {"bar": bar, "goal": goal} if form == FAST or form == WITH_ISL and work.bank else {}
         result.add(timing.row(form, images_per_s=work.N / timing.median, memory_gib=memory[form], **more), of=None if form == first else first)
-    add_overhead(result, timings)
+    if {FAST, WITH_ISL} <= timings.keys():
+        add_overhead(result, timings)
     if not args.no_floor:
         one = replace(work, steps=1)
         model, optimizer = our_model(one, device, False)
@@ -234,7 +240,8 @@ def measure(name: str, work: Work, device: torch.device, args: argparse.Namespac
         step()
         parameters = sum(p.numel() for p in model.encoder_q.parameters())
         rows = floor_rows(step, parameters, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
-        result[FAST]["floor"] = max(row["value"] for row in rows)
+        if FAST in timings:
+            result[FAST]["floor"] = max(row["value"] for row in rows)
         for row in rows:
             result.add(row)
     result.note(f"a turn is {work.steps} step{'s' * (work.steps > 1)}; all forms in turns in one process; "
@@ -247,7 +254,9 @@ def measure(name: str, work: Work, device: torch.device, args: argparse.Namespac
         result.note("on a CPU --fast stands for augmentation on the device alone, which all forms have here: the two rows differ by noise")
     yield result
     if args.profile:
-        yield profiling.result_of(name, title, {form: turns[form] for form in (first, FAST)}, work.steps, device)
+        yield profiling.result_of(name, title, {form: turns[form] for form in (first, FAST) if form in turns}, work.steps, device)
+    if failed:
+        raise RuntimeError(f"could not be had: {', '.join(failed)}")
 
 
 def add_overhead(result: common.Result, timings: dict[str, common.Timing]) -> None:

@@ -96,6 +96,18 @@ def test_step_says_that_lightly_is_not_there(tmp_path, monkeypatch, capsys):
     assert "lightly, MoCo" not in rows(files["step-w32-cpu.json"]) and "pip install lightly" in capsys.readouterr().out
 
 
+def test_a_form_that_fails_costs_no_other(tmp_path, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("no such device\nand a long story")
+
+    monkeypatch.setattr(step, "published_step", fails)
+    monkeypatch.setitem(sys.modules, "lightly", None)
+    with pytest.raises(RuntimeError, match="could not be had: as published"):
+        written(step.main, tmp_path, "--rows w32 --no-floor")
+    facts = json.loads((tmp_path / "step-w32-cpu.json").read_text())
+    assert list(rows(facts))[:2] == ["ours, plain", "ours, fast"] and "as published is left out, RuntimeError: no such device" in facts["notes"]
+
+
 def test_step_of_the_bank_objective(tmp_path):
     assert list(rows(written(step.main, tmp_path, "--rows bank --no-floor")["step-bank-cpu.json"]))[:3] == ["ours, plain", "ours, fast", "ours, fast, ISL on"]
 
