@@ -7,8 +7,10 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from moco_isl.errors import BadInput, Interrupted, RunFailed
 from moco_isl.training import cli
@@ -64,6 +66,29 @@ def test_signals_blocked_before_are_let_in():
     signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)  # sent to the process, a thread that some other test left would take it, and die
     with Stop() as stop:
         assert stop.here()
+
+
+def test_a_signal_while_ranks_are_being_started_is_passed_on(monkeypatch):
+    """Though the main thread blocks it, so that any other thread may be the one that takes it."""
+    done, sent, kill = threading.Event(), [], os.kill
+    other = threading.Thread(target=done.wait)
+    other.start()
+
+    def start(*_, **__):
+        kill(os.getpid(), signal.SIGUSR1)
+        return SimpleNamespace(processes=[SimpleNamespace(pid=12, is_alive=lambda: True)])
+
+    monkeypatch.setattr(torch.multiprocessing, "start_processes", start)
+    monkeypatch.setattr(os, "kill", lambda pid, number: sent.append((pid, number)))
+    monkeypatch.setattr(cli, "_ends", lambda *_: [])
+    monkeypatch.setattr(cli, "_judge_ends", lambda *_: None)
+    before = signal.getsignal(signal.SIGUSR1)
+    try:
+        cli._spawn(None, SimpleNamespace(multiprocessing_distributed=True, nproc_per_node=1, gpu=None, dist_url="env://", device="cpu"), (), None)
+    finally:
+        done.set()
+        other.join()
+    assert sent == [(12, signal.SIGUSR1)] and signal.getsignal(signal.SIGUSR1) is before
 
 
 def _one_was_asked(rank, world):

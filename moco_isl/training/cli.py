@@ -304,11 +304,11 @@ def _spawn(worker: Callable, args: argparse.Namespace, given: tuple, stop: Calla
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             args.dist_url = f"tcp://127.0.0.1:{s.getsockname()[1]}"
-    # blocked until a rank's `Stop` takes them: one that comes while a rank is still importing is neither lost nor deadly
-    unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    processes = torch.multiprocessing.start_processes(_spawned, (worker, args, n, given), nprocs=n, join=False, start_method="spawn").processes
+    processes, early = [], []
 
     def pass_on(number, frame=None) -> None:
+        if not processes:
+            early.append(number)
         # Ctrl-C reaches the ranks from the terminal too, and twice would mean at once
         for process in processes:
             if process.is_alive():
@@ -316,10 +316,17 @@ def _spawn(worker: Callable, args: argparse.Namespace, given: tuple, stop: Calla
 
     handled = SIGNALS if stop is None and threading.current_thread() is threading.main_thread() else ()
     old = {number: signal.signal(number, pass_on) for number in handled}
-    signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
+    # blocked in the ranks until their `Stop` takes them: one that comes while a rank is still importing is neither lost nor deadly. Blocked in this
+    # thread alone: a library's own threads still take what is sent to this process, so its handlers have to be in place by now
+    unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
+        processes += torch.multiprocessing.start_processes(_spawned, (worker, args, n, given), nprocs=n, join=False, start_method="spawn").processes
+        signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
+        for number in early:
+            pass_on(number)
         _judge_ends(_ends(processes, stop, pass_on), n)
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
         for number, handler in old.items():
             signal.signal(number, handler)
 
