@@ -76,6 +76,10 @@ def _shots(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"'{text}' is no list of whole numbers: expected such as 1,5,10") from None
 
 
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" ... ({len(names)})" if len(names) > 3 else "")
+
+
 def file_to_resume(args) -> str:
     """Raises BadInput where it cannot be read, and where going on from it would overwrite what came after it."""
     return args.resume if args.evaluate else resume.find_start(args.resume, None, args.out)[0].path or ""
@@ -102,7 +106,7 @@ def check_args(args) -> None:
     args.lr = sorted(set(args.lr or [FINETUNE_LR if args.finetune else MOCO_LR]))
     for name in ("epochs", "batch_size", "print_freq", "draws", "shots"):
         cli.check_range(args, name, 1)
-    for name in ("workers", "start_epoch", "lr", "weight_decay", "holdout"):
+    for name in ("workers", "start_epoch", "schedule", "lr", "weight_decay", "holdout"):
         cli.check_range(args, name, 0)
     cli.check_range(args, "momentum", 0, 1)
     cli.check_range(args, "seed", -(2**63), 2**63 - 1)
@@ -162,6 +166,7 @@ class Run:
         self.say(describe(self.info))
         self.sha = features.fingerprint(self.source)
         whole, self.val = (features.labelled(args.dataset, args.data, s, args.download) for s in ("train", "val"))
+        self.data_sha, self.class_names = features.identity([whole]), whole.classes
         size = features.side(args.image_size, self.info, whole)
         lr_given = args.finetune or args.lr != [MOCO_LR]
         flags = {"batch_size": args.batch_size, "lr_given": lr_given, "mlp": args.mlp, "dataset": args.dataset, "size": size}
@@ -170,12 +175,12 @@ class Run:
         self.rest, self.held = data.holdout(whole, held, args.seed) if held else (whole, None)
         require_shots(self.rest.labels, max(args.shots, default=0))
         workers = cli.usable_workers(args.workers, cli.processes_here(args))
-        self.size, self.classes = size, len(whole.classes)
+        self.size = size
         self.reading = {"transform": data.get_eval_transform(args.dataset, size), "batch_size": args.batch_size, "workers": workers,
                         "max_bad_images": args.max_bad_images}
         head = get_head(encoder) if self.info["head"] else None
         self.probe = probe.Probe(
-            encoder, None if args.finetune else args.layers, lrs=args.lr, classes=self.classes, size=size, device=device,
+            encoder, None if args.finetune else args.layers, lrs=args.lr, classes=len(whole.classes), size=size, device=device,
             amp=AMP_TYPES[args.amp], momentum=args.momentum, weight_decay=args.weight_decay, reading=self.reading)
         self.probe.watch = stop.watch
         self.trained = content["args"] if "probe" in content else vars(args)  # the flags by which the classifiers were trained
@@ -203,10 +208,14 @@ class Run:
         else:
             other = f"'{path}' probes another file than --pretrained '{args.pretrained}': give that one, or choose another --out"
             cli.check(not args.pretrained or ours["sha256"] == self.sha, other)
+            cli.check(ours["classes"] == self.class_names, f"the classifiers of '{path}' know the classes {_some(ours['classes'])}, and here "
+                      f"they are {_some(self.class_names)}: judge them on images of the same classes, in folders of the same names")
+            same = ours["data_sha256"] == self.data_sha
             if not args.evaluate:
-                resume.check_same({k: v for k, v in content["args"].items() if k not in FREE}, vars(args))
+                resume.check_same({k: v for k, v in content["args"].items() if k not in FREE}, vars(args), "choose another --out")
+                cli.check(same, f"'{path}' was trained on other images than those of {args.data or args.dataset}: give the same, or choose another --out")
             self.probe.model.load_state_dict(ours["model"])
-            self.position, self.best = engine.Position(ours["epoch"], ours["step"], ours["total"]), ours["best"]
+            self.position, self.best = engine.Position(ours["epoch"], ours["step"], ours["total"]), ours["best"] if same else {}
             resume.restore_rng(ours["rng"], self.device, self.position.averages)
         if "optimizer" in content and not args.evaluate:
             self.probe.optimizer.load_state_dict(content["optimizer"])
@@ -219,7 +228,8 @@ class Run:
 
         def write() -> None:
             ours = {"model": self.probe.model.state_dict(), "best": self.best, "rng": ranks, "epoch": position.epoch, "step": position.step,
-                    "total": position.total, "sha256": self.sha, "metrics_size": self.folder.metrics_size()}
+                    "total": position.total, "sha256": self.sha, "classes": self.class_names, "data_sha256": self.data_sha,
+                    "metrics_size": self.folder.metrics_size()}
             mocos = {"epoch": position.epoch, "arch": self.info["arch"], "state_dict": self.probe.state_dict(),
                      "best_acc1": max(self.best.values(), default=0.0), "optimizer": self.probe.optimizer.state_dict()}
             self.folder.save({**mocos, "args": vars(self.args), "probe": ours}, None)

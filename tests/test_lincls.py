@@ -452,6 +452,7 @@ def folder_of_digits(root, classes):
         (["--shots", "one"], "--shots: 'one' is no list of whole numbers"),
         (["--shots", "142"], "142 shots asked, but class 8 has only 141"),
         (["--shots", "141", "--holdout", "400"], "141 shots asked"),
+        (["--schedule", "-5"], "--schedule -5 is out of range"),
         (["--momentum", "2"], "--momentum 2.0 is out of range"),
         (["--seed", "1" + 20 * "0"], "--seed 1.* is out of range"),
         (["--start-epoch", "4", "--epochs", "4"], "--start-epoch 4 leaves nothing of --epochs 4"),
@@ -533,6 +534,31 @@ def test_other_settings_or_another_file_cannot_be_resumed(moco_file, cached_run,
     assert "7 classes on 128 numbers" in capsys.readouterr().err
     assert run(moco_file, cached_run) == 2
     assert "holds a run already" in capsys.readouterr().err
+
+
+def test_other_images_and_other_classes_are_refused(moco_file, tmp_path, capsys):
+    """The same number of images and classes of another folder: silently, training would go on with labels that mean other things."""
+    folders = {name: folder_of_digits(tmp_path / name, {"train": digits, "val": digits}) for name, digits in (("one", "01"), ("two", "23"))}
+    same = folder_of_digits(tmp_path / "moved", {"train": "01", "val": "01"})
+    changed = folder_of_digits(tmp_path / "changed", {"train": "01", "val": "01"})
+    image = sorted((changed / "train").rglob("*.png"))[0]
+    image.write_bytes((changed / "train" / "1" / sorted(p.name for p in (changed / "train" / "1").iterdir())[0]).read_bytes() + b"\0")
+    out, flags = tmp_path / "out", ["--dataset", "folder", "--image-size", 16, "--cache-features", "--lr", 1]
+    assert run(moco_file, out, *flags, "--epochs", 1, folders["one"]) == 0
+    last_file, before = out / "checkpoint_last.pth.tar", (out / "checkpoint_last.pth.tar").read_bytes()
+    for folder, said in ((folders["two"], "know the classes 0, 1, and here they are 2, 3"), (changed, "trained on other images")):
+        assert run(moco_file, out, *flags, "--epochs", 2, "--resume", "auto", folder) == 2
+        assert said in capsys.readouterr().err and last_file.read_bytes() == before
+    three = folder_of_digits(tmp_path / "three", {"train": "012", "val": "012"})
+    for folder in (folders["two"], three):
+        assert run(moco_file, tmp_path / "look", *flags, "-e", "--resume", last_file, folder) == 2
+        assert "know the classes 0, 1" in capsys.readouterr().err
+    assert run(moco_file, tmp_path / "look", *flags, "-e", "--resume", last_file, changed) == 0  # other images of these classes
+    assert results(tmp_path / "look")["classifiers"][0]["best_top1_of_all_epochs"] is None
+    assert run(moco_file, out, *flags, "--epochs", 2, "--resume", "auto", same) == 0  # the same images elsewhere
+    assert run(moco_file, out, *flags, "--epochs", 2, "--resume", "auto", "-b", 8, same) == 2
+    said = capsys.readouterr().err
+    assert "--batch-size was 256 and is now 8" in said and "--init" not in said  # which this script has not
 
 
 def test_an_older_file_of_the_same_folder_is_refused(moco_file, tmp_path, capsys):

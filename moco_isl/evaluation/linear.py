@@ -89,7 +89,7 @@ class Heads(nn.Module):
         super().__init__()
         lrs = list(lrs)
         self.keys = [(layer, lr) for layer in sizes for lr in lrs]
-        self.names = [f"{layer}@{lr:g}" for layer, lr in self.keys]
+        self.names = [f"{layer}@{lr:.12g}" for layer, lr in self.keys]
         first = {}
         for layer, numbers in sizes.items():
             first[layer] = nn.Linear(numbers, classes)
@@ -115,7 +115,7 @@ class Whole(nn.Module):
         set_head(encoder, nn.Linear(feature_dim(encoder), classes))
         nn.init.normal_(get_head(encoder).weight, std=0.01)
         nn.init.zeros_(get_head(encoder).bias)
-        self.encoder, self.keys, self.names = encoder, [(WHOLE, lr)], [f"{WHOLE}@{lr:g}"]
+        self.encoder, self.keys, self.names = encoder, [(WHOLE, lr)], [f"{WHOLE}@{lr:.12g}"]
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         return {self.names[0]: self.encoder(images)}

@@ -21,14 +21,14 @@ MAY_CHANGE = {
 }  # fmt: skip
 
 
-def check_same(saved: dict, now: dict) -> None:
-    """Raise BadInput that names both values of each flag that differs between the saved run and this one, and may not."""
+def check_same(saved: dict, now: dict, otherwise: str = "start a new run with --init and another --out") -> None:
+    """Raise BadInput that names both values of each flag that differs between the saved run and this one, and may not, and what to do `otherwise`."""
     changed = [name for name in saved if name not in MAY_CHANGE and name in now and saved[name] != now[name]]
     if "epochs" in changed and not now.get("cos") and now["epochs"] > saved["epochs"]:
         changed.remove("epochs")  # a stepwise schedule is the same one, longer
     if changed:
         pairs = ", ".join(f"--{name.replace('_', '-')} was {saved[name]!r} and is now {now[name]!r}" for name in changed)
-        raise BadInput(f"cannot resume with other settings: {pairs}. Give the same flags, or start a new run with --init and another --out")
+        raise BadInput(f"cannot resume with other settings: {pairs}. Give the same flags, or {otherwise}")
 
 
 @dataclass(frozen=True)
