@@ -157,7 +157,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     common.begin(args)
     torch.set_num_threads(1)
-    n = 4 if args.quick else args.images
+    n = 2 if args.quick else args.images
     on_host = args.device.type == "cuda"  # a CPU beside a GPU has a file of its own
     result = common.Result("input-host" if on_host else "input", "JPEG photos to two views of 224 px, CPU time an image, one core", CPU)
     with tempfile.TemporaryDirectory() as folder:
