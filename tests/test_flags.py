@@ -1,9 +1,12 @@
 """The command line: MoCo's own, config files, and ours."""
 
+import os
+
 import pytest
 
 import main_moco_isl
 from moco_isl.errors import BadInput
+from moco_isl.training import cli
 
 # every flag of main_moco.py: dest -> default
 MOCO = {
@@ -69,3 +72,15 @@ def test_every_flag_is_used():
     for action in main_moco_isl.get_parser()._actions:
         if action.dest not in ("help", "config"):
             assert f"args.{action.dest}" in code or f'"{action.dest}"' in code.split("MAY_CHANGE = {")[0] + code.split("}  # fmt: skip")[-1], action.dest
+
+
+@pytest.mark.parametrize("slurm, workers", [({}, 2), ({"SLURM_NTASKS": "4", "SLURM_CPUS_PER_TASK": "8"}, 8), ({"SLURM_NTASKS": "1", "SLURM_CPUS_PER_TASK": "8"}, 2)])
+def test_workers_are_capped_at_the_cores_of_a_rank(monkeypatch, slurm, workers):
+    """Eight cores and four ranks here; where each rank is a task of SLURM with cores of its own, these are not divided."""
+    monkeypatch.setattr(cli.dist, "world_size", lambda: 4)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8), raising=False)
+    for name in ("SLURM_NTASKS", "SLURM_CPUS_PER_TASK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in slurm.items():
+        monkeypatch.setenv(name, value)
+    assert cli.usable_workers(32, processes=4) == workers

@@ -186,7 +186,9 @@ def check_data_options(args: argparse.Namespace) -> None:
 def usable_workers(asked: int, processes: int = 1) -> int:
     """`asked` loading processes, capped at the cores this process may use; said in a line when capped."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    most = max(1, cores // processes)
+    # a rank that is a task of SLURM may be bound to its own cores already, which are not to be divided once more
+    own = int(os.environ.get("SLURM_CPUS_PER_TASK", 0)) if os.environ.get("SLURM_NTASKS") == str(dist.world_size()) else 0
+    most = max(1, cores // processes, min(cores, own))
     if asked > most and dist.is_main():
         print(f"=> --workers {asked} capped at {most}, the cores there are for a process")
     return min(asked, most)
