@@ -271,7 +271,7 @@ def test_rounds_set_what_hangs_on_them():
     assert (args.schedule, args.isl_start, args.isl_every) == ([120, 160], 200, 200)
     args = flags("--epochs 400 --isl-rounds 4 --schedule 10 20 --isl-start 0")
     assert (args.schedule, args.isl_start, args.isl_every) == ([10, 20], 0, 100)
-    assert flags("--epochs 40 --isl-rounds 4").schedule == [6, 8]
+    assert flags("--epochs 40 --isl-rounds 4").schedule == [6, 8] and flags("--epochs 4 --isl-rounds 2").schedule == [2, 2]
     args = flags("--epochs 100")
     assert (args.schedule, args.isl_start, args.isl_every) == ([120, 160], 50, 20)
     with pytest.raises(BadInput, match="multiple of 3"):
