@@ -56,7 +56,7 @@ def get_parser() -> cli.Parser:
     cli.add_switch(parser, "--mlp", default=None, help="warn if the file's head is not MoCo v2's MLP (--no-mlp: if it is); not needed")
     add("--amp", choices=AMP_TYPES, default="off", help="half precision in the network; bf16 on any recent GPU")
     add = parser.add_argument_group("what is trained").add_argument
-    add("--layers", nargs="+", default=[BACKBONE], metavar="LAYER", help="backbone (default, MoCo's), conv1 ... conv5 (of a ResNet its "
+    add("--layers", nargs="+", default=[BACKBONE], metavar="LAYER", help="backbone (default, MoCo's), output, conv1 ... conv5 (of a ResNet its "
         "stem and four stages), or all; one classifier for each, on about 9,000 numbers")
     add("--cache-features", action="store_true", help="train on features taken once, without augmentation: fast, not MoCo's protocol")
     add("--finetune", action="store_true", help="train the whole network from the checkpoint")

@@ -468,6 +468,12 @@ def test_bad_flags_are_one_line_and_code_2(moco_file, tmp_path, capsys, flags, s
     assert not (tmp_path / "out" / "results.json").exists()
 
 
+def test_a_config_file_may_list_what_the_command_line_joins_by_commas(tmp_path):
+    (tmp_path / "c.yaml").write_text("shots: [1, 5]\nlr: [1, 3]\ndata: photos\n")
+    args = main_lincls.get_parser().parse_args(["--config", str(tmp_path / "c.yaml")])
+    assert (args.shots, args.lr, args.data) == ([1, 5], [1, 3], "photos")
+
+
 @pytest.mark.parametrize(
     "classes,said",
     [

@@ -48,10 +48,10 @@ def side(asked: int, info: dict, dataset) -> int:
 
 @torch.no_grad()
 def require_side(encoder: nn.Module, arch: str, side: int) -> None:
-    """Raise BadInput where an encoder, on the CPU, does not take images of this side."""
+    """Raise BadInput where an encoder, on the CPU or the meta device, does not take images of this side."""
     try:
         with evaluating(encoder):
-            encoder(torch.zeros(1, 3, side, side))
+            encoder(torch.zeros(1, 3, side, side, device=next(encoder.parameters()).device))
     except (RuntimeError, AssertionError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise BadInput(f"{arch} does not take images of side {side} ({reason.rstrip('.')}): give the --image-size it was made for") from error

@@ -89,6 +89,8 @@ class Parser(argparse.ArgumentParser):
                 raise BadInput(f"--config '{path}': no flag named '{name}'{_nearest(flag, self._option_string_actions)}")
             elif action.nargs == 0:
                 argv += self._switch(flag, value, path)
+            elif isinstance(value, list) and action.nargs is None:  # one argument, such as 1,5,10: more of them would be taken for DIR
+                argv += [flag, ",".join(map(str, value))]
             elif value is not None:
                 argv += [flag, *map(str, value if isinstance(value, list) else [value])]
         # a positional before the flags, or a flag that takes a list would swallow it; dropped if the command line names one
