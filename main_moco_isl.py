@@ -20,6 +20,7 @@ from moco_isl.encoders import build_encoder, extract_features, split_batch_norm
 from moco_isl.errors import BadInput, Interrupted, RunFailed
 from moco_isl.evaluation.knn import weighted_knn
 from moco_isl.isl import ISL
+from moco_isl.mining.average import AverageMiner
 from moco_isl.mining.cluster import ClusterMiner
 from moco_isl.mining.diffusion import DiffusionMiner
 from moco_isl.mining.entropy import EntropyMiner
@@ -87,6 +88,9 @@ def prepare(args: argparse.Namespace, start: resume.Start, device: str = "cpu") 
         images = content["isl"]["num_images"] if start.goes_on and "isl" in content else len(dataset)
         cli.check(images == len(dataset), f"'{start.path}' was trained on {images} images, and now there are {len(dataset)}: give it the same ones, or start a new run "
                   "with --init and another --out")
+        known = content["isl"].get("images") if start.goes_on and "isl" in content else None
+        cli.check(known in (None, resume.images_of(dataset)), f"'{start.path}' was trained on as many images of other names, or in another order: what was mined "
+                  "belongs to images by their place; give it the same ones, or start a new run with --init and another --out")
     return dataset, held_out, size, model
 
 
@@ -112,7 +116,7 @@ class Run:
         torch.manual_seed(args.seed)
         random.seed(args.seed)
         dataset, self.held_out, size, self.model = prepare(args, start)
-        workers = cli.usable_workers(args.workers, cli.processes_here(args))
+        images, workers = resume.images_of(dataset), cli.usable_workers(args.workers, cli.processes_here(args))
         if args.on_device:
             dataset, self.held_out = (part and data.hold_small(part, workers) for part in (dataset, self.held_out))
         self.dataset, self.M = dataset, len(dataset)
@@ -143,7 +147,9 @@ class Run:
         if args.compile:
             fast.compile_encoders(self.model, args.batch_size // dist.world_size())
         self.miner = build_miner(args, self.labels)
-        self.parts = resume.Parts(self.model, self.optimizer, self.scaler, self.isl, self.miner)
+        if args.miner != "none":
+            self.miner.rules.trust = options.trust(args.isl_trust)
+        self.parts = resume.Parts(self.model, self.optimizer, self.scaler, self.isl, self.miner, images)
         self.position = engine.Position(epoch=args.start_epoch)
         metrics_size = self._load() if self.start.path else 0
         cli.on_main(lambda: self.folder.begin(vars(args), metrics_size))
@@ -337,6 +343,8 @@ def build_miner(args: argparse.Namespace, labels: torch.Tensor | None):
         return OracleMiner(labels, args.oracle_precision, args.oracle_size, args.oracle_wrong)
     if args.miner == "knn":
         return KNNMiner(k=args.isl_neighbors or most, **rules)
+    if args.miner == "average":
+        return AverageMiner(k=args.isl_neighbors or 50, candidates=4 * most, **rules)
     if args.miner == "entropy":
         return EntropyMiner(k=args.isl_neighbors or most, share=args.isl_share, T=args.moco_t, **rules)
     if args.miner == "diffusion":

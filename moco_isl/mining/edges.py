@@ -3,6 +3,7 @@
 Letters: M images, C feature dimension, E directed edges as found, U undirected pairs.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -31,17 +32,22 @@ class Rules:
     max_share: no image is a positive of more than this share of all images (of at least one).
     keep: sets of earlier rounds stay as they are (the paper only adds); the budget then bounds what is added.
     floor: of an old pair and the pairs found this round, the old one leaves if its cosine is below this quantile of theirs.
+    trust: what then stays is the longest list, surest first, of which this share or more is right by the estimate without labels
+        (`estimate.py`); the budget stays its bound. None: the estimate is only reported.
     """
 
     budget: float | None = None
     max_share: float = 0.05
     keep: bool = False
     floor: float = 0.05
+    trust: float | None = None
 
 
-def settle(features: Tensor, found: Edges, old: PositiveSets, rules: Rules) -> tuple[PositiveSets, dict]:
+def settle(features: Tensor, found: Edges, old: PositiveSets, rules: Rules,
+           trusted: Callable[[Tensor, Tensor], int] = lambda lower, higher: len(lower)) -> tuple[PositiveSets, dict]:
     """features [M, C], the edges found and the sets so far -> the new sets, and how many directed edges came and went.
 
+    trusted(lower [U], higher [U]): asked last, how many of these pairs, surest first, are to stay; those that are never dropped do anyway.
     Surest first, greedily: pairs are taken in the order of their sureness (equal ones by image), one that would put an
     image over the cap is passed over, and the budget ends the list.
     """
@@ -57,6 +63,7 @@ def settle(features: Tensor, found: Edges, old: PositiveSets, rules: Rules) -> t
         [torch.cat([sureness, was_sureness]), torch.cat([weight, was[2][1]]), in_old], undirected=True)
     rank_by = torch.where(in_old > 0, torch.inf, sureness) if rules.keep else sureness
     chosen = _choose(lower, higher, rank_by, M, rules)
+    chosen = chosen[:max(trusted(lower[chosen], higher[chosen]), int((rank_by == torch.inf).sum()))]
     sets = PositiveSets.from_edges(M, lower[chosen], higher[chosen], weight[chosen], sureness=sureness[chosen])
     stayed = int(in_old[chosen].sum(dtype=torch.float64))
     return sets, {"edges_found": 2 * new, "edges_added": 2 * (len(chosen) - stayed), "edges_dropped": 2 * (len(was[0]) - stayed)}

@@ -235,6 +235,8 @@ def one_line(report: dict) -> str:
         text += f"; precision {report['precision']:.3f}"
         if report.get("precision_own_nearest") is not None:
             text += f" (own nearest {report['precision_own_nearest']:.3f}, all pairs {report['precision_all_pairs']:.3f})"
+    if report.get("precision_estimate") is not None:
+        text += f"; estimated without labels {report['precision_estimate']:.2f}"
     if report.get("labels_used"):
         text += f"; LABELS WERE USED (--research-labels), wrong ones {report['wrong']}"
     text += f"; {report['seconds']:.1f} s, peak {report['peak_memory_gib']:.1f} GiB"

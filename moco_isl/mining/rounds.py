@@ -14,6 +14,7 @@ import torch
 from moco_isl import dist
 from moco_isl.errors import BadInput, Interrupted
 from moco_isl.mining.edges import Edges, Rules, settle
+from moco_isl.mining.estimate import sampled_precision, widest
 from moco_isl.mining.positives import PositiveSets
 
 Tensor = torch.Tensor
@@ -69,17 +70,31 @@ class RoundMiner:
         seed = dist.broadcast_object(int(torch.randint(2 ** 62, (1,), generator=rng)))
         if features.device.type == "cpu":  # which multiplies half precision slowly
             features = features.float()
-        self.report = {"miner": self.name}
+        self.report = {"miner": self.name, "precision_estimate": None}
         edges, why = self.find(features, positives, seed, tick)
         if why:
             sets, counts = positives, {"edges_found": 0, "edges_added": 0, "edges_dropped": 0}
         else:
-            sets, counts = settle(features, gather_edges(edges), positives, self.rules)
+            sets, counts = settle(features, gather_edges(edges), positives, self.rules, lambda a, b: self._trusted(features, a, b, tick))
         degree = sets.in_degree()
         self.report |= {**counts, "accepted": not why, "why": why or self.report.get("why", ""), "edges": sets.num_edges,
                         "mean_size": sets.mean_size, "coverage": sets.coverage, "worst_in_degree": int(degree.max()),
                         "seconds": time.perf_counter() - started, "peak_memory_gib": _peak_gib(features.device)}
         return sets
+
+    def _trusted(self, features: Tensor, a: Tensor, b: Tensor, tick: Tick | None) -> int:
+        """How many of the pairs a [U], b [U], surest first, to keep; what is estimated of them goes into the report."""
+        if not len(a):
+            return 0
+        share, at = sampled_precision(features, a, b, tick)
+        number = len(a) if self.rules.trust is None else widest(share, at, len(a), self.rules.trust)
+        if number:
+            self.report["precision_estimate"] = float(share[at < number].double().mean())
+        else:
+            surest = float(share[: min(32, len(share))].double().mean())
+            self.report["why"] = (f"nothing sure enough to add this round: of the surest pairs {100 * surest:.0f} % are estimated to be right, and "
+                                  f"{100 * self.rules.trust:.0f} % are asked for (--isl-trust)")
+        return number
 
     def state_dict(self) -> dict:
         return {}

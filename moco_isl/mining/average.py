@@ -1,0 +1,60 @@
+"""Neighbourhood means: an image's proxy is the mean of what is around it, and pairs are ranked by how similar their proxies are.
+
+The same idea as ISL's proxies, a point between an image and those that mean the same, without a network that has to be trained.
+
+Letters: M images, C feature dimension, N anchors of a block, k neighbours.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from moco_isl import dist
+from moco_isl.errors import BadInput
+from moco_isl.mining.edges import Edges, Rules
+from moco_isl.mining.neighbors import topk
+from moco_isl.mining.positives import PositiveSets
+from moco_isl.mining.rounds import RoundMiner, Tick, over_blocks
+
+Tensor = torch.Tensor
+
+_ROWS = 256  # anchors whose neighbours' features are held at a time
+
+
+class AverageMiner(RoundMiner):
+    """Pairs of images whose neighbourhood means are similar, the surest of the whole data set first.
+
+    k: neighbours of an image that its mean is taken over, together with the image itself at weight 1; a neighbour weighs its cosine to the
+    power of `power`, and nothing where that is below 0. Each image offers its `candidates` most similar ones by their means.
+    """
+
+    name = "average"
+
+    def __init__(self, k: int = 50, candidates: int = 20, power: float = 3.0, budget: float | None = None, max_share: float = 0.05, keep: bool = False):
+        super().__init__(Rules(budget, max_share, keep))
+        if min(k, candidates) < 1 or power < 0:
+            raise BadInput(f"means over {k} neighbours weighed by power {power:g}, {candidates} candidates: expected at least 1, 0 and 1")
+        self.k, self.candidates, self.power = k, candidates, power
+
+    def find(self, features: Tensor, positives: PositiveSets, seed: int, tick: Tick | None) -> tuple[Edges, str]:
+        M = len(features)
+        k, candidates = min(self.k, M - 1), min(self.candidates, M - 1)
+        means = neighbourhood_means(features, k, self.power, tick)
+        block = lambda anchors, number: topk(means[anchors], means, candidates, anchors, tick=tick)
+        anchors, cosine, near = over_blocks(M, features.device, block, tick)
+        return Edges(anchors.repeat_interleave(candidates), near.flatten(), cosine.flatten()), ""
+
+
+def neighbourhood_means(features: Tensor, k: int, power: float, tick: Tick | None = None) -> Tensor:
+    """features [M, C] unit rows -> unit rows [M, C] in the same type: each with its k nearest, weighed by cosine ^ power. Equal on all ranks."""
+
+    def block(anchors: Tensor, number: int) -> tuple[Tensor]:
+        cosine, near = topk(features[anchors], features, k, anchors, tick=tick)  # [N, k]
+        weight = cosine.clamp(min=0) ** power
+        parts = []
+        for i in range(0, len(anchors), _ROWS):
+            rows = features[near[i : i + _ROWS]].float()  # [rows, k, C]
+            parts.append(features[anchors[i : i + _ROWS]].float() + (weight[i : i + _ROWS, None] @ rows).squeeze(1))
+        return (F.normalize(torch.cat(parts), dim=1),)
+
+    _, means = over_blocks(len(features), features.device, block, tick)
+    return dist.all_gather_rows(means).to(features.dtype)
