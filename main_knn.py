@@ -212,6 +212,7 @@ def judge(splits: dict[str, features.Split], ks: list[int], Ts: list[float]) -> 
     train, leave_one_out = splits["train"], "val" not in splits
     queries = train if leave_one_out else splits["val"]
     most = len(train.labels) - leave_one_out
+    cli.check(most > 0, "there is one image and no other to judge it by: expected more of them, or a val split")
     if max(ks) > most:
         say(f"=> k {max(ks)} is more than the {most} images there are: {most} instead")
         ks = sorted({min(k, most) for k in ks})

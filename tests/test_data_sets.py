@@ -90,6 +90,26 @@ def test_images_beside_class_folders_are_left_out_with_a_warning(tree):
         assert len(build_dataset("folder", tree)) == 10
 
 
+def test_hidden_files_and_folders_are_no_images_and_no_classes(tree):
+    before = {split: build_dataset("folder", tree, split) for split in ("train", "val")}
+    for split in before:
+        (tree / split / ".Trash").mkdir()
+        (tree / split / ".Trash" / "1.png").write_bytes(b"no image")
+        (tree / split / "dog" / "._1.png").write_bytes(b"what a desktop leaves beside an image")
+        save(tree / split / "dog" / ".thumbnails" / "1.png")
+    for split, dataset in before.items():
+        now = build_dataset("folder", tree, split)
+        assert [now.path(i) for i in range(len(now))] == [dataset.path(i) for i in range(len(dataset))]
+        assert torch.equal(now.labels, dataset.labels) and now.classes == dataset.classes == ["cat", "dog", "owl"]
+
+
+def test_a_link_in_a_circle_is_told_in_one_line(tmp_path):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "loop").symlink_to("loop")
+    with pytest.raises(BadInput, match="cannot read .*loop: .*; expected a folder of images"):
+        build_dataset("folder", tmp_path)
+
+
 def test_names_beyond_ascii_work(tmp_path):
     save(tmp_path / "train" / "Äpfel" / "grün é.png")
     assert build_dataset("folder", tmp_path).path(0).endswith("Äpfel/grün é.png")

@@ -286,6 +286,21 @@ def test_an_image_that_cannot_be_read_ends_it_or_is_left_out(moco_file, tmp_path
     assert (results(tmp_path / "out")["results"], found["queries"]) == (found["results"], 39)
 
 
+def test_a_link_to_nothing_is_an_image_that_cannot_be_read(moco_file, tmp_path, capsys):
+    root = folder_of_digits(tmp_path / "images", n=4)
+    link = sorted((root / "train").rglob("*.png"))[0].with_name("a.png")
+    link.symlink_to("nowhere.png")
+    assert run_main("--pretrained", moco_file[0], root) == 3
+    error = capsys.readouterr().err
+    assert str(link) in error and error.count("\n") == 1
+
+
+def test_one_image_has_no_other_to_be_judged_by(moco_file, tmp_path, capsys):
+    root = folder_of_digits(tmp_path / "images", n=1)
+    assert run_main("--pretrained", moco_file[0], root / "train") == 2
+    assert "no other to judge it by" in capsys.readouterr().err
+
+
 def test_what_cannot_be_written_and_what_another_script_wrote_is_said_before_the_work(moco_file, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     (tmp_path / "probe").mkdir()

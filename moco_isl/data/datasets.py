@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.transforms.functional import pil_to_tensor
 
 from moco_isl.errors import BadInput
@@ -246,10 +246,10 @@ def _entries(folder: Path) -> tuple[list[str], list[str]]:
     """(names of sub-folders, paths of images) directly in a folder, sorted; hidden ones left out."""
     try:
         entries = sorted((e for e in os.scandir(folder) if not e.name.startswith(".")), key=lambda e: e.name)
-    except OSError as error:
-        raise BadInput(f"cannot read {folder}: {error.strerror}; expected a folder of images") from None
-    images = [e.path for e in entries if e.name.lower().endswith(IMG_EXTENSIONS) and e.is_file()]
-    return [e.name for e in entries if e.is_dir()], images
+        images = [e.path for e in entries if e.name.lower().endswith(IMG_EXTENSIONS) and e.is_file()]
+        return [e.name for e in entries if e.is_dir()], images
+    except OSError as error:  # links in a circle too
+        raise BadInput(f"cannot read {error.filename or folder}: {error.strerror}; expected a folder of images") from None
 
 
 def _has_folders(folder: Path) -> bool:
@@ -263,7 +263,7 @@ def _folder(root: Path, split: str) -> ImageFiles:
         raise BadInput(f"not a folder: {root}; expected a folder with train/ (and val/), or with images")
     if (root / split).is_dir():
         # val is numbered by the classes of train: with a class missing there, its own numbering would shift all labels
-        names = find_classes(str(root / "train"))[0] if split == "val" and _has_folders(root / "train") else None
+        names = _entries(root / "train")[0] if split == "val" and _has_folders(root / "train") else None
         return _image_files(root / split, names)
     if split == "val":
         raise BadInput(
@@ -283,9 +283,10 @@ def _image_files(folder: Path, classes: list[str] | None) -> ImageFiles:
     folders, images = _entries(folder)
     expected = f"expected files ending in {', '.join(e[1:] for e in IMG_EXTENSIONS)}, in a folder a class or directly"
     try:
-        names = find_classes(str(folder))[0] if folders else []
-        number = {name: i for i, name in enumerate(names)}
+        names, number = folders, {name: i for i, name in enumerate(folders)}
         samples = make_dataset(str(folder), number, IMG_EXTENSIONS, allow_empty=True) if names else []
+        below = len(str(folder))  # hidden files are none of the images: desktops leave such as ._1.jpg beside each
+        samples = [(path, label) for path, label in samples if f"{os.sep}." not in path[below:]]
     except OSError as error:
         raise BadInput(f"cannot read {error.filename or folder}: {error.strerror}; {expected}") from None
     if not samples:

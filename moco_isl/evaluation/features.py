@@ -71,7 +71,7 @@ def identity(splits: Iterable) -> str:
         root = len(os.path.commonprefix([min(paths), max(paths)]))
         digest.update("\0".join(path[root:] for path in paths).encode(errors="surrogateescape"))
         for path in paths[:: -(-len(paths) // LOOKED_AT)]:
-            digest.update(b"%d " % os.path.getsize(path))
+            digest.update(b"%d " % (os.path.getsize(path) if os.path.exists(path) else -1))
     return digest.hexdigest()
 
 
