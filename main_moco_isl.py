@@ -20,7 +20,6 @@ from moco_isl.encoders import build_encoder, extract_features, split_batch_norm
 from moco_isl.errors import BadInput, Interrupted, RunFailed
 from moco_isl.evaluation.knn import weighted_knn
 from moco_isl.isl import ISL
-from moco_isl.mining.average import AverageMiner
 from moco_isl.mining.cluster import ClusterMiner
 from moco_isl.mining.diffusion import DiffusionMiner
 from moco_isl.mining.entropy import EntropyMiner
@@ -116,7 +115,7 @@ class Run:
         torch.manual_seed(args.seed)
         random.seed(args.seed)
         dataset, self.held_out, size, self.model = prepare(args, start)
-        images, workers = resume.images_of(dataset), cli.usable_workers(args.workers, cli.processes_here(args))
+        self.images, workers = resume.images_of(dataset), cli.usable_workers(args.workers, cli.processes_here(args))
         if args.on_device:
             dataset, self.held_out = (part and data.hold_small(part, workers) for part in (dataset, self.held_out))
         self.dataset, self.M = dataset, len(dataset)
@@ -147,9 +146,7 @@ class Run:
         if args.compile:
             fast.compile_encoders(self.model, args.batch_size // dist.world_size())
         self.miner = build_miner(args, self.labels)
-        if args.miner != "none":
-            self.miner.rules.trust = options.trust(args.isl_trust)
-        self.parts = resume.Parts(self.model, self.optimizer, self.scaler, self.isl, self.miner, images)
+        self.parts = resume.Parts(self.model, self.optimizer, self.scaler, self.isl, self.miner, self.images)
         self.position = engine.Position(epoch=args.start_epoch)
         metrics_size = self._load() if self.start.path else 0
         cli.on_main(lambda: self.folder.begin(vars(args), metrics_size))
@@ -343,8 +340,6 @@ def build_miner(args: argparse.Namespace, labels: torch.Tensor | None):
         return OracleMiner(labels, args.oracle_precision, args.oracle_size, args.oracle_wrong)
     if args.miner == "knn":
         return KNNMiner(k=args.isl_neighbors or most, **rules)
-    if args.miner == "average":
-        return AverageMiner(k=args.isl_neighbors or 50, candidates=4 * most, **rules)
     if args.miner == "entropy":
         return EntropyMiner(k=args.isl_neighbors or most, share=args.isl_share, T=args.moco_t, **rules)
     if args.miner == "diffusion":

@@ -223,6 +223,18 @@ def test_other_images_are_refused(tmp_path):
     (tmp_path / "photos" / "train" / "07.jpg").unlink()
     code, _, err = ask([*flags, "--resume", "auto"])
     assert code == 2 and "was trained on 8 images, and now there are 7" in err
+    (tmp_path / "photos" / "train" / "06.jpg").rename(tmp_path / "photos" / "train" / "00a.jpg")  # in another place
+    shutil.copy(tmp_path / "photos" / "train" / "05.jpg", tmp_path / "photos" / "train" / "06.jpg")
+    code, _, err = ask([*flags, "--resume", "auto"])
+    assert code == 2 and "as many images of other names, or in another order" in err
+
+
+def test_images_that_moved_as_a_whole_are_the_same(tmp_path):
+    flags = [*photos(tmp_path / "photos", 8), "--epochs", "3", "--out", str(tmp_path / "out")]
+    assert ask([*flags, "--max-steps", "1"])[0] == 0
+    (tmp_path / "photos").rename(tmp_path / "elsewhere")
+    flags = [flag.replace(str(tmp_path / "photos"), str(tmp_path / "elsewhere")) for flag in map(str, flags)]
+    assert ask([*flags, "--resume", "auto", "--max-steps", "2"])[0] == 0
 
 
 # ---- the parts -------------------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """What a run has to remember to go on as if it had never stopped, what of its flags may change meanwhile, and which file it starts from."""
 
+import hashlib
+import os
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +94,13 @@ def finished(start: Start, content: dict, epochs: int, max_steps: int) -> str:
                    f"{f' or --max-steps {max_steps}' if max_steps else ''}, or start anew from its weights with --init")
 
 
+def images_of(dataset) -> str:
+    """What tells these images, in this order, from as many others: of files their names below the folder, not what is in them."""
+    names = [dataset.path(i) for i in range(len(dataset))]
+    root = len(os.path.commonprefix([min(names), max(names)]))
+    return hashlib.sha256("\0".join(name[root:] for name in names).encode(errors="surrogateescape")).hexdigest()
+
+
 def take_over(flags, saved: dict) -> None:
     """Flags that were not given (None) take the values that the run had: a seed that was drawn, a default that hangs on another flag."""
     for name, value in saved.items():
@@ -134,11 +143,13 @@ class Parts:
     scaler: torch.amp.GradScaler
     isl: ISL
     miner: object  # see mining.miners
+    images: str  # see images_of
 
     def state(self, position: Position, flags: dict, ranks: list[dict], metrics_size: int) -> dict:
         """What a file holds: MoCo's keys, and what an exact resume needs. ranks: of `rng_of_ranks`; metrics_size: bytes of metrics.jsonl by now."""
         ours = {"state": self.isl.state_dict(), "miner": self.miner.state_dict(), "scaler": self.scaler.state_dict(), "rng": ranks, "epoch": position.epoch,
-                "step": position.step, "total": position.total, "num_images": self.isl.positives.num_images, "metrics_size": metrics_size}  # fmt: skip
+                "step": position.step, "total": position.total, "num_images": self.isl.positives.num_images, "images": self.images,
+                "metrics_size": metrics_size}  # fmt: skip
         return {"epoch": position.epoch, "arch": flags["arch"], "state_dict": checkpoint.model_state(self.model), "optimizer": self.optimizer.state_dict(),
                 "args": flags, "isl": ours}  # fmt: skip
 
