@@ -27,7 +27,7 @@ from moco_isl.training.signals import Stop
 
 MOCO_LR, FINETUNE_LR = 30.0, 0.01
 FREE = ("pretrained", "arch", "stem", "mlp", "shots", "draws", "evaluate")  # may change on resuming: they train nothing
-OF_THE_RUN = ("lr", "layers", "finetune", "cache_features", "seed", "holdout")  # what -e takes from the file: the same classifiers and split
+OF_THE_RUN = ("lr", "layers", "finetune", "cache_features", "key", "seed", "holdout")  # what -e takes from the file: the same classifiers and split
 
 
 def get_parser() -> cli.Parser:
@@ -120,7 +120,7 @@ def check_args(args) -> None:
     cli.check(not args.finetune or args.amp != "fp16", "--finetune with --amp fp16 is not offered: use --amp bf16")
     if args.seed is None:
         args.seed = random.SystemRandom().randrange(2**31)
-    encoder, info = load_backbone(args.pretrained or args.resume, args.arch, args.stem, args.key)
+    encoder, info = load_backbone(args.pretrained or args.resume, args.arch, args.stem, args.key and bool(args.pretrained))
     Taps(encoder, [] if args.layers == ["all"] else args.layers)  # raises BadInput for a layer that is not there
     train, _ = (features.labelled(args.dataset, args.data, split, args.download) for split in ("train", "val"))
     features.require_side(encoder, info["arch"], features.side(args.image_size, info, train))
@@ -208,9 +208,9 @@ class Run:
         else:
             other = f"'{path}' probes another file than --pretrained '{args.pretrained}': give that one, or choose another --out"
             cli.check(not args.pretrained or ours["sha256"] == self.sha, other)
-            cli.check(ours["classes"] == self.class_names, f"the classifiers of '{path}' know the classes {_some(ours['classes'])}, and here "
-                      f"they are {_some(self.class_names)}: judge them on images of the same classes, in folders of the same names")
-            same = ours["data_sha256"] == self.data_sha
+            known, same = ours.get("classes", self.class_names), ours.get("data_sha256", self.data_sha) == self.data_sha  # older files do not say
+            cli.check(known == self.class_names, f"the classifiers of '{path}' know the classes {_some(known)}, and here they are "
+                      f"{_some(self.class_names)}: judge them on images of the same classes, in folders of the same names")
             if not args.evaluate:
                 resume.check_same({k: v for k, v in content["args"].items() if k not in FREE}, vars(args), "choose another --out")
                 cli.check(same, f"'{path}' was trained on other images than those of {args.data or args.dataset}: give the same, or choose another --out")

@@ -284,6 +284,20 @@ def test_evaluate_takes_the_held_out_images_and_the_protocol_from_the_file(cache
     assert {key: after[key] for key in same} == {key: before[key] for key in same}
 
 
+def test_evaluate_judges_the_encoder_that_was_probed(moco_file, tmp_path):
+    content = torch.load(moco_file, weights_only=True)
+    for name, t in content["state_dict"].items():
+        if name.startswith("module.encoder_k.conv") and t.dim() == 4:
+            t.neg_()
+    torch.save(content, tmp_path / "two.pth.tar")
+    assert run(tmp_path / "two.pth.tar", tmp_path / "a", "--key", "--cache-features", "--epochs", 3, "--lr", 1) == 0
+    evaluate = ["-e", "--resume", tmp_path / "a" / "checkpoint_last.pth.tar"]
+    assert run(tmp_path / "two.pth.tar", tmp_path / "b", *evaluate) == 0  # without --key: the file says it
+    assert main_lincls.main([str(a) for a in ("--dataset", "digits", "--device", "cpu", "--out", tmp_path / "c", *evaluate)]) == 0
+    first, *others = (results(tmp_path / name)["classifiers"][0]["top1"] for name in "abc")
+    assert others == [first, first] and results(tmp_path / "b")["encoder"] == "key"
+
+
 def test_evaluate_writes_over_no_run(moco_file, cached_run, capsys):
     before = (cached_run / "results.json").read_bytes()
     assert run(moco_file, cached_run, "-e", "--resume", cached_run / "checkpoint_last.pth.tar") == 2
