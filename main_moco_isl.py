@@ -20,6 +20,7 @@ from moco_isl.encoders import build_encoder, extract_features, split_batch_norm
 from moco_isl.errors import BadInput, Interrupted, RunFailed
 from moco_isl.evaluation.knn import weighted_knn
 from moco_isl.isl import ISL
+from moco_isl.mining.average import AverageMiner
 from moco_isl.mining.cluster import ClusterMiner
 from moco_isl.mining.diffusion import DiffusionMiner
 from moco_isl.mining.entropy import EntropyMiner
@@ -146,6 +147,8 @@ class Run:
         if args.compile:
             fast.compile_encoders(self.model, args.batch_size // dist.world_size())
         self.miner = build_miner(args, self.labels)
+        if args.miner != "none":
+            self.miner.rules.trust = options.trust(args.isl_trust)
         self.parts = resume.Parts(self.model, self.optimizer, self.scaler, self.isl, self.miner, self.images)
         self.position = engine.Position(epoch=args.start_epoch)
         metrics_size = self._load() if self.start.path else 0
@@ -340,6 +343,8 @@ def build_miner(args: argparse.Namespace, labels: torch.Tensor | None):
         return OracleMiner(labels, args.oracle_precision, args.oracle_size, args.oracle_wrong)
     if args.miner == "knn":
         return KNNMiner(k=args.isl_neighbors or most, **rules)
+    if args.miner == "average":
+        return AverageMiner(k=args.isl_neighbors or 50, candidates=4 * most, **rules)
     if args.miner == "entropy":
         return EntropyMiner(k=args.isl_neighbors or most, share=args.isl_share, T=args.moco_t, **rules)
     if args.miner == "diffusion":
