@@ -18,6 +18,7 @@ from moco_isl.data import (
     eval_loader,
     get_augmentation,
     get_eval_transform,
+    holdout,
     load_into_memory,
     train_loader,
 )
@@ -139,6 +140,17 @@ def test_batch_sizes_that_cannot_be_are_refused(folder):
             batch_size=2,
             seed=0,
         )
+
+
+def test_one_image_alone_is_no_batch():
+    """Its dense layers' batch norm would raise; 1,437 images leave one over batches of 4."""
+    options = {"augmentation": get_augmentation("digits", aug_plus=True, size=16), "seed": 0}
+    loader = train_loader(build_dataset("digits"), batch_size=4, **options)
+    out = [set(range(1437)) - {int(i) for rows in loader.plan.rows(epoch, 0) for i in rows} for epoch in (0, 1)]
+    assert len(loader) == 359 and [len(left) for left in out] == [1, 1] and out[0] != out[1]
+    assert len(train_loader(build_dataset("digits"), batch_size=1, **options)) == 1437
+    single, _ = holdout(build_dataset("digits"), 1436, seed=0)
+    assert len(train_loader(single, batch_size=4, **options)) == 1  # with nothing else there is, it is tried
 
 
 def rank_batches(rank, world, root, in_memory):

@@ -139,7 +139,8 @@ class _Plan:
                 f"batch size {batch_size} does not divide by {self.unit} (ranks x splits): expected a multiple of it; "
                 "change one of them"
             )
-        self.steps = M // batch_size + (M % batch_size >= self.unit)
+        # one image alone has no batch statistics after a dense layer (alexnet), and would end a run at the end of its first epoch
+        self.steps = M // batch_size + (M % batch_size >= max(self.unit, min(2, M)))
         if not self.steps:
             raise BadInput(
                 f"{M} images are too few for {self.unit} (ranks x splits): expected one an image at least; use fewer "
@@ -425,9 +426,9 @@ def train_loader(
     .epoch(epoch, start_step=0) iterates ((im_q, im_k) float [N, 3, S, S] each, index int64 [N]) on the device.
 
     Global batch b of an epoch is permutation(seed, epoch)[b B : (b + 1) B], B = batch_size over all ranks; each rank
-    takes its contiguous share. The last, smaller batch is kept, trimmed to a multiple of ranks x `multiple`; so fewer
-    images than that number sit an epoch out, others in the next. .bad_images() names unreadable images; past
-    max_bad_images the iteration raises RunFailed. .close() ends the workers. fast: large JPEGs are decoded smaller,
+    takes its contiguous share. The last, smaller batch is kept, trimmed to a multiple of ranks x `multiple`, unless it is
+    one image; so fewer images than that number, or one, sit an epoch out, others in the next. .bad_images() names
+    unreadable images; past max_bad_images the iteration raises RunFailed. .close() ends the workers. fast: large JPEGs are decoded smaller,
     never below what the smallest crop needs; their crops are drawn on the smaller image, so lie elsewhere. A BatchViews
     augmentation runs on the device: it takes ImagesInMemory, and no workers, or, if a BatchAugmentation, files, which
     workers then decode and crop, without loss and where they would at full size. Raises BadInput.
