@@ -18,6 +18,7 @@ import torch
 from moco_isl import builder, checkpoint, data, dist
 from moco_isl.encoders import build_encoder, extract_features, split_batch_norm
 from moco_isl.errors import BadInput, Interrupted, RunFailed
+from moco_isl.evaluation.features import require_side
 from moco_isl.evaluation.knn import weighted_knn
 from moco_isl.isl import ISL
 from moco_isl.mining.average import AverageMiner
@@ -45,6 +46,7 @@ def check_start(args: argparse.Namespace) -> tuple[resume.Start, dict]:
     cli.check(args.resume != "auto" or args.out, "--resume auto needs --out: it goes on with the run in that folder")
     args.out = args.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{args.arch.replace(':', '-').replace('/', '-')}"
     start, content = resume.find_start(args.resume, args.init, args.out)
+    cli.check("probe" not in content, f"'{start.path}' is a linear probe of main_lincls.py: expected a pretraining file, such as the one it was trained on")
     if start.goes_on and "isl" in content:
         resume.take_over(args, content["args"])
     check_args(args)
@@ -82,6 +84,7 @@ def prepare(args: argparse.Namespace, start: resume.Start, device: str = "cpu") 
     build_miner(args, dataset.labels)
     with torch.device(device):
         model = build_model(args, size)
+    require_side(model.encoder_q, args.arch, size)
     if start.path:
         content = checkpoint.load(start.path, mmap=True)
         checkpoint.match(model, content, start.path)
@@ -253,6 +256,10 @@ class Run:
                      f"--moco-k {max(args.batch_size * (2 if args.symmetric else 1), 2 ** ((self.M // 2).bit_length() - 1))} would suit it")
         if args.knn_every and self.labels is None:
             self.say("=> warning: --knn-every without labels: nothing to judge by")
+        if idle := options.idle(args):
+            self.say(f"=> warning: without --miner nothing is mined, and {', '.join(idle)} changes nothing")
+        if args.miner != "none" and args.isl_start >= args.epochs:
+            self.say(f"=> warning: --isl-start {args.isl_start} is past the last epoch of --epochs {args.epochs}: nothing will be mined")
 
     def train(self) -> None:
         args, position = self.args, self.position

@@ -53,6 +53,7 @@ def make_place() -> None:
     whole = Path("run/checkpoint_last.pth.tar").read_bytes()
     Path("cut.pth").write_bytes(whole[: len(whole) // 2])
     torch.save(torch.zeros(3), "tensor.pth")
+    checkpoint.save({"epoch": 1, "arch": "digits", "state_dict": {}, "probe": {"total": 3}}, "probe.pth")
     torch.save({"state_dict": torch.nn.Conv2d(3, 4, 3).state_dict()}, "bare.pth")
     other = builder.MoCo(lambda num_classes: build_encoder("resnet18w16", num_classes, "cifar"), 16, 128, mlp=True)
     checkpoint.save({"epoch": 1, "arch": "resnet18w16", "state_dict": checkpoint.model_state(other)}, "resnet.pth")
@@ -81,7 +82,7 @@ NUMBERS = [
         ("--momentum", "2"), ("--moco-t", "0"), ("--moco-m", "1.5"), ("--moco-k", "0"), ("--moco-dim", "0"), ("--bn-splits", "0"), ("--workers", "-1"), ("-p", "0"), ("--keep", "0"),
         ("--image-size", "5000"), ("--max-bad-images", "-1"), ("--save-every", "-1"), ("--isl-budget", "0"), ("--isl-max-share", "2"), ("--isl-threshold", "2"),
         ("--isl-radius", "-1"), ("--isl-bank-mix", "0"), ("--isl-hpe", "-1"), ("--isl-every", "0"), ("--start-epoch", "2"), ("--nproc-per-node", "-1"), ("--dist-timeout", "0"),
-        ("--oracle-precision", "2"), ("--oracle-size", "0"),
+        ("--oracle-precision", "2"), ("--oracle-size", "0"), ("--schedule", "-3"), ("--seed", "99999999999999999999"),
     ]
 ]  # fmt: skip
 TOGETHER = [
@@ -114,6 +115,7 @@ FLAGS = [
     ("a config that is no text", [*RUN, *OUT, "--config", "code.pth"]),
     ("a config with a wrong switch", [*RUN, *OUT, "--config", "switch.yaml"]),
     ("a config with a wrong choice", [*RUN, *OUT, "--config", "choice.yaml"]),
+    ("an architecture that images this small cannot pass", [*RUN, *OUT, "-a", "alexnet", "--stem", "imagenet"]),
     ("an unknown device", [*RUN, *OUT, "--device", "gpu"]),
     ("processes for one process", [*RUN, *OUT, "--nproc-per-node", "2"]),
     ("nodes without a rank", [*RUN, *OUT, "--world-size", "2"]),
@@ -126,6 +128,7 @@ FILES = [
         ("to nothing", "nowhere.pth"), ("to a folder", "run"), ("to an empty folder", "empty"), ("to text", "text.txt"), ("to a pickle", "pickle.pth"),
         ("to a file with code in it", "code.pth"), ("to an empty file", "nothing.pth"), ("to half a file", "cut.pth"), ("to a tensor", "tensor.pth"),
         ("to bare encoder weights", "bare.pth"), ("to another architecture", "resnet.pth"),
+        ("to a linear probe", "probe.pth"),
     ]
 ] + [
     ("another architecture than the file's", [*RUN, *OUT, "--init", "run/checkpoint_last.pth.tar", "-a", "resnet18w16"]),

@@ -154,3 +154,12 @@ def test_small_photos_take_the_small_stem(tmp_path, shared_images):
     flags = "-a resnet18w16 --mlp --moco-k 128 -b 64 -j 0 --epochs 1 --max-steps 2 --seed 0".split()
     assert main_moco_isl.main([*flags, "--out", str(tmp_path / "out"), str(folder)]) == 0
     assert weights(tmp_path / "out")["module.encoder_q.conv1.weight"].shape[-1] == 3
+
+
+def test_flags_that_change_nothing_are_said(tmp_path, capsys):
+    run(tmp_path / "a", "--epochs", 1, "--max-steps", 1, "--isl-budget", 3, "--isl-keep")
+    assert "without --miner nothing is mined, and --isl-budget, --isl-keep changes nothing" in capsys.readouterr().out
+    run(tmp_path / "b", "--epochs", 1, "--max-steps", 1, "--miner", "knn", "--isl-start", 5)
+    assert "--isl-start 5 is past the last epoch of --epochs 1: nothing will be mined" in capsys.readouterr().out
+    run(tmp_path / "c", "--epochs", 1, "--max-steps", 1)
+    assert "warning" not in capsys.readouterr().out

@@ -199,6 +199,7 @@ def usable_workers(asked: int, processes: int = 1) -> int:
 def resolve_device(args: argparse.Namespace) -> torch.device:
     """The device of this process, from --device, --gpu and LOCAL_RANK. Raises BadInput for one that is not there."""
     name = args.device
+    check(name != "auto" or args.gpu is None or torch.cuda.is_available(), f"--gpu {args.gpu}, but no CUDA device is visible; leave it off to run on the CPU")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

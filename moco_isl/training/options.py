@@ -131,14 +131,27 @@ def trust(text: str) -> float | None:
     return value
 
 
+IN_USE_ANYHOW = {"isl_loss", "isl_hpe", "isl_max_positives", "isl_bank_mix", "isl_half_bank", "isl_rounds", "isl_start", "isl_every"}
+
+
+def idle(args: argparse.Namespace) -> list[str]:
+    """The flags of mining that were given though nothing is mined."""
+    if args.miner != "none":
+        return []
+    default = get_parser("").get_default
+    names = [name for name in vars(args) if name.startswith("isl_") and name not in IN_USE_ANYHOW]
+    return ["--" + name.replace("_", "-") for name in names if getattr(args, name) != default(name)]
+
+
 def check_args(args: argparse.Namespace) -> None:
     """Everything about the flags that can be known before any work; fills in what depends on others."""
     cli.check_data_options(args)
     for name, low in {"epochs": 1, "batch_size": 2, "workers": 0, "moco_k": 1, "moco_dim": 1, "print_freq": 1, "bn_splits": 1, "isl_every": 1, "isl_triplets": 1,
                       "isl_rounds": 1, "isl_neighbors": 1, "isl_walk": 1, "isl_clusters": 1, "isl_clusterings": 1, "isl_background": 1,
-                      "isl_candidates": 1, "isl_max_positives": 1, "isl_gan_iters": 1, "isl_gan_min_iters": 1, "start_epoch": 0, "save_every": 0, "max_steps": 0,
+                      "isl_candidates": 1, "isl_max_positives": 1, "isl_gan_iters": 1, "isl_gan_min_iters": 1, "start_epoch": 0, "save_every": 0, "max_steps": 0, "schedule": 0,
                       "knn_every": 0, "knn_holdout": 0, "lr": 0, "weight_decay": 0, "isl_hpe": 0, "isl_lambda": 0, "keep": 1, "isl_start": 0}.items():  # fmt: skip
         cli.check_range(args, name, low)
+    cli.check_range(args, "seed", -(2**63), 2**63 - 1)
     for name, low, high, low_open in [("moco_t", 0, float("inf"), True), ("isl_budget", 0, float("inf"), True), ("moco_m", 0, 1, False), ("momentum", 0, 1, False),
                                       ("isl_threshold", 0, 1, False), ("isl_radius", 0, 2, False), ("isl_bank_mix", 0, 1, True), ("isl_max_share", 0, 1, True),
                                       ("isl_share", 0, 1, True), ("oracle_precision", 0, 1, False), ("oracle_size", 0, float("inf"), True)]:  # fmt: skip
