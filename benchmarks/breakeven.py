@@ -43,6 +43,7 @@ FORMS = {  # loss form -> what it is called, its flags
 }
 PRECISIONS, SIZES = [0.95, 0.8, 0.65], [2.0, 5.0, 20.0]
 METRICS = {"knn": "kNN", "one_shot": "1-shot", "near": "share of true labels among the nearest"}
+IN_ROUNDS = ("mean_size", "coverage", "precision", "precision_estimate", "why")  # what is kept of a round
 CLOSE = 0.06  # a crossing between two precisions this close is not looked for any closer
 SMALL_IMAGES = ["-a", "resnet18w32", "--mlp", "--moco-dim", "128", "--moco-k", "4096", "--moco-t", "0.1", "--moco-m", "0.99", "-b", "512", "--wd", "5e-4",
                 "--cos", "--aug-plus", "--fast", "--no-compile", "--keep", "1", "-p", "1000"]  # fmt: skip
@@ -112,8 +113,11 @@ class Runs:
 
     def point(self, point: Point) -> dict:
         """Its figures. Raises Interrupted where time is over first."""
-        init = ["--init", self.start(point.seed), "--seed", str(point.seed)]
-        return self._run(point.name, [*self.setting.go_on, *init, *point.flags(self.wrong, self.every)])
+        return self.go_on(point.name, point.seed, point.flags(self.wrong, self.every))
+
+    def go_on(self, name: str, seed: int, flags: list[str]) -> dict:
+        """Figures of a continuation with these flags."""
+        return self._run(name, [*self.setting.go_on, "--init", self.start(seed), "--seed", str(seed), *flags])
 
     def _run(self, name: str, flags: list[str], keep: bool = False) -> dict:
         flags, out, done = [*self.setting.common, *flags], self.folder / name, self.folder / f"{name}.json"
@@ -131,7 +135,9 @@ class Runs:
             raise Interrupted(f"the time is over in {name}")
         if code:
             raise BadInput(f"{name} ended with exit code {code}: see {self.folder / name}.log")
-        found = {"flags": flags, **self.judge(out / "checkpoint_last.pth.tar"), "seconds": time.perf_counter() - began}
+        lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+        rounds = [{key: line.get(key) for key in IN_ROUNDS} for line in lines if line["kind"] == "round"]
+        found = {"flags": flags, **self.judge(out / "checkpoint_last.pth.tar"), "rounds": rounds, "seconds": time.perf_counter() - began}
         temporary = done.with_suffix(".tmp")
         temporary.write_text(json.dumps(found, indent=1) + "\n")
         os.replace(temporary, done)
