@@ -15,6 +15,7 @@ and breakeven.json, which `python -m moco_isl.report --breakeven` takes, holds t
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -220,7 +221,7 @@ def closer(gains: Gains) -> float | None:
         return round(precisions[0] - 0.2, 3) if precisions[0] > 0.3 else None
     if bound == "above":
         return round((precisions[-1] + 1) / 2, 3) if precisions[-1] < 0.97 else None
-    low, high = next((a, b) for a, b in zip(precisions, precisions[1:]) if a <= at <= b)
+    low, high = next((a, b) for a, b in itertools.pairwise(precisions) if a <= at <= b)
     return round((low + high) / 2, 3) if high - low > CLOSE else None
 
 

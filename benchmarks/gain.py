@@ -59,9 +59,9 @@ def show(found: dict[str, list[dict]], args: argparse.Namespace) -> common.Resul
     for title, seeds in found.items():
         if not seeds:
             continue
-        over = lambda m: breakeven._spread([a[m] - b[m] for a, b in zip(seeds, found["no mining"])]) if title != "no mining" else None  # noqa: E731, B023
+        over = lambda m: breakeven._spread([a[m] - b[m] for a, b in zip(seeds, found["no mining"])]) if title != "no mining" else None  # noqa: B023
         last = [x for figures in seeds for x in figures["rounds"][-1:]]
-        of_round = lambda key: f"{statistics.fmean(x[key] or 0 for x in last):.2f}" if last else None  # noqa: E731, B023
+        of_round = lambda key: f"{statistics.fmean(x[key] or 0 for x in last):.2f}" if last else None  # noqa: B023
         result.add({"row": title, **{m: breakeven._spread([f[m] for f in seeds], "") for m in breakeven.METRICS}, "gain": over("knn"), "gain_shot": over("one_shot"),
                     "size": of_round("mean_size"), "precision": of_round("precision"), "estimate": of_round("precision_estimate"),
                     "seconds": round(statistics.fmean(f["seconds"] for f in seeds)), "n": len(seeds)})  # fmt: skip
