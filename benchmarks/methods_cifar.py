@@ -18,6 +18,7 @@ import torch
 
 import main_moco_isl
 from benchmarks import common
+from moco_isl import data
 
 RECIPES = Path(__file__).parent.parent / "launch" / "recipes"
 BANK, QUEUE = (["--config", str(RECIPES / name)] for name in ("bank_cifar10.yaml", "queue_cifar10_mocov2.yaml"))
@@ -82,7 +83,8 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     at = argv.index("--") if "--" in argv else len(argv)
     args, more, start = get_parser().parse_args(argv[:at]), argv[at + 1 :], time.perf_counter()
-    title = f"Methods on CIFAR-10, {args.arch}, {args.rounds} rounds of {args.epochs_a_round} epochs, one seed"
+    images = len(data.build_dataset(args.dataset, args.data, "train"))
+    title = f"Methods on CIFAR-10, {images:,} images, {args.arch}, {args.rounds} rounds of {args.epochs_a_round} epochs, one seed"
     found, left = {}, []
     for name in args.rows:
         if time.perf_counter() - start > 60 * args.minutes:
@@ -93,6 +95,8 @@ def main(argv: list[str] | None = None) -> None:
     for name, figures in found.items():
         result.add({"what": name, **{key: round(x, 3) if isinstance(x, float) else x for key, x in figures.items()}})
     result.note("kNN: k 200, T 0.1, 128-d output, leaving one out of the images trained on. Set size and precision: of the last round.")
+    if args.rounds * args.epochs_a_round < 20:
+        result.note("so few epochs show that each method trains, not which is better")
     if left:
         result.note(f"not run for want of time: {', '.join(left)}; the same command goes on")
     print(f"  written: {result.write(args.out)}")
