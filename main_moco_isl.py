@@ -84,7 +84,8 @@ def prepare(args: argparse.Namespace, start: resume.Start, device: str = "cpu") 
     build_miner(args, dataset.labels)
     with torch.device(device):
         model = build_model(args, size)
-    require_side(model.encoder_q, args.arch, size)
+    if device != "meta":  # on which not every network runs
+        require_side(model.encoder_q, args.arch, size)
     if start.path:
         content = checkpoint.load(start.path, mmap=True)
         checkpoint.match(model, content, start.path)
