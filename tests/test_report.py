@@ -270,6 +270,12 @@ def test_a_chart_is_whole_svg_that_follows_the_page():
     assert line_chart("nothing", [Line([0, 1], [None, math.nan])], "x", "y") is None
 
 
+def test_a_lone_round_lies_at_a_whole_epoch():
+    svg = line_chart("t", [Line([3], [50.8])], "epochs", "y").svg
+    texts = re.findall(r"<text[^>]*>([^<]*)</text>", svg)
+    assert {"2", "3", "4"} <= set(texts) and not {"2.9", "3.1"} & set(texts)
+
+
 # ---------------------------------------------------------------- verdict
 
 

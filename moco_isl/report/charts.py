@@ -148,7 +148,11 @@ def _scale(axes, x_sizes: bool, whole_x: bool, whole_y: bool) -> None:
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_minor_formatter(NullFormatter())
     else:
-        axes.xaxis.set_major_locator(MaxNLocator(6, steps=STEPS, integer=whole_x or axes.get_xlabel() == "epochs"))
+        whole = whole_x or axes.get_xlabel() == "epochs"
+        low, high = axes.get_xlim()
+        if whole and high - low < 1:  # a single point: room for whole numbers beside it
+            axes.set_xlim(round((low + high) / 2) - 1, round((low + high) / 2) + 1)
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=STEPS, integer=whole))
 
 
 def _to_svg(figure: Figure, title: str) -> str:
