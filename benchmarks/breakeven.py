@@ -116,9 +116,9 @@ class Runs:
         """Its figures. Raises Interrupted where time is over first."""
         return self.go_on(point.name, point.seed, point.flags(self.wrong, self.every))
 
-    def go_on(self, name: str, seed: int, flags: list[str]) -> dict:
-        """Figures of a continuation with these flags."""
-        return self._run(name, [*self.setting.go_on, "--init", self.start(seed), "--seed", str(seed), *flags])
+    def go_on(self, name: str, seed: int, flags: list[str], keep: bool = False) -> dict:
+        """Figures of a continuation with these flags. keep: its folder stays."""
+        return self._run(name, [*self.setting.go_on, "--init", self.start(seed), "--seed", str(seed), *flags], keep)
 
     def _run(self, name: str, flags: list[str], keep: bool = False) -> dict:
         flags, out, done = [*self.setting.common, *flags], self.folder / name, self.folder / f"{name}.json"
