@@ -76,10 +76,6 @@ def _shots(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"'{text}' is no list of whole numbers: expected such as 1,5,10") from None
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" ... ({len(names)})" if len(names) > 3 else "")
-
-
 def file_to_resume(args) -> str:
     """Raises BadInput where it cannot be read, and where going on from it would overwrite what came after it."""
     return args.resume if args.evaluate else resume.find_start(args.resume, None, args.out)[0].path or ""
@@ -209,8 +205,8 @@ class Run:
             other = f"'{path}' probes another file than --pretrained '{args.pretrained}': give that one, or choose another --out"
             cli.check(not args.pretrained or ours["sha256"] == self.sha, other)
             known, same = ours.get("classes", self.class_names), ours.get("data_sha256", self.data_sha) == self.data_sha  # older files do not say
-            cli.check(known == self.class_names, f"the classifiers of '{path}' know the classes {_some(known)}, and here they are "
-                      f"{_some(self.class_names)}: judge them on images of the same classes, in folders of the same names")
+            cli.check(known == self.class_names, f"the classifiers of '{path}' know the classes {checkpoint.some(known)}, and here they are "
+                      f"{checkpoint.some(self.class_names)}: judge them on images of the same classes, in folders of the same names")
             if not args.evaluate:
                 resume.check_same({k: v for k, v in content["args"].items() if k not in FREE}, vars(args), "choose another --out")
                 cli.check(same, f"'{path}' was trained on other images than those of {args.data or args.dataset}: give the same, or choose another --out")

@@ -288,14 +288,14 @@ def show(study: Study, device: torch.device) -> list[common.Result]:
     rows = common.Result(f"breakeven-{args.dataset}-gains", f"Gains of positives of known precision, {args.dataset}", device,
                          [*first, ("precision", "precision"), *shown, ("n", "n")])  # fmt: skip
     none = [figures for point, figures in study.figures.items() if point.form is None]
-    rows.add({"loss": "no positives", "size": 0, "precision": None, "n": len(none), **{m: _spread([f[m] for f in none], "") for m in metrics}})
+    rows.add({"loss": "no positives", "size": 0, "precision": None, "n": len(none), **{m: common.spread([f[m] for f in none]) for m in metrics}})
     for form in args.losses:
         for size in args.sizes:
             gains = {m: study.gains(form, size, m) for m in metrics}
             for precision in sorted(gains[metrics[0]]):
                 values = {f"{m}_gains": gains[m][precision] for m in metrics}
                 rows.add({"loss": FORMS[form][0], "size": size, "precision": precision, "n": len(values["knn_gains"]),
-                          **{m: _spread(gains[m][precision]) for m in metrics}, **values})  # fmt: skip
+                          **{m: common.spread(gains[m][precision], "+") for m in metrics}, **values})  # fmt: skip
     rows.note("First row: per cent. The others: points more than the same epochs without positives, paired by seed; mean ± standard deviation. kNN and 1-shot on held-out "
               "images; nearest: of those, in the training images.")  # fmt: skip
     return [table, rows]
@@ -304,10 +304,6 @@ def show(study: Study, device: torch.device) -> list[common.Result]:
 def _in_words(gains: Gains) -> str:
     (at, bound), (low, high) = crossing(gains), bootstrap(gains)
     return f"{bound} {at:.2f}".strip() + (f" ({low:.2f} to {high:.2f})" if high > low else "")
-
-
-def _spread(values: list[float], sign: str = "+") -> str:
-    return f"{statistics.fmean(values):{sign}.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
 
 def draw(study: Study, path: Path) -> None:

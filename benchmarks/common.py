@@ -233,6 +233,11 @@ def in_words(row: dict) -> str:
     return text + (f"; {row['ratio']:.2f}x {row['of']}" if row.get("ratio") else "")
 
 
+def spread(values: list[float], sign: str = "", digits: int = 1) -> str:
+    """Mean ± standard deviation; of one value the value. sign "+": always with one."""
+    return f"{statistics.fmean(values):{sign}.{digits}f}" + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
 def short(x: float) -> str:
     return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.3g}"
 

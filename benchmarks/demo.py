@@ -7,7 +7,6 @@ import argparse
 import json
 import os
 import shutil
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import main_moco_isl
+from benchmarks import common
 from moco_isl import checkpoint, data
 from moco_isl.encoders import build_encoder, extract_features
 from moco_isl.builder import add_mlp
@@ -103,11 +103,7 @@ def table(seeds: list[dict[str, dict]]) -> str:
 def figure(seeds: list[dict[str, dict]], name: str, column: str) -> str:
     """Mean and standard deviation over the seeds of one figure; '' where that row has none."""
     values = [seed[name][column] for seed in seeds if seed[name].get(column) is not None]
-    if not values:
-        return ""
-    digits = 3 if column in ("precision", "own_nearest", "all_pairs") else 1
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{spread}"
+    return common.spread(values, digits=3 if column in ("precision", "own_nearest", "all_pairs") else 1) if values else ""
 
 
 def main() -> None:

@@ -79,11 +79,11 @@ def show(found: dict[str, list[dict]], args: argparse.Namespace) -> common.Resul
     for title, seeds in found.items():
         if not seeds:
             continue
-        over = lambda m: breakeven._spread([a[m] - b[m] for a, b in zip(seeds, found["no mining"])]) if title != "no mining" else None  # noqa: B023
+        over = lambda m: common.spread([a[m] - b[m] for a, b in zip(seeds, found["no mining"])], "+") if title != "no mining" else None  # noqa: B023
         last = [x for figures in seeds for x in figures["rounds"][-1:]]
         of_round = lambda key: f"{statistics.fmean(x[key] or 0 for x in last):.2f}" if last else None  # noqa: B023
-        result.add({"row": title, **{m: breakeven._spread([f[m] for f in seeds], "") for m in breakeven.METRICS}, "gain": over("knn"), "gain_shot": over("one_shot"),
-                    "linear": breakeven._spread([f["linear"] for f in seeds], ""), "gain_linear": over("linear"),
+        result.add({"row": title, **{m: common.spread([f[m] for f in seeds]) for m in breakeven.METRICS}, "gain": over("knn"), "gain_shot": over("one_shot"),
+                    "linear": common.spread([f["linear"] for f in seeds]), "gain_linear": over("linear"),
                     "size": of_round("mean_size"), "precision": of_round("precision"), "estimate": of_round("precision_estimate"),
                     "seconds": round(statistics.fmean(f["seconds"] for f in seeds)), "n": len(seeds)})  # fmt: skip
     result.note("Mean ± standard deviation of n seeds; gains are paired by seed. kNN, 1-shot and linear (main_lincls.py --cache-features) on 360 held-out images; precision of the last round by labels, which "

@@ -16,7 +16,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -89,8 +88,7 @@ def gains(seeds: list[dict[str, dict]], family: str, miner: str) -> str:
     title = FAMILIES[family][0]
     row, base = f"  {title} + 60, {MINERS[miner]}", f"  {title} + 60, {MINERS['none']}"
     differences = [[s[row][c] - s[base][c] for s in seeds] for c in ("knn", "one_shot")]
-    spread = lambda x: f" ± {statistics.stdev(x):.1f}" if len(x) > 1 else ""  # noqa: E731
-    return " / ".join(f"{statistics.mean(x):+.1f}{spread(x)}" for x in differences)
+    return " / ".join(common.spread(x, "+") for x in differences)
 
 
 def results(seeds: list[dict[str, dict]], note: str) -> list[common.Result]:

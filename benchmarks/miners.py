@@ -165,15 +165,11 @@ def show(rows: dict[str, list[dict]], result: common.Result) -> None:
     best = {s: max(rows[name][0][s]["precision"] for name in ("own nearest", "all pairs") if s in rows[name][0]) for s in SIZES}
     for name, seeds in rows.items():
         mean = {s: statistics.fmean(f[s]["precision"] for f in seeds) for s in SIZES if s in seeds[0]}
-        at = lambda s: _spread([f[s]["precision"] for f in seeds]) if s in mean else None  # noqa: B023
+        at = lambda s: common.spread([100 * f[s]["precision"] for f in seeds]) if s in mean else None  # noqa: B023
         over = {s: 100 * (mean[s] - best[s]) for s in mean}
         middle = {key: statistics.fmean(f[5][key] for f in seeds) for key in ("coverage", "hub")}
         result.add({"row": name, **{f"at_{s:g}": at(s) for s in SIZES}, "coverage": round(100 * middle["coverage"]), "hub": round(middle["hub"]),
                     "least": f"{min(over.values()):+.1f}" if name not in ("own nearest", "all pairs") else None, "n": len(seeds), "figures": seeds})  # fmt: skip
-
-
-def _spread(values: list[float]) -> str:
-    return f"{100 * statistics.fmean(values):.1f}" + (f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
 
 def get_parser() -> argparse.ArgumentParser:

@@ -147,7 +147,7 @@ def match(model: nn.Module, content: dict, path: str | Path) -> tuple[dict, list
     state = {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
     wanted = model.state_dict()
     if not any(name.startswith("encoder_q.") for name in state):
-        raise BadInput(f"'{path}' has no encoder_q.*, but {_some(state)}: expected a MoCo file, not bare encoder weights")
+        raise BadInput(f"'{path}' has no encoder_q.*, but {some(state)}: expected a MoCo file, not bare encoder weights")
     filled = [part for part in ("encoder_k", "queue") if any(n.startswith(part) for n in wanted) and not any(n.startswith(part) for n in state)]
     state = {name: tensor for name, tensor in state.items() if name in wanted or name.startswith("encoder_q.")}
     missing = [name for name in wanted if name not in state and name.split(".")[0].removesuffix("_ptr") not in filled]
@@ -155,7 +155,7 @@ def match(model: nn.Module, content: dict, path: str | Path) -> tuple[dict, list
     shapes = [f"{name} {list(state[name].shape)} for {list(wanted[name].shape)}" for name in wanted if name in state and state[name].shape != wanted[name].shape]
     queue = [line for line in shapes if line.startswith("queue ")]
     if missing or extra or shapes:
-        parts = [f"missing {_some(missing)}" if missing else "", f"unknown {_some(extra)}" if extra else "", f"other shapes: {_some(shapes)}" if shapes else ""]
+        parts = [f"missing {some(missing)}" if missing else "", f"unknown {some(extra)}" if extra else "", f"other shapes: {some(shapes)}" if shapes else ""]
         cure = "give its --moco-k" if queue and len(shapes) == 1 and not missing and not extra else "give the -a, --stem, --moco-dim and --mlp it was trained with"
         raise BadInput(f"'{path}'{_said(content)} does not fit this model: {'; '.join(p for p in parts if p)}; {cure}")
     return state, filled
@@ -177,8 +177,9 @@ def _said(content: dict) -> str:
     return f" (arch {content['arch']})" if isinstance(content.get("arch"), str) else ""
 
 
-def _some(names) -> str:
-    names = list(names)
+def some(names) -> str:
+    """The first three of some names, and how many more there are."""
+    names = [str(name) for name in names]
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 

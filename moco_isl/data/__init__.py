@@ -10,6 +10,7 @@ from moco_isl.data.datasets import (
     hold_small,
     holdout,
     load_into_memory,
+    names_below,
     native_size,
 )
 from moco_isl.data.loaders import eval_loader, train_loader
@@ -30,6 +31,7 @@ __all__ = [
     "hold_small",
     "holdout",
     "load_into_memory",
+    "names_below",
     "native_size",
     "train_loader",
 ]

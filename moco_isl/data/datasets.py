@@ -311,6 +311,13 @@ def _image_files(folder: Path, classes: list[str] | None) -> ImageFiles:
     return ImageFiles(paths, torch.tensor(labels), names)
 
 
+def names_below(dataset: Dataset) -> list[str]:
+    """The images' names in order, without the folder that they all lie in."""
+    names = [dataset.path(i) for i in range(len(dataset))]
+    root = len(os.path.commonprefix([min(names), max(names)]))
+    return [name[root:] for name in names]
+
+
 def native_size(dataset: Dataset, look: int = 16) -> int:
     """The side of views that fits the images: small ones, up to 64 pixels, keep theirs; for larger ones 224, as MoCo.
 

@@ -63,14 +63,18 @@ class _Reader:
         return None, 1
 
 
-class _TrainItems(Dataset):
-    """(epoch, i) -> the views of image i. The epoch travels with the request: workers outlive it."""
+class _Items(Dataset):
+    """(epoch, i) -> what a step needs of image i. The epoch travels with the request: workers outlive it."""
 
     def __init__(self, reader: _Reader, augmentation: Callable, seed: int, views: int):
         self.reader = reader
         self.augmentation = augmentation
         self.seed = seed
         self.views = views
+
+
+class _TrainItems(_Items):
+    """(epoch, i) -> the views of image i."""
 
     def __getitem__(self, key: tuple[int, int]):
         epoch, i = key
@@ -84,14 +88,8 @@ class _TrainItems(Dataset):
         return *views, i, broken
 
 
-class _CropItems(Dataset):
+class _CropItems(_Items):
     """(epoch, i) -> the crops of image i, uint8 [3, S, S] each, decoded no larger than the smallest of them needs."""
-
-    def __init__(self, reader: _Reader, augmentation: BatchAugmentation, seed: int, views: int):
-        self.reader = reader
-        self.augmentation = augmentation
-        self.seed = seed
-        self.views = views
 
     def __getitem__(self, key: tuple[int, int]):
         epoch, i = key

@@ -62,7 +62,7 @@ def load_backbone(
     shown, shown_stem = looks_like(state)
     name = arch or (said if isinstance(said, str) else None) or shown
     if name is None:
-        raise BadInput(f"'{path}' does not say its architecture and {_some(state)} do not show it: give it with -a")
+        raise BadInput(f"'{path}' does not say its architecture and {checkpoint.some(state)} do not show it: give it with -a")
     built_stem = (
         stem if stem not in (None, "auto") else shown_stem if shown_stem and name.startswith(_STEMMED) else "auto"
     )
@@ -129,7 +129,7 @@ def _state_dict(content: dict, path: str | Path) -> tuple[Tensors, list[str]]:
             break
     else:
         raise BadInput(
-            f"'{path}' holds no tensors but {_some(content) or 'nothing'}: expected a state dict, bare or under state_dict or model"
+            f"'{path}' holds no tensors but {checkpoint.some(content) or 'nothing'}: expected a state dict, bare or under state_dict or model"
         )
     left = (
         []
@@ -154,7 +154,7 @@ def _one_encoder(state: Tensors, key_encoder: bool, path: str | Path) -> tuple[T
     prefix = "encoder_k." if key_encoder else "encoder_q."
     chosen = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
     if not chosen:
-        raise BadInput(f"'{path}' has no key encoder (encoder_k.*), only {_some(state)}: use the query encoder")
+        raise BadInput(f"'{path}' has no key encoder (encoder_k.*), only {checkpoint.some(state)}: use the query encoder")
     return chosen, prefix[:-1], [name for name in state if not name.startswith(prefix)]
 
 
@@ -268,17 +268,12 @@ def _load(
         looks = f"; it looks like {shown}" + (f" with stem {shown_stem}" if shown_stem else "") if shown else ""
         raise BadInput(
             f"'{path}' does not fit {wanted_name}: "
-            + "; ".join(f"{len(names)} {kind}: {_some(names)}" for kind, names in kinds if names)
+            + "; ".join(f"{len(names)} {kind}: {checkpoint.some(names)}" for kind, names in kinds if names)
             + f"{looks}; give the -a and --stem it was trained with"
         )
     broken = [name for name in own if name in state and not state[name].float().isfinite().all()]
     if broken:
-        raise BadInput(f"'{path}' holds weights that are not finite: {_some(broken)}; take an earlier checkpoint")
+        raise BadInput(f"'{path}' holds weights that are not finite: {checkpoint.some(broken)}; take an earlier checkpoint")
     used = [name for name in own if name in state]
     encoder.load_state_dict({name: state[name] for name in used}, strict=False)
     return used, auxiliary
-
-
-def _some(names) -> str:
-    names = [str(name) for name in names]
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

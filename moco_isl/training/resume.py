@@ -1,14 +1,13 @@
 """What a run has to remember to go on as if it had never stopped, what of its flags may change meanwhile, and which file it starts from."""
 
 import hashlib
-import os
 import random
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from moco_isl import checkpoint, dist
+from moco_isl import checkpoint, data, dist
 from moco_isl.errors import BadInput
 from moco_isl.isl import ISL
 from moco_isl.training.engine import Position
@@ -96,9 +95,7 @@ def finished(start: Start, content: dict, epochs: int, max_steps: int) -> str:
 
 def images_of(dataset) -> str:
     """What tells these images, in this order, from as many others: of files their names below the folder, not what is in them."""
-    names = [dataset.path(i) for i in range(len(dataset))]
-    root = len(os.path.commonprefix([min(names), max(names)]))
-    return hashlib.sha256("\0".join(name[root:] for name in names).encode(errors="surrogateescape")).hexdigest()
+    return hashlib.sha256("\0".join(data.names_below(dataset)).encode(errors="surrogateescape")).hexdigest()
 
 
 def take_over(flags, saved: dict) -> None:
