@@ -27,6 +27,7 @@ from moco_isl.mining.diffusion import DiffusionMiner
 from moco_isl.mining.entropy import EntropyMiner
 from moco_isl.mining.miners import GANMiner, KNNMiner, NoMiner, one_line
 from moco_isl.mining.oracle import OracleMiner
+from moco_isl.mining.positives import PositiveSets
 from moco_isl.rotation import Rotations
 from moco_isl.training import cli, engine, fast, options, resume
 from moco_isl.training.meters import Progress
@@ -89,11 +90,11 @@ def prepare(args: argparse.Namespace, start: resume.Start, device: str = "cpu") 
     if start.path:
         content = checkpoint.load(start.path, mmap=True)
         checkpoint.match(model, content, start.path)
-        images = content["isl"]["num_images"] if start.goes_on and "isl" in content else len(dataset)
+        saved = content.get("isl", {}) if start.goes_on else {}
+        images, names = saved.get("num_images", len(dataset)), saved.get("images")
         cli.check(images == len(dataset), f"'{start.path}' was trained on {images} images, and now there are {len(dataset)}: give it the same ones, or start a new run "
                   "with --init and another --out")
-        known = content["isl"].get("images") if start.goes_on and "isl" in content else None
-        cli.check(known in (None, resume.images_of(dataset)), f"'{start.path}' was trained on as many images of other names, or in another order: what was mined "
+        cli.check(names is None or names == resume.images_of(dataset), f"'{start.path}' was trained on as many images of other names, or in another order: what was mined "
                   "belongs to images by their place; give it the same ones, or start a new run with --init and another --out")
     return dataset, held_out, size, model
 
@@ -296,13 +297,16 @@ class Run:
             resume.restore_rng(generators, self.device)
             self.save()
             raise Interrupted(f"saved before the mining of epoch {epoch}: go on with --resume auto") from None
-        record = cli.on_main(lambda: round_record(features, self.isl.positives, self.miner, before))
-        cli.on_main(lambda: self.folder.save_round(self.isl.round, record))
-        if record is not None and self.labels is not None:
-            report |= precision_of_ranking(record, self.labels)
+        report |= cli.on_main(lambda: self.keep_round(features, before)) or {}
         self.progress.say(f"=> {one_line(report)}")
         self.log(kind="round", epoch=epoch, **report)
         self.save()
+
+    def keep_round(self, features: torch.Tensor, before: PositiveSets) -> dict:
+        """On rank 0: write the round's record, and answer what it says of the miner's own ranking where there are labels."""
+        record = round_record(features, self.isl.positives, self.miner, before)
+        self.folder.save_round(self.isl.round, record)
+        return {} if self.labels is None else precision_of_ranking(record, self.labels)
 
     def end_of_epoch(self, epoch: int) -> None:
         """kNN where it is due, the epoch's line, the checkpoint."""
