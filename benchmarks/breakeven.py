@@ -159,15 +159,19 @@ class Judge:
         if any(split.labels is None for split in self.splits):
             raise BadInput(f"the images in {args.data} have no labels: expected train/ and val/ with a folder a class")
 
-    @torch.no_grad()
     def __call__(self, path: Path) -> dict[str, float]:
-        encoder, _ = load_backbone(path, image_size=self.args.image_size or data.native_size(self.splits[0]))
-        (bank, labels), (queries, truth) = (self._features(encoder.to(self.device), split) for split in self.splits)
+        (bank, labels), (queries, truth) = self.features(path)
         similarity, near = nearest(queries, bank, min(self.k, len(bank)))
         found = vote(similarity, labels[near], 0.1, int(labels.max()) + 1)
         one_shot, _ = few_shot(bank, labels, queries, truth, shots=1, draws=20, seed=0)
         return {"knn": 100 * float((found == truth).float().mean()), "one_shot": 100 * one_shot,
                 "near": 100 * float((labels[near] == truth[:, None]).float().mean())}  # fmt: skip
+
+    @torch.no_grad()
+    def features(self, path: Path | str) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Unit rows [M, C] and labels [M] of the train images, and of the held-out ones."""
+        encoder, _ = load_backbone(path, image_size=self.args.image_size or data.native_size(self.splits[0]))
+        return [self._features(encoder.to(self.device), split) for split in self.splits]
 
     def _features(self, encoder: torch.nn.Module, split) -> tuple[torch.Tensor, torch.Tensor]:
         transform = data.get_eval_transform(self.args.dataset, self.args.image_size or data.native_size(split))

@@ -1,7 +1,8 @@
 """Every way to rank pairs, beside both Euclidean baselines: precision, coverage and the worst hub at mean set sizes 0.5 to 50.
 
-    python -m benchmarks.miners FILE.safetensors               features [M, C] and labels [M] of real images; no GAN: minutes on a CPU
-    python -m benchmarks.miners FILE --images 12500 --gan 3     with the rows of the GAN, three seeds each, on so many images drawn from the file
+    python -m benchmarks.miners FILE.safetensors           features [M, C] and labels [M] of real images; no GAN: minutes on a CPU
+    python -m benchmarks.miners FILE --gan 3               with the rows of the GANs, three seeds each (half an hour of CPU a seed at 50,000 images)
+    python -m benchmarks.miners digits --gan 3             the digits: a converged MoCo v2 a seed, those of benchmarks.breakeven
 
 Rows: own nearest (directed edges), then pairs of the whole data set, the surest first:
   all pairs                  by cosine
@@ -9,37 +10,53 @@ Rows: own nearest (directed edges), then pairs of the whole data set, the surest
   mutual rank                by the worse of the two places that they have in each other's lists
   CSLS                       by twice the cosine less each image's mean cosine to its 10 nearest
   neighbourhood means        by the cosine of the means over their nearest (--miner average), 20 and 50 of them; and with an in-degree cap
+  two snapshots              by the worse cosine of two snapshots of the encoder, where the features of an earlier one are there (the digits)
   GAN, published             each anchor's images nearest to its best proxy (directed edges, Eq. 3 without a radius)
   GAN, surest pairs          the same pairs, those nearest to their proxy first
   GAN, five proxies agree    the anchor's nearest by the worst cosine to any of its five proxies
   GAN, five and shared       the same plus the share of their 20 nearest that they share
-  GAN, positives from sets   surest pairs of a GAN whose positives are drawn from the 5 nearest and not the anchor's own row
-Candidates are each image's 100 nearest. Labels judge and choose nothing.
+  GAN, all seeds agree       the anchor's nearest by the worst cosine to any of the proxies of n GANs
+and surest pairs of other GANs (benchmarks/gans.py): positives from sets (drawn from the 5 nearest and not the anchor's own row), spectral norm,
+gradient penalty, graded negatives; and, matched false triplets: the anchor's nearest by D's score of them, as positives drawn from sets.
+Candidates are each image's 100 nearest. Labels judge and choose nothing. Each seed leaves a file in --folder and is not run again.
 
 Letters: M images, C feature dimension, k neighbours.
 """
 
 import argparse
+import json
 import statistics
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from benchmarks import common
-from benchmarks.mining import load
+from benchmarks import breakeven, common, gans
+from benchmarks.mining import load_features
 from moco_isl.errors import BadInput
 from moco_isl.mining.average import neighbourhood_means
 from moco_isl.mining.edges import under_cap
-from moco_isl.mining.gan import GANSettings, fit_gan
+from moco_isl.mining.gan import GANFit, GANSettings, Trainer, fit_gan
 from moco_isl.mining.miners import best_proxies
 from moco_isl.mining.neighbors import topk
 from moco_isl.mining.positives import PositiveSets, distinct_edges, same_label
 from moco_isl.mining.triplets import TripletSampler
 
 Tensor = torch.Tensor
+Pairs = tuple[Tensor, Tensor]  # surest first
 SIZES = [0.5, 1, 2, 5, 10, 20, 50]
-K, SHARED, CAP = 100, 20, 100
+K, SHARED, CAP, TRIPLETS = 100, 20, 100, 5
+KINDS = {"spectral norm": gans.SpectralNorm, "gradient penalty": gans.GradientPenalty, "graded negatives": gans.GradedNegatives}
+
+
+@dataclass
+class Source:
+    """Features [M, C] and labels [M]; before [M, C]: of an earlier snapshot of the encoder."""
+
+    features: Tensor
+    labels: Tensor
+    before: Tensor | None = None
 
 
 class Lists:
@@ -50,7 +67,7 @@ class Lists:
         self.anchors = torch.arange(self.M, device=features.device)
         self.cosine, self.near = topk(features, features, min(K, self.M - 1), self.anchors)
 
-    def pairs(self, score: Tensor, near: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def pairs(self, score: Tensor, near: Tensor | None = None) -> Pairs:
         """Distinct undirected pairs, the highest score first; score [M, k] of the images near [M, k]."""
         near = self.near if near is None else near
         a, b, (value,) = distinct_edges(self.M, self.anchors.repeat_interleave(near.shape[1]), near.flatten(), [score.flatten()], undirected=True)
@@ -71,11 +88,15 @@ class Lists:
             back.append(torch.where(found.any(2), found.int().argmax(2), len(place)))
         return torch.maximum(torch.cat(back), place).float()
 
+    def cosine_in(self, features: Tensor) -> Tensor:
+        """[M, K]: cosine of an image to each of its nearest, by other features [M, C]."""
+        return torch.cat([(features[self.near[rows]] @ features[rows][:, :, None]).squeeze(2) for rows in self.anchors.split(1024)])
+
 
 # ---------------------------------------------------------------- the rows
 
 
-def without_gan(lists: Lists) -> dict[str, tuple[Tensor, Tensor]]:
+def without_gan(lists: Lists, before: Tensor | None) -> dict[str, Pairs]:
     """Row -> pairs, surest first."""
     cosine, near = lists.cosine, lists.near
     local = cosine[:, :10].mean(1)
@@ -92,113 +113,182 @@ def without_gan(lists: Lists) -> dict[str, tuple[Tensor, Tensor]]:
     a, b = rows["neighbourhood means of 50"]
     taken = under_cap(a, b, room)
     rows[f"  of 50, in-degree at most {CAP}"] = a[taken], b[taken]
+    if before is not None:
+        rows["two snapshots"] = lists.pairs(torch.minimum(cosine, lists.cosine_in(before)))
     return rows
 
 
 @torch.no_grad()
-def with_gan(lists: Lists, seed: int, iters: int | None) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:
-    """Row -> pairs, surest first; and the images nearest to each anchor's best proxy [M, K]."""
+def with_gan(lists: Lists, seed: int, iters: int | None) -> tuple[dict[str, Pairs], Tensor, Tensor]:
+    """Row -> pairs, surest first; the images nearest to each anchor's best proxy [M, K]; the worst cosine of an anchor's nearest to its proxies [M, K]."""
     x, M = lists.features, lists.M
-    none = PositiveSets.empty(M, x.device)
-    fit = fit_gan(x, none, GANSettings(iters), seed)
-    _, _, near, cosine, _ = best_proxies(fit, x, none, seed, min(K, M - 1))
-    worst = _five(fit, lists, seed).amin(2)  # [M, K]
+    alone = PositiveSets.empty(M, x.device)
     nearest = PositiveSets.from_edges(M, lists.anchors.repeat_interleave(5), lists.near[:, :5].flatten(), symmetric=False)
-    other = fit_gan(x, nearest, GANSettings(iters), seed)
-    _, _, near_2, cosine_2, _ = best_proxies(other, x, nearest, seed, min(K, M - 1))
-    return {
-        "GAN, surest pairs": lists.pairs(cosine, near),
-        "GAN, five proxies agree": lists.pairs(worst),
-        "GAN, five and shared": lists.pairs(worst + lists.shared() / SHARED),
-        "GAN, positives from sets": lists.pairs(cosine_2, near_2),
-    }, near
+    fit_of = lambda sets, kind=Trainer: fit_gan(x, sets, GANSettings(iters), seed, kind=kind)
+
+    def surest(fit: GANFit, sets: PositiveSets) -> tuple[Pairs, Tensor]:
+        _, _, near, cosine, _ = best_proxies(fit, x, sets, seed, min(K, M - 1))
+        return lists.pairs(cosine, near), near
+
+    fit, rows = fit_of(alone), {}
+    rows["GAN, surest pairs"], near = surest(fit, alone)
+    worst = _of_five(lambda a, n: fit.G(a, a, n), lists, seed).amin(2)  # [M, K]
+    rows["GAN, five proxies agree"] = lists.pairs(worst)
+    rows["GAN, five and shared"] = lists.pairs(worst + lists.shared() / SHARED)
+    rows["GAN, positives from sets"], _ = surest(fit_of(nearest), nearest)
+    for name, kind in KINDS.items():
+        rows[f"GAN, {name}"], _ = surest(fit_of(alone, kind), alone)
+    matched = fit_of(nearest, gans.MatchedFalse)
+    rows["GAN, matched false triplets, by D"] = lists.pairs(_scores(matched, lists, seed).mean(2))
+    return rows, near, worst
 
 
-def _five(fit, lists: Lists, seed: int, triplets: int = 5) -> Tensor:
-    """[M, K, 5]: cosine of each of an anchor's proxies to each of its nearest."""
-    x, M = lists.features, lists.M
-    sampler = TripletSampler(x, PositiveSets.empty(M, x.device), M, torch.Generator().manual_seed(seed), triplets)
-    parts = []
-    for rows in lists.anchors.split(1024):
-        a = x[rows].float()
-        proxies = [fit.G(a, a, x[sampler.draw_negatives(rows, window)].float()) for window in sampler.spread(0)]
-        parts.append(x[lists.near[rows]].float() @ torch.stack(proxies, 2))  # [rows, K, C] @ [rows, C, 5]
+def _negatives(lists: Lists, seed: int):
+    """Anchors [N] at a time, with a negative of each of their triplets: (rows [N], [n [N, C]])."""
+    sampler = TripletSampler(lists.features, PositiveSets.empty(lists.M, lists.features.device), lists.M, torch.Generator().manual_seed(seed), TRIPLETS)
+    for rows in lists.anchors.split(512):
+        yield rows, [lists.features[sampler.draw_negatives(rows, window)].float() for window in sampler.spread(0)]
+
+
+def _of_five(proxy, lists: Lists, seed: int) -> Tensor:
+    """[M, K, 5]: cosine of each of an anchor's proxies, proxy(a, n) [N, C], to each of its nearest."""
+    x, parts = lists.features, []
+    for rows, negatives in _negatives(lists, seed):
+        proxies = torch.stack([proxy(x[rows].float(), n) for n in negatives], 2)  # [N, C, 5]
+        parts.append(x[lists.near[rows]].float() @ proxies)
+    return torch.cat(parts)
+
+
+def _scores(fit: GANFit, lists: Lists, seed: int) -> Tensor:
+    """[M, K, 5]: D's logit of each of an anchor's nearest in the positive's place, with each of its negatives."""
+    x, k, parts = lists.features, lists.near.shape[1], []
+    for rows, negatives in _negatives(lists, seed):
+        a, p = x[rows].float().repeat_interleave(k, 0), x[lists.near[rows]].float().flatten(0, 1)  # [N k, C]
+        parts.append(torch.stack([fit.D(a, p, n.repeat_interleave(k, 0)).view(-1, k) for n in negatives], 2))
     return torch.cat(parts)
 
 
 # ---------------------------------------------------------------- their figures
 
 
-def directed(near: Tensor, labels: Tensor) -> dict[float, dict]:
+def directed(near: Tensor, labels: Tensor) -> dict[str, dict]:
     """Figures of each image's first s images of near [M, k], by whole sizes s."""
     same = same_label(labels, near, torch.arange(len(near), device=near.device)[:, None])
-    return {s: {"precision": float(same[:, :s].nanmean()), "coverage": 1.0, "hub": int(near[:, :s].flatten().bincount().max())}
+    return {f"{s}": {"precision": float(same[:, :s].nanmean()), "coverage": 1.0, "hub": int(near[:, :s].flatten().bincount().max())}
             for s in map(int, SIZES) if 1 <= s <= near.shape[1]}  # fmt: skip
 
 
-def undirected(a: Tensor, b: Tensor, labels: Tensor) -> dict[float, dict]:
+def undirected(a: Tensor, b: Tensor, labels: Tensor) -> dict[str, dict]:
     """Figures of the first s M / 2 of some pairs, where there are as many."""
     M, same, found = len(labels), same_label(labels, a, b), {}
     for size in SIZES:
         if (n := round(size * M / 2)) <= len(a):
             degree = torch.bincount(torch.cat([a[:n], b[:n]]), minlength=M)
-            found[size] = {"precision": float(same[:n].nanmean()), "coverage": float((degree > 0).float().mean()), "hub": int(degree.max())}
+            found[f"{size:g}"] = {"precision": float(same[:n].nanmean()), "coverage": float((degree > 0).float().mean()), "hub": int(degree.max())}
     return found
 
 
-def study(features: Tensor, labels: Tensor, seeds: int, iters: int | None) -> dict[str, list[dict]]:
-    """Row -> its figures by size, one dict a seed."""
-    lists = Lists(features)
-    rows = {"own nearest": [directed(lists.near, labels)]}
-    rows |= {name: [undirected(*pairs, labels)] for name, pairs in without_gan(lists).items()}
+def study(sources: list[Source], seeds: int, iters: int | None, folder: Path) -> dict[str, list[dict]]:
+    """Row -> its figures by size, one dict a source (rows without a GAN) or a seed (of source seed % len(sources))."""
+    rows: dict[str, list[dict]] = {}
+    worst, all_lists = [], [Lists(source.features) for source in sources]
+    for source, lists in zip(sources, all_lists):
+        rows.setdefault("own nearest", []).append(directed(lists.near, source.labels))
+        for name, pairs in without_gan(lists, source.before).items():
+            rows.setdefault(name, []).append(undirected(*pairs, source.labels))
     for seed in range(seeds):
-        pairs, near = with_gan(lists, seed, iters)
-        found = {"GAN, published": directed(near, labels), **{name: undirected(*p, labels) for name, p in pairs.items()}}
+        at = seed % len(sources)
+        found, least = _seed(sources[at], all_lists[at], seed, iters, folder)
+        worst.append(least)
         for name, figures in found.items():
             rows.setdefault(name, []).append(figures)
             print(f"  seed {seed}: {name}", *(f"{100 * f['precision']:.1f}" for f in figures.values()), flush=True)
+    if seeds > 1 and len(sources) == 1:
+        rows["GAN, all seeds agree"] = [undirected(*all_lists[0].pairs(torch.stack(worst).amin(0)), sources[0].labels)]
     return rows
 
 
+def _seed(source: Source, lists: Lists, seed: int, iters: int | None, folder: Path) -> tuple[dict[str, dict], Tensor]:
+    """Figures of a seed's rows of the GANs, and the worst cosines [M, K]: from its file, or made and written."""
+    done = folder / f"seed-{seed}.pt"
+    key = {"iters": iters, "images": lists.M, "sum": round(float(lists.cosine.double().sum()), 2)}
+    if done.exists():
+        kept = torch.load(done, weights_only=True)
+        if kept["key"] != key:
+            raise BadInput(f"{done} is of other features or iterations: expected {key}, it has {kept['key']}; choose another --folder, or remove it")
+        return json.loads(kept["figures"]), kept["worst"].float().to(lists.near.device)
+    pairs, near, worst = with_gan(lists, seed, iters)
+    figures = {"GAN, published": directed(near, source.labels), **{name: undirected(*p, source.labels) for name, p in pairs.items()}}
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save({"key": key, "figures": json.dumps(figures), "worst": worst.half().cpu()}, done.with_suffix(".tmp"))
+    done.with_suffix(".tmp").replace(done)
+    return figures, worst
+
+
 def show(rows: dict[str, list[dict]], result: common.Result) -> None:
-    """A row each; the last two columns say by how many points it is above the better of both baselines, at least and at 5 and 50."""
-    best = {s: max(rows[name][0][s]["precision"] for name in ("own nearest", "all pairs") if s in rows[name][0]) for s in SIZES}
+    """A row each; the last columns: by how many points it is at least above the better of both baselines, over all sizes and at 5 and 50."""
+    mean = {name: {s: statistics.fmean(f[s]["precision"] for f in seeds) for s in seeds[0]} for name, seeds in rows.items()}
+    best = {f"{s:g}": max(mean[name].get(f"{s:g}", 0) for name in ("own nearest", "all pairs")) for s in SIZES}
     for name, seeds in rows.items():
-        mean = {s: statistics.fmean(f[s]["precision"] for f in seeds) for s in SIZES if s in seeds[0]}
-        at = lambda s: common.spread([100 * f[s]["precision"] for f in seeds]) if s in mean else None  # noqa: B023
-        over = {s: 100 * (mean[s] - best[s]) for s in mean}
-        middle = {key: statistics.fmean(f[5][key] for f in seeds) for key in ("coverage", "hub")}
-        result.add({"row": name, **{f"at_{s:g}": at(s) for s in SIZES}, "coverage": round(100 * middle["coverage"]), "hub": round(middle["hub"]),
-                    "least": f"{min(over.values()):+.1f}" if name not in ("own nearest", "all pairs") else None, "n": len(seeds), "figures": seeds})  # fmt: skip
+        at = lambda s: common.spread([100 * f[s]["precision"] for f in seeds]) if s in seeds[0] else None  # noqa: B023
+        over = {s: 100 * (mean[name][s] - best[s]) for s in mean[name]}
+        middle = {key: statistics.fmean(f["5"][key] for f in seeds) for key in ("coverage", "hub")}
+        gain = {"least": min(over.values()), "over_5": over.get("5"), "over_50": over.get("50")}
+        result.add({"row": name, **{f"at_{s:g}": at(f"{s:g}") for s in SIZES}, "coverage": round(100 * middle["coverage"]), "hub": round(middle["hub"]),
+                    **({} if name in ("own nearest", "all pairs") else {key: f"{x:+.1f}" for key, x in gain.items() if x is not None}),
+                    "n": len(seeds), "figures": seeds})  # fmt: skip
+
+
+# ---------------------------------------------------------------- the features
+
+
+def from_file(args: argparse.Namespace) -> list[Source]:
+    features, labels, before = load_features(args.file, args.device)
+    if args.images and args.images < len(features):
+        chosen = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[: args.images].sort().values.to(features.device)
+        features, labels, before = features[chosen], labels[chosen], None if before is None else before[chosen]
+    return [Source(features, labels, before)]
+
+
+def of_digits(args: argparse.Namespace) -> list[Source]:
+    """The train images by the converged MoCo v2 of each seed after 20 more epochs, with the features before those."""
+    setting = breakeven.setting(argparse.Namespace(dataset="digits", data=None, device=args.device, quick=args.quick, epochs=20, flags=""))
+    runs, sources = breakeven.Runs(args.starts, setting, args.device, "near", 20, None, None), []
+    for seed in range(max(1, args.gan)):
+        start = runs.start(seed)
+        runs.go_on(f"gain0-{seed}", seed, ["--miner", "none"], keep=True)
+        (before, labels), (features, _) = (runs.judge.features(path)[0] for path in (start, args.starts / f"gain0-{seed}" / "checkpoint_last.pth.tar"))
+        sources.append(Source(features, labels, before))
+    return sources
 
 
 def get_parser() -> argparse.ArgumentParser:
     parser = common.parser(__doc__)
-    parser.add_argument("file", metavar="FILE", help="safetensors file with features [M, C] and labels [M]")
+    parser.add_argument("file", metavar="FILE|digits", help="safetensors file with features [M, C] and labels [M]")
     parser.add_argument("--images", type=int, metavar="M", help="draw so many of the file's (all)")
-    parser.add_argument("--gan", type=int, default=0, metavar="n", help="seeds of the GAN's rows (0: none of them)")
+    parser.add_argument("--gan", type=int, default=0, metavar="n", help="seeds of the GANs' rows (0: none of them)")
     parser.add_argument("--iters", type=int, help="cap of the GAN's iterations (90 sqrt(M))")
+    parser.add_argument("--folder", type=Path, help="where a seed's figures go (runs/miners/NAME)")
+    parser.add_argument("--starts", type=Path, default=Path("runs/breakeven/digits-20"), help="folder with the digits' converged runs, made where they are not there")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
     common.begin(args)
+    if args.quick:
+        args.images, args.iters = args.images or 1000, 50
+    name = Path(args.file).stem.removeprefix("features_") + (f"-{args.images}" if args.images and args.file != "digits" else "")
+    columns = [("row", "ranked by"), *((f"at_{s:g}", f"{s:g}") for s in SIZES), ("coverage", "coverage at 5, %"), ("hub", "worst hub at 5"),
+               ("least", "least over both baselines"), ("over_5", "at 5"), ("over_50", "at 50"), ("n", "n")]  # fmt: skip
     try:
-        features, labels = load(argparse.Namespace(file=args.file, size=None, half=False, device=str(args.device)))
+        sources = of_digits(args) if args.file == "digits" else from_file(args)
+        rows = study(sources, args.gan, args.iters, args.folder or Path("runs/miners") / (name + ("-quick" if args.quick else "")))
     except BadInput as error:
         print(f"benchmarks.miners: {error}", file=sys.stderr)
         return error.exit_code
-    if args.quick:
-        args.images, args.iters = min(len(features), 1000), 50
-    if args.images and args.images < len(features):
-        chosen = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[: args.images].sort().values.to(features.device)
-        features, labels = features[chosen], labels[chosen]
-    name = Path(args.file).stem.removeprefix("features_")
-    columns = [("row", "ranked by"), *((f"at_{s:g}", f"{s:g}") for s in SIZES), ("coverage", "coverage at 5, %"), ("hub", "worst hub at 5"),
-               ("least", "least over both baselines"), ("n", "n")]  # fmt: skip
-    result = common.Result(f"miners-{name}" + (f"-{args.images}" if args.images else ""), f"Precision of mined pairs, {name}, {len(features):,} images", args.device, columns)
-    show(study(features, labels, args.gan, args.iters), result)
+    result = common.Result(f"miners-{name}", f"Precision of mined pairs, {name}, {len(sources[0].labels):,} images", args.device, columns)
+    show(rows, result)
     result.note("Precision in per cent at mean set sizes 0.5 to 50 (mean ± standard deviation of n seeds), of each image's 100 nearest as candidates. Own nearest and GAN, "
                 "published: directed edges; all others: undirected pairs of the whole data set, surest first.")  # fmt: skip
     common.end(args, result)

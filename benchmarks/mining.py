@@ -66,14 +66,20 @@ def load(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
     dtype = torch.float16 if args.half else torch.float32
     if args.size is not None:
         return synthetic(args.size, args.dim, args.device, dtype, args.seed)
+    return load_features(args.file, args.device, dtype)[:2]
+
+
+def load_features(file: str, device: str | torch.device, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """features [M, C] unit rows, labels [M] and, where the file has them, the features of an earlier snapshot `before` [M, C]."""
     from safetensors.torch import load_file
 
-    if not Path(args.file).is_file():
-        raise BadInput(f"no feature file at {args.file}: a safetensors file with features and labels is expected")
-    tensors = load_file(args.file)
+    if not Path(file).is_file():
+        raise BadInput(f"no feature file at {file}: a safetensors file with features and labels is expected")
+    tensors = load_file(file)
     if not {"features", "labels"} <= tensors.keys():
-        raise BadInput(f"{args.file} holds {', '.join(tensors)}: features and labels are expected")
-    return F.normalize(tensors["features"].float(), dim=1).to(args.device, dtype), tensors["labels"].to(args.device)
+        raise BadInput(f"{file} holds {', '.join(tensors)}: features and labels are expected")
+    unit = lambda name: F.normalize(tensors[name].float(), dim=1).to(device, dtype)
+    return unit("features"), tensors["labels"].to(device), unit("before") if "before" in tensors else None
 
 
 def synthetic(M: int, C: int, device: str, dtype: torch.dtype, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

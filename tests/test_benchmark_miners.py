@@ -4,6 +4,10 @@ import pytest
 import torch
 
 from benchmarks import miners
+from moco_isl.errors import BadInput
+from moco_isl.mining.gan import GANSettings, fit_gan
+from moco_isl.mining.positives import PositiveSets
+from moco_isl.mining.triplets import TripletSampler
 from tests.test_miners import clusters
 
 
@@ -39,15 +43,43 @@ def test_figures_of_pairs_equal_loops(lists):
     for size in (1, 5):
         first = list(zip(a.tolist(), b.tolist()))[: round(size * lists.M / 2)]
         degree = [sum(i in pair for pair in first) for i in range(lists.M)]
-        assert figures[size]["precision"] == pytest.approx(sum(i % 5 == j % 5 for i, j in first) / len(first))
-        assert figures[size]["hub"] == max(degree) and figures[size]["coverage"] == pytest.approx(sum(d > 0 for d in degree) / lists.M)
+        assert figures[f"{size}"]["precision"] == pytest.approx(sum(i % 5 == j % 5 for i, j in first) / len(first))
+        assert figures[f"{size}"]["hub"] == max(degree) and figures[f"{size}"]["coverage"] == pytest.approx(sum(d > 0 for d in degree) / lists.M)
     own = miners.directed(lists.near, labels)
-    assert own[2]["precision"] == pytest.approx(sum(i % 5 == j % 5 for i, row in enumerate(lists.near.tolist()) for j in row[:2]) / (2 * lists.M))
+    assert own["2"]["precision"] == pytest.approx(sum(i % 5 == j % 5 for i, row in enumerate(lists.near.tolist()) for j in row[:2]) / (2 * lists.M))
 
 
-def test_every_row_has_its_figures(lists):
-    rows = miners.study(lists.features, torch.arange(lists.M) % 5, seeds=1, iters=5)
-    assert len(rows) == 13 and all(5 in seed for seeds in rows.values() for seed in seeds)
+def test_cosines_in_other_features_equal_a_loop(lists):
+    other = clusters(130, groups=5, spread=0.8, seed=9)
+    found = lists.cosine_in(other)
+    for i in range(0, lists.M, 13):
+        assert found[i].tolist() == pytest.approx([float(other[i] @ other[j]) for j in lists.near[i].tolist()], abs=1e-6)
+
+
+def test_scores_are_of_the_pair_with_each_of_its_negatives(lists):
+    fit = fit_gan(lists.features, PositiveSets.empty(lists.M), GANSettings(5), 0)
+    with torch.no_grad():
+        scores, cosines = miners._scores(fit, lists, 3), miners._of_five(lambda a, n: fit.G(a, a, n), lists, 3)
+    sampler = TripletSampler(lists.features, PositiveSets.empty(lists.M), lists.M, torch.Generator().manual_seed(3), miners.TRIPLETS)
+    for i in (0, 57):
+        for t, window in enumerate(sampler.spread(0)):
+            a, n = lists.features[i][None], lists.features[sampler.draw_negatives(torch.tensor([i]), window)]
+            proxy = fit.G(a, a, n)[0]
+            for place in (0, 40):
+                p = lists.features[lists.near[i, place]]
+                assert float(scores[i, place, t]) == pytest.approx(float(fit.D(a, p[None], n)), abs=1e-5)
+                assert float(cosines[i, place, t]) == pytest.approx(float(proxy @ p), abs=1e-5)
+
+
+def test_every_row_has_its_figures(lists, tmp_path):
+    source = miners.Source(lists.features, torch.arange(lists.M) % 5, lists.features.roll(1, 1))
+    rows = miners.study([source], 2, 5, tmp_path)
+    assert len(rows) == 19 and all("5" in seed for seeds in rows.values() for seed in seeds)
+    assert len(rows["GAN, published"]) == 2 and rows["GAN, published"][0] != rows["GAN, published"][1]
+    again = miners.study([source], 2, 5, tmp_path)  # from its files
+    assert {name: seeds for name, seeds in again.items() if "all seeds" not in name} == {name: seeds for name, seeds in rows.items() if "all seeds" not in name}
+    with pytest.raises(BadInput, match="other features or iterations"):
+        miners.study([source], 1, 6, tmp_path)
     result = miners.common.Result("miners-test", "test", torch.device("cpu"), [("row", "row"), ("least", "least")])
     miners.show(rows, result)
-    assert [row["least"] for row in result.rows[:2]] == [None, None] and all(row["least"] for row in result.rows[2:])
+    assert ["least" in row for row in result.rows] == [name not in ("own nearest", "all pairs") for name in rows]

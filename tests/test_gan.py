@@ -75,7 +75,7 @@ def test_sets_that_leave_no_negative_are_refused():
 
 
 def test_training_gives_an_anchor_another_draw_each_pass():
-    trainer = gan._Trainer(rows(60), PositiveSets.empty(60), GANSettings(batch=20), None, seed=3)
+    trainer = gan.Trainer(rows(60), PositiveSets.empty(60), GANSettings(batch=20), None, seed=3)
     pools, anchors = [], []
     for _ in range(5):
         seen = []
@@ -128,7 +128,7 @@ def test_an_undecided_discriminator_has_closed_losses():
 
 
 def test_a_step_updates_both_networks_and_each_by_its_own_loss():
-    trainer = gan._Trainer(rows(60), PositiveSets.empty(60), GANSettings(batch=20), None, seed=3)
+    trainer = gan.Trainer(rows(60), PositiveSets.empty(60), GANSettings(batch=20), None, seed=3)
     before = trainer.state()
     trainer.adam_D.param_groups[0]["lr"] = 0.0  # D stands still, though G's step passes through it
     trainer.step()
@@ -173,7 +173,7 @@ def test_fit_is_repeatable_warm_starts_and_asks_tick():
     first, again = (fit_gan(features, sets, settings, seed=5) for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(first.G.state_dict().values(), again.G.state_dict().values()))
     state = {"G": first.G.state_dict(), "D": first.D.state_dict()}
-    start = gan._Trainer(features, sets, settings, state, seed=6).state()
+    start = gan.Trainer(features, sets, settings, state, seed=6).state()
     assert all(torch.equal(x, state["D"][name]) for name, x in start["D"].items())
     left = [30]
 
@@ -213,7 +213,7 @@ def run_scripted(monkeypatch, hubs, settings):
     """fit_gan with the looks' hubs scripted: [M = 300, batch 32]."""
     script = iter(looks(hubs))
     monkeypatch.setattr(gan._Probe, "look", lambda self: {**next(script), "distinct": 0.9})
-    monkeypatch.setattr(gan._Trainer, "read_losses", lambda self, n: {"loss_D": 1.38, "loss_G": 0.7})
+    monkeypatch.setattr(gan.Trainer, "read_losses", lambda self, n: {"loss_D": 1.38, "loss_G": 0.7})
     return fit_gan(clusters(300), some_sets(300, 0), settings, seed=0).report
 
 
@@ -271,7 +271,7 @@ def test_training_search_is_near_enough():
 def test_a_captured_iteration_trains_and_draws_anew():
     features = clusters(3000).cuda()
     sets = some_sets(3000, 2000).to("cuda")
-    trainer = gan._Trainer(features, sets, GANSettings(batch=100), None, seed=0)
+    trainer = gan.Trainer(features, sets, GANSettings(batch=100), None, seed=0)
     for _ in range(3):
         trainer.step()
     trainer.capture()

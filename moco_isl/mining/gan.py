@@ -4,8 +4,10 @@ Letters: M images, C feature dimension, N batch of anchors, B images of the prob
 """
 
 import copy
+import functools
 import math
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -98,8 +100,11 @@ class GANFit:
     optimizers: dict = field(default_factory=dict)
 
 
-class _Trainer:
-    """One iteration: draw triplets, step D, step G. Nothing in it reads a value back, so CUDA can capture it."""
+class Trainer:
+    """One iteration: draw triplets, step D, step G. Nothing in it reads a value back, so CUDA can capture it.
+
+    Another kind of GAN overrides `networks`, `sampler_of`, `loss_of_D` or `loss_of_G` (`benchmarks/gans.py` has some).
+    """
 
     def __init__(self, features: Tensor, positives: PositiveSets, settings: GANSettings, state: dict | None, seed: int):
         device, (M, C) = features.device, features.shape
@@ -107,20 +112,32 @@ class _Trainer:
         self.N = min(settings.batch, M)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            self.G, self.D = Generator(C), Discriminator(C)
+            self.G, self.D = self.networks(C)
         self.G.to(device), self.D.to(device)
         adam = lambda net: torch.optim.Adam(net.parameters(), settings.lr, fused=True, capturable=device.type == "cuda")
         self.adam_G, self.adam_D = adam(self.G), adam(self.D)
         if state is not None:
             self.load(state)
         self.generator = torch.Generator(device).manual_seed(seed)
-        self.sampler = TripletSampler(features, positives, self.N, self.generator, settings.triplets, training_search(features))
+        self.sampler = self.sampler_of(positives)
         self.anchors = torch.empty(M, dtype=torch.int64, device=device)
         self.cursor = torch.zeros(1, dtype=torch.int64, device=device)
         self.lane = torch.arange(self.N, device=device)
         self.losses = torch.zeros(2, device=device)  # sums of D's and G's since the last read
         self.graph = None
         self.shuffle()
+
+    def networks(self, C: int) -> tuple[Generator, Discriminator]:
+        return Generator(C), Discriminator(C)
+
+    def sampler_of(self, positives: PositiveSets) -> TripletSampler:
+        return TripletSampler(self.features, positives, self.N, self.generator, self.s.triplets, training_search(self.features))
+
+    def loss_of_D(self, a: Tensor, p: Tensor, n: Tensor, proxy: Tensor) -> Tensor:
+        return discriminator_loss(self.D, a, p, n, proxy, self.s.lam)
+
+    def loss_of_G(self, a: Tensor, p: Tensor, n: Tensor, proxy: Tensor) -> Tensor:
+        return generator_loss(self.D, a, p, n, proxy, self.s.lam)
 
     def shuffle(self) -> None:
         """Before each pass over the anchors: a new order of anchors, another of candidates."""
@@ -142,9 +159,9 @@ class _Trainer:
         with torch.no_grad():
             a, p, n = self.features[torch.cat(self.draw())].float().chunk(3)  # each [N, C]
         proxy = self.G(a, p, n)
-        loss_D = discriminator_loss(self.D, a, p, n, proxy.detach(), self.s.lam)
+        loss_D = self.loss_of_D(a, p, n, proxy.detach())
         self._update(self.adam_D, self.D, loss_D)
-        loss_G = generator_loss(self.D, a, p, n, proxy, self.s.lam)
+        loss_G = self.loss_of_G(a, p, n, proxy)
         self._update(self.adam_G, self.G, loss_G)
         self.losses += torch.stack([loss_D.detach(), loss_G.detach()])
 
@@ -154,18 +171,33 @@ class _Trainer:
             param.grad = grad
         adam.step()
 
+    def warm_up(self) -> None:
+        """One iteration on the stream that will be captured: what libraries and optimizers set up at their first call must not be in the graph."""
+        device = self.features.device
+        stream, main = _capture_stream(device), torch.cuda.current_stream(device)
+        stream.wait_stream(main)
+        with torch.cuda.stream(stream), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")  # and is run without, so far
+            self.step()
+        main.wait_stream(stream)
+
     def capture(self) -> None:
-        """From here on `run` replays one iteration as a CUDA graph. After some plain iterations: they warm it up."""
-        torch.cuda.synchronize(self.features.device)
+        """From here on `run` replays one iteration as a CUDA graph. After some of `warm_up`."""
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self.generator)
-        with torch.cuda.graph(graph):
+        # thread_local: what NCCL's watch or a loader's pinning thread asks of CUDA meanwhile is no part of this
+        with torch.cuda.graph(graph, stream=_capture_stream(self.features.device), capture_error_mode="thread_local"):
             self.step()
         self.graph = graph
 
     def run(self) -> None:
-        """One iteration, plain or captured."""
-        self.step() if self.graph is None else self.graph.replay()
+        """One iteration: plain on a CPU, on a GPU warming up or captured."""
+        if self.graph is not None:
+            self.graph.replay()
+        elif self.features.device.type == "cuda":
+            self.warm_up()
+        else:
+            self.step()
 
     def read_losses(self, iterations: int) -> dict[str, float]:
         """Mean losses of the iterations since the last read."""
@@ -190,12 +222,18 @@ class _Trainer:
                 optimizer.load_state_dict({"state": copy.deepcopy(state[name]), "param_groups": optimizer.state_dict()["param_groups"]})
 
 
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all fits: cuBLAS keeps a workspace a stream."""
+    return torch.cuda.Stream(device)
+
+
 class _Probe:
     """What the proxies do, on a fixed sample of triplets and of bank rows: cheap enough to be looked at often."""
 
     ANCHORS, BANK, NEAR = 1024, 8192, 10
 
-    def __init__(self, trainer: _Trainer):
+    def __init__(self, trainer: Trainer):
         self.trainer, device = trainer, trainer.features.device
         M, generator = trainer.M, torch.Generator().manual_seed(0)
         anchors = torch.randperm(M, generator=generator)[:self.ANCHORS].to(device)
@@ -254,16 +292,16 @@ def settled(history: list[dict], looks: int = 5) -> bool:
 
 @torch.enable_grad()  # also where the caller has turned gradients off
 def fit_gan(features: Tensor, positives: PositiveSets, settings: GANSettings, seed: int, state: dict | None = None,
-            tick: Callable[[], None] | None = None) -> GANFit:
+            tick: Callable[[], None] | None = None, kind: type[Trainer] = Trainer) -> GANFit:
     """Train G and D on features [M, C] (unit rows) and the positive sets; `state`: where to start from,
-    the "G", "D" and where there are some "adam_G", "adam_D" of an earlier fit.
+    the "G", "D" and where there are some "adam_G", "adam_D" of an earlier fit. kind: of GAN.
 
     Stops between the minimum and the cap once losses and proxies have settled, and keeps the weights with the smallest
     hub among those looked at from the minimum on (of equal ones the latest). Raises BadInput where there are too few
     images, RunFailed at a loss that is not finite, and whatever tick raises, which is called every iteration.
     """
     started = time.perf_counter()
-    trainer = _Trainer(features, positives, settings, state, seed)
+    trainer = kind(features, positives, settings, state, seed)
     probe = _Probe(trainer)
     minimum, cap = settings.span(trainer.M)
     every, a_pass = max(1, min(cap // 40, 500)), max(1, trainer.M // trainer.N)

@@ -69,6 +69,11 @@ class TripletSampler:
 
     def draw_negatives(self, anchors: Tensor, offset: Tensor | int) -> Tensor:
         """anchors [N] -> the most similar of the candidates at `offset` [N], never the anchor nor a positive of it."""
+        candidates, scores = self.score_candidates(anchors, offset)
+        return candidates[scores.max(1).indices]  # argmax is slow in bfloat16
+
+    def score_candidates(self, anchors: Tensor, offset: Tensor | int) -> tuple[Tensor, Tensor]:
+        """anchors [N] -> the candidates at `offset` [S] and how similar each is to each anchor [N, S], -inf where it may be no negative."""
         candidates = self.candidates(offset)
         scores = self.search[anchors] @ self.search[candidates].T  # [N, S]
         row, image = self._forbidden(anchors)
@@ -76,7 +81,7 @@ class TripletSampler:
         slot = ((self.place[image] - offset) % self.M).clamp(max=self.pool - 1)
         scores[:, -1].fill_(-torch.inf)
         scores.view(-1).index_fill_(0, row * self.pool + slot, -torch.inf)
-        return candidates[scores.max(1).indices]  # argmax is slow in bfloat16
+        return candidates, scores
 
     def _forbidden(self, anchors: Tensor) -> tuple[Tensor, Tensor]:
         """Pairs (row of anchors, image): every anchor with itself and with each of its positives."""

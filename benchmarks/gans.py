@@ -1,0 +1,69 @@
+"""Other GANs on the same features, each one small change of ISL's (Eq. 1): is a proxy or a score of theirs better? For benchmarks.miners.
+
+Letters: N anchors of a batch, C feature dimension, S candidates of a draw.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch.nn.utils.parametrizations import spectral_norm
+
+from moco_isl.mining.gan import Discriminator, Generator, Trainer
+from moco_isl.mining.positives import PositiveSets
+from moco_isl.mining.triplets import TripletSampler, training_search
+
+Tensor = torch.Tensor
+
+
+class SpectralNorm(Trainer):
+    """D's layers have the spectral norm 1 (Miyato et al., 2018): its logit moves no faster than the triplet."""
+
+    def networks(self, C: int) -> tuple[Generator, Discriminator]:
+        G, D = super().networks(C)
+        for layer in (D.first, D.rest[1], D.rest[3]):
+            spectral_norm(layer)
+        return G, D
+
+
+class GradientPenalty(Trainer):
+    """D pays half of `gamma` times the squared gradient of its logit at real triplets (R1; Mescheder et al., 2018)."""
+
+    gamma = 1.0
+
+    def loss_of_D(self, a: Tensor, p: Tensor, n: Tensor, proxy: Tensor) -> Tensor:
+        real = [x.detach().requires_grad_() for x in (a, p, n)]
+        grads = torch.autograd.grad(self.D(*real).sum(), real, create_graph=True)
+        return super().loss_of_D(a, p, n, proxy) + self.gamma / 2 * sum((grad**2).sum(1) for grad in grads).mean()
+
+
+class GradedSampler(TripletSampler):
+    """The negative is the most similar of the first g candidates of a draw, g between `fewest` and all of them, uniform in its logarithm."""
+
+    fewest = 16  # more than an anchor may strike out: itself and the five positives that it has at most here
+
+    def draw_negatives(self, anchors: Tensor, offset: Tensor | int) -> Tensor:
+        candidates, scores = self.score_candidates(anchors, offset)
+        u = torch.rand(len(anchors), generator=self.generator, device=self.generator.device).to(scores.device)
+        g = (self.fewest * torch.exp(u * math.log(self.pool / self.fewest))).long()  # [N]
+        scores.masked_fill_(torch.arange(self.pool, device=scores.device) >= g[:, None], -torch.inf)
+        return candidates[scores.max(1).indices]
+
+
+class GradedNegatives(Trainer):
+    """Negatives of graded hardness instead of only the hardest of 4,096."""
+
+    def sampler_of(self, positives: PositiveSets) -> TripletSampler:
+        return GradedSampler(self.features, positives, self.N, self.generator, self.s.triplets, training_search(self.features))
+
+
+class MatchedFalse(Trainer):
+    """D has to tell a third false triplet too: a real image in the positive's place that belongs to another anchor (as Reed et al., 2016, do with
+    texts). Its score then speaks of whether anchor and positive match, and not only of whether the positive looks real."""
+
+    def loss_of_D(self, a: Tensor, p: Tensor, n: Tensor, proxy: Tensor) -> Tensor:
+        lam = self.s.lam
+        real, as_p, as_n = self.D.with_proxy(a, p, n, proxy)
+        unmatched = self.D(a, p.roll(1, 0), n)
+        false = (F.softplus(as_p).mean() + lam * F.softplus(as_n).mean() + F.softplus(unmatched).mean()) / (2 + lam)
+        return F.softplus(-real).mean() + false
