@@ -213,7 +213,7 @@ class Run:
         if "optimizer" not in content:
             self.say("=> it has no optimizer either: that one starts fresh")
             return
-        self.optimizer.load_state_dict(content["optimizer"])
+        fast.load_optimizer(self.optimizer, content["optimizer"])
         for group in self.optimizer.param_groups:
             group.update(momentum=self.args.momentum, weight_decay=self.args.weight_decay, fused=self.fused or None)
 
@@ -352,7 +352,7 @@ def build_miner(args: argparse.Namespace, labels: torch.Tensor | None):
     if args.miner == "none":
         return NoMiner()
     if args.miner == "oracle":
-        return OracleMiner(labels, args.oracle_precision, args.oracle_size, args.oracle_wrong)
+        return OracleMiner(labels, args.oracle_precision, args.oracle_size, args.oracle_wrong, args.oracle_right)
     if args.miner == "knn":
         return KNNMiner(k=args.isl_neighbors or most, **rules)
     if args.miner == "average":

@@ -5,8 +5,8 @@
     python -m benchmarks.breakeven --dataset cifar10 DIR           ResNet-18 of half width; use a GPU
 
 The oracle (--miner oracle, see main_moco_isl.py --help) draws sets of a known precision from the labels: this is research into what mining
-has to reach, no result of a method. Its wrong positives are each image's nearest of another label, as mining's own mistakes are; --wrong
-uniform draws them anywhere. Every run that has ended leaves a file in --folder and is never run again, one that was broken off goes on.
+has to reach, no result of a method. Its wrong positives are each image's nearest of another label, as mining's own mistakes are (--wrong uniform
+draws them anywhere); its right ones lie anywhere in the class, and with --right near they are the nearest, as mined ones are, and teach less. Every run that has ended leaves a file in --folder and is never run again, one that was broken off goes on.
 
 Break-even: where the gain over no positives, paired by seed, its means made monotone in precision, crosses zero; its range: 5th to 95th percentile
 of 1,000 bootstrap draws of the seeds. Where even the lowest precision helped, or the highest did not, only a bound is known: the table says so,
@@ -73,11 +73,11 @@ class Point:
     def name(self) -> str:
         return f"none-{self.seed}" if self.form is None else f"{self.form}-size{self.size:g}-precision{self.precision:g}-{self.seed}"
 
-    def flags(self, wrong: str, every: int) -> list[str]:
+    def flags(self, wrong: str, right: str, every: int) -> list[str]:
         if self.form is None:
             return ["--miner", "none"]
         return ["--miner", "oracle", "--research-labels", "--oracle-precision", f"{self.precision:g}", "--oracle-size", f"{self.size:g}", "--oracle-wrong", wrong,
-                "--isl-every", str(every), *FORMS[self.form][1]]  # fmt: skip
+                *(["--oracle-right", right] if right != "uniform" else []), "--isl-every", str(every), *FORMS[self.form][1]]  # fmt: skip
 
 
 # ---------------------------------------------------------------- runs
@@ -99,8 +99,9 @@ def setting(args: argparse.Namespace) -> Setting:
 class Runs:
     """The runs in a folder: those that have ended by their files, the others when they are asked for."""
 
-    def __init__(self, folder: Path, setting: Setting, device: torch.device, wrong: str, every: int, init: str | None, stop: Callable[[], bool] | None):
-        self.folder, self.setting, self.wrong, self.every, self.init, self.stop = folder, setting, wrong, every, init, stop
+    def __init__(self, folder: Path, setting: Setting, device: torch.device, wrong: str, right: str, every: int, init: str | None, stop: Callable[[], bool] | None):
+        self.folder, self.setting, self.init, self.stop = folder, setting, init, stop
+        self.wrong, self.right, self.every = wrong, right, every
         self.judge = Judge(setting, device)
         self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -114,7 +115,8 @@ class Runs:
 
     def point(self, point: Point) -> dict:
         """Its figures. Raises Interrupted where time is over first."""
-        return self.go_on(point.name, point.seed, point.flags(self.wrong, self.every))
+        name = point.name if point.form is None or self.right == "uniform" else f"{point.name}-right-{self.right}"
+        return self.go_on(name, point.seed, point.flags(self.wrong, self.right, self.every))
 
     def go_on(self, name: str, seed: int, flags: list[str], keep: bool = False) -> dict:
         """Figures of a continuation with these flags. keep: its folder stays."""
@@ -280,16 +282,17 @@ class Study:
 def show(study: Study, device: torch.device) -> list[common.Result]:
     """The break-evens, and the gains that they are read off, as two results."""
     args, metrics = study.args, list(METRICS)
+    name, words = (f"breakeven-{args.dataset}", "") if args.right == "uniform" else (f"breakeven-{args.dataset}-right-{args.right}", f", right ones {args.right}")
     shown = [(m, METRICS[m]) for m in metrics]
     first = [("loss", "loss"), ("size", "positives an image")]
-    table = common.Result(f"breakeven-{args.dataset}", f"Break-even precision of positives, {args.dataset}", device, [*first, *shown, ("n", "n")])
+    table = common.Result(name, f"Break-even precision of positives, {args.dataset}{words}", device, [*first, *shown, ("n", "n")])
     for form in args.losses:
         for size in args.sizes:
             if gains := {m: study.gains(form, size, m) for m in metrics}[args.metric]:
                 table.add({"loss": FORMS[form][0], "size": size, "n": min(map(len, gains.values())), **{m: _in_words(study.gains(form, size, m)) for m in metrics}})
-    table.note(f"From which precision on positives help, by each measure. Wrong positives: {args.wrong}. In brackets: 5th to 95th percentile of 1,000 bootstrap draws "
+    table.note(f"From which precision on positives help, by each measure. Wrong positives: {args.wrong}, right ones: {args.right}. In brackets: 5th to 95th percentile of 1,000 bootstrap draws "
                f"of the seeds; breakeven.json: by {METRICS[args.metric]}. Labels were used throughout (--research-labels).")  # fmt: skip
-    rows = common.Result(f"breakeven-{args.dataset}-gains", f"Gains of positives of known precision, {args.dataset}", device,
+    rows = common.Result(f"{name}-gains", f"Gains of positives of known precision, {args.dataset}{words}", device,
                          [*first, ("precision", "precision"), *shown, ("n", "n")])  # fmt: skip
     none = [figures for point, figures in study.figures.items() if point.form is None]
     rows.add({"loss": "no positives", "size": 0, "precision": None, "n": len(none), **{m: common.spread([f[m] for f in none]) for m in metrics}})
@@ -341,6 +344,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--sizes", type=float, nargs="+", default=SIZES)
     parser.add_argument("--losses", nargs="+", choices=FORMS, default=list(FORMS))
     parser.add_argument("--wrong", choices=("near", "uniform"), default="near", help="wrong positives (near)")
+    parser.add_argument("--right", choices=("near", "uniform"), default="uniform", help="right positives: anywhere in the class, or near, as mined ones are (uniform)")
     parser.add_argument("--epochs", type=int, help="of a continuation (60 on the digits, 100 elsewhere)")
     parser.add_argument("--every", type=int, default=20, help="epochs after which the oracle draws anew (20)")
     parser.add_argument("--seeds", type=int, default=3)
@@ -362,7 +366,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if (args.data is None) != (args.dataset == "digits"):
             raise BadInput(f"--dataset {args.dataset} and DIR {args.data}: expected a DIR with every data set but the digits")
-        study = Study(Runs(folder, setting(args), args.device, args.wrong, args.every, args.init, stop), args)
+        study = Study(Runs(folder, setting(args), args.device, args.wrong, args.right, args.every, args.init, stop), args)
         print(f"Positives of known precision, {args.dataset}, runs in {folder}", flush=True)
         try:
             study.run()
@@ -377,9 +381,10 @@ def main(argv: list[str] | None = None) -> int:
     results = show(study, args.device)
     if not whole:
         results[0].note("Not all runs had ended.")
-    (folder / "breakeven.json").write_text(json.dumps(study.table()) + "\n")
-    draw(study, folder / "breakeven.svg")
-    print(f"  written: {folder}/breakeven.json (for the report), {folder}/breakeven.svg")
+    written = folder / ("breakeven" if args.right == "uniform" else f"breakeven-right-{args.right}")
+    written.with_suffix(".json").write_text(json.dumps(study.table()) + "\n")
+    draw(study, written.with_suffix(".svg"))
+    print(f"  written: {written}.json (for the report), {written}.svg")
     common.end(args, *results)
     return 0 if whole else Interrupted.exit_code
 

@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     found: dict[str, list[dict]] = {title: [] for title in ROWS}
     code = 0
     try:
-        runs = breakeven.Runs(args.folder, setting, args.device, "near", 20, None, None if end is None else lambda: time.monotonic() > end)
+        runs = breakeven.Runs(args.folder, setting, args.device, "near", "uniform", 20, None, None if end is None else lambda: time.monotonic() > end)
         for seed in range(args.seeds):
             for number, (title, flags) in enumerate(ROWS.items()):
                 name = f"gain{number}-{seed}"

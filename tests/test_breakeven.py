@@ -56,10 +56,10 @@ def test_the_cifar_form_gives_flags_that_the_script_takes():
     args = breakeven.get_parser().parse_args(["--dataset", "cifar10", "somewhere", "--device", "cpu", "--flags", "-b 256"])
     setting = breakeven.setting(args)
     for point in (breakeven.Point(1), *(breakeven.Point(1, form, 2, 0.8) for form in breakeven.FORMS)):
-        flags = main_moco_isl.get_parser().parse_args([*setting.common, *setting.go_on, *point.flags("near", 20), "--seed", "1"])
+        flags = main_moco_isl.get_parser().parse_args([*setting.common, *setting.go_on, *point.flags("near", "near", 20), "--seed", "1"])
         check_args(flags)
         assert (flags.dataset, flags.data, flags.arch, flags.batch_size) == ("cifar10", "somewhere", "resnet18w32", 256)
-        assert flags.research_labels == (point.form is not None)
+        assert flags.research_labels == (point.form is not None) and flags.oracle_right == ("uniform" if point.form is None else "near")
 
 
 def written(folder, name):
@@ -86,3 +86,13 @@ def test_a_study_is_made_once_and_goes_on(tmp_path, monkeypatch):
     assert written(again, "breakeven-digits-gains")["rows"] == result["rows"]
     assert breakeven.main([*command, "--every", "7"]) == 2, "other flags under the same name"
     assert Path(tmp_path / "runs" / "start-0" / "checkpoint_last.pth.tar").exists()
+
+
+def test_right_positives_that_are_near_have_runs_and_results_of_their_own(tmp_path):
+    command = ["--quick", "--seeds", "1", "--device", "cpu", "--folder", str(tmp_path / "runs"), "--out", str(tmp_path), "--flags", "--knn-holdout 1000"]
+    assert breakeven.main([*command, "--right", "near"]) == 0
+    assert sorted(p.name for p in (tmp_path / "runs").glob("*-0*.json")) == [
+        "meanlog-size5-precision0.5-0-right-near.json", "meanlog-size5-precision0.95-0-right-near.json", "none-0.json", "start-0.json"]  # fmt: skip
+    assert "right ones: near" in written(tmp_path, "breakeven-digits-right-near")["notes"][0] and (tmp_path / "runs" / "breakeven-right-near.json").exists()
+    flags = json.loads((tmp_path / "runs" / "meanlog-size5-precision0.5-0-right-near.json").read_text())["flags"]
+    assert flags[flags.index("--oracle-right") + 1] == "near"

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from moco_isl import checkpoint
 from moco_isl.errors import BadInput
 from moco_isl.mining import PositiveSets, one_line
-from moco_isl.mining.oracle import OracleMiner, draw_pairs, nearest_false
+from moco_isl.mining.oracle import OracleMiner, draw_pairs, nearest_by_label
 from tests.ranks import run_ranks
 from tests.runs import DIGITS, differences
 from tests.test_bad_input import ask
@@ -28,10 +28,10 @@ def mine(miner, features=None, seed=0):
     return miner.mine(rows() if features is None else features, PositiveSets.empty(M), torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("wrong", ["uniform", "near"])
+@pytest.mark.parametrize("wrong, right", [("uniform", "uniform"), ("near", "uniform"), ("near", "near")])
 @pytest.mark.parametrize("size, precision", [(2, 0.95), (5, 0.8), (20, 0.65), (0.5, 1.0), (3, 0.0)])
-def test_sets_have_the_size_and_the_precision_that_were_asked_for(size, precision, wrong):
-    sets = mine(OracleMiner(LABELS, precision, size, wrong))
+def test_sets_have_the_size_and_the_precision_that_were_asked_for(size, precision, wrong, right):
+    sets = mine(OracleMiner(LABELS, precision, size, wrong, right))
     pairs = round(size * M / 2)
     assert sets.num_edges == 2 * pairs
     assert sets.precision(LABELS) == pytest.approx(round(precision * pairs) / pairs)
@@ -63,13 +63,14 @@ def test_partners_are_drawn_uniformly():
         assert len(count) == there and all(abs(n - expected) < 5 * expected**0.5 for n in count.values()), count
 
 
-def test_false_neighbours_equal_loops(monkeypatch):
+@pytest.mark.parametrize("same", [False, True])
+def test_neighbours_by_label_equal_loops(monkeypatch, same):
     monkeypatch.setattr("moco_isl.mining.oracle._COLUMNS", 70)
     x, labels = rows(), LABELS.clone()
     labels[5] = -1
-    cosine, near = nearest_false(x, labels, torch.arange(M), 3)
+    cosine, near = nearest_by_label(x, labels, torch.arange(M), same, 3)
     for i in range(M):
-        others = [j for j in range(M) if labels[j] != labels[i] and labels[j] >= 0 and labels[i] >= 0]
+        others = [j for j in range(M) if j != i and (labels[j] == labels[i]) == same and labels[j] >= 0 and labels[i] >= 0]
         best = sorted(others, key=lambda j: -float(x[i] @ x[j]))[:3]
         if i == 5:
             assert cosine[i].max() == -torch.inf
@@ -77,9 +78,10 @@ def test_false_neighbours_equal_loops(monkeypatch):
             assert near[i].tolist() == best and cosine[i].tolist() == pytest.approx([float(x[i] @ x[j]) for j in best], abs=1e-6)
 
 
-def test_near_wrong_pairs_are_each_images_nearest_false_ones():
-    sets = mine(OracleMiner(LABELS, 0.0, 2.0, "near"))
-    _, near = nearest_false(rows(), LABELS, torch.arange(M), 3)
+@pytest.mark.parametrize("same", [False, True])
+def test_near_pairs_are_each_images_nearest_of_their_kind(same):
+    sets = mine(OracleMiner(LABELS, 1.0 if same else 0.0, 2.0, "near", "near"))
+    _, near = nearest_by_label(rows(), LABELS, torch.arange(M), same, 3)
     first = {frozenset(pair) for pair in zip(range(M), near[:, 0].tolist())}
     second = {frozenset(pair) for pair in zip(range(M), near[:, 1].tolist())}
     found = {frozenset(pair) for pair in zip(sets.sources().tolist(), sets.members.tolist())}
@@ -94,20 +96,20 @@ def test_a_round_draws_anew_and_keeps_nothing():
     assert torch.equal(mine(miner, x, 0).members, first.members)
 
 
-def _on_ranks(rank, world, wrong):
-    return mine(OracleMiner(LABELS, 0.7, 4, wrong)).state_dict()
+def _on_ranks(rank, world, origin):
+    return mine(OracleMiner(LABELS, 0.7, 4, origin, origin)).state_dict()
 
 
-@pytest.mark.parametrize("wrong", ["uniform", "near"])
-def test_ranks_draw_what_one_draws(wrong):
-    alone = _on_ranks(0, 1, wrong)
-    for sets in run_ranks(2, _on_ranks, wrong):
+@pytest.mark.parametrize("origin", ["uniform", "near"])
+def test_ranks_draw_what_one_draws(origin):
+    alone = _on_ranks(0, 1, origin)
+    for sets in run_ranks(2, _on_ranks, origin):
         assert all(torch.equal(sets[key], alone[key]) for key in alone)
 
 
 def test_what_labels_cannot_give_is_refused():
     for words, make in {
-        "expected 0 to 1": lambda: OracleMiner(LABELS, 1.1), "more than 0": lambda: OracleMiner(LABELS, size=0), "uniform or near": lambda: OracleMiner(LABELS, wrong="far"),
+        "expected 0 to 1": lambda: OracleMiner(LABELS, 1.1), "more than 0": lambda: OracleMiner(LABELS, size=0), "uniform or near": lambda: OracleMiner(LABELS, wrong="far"), "right ones 'far'": lambda: OracleMiner(LABELS, right="far"),
         "needs 15000 right pairs": lambda: OracleMiner(LABELS, size=100), "wrong pairs, and these labels make 0": lambda: OracleMiner(torch.zeros(50).long(), 0.5),
     }.items():  # fmt: skip
         with pytest.raises(BadInput, match=words):
@@ -121,11 +123,11 @@ ORACLE = [*DIGITS, "--epochs", "2", "--miner", "oracle", "--isl-start", "0", "--
 
 @pytest.mark.parametrize("objective", ["queue", "bank"])
 def test_a_run_says_everywhere_that_labels_were_used_and_resumes_exactly(tmp_path, objective):
-    flags = [*ORACLE, "--oracle-wrong", "near", "--research-labels", "--objective", objective]
+    flags = [*ORACLE, "--oracle-wrong", "near", "--oracle-right", "near", "--research-labels", "--objective", objective]
     code, out, err = ask([*flags, "--out", str(tmp_path / "whole")])
     assert (code, err) == (0, "") and "=> warning: --research-labels" in out
     rounds = [line for line in out.splitlines() if line.startswith("=> oracle: ")]
-    assert len(rounds) == 2 and all("LABELS WERE USED (--research-labels), wrong ones near" in line for line in rounds)
+    assert len(rounds) == 2 and all("LABELS WERE USED (--research-labels), right ones near, wrong ones near" in line for line in rounds)
     lines = [line for line in map(json.loads, (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()) if line["kind"] == "round"]
     assert len(lines) == 2 and all(line["labels_used"] and line["precision"] == pytest.approx(0.8, abs=2e-3) for line in lines)
     assert json.loads((tmp_path / "whole" / "args.json").read_text())["labels_used"] is True

@@ -238,6 +238,6 @@ def one_line(report: dict) -> str:
     if report.get("precision_estimate") is not None:
         text += f"; estimated without labels {report['precision_estimate']:.2f}"
     if report.get("labels_used"):
-        text += f"; LABELS WERE USED (--research-labels), wrong ones {report['wrong']}"
+        text += f"; LABELS WERE USED (--research-labels), right ones {report['right']}, wrong ones {report['wrong']}"
     text += f"; {report['seconds']:.1f} s, peak {report['peak_memory_gib']:.1f} GiB"
     return text + (f"; {report['why']}" if report["why"] else "")

@@ -1,6 +1,6 @@
 """Research only: positives drawn from the true labels, so that how much of them is right is known. For the question how right they must be.
 
-Letters: M images, C feature dimension, N anchors of a block, U undirected pairs, k false neighbours of an image.
+Letters: M images, C feature dimension, N anchors of a block, U undirected pairs, k neighbours of an image.
 """
 
 import torch
@@ -13,28 +13,30 @@ from moco_isl.mining.rounds import RoundMiner, Tick, over_blocks
 
 Tensor = torch.Tensor
 
-_COLUMNS = 8192  # images looked through at a time for false neighbours
+_COLUMNS = 8192  # images looked through at a time for neighbours
 
 
 class OracleMiner(RoundMiner):
     """Sets of `size` positives an image on average, of which the share `precision` has the anchor's label, to within one pair.
 
-    Right pairs are drawn uniformly, every image as an anchor equally often. Wrong ones likewise, or with wrong "near" each image's most
-    similar ones of another label first, which is what real mining mistakes for right. Each round draws anew; nothing of an earlier one stays.
-    labels [M], below 0 where unknown: such images get no positives. Raises BadInput where the labels do not have as many pairs.
+    right, wrong: where each kind of pair comes from. "uniform": drawn, every image as an anchor equally often. "near": each image's most similar
+    one of its label (of another label), then each one's second, and so on: the pairs that real mining finds, and those it mistakes for right.
+    Each round draws anew; nothing of an earlier one stays. labels [M], below 0 where unknown: such images get no positives. Raises BadInput
+    where the labels do not have as many pairs.
     """
 
     name = "oracle"
 
-    def __init__(self, labels: Tensor, precision: float = 1.0, size: float = 5.0, wrong: str = "uniform"):
+    def __init__(self, labels: Tensor, precision: float = 1.0, size: float = 5.0, wrong: str = "uniform", right: str = "uniform"):
         super().__init__(Rules(budget=None, max_share=1.0))
-        if not (0 <= precision <= 1 and size > 0) or wrong not in ("uniform", "near"):
-            raise BadInput(f"oracle of precision {precision}, size {size} and wrong pairs {wrong!r}: expected 0 to 1, more than 0, uniform or near")
-        self.labels, self.wrong = labels, wrong
+        if not (0 <= precision <= 1 and size > 0) or not {wrong, right} <= {"uniform", "near"}:
+            raise BadInput(f"oracle of precision {precision}, size {size}, wrong pairs {wrong!r} and right ones {right!r}: expected 0 to 1, more than 0, "
+                           "and twice uniform or near")  # fmt: skip
+        self.labels, self.origins = labels, {"right": right, "wrong": wrong}
         pairs = max(1, round(size * len(labels) / 2))
-        self.right = round(precision * pairs)
-        self.false = pairs - self.right
-        for number, kind, there in zip((self.right, self.false), ("right", "wrong"), _pairs_there(labels)):
+        self.numbers = {"right": round(precision * pairs)}
+        self.numbers["wrong"] = pairs - self.numbers["right"]
+        for (kind, number), there in zip(self.numbers.items(), _pairs_there(labels)):
             if number > there / 2:
                 raise BadInput(f"an oracle of precision {precision:g} and {size:g} positives an image needs {number} {kind} pairs, and these labels "
                                f"make {there}: expected at most half of them; ask for smaller sets")  # fmt: skip
@@ -44,29 +46,29 @@ class OracleMiner(RoundMiner):
 
     def find(self, features: Tensor, positives: PositiveSets, seed: int, tick: Tick | None) -> tuple[Edges, str]:
         generator = torch.Generator().manual_seed(seed)
-        labels = self.labels.cpu()
-        pairs = [draw_pairs(labels, True, self.right, generator)]
-        if self.wrong == "near" and self.false:
-            pairs.append(self._near(features, tick))
-        else:
-            pairs.append(draw_pairs(labels, False, self.false, generator))
+        pairs = []
+        for kind, number in self.numbers.items():
+            if self.origins[kind] == "near" and number:
+                pairs.append(self._near(features, kind == "right", number, tick))
+            else:
+                pairs.append(draw_pairs(self.labels.cpu(), kind == "right", number, generator))
         src, dst = (torch.cat(x).to(features.device) for x in zip(*pairs))
-        self.report |= {"labels_used": True, "wrong": self.wrong}
+        self.report |= {"labels_used": True, **self.origins}
         start, stop = dist.shard(len(src))  # all ranks have drawn all; each hands in its share
         return Edges(src[start:stop], dst[start:stop], torch.ones(stop - start, device=features.device)), ""
 
-    def _near(self, features: Tensor, tick: Tick | None) -> tuple[Tensor, Tensor]:
-        """The wrong pairs: each image's nearest false neighbour, then each one's second, and so on; of the last ones the most similar."""
-        M, labels, k, src = len(features), self.labels.to(features.device), 2 * self.false // len(features) + 2, ()
-        while len(src) < self.false:  # where a few images only have other labels, lists have to be longer
+    def _near(self, features: Tensor, right: bool, number: int, tick: Tick | None) -> tuple[Tensor, Tensor]:
+        """Pairs [number]: each image's nearest of its label or of another, then each one's second, and so on; of the last ones the most similar."""
+        M, labels, k, src = len(features), self.labels.to(features.device), 2 * number // len(features) + 2, ()
+        while len(src) < number:  # where a few images only have such partners, lists have to be longer
             k = min(k, M - 1)
-            block = lambda anchors, number: nearest_false(features, labels, anchors, k, tick)  # noqa: B023
+            block = lambda anchors, _: nearest_by_label(features, labels, anchors, right, k, tick)  # noqa: B023
             anchors, cosine, near = (dist.all_gather_rows(x) for x in over_blocks(M, features.device, block, tick))
             found = cosine > -torch.inf
             sureness = cosine / 4 - torch.arange(k, device=features.device)  # |cosine| <= 1: it decides within a place only
             src, dst, (sureness,) = distinct_edges(M, anchors[:, None].expand_as(found)[found], near[found], [sureness[found]], undirected=True)
             k *= 2
-        chosen = sureness.sort(descending=True, stable=True).indices[: self.false]
+        chosen = sureness.sort(descending=True, stable=True).indices[:number]
         return src[chosen].cpu(), dst[chosen].cpu()
 
     def state_dict(self) -> dict:
@@ -115,17 +117,18 @@ def _first_of_each(key: Tensor) -> Tensor:
     return key[order[new].sort().values]
 
 
-def nearest_false(features: Tensor, labels: Tensor, anchors: Tensor, k: int, tick: Tick | None = None) -> tuple[Tensor, Tensor]:
-    """anchors [N] -> cosine [N, k] and image [N, k] of the most similar images of another label; -inf where there are no more."""
+def nearest_by_label(features: Tensor, labels: Tensor, anchors: Tensor, same: bool, k: int, tick: Tick | None = None) -> tuple[Tensor, Tensor]:
+    """anchors [N] -> cosine [N, k] and image [N, k] of the most similar others of the same label, or of another; -inf where there are no more."""
     cosine, near = features.new_empty(len(anchors), 0, dtype=torch.float32), anchors.new_empty(len(anchors), 0)
     queries, own = features[anchors], labels[anchors]
     for start in range(0, len(features), _COLUMNS):
         if tick is not None:
             tick()
         here = labels[start : start + _COLUMNS]
+        images = torch.arange(start, start + len(here), device=features.device)
         scores = (queries @ features[start : start + _COLUMNS].T).float()  # [N, columns]
-        scores.masked_fill_((own[:, None] == here) | (own[:, None] < 0) | (here < 0), -torch.inf)
-        value, at = scores.topk(min(k, scores.shape[1]), dim=1)
+        allowed = ((own[:, None] == here) == same) & (own[:, None] >= 0) & (here >= 0) & (anchors[:, None] != images)
+        value, at = scores.masked_fill_(~allowed, -torch.inf).topk(min(k, scores.shape[1]), dim=1)
         cosine, near = torch.cat([cosine, value], 1), torch.cat([near, at + start], 1)
         cosine, keep = cosine.topk(min(k, cosine.shape[1]), dim=1)
         near = near.gather(1, keep)

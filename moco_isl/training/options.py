@@ -116,6 +116,8 @@ def get_parser(description: str) -> cli.Parser:
     group.add_argument("--oracle-size", type=float, default=5.0, metavar="s", help="its positives an image on average (5)")
     group.add_argument("--oracle-wrong", choices=("uniform", "near"), default="uniform", help="its wrong positives: uniform (default), or near: the most similar "
                        "images of another label, as mining's own mistakes are")
+    group.add_argument("--oracle-right", choices=("uniform", "near"), default="uniform", help="its right positives: uniform (default), or near: the most similar "
+                       "images of the same label, which teach less, as those that mining finds")
     return parser
 
 
