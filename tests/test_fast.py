@@ -183,6 +183,23 @@ def test_softmax_in_one_pass_is_that_of_whole_logits(chunk):
         torch.testing.assert_close(grad, torch.autograd.grad(other, q, retain_graph=True)[0], atol=1e-5, rtol=1e-4)
 
 
+def test_moments_of_a_contiguous_file_are_laid_out_as_the_parameters():
+    """A fused kernel walks through memory: given MoCo's moments as they lie in its files, it would move other weights."""
+    gradients = torch.randn(3, 4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    moved = []
+    for layout, fused in ((torch.contiguous_format, False), (torch.channels_last, True)):
+        weight = torch.nn.Parameter(torch.zeros(4, 3, 2, 2).to(memory_format=layout))
+        optimizer = fast.sgd([weight], 0.1, 0.9, 1e-4, fused)
+        state = optimizer.state_dict() | {"state": {0: {"momentum_buffer": gradients[0].clone()}}}
+        fast.load_optimizer(optimizer, state)
+        assert optimizer.state[weight]["momentum_buffer"].stride() == weight.stride()
+        for gradient in gradients[1:]:
+            weight.grad = gradient.to(memory_format=layout)
+            optimizer.step()
+        moved.append(weight.detach().contiguous())
+    torch.testing.assert_close(*moved)
+
+
 KERNELS = """
 import torch
 from moco_isl.mining import fused, kernels, neighbors

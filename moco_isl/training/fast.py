@@ -42,6 +42,20 @@ def sgd(parameters, lr: float, momentum: float, weight_decay: float, fused: bool
     return torch.optim.SGD(parameters, lr, momentum=momentum, weight_decay=weight_decay, fused=fused or None)
 
 
+@torch.no_grad()
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """`optimizer.load_state_dict(state)`, with what is remembered of a parameter laid out as the parameter is.
+
+    A file of MoCo's holds contiguous moments. A fused kernel goes through the memory of both side by side: of a channels-last parameter it would
+    take other entries' moments, or refuse.
+    """
+    optimizer.load_state_dict(state)
+    for parameter, remembered in optimizer.state.items():
+        for name, value in remembered.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                remembered[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
 def compiled(fn: Callable, wanted: Callable[[torch.Tensor], bool]) -> Callable:
     """fn, compiled for those calls whose first argument is wanted; the others, such as a last, smaller batch or features in eval mode, run as
     they are: each new shape would be a minute of compiling."""

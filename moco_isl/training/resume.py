@@ -11,6 +11,7 @@ from moco_isl import checkpoint, data, dist
 from moco_isl.errors import BadInput
 from moco_isl.isl import ISL
 from moco_isl.training.engine import Position
+from moco_isl.training.fast import load_optimizer
 from moco_isl.training.meters import Averages
 from moco_isl.training.run_folder import newest
 
@@ -154,7 +155,7 @@ class Parts:
         """Take up everything but the model's state from a file of ours. Returns where the run is, and whether it goes on bit for bit: with other ranks than
         those that saved the file it does not."""
         ours = content["isl"]
-        self.optimizer.load_state_dict(content["optimizer"])
+        load_optimizer(self.optimizer, content["optimizer"])
         self.isl.load_state_dict(ours["state"])
         self.miner.load_state_dict(ours["miner"])
         self.scaler.load_state_dict(ours["scaler"])
