@@ -15,7 +15,7 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 if not all((TOOLS / name).is_file() for name in ("ptxas", "cuobjdump")):
     pytest.skip("this Triton comes without NVIDIA's assembler", allow_module_level=True)
 
-from moco_isl.mining import kernels  # noqa: E402
+from moco_isl.mining import kernels
 
 SHARED, REGISTERS, SPILLED = 227 * 1024, 255, 64  # bytes a block of a Hopper chip, registers a thread, bytes a thread that may go to memory
 

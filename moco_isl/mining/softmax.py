@@ -33,7 +33,8 @@ def softmax_pass(
         A feature without any row has lse and top -inf and a mean of NaN.
     """
     if fused and (kernels := kernels_for(rows)) is not None:
-        return kernels.softmax_pass(f, rows, T, absent)
+        with torch.autocast(f.device.type, enabled=False):  # which would join the kernel's shares in half precision
+            return kernels.softmax_pass(f, rows, T, absent)
     mask = None
     if absent is not None:  # the last column takes what stands for none, and is cut off
         mask = torch.zeros(len(absent), len(rows) + 1, dtype=torch.bool, device=f.device).scatter_(1, absent, True)

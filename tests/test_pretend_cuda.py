@@ -1,0 +1,193 @@
+"""What a GPU alone would run, on a CPU that passes for one (tests/pretend_cuda.py): every objective, miner and judge on its device, steps without a wait."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import main_knn
+import main_lincls
+import main_moco_isl
+from benchmarks import growth, step
+from moco_isl import data
+from moco_isl.data.datasets import ImagesInMemory
+from moco_isl.losses import softmax_over
+from moco_isl.mining import PositiveSets, fused, gan, neighbors, softmax
+from moco_isl.training import fast
+from tests.pretend_cuda import CUDA, Generator, OnCuda, pretending
+
+DIGITS = ["--dataset", "digits", "-a", "digits", "--mlp", "--moco-dim", "16", "--moco-k", "256", "-b", "128", "-j", "0", "--seed", "0", "-p", "100", "--epochs", "1"]
+MINED = ["--isl-start", "0", "--isl-budget", "3"]
+
+
+class Kernels:
+    """What the kernels of kernels.py compute, in plain operations."""
+
+    GROUP = 64
+
+    @staticmethod
+    def softmax_pass(f, rows, T, absent=None):
+        assert not torch.is_autocast_enabled("cpu"), "autocast would join the shares in half precision"
+        return softmax.softmax_pass(f, rows.half().float(), T, absent)
+
+    @staticmethod
+    def group_maxima(q, bank):
+        assert q.dtype == bank.dtype == torch.float16 and q.is_contiguous() and bank.is_contiguous()
+        scores = F.pad(q.float() @ bank.float().T, (0, -len(bank) % 64), value=-torch.inf)
+        return scores.view(len(q), -1, 64).amax(2).T.contiguous()
+
+    @staticmethod
+    def rescore(q, bank, groups):
+        at = (groups[:, :, None] * 64 + torch.arange(64, device=bank.device)).flatten(1)
+        scores = torch.einsum("nc,nkc->nk", q.float(), bank[at.clamp(max=len(bank) - 1)].float())
+        return scores.masked_fill(at >= len(bank), -torch.inf)
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    capture = gan.Trainer.capture
+
+    def captured(trainer):  # a real capture takes no step: what this one did is undone
+        before, drawn, cursor, losses = trainer.state(), trainer.generator.get_state(), trainer.cursor.clone(), trainer.losses.clone()
+        capture(trainer)
+        trainer.load(before)
+        trainer.generator.set_state(drawn)
+        trainer.cursor.copy_(cursor), trainer.losses.copy_(losses)
+        trainer.graph.replay = trainer.step
+
+    monkeypatch.setattr(gan.Trainer, "capture", captured)
+    monkeypatch.setattr(gan, "training_search", lambda features: features)  # which a CPU would have in bfloat16
+    monkeypatch.setattr(fused, "_seen_to_work", lambda device: Kernels)
+    with pretending() as seen:
+        yield seen
+
+
+# ---------------------------------------------------------------- the stand-in itself
+
+
+def test_the_stand_in_refuses_what_a_gpu_refuses(seen):
+    here, there = torch.arange(4.0), torch.arange(4.0, device="cuda")
+    assert there.device == CUDA and (there + 1).sum().device == CUDA and there.cpu().device.type == "cpu"
+    assert torch.equal((there + torch.tensor(1.0)).cpu(), here + 1)  # a number may come from the CPU
+    for wrong in (lambda: here + there, lambda: here[there.long()], lambda: torch.cat([there, here]), lambda: there.index_copy(0, torch.tensor([0]), there[:1]),
+                  lambda: torch.rand(2, device="cuda", generator=Generator()), lambda: torch.rand(2, generator=Generator("cuda"))):  # fmt: skip
+        with pytest.raises(RuntimeError):
+            wrong()
+    with pytest.raises(TypeError):
+        there.numpy()
+    seen.waits.clear()
+    assert there[torch.tensor([1])].device == CUDA and not seen.waits
+    float(there[0]), there[there > 1], there.tolist(), there.nonzero(), there.cpu()
+    assert seen.waits == ["__float__", "__getitem__", "tolist", "nonzero", "cpu"]
+    with pytest.raises(RuntimeError, match="captured"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        there.tolist()
+
+
+# ---------------------------------------------------------------- training
+
+
+def waits(seen, flags: list[str], steps: int, folder) -> int:
+    """For how many calls a run of so many steps waits."""
+    seen.waits.clear()
+    assert main_moco_isl.main([*DIGITS, "--device", "cuda", "--max-steps", str(steps), "--out", f"{folder}/{steps}", *flags], stop=lambda: False) == 0
+    return len(seen.waits)
+
+
+RUNS = {"MoCo": ["--fast"], "MoCo, photos": ["--fast", "--no-on-device"], "plain": ["--no-fast"], "ISL": ["--fast", "--miner", "knn", *MINED],
+        "ISL, symmetric": ["--fast", "--symmetric", "--bn-splits", "2", "--miner", "knn", "--isl-half-bank", "--isl-loss", "meanlog", *MINED],
+        "bank objective": ["--fast", "--objective", "bank", "--miner", "knn", *MINED], "rotations": ["--fast", "--objective", "rotnet"]}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_step_waits_for_nothing(seen, name, tmp_path):
+    assert waits(seen, RUNS[name], 1, tmp_path) == waits(seen, RUNS[name], 3, tmp_path)
+
+
+@pytest.mark.parametrize("miner", ["gan", "entropy", "diffusion", "cluster", "average", "oracle"])
+def test_miners_keep_to_the_device(seen, miner, tmp_path):
+    more = {"gan": ["--isl-gan-iters", "40", "--isl-gan-min-iters", "40"], "oracle": ["--research-labels", "--oracle-precision", "0.5", "--oracle-wrong", "near"]}
+    waits(seen, ["--fast", "--miner", miner, *MINED, *more.get(miner, [])], 1, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "1" / "metrics.jsonl").read_text().splitlines()]
+    assert any(line["kind"] == "round" for line in lines)
+
+
+def test_judging_and_going_on_keep_to_the_device(seen, tmp_path):
+    waits(seen, ["--fast", "--miner", "knn", *MINED, "--knn-every", "1", "--knn-holdout", "100"], 2, tmp_path)
+    again = [*DIGITS, "--device", "cuda", "--fast", "--miner", "knn", *MINED, "--knn-every", "1", "--knn-holdout", "100"]
+    assert main_moco_isl.main([*again, "--max-steps", "3", "--out", f"{tmp_path}/2", "--resume", "auto"], stop=lambda: False) == 0
+    file = f"{tmp_path}/2/checkpoint_last.pth.tar"
+    assert main_knn.main(["--pretrained", file, "--dataset", "digits", "--device", "cuda", "-j", "0"]) == 0
+    assert main_lincls.main(["--pretrained", file, "--dataset", "digits", "--device", "cuda", "-j", "0", "--epochs", "1", "--out", f"{tmp_path}/probe"]) == 0
+
+
+@pytest.mark.parametrize("name", ["cifar10", "digits", "folder"])
+def test_augmentation_on_the_device_is_that_on_the_cpu(seen, name):
+    images = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    batches = []
+    for device in ("cpu", "cuda"):
+        augmentation = data.get_augmentation(name, aug_plus=True, size=16, on_device=True)
+        fast.compile_augmentation(augmentation, 16, torch.device(device))
+        dataset = ImagesInMemory(images.clone(), None, None, "random")
+        views, index = next(iter(data.train_loader(dataset, augmentation=augmentation, batch_size=8, seed=0, device=device).epoch(0)))
+        assert all(x.device.type == device for x in (*views, index))
+        batches.append([x.cpu() for x in views])
+    assert not [wait for wait in seen.waits if wait != "cpu"]
+    torch.testing.assert_close(*batches, atol=1e-5, rtol=1e-5)
+
+
+def test_autocast_leaves_the_fused_softmax_alone(seen):
+    f, rows = (F.normalize(torch.randn(n, 16, generator=Generator().manual_seed(n)), dim=1) for n in (6, 200))
+    wanted = softmax_over(f, rows, 0.1, hard=f)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        found = softmax_over(f.to(CUDA), rows.to(CUDA), 0.1, hard=f.to(CUDA), fused=True)
+    for x, y in zip(found, wanted):
+        assert isinstance(x, OnCuda) and x.dtype == torch.float32
+        torch.testing.assert_close(x.cpu(), y, atol=2e-3, rtol=2e-3)
+
+
+# ---------------------------------------------------------------- mining
+
+
+def test_the_fused_search_on_the_device_finds_what_the_plain_one_does(seen):
+    rows = F.normalize(torch.randn(3000, 16, generator=Generator().manual_seed(0)), dim=1)
+    own = torch.arange(40)
+    wanted = neighbors.topk(rows[:40], rows, 5, own)
+    found = neighbors.topk(rows[:40].to(CUDA), rows.to(CUDA), 5, own.to(CUDA))
+    assert torch.equal(found[1].cpu(), wanted[1])
+    torch.testing.assert_close(found[0].cpu(), wanted[0])
+
+
+def test_a_captured_gan_waits_for_nothing_and_learns_what_the_plain_one_does(seen):
+    features = F.normalize(torch.randn(300, 16, generator=Generator().manual_seed(0)), dim=1)
+    src = torch.arange(200)
+    settings = gan.GANSettings(iters=30, min_iters=30, batch=32)
+    nets = []
+    for device in ("cpu", "cuda"):
+        sets = PositiveSets.from_edges(300, src.to(device), (src.to(device) * 7 + 1) % 300)
+        fit = gan.fit_gan(features.to(device), sets, settings, seed=0)
+        nets.append([x.cpu() for x in (*fit.G.state_dict().values(), *fit.D.state_dict().values())])
+    torch.testing.assert_close(*nets, atol=1e-4, rtol=1e-3)
+
+
+def test_gradients_of_the_gan_lie_as_its_weights():
+    """By torch.autograd.grad, which promises nothing of it; the fused optimizer walks through the memory of both."""
+    trainer = gan.Trainer(F.normalize(torch.randn(100, 16), dim=1), PositiveSets.empty(100), gan.GANSettings(batch=16), None, 0)
+    trainer.step()
+    assert all(p.grad.stride() == p.stride() for net in (trainer.G, trainer.D) for p in net.parameters())
+
+
+# ---------------------------------------------------------------- benchmarks
+
+
+def test_growth_keeps_to_the_device(seen, tmp_path):
+    growth.main(["--parts", "loss", "--quick", "--repeats", "1", "--device", "cuda", "--out", str(tmp_path)])
+    rows = json.loads((tmp_path / "growth-loss-h200.json").read_text())["rows"]
+    assert any("fused" in row["what"] for row in rows)
+
+
+@pytest.mark.parametrize("row", ["photos", "bank"])
+def test_steps_keep_to_the_device(seen, row, tmp_path):
+    step.main(["--rows", row, "--quick", "--repeats", "1", "--no-floor", "--device", "cuda", "--out", str(tmp_path)])
+    rows = json.loads((tmp_path / f"step-{row}-h200.json").read_text())["rows"]
+    assert {step.FAST, step.WITH_ISL} <= {found["what"] for found in rows}
