@@ -16,6 +16,7 @@ import argparse
 import math
 import statistics
 import time
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -97,8 +98,8 @@ def measure(loss, bank: torch.Tensor, batch: tuple, repeat: int, device: torch.d
     return {"seconds": statistics.median(seconds), "cpu_seconds": statistics.median(cpu), "all_seconds": seconds, "all_cpu_seconds": cpu, "peak_mib": (peak - before) / 2**20, "error": error.item()}
 
 
-def rows_of(M: int, args: argparse.Namespace, device: torch.device) -> list[dict]:
-    """One row a form that this device and its memory can run."""
+def rows_of(M: int, args: argparse.Namespace, device: torch.device, failed: list[str]) -> Iterator[dict]:
+    """One row a form that this device and its memory can run, as soon as it is measured; why there is none of another goes to `failed`."""
     bank = unit_rows(M, args.dim, device, torch.float32, 0)
     g = torch.Generator(device).manual_seed(1)
     index = torch.randint(M, (args.batch,), device=device, generator=g)
@@ -114,7 +115,11 @@ def rows_of(M: int, args: argparse.Namespace, device: torch.device) -> list[dict
         forms.append(("fused, float16 bank", half, streamed(True)))
     if 6 * 4 * args.batch * M < args.plain_gib * 2**30:
         forms.append(("plain", bank, plain))
-    return [{"form": name, "images": M, **measure(loss, rows, batch, args.repeats, device)} for name, rows, loss in forms]
+    for name, rows, loss in forms:
+        try:
+            yield {"form": name, "images": M, **measure(loss, rows, batch, args.repeats, device)}
+        except Exception as error:  # of memory, a compiler, a driver: the other forms can still be measured
+            failed.append(f"{name}, M = {M:,}, is left out, {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}")
 
 
 def growth(rows: list[dict], name: str) -> float | None:
@@ -137,13 +142,18 @@ def main(argv: list[str] | None = None) -> None:
         args.images, args.batch = [300, 600], 16
     title = f"Exact bank loss, its forms, forward and backward: batch {args.batch}, C {args.dim}, {args.positives} positives and hard positives"
     result = common.Result("bank-loss", title, args.device, COLUMNS)
+    failed = []
     for M in args.images:
-        for row in rows_of(M, args, args.device):
+        for row in rows_of(M, args, args.device, failed):
             result.add({**row, "ms": row["seconds"] * 1e3, "cpu_ms": row["cpu_seconds"] * 1e3, "n": args.repeats, "error": f"{row['error']:.1e}"})
     for name in dict.fromkeys(row["form"] for row in result.rows):
         if (b := growth(result.rows, name)) is not None:
             result.note(f"{name}: seconds ~ M^b, b = {b:.2f}")
+    for text in failed:
+        result.note(text)
     common.end(args, result)
+    if failed:
+        raise RuntimeError(failed[0])
 
 
 if __name__ == "__main__":

@@ -94,8 +94,9 @@ def measure_mining(args: argparse.Namespace, result: common.Result) -> None:
 def measure_loss(args: argparse.Namespace, result: common.Result) -> None:
     flags = argparse.Namespace(dim=C, batch=args.batch, positives=32, half=False, plain_gib=0.0, repeats=args.repeats)
     found: dict[str, list] = {}
+    failed: list[str] = []
     for M in args.images or LOSS_SIZES[args.device.type]:
-        for row in bank_loss.rows_of(M, flags, args.device):
+        for row in bank_loss.rows_of(M, flags, args.device, failed):
             more = {"bar": BARS["loss"][0], "goal": BARS["loss"][1]} if row["form"].startswith("fused") and M == 1_281_167 else {}
             timing = common.Timing(row["all_cpu_seconds" if common.by_cpu_time(args.device) else "all_seconds"])
             peak = row["peak_mib"] / 1024 if args.device.type == "cuda" else 0.0  # too little to be seen in a process's memory
@@ -103,6 +104,10 @@ def measure_loss(args: argparse.Namespace, result: common.Result) -> None:
             found.setdefault(row["form"], []).append((M, timing.median, peak))
     for form, points in found.items():
         add_exponents(result, f"bank loss, {form}", points)
+    for text in failed:
+        result.note(text)
+    if failed:
+        raise RuntimeError(failed[0])
 
 
 def add_exponents(result: common.Result, what: str, points: list[tuple[int, float, float]]) -> None:

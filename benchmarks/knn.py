@@ -79,11 +79,13 @@ def main(argv: list[str] | None = None) -> None:
         M, Q, args.dims, args.k = 400, 20, args.dims[:1], 10
     dtype = (torch.float16 if gpu else torch.bfloat16) if args.half else torch.float32
     result = common.Result("knn", "Weighted kNN, searching and voting", args.device, COLUMNS)
-    for dim in args.dims:
-        result.add(measure(M, Q, dim, args.k, args.device, dtype, args.repeats))
-    if common.by_cpu_time(args.device):
-        result.note(common.BY_CPU_TIME)
-    common.end(args, result)
+    try:
+        for dim in args.dims:
+            result.add(measure(M, Q, dim, args.k, args.device, dtype, args.repeats))
+    finally:  # what was measured before an error is not lost
+        if common.by_cpu_time(args.device):
+            result.note(common.BY_CPU_TIME)
+        common.end(args, result)
 
 
 if __name__ == "__main__":

@@ -219,10 +219,13 @@ def build_all(work: Work, device: torch.device, result: common.Result, only: set
 
 
 def measure(name: str, work: Work, device: torch.device, args: argparse.Namespace) -> Iterator[common.Result]:
-    """The table, and with --profile a second one; each as soon as it is done. Raises RuntimeError at the end where a form is missing."""
+    """The table, once more with the floor, and with --profile a second one; each as soon as it is done. Raises RuntimeError at the end where a
+    form is missing."""
     title = f"{work.title}: {work.arch}, {work.size} px, batch {work.N}, " + (f"M {work.M:,}" if work.bank else f"K {work.K:,}")
     result = common.Result(f"step-{name}", title, device)
     turns, memory, failed = build_all(work, device, result)
+    if not turns:
+        raise RuntimeError(f"could not be had: {', '.join(failed)}")
     timings = common.in_turns(turns, device, args.repeats, warmup=0, cpu_time=common.by_cpu_time(device))
     first = next(iter(turns))
     bar, goal = BARS[name] if device.type == "cuda" and replace(work, steps=0) == replace(ROWS[name], steps=0) else (None, None)
@@ -232,6 +235,15 @@ def measure(name: str, work: Work, device: torch.device, args: argparse.Namespac
         result.add(timing.row(form, images_per_s=work.N / timing.median, memory_gib=memory[form], **more), of=None if form == first else first)
     if {FAST, WITH_ISL} <= timings.keys():
         add_overhead(result, timings)
+    result.note(f"a turn is {work.steps} step{'s' * (work.steps > 1)}; all forms in turns in one process; "
+                + ("the same two random views at every step" if work.photos else "random images on the device, augmentation included")
+                + ("" if work.bank else f"; ISL on: sets of {P} on average, P {P}, hard positives, bank update, queue mask, M = {work.M:,}"))  # fmt: skip
+    if work.bank:
+        result.note(f"ISL on: sets of {P} on average, P {P}, hard positives, and a second view of every image made; without: Instance, which has no use for one")
+    if common.by_cpu_time(device):
+        result.note(common.BY_CPU_TIME)
+        result.note("on a CPU --fast stands for augmentation on the device alone, which all forms have here: the two rows differ by noise")
+    yield result
     if not args.no_floor:
         one = replace(work, steps=1)
         model, optimizer = our_model(one, device, False)
@@ -244,15 +256,7 @@ def measure(name: str, work: Work, device: torch.device, args: argparse.Namespac
             result[FAST]["floor"] = max(row["value"] for row in rows)
         for row in rows:
             result.add(row)
-    result.note(f"a turn is {work.steps} step{'s' * (work.steps > 1)}; all forms in turns in one process; "
-                + ("the same two random views at every step" if work.photos else "random images on the device, augmentation included")
-                + ("" if work.bank else f"; ISL on: sets of {P} on average, P {P}, hard positives, bank update, queue mask, M = {work.M:,}"))  # fmt: skip
-    if work.bank:
-        result.note(f"ISL on: sets of {P} on average, P {P}, hard positives, and a second view of every image made; without: Instance, which has no use for one")
-    if common.by_cpu_time(device):
-        result.note(common.BY_CPU_TIME)
-        result.note("on a CPU --fast stands for augmentation on the device alone, which all forms have here: the two rows differ by noise")
-    yield result
+        yield result
     if args.profile:
         yield profiling.result_of(name, title, {form: turns[form] for form in (first, FAST) if form in turns}, work.steps, device)
     if failed:

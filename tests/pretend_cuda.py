@@ -83,9 +83,10 @@ class Pretend(TorchFunctionMode):
             raise RuntimeError(f"{name}: expected a generator of the tensor's device, got one of {generator.on.type}")
         if on:
             self._same_device(name, tensors, args)
-            if name in READS or name in ("__getitem__", "__setitem__") and _by_mask(args[1]):
-                if not (name == "repeat_interleave" and ("output_size" in kwargs or isinstance(args[1], int))):
-                    self.wait(name)
+            by_mask = name in ("__getitem__", "__setitem__") and _by_mask(args[1])
+            known = name == "repeat_interleave" and ("output_size" in kwargs or isinstance(args[1], int))  # how many there will be
+            if (name in READS or by_mask) and not known:
+                self.wait(name)
         with torch._C.DisableTorchFunctionSubclass():
             out = func(*args, **kwargs)
         if isinstance(out, OnCuda) and not target:

@@ -108,6 +108,24 @@ def test_a_form_that_fails_costs_no_other(tmp_path, monkeypatch):
     assert list(rows(facts))[:2] == ["ours, plain", "ours, fast"] and "as published is left out, RuntimeError: no such device" in facts["notes"]
 
 
+def test_a_form_of_the_loss_that_fails_costs_no_other(tmp_path, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("out of memory\nand a long story")
+
+    monkeypatch.setattr(bank_loss, "streamed", lambda fused: fails)
+    with pytest.raises(RuntimeError, match="streamed, M = 300, is left out, RuntimeError: out of memory"):
+        written(bank_loss.main, tmp_path, "--half")
+    facts = json.loads((tmp_path / "bank-loss-cpu.json").read_text())
+    assert {row["form"] for row in facts["rows"]} == {"half whole", "plain"} and sum("is left out" in note for note in facts["notes"]) == 4
+
+
+def test_the_table_is_there_before_its_floor(tmp_path, monkeypatch):
+    monkeypatch.setattr(step, "floor_rows", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        written(step.main, tmp_path, "--rows bank")
+    assert json.loads((tmp_path / "step-bank-cpu.json").read_text())["rows"]
+
+
 def test_step_of_the_bank_objective(tmp_path):
     assert list(rows(written(step.main, tmp_path, "--rows bank --no-floor")["step-bank-cpu.json"]))[:3] == ["ours, plain", "ours, fast", "ours, fast, ISL on"]
 
@@ -194,12 +212,12 @@ def test_kernels_are_put_together_by_what_they_do(kernel, kind):
 def test_parts_that_fail_or_hang_cost_no_other(tmp_path, monkeypatch, capfd):
     (tmp_path / "part_good.py").write_text("print('a part that ran')")
     (tmp_path / "part_bad.py").write_text("raise SystemExit(3)")
-    (tmp_path / "part_slow.py").write_text("import signal; signal.pause()")
+    (tmp_path / "part_slow.py").write_text("import signal\ntry:\n    signal.pause()\nfinally:\n    print('written in time')")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     monkeypatch.setattr(bench, "CPU", {"slow": ("part_slow", 1), "bad": ("part_bad", 60), "good": ("part_good", 60)})
     assert bench.main(["--device", "cpu", "--out", str(tmp_path)]) == 1
     said = capfd.readouterr().out
-    assert "a part that ran" in said and "good: done" in said and "bad: exit code 3" in said and "slow: not done after 1 s" in said
+    assert "a part that ran" in said and "good: done" in said and "bad: exit code 3" in said and "slow: not done after 1 s" in said and "written in time" in said
     assert bench.main(["--device", "cpu", "--out", str(tmp_path), "--only", "good"]) == 0
     assert bench.main(["--device", "cpu", "--out", str(tmp_path), "--minutes", "0"]) == 1 and "left out: no time" in capfd.readouterr().out
 
