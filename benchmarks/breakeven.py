@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import itertools
 import json
+import math
 import os
 import random
 import shlex
@@ -24,7 +25,6 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,6 +84,9 @@ class Point:
 
 
 def setting(args: argparse.Namespace) -> Setting:
+    """Of the arguments of `shared_parser`. Raises BadInput where the data set and DIR do not fit."""
+    if (args.data is None) != (args.dataset == "digits"):
+        raise BadInput(f"--dataset {args.dataset} and DIR {args.data}: expected a DIR with every data set but the digits")
     where = ["--dataset", args.dataset, *([args.data] if args.data else [])]
     if args.dataset == "digits":
         given, start, go_on, k = [*where, *demo.COMMON[2:]], demo.PRETRAIN, demo.CONTINUE, 50
@@ -91,17 +94,19 @@ def setting(args: argparse.Namespace) -> Setting:
         given, start, go_on, k = [*where, *SMALL_IMAGES], ["--epochs", "200", "--lr", "0.06"], ["--epochs", "100", "--lr", "0.02"], 200
     if args.quick:
         start, go_on = [*start, "--epochs", "2"], [*go_on, "--epochs", "2"]
-    if args.epochs:
-        go_on = [*go_on, "--epochs", str(args.epochs)]
+    for name in ("epochs", "lr"):
+        if getattr(args, name) is not None:
+            go_on = [*go_on, f"--{name}", str(getattr(args, name))]
     return Setting([*given, "--device", str(args.device), *shlex.split(args.flags)], start, go_on, k)
 
 
 class Runs:
     """The runs in a folder: those that have ended by their files, the others when they are asked for."""
 
-    def __init__(self, folder: Path, setting: Setting, device: torch.device, wrong: str, right: str, every: int, init: str | None, stop: Callable[[], bool] | None):
-        self.folder, self.setting, self.init, self.stop = folder, setting, init, stop
-        self.wrong, self.right, self.every = wrong, right, every
+    def __init__(self, folder: Path, setting: Setting, device: torch.device, init: str | None = None, minutes: float | None = None):
+        self.folder, self.setting, self.init = folder, setting, init
+        end = math.inf if minutes is None else time.monotonic() + 60 * minutes
+        self.stop = lambda: time.monotonic() > end
         self.judge = Judge(setting, device)
         self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -113,13 +118,8 @@ class Runs:
         self._run(name, [*self.setting.start, "--seed", str(seed)], keep=True)
         return str(self.folder / name / "checkpoint_last.pth.tar")
 
-    def point(self, point: Point) -> dict:
-        """Its figures. Raises Interrupted where time is over first."""
-        name = point.name if point.form is None or self.right == "uniform" else f"{point.name}-right-{self.right}"
-        return self.go_on(name, point.seed, point.flags(self.wrong, self.right, self.every))
-
     def go_on(self, name: str, seed: int, flags: list[str], keep: bool = False) -> dict:
-        """Figures of a continuation with these flags. keep: its folder stays."""
+        """Figures of a continuation with these flags. keep: its folder stays. Raises Interrupted where time is over first."""
         return self._run(name, [*self.setting.go_on, "--init", self.start(seed), "--seed", str(seed), *flags], keep)
 
     def _run(self, name: str, flags: list[str], keep: bool = False) -> dict:
@@ -257,7 +257,9 @@ class Study:
                             self._take(Point(seed, form, size, precision))
 
     def _take(self, point: Point) -> None:
-        self.figures[point] = self.runs.point(point)
+        args = self.args
+        name = point.name if point.form is None or args.right == "uniform" else f"{point.name}-right-{args.right}"
+        self.figures[point] = self.runs.go_on(name, point.seed, point.flags(args.wrong, args.right, args.every))
 
     def gains(self, form: str, size: float, metric: str | None = None) -> Gains:
         found: Gains = {}
@@ -334,24 +336,31 @@ def draw(study: Study, path: Path) -> None:
         figure.savefig(path, format="svg", metadata={"Date": None})
 
 
-def get_parser() -> argparse.ArgumentParser:
-    parser = common.parser(__doc__)
+def shared_parser(description: str) -> argparse.ArgumentParser:
+    """The flags of all studies that go on from converged checkpoints."""
+    parser = common.parser(description)
     parser.add_argument("data", metavar="DIR", nargs="?", help="as main_moco_isl.py takes it; none with the digits")
     parser.add_argument("--dataset", default="digits", choices=data.NAMES, help="(digits)")
     parser.add_argument("--init", metavar="FILE", help="a converged checkpoint to start all from, instead of one made here for each seed")
     parser.add_argument("--flags", default="", metavar='"..."', help="more flags of main_moco_isl.py for every run, in quotes")
+    parser.add_argument("--epochs", type=int, help="of a continuation (60 on the digits, 100 elsewhere)")
+    parser.add_argument("--lr", type=float, help="of a continuation (0.02)")
+    parser.add_argument("--every", type=int, default=20, help="epochs after which sets are drawn or mined anew (20)")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--minutes", type=float, help="stop after as many; what is there then is shown, and the same command goes on")
+    parser.add_argument("--folder", type=Path, help="where the runs go (runs/breakeven/<data set>)")
+    return parser
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = shared_parser(__doc__)
     parser.add_argument("--precisions", type=float, nargs="+", default=PRECISIONS)
     parser.add_argument("--sizes", type=float, nargs="+", default=SIZES)
     parser.add_argument("--losses", nargs="+", choices=FORMS, default=list(FORMS))
     parser.add_argument("--wrong", choices=("near", "uniform"), default="near", help="wrong positives (near)")
     parser.add_argument("--right", choices=("near", "uniform"), default="uniform", help="right positives: anywhere in the class, or near, as mined ones are (uniform)")
-    parser.add_argument("--epochs", type=int, help="of a continuation (60 on the digits, 100 elsewhere)")
-    parser.add_argument("--every", type=int, default=20, help="epochs after which the oracle draws anew (20)")
-    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--refine", type=int, default=2, metavar="n", help="how often to go closer to the crossings (2)")
     parser.add_argument("--metric", choices=METRICS, default="knn", help="what break-even is read off; all are shown (knn)")
-    parser.add_argument("--minutes", type=float, help="stop after as many; what is there then is shown, and the same command goes on")
-    parser.add_argument("--folder", type=Path, help="where the runs go (runs/breakeven/<data set>)")
     return parser
 
 
@@ -360,13 +369,9 @@ def main(argv: list[str] | None = None) -> int:
     common.begin(args)
     if args.quick:
         args.precisions, args.sizes, args.losses, args.seeds, args.refine = [0.95, 0.5], [5.0], ["meanlog"], min(args.seeds, 2), 0
-    end = None if args.minutes is None else time.monotonic() + 60 * args.minutes
-    stop = None if end is None else lambda: time.monotonic() > end
     folder, whole = args.folder or Path("runs/breakeven") / args.dataset, True
     try:
-        if (args.data is None) != (args.dataset == "digits"):
-            raise BadInput(f"--dataset {args.dataset} and DIR {args.data}: expected a DIR with every data set but the digits")
-        study = Study(Runs(folder, setting(args), args.device, args.wrong, args.right, args.every, args.init, stop), args)
+        study = Study(Runs(folder, setting(args), args.device, args.init, args.minutes), args)
         print(f"Positives of known precision, {args.dataset}, runs in {folder}", flush=True)
         try:
             study.run()

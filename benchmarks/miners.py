@@ -252,8 +252,8 @@ def from_file(args: argparse.Namespace) -> list[Source]:
 
 def of_digits(args: argparse.Namespace) -> list[Source]:
     """The train images by the converged MoCo v2 of each seed after 20 more epochs, with the features before those."""
-    setting = breakeven.setting(argparse.Namespace(dataset="digits", data=None, device=args.device, quick=args.quick, epochs=20, flags=""))
-    runs, sources = breakeven.Runs(args.starts, setting, args.device, "near", "uniform", 20, None, None), []
+    setting = breakeven.setting(argparse.Namespace(dataset="digits", data=None, device=args.device, quick=args.quick, epochs=20, lr=None, flags=""))
+    runs, sources = breakeven.Runs(args.starts, setting, args.device), []
     for seed in range(max(1, args.gan)):
         start = runs.start(seed)
         runs.go_on(f"gain0-{seed}", seed, ["--miner", "none"], keep=True)

@@ -67,7 +67,7 @@ def test_scores_are_of_the_pair_with_each_of_its_negatives(lists):
             proxy = fit.G(a, a, n)[0]
             for place in (0, 40):
                 p = lists.features[lists.near[i, place]]
-                assert float(scores[i, place, t]) == pytest.approx(float(fit.D(a, p[None], n)), abs=1e-5)
+                assert float(scores[i, place, t]) == pytest.approx(fit.D(a, p[None], n).item(), abs=1e-5)
                 assert float(cosines[i, place, t]) == pytest.approx(float(proxy @ p), abs=1e-5)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import main_moco_isl
-from benchmarks import breakeven
+from benchmarks import breakeven, gain
 from benchmarks.breakeven import bootstrap, closer, crossing, monotone
 from moco_isl.report.verdict import breakeven_of, read_breakeven
 from moco_isl.training.options import check_args
@@ -86,6 +86,31 @@ def test_a_study_is_made_once_and_goes_on(tmp_path, monkeypatch):
     assert written(again, "breakeven-digits-gains")["rows"] == result["rows"]
     assert breakeven.main([*command, "--every", "7"]) == 2, "other flags under the same name"
     assert Path(tmp_path / "runs" / "start-0" / "checkpoint_last.pth.tar").exists()
+
+
+def test_gains_have_a_row_each_beside_their_break_even(tmp_path):
+    command = ["--quick", "--seeds", "1", "--device", "cpu", "--folder", str(tmp_path / "runs"), "--out", str(tmp_path), "--flags", "--knn-holdout 1000"]
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "breakeven.json").write_text('{"meanlog": {"5": 0.43, "20": 0.9}}')
+    assert gain.main([*command, "--rows", "own"]) == 0
+    rows = written(tmp_path, "gain-digits")["rows"]
+    assert [row["row"] for row in rows] == ["no mining", "own nearest (knn)"]
+    assert rows[0]["gain"] is None and rows[0]["breakeven"] is None
+    figures = [json.loads((tmp_path / "runs" / f"gain{i}-0.json").read_text()) for i in (0, 1)]
+    assert float(rows[1]["gain"]) == pytest.approx(figures[1]["knn"] - figures[0]["knn"], abs=0.051)
+    assert (rows[1]["size"], rows[1]["breakeven"]) == ("10.00", "0.90") and float(rows[1]["precision"]) == pytest.approx(figures[1]["rounds"][-1]["precision"], abs=0.006)
+    assert 10 < float(rows[1]["linear"]) <= 100
+    assert gain.main(["--dataset", "cifar10", "--device", "cpu", "--folder", str(tmp_path / "no")]) == 2
+
+
+@pytest.mark.parametrize("dataset", ["digits", "cifar10"])
+def test_rows_of_the_gain_are_flags_that_the_script_takes(dataset):
+    args = breakeven.shared_parser("").parse_args(["--dataset", dataset, *(["somewhere"] if dataset != "digits" else []), "--device", "cpu"])
+    setting = breakeven.setting(args)
+    for title, row in gain.rows_of(args).items():
+        flags = main_moco_isl.get_parser().parse_args([*setting.common, *setting.go_on, *row, "--seed", "1"])
+        check_args(flags)
+        assert (flags.isl_budget, flags.isl_loss) == ((10, "meanlog") if dataset == "digits" else (5, "logsum")) or title == "no mining"
 
 
 def test_right_positives_that_are_near_have_runs_and_results_of_their_own(tmp_path):
