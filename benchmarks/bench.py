@@ -93,11 +93,11 @@ def main(argv: list[str] | None = None) -> int:
             continue
         since = time.perf_counter()
         said[name] = end(start(part, more), min(most, left())) or f"done in {time.perf_counter() - since:.0f} s"
-    if args.out == common.RESULTS:
-        results.main([])
     print(f"\n{(time.perf_counter() - began) / 60:.1f} minutes")
     for name, text in said.items():
-        print(f"  {name}: {text}")
+        print(f"  {name}: {text}", flush=True)
+    if args.out == common.RESULTS:
+        results.main([])
     return int(any(not text.startswith("done") for text in said.values()))
 
 

@@ -273,7 +273,7 @@ def test_a_captured_iteration_trains_and_draws_anew():
     sets = some_sets(3000, 2000).to("cuda")
     trainer = gan.Trainer(features, sets, GANSettings(batch=100), None, seed=0)
     for _ in range(3):
-        trainer.step()
+        trainer.run()
     trainer.capture()
     trainer.read_losses(1)
     seen, weights = [], trainer.state()
