@@ -9,7 +9,8 @@ Rows: own nearest (directed edges), then pairs of the whole data set, the surest
   shared neighbours          by how many of the 20 nearest they share, then by cosine
   mutual rank                by the worse of the two places that they have in each other's lists
   CSLS                       by twice the cosine less each image's mean cosine to its 10 nearest
-  neighbourhood means        by the cosine of the means over their nearest (--miner average), 20 and 50 of them; and with an in-degree cap
+  neighbourhood means        by the cosine of the means over their nearest (--miner average), 20 and 50 of them; with an in-degree cap; and
+                             weighed: a pair counts by how right the estimate without labels holds it for
   two snapshots              by the worse cosine of two snapshots of the encoder, where the features of an earlier one are there (the digits)
   GAN, published             each anchor's images nearest to its best proxy (directed edges, Eq. 3 without a radius)
   GAN, surest pairs          the same pairs, those nearest to their proxy first
@@ -37,6 +38,7 @@ from benchmarks.mining import load_features
 from moco_isl.errors import BadInput
 from moco_isl.mining.average import neighbourhood_means
 from moco_isl.mining.edges import under_cap
+from moco_isl.mining.estimate import pair_precision
 from moco_isl.mining.gan import GANFit, GANSettings, Trainer, fit_gan
 from moco_isl.mining.miners import best_proxies
 from moco_isl.mining.neighbors import topk
@@ -44,7 +46,7 @@ from moco_isl.mining.positives import PositiveSets, distinct_edges, same_label
 from moco_isl.mining.triplets import TripletSampler
 
 Tensor = torch.Tensor
-Pairs = tuple[Tensor, Tensor]  # surest first
+Pairs = tuple[Tensor, ...]  # images a [U], b [U], surest first; and where pairs do not count alike their weights [U]
 SIZES = [0.5, 1, 2, 5, 10, 20, 50]
 K, SHARED, CAP, TRIPLETS = 100, 20, 100, 5
 KINDS = {"spectral norm": gans.SpectralNorm, "gradient penalty": gans.GradientPenalty, "graded negatives": gans.GradedNegatives}
@@ -113,6 +115,8 @@ def without_gan(lists: Lists, before: Tensor | None) -> dict[str, Pairs]:
     a, b = rows["neighbourhood means of 50"]
     taken = under_cap(a, b, room)
     rows[f"  of 50, in-degree at most {CAP}"] = a[taken], b[taken]
+    most = round(SIZES[-1] * lists.M / 2)
+    rows["  of 50, weighed"] = a[:most], b[:most], pair_precision(lists.features, a[:most], b[:most])
     if before is not None:
         rows["two snapshots"] = lists.pairs(torch.minimum(cosine, lists.cosine_in(before)))
     return rows
@@ -178,13 +182,15 @@ def directed(near: Tensor, labels: Tensor) -> dict[str, dict]:
             for s in map(int, SIZES) if 1 <= s <= near.shape[1]}  # fmt: skip
 
 
-def undirected(a: Tensor, b: Tensor, labels: Tensor) -> dict[str, dict]:
+def undirected(a: Tensor, b: Tensor, weight: Tensor | None = None, *, labels: Tensor) -> dict[str, dict]:
     """Figures of the first s M / 2 of some pairs, where there are as many."""
     M, same, found = len(labels), same_label(labels, a, b), {}
+    weight = torch.where(same.isnan(), 0, torch.ones_like(same) if weight is None else weight)
+    right = same.nan_to_num() * weight
     for size in SIZES:
         if (n := round(size * M / 2)) <= len(a):
             degree = torch.bincount(torch.cat([a[:n], b[:n]]), minlength=M)
-            found[f"{size:g}"] = {"precision": float(same[:n].nanmean()), "coverage": float((degree > 0).float().mean()), "hub": int(degree.max())}
+            found[f"{size:g}"] = {"precision": float(right[:n].sum() / weight[:n].sum()), "coverage": float((degree > 0).float().mean()), "hub": int(degree.max())}
     return found
 
 
@@ -195,7 +201,7 @@ def study(sources: list[Source], seeds: int, iters: int | None, folder: Path) ->
     for source, lists in zip(sources, all_lists):
         rows.setdefault("own nearest", []).append(directed(lists.near, source.labels))
         for name, pairs in without_gan(lists, source.before).items():
-            rows.setdefault(name, []).append(undirected(*pairs, source.labels))
+            rows.setdefault(name, []).append(undirected(*pairs, labels=source.labels))
     for seed in range(seeds):
         at = seed % len(sources)
         found, least = _seed(sources[at], all_lists[at], seed, iters, folder)
@@ -204,7 +210,7 @@ def study(sources: list[Source], seeds: int, iters: int | None, folder: Path) ->
             rows.setdefault(name, []).append(figures)
             print(f"  seed {seed}: {name}", *(f"{100 * f['precision']:.1f}" for f in figures.values()), flush=True)
     if seeds > 1 and len(sources) == 1:
-        rows["GAN, all seeds agree"] = [undirected(*all_lists[0].pairs(torch.stack(worst).amin(0)), sources[0].labels)]
+        rows["GAN, all seeds agree"] = [undirected(*all_lists[0].pairs(torch.stack(worst).amin(0)), labels=sources[0].labels)]
     return rows
 
 
@@ -218,7 +224,7 @@ def _seed(source: Source, lists: Lists, seed: int, iters: int | None, folder: Pa
             raise BadInput(f"{done} is of other features or iterations: expected {key}, it has {kept['key']}; choose another --folder, or remove it")
         return json.loads(kept["figures"]), kept["worst"].float().to(lists.near.device)
     pairs, near, worst = with_gan(lists, seed, iters)
-    figures = {"GAN, published": directed(near, source.labels), **{name: undirected(*p, source.labels) for name, p in pairs.items()}}
+    figures = {"GAN, published": directed(near, source.labels), **{name: undirected(*p, labels=source.labels) for name, p in pairs.items()}}
     folder.mkdir(parents=True, exist_ok=True)
     torch.save({"key": key, "figures": json.dumps(figures), "worst": worst.half().cpu()}, done.with_suffix(".tmp"))
     done.with_suffix(".tmp").replace(done)

@@ -39,12 +39,20 @@ def test_shared_and_mutual_ranks_equal_loops(lists):
 def test_figures_of_pairs_equal_loops(lists):
     labels = torch.arange(lists.M) % 5
     a, b = lists.pairs(lists.cosine)
-    figures = miners.undirected(a, b, labels)
+    figures = miners.undirected(a, b, labels=labels)
     for size in (1, 5):
         first = list(zip(a.tolist(), b.tolist()))[: round(size * lists.M / 2)]
         degree = [sum(i in pair for pair in first) for i in range(lists.M)]
         assert figures[f"{size}"]["precision"] == pytest.approx(sum(i % 5 == j % 5 for i, j in first) / len(first))
         assert figures[f"{size}"]["hub"] == max(degree) and figures[f"{size}"]["coverage"] == pytest.approx(sum(d > 0 for d in degree) / lists.M)
+    weight = torch.rand(len(a), generator=torch.Generator().manual_seed(0))
+    total, right = 0.0, 0.0
+    for i, j, w in list(zip(a.tolist(), b.tolist(), weight.tolist()))[: round(2 * lists.M / 2)]:
+        total, right = total + w, right + w * (i % 5 == j % 5)
+    assert miners.undirected(a, b, weight, labels=labels)["2"]["precision"] == pytest.approx(right / total, rel=1e-5)
+    unknown = torch.where(torch.arange(lists.M) < 20, -1, labels)  # pairs of an image without a label do not count
+    known = [(i, j) for i, j in list(zip(a.tolist(), b.tolist()))[: lists.M] if min(i, j) >= 20]
+    assert miners.undirected(a, b, labels=unknown)["2"]["precision"] == pytest.approx(sum(i % 5 == j % 5 for i, j in known) / len(known))
     own = miners.directed(lists.near, labels)
     assert own["2"]["precision"] == pytest.approx(sum(i % 5 == j % 5 for i, row in enumerate(lists.near.tolist()) for j in row[:2]) / (2 * lists.M))
 
@@ -68,13 +76,13 @@ def test_scores_are_of_the_pair_with_each_of_its_negatives(lists):
             for place in (0, 40):
                 p = lists.features[lists.near[i, place]]
                 assert float(scores[i, place, t]) == pytest.approx(fit.D(a, p[None], n).item(), abs=1e-5)
-                assert float(cosines[i, place, t]) == pytest.approx(float(proxy @ p), abs=1e-5)
+                assert float(cosines[i, place, t]) == pytest.approx((proxy @ p).item(), abs=1e-5)
 
 
 def test_every_row_has_its_figures(lists, tmp_path):
     source = miners.Source(lists.features, torch.arange(lists.M) % 5, lists.features.roll(1, 1))
     rows = miners.study([source], 2, 5, tmp_path)
-    assert len(rows) == 19 and all("5" in seed for seeds in rows.values() for seed in seeds)
+    assert len(rows) == 20 and all("5" in seed for seeds in rows.values() for seed in seeds)
     assert len(rows["GAN, published"]) == 2 and rows["GAN, published"][0] != rows["GAN, published"][1]
     again = miners.study([source], 2, 5, tmp_path)  # from its files
     assert {name: seeds for name, seeds in again.items() if "all seeds" not in name} == {name: seeds for name, seeds in rows.items() if "all seeds" not in name}
