@@ -27,6 +27,10 @@ class FeatureBank:
         """Rows of index [...], as float32 [..., C]."""
         return self.rows[index].float()
 
+    def mean(self, most: int = 1 << 16) -> torch.Tensor:
+        """[C] float32: of all rows, or of up to `most` or so, evenly spread: at every step all of a million would be too many."""
+        return self.rows[:: max(1, len(self.rows) // most)].float().mean(0)
+
     @torch.no_grad()
     def fill(self, features: torch.Tensor) -> None:
         """Overwrite all rows by features [M, C]."""

@@ -13,6 +13,7 @@ Letters: N batch, C feature dimension, K queue length, M images, P positives of 
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from moco_isl import dist
@@ -36,7 +37,7 @@ class ISL:
 
     def __init__(self, model: MoCo | Instance, num_images: int, *, P: int = 32, form: str = "logsum", hpe: float = 0.5, mask: bool = True,
                  bank_mix: float | None = None, symmetric: bool = False, active: bool = True, seed: int = 0,
-                 encode: Callable | None = None, bank_dtype: torch.dtype = torch.float32, fast: bool = False):
+                 recenter: bool = True, encode: Callable | None = None, bank_dtype: torch.dtype = torch.float32, fast: bool = False):
         """
         num_images: M; `index` of a batch counts in 0 .. M - 1.
         P: how many positives of an image a step looks at; a larger set takes turns, one window an epoch.
@@ -44,12 +45,14 @@ class ISL:
         mask: leave the image itself and its set out of its negatives (queue objective).
         bank_mix: mu of Eq. 8; None: 1 around a MoCo (its key encoder averages already), 0.5 around an Instance.
         symmetric: each view is query once and key once (queue objective).
+        recenter: positives are bank rows moved from the bank's mean to the queue's (queue objective).
         bank_dtype: torch.float16 halves the bank's memory and, around an Instance, takes the softmax by half-precision products.
         fast: fused kernels where they work (CUDA), and ranks, which must then have equal batches, exchange features once a step in float16.
         encode: the model's `encode` if it has been wrapped already; None wraps it here where ranks need it.
         """
         self.model, self.queue_objective = model, isinstance(model, MoCo)
         self.P, self.form, self.hpe, self.mask, self.symmetric, self.active = P, form, hpe, mask, symmetric, active
+        self.recenter = recenter
         self.bank_mix = bank_mix if bank_mix is not None else (1.0 if self.queue_objective else 0.5)
         self.fast = fast
         self.encode = encode or distributed_encode(model)
@@ -100,10 +103,11 @@ class ISL:
                 own = torch.ones_like(index[:, None], dtype=torch.bool)
                 absent = self.slots.absent(torch.cat([index[:, None], positives], 1), torch.cat([own, weight > 0], 1))
             if self.positives.num_edges:
-                rows = self.bank.lookup(positives)  # [N, P, C]
+                bank_rows = self.bank.lookup(positives)  # [N, P, C]
+                rows = self._recentered(bank_rows)
                 l_pos = torch.cat([l_own, (q[:, None] * rows).sum(2) / T], dim=1)  # [N, 1 + P]
                 weight = torch.cat([torch.ones_like(l_own), weight], dim=1)
-                hard = self._hard_positive(index, rows, weight[:, 1:], k)
+                hard = self._hard_positive(index, bank_rows, weight[:, 1:], k, rows)
             else:
                 weight = None
         hard = hard if self.active and self.hpe else None
@@ -117,11 +121,24 @@ class ISL:
         self.parts = {"loss": loss.detach(), "isl": isl.detach(), "hpe": hp.detach(), "acc1": acc1.detach()}
         return loss
 
-    def _hard_positive(self, index: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        """[N, C]: the member of each set whose bank row is the least similar to the image's own; the other view's feature for an empty set."""
+    def _recentered(self, rows: torch.Tensor) -> torch.Tensor:
+        """[N, P, C]: rows of the bank with the queue's mean instead of the bank's, unit again.
+
+        Rows are up to an epoch older than the keys of the queue. What all images have moved by since tells every positive from every
+        negative: a query then follows the old mean instead of its positives, and the keys follow it.
+        """
+        if not self.recenter:
+            return rows
+        return F.normalize(rows + (self.model.queue.mean(1) - self.bank.mean()), dim=-1)
+
+    def _hard_positive(self, index: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor, other: torch.Tensor, seen: torch.Tensor | None = None) -> torch.Tensor:
+        """[N, C]: the member of each set whose bank row is the least similar to the image's own; the other view's feature for an empty set.
+
+        rows [N, P, C]: bank rows of the sets; seen [N, P, C]: what is returned of them, themselves where None.
+        """
         cosine = (self.bank.lookup(index)[:, None] * rows).sum(2).masked_fill(weight == 0, torch.inf)  # no product: autocast stays out
         hardest = cosine.argmin(dim=1)
-        chosen = rows[torch.arange(len(rows), device=rows.device), hardest]
+        chosen = (rows if seen is None else seen)[torch.arange(len(rows), device=rows.device), hardest]
         return torch.where((weight > 0).any(1, keepdim=True), chosen, other.float())
 
     def _bank_step(self, im_1: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:

@@ -46,32 +46,52 @@ def test_mask_off_and_no_positives_is_mocos_cross_entropy():
         assert torch.allclose(mine.grad, theirs.grad, atol=1e-6)
 
 
+@pytest.mark.parametrize("recenter", [True, False])
 @pytest.mark.parametrize("form", ["logsum", "meanlog"])
-def test_queue_loss_equals_loops(form):
-    isl = with_sets(form=form, hpe=0.5)
+def test_queue_loss_equals_loops(form, recenter):
+    isl = with_sets(form=form, hpe=0.5, recenter=recenter)
     owner = fill_queue(isl)
     index = torch.tensor([0, 1, 4, 7])  # sets of 2, 1, 3 and none
     q, k = unit(4, 11).requires_grad_(), unit(4, 12)
     loss = isl._queue_loss(q, k, index)
     queue, bank = isl.model.queue, isl.bank.rows
+    shift = sum(queue[:, j] for j in range(K)) / K - sum(bank) / M
+    shown = [(v + shift) / (v + shift).norm() for v in bank] if recenter else bank
     total = 0
     sets = {0: [3, 9], 1: [2], 4: [5, 6, 19], 7: []}
     for row, i in enumerate(index.tolist()):
         kept = [j for j in range(K) if owner[j] != i and owner[j] not in sets[i]]
         assert len(kept) < K
         negative = sum(torch.exp(q[row] @ queue[:, j] / T) for j in kept)
-        positive = [torch.exp(q[row] @ v / T) for v in [k[row], *(bank[j] for j in sets[i])]]
+        positive = [torch.exp(q[row] @ v / T) for v in [k[row], *(shown[j] for j in sets[i])]]
         if form == "logsum":
             total = total - torch.log(sum(positive) / (sum(positive) + negative))
         else:
             total = total - sum(torch.log(p / (sum(positive) + negative)) for p in positive) / len(positive)
-        h = bank[min(sets[i], key=lambda j: float(bank[j] @ bank[i]))] if sets[i] else k[row]
+        h = shown[min(sets[i], key=lambda j: float(bank[j] @ bank[i]))] if sets[i] else k[row]
         p_h = torch.stack([h @ queue[:, j] / T for j in kept]).softmax(0)
         p_i = torch.stack([q[row] @ queue[:, j] / T for j in kept]).softmax(0)
         total = total + 0.5 * sum(p_h * torch.log(p_h / p_i))
     assert loss.item() == pytest.approx(total.item() / 4, abs=1e-5)
     mine, truth = torch.autograd.grad(loss, q, retain_graph=True)[0], torch.autograd.grad(total / 4, q)[0]
     assert torch.allclose(mine, truth, atol=1e-5)
+
+
+def test_positives_move_with_the_keys_that_the_bank_has_not_yet_followed():
+    for recenter in (True, False):
+        isl = with_sets(recenter=recenter)
+        fill_queue(isl)
+        isl.model.queue.copy_(F.normalize(isl.model.queue + unit(1, 99)[0][:, None], dim=0))
+        rows = isl._recentered(isl.bank.rows[None])[0]
+        away, before = (float((x.mean(0) - isl.model.queue.mean(1)).norm()) for x in (rows, isl.bank.rows))
+        assert torch.allclose(rows.norm(dim=1), torch.ones(M)) and before > 0.5
+        assert away < 0.4 * before if recenter else away == before
+
+
+def test_the_mean_of_many_rows_is_of_some_of_them():
+    bank = FeatureBank()
+    bank.fill(unit(M, 0))
+    assert torch.allclose(bank.mean(), bank.rows.mean(0)) and torch.allclose(bank.mean(most=M // 3), bank.rows[::3].mean(0))
 
 
 def test_edge_weights_reach_the_loss():

@@ -76,6 +76,8 @@ def get_parser(description: str) -> cli.Parser:
     group.add_argument("--isl-hpe", type=float, default=0.5, metavar="w", help="weight of hard positive enhancement, Eq. 6 (0.5); 0 turns it off")
     group.add_argument("--isl-max-positives", type=int, default=32, metavar="P", help="positives of an image that a step looks at (32); larger sets take turns")
     group.add_argument("--isl-bank-mix", type=float, metavar="mu", help="share of the new feature in a bank row, Eq. 8 (1 with the queue, 0.5 with the bank)")
+    cli.add_switch(group, "--isl-recenter", default=True, help="with the queue, move positives from the bank's mean to the queue's: they are up to an epoch older than the "
+                   "negatives, and what all images have moved by since tells one from the other (on; --no-isl-recenter: as they are)")
     cli.add_switch(group, "--isl-half-bank", help="keep the bank in float16: half the memory, and half-precision products in the bank objective's softmax")
 
     group = parser.add_argument_group("ISL: mining")
@@ -133,7 +135,7 @@ def trust(text: str) -> float | None:
     return value
 
 
-IN_USE_ANYHOW = {"isl_loss", "isl_hpe", "isl_max_positives", "isl_bank_mix", "isl_half_bank", "isl_rounds", "isl_start", "isl_every"}
+IN_USE_ANYHOW = {"isl_loss", "isl_hpe", "isl_max_positives", "isl_bank_mix", "isl_recenter", "isl_half_bank", "isl_rounds", "isl_start", "isl_every"}
 
 
 def idle(args: argparse.Namespace) -> list[str]:
