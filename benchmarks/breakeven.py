@@ -284,17 +284,18 @@ class Study:
 def show(study: Study, device: torch.device) -> list[common.Result]:
     """The break-evens, and the gains that they are read off, as two results."""
     args, metrics = study.args, list(METRICS)
-    name, words = (f"breakeven-{args.dataset}", "") if args.right == "uniform" else (f"breakeven-{args.dataset}-right-{args.right}", f", right ones {args.right}")
+    of = name_of(args)
+    name, words = (f"breakeven-{of}", of) if args.right == "uniform" else (f"breakeven-{of}-right-{args.right}", f"{of}, right ones {args.right}")
     shown = [(m, METRICS[m]) for m in metrics]
     first = [("loss", "loss"), ("size", "positives an image")]
-    table = common.Result(name, f"Break-even precision of positives, {args.dataset}{words}", device, [*first, *shown, ("n", "n")])
+    table = common.Result(name, f"Break-even precision of positives, {words}", device, [*first, *shown, ("n", "n")])
     for form in args.losses:
         for size in args.sizes:
             if gains := {m: study.gains(form, size, m) for m in metrics}[args.metric]:
                 table.add({"loss": FORMS[form][0], "size": size, "n": min(map(len, gains.values())), **{m: _in_words(study.gains(form, size, m)) for m in metrics}})
     table.note(f"From which precision on positives help, by each measure. Wrong positives: {args.wrong}, right ones: {args.right}. In brackets: 5th to 95th percentile of 1,000 bootstrap draws "
                f"of the seeds; breakeven.json: by {METRICS[args.metric]}. Labels were used throughout (--research-labels).")  # fmt: skip
-    rows = common.Result(f"{name}-gains", f"Gains of positives of known precision, {args.dataset}{words}", device,
+    rows = common.Result(f"{name}-gains", f"Gains of positives of known precision, {words}", device,
                          [*first, ("precision", "precision"), *shown, ("n", "n")])  # fmt: skip
     none = [figures for point, figures in study.figures.items() if point.form is None]
     rows.add({"loss": "no positives", "size": 0, "precision": None, "n": len(none), **{m: common.spread([f[m] for f in none]) for m in metrics}})
@@ -336,6 +337,11 @@ def draw(study: Study, path: Path) -> None:
         figure.savefig(path, format="svg", metadata={"Date": None})
 
 
+def name_of(args: argparse.Namespace) -> str:
+    """Of the data: a folder of images is called as it is called."""
+    return Path(args.data).resolve().name if args.dataset == "folder" and args.data else args.dataset
+
+
 def shared_parser(description: str) -> argparse.ArgumentParser:
     """The flags of all studies that go on from converged checkpoints."""
     parser = common.parser(description)
@@ -348,7 +354,7 @@ def shared_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--every", type=int, default=20, help="epochs after which sets are drawn or mined anew (20)")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--minutes", type=float, help="stop after as many; what is there then is shown, and the same command goes on")
-    parser.add_argument("--folder", type=Path, help="where the runs go (runs/breakeven/<data set>)")
+    parser.add_argument("--folder", type=Path, help="where the runs go (runs/breakeven/<data set, or name of the folder>)")
     return parser
 
 
@@ -369,10 +375,10 @@ def main(argv: list[str] | None = None) -> int:
     common.begin(args)
     if args.quick:
         args.precisions, args.sizes, args.losses, args.seeds, args.refine = [0.95, 0.5], [5.0], ["meanlog"], min(args.seeds, 2), 0
-    folder, whole = args.folder or Path("runs/breakeven") / args.dataset, True
+    folder, whole = args.folder or Path("runs/breakeven") / name_of(args), True
     try:
         study = Study(Runs(folder, setting(args), args.device, args.init, args.minutes), args)
-        print(f"Positives of known precision, {args.dataset}, runs in {folder}", flush=True)
+        print(f"Positives of known precision, {name_of(args)}, runs in {folder}", flush=True)
         try:
             study.run()
         except Interrupted as error:

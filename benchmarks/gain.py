@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     common.begin(args)
     if args.dataset == "digits" and not args.quick:
         args.epochs = args.epochs or 20
-    folder = args.folder or Path("runs/breakeven") / ("digits-20" if args.dataset == "digits" else args.dataset)
+    folder = args.folder or Path("runs/breakeven") / ("digits-20" if args.dataset == "digits" else breakeven.name_of(args))
     rows = rows_of(args)
     chosen = [title for title in rows if title == "no mining" or not args.rows or any(title.startswith(x) for x in args.rows)]
     found: dict[str, list[dict]] = {title: [] for title in chosen}
@@ -88,8 +88,8 @@ def main(argv: list[str] | None = None) -> int:
 def show(found: dict[str, list[dict]], args: argparse.Namespace, rows: dict[str, list[str]], folder: Path) -> common.Result:
     columns = [("row", ""), ("knn", "kNN %"), ("one_shot", "1-shot %"), ("linear", "linear %"), ("near", "true among nearest %"), ("gain", "kNN over no mining"), ("gain_shot", "1-shot over no mining"), ("gain_linear", "linear over no mining"),
                ("size", "set size"), ("precision", "precision"), ("estimate", "estimated"), ("breakeven", "break-even"), ("seconds", "seconds"), ("n", "n")]  # fmt: skip
-    epochs = args.epochs or ("2" if args.quick else "100")
-    result = common.Result(f"gain-{args.dataset}", f"What mining adds to a converged MoCo v2, {args.dataset}, {epochs} epochs more", args.device, columns)
+    of, epochs = breakeven.name_of(args), args.epochs or ("2" if args.quick else "100")
+    result = common.Result(f"gain-{of}", f"What mining adds to a converged MoCo v2, {of}, {epochs} epochs more", args.device, columns)
     table = read_breakeven(folder / "breakeven.json") if (folder / "breakeven.json").exists() else {}
     for title, seeds in found.items():
         if not seeds:
