@@ -2,6 +2,7 @@
 
 import json
 import math
+import statistics
 
 import pytest
 import torch
@@ -177,8 +178,24 @@ def test_the_flag_names_a_bound():
 def test_a_run_says_its_estimate_and_that_nothing_is_sure(tmp_path):
     flags = [*DIGITS, "--epochs", "1", "--max-steps", "1", "--miner", "average", "--isl-start", "0", "--isl-neighbors", "20"]
     code, out, err = ask([*flags, "--out", str(tmp_path / "free")])
-    assert (code, err) == (0, "") and "; estimated without labels 0." in out
+    assert (code, err) == (0, "") and "; at most 0." in out and " by the estimate without labels" in out
     line = next(x for x in map(json.loads, (tmp_path / "free" / "metrics.jsonl").read_text().splitlines()) if x["kind"] == "round")
     assert 0 < line["precision_estimate"] < 1 and line["precision"] > 0
     code, out, _ = ask([*flags, "--isl-trust", "0.999", "--out", str(tmp_path / "bound")])
     assert code == 0 and "nothing sure enough to add this round" in out
+
+
+def test_errors_of_the_estimate_are_what_it_says_less_what_is_right():
+    from benchmarks import estimate as study
+
+    features, labels = clusters(150, groups=5, spread=0.6), torch.arange(150) % 5
+    sets, errors = study.sets(features), study.errors(features, labels)
+    assert len(errors) == 4 * len(study.SIZES) and sets.keys() == errors.keys()
+    for name in ("own nearest, 5", "all pairs, 10"):
+        a, b = sets[name]
+        truth = statistics.fmean(i % 5 == j % 5 for i, j in zip(a.tolist(), b.tolist()))
+        assert errors[name] == pytest.approx((100 * truth, 100 * (float(pair_precision(features, a, b).mean()) - truth)), abs=1e-3)
+        assert bool((a != b).all()) and len(a) <= study.SAMPLE
+    near = features @ features.T - 2 * torch.eye(150)
+    a, b = sets["own nearest, 5"]
+    assert bool((near[a, b] >= near.topk(5, dim=1).values[a, -1] - 1e-6).all())

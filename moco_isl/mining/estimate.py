@@ -5,8 +5,9 @@ neighbourhood of i in one half and that of j in the other share many images, i a
 
     p_ij = sigmoid(A + B logit(0.02 + 0.96 s_ij)),  s_ij = |N1(i) & N2(j)| + |N2(i) & N1(j)|, over 2 k
 
-A, B were fitted to labels once, on features of CIFAR-10 by one MoCo encoder and of the digits by one; README says how far off the guess was on
-others. It is the share of a kind of pairs that it speaks of, not a single pair; and it can know nothing of classes that the encoder confounds.
+A, B were fitted to labels once, on features of CIFAR-10 by one MoCo encoder and of the digits by one. On others it was right or too high (README has
+by how much): the crowds of a poor encoder agree with themselves too, and no statistic of one set of features that was tried could tell. So take it as
+a bound from above. It is the share of a kind of pairs that it speaks of, not a single pair; and it can know nothing of classes that the encoder confounds.
 
 Letters: M images, C feature dimension, U undirected pairs, n images looked at, k neighbours.
 """

@@ -236,7 +236,7 @@ def one_line(report: dict) -> str:
         if report.get("precision_own_nearest") is not None:
             text += f" (own nearest {report['precision_own_nearest']:.3f}, all pairs {report['precision_all_pairs']:.3f})"
     if report.get("precision_estimate") is not None:
-        text += f"; estimated without labels {report['precision_estimate']:.2f}"
+        text += f"; at most {report['precision_estimate']:.2f} by the estimate without labels"
     if report.get("labels_used"):
         text += f"; LABELS WERE USED (--research-labels), right ones {report['right']}, wrong ones {report['wrong']}"
     text += f"; {report['seconds']:.1f} s, peak {report['peak_memory_gib']:.1f} GiB"
