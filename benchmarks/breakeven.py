@@ -5,8 +5,8 @@
     python -m benchmarks.breakeven --dataset cifar10 DIR           ResNet-18 of half width; use a GPU
 
 The oracle (--miner oracle, see main_moco_isl.py --help) draws sets of a known precision from the labels: this is research into what mining
-has to reach, no result of a method. Its wrong positives are each image's nearest of another label, as mining's own mistakes are (--wrong uniform
-draws them anywhere); its right ones lie anywhere in the class, and with --right near they are the nearest, as mined ones are, and teach less. Every run that has ended leaves a file in --folder and is never run again, one that was broken off goes on.
+has to reach, no result of a method. Its right positives are each image's nearest of its label, as mined ones are, and its wrong ones the nearest
+of another, as mining's own mistakes are; --right uniform and --wrong uniform draw them anywhere, and right ones from anywhere teach far more. Every run that has ended leaves a file in --folder and is never run again, one that was broken off goes on.
 
 Break-even: where the gain over no positives, paired by seed, its means made monotone in precision, crosses zero; its range: 5th to 95th percentile
 of 1,000 bootstrap draws of the seeds. Where even the lowest precision helped, or the highest did not, only a bound is known: the table says so,
@@ -77,7 +77,7 @@ class Point:
         if self.form is None:
             return ["--miner", "none"]
         return ["--miner", "oracle", "--research-labels", "--oracle-precision", f"{self.precision:g}", "--oracle-size", f"{self.size:g}", "--oracle-wrong", wrong,
-                *(["--oracle-right", right] if right != "uniform" else []), "--isl-every", str(every), *FORMS[self.form][1]]  # fmt: skip
+                "--oracle-right", right, "--isl-every", str(every), *FORMS[self.form][1]]  # fmt: skip
 
 
 # ---------------------------------------------------------------- runs
@@ -258,7 +258,7 @@ class Study:
 
     def _take(self, point: Point) -> None:
         args = self.args
-        name = point.name if point.form is None or args.right == "uniform" else f"{point.name}-right-{args.right}"
+        name = point.name if point.form is None else f"{point.name}-right-{args.right}"
         self.figures[point] = self.runs.go_on(name, point.seed, point.flags(args.wrong, args.right, args.every))
 
     def gains(self, form: str, size: float, metric: str | None = None) -> Gains:
@@ -285,7 +285,7 @@ def show(study: Study, device: torch.device) -> list[common.Result]:
     """The break-evens, and the gains that they are read off, as two results."""
     args, metrics = study.args, list(METRICS)
     of = name_of(args)
-    name, words = (f"breakeven-{of}", of) if args.right == "uniform" else (f"breakeven-{of}-right-{args.right}", f"{of}, right ones {args.right}")
+    name, words = f"breakeven-{of}-right-{args.right}", f"{of}, right ones {'near' if args.right == 'near' else 'anywhere in the class'}"
     shown = [(m, METRICS[m]) for m in metrics]
     first = [("loss", "loss"), ("size", "positives an image")]
     table = common.Result(name, f"Break-even precision of positives, {words}", device, [*first, *shown, ("n", "n")])
@@ -364,7 +364,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--sizes", type=float, nargs="+", default=SIZES)
     parser.add_argument("--losses", nargs="+", choices=FORMS, default=list(FORMS))
     parser.add_argument("--wrong", choices=("near", "uniform"), default="near", help="wrong positives (near)")
-    parser.add_argument("--right", choices=("near", "uniform"), default="uniform", help="right positives: anywhere in the class, or near, as mined ones are (uniform)")
+    parser.add_argument("--right", choices=("near", "uniform"), default="near", help="right positives: near, as mined ones are, or anywhere in the class (near)")
     parser.add_argument("--refine", type=int, default=2, metavar="n", help="how often to go closer to the crossings (2)")
     parser.add_argument("--metric", choices=METRICS, default="knn", help="what break-even is read off; all are shown (knn)")
     return parser
@@ -392,7 +392,7 @@ def main(argv: list[str] | None = None) -> int:
     results = show(study, args.device)
     if not whole:
         results[0].note("Not all runs had ended.")
-    written = folder / ("breakeven" if args.right == "uniform" else f"breakeven-right-{args.right}")
+    written = folder / ("breakeven" if args.right == "near" else f"breakeven-right-{args.right}")
     written.with_suffix(".json").write_text(json.dumps(study.table()) + "\n")
     draw(study, written.with_suffix(".svg"))
     print(f"  written: {written}.json (for the report), {written}.svg")

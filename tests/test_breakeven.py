@@ -70,20 +70,20 @@ def test_a_study_is_made_once_and_goes_on(tmp_path, monkeypatch):
     command = ["--quick", "--seeds", "1", "--device", "cpu", "--folder", str(tmp_path / "runs"), "--out", str(tmp_path), "--flags", "--knn-holdout 1000"]
     assert breakeven.main([*command, "--minutes", "0"]) == 75 and not list(tmp_path.glob("*.json"))
     assert breakeven.main(command) == 0
-    assert sorted(p.name for p in (tmp_path / "runs").glob("*-0.json")) == [
-        "meanlog-size5-precision0.5-0.json", "meanlog-size5-precision0.95-0.json", "none-0.json", "start-0.json"]  # fmt: skip
+    assert sorted(p.name for p in (tmp_path / "runs").glob("*-0*.json")) == [
+        "meanlog-size5-precision0.5-0-right-near.json", "meanlog-size5-precision0.95-0-right-near.json", "none-0.json", "start-0.json"]  # fmt: skip
     table = read_breakeven(tmp_path / "runs" / "breakeven.json")
     assert breakeven_of(table, "meanlog", 4.0) is not None
     xml.etree.ElementTree.parse(tmp_path / "runs" / "breakeven.svg")
-    result = written(tmp_path, "breakeven-digits-gains")
+    result = written(tmp_path, "breakeven-digits-right-near-gains")
     row = next(row for row in result["rows"] if row["precision"] == 0.95)
-    point, none = (json.loads((tmp_path / "runs" / f"{name}-0.json").read_text()) for name in ("meanlog-size5-precision0.95", "none"))
+    point, none = (json.loads((tmp_path / "runs" / f"{name}.json").read_text()) for name in ("meanlog-size5-precision0.95-0-right-near", "none-0"))
     assert row["knn_gains"] == [pytest.approx(point["knn"] - none["knn"])] and "--research-labels" in point["flags"]
-    assert "Labels were used" in written(tmp_path, "breakeven-digits")["notes"][0]
+    assert "Labels were used" in written(tmp_path, "breakeven-digits-right-near")["notes"][0]
     monkeypatch.setattr(main_moco_isl, "main", lambda *_: pytest.fail("a run that has ended was run again"))
     again = tmp_path / "again"
     assert breakeven.main([*command[:-4], "--out", str(again), *command[-2:]]) == 0
-    assert written(again, "breakeven-digits-gains")["rows"] == result["rows"]
+    assert written(again, "breakeven-digits-right-near-gains")["rows"] == result["rows"]
     assert breakeven.main([*command, "--every", "7"]) == 2, "other flags under the same name"
     assert Path(tmp_path / "runs" / "start-0" / "checkpoint_last.pth.tar").exists()
 
@@ -113,11 +113,12 @@ def test_rows_of_the_gain_are_flags_that_the_script_takes(dataset):
         assert (flags.isl_budget, flags.isl_loss) == ((10, "meanlog") if dataset == "digits" else (5, "logsum")) or title == "no mining"
 
 
-def test_right_positives_that_are_near_have_runs_and_results_of_their_own(tmp_path):
+def test_right_positives_from_anywhere_have_runs_and_results_of_their_own(tmp_path):
     command = ["--quick", "--seeds", "1", "--device", "cpu", "--folder", str(tmp_path / "runs"), "--out", str(tmp_path), "--flags", "--knn-holdout 1000"]
-    assert breakeven.main([*command, "--right", "near"]) == 0
+    assert breakeven.main([*command, "--right", "uniform"]) == 0
     assert sorted(p.name for p in (tmp_path / "runs").glob("*-0*.json")) == [
-        "meanlog-size5-precision0.5-0-right-near.json", "meanlog-size5-precision0.95-0-right-near.json", "none-0.json", "start-0.json"]  # fmt: skip
-    assert "right ones: near" in written(tmp_path, "breakeven-digits-right-near")["notes"][0] and (tmp_path / "runs" / "breakeven-right-near.json").exists()
-    flags = json.loads((tmp_path / "runs" / "meanlog-size5-precision0.5-0-right-near.json").read_text())["flags"]
-    assert flags[flags.index("--oracle-right") + 1] == "near"
+        "meanlog-size5-precision0.5-0-right-uniform.json", "meanlog-size5-precision0.95-0-right-uniform.json", "none-0.json", "start-0.json"]  # fmt: skip
+    assert "right ones: uniform" in written(tmp_path, "breakeven-digits-right-uniform")["notes"][0]
+    assert (tmp_path / "runs" / "breakeven-right-uniform.json").exists() and not (tmp_path / "runs" / "breakeven.json").exists()
+    flags = json.loads((tmp_path / "runs" / "meanlog-size5-precision0.5-0-right-uniform.json").read_text())["flags"]
+    assert flags[flags.index("--oracle-right") + 1] == "uniform"
