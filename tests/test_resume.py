@@ -1,5 +1,6 @@
 """A resumed run is the unbroken one, bit for bit: killed anywhere, stopped anywhere, with other workers; and what may not be resumed is refused."""
 
+import argparse
 import contextlib
 import io
 import itertools
@@ -266,3 +267,10 @@ def _ranks_keep_their_own(rank, world):
 def test_each_rank_keeps_its_generators_and_averages():
     for rank, (interval, epoch, want) in enumerate(run_ranks(2, _ranks_keep_their_own)):
         assert interval == {"loss": 2.0 + 10 * rank} and epoch == want == {"loss": 6.0}
+
+
+def test_a_run_from_before_a_flag_goes_on_as_it_did():
+    for given, saved, wanted in ((None, {}, False), (True, {}, True), (None, {"isl_recenter": True}, True), (None, {"isl_recenter": False}, False)):
+        flags = argparse.Namespace(isl_recenter=given, seed=None)
+        resume.take_over(flags, {"seed": 3, **saved})
+        assert (flags.isl_recenter, flags.seed) == (wanted, 3)

@@ -76,7 +76,7 @@ def get_parser(description: str) -> cli.Parser:
     group.add_argument("--isl-hpe", type=float, default=0.5, metavar="w", help="weight of hard positive enhancement, Eq. 6 (0.5); 0 turns it off")
     group.add_argument("--isl-max-positives", type=int, default=32, metavar="P", help="positives of an image that a step looks at (32); larger sets take turns")
     group.add_argument("--isl-bank-mix", type=float, metavar="mu", help="share of the new feature in a bank row, Eq. 8 (1 with the queue, 0.5 with the bank)")
-    cli.add_switch(group, "--isl-recenter", default=True, help="with the queue, move positives from the bank's mean to the queue's: they are up to an epoch older than the "
+    cli.add_switch(group, "--isl-recenter", default=None, help="with the queue, move positives from the bank's mean to the queue's: they are up to an epoch older than the "
                    "negatives, and what all images have moved by since tells one from the other (on; --no-isl-recenter: as they are)")
     cli.add_switch(group, "--isl-half-bank", help="keep the bank in float16: half the memory, and half-precision products in the bank objective's softmax")
 
@@ -185,6 +185,7 @@ def check_args(args: argparse.Namespace) -> None:
     cli.check(not odd, f"--epochs {args.epochs} does not divide into {args.isl_rounds} rounds of equal length: use a multiple of {args.isl_rounds}")
     if args.schedule is SCHEDULE and args.isl_rounds > 1:
         args.schedule = [math.ceil(length * 3 / 5), math.ceil(length * 4 / 5)]  # up: a round of two epochs is not to decay in its first
+    args.isl_recenter = args.isl_recenter is not False
     if args.isl_start is None:
         args.isl_start = 0 if args.init else length if args.isl_rounds > 1 else args.epochs // 2
     if args.isl_every is None:

@@ -23,6 +23,9 @@ MAY_CHANGE = {
 }  # fmt: skip
 
 
+BEFORE = {"isl_recenter": False}  # flags that came later, as runs without them did
+
+
 def check_same(saved: dict, now: dict, otherwise: str = "start a new run with --init and another --out") -> None:
     """Raise BadInput that names both values of each flag that differs between the saved run and this one, and may not, and what to do `otherwise`."""
     changed = [name for name in saved if name not in MAY_CHANGE and name in now and saved[name] != now[name]]
@@ -101,7 +104,7 @@ def images_of(dataset) -> str:
 
 def take_over(flags, saved: dict) -> None:
     """Flags that were not given (None) take the values that the run had: a seed that was drawn, a default that hangs on another flag."""
-    for name, value in saved.items():
+    for name, value in {**BEFORE, **saved}.items():
         if name not in MAY_CHANGE and getattr(flags, name, "") is None:
             setattr(flags, name, value)
 
