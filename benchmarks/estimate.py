@@ -6,7 +6,6 @@ Rules: each image's own nearest, all pairs by cosine, shared neighbours, neighbo
 pairs, in points: the estimate's mean over 2,000 of them less the share of them that is right. Labels judge and choose nothing.
 """
 
-import argparse
 import statistics
 import sys
 from pathlib import Path
@@ -15,7 +14,6 @@ import torch
 
 from benchmarks import common, miners
 from moco_isl.errors import BadInput
-from moco_isl.mining.average import neighbourhood_means
 from moco_isl.mining.estimate import pair_precision
 from moco_isl.mining.positives import same_label
 
@@ -26,8 +24,7 @@ def sets(features: torch.Tensor) -> dict[str, miners.Pairs]:
     """Name of a set -> pairs a, b: up to SAMPLE of it, drawn."""
     lists = miners.Lists(features)
     M, K = lists.near.shape
-    means = miners.Lists(neighbourhood_means(features, min(50, M - 1), 3.0))
-    ranked = {"all pairs": lists.pairs(lists.cosine), "shared neighbours": lists.pairs(lists.shared() + lists.cosine / 4), "neighbourhood means": means.pairs(means.cosine)}
+    ranked = {"all pairs": lists.by_cosine(), "shared neighbours": lists.by_shared(), "neighbourhood means": lists.by_means(50)}
     draw, found = torch.Generator().manual_seed(0), {}
     for size in (size for size in SIZES if size <= K):
         a, place = torch.randint(M, (SAMPLE,), generator=draw), torch.randint(size, (SAMPLE,), generator=draw)
@@ -55,12 +52,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--starts", type=Path, default=Path("runs/breakeven/digits-20"), help="folder with the digits' converged runs, made where they are not there")
     args = parser.parse_args(argv)
     common.begin(args)
-    of_miners = argparse.Namespace(device=args.device, quick=args.quick, gan=1 if args.quick else args.seeds, starts=args.starts, images=1000 if args.quick else None)
     result = common.Result("estimate", "The estimate without labels, less the truth, in points", args.device, [
         ("of", "features"), ("M", "images"), ("truth", "truth, %"), ("mean", "mean error"), ("size", "mean of |error|"), ("least", "least"), ("most", "most"), ("n", "sets")])  # fmt: skip
     try:
         for file in args.files:
-            sources = miners.of_digits(of_miners) if file == "digits" else miners.from_file(argparse.Namespace(**vars(of_miners), file=file))
+            if file == "digits":
+                sources = miners.of_digits(1 if args.quick else args.seeds, args.device, args.starts, args.quick)
+            else:
+                sources = miners.from_file(file, args.device, 1000 if args.quick else None)
             for seed, source in enumerate(sources):
                 found = errors(source.features, source.labels)
                 truth, off = zip(*found.values())

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
 from moco_isl.mining.gan import Discriminator, Generator, Trainer
-from moco_isl.mining.positives import PositiveSets
-from moco_isl.mining.triplets import TripletSampler, training_search
+from moco_isl.mining.triplets import TripletSampler
 
 Tensor = torch.Tensor
 
@@ -53,8 +52,7 @@ class GradedSampler(TripletSampler):
 class GradedNegatives(Trainer):
     """Negatives of graded hardness instead of only the hardest of 4,096."""
 
-    def sampler_of(self, positives: PositiveSets) -> TripletSampler:
-        return GradedSampler(self.features, positives, self.N, self.generator, self.s.triplets, training_search(self.features))
+    sampler_kind = GradedSampler
 
 
 class MatchedFalse(Trainer):

@@ -25,6 +25,7 @@ Letters: M images, C feature dimension, k neighbours.
 """
 
 import argparse
+import functools
 import json
 import statistics
 import sys
@@ -76,10 +77,22 @@ class Lists:
         order = value.sort(descending=True, stable=True).indices
         return a[order], b[order]
 
+    @functools.cached_property
     def shared(self) -> Tensor:
         """[M, K]: how many of the SHARED nearest an image and each of its nearest have in common."""
         first = self.near[:, :SHARED].int()
         return torch.cat([(first[rows][:, None, :, None] == first[self.near[rows]][:, :, None]).sum((2, 3)) for rows in self.anchors.split(128)]).float()
+
+    def by_cosine(self) -> Pairs:
+        return self.pairs(self.cosine)
+
+    def by_shared(self) -> Pairs:
+        return self.pairs(self.shared + self.cosine / 4)
+
+    def by_means(self, k: int) -> Pairs:
+        """By the cosine of their means over k neighbours, as --miner average."""
+        means = Lists(neighbourhood_means(self.features, min(k, self.M - 1), 3.0))
+        return means.pairs(means.cosine)
 
     def worst_rank(self) -> Tensor:
         """[M, K]: the larger of the places that an image and each of its nearest have in each other's lists."""
@@ -103,14 +116,13 @@ def without_gan(lists: Lists, before: Tensor | None) -> dict[str, Pairs]:
     cosine, near = lists.cosine, lists.near
     local = cosine[:, :10].mean(1)
     rows = {
-        "all pairs": lists.pairs(cosine),
-        "shared neighbours": lists.pairs(lists.shared() + cosine / 4),
+        "all pairs": lists.by_cosine(),
+        "shared neighbours": lists.by_shared(),
         "mutual rank": lists.pairs(cosine / 4 - lists.worst_rank()),
         "CSLS": lists.pairs(2 * cosine - local[:, None] - local[near]),
     }
     for k in (20, 50):
-        means = Lists(neighbourhood_means(lists.features, min(k, lists.M - 1), 3.0))
-        rows[f"neighbourhood means of {k}"] = means.pairs(means.cosine)
+        rows[f"neighbourhood means of {k}"] = lists.by_means(k)
     room = torch.full((lists.M,), CAP, device=near.device)
     a, b = rows["neighbourhood means of 50"]
     taken = under_cap(a, b, room)
@@ -138,7 +150,7 @@ def with_gan(lists: Lists, seed: int, iters: int | None) -> tuple[dict[str, Pair
     rows["GAN, surest pairs"], near = surest(fit, alone)
     worst = _of_five(lambda a, n: fit.G(a, a, n), lists, seed).amin(2)  # [M, K]
     rows["GAN, five proxies agree"] = lists.pairs(worst)
-    rows["GAN, five and shared"] = lists.pairs(worst + lists.shared() / SHARED)
+    rows["GAN, five and shared"] = lists.pairs(worst + lists.shared / SHARED)
     rows["GAN, positives from sets"], _ = surest(fit_of(nearest), nearest)
     for name, kind in KINDS.items():
         rows[f"GAN, {name}"], _ = surest(fit_of(alone, kind), alone)
@@ -248,22 +260,23 @@ def show(rows: dict[str, list[dict]], result: common.Result) -> None:
 # ---------------------------------------------------------------- the features
 
 
-def from_file(args: argparse.Namespace) -> list[Source]:
-    features, labels, before = load_features(args.file, args.device)
-    if args.images and args.images < len(features):
-        chosen = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[: args.images].sort().values.to(features.device)
+def from_file(file: str, device: torch.device, images: int | None) -> list[Source]:
+    """All of the file's images, or so many of them, drawn."""
+    features, labels, before = load_features(file, device)
+    if images and images < len(features):
+        chosen = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:images].sort().values.to(features.device)
         features, labels, before = features[chosen], labels[chosen], None if before is None else before[chosen]
     return [Source(features, labels, before)]
 
 
-def of_digits(args: argparse.Namespace) -> list[Source]:
+def of_digits(seeds: int, device: torch.device, starts: Path, quick: bool) -> list[Source]:
     """The train images by the converged MoCo v2 of each seed after 20 more epochs, with the features before those."""
-    setting = breakeven.setting(argparse.Namespace(dataset="digits", data=None, device=args.device, quick=args.quick, epochs=20, lr=None, flags=""))
-    runs, sources = breakeven.Runs(args.starts, setting, args.device), []
-    for seed in range(max(1, args.gan)):
+    flags = breakeven.shared_parser("").parse_args(["--device", str(device), "--epochs", "20", *(["--quick"] if quick else [])])
+    runs, sources = breakeven.Runs(starts, breakeven.setting(flags), device), []
+    for seed in range(seeds):
         start = runs.start(seed)
         runs.go_on(f"gain0-{seed}", seed, ["--miner", "none"], keep=True)
-        (before, labels), (features, _) = (runs.judge.features(path)[0] for path in (start, args.starts / f"gain0-{seed}" / "checkpoint_last.pth.tar"))
+        (before, labels), (features, _) = (runs.judge.features(path)[0] for path in (start, starts / f"gain0-{seed}" / "checkpoint_last.pth.tar"))
         sources.append(Source(features, labels, before))
     return sources
 
@@ -288,7 +301,8 @@ def main(argv: list[str] | None = None) -> int:
     columns = [("row", "ranked by"), *((f"at_{s:g}", f"{s:g}") for s in SIZES), ("coverage", "coverage at 5, %"), ("hub", "worst hub at 5"),
                ("least", "least over both baselines"), ("over_5", "at 5"), ("over_50", "at 50"), ("n", "n")]  # fmt: skip
     try:
-        sources = of_digits(args) if args.file == "digits" else from_file(args)
+        digits = args.file == "digits"
+        sources = of_digits(max(1, args.gan), args.device, args.starts, args.quick) if digits else from_file(args.file, args.device, args.images)
         rows = study(sources, args.gan, args.iters, args.folder or Path("runs/miners") / (name + ("-quick" if args.quick else "")))
     except BadInput as error:
         print(f"benchmarks.miners: {error}", file=sys.stderr)

@@ -29,7 +29,7 @@ def test_pairs_are_distinct_and_the_highest_score_comes_first(lists):
 
 def test_shared_and_mutual_ranks_equal_loops(lists):
     near = lists.near.tolist()
-    shared, rank = lists.shared(), lists.worst_rank()
+    shared, rank = lists.shared, lists.worst_rank()
     for i in range(0, lists.M, 7):
         for place, j in enumerate(near[i]):
             assert shared[i, place] == len(set(near[i][: miners.SHARED]) & set(near[j][: miners.SHARED]))

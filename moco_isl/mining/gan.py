@@ -103,8 +103,10 @@ class GANFit:
 class Trainer:
     """One iteration: draw triplets, step D, step G. Nothing in it reads a value back, so CUDA can capture it.
 
-    Another kind of GAN overrides `networks`, `sampler_of`, `loss_of_D` or `loss_of_G` (`benchmarks/gans.py` has some).
+    Another kind of GAN overrides `sampler_kind`, `networks` or `loss_of_D` (`benchmarks/gans.py` has some).
     """
+
+    sampler_kind = TripletSampler
 
     def __init__(self, features: Tensor, positives: PositiveSets, settings: GANSettings, state: dict | None, seed: int):
         device, (M, C) = features.device, features.shape
@@ -119,7 +121,7 @@ class Trainer:
         if state is not None:
             self.load(state)
         self.generator = torch.Generator(device).manual_seed(seed)
-        self.sampler = self.sampler_of(positives)
+        self.sampler = self.sampler_kind(features, positives, self.N, self.generator, settings.triplets, training_search(features))
         self.anchors = torch.empty(M, dtype=torch.int64, device=device)
         self.cursor = torch.zeros(1, dtype=torch.int64, device=device)
         self.lane = torch.arange(self.N, device=device)
@@ -130,14 +132,8 @@ class Trainer:
     def networks(self, C: int) -> tuple[Generator, Discriminator]:
         return Generator(C), Discriminator(C)
 
-    def sampler_of(self, positives: PositiveSets) -> TripletSampler:
-        return TripletSampler(self.features, positives, self.N, self.generator, self.s.triplets, training_search(self.features))
-
     def loss_of_D(self, a: Tensor, p: Tensor, n: Tensor, proxy: Tensor) -> Tensor:
         return discriminator_loss(self.D, a, p, n, proxy, self.s.lam)
-
-    def loss_of_G(self, a: Tensor, p: Tensor, n: Tensor, proxy: Tensor) -> Tensor:
-        return generator_loss(self.D, a, p, n, proxy, self.s.lam)
 
     def shuffle(self) -> None:
         """Before each pass over the anchors: a new order of anchors, another of candidates."""
@@ -161,7 +157,7 @@ class Trainer:
         proxy = self.G(a, p, n)
         loss_D = self.loss_of_D(a, p, n, proxy.detach())
         self._update(self.adam_D, self.D, loss_D)
-        loss_G = self.loss_of_G(a, p, n, proxy)
+        loss_G = generator_loss(self.D, a, p, n, proxy, self.s.lam)
         self._update(self.adam_G, self.G, loss_G)
         self.losses += torch.stack([loss_D.detach(), loss_G.detach()])
 
