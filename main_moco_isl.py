@@ -131,6 +131,7 @@ class Run:
         augmentation = data.get_augmentation(args.dataset, aug_plus=args.aug_plus, size=size, on_device=args.on_device)
         self.loader = data.train_loader(dataset, augmentation=augmentation, batch_size=args.batch_size, seed=args.seed, workers=workers, device=device,
                                         multiple=args.bn_splits, max_bad_images=args.max_bad_images, views=views)
+        self.augmentation = augmentation
         if args.compile:
             fast.compile_augmentation(augmentation, views * args.batch_size // dist.world_size(), device)
         self.labels = None if dataset.labels is None else dataset.labels.to(device)
@@ -173,14 +174,23 @@ class Run:
     def features(self, encoder: torch.nn.Module, dataset=None) -> torch.Tensor:
         """[M, C] unit rows, equal on all ranks: centre crops through the encoder in eval mode. Raises Interrupted when asked to stop."""
         dataset = self.dataset if dataset is None else dataset
-        M, world = len(dataset), dist.world_size()
+        loader = data.eval_loader(dataset, transform=self.transform, shard=dist.shard(len(dataset)), **self.ordered)
+        return self._pass(encoder, loader, loader, len(dataset))
+
+    def views(self, encoder: torch.nn.Module, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """2 x [M, C] unit rows, equal on all ranks: both views of every image, as this epoch draws them, through the encoder in eval mode. Raises Interrupted."""
+        M = self.M
+        loader = data.view_loader(self.dataset, augmentation=self.augmentation, seed=self.args.seed, shard=dist.shard(M), **self.ordered)
+        both = ((torch.cat(images), torch.cat([index, index + M])) for images, index in loader.epoch(epoch))  # [2n, 3, S, S], [2n]
+        return self._pass(encoder, loader, both, 2 * M).chunk(2)
+
+    def _pass(self, encoder: torch.nn.Module, loader, batches, rows: int) -> torch.Tensor:
+        """[rows, C] unit rows, equal on all ranks: each rank's share of the batches through the encoder in eval mode; closes the loader."""
         for buffer in encoder.buffers():  # batch norm's averages are each rank's own since the last step; a file holds rank 0's
             dist.broadcast(buffer)
-        loader = data.eval_loader(dataset, transform=self.transform, shard=dist.shard(M), **self.ordered)
         try:
             with engine.autocast(self.device, self.args.amp):
-                most = math.ceil(math.ceil(M / world) / self.args.batch_size)
-                return extract_features(encoder, self.stop.watch(loader, most), M, self.device)
+                return extract_features(encoder, self.stop.watch(batches, int(dist.all_reduce_max(torch.tensor(len(loader), device=self.device)))), rows, self.device)
         finally:
             loader.close()
 
@@ -290,8 +300,9 @@ class Run:
         if self.args.isl_grow:
             self.miner.rules.budget = self.args.isl_budget * (self.isl.round + 1)
         try:
-            features = self.features(self.model.encoder_k if self.isl.queue_objective else self.model.encoder_q)
-            report = engine.mine_round(self.isl, self.miner, features, self.labels, self.args.seed, self.stop)
+            encoder = self.model.encoder_k if self.isl.queue_objective else self.model.encoder_q
+            features, views = self.features(encoder), self.views(encoder, epoch) if self.args.isl_views else None
+            report = engine.mine_round(self.isl, self.miner, features, self.labels, self.args.seed, self.stop, views)
         except Interrupted:  # as if this round had not begun
             self.miner.load_state_dict(miner)
             resume.restore_rng(generators, self.device)

@@ -45,7 +45,7 @@ FORMS = {  # loss form -> what it is called, its flags
 }
 PRECISIONS, SIZES = [0.95, 0.8, 0.65], [2.0, 5.0, 20.0]
 METRICS = {"knn": "kNN", "one_shot": "1-shot", "near": "share of true labels among the nearest"}
-IN_ROUNDS = ("mean_size", "coverage", "precision", "precision_estimate", "why")  # what is kept of a round
+IN_ROUNDS = ("mean_size", "coverage", "precision", "precision_estimate", "precision_at_most", "why")  # what is kept of a round
 CLOSE = 0.06  # a crossing between two precisions this close is not looked for any closer
 SMALL_IMAGES = ["-a", "resnet18w32", "--mlp", "--moco-dim", "128", "--moco-k", "4096", "--moco-t", "0.1", "--moco-m", "0.99", "-b", "512", "--wd", "5e-4",
                 "--cos", "--aug-plus", "--fast", "--no-compile", "--keep", "1", "-p", "1000"]  # fmt: skip

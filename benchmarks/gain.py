@@ -36,6 +36,7 @@ def rows_of(args: argparse.Namespace) -> dict[str, list[str]]:
         "GAN as published": ["--miner", "gan", *mining, *gan],
         "neighbourhood means (average)": ["--miner", "average", *mining],
         "neighbourhood means, --isl-trust auto": ["--miner", "average", *mining, "--isl-trust", "auto"],
+        "own nearest, --isl-trust auto": ["--miner", "knn", *mining, "--isl-trust", "auto"],
     }
 
 
@@ -83,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def show(found: dict[str, list[dict]], args: argparse.Namespace, rows: dict[str, list[str]], folder: Path) -> common.Result:
     columns = [("row", ""), ("knn", "kNN %"), ("one_shot", "1-shot %"), ("linear", "linear %"), ("near", "true among nearest %"), ("gain", "kNN over no mining"), ("gain_shot", "1-shot over no mining"), ("gain_linear", "linear over no mining"),
-               ("size", "set size"), ("precision", "precision"), ("estimate", "estimated"), ("breakeven", "break-even"), ("seconds", "seconds"), ("n", "n")]  # fmt: skip
+               ("size", "set size"), ("precision", "precision"), ("estimate", "estimated"), ("most", "at most"), ("breakeven", "break-even"), ("seconds", "seconds"), ("n", "n")]  # fmt: skip
     of, epochs = breakeven.name_of(args), args.epochs or ("2" if args.quick else "100")
     result = common.Result(f"gain-{of}", f"What mining adds to a converged MoCo v2, {of}, {epochs} epochs more", args.device, columns)
     table = read_breakeven(folder / "breakeven.json") if (folder / "breakeven.json").exists() else {}
@@ -92,13 +93,13 @@ def show(found: dict[str, list[dict]], args: argparse.Namespace, rows: dict[str,
             continue
         over = lambda m: common.spread([a[m] - b[m] for a, b in zip(seeds, found["no mining"])], "+") if title != "no mining" else None  # noqa: B023
         last = [x for figures in seeds for x in figures["rounds"][-1:]]
-        of_round = lambda key: statistics.fmean(x[key] or 0 for x in last) if last else None  # noqa: B023
+        of_round = lambda key: statistics.fmean(x[key] for x in last) if last and all(x.get(key) is not None for x in last) else None  # noqa: B023
         size, form = of_round("mean_size"), rows[title][rows[title].index("--isl-loss") + 1] if last else None
         bound = breakeven_of(table, form, size) if last else None
         in_words = lambda x: None if x is None else f"{x:.2f}"
         result.add({"row": title, **{m: common.spread([f[m] for f in seeds]) for m in breakeven.METRICS}, "gain": over("knn"), "gain_shot": over("one_shot"),
                     "linear": common.spread([f["linear"] for f in seeds]), "gain_linear": over("linear"),
-                    "size": in_words(size), "precision": in_words(of_round("precision")), "estimate": in_words(of_round("precision_estimate")), "breakeven": in_words(bound),
+                    "size": in_words(size), "precision": in_words(of_round("precision")), "estimate": in_words(of_round("precision_estimate")), "most": in_words(of_round("precision_at_most")), "breakeven": in_words(bound),
                     "seconds": round(statistics.fmean(f["seconds"] for f in seeds)), "n": len(seeds)})  # fmt: skip
     result.note("Mean ± standard deviation of n seeds; gains are paired by seed. kNN, 1-shot and linear (main_lincls.py --cache-features) on held-out images; precision of the last "
                 "round by labels, which steer nothing, and estimated without them; break-even by kNN of that loss at the nearest size, by benchmarks.breakeven.")  # fmt: skip

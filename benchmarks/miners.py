@@ -39,7 +39,7 @@ from benchmarks.mining import load_features
 from moco_isl.errors import BadInput
 from moco_isl.mining.average import neighbourhood_means
 from moco_isl.mining.edges import under_cap
-from moco_isl.mining.estimate import pair_precision
+from moco_isl.mining.estimate import by_halves
 from moco_isl.mining.gan import GANFit, GANSettings, Trainer, fit_gan
 from moco_isl.mining.miners import best_proxies
 from moco_isl.mining.neighbors import topk
@@ -128,7 +128,7 @@ def without_gan(lists: Lists, before: Tensor | None) -> dict[str, Pairs]:
     taken = under_cap(a, b, room)
     rows[f"  of 50, in-degree at most {CAP}"] = a[taken], b[taken]
     most = round(SIZES[-1] * lists.M / 2)
-    rows["  of 50, weighed"] = a[:most], b[:most], pair_precision(lists.features, a[:most], b[:most])
+    rows["  of 50, weighed"] = a[:most], b[:most], by_halves(lists.features, a[:most], b[:most])
     if before is not None:
         rows["two snapshots"] = lists.pairs(torch.minimum(cosine, lists.cosine_in(before)))
     return rows

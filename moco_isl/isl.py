@@ -174,14 +174,16 @@ class ISL:
         return other
 
     @torch.no_grad()
-    def mine(self, features: torch.Tensor, miner, rng: torch.Generator | None = None, tick: Callable[[], None] | None = None) -> dict:
+    def mine(self, features: torch.Tensor, miner, rng: torch.Generator | None = None, tick: Callable[[], None] | None = None,
+             views: tuple[torch.Tensor, torch.Tensor] | None = None) -> dict:
         """One round: replace the positives by what `miner` makes of features [M, C] (unit rows) and of the old positives.
 
         rng: the round's draws; None: seeded by the number of the round. tick: called often, may raise to abandon the round; then nothing
-        has changed. Returns the miner's report. The first round fills the bank, where it still is random, with the features.
+        has changed. views 2 x [M, C]: unit rows of two random augmentations of every image, for an estimate of what is right
+        (`mining.estimate`). Returns the miner's report. The first round fills the bank, where it still is random, with the features.
         """
         rng = rng or torch.Generator().manual_seed(self.round)
-        positives = miner.mine(features, self.positives, rng, tick)
+        positives = miner.mine(features, self.positives, rng, tick, *([] if views is None else [views]))  # a user's own miner may know of none
         if not self.bank.filled:
             self.bank.fill(features)
         self.positives = positives.to(self.bank.device)

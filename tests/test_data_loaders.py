@@ -21,6 +21,7 @@ from moco_isl.data import (
     holdout,
     load_into_memory,
     train_loader,
+    view_loader,
 )
 from moco_isl.errors import BadInput, RunFailed
 from moco_isl.loader import TwoCropsTransform, WithIndex
@@ -193,6 +194,26 @@ def test_as_many_views_as_asked_for(folder, views):
     both = next(loader_of(folder).epoch(0))[0]
     got = next(loader_of(folder, views=views).epoch(0))[0]
     assert len(got) == views and all(torch.equal(a, b) for a, b in zip(got, both))
+
+
+@pytest.mark.parametrize("kind", ["files", "files finished on the device", "memory"])
+def test_every_image_is_viewed_once_in_order_as_its_epoch_would(folder, kind):
+    dataset, augmentation = build_dataset("folder", folder), get_augmentation("folder", aug_plus=True, size=16, on_device=kind != "files")
+    dataset = load_into_memory(dataset) if kind == "memory" else dataset
+    trained = {int(i): (q, k) for q_s, k_s, index in batches(train_loader(dataset, augmentation=augmentation, batch_size=4, seed=3), 1) for q, k, i in zip(q_s, k_s, index)}
+    for shards in ([(0, M)], [(0, 5), (5, 5), (5, M)]):
+        loaders = [view_loader(dataset, augmentation=augmentation, batch_size=3, seed=3, shard=shard) for shard in shards]
+        got = [batch for loader in loaders for batch in batches(loader, 1)]
+        assert len(got) == sum(map(len, loaders)) and torch.cat([index for *_, index in got]).tolist() == list(range(M))
+        for q_s, k_s, index in got:
+            for q, k, i in zip(q_s, k_s, index.tolist()):
+                assert torch.allclose(q, trained[i][0], atol=1e-5) and torch.allclose(k, trained[i][1], atol=1e-5)
+
+
+def test_views_of_broken_images_are_of_their_stand_ins(broken):
+    loader = view_loader(build_dataset("folder", broken), augmentation=get_augmentation("folder", aug_plus=True, size=16), batch_size=4, seed=0)
+    assert torch.cat([index for *_, index in batches(loader, 0)]).tolist() == list(range(len(loader.reader.dataset)))
+    assert len(loader.bad_images()) > 0
 
 
 def test_fast_decodes_large_photos_smaller_and_shows_the_same(tmp_path):

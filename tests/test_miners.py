@@ -426,4 +426,4 @@ def test_a_round_over_many_images_is_a_round(first_round):
     sets = miner.mine(features, PositiveSets.empty(M), rng())
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2 ** 10  # MiB
     assert sets.num_edges == 2 * M and sets.precision(torch.arange(M) % 3000) > 0.95
-    assert grown < 500  # a matrix of all cosines would take 3,400
+    assert grown < 1000  # a matrix of all cosines would take 3,400

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import statistics
 
 import pytest
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from moco_isl.errors import BadInput, Interrupted
 from moco_isl.mining import KNNMiner, PositiveSets, estimate
 from moco_isl.mining.average import AverageMiner, neighbourhood_means
-from moco_isl.mining.estimate import halves, pair_precision, sampled_precision, widest
+from moco_isl.mining.estimate import by_halves, by_views, halves, sampled, widest
 from moco_isl.training import options
 from tests.ranks import run_ranks
 from tests.runs import DIGITS
@@ -19,8 +20,8 @@ from tests.test_bad_input import ask
 from tests.test_miners import clusters, rows
 
 
-def mine(miner, features, seed=0):
-    return miner.mine(features, PositiveSets.empty(len(features)), torch.Generator().manual_seed(seed))
+def mine(miner, features, seed=0, views=None):
+    return miner.mine(features, PositiveSets.empty(len(features)), torch.Generator().manual_seed(seed), views=views)
 
 
 def nearest(x, i, k):
@@ -53,17 +54,17 @@ def test_means_find_more_right_pairs_than_cosines_where_features_are_noisy():
     assert by_means > by_cosine + 0.05
 
 
-def _on_ranks(rank, world, trust):
+def _on_ranks(rank, world, trust, views=False):
     miner = AverageMiner(k=10, budget=6.0)
     miner.rules.trust = trust
-    sets = mine(miner, clusters(600, spread=0.8))
-    return sets.state_dict(), miner.report["precision_estimate"]
+    sets = mine(miner, clusters(600, spread=0.8), views=[clusters(600, spread=0.8, seed=seed) for seed in (1, 2)] if views else None)
+    return sets.state_dict(), [miner.report[name] for name in ("precision_estimate", "precision_at_most")]
 
 
-@pytest.mark.parametrize("trust", [None, 0.9])
-def test_ranks_find_and_estimate_what_one_does(trust):
-    alone, share = _on_ranks(0, 1, trust)
-    for sets, other in run_ranks(2, _on_ranks, trust):
+@pytest.mark.parametrize("trust, views", [(None, False), (0.9, False), (0.9, True)])
+def test_ranks_find_and_estimate_what_one_does(trust, views):
+    alone, share = _on_ranks(0, 1, trust, views)
+    for sets, other in run_ranks(2, _on_ranks, trust, views):
         assert all(torch.equal(sets[key], alone[key]) for key in ("offsets", "members")) and other == share
 
 
@@ -86,22 +87,25 @@ def test_halves_share_the_dimensions_out():
     assert both == pytest.approx(sorted([*parts[0], *parts[1]]))
 
 
-def test_pair_precision_equals_loops():
+@pytest.mark.parametrize("curve", ["halves", "views"])
+def test_both_estimates_equal_loops(curve):
     M, x = 80, clusters(80, groups=4, spread=0.8)
     a, b = torch.randint(M, (2, 30), generator=torch.Generator().manual_seed(0))
-    k, parts = M // 8, halves(x)
-    near = [[set(nearest(part, i, k)) for i in range(M)] for part in parts]
-    found = pair_precision(x, a, b)
+    k, views = M // 8, halves(x) if curve == "halves" else [clusters(80, groups=4, spread=0.8, seed=seed) for seed in (1, 2)]
+    A, B, e = (2.70, 1.20, 0.02) if curve == "halves" else (4.10, 1.44, 0.002)
+    near = [[set(nearest(view, i, k)) for i in range(M)] for view in views]
+    found = by_halves(x, a, b) if curve == "halves" else by_views(views, a, b)
     for i, j, p in zip(a.tolist(), b.tolist(), found.tolist()):
         s = (len(near[0][i] & near[1][j]) + len(near[1][i] & near[0][j])) / (2 * k)
-        logit = math.log((0.02 + 0.96 * s) / (0.98 - 0.96 * s))
-        assert p == pytest.approx(1 / (1 + math.exp(-(estimate.A + estimate.B * logit))), abs=1e-5)
+        s = s if curve == "halves" else max(0, (s - k / (M - 1)) / (1 - k / (M - 1)))
+        logit = math.log((e + (1 - 2 * e) * s) / (1 - e - (1 - 2 * e) * s))
+        assert p == pytest.approx(1 / (1 + math.exp(-(A + B * logit))), abs=1e-5)
 
 
 def test_the_estimate_tells_right_pairs_from_wrong_ones():
     x, labels = clusters(800, C=32, groups=8, spread=0.8), torch.arange(800) % 8
     a, b = torch.randint(800, (2, 2000), generator=torch.Generator().manual_seed(0))
-    share = pair_precision(x, a, b)
+    share = by_halves(x, a, b)
     same = labels[a] == labels[b]
     assert share[same].mean() > 0.8 and share[~same].mean() < 0.3
 
@@ -121,8 +125,8 @@ def test_a_sample_stands_for_all_pairs(monkeypatch):
     x = clusters(300, spread=0.8)
     a, b = torch.randint(300, (2, 1000), generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(estimate, "SAMPLE", 200)
-    share, at = sampled_precision(x, a, b)
-    assert len(at) == 200 and (at[0], at[-1]) == (0, 999) and torch.equal(share, pair_precision(x, a[at], b[at]))
+    share, at = sampled(by_halves, x, a, b)
+    assert len(at) == 200 and (at[0], at[-1]) == (0, 999) and torch.equal(share, by_halves(x, a[at], b[at]))
 
 
 def _stopped(rank, world):
@@ -131,7 +135,7 @@ def _stopped(rank, world):
             raise Interrupted("asked to")
 
     try:
-        sampled_precision(clusters(300), torch.arange(100), torch.arange(100, 200), tick)
+        sampled(by_halves, clusters(300), torch.arange(100), torch.arange(100, 200), tick)
     except Interrupted:
         return "interrupted"
 
@@ -149,7 +153,7 @@ def test_the_widest_set_that_the_estimate_bears_is_kept():
     free, bound = KNNMiner(k=10, budget=8.0), KNNMiner(k=10, budget=8.0)
     bound.rules.trust = 0.9
     wide, narrow = mine(free, x), mine(bound, x)
-    assert 0 < narrow.num_edges < wide.num_edges and free.report["precision_estimate"] < 0.9 <= bound.report["precision_estimate"] + 1e-6
+    assert 0 < narrow.num_edges < wide.num_edges and free.report["precision_at_most"] < 0.9 <= bound.report["precision_at_most"] + 1e-6
     assert float(narrow.sureness.min()) >= float(wide.sureness.sort(descending=True).values[narrow.num_edges - 1]) - 1e-6
 
 
@@ -175,26 +179,47 @@ def test_the_flag_names_a_bound():
             options.trust(wrong)
 
 
+def test_views_decide_where_they_are_there():
+    """Features in clear groups that two views of the images do not bear out."""
+    x, chance = clusters(600, C=32, groups=6, spread=0.3), [rows(600, C=32, seed=seed) for seed in (1, 2)]
+    miner = KNNMiner(k=5, budget=3.0)
+    sets = mine(miner, x, views=chance)
+    assert sets.num_edges == 1800 and miner.report["precision_at_most"] > 0.9 and miner.report["precision_estimate"] < 0.2
+    miner.rules.trust = 0.8
+    assert mine(miner, x).num_edges == 1800
+    assert mine(miner, x, views=chance).num_edges == 0 and re.match("nothing sure enough .*: of the surest pairs 1?[0-9] % are estimated", miner.report["why"])
+
+
+def test_views_are_asked_for_by_a_bound():
+    flags = lambda *more: options.get_parser("").parse_args([*DIGITS, "--miner", "knn", *more])  # noqa: E731
+    for more, expected in [([], False), (["--isl-trust", "auto"], True), (["--isl-trust", "auto", "--no-isl-views"], False), (["--isl-views"], True)]:
+        args = flags(*more)
+        options.check_args(args)
+        assert args.isl_views is expected
+
+
 def test_a_run_says_its_estimate_and_that_nothing_is_sure(tmp_path):
     flags = [*DIGITS, "--epochs", "1", "--max-steps", "1", "--miner", "average", "--isl-start", "0", "--isl-neighbors", "20"]
     code, out, err = ask([*flags, "--out", str(tmp_path / "free")])
     assert (code, err) == (0, "") and "; at most 0." in out and " by the estimate without labels" in out
     line = next(x for x in map(json.loads, (tmp_path / "free" / "metrics.jsonl").read_text().splitlines()) if x["kind"] == "round")
-    assert 0 < line["precision_estimate"] < 1 and line["precision"] > 0
+    assert 0 < line["precision_at_most"] < 1 and line["precision"] > 0 and line["precision_estimate"] is None
     code, out, _ = ask([*flags, "--isl-trust", "0.999", "--out", str(tmp_path / "bound")])
-    assert code == 0 and "nothing sure enough to add this round" in out
+    assert code == 0 and "nothing sure enough to add this round: of the surest pairs " in out
 
 
 def test_errors_of_the_estimate_are_what_it_says_less_what_is_right():
     from benchmarks import estimate as study
 
     features, labels = clusters(150, groups=5, spread=0.6), torch.arange(150) % 5
-    sets, errors = study.sets(features), study.errors(features, labels)
+    views = [clusters(150, groups=5, spread=0.6, seed=seed) for seed in (1, 2)]
+    sets, errors = study.sets(features), study.errors(features, labels, views)
     assert len(errors) == 4 * len(study.SIZES) and sets.keys() == errors.keys()
     for name in ("own nearest, 5", "all pairs, 10"):
         a, b = sets[name]
         truth = statistics.fmean(i % 5 == j % 5 for i, j in zip(a.tolist(), b.tolist()))
-        assert errors[name] == pytest.approx((100 * truth, 100 * (float(pair_precision(features, a, b).mean()) - truth)), abs=1e-3)
+        guesses = {"halves": by_halves(features, a, b), "views": by_views(views, a, b)}
+        assert errors[name] == pytest.approx({"truth": 100 * truth, **{by: 100 * (float(p.mean()) - truth) for by, p in guesses.items()}}, abs=1e-3)
         assert bool((a != b).all()) and len(a) <= study.SAMPLE
     near = features @ features.T - 2 * torch.eye(150)
     a, b = sets["own nearest, 5"]

@@ -13,7 +13,7 @@ from moco_isl.data.datasets import (
     names_below,
     native_size,
 )
-from moco_isl.data.loaders import eval_loader, train_loader
+from moco_isl.data.loaders import eval_loader, train_loader, view_loader
 from moco_isl.data.transforms import get_augmentation, get_eval_transform
 
 __all__ = [
@@ -34,4 +34,5 @@ __all__ = [
     "names_below",
     "native_size",
     "train_loader",
+    "view_loader",
 ]

@@ -164,6 +164,24 @@ class _Plan:
             yield [(epoch, i) for i in rows.tolist()]
 
 
+class _InOrder:
+    """What `_Plan` is for an epoch, for one visit to the images rows in their order, none left out."""
+
+    def __init__(self, rows: range, batch_size: int, seed: int):
+        self.seed, self.epoch, self.start_step = seed, 0, 0
+        self.batches = [torch.arange(i, min(i + batch_size, rows.stop)) for i in range(rows.start, rows.stop, batch_size)]
+        self.steps = len(self.batches)
+
+    def rows(self, epoch: int, start_step: int) -> list[torch.Tensor]:
+        return self.batches[start_step:]
+
+    def __len__(self) -> int:
+        return self.steps - self.start_step
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return iter([[(self.epoch, i) for i in rows.tolist()] for rows in self.batches[self.start_step :]])
+
+
 # ---------------------------------------------------------------- images in files
 
 
@@ -271,10 +289,10 @@ class FileTrainLoader(_FileLoader):
         self,
         dataset: Dataset,
         augmentation: Callable,
-        plan: _Plan,
+        plan: _Plan | _InOrder,
         workers: int,
         device,
-        max_bad_images: int,
+        max_bad_images: int | None,
         pin_memory: bool | None,
         fast: bool,
         views: int,
@@ -305,10 +323,10 @@ class PhotoTrainLoader(_FileLoader):
         self,
         dataset: Dataset,
         augmentation: BatchAugmentation,
-        plan: _Plan,
+        plan: _Plan | _InOrder,
         workers: int,
         device,
-        max_bad_images: int,
+        max_bad_images: int | None,
         pin_memory: bool | None,
         views: int,
     ):
@@ -366,7 +384,7 @@ class MemoryTrainLoader(_MemoryLoader):
     """What train_loader gives for images held and augmented on the device; the same interface as FileTrainLoader."""
 
     def __init__(
-        self, dataset: ImagesInMemory, augmentation: BatchViews, plan: _Plan, device, max_bad_images: int, views: int
+        self, dataset: ImagesInMemory, augmentation: BatchViews, plan: _Plan | _InOrder, device, max_bad_images: int | None, views: int
     ):
         super().__init__(dataset, device)
         self.augmentation = augmentation
@@ -432,6 +450,30 @@ def train_loader(
     workers then decode and crop, without loss and where they would at full size. Raises BadInput.
     """
     plan = _Plan(len(dataset), batch_size, seed, multiple)
+    return _views_of(dataset, augmentation, plan, workers, device, max_bad_images, pin_memory, fast, views)
+
+
+def view_loader(
+    dataset: Dataset,
+    *,
+    augmentation: Callable,
+    batch_size: int,
+    seed: int,
+    workers: int = 0,
+    device="cpu",
+    shard: tuple[int, int] | None = None,
+) -> FileTrainLoader | PhotoTrainLoader | MemoryTrainLoader:
+    """Two views of every image once and in order, start .. stop - 1 of `shard` or all, for a look at what an encoder makes of them.
+
+    The loader is that of `train_loader`, .epoch(epoch) gives the views that a training epoch of this number would have (seed, epoch and image
+    decide), batch_size is this rank's own. Unreadable images are replaced and named, never refused. Raises BadInput as `train_loader`.
+    """
+    plan = _InOrder(range(*(shard or (0, len(dataset)))), batch_size, seed)
+    return _views_of(dataset, augmentation, plan, workers, device, None, None, False, 2)
+
+
+def _views_of(dataset, augmentation, plan: _Plan | _InOrder, workers, device, max_bad_images, pin_memory, fast, views):
+    """The loader for where the images are and where they are augmented."""
     if not isinstance(augmentation, BatchViews):
         return FileTrainLoader(dataset, augmentation, plan, workers, device, max_bad_images, pin_memory, fast, views)
     if not isinstance(dataset, ImagesInMemory):

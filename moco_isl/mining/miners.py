@@ -9,6 +9,7 @@ import torch
 from moco_isl import dist
 from moco_isl.errors import BadInput, Interrupted, RunFailed
 from moco_isl.mining.edges import Edges, Rules
+from moco_isl.mining.estimate import Views
 from moco_isl.mining.gan import Discriminator, GANFit, GANSettings, Generator, collapse, fit_gan
 from moco_isl.mining.neighbors import topk
 from moco_isl.mining.positives import PositiveSets
@@ -24,8 +25,8 @@ class NoMiner:
     def __init__(self):
         self.report: dict = {}
 
-    def mine(self, features: Tensor, positives: PositiveSets, rng: torch.Generator,
-             tick: Tick | None = None) -> PositiveSets:
+    def mine(self, features: Tensor, positives: PositiveSets, rng: torch.Generator, tick: Tick | None = None,
+             views: Views | None = None) -> PositiveSets:
         return positives
 
     def state_dict(self) -> dict:
@@ -236,7 +237,9 @@ def one_line(report: dict) -> str:
         if report.get("precision_own_nearest") is not None:
             text += f" (own nearest {report['precision_own_nearest']:.3f}, all pairs {report['precision_all_pairs']:.3f})"
     if report.get("precision_estimate") is not None:
-        text += f"; at most {report['precision_estimate']:.2f} by the estimate without labels"
+        text += f"; {report['precision_estimate']:.2f} estimated without labels, at most {report['precision_at_most']:.2f}"
+    elif report.get("precision_at_most") is not None:
+        text += f"; at most {report['precision_at_most']:.2f} by the estimate without labels"
     if report.get("labels_used"):
         text += f"; LABELS WERE USED (--research-labels), right ones {report['right']}, wrong ones {report['wrong']}"
     text += f"; {report['seconds']:.1f} s, peak {report['peak_memory_gib']:.1f} GiB"

@@ -8,6 +8,8 @@ import torch
 from moco_isl import dist
 from moco_isl.errors import BadInput
 from moco_isl.mining.edges import Edges, Rules
+from moco_isl.mining.estimate import Views
+from moco_isl.mining.estimate import Views
 from moco_isl.mining.positives import PositiveSets, distinct_edges
 from moco_isl.mining.rounds import RoundMiner, Tick, over_blocks
 
@@ -41,8 +43,8 @@ class OracleMiner(RoundMiner):
                 raise BadInput(f"an oracle of precision {precision:g} and {size:g} positives an image needs {number} {kind} pairs, and these labels "
                                f"make {there}: expected at most half of them; ask for smaller sets")  # fmt: skip
 
-    def mine(self, features: Tensor, positives: PositiveSets, rng: torch.Generator, tick: Tick | None = None) -> PositiveSets:
-        return super().mine(features, PositiveSets.empty(len(features), features.device), rng, tick)
+    def mine(self, features: Tensor, positives: PositiveSets, rng: torch.Generator, tick: Tick | None = None, views: Views | None = None) -> PositiveSets:
+        return super().mine(features, PositiveSets.empty(len(features), features.device), rng, tick, views)
 
     def find(self, features: Tensor, positives: PositiveSets, seed: int, tick: Tick | None) -> tuple[Edges, str]:
         generator = torch.Generator().manual_seed(seed)

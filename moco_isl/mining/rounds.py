@@ -14,7 +14,7 @@ import torch
 from moco_isl import dist
 from moco_isl.errors import BadInput, Interrupted
 from moco_isl.mining.edges import Edges, Rules, settle
-from moco_isl.mining.estimate import sampled_precision, widest
+from moco_isl.mining.estimate import Views, by_halves, by_views, sampled, widest
 from moco_isl.mining.positives import PositiveSets
 
 Tensor = torch.Tensor
@@ -29,8 +29,8 @@ class Miner(Protocol):
 
     report: dict
 
-    def mine(self, features: Tensor, positives: PositiveSets, rng: torch.Generator,
-             tick: Tick | None = None) -> PositiveSets: ...
+    def mine(self, features: Tensor, positives: PositiveSets, rng: torch.Generator, tick: Tick | None = None,
+             views: Views | None = None) -> PositiveSets: ...
 
     def state_dict(self) -> dict: ...
 
@@ -56,12 +56,13 @@ class RoundMiner:
         raise NotImplementedError
 
     @torch.no_grad()
-    def mine(self, features: Tensor, positives: PositiveSets, rng: torch.Generator,
-             tick: Tick | None = None) -> PositiveSets:
+    def mine(self, features: Tensor, positives: PositiveSets, rng: torch.Generator, tick: Tick | None = None,
+             views: Views | None = None) -> PositiveSets:
         """features [M, C] unit rows, the sets so far -> the sets of this round; both equal on all ranks.
 
-        rng: a CPU generator, one draw a round (rank 0's counts). Raises BadInput where features do not fit, Interrupted
-        on every rank where tick raised it on one.
+        rng: a CPU generator, one draw a round (rank 0's counts). views 2 x [M, C]: unit rows of two random augmentations of
+        every image, from which it is estimated how much of the sets is right. Raises BadInput where features do not
+        fit, Interrupted on every rank where tick raised it on one.
         """
         started = time.perf_counter()
         if features.ndim != 2 or len(features) != positives.num_images:
@@ -70,30 +71,32 @@ class RoundMiner:
         seed = dist.broadcast_object(int(torch.randint(2 ** 62, (1,), generator=rng)))
         if features.device.type == "cpu":  # which multiplies half precision slowly
             features = features.float()
-        self.report = {"miner": self.name, "precision_estimate": None}
+        self.report = {"miner": self.name, "precision_estimate": None, "precision_at_most": None}
         edges, why = self.find(features, positives, seed, tick)
         if why:
             sets, counts = positives, {"edges_found": 0, "edges_added": 0, "edges_dropped": 0}
         else:
-            sets, counts = settle(features, gather_edges(edges), positives, self.rules, lambda a, b: self._trusted(features, a, b, tick))
+            sets, counts = settle(features, gather_edges(edges), positives, self.rules, lambda a, b: self._trusted(features, views, a, b, tick))
         degree = sets.in_degree()
         self.report |= {**counts, "accepted": not why, "why": why or self.report.get("why", ""), "edges": sets.num_edges,
                         "mean_size": sets.mean_size, "coverage": sets.coverage, "worst_in_degree": int(degree.max()),
                         "seconds": time.perf_counter() - started, "peak_memory_gib": _peak_gib(features.device)}
         return sets
 
-    def _trusted(self, features: Tensor, a: Tensor, b: Tensor, tick: Tick | None) -> int:
+    def _trusted(self, features: Tensor, views: Views | None, a: Tensor, b: Tensor, tick: Tick | None) -> int:
         """How many of the pairs a [U], b [U], surest first, to keep; what is estimated of them goes into the report."""
         if not len(a):
             return 0
-        share, at = sampled_precision(features, a, b, tick)
-        number = len(a) if self.rules.trust is None else widest(share, at, len(a), self.rules.trust)
-        if number:
-            self.report["precision_estimate"] = float(share[at < number].double().mean())
-        else:
-            surest = float(share[: min(32, len(share))].double().mean())
-            self.report["why"] = (f"nothing sure enough to add this round: of the surest pairs {100 * surest:.0f} % are estimated to be right, and "
-                                  f"{100 * self.rules.trust:.0f} % are asked for (--isl-trust)")
+        found, bound, number = {"precision_at_most": sampled(by_halves, features, a, b, tick)}, self.rules.trust, len(a)
+        if views is not None:
+            found["precision_estimate"] = sampled(by_views, views, a, b, tick)
+        share, at = found.get("precision_estimate", found["precision_at_most"])
+        if bound is not None and not (number := widest(share, at, len(a), bound)):
+            self.report["why"] = (f"nothing sure enough to add this round: of the surest pairs {'at most ' if views is None else ''}{100 * share[:32].double().mean():.0f} % are "
+                                  f"estimated to be right, and {100 * bound:.0f} % are asked for (--isl-trust)")
+            return 0
+        for name, (share, at) in found.items():
+            self.report[name] = float(share[at < number].double().mean())
         return number
 
     def state_dict(self) -> dict:

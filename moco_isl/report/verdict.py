@@ -121,11 +121,19 @@ def _without_labels(last: dict) -> str:
         f"{100 * last['coverage']:.0f} % of the images have positives, {last['mean_size']:.1f} each on average over all. "
         "How many of them are right needs labels: add --labels where there are any, or look at the images below."
     )
-    if last.get("precision_estimate") is not None:
-        text += f" By the estimate without labels at most {100 * last['precision_estimate']:.0f} of 100 pairs are right; on a weak encoder it was 35 points too high."
+    estimate, most = estimates(last)
+    if estimate is not None:
+        text += f" By the estimate without labels {100 * estimate:.0f} of 100 pairs are right; on encoders that are not done yet it is too low."
+    elif most is not None:
+        text += f" By the estimate without labels at most {100 * most:.0f} of 100 pairs are right; on a weak encoder it was 35 points too high (--isl-views does better)."
     if (distinct := last.get("distinct")) is not None and distinct < 0.3:
         text += f" The proxies are crowded: only {100 * distinct:.0f} % of them have a nearest image of their own."
     return text
+
+
+def estimates(report: dict) -> tuple[float | None, float | None]:
+    """What share of a round's pairs is right without labels: by two views, and at most; None where it was not asked. Older runs knew the latter alone."""
+    return (report["precision_estimate"], report["precision_at_most"]) if "precision_at_most" in report else (None, report.get("precision_estimate"))
 
 
 def gains(runs: list[Run]) -> list[str]:

@@ -119,8 +119,8 @@ def train_one_epoch(
 
 
 def mine_round(isl: ISL, miner, features: torch.Tensor, labels: torch.Tensor | None, seed: int, stop: Stop,
-               sizes: tuple[int, ...] = (5, 50)) -> dict:
-    """One round of mining on features [M, C] (unit rows, equal on all ranks); returns its report.
+               views: tuple[torch.Tensor, torch.Tensor] | None = None, sizes: tuple[int, ...] = (5, 50)) -> dict:
+    """One round of mining on features [M, C] (unit rows, equal on all ranks), and maybe on two views 2 x [M, C] of them; returns its report.
 
     With labels [M] (on the features' device, -1: none) the report has the precision of the sets beside that of each image's own nearest at equal
     size and of all pairs ranked at equal total; the labels are looked at after the mining. Raises Interrupted when asked to stop:
@@ -128,7 +128,7 @@ def mine_round(isl: ISL, miner, features: torch.Tensor, labels: torch.Tensor | N
     """
     start = time.perf_counter()
     rng = torch.Generator().manual_seed((seed * 1_000_003 + isl.round) % 2**63)  # a function of seed and round: a resumed round is the same
-    report = dict(isl.mine(features, miner, rng, stop.tick))
+    report = dict(isl.mine(features, miner, rng, stop.tick, views))
     report |= {"round": isl.round, "seconds": time.perf_counter() - start, **_memory(features.device)}
     if labels is not None:
         report |= judge_positives(isl, features, labels, sizes)

@@ -11,7 +11,7 @@ from moco_isl.training import cli, fast
 
 SCHEDULE = [120, 160]  # MoCo's, for its 200 epochs
 TRUST = "off"
-AUTO = 0.8  # up to 0.7 mining was seen to cost accuracy, and the estimate errs upwards: by 9 points on an encoder of another method, by 35 on a weak one
+AUTO = 0.8  # up to 0.7 mining was seen to cost accuracy; on the digits it broke even between 0.7 and 0.85
 
 
 def get_parser(description: str) -> cli.Parser:
@@ -93,7 +93,9 @@ def get_parser(description: str) -> cli.Parser:
     cli.add_switch(group, "--isl-grow", help="the budget counts for a round: x in the first, 2x in the second, and so on, as the published code (with 0.5)")
     group.add_argument("--isl-max-share", type=float, default=0.05, metavar="x", help="no image is a positive of more than this share of all images (0.05)")
     group.add_argument("--isl-trust", default=TRUST, metavar="auto|p|off", help="keep the widest sets, within the budget, of which this share is right by an estimate without "
-                       "labels; auto: 0.8 (off; the estimate is a bound from above: it was 9 points too high on an encoder of another method, 35 on a weak one)")
+                       "labels, and none where nothing is that sure; auto: 0.8, below which mining was seen to cost accuracy (off)")
+    cli.add_switch(group, "--isl-views", default=None, help="let a round look at two augmented views of every image too, which tells how much of its sets is right: two more "
+                   "feature passes a round (on with --isl-trust). Without, a round can only say how much at most")
     cli.add_switch(group, "--isl-keep", help="never drop a pair once mined, as the paper; off: each round judges old pairs again")
     group.add_argument("--isl-neighbors", type=int, metavar="k", help="nearest images looked at by knn and entropy (as many as the budget asks for) and in diffusion's "
                        "graph (20); whose mean average takes (50)")
@@ -186,6 +188,8 @@ def check_args(args: argparse.Namespace) -> None:
     if args.schedule is SCHEDULE and args.isl_rounds > 1:
         args.schedule = [math.ceil(length * 3 / 5), math.ceil(length * 4 / 5)]  # up: a round of two epochs is not to decay in its first
     args.isl_recenter = args.isl_recenter is not False
+    if args.isl_views is None:
+        args.isl_views = bound is not None
     if args.isl_start is None:
         args.isl_start = 0 if args.init else length if args.isl_rounds > 1 else args.epochs // 2
     if args.isl_every is None:
