@@ -37,6 +37,7 @@ def rows_of(args: argparse.Namespace) -> dict[str, list[str]]:
         "neighbourhood means (average)": ["--miner", "average", *mining],
         "neighbourhood means, --isl-trust auto": ["--miner", "average", *mining, "--isl-trust", "auto"],
         "own nearest, --isl-trust auto": ["--miner", "knn", *mining, "--isl-trust", "auto"],
+        "own nearest, --isl-between 20": ["--miner", "knn", *mining, "--isl-between", "20"],
     }
 
 

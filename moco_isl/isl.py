@@ -20,7 +20,9 @@ from moco_isl import dist
 from moco_isl.bank import FeatureBank, QueueSlots
 from moco_isl.builder import Encode, Instance, MoCo
 from moco_isl.encoders import evaluating
+from moco_isl.errors import BadInput
 from moco_isl.losses import bank_loss, linear_kl, multi_positive_mean_log, multi_positive_nce, softmax_over
+from moco_isl.mining.between import in_between
 from moco_isl.mining.positives import PositiveSets
 
 FORMS = {"logsum": multi_positive_nce, "meanlog": multi_positive_mean_log}
@@ -37,7 +39,7 @@ class ISL:
 
     def __init__(self, model: MoCo | Instance, num_images: int, *, P: int = 32, form: str = "logsum", hpe: float = 0.5, mask: bool = True,
                  bank_mix: float | None = None, symmetric: bool = False, active: bool = True, seed: int = 0,
-                 recenter: bool = True, encode: Callable | None = None, bank_dtype: torch.dtype = torch.float32, fast: bool = False):
+                 recenter: bool = True, between: int = 0, encode: Callable | None = None, bank_dtype: torch.dtype = torch.float32, fast: bool = False):
         """
         num_images: M; `index` of a batch counts in 0 .. M - 1.
         P: how many positives of an image a step looks at; a larger set takes turns, one window an epoch.
@@ -46,13 +48,16 @@ class ISL:
         bank_mix: mu of Eq. 8; None: 1 around a MoCo (its key encoder averages already), 0.5 around an Instance.
         symmetric: each view is query once and key once (queue objective).
         recenter: positives are bank rows moved from the bank's mean to the queue's (queue objective).
+        between: so many nearest images of each, those that are not in its set, are neither positive nor negative (queue objective, needs `mask`).
         bank_dtype: torch.float16 halves the bank's memory and, around an Instance, takes the softmax by half-precision products.
         fast: fused kernels where they work (CUDA), and ranks, which must then have equal batches, exchange features once a step in float16.
         encode: the model's `encode` if it has been wrapped already; None wraps it here where ranks need it.
         """
         self.model, self.queue_objective = model, isinstance(model, MoCo)
         self.P, self.form, self.hpe, self.mask, self.symmetric, self.active = P, form, hpe, mask, symmetric, active
-        self.recenter = recenter
+        self.recenter, self.between = recenter, between
+        if between and not (self.queue_objective and mask):
+            raise BadInput("images in between are left out of the queue's negatives: they need a MoCo, and mask=True")
         self.bank_mix = bank_mix if bank_mix is not None else (1.0 if self.queue_objective else 0.5)
         self.fast = fast
         self.encode = encode or distributed_encode(model)
@@ -63,6 +68,7 @@ class ISL:
         else:
             self.bank.fill_random(num_images, model.dim, torch.Generator().manual_seed(seed))
         self.positives = PositiveSets.empty(num_images, device)
+        self.zone = PositiveSets.empty(num_images, device)  # of each image what is in between
         self.round = 0  # how many rounds of mining have been
         self.turn = 0  # which window of a large set is looked at: the epoch
         self.parts: dict[str, torch.Tensor] = {}  # of the last step: loss, isl, hpe, acc1; scalars on the device, detached
@@ -100,8 +106,9 @@ class ISL:
         if self.active:
             positives, weight = self.positives.lookup(index, self.P, self.turn)  # [N, P] each
             if self.mask:
+                zone, doubtful = self.zone.lookup(index, self.between)  # [N, between] each
                 own = torch.ones_like(index[:, None], dtype=torch.bool)
-                absent = self.slots.absent(torch.cat([index[:, None], positives], 1), torch.cat([own, weight > 0], 1))
+                absent = self.slots.absent(torch.cat([index[:, None], positives, zone], 1), torch.cat([own, weight > 0, doubtful > 0], 1))
             if self.positives.num_edges:
                 bank_rows = self.bank.lookup(positives)  # [N, P, C]
                 rows = self._recentered(bank_rows)
@@ -184,17 +191,20 @@ class ISL:
         """
         rng = rng or torch.Generator().manual_seed(self.round)
         positives = miner.mine(features, self.positives, rng, tick, *([] if views is None else [views]))  # a user's own miner may know of none
+        zone = in_between(features, positives, self.between, tick) if self.between else self.zone
         if not self.bank.filled:
             self.bank.fill(features)
-        self.positives = positives.to(self.bank.device)
+        self.positives, self.zone = positives.to(self.bank.device), zone.to(self.bank.device)
         self.round += 1
-        return miner.report
+        return {**miner.report, "between": zone.mean_size} if self.between else miner.report
 
     def state_dict(self) -> dict:
         """Everything beside the model that a resumed run needs: tensors and plain values. The miner keeps its own."""
         state = {"bank": self.bank.state_dict(), "positives": self.positives.state_dict(), "round": self.round}
         if self.slots is not None:
             state["slots"] = self.slots.state_dict()
+        if self.between:
+            state["zone"] = self.zone.state_dict()
         return state
 
     def load_state_dict(self, state: dict) -> None:
@@ -203,6 +213,8 @@ class ISL:
         self.round = state["round"]
         if self.slots is not None:
             self.slots.load_state_dict(state["slots"])
+        if self.between:
+            self.zone = PositiveSets.from_state(state["zone"]).to(self.bank.device)
 
 
 class Coming:

@@ -31,7 +31,7 @@ SERVER.set_forkserver_preload(["tests.runs"])
 # 437 images, 7 steps an epoch; a GAN as short as these collapses, and is let through
 DIGITS = ("--dataset digits -a digits --mlp --moco-dim 16 --moco-k 128 --moco-t 0.1 --moco-m 0.9 --knn-holdout 1000 -b 64 -j 0 --seed 1 --lr 0.1 --cos --device cpu "
           "-p 2").split()  # fmt: skip
-MINED = ("--miner gan --isl-every 1 --isl-gan-iters 40 --isl-gan-min-iters 20 --isl-threshold 0 --isl-radius-mode fixed --isl-radius 2 --isl-budget 3 --isl-views").split()
+MINED = ("--miner gan --isl-every 1 --isl-gan-iters 40 --isl-gan-min-iters 20 --isl-threshold 0 --isl-radius-mode fixed --isl-radius 2 --isl-budget 3 --isl-views --isl-between 4").split()
 
 # where a process can be killed: the functions that a run is in then
 STAGES = {"epoch": (engine, "train_one_epoch"), "GAN": (miners, "fit_gan"), "mining": (miners, "best_proxies"), "save": (checkpoint, "save")}

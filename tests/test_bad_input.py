@@ -95,6 +95,7 @@ TOGETHER = [
     ("a minimum above the cap", [*RUN, *OUT, "--isl-gan-iters", "10", "--isl-gan-min-iters", "20"]),
     ("an oracle that was not allowed the labels", [*RUN, *OUT, "--miner", "oracle"]),
     ("labels allowed to a miner that needs none", [*RUN, *OUT, "--miner", "knn", "--research-labels"]),
+    ("a zone around the bank", [*RUN, *OUT, "--objective", "bank", "--isl-between", "5"]),
     ("a bound that is none", [*RUN, *OUT, "--miner", "knn", "--isl-trust", "sure"]),
     ("an oracle that is to grow", [*RUN, *OUT, "--miner", "oracle", "--research-labels", "--isl-grow"]),
     ("an oracle asked for more than the labels make", [*RUN, *OUT, "--miner", "oracle", "--research-labels", "--oracle-size", "100"]),

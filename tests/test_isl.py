@@ -6,8 +6,9 @@ import torch.nn.functional as F
 
 from moco_isl.bank import FeatureBank, QueueSlots
 from moco_isl.builder import Instance
+from moco_isl.errors import BadInput
 from moco_isl.isl import ISL
-from moco_isl.mining.miners import KNNMiner, NoMiner
+from moco_isl.mining.miners import KNNMiner, NoMiner, one_line
 from moco_isl.mining.positives import PositiveSets
 from tests.test_builder import C, K, M, images, moco, tiny
 
@@ -46,10 +47,11 @@ def test_mask_off_and_no_positives_is_mocos_cross_entropy():
         assert torch.allclose(mine.grad, theirs.grad, atol=1e-6)
 
 
-@pytest.mark.parametrize("recenter", [True, False])
-@pytest.mark.parametrize("form", ["logsum", "meanlog"])
-def test_queue_loss_equals_loops(form, recenter):
-    isl = with_sets(form=form, hpe=0.5, recenter=recenter)
+@pytest.mark.parametrize("form, recenter, between", [("logsum", True, 0), ("logsum", False, 3), ("meanlog", True, 3), ("meanlog", False, 0)])
+def test_queue_loss_equals_loops(form, recenter, between):
+    isl = with_sets(form=form, hpe=0.5, recenter=recenter, between=between)
+    zone = {0: [1, 8], 4: [2, 3, 7]} if between else {}
+    isl.zone = PositiveSets.from_edges(M, torch.tensor([i for i in zone for _ in zone[i]]).long(), torch.tensor(sum(zone.values(), [])).long(), symmetric=False)
     owner = fill_queue(isl)
     index = torch.tensor([0, 1, 4, 7])  # sets of 2, 1, 3 and none
     q, k = unit(4, 11).requires_grad_(), unit(4, 12)
@@ -60,7 +62,7 @@ def test_queue_loss_equals_loops(form, recenter):
     total = 0
     sets = {0: [3, 9], 1: [2], 4: [5, 6, 19], 7: []}
     for row, i in enumerate(index.tolist()):
-        kept = [j for j in range(K) if owner[j] != i and owner[j] not in sets[i]]
+        kept = [j for j in range(K) if owner[j] != i and owner[j] not in sets[i] + zone.get(i, [])]
         assert len(kept) < K
         negative = sum(torch.exp(q[row] @ queue[:, j] / T) for j in kept)
         positive = [torch.exp(q[row] @ v / T) for v in [k[row], *(shown[j] for j in sets[i])]]
@@ -182,6 +184,25 @@ def test_mine_replaces_sets_and_fills_the_bank():
     assert isl.round == 2 and not isl.bank.rows.any(), "a bank that holds features is not overwritten"
 
 
+@pytest.mark.parametrize("n", [1, 5, 100])
+def test_what_is_in_between_equals_loops(n):
+    isl, features = ISL(moco(), M, between=n), unit(M, 3)
+    report = isl.mine(features, KNNMiner(k=2, budget=2, max_share=1.0))
+    sets, zone = ({i: set(x.members[x.offsets[i]:x.offsets[i + 1]].tolist()) for i in range(M)} for x in (isl.positives, isl.zone))
+    for i in range(M):
+        nearest = sorted(set(range(M)) - {i}, key=lambda j: -float(features[i] @ features[j]))[:n]
+        assert zone[i] == set(nearest) - sets[i]
+    assert report["between"] == sum(map(len, zone.values())) / M
+    assert ("in between" in one_line({**report, "seconds": 0.0})) and (n > 2 or isl.zone.num_edges < M)
+
+
+def test_a_zone_needs_a_queue_and_its_mask():
+    with pytest.raises(BadInput, match="need a MoCo"):
+        ISL(Instance(tiny, C), M, between=3)
+    with pytest.raises(BadInput, match="mask=True"):
+        ISL(moco(), M, between=3, mask=False)
+
+
 def test_bank_objective_trains_and_updates_its_rows():
     torch.manual_seed(0)
     isl = ISL(Instance(tiny, C, T=0.1), M, hpe=0.5)
@@ -196,8 +217,11 @@ def test_bank_objective_trains_and_updates_its_rows():
     assert torch.equal(isl.bank.rows[4:], before[4:])
 
 
-def test_state_dict_round_trip():
-    isl, fresh = with_sets(), ISL(moco(), M)
+@pytest.mark.parametrize("between", [0, 4])
+def test_state_dict_round_trip(between):
+    isl, fresh = with_sets(between=between), ISL(moco(), M, between=between)
+    if between:
+        isl.zone = PositiveSets.from_edges(M, torch.arange(12), torch.arange(12) + 3, symmetric=False)
     isl(images(6, 0), images(6, 1), torch.arange(6))
     fresh.model.load_state_dict(isl.model.state_dict())
     fresh.load_state_dict(isl.state_dict())

@@ -228,6 +228,8 @@ def one_line(report: dict) -> str:
         return "no mining"
     text = (f"{report['miner']}: {report['mean_size']:.2f} positives an image, {100 * report['coverage']:.1f} % have any, worst "
             f"in-degree {report['worst_in_degree']}, +{report['edges_added']} -{report['edges_dropped']} edges")
+    if "between" in report:
+        text += f", {report['between']:.1f} in between"
     if "loss_D" in report:
         text += (f"; D {report['loss_D']:.2f} G {report['loss_G']:.2f} score {report['score']:.2f}, proxy to a/p/n "
                  f"{report['cos_anchor']:.2f}/{report['cos_positive']:.2f}/{report['cos_negative']:.2f}, hub "

@@ -78,6 +78,8 @@ def get_parser(description: str) -> cli.Parser:
     group.add_argument("--isl-bank-mix", type=float, metavar="mu", help="share of the new feature in a bank row, Eq. 8 (1 with the queue, 0.5 with the bank)")
     cli.add_switch(group, "--isl-recenter", default=None, help="with the queue, move positives from the bank's mean to the queue's: they are up to an epoch older than the "
                    "negatives, and what all images have moved by since tells one from the other (on; --no-isl-recenter: as they are)")
+    group.add_argument("--isl-between", type=int, default=0, metavar="n", help="with the queue, leave an image's n nearest that are not in its set out of its negatives: too near "
+                       "to push away, too doubtful to pull at (0)")
     cli.add_switch(group, "--isl-half-bank", help="keep the bank in float16: half the memory, and half-precision products in the bank objective's softmax")
 
     group = parser.add_argument_group("ISL: mining")
@@ -155,7 +157,7 @@ def check_args(args: argparse.Namespace) -> None:
     for name, low in {"epochs": 1, "batch_size": 2, "workers": 0, "moco_k": 1, "moco_dim": 1, "print_freq": 1, "bn_splits": 1, "isl_every": 1, "isl_triplets": 1,
                       "isl_rounds": 1, "isl_neighbors": 1, "isl_walk": 1, "isl_clusters": 1, "isl_clusterings": 1, "isl_background": 1,
                       "isl_candidates": 1, "isl_max_positives": 1, "isl_gan_iters": 1, "isl_gan_min_iters": 1, "start_epoch": 0, "save_every": 0, "max_steps": 0, "schedule": 0,
-                      "knn_every": 0, "knn_holdout": 0, "lr": 0, "weight_decay": 0, "isl_hpe": 0, "isl_lambda": 0, "keep": 1, "isl_start": 0}.items():  # fmt: skip
+                      "knn_every": 0, "knn_holdout": 0, "lr": 0, "weight_decay": 0, "isl_hpe": 0, "isl_lambda": 0, "keep": 1, "isl_start": 0, "isl_between": 0}.items():  # fmt: skip
         cli.check_range(args, name, low)
     cli.check_range(args, "seed", -(2**63), 2**63 - 1)
     for name, low, high, low_open in [("moco_t", 0, float("inf"), True), ("isl_budget", 0, float("inf"), True), ("moco_m", 0, 1, False), ("momentum", 0, 1, False),
@@ -169,6 +171,7 @@ def check_args(args: argparse.Namespace) -> None:
     keys = args.batch_size * (2 if args.symmetric else 1)
     cli.check(args.objective != "queue" or args.moco_k >= keys, f"--moco-k {args.moco_k} is smaller than the {keys} keys of one step: use at least that")
     cli.check(args.objective == "queue" or not args.symmetric, "--symmetric belongs to --objective queue")
+    cli.check(args.objective == "queue" or not args.isl_between, "--isl-between belongs to --objective queue: the bank's softmax is over all images")
     cli.check(args.objective != "rotnet" or args.miner == "none", "--objective rotnet has no use for positives: leave --miner none")
     bound, oracle = trust(args.isl_trust), args.miner == "oracle"
     cli.check(not oracle or args.research_labels, "--miner oracle draws positives from the labels: add --research-labels to say that this run may, or choose a "

@@ -1,0 +1,30 @@
+"""The zone in between: images too near to be negatives and too doubtful to be positives.
+
+Letters: M images, C feature dimension, n nearest.
+"""
+
+import torch
+
+from moco_isl.mining.edges import Edges
+from moco_isl.mining.neighbors import topk
+from moco_isl.mining.positives import PositiveSets
+from moco_isl.mining.rounds import Tick, gather_edges, over_blocks
+
+Tensor = torch.Tensor
+
+
+@torch.no_grad()
+def in_between(features: Tensor, positives: PositiveSets, n: int, tick: Tick | None = None) -> PositiveSets:
+    """Of every image the n nearest by features [M, C] (unit rows) that are not in its set of positives; equal on all ranks.
+
+    What to leave out of its negatives without pulling at it, as in the elimination of Huynh et al., 2022 (False negative cancellation). Raises
+    Interrupted on every rank where tick raised it on one.
+    """
+    M, device = len(features), features.device
+    features = features.float() if device.type == "cpu" else features  # which multiplies half precision slowly
+    n = min(n, M - 1)
+    anchors, cosine, near = over_blocks(M, device, lambda rows, _: topk(features[rows], features, n, rows, tick=tick), tick)
+    found = gather_edges(Edges(anchors.repeat_interleave(n), near.flatten(), cosine.flatten()))
+    src, dst = found.src.long(), found.dst.long()
+    doubtful = ~torch.isin(src * M + dst, positives.sources() * M + positives.members.long())
+    return PositiveSets.from_edges(M, src[doubtful], dst[doubtful], symmetric=False, sureness=found.sureness[doubtful])
