@@ -153,8 +153,6 @@ class Run:
         if args.compile:
             fast.compile_encoders(self.model, args.batch_size // dist.world_size())
         self.miner = build_miner(args, self.labels)
-        if args.miner != "none":
-            self.miner.rules.trust = options.trust(args.isl_trust)
         self.parts = resume.Parts(self.model, self.optimizer, self.scaler, self.isl, self.miner, self.images)
         self.position = engine.Position(epoch=args.start_epoch)
         metrics_size = self._load() if self.start.path else 0
@@ -357,7 +355,7 @@ def build_model(args: argparse.Namespace, size: int) -> torch.nn.Module:
 
 def build_miner(args: argparse.Namespace, labels: torch.Tensor | None):
     """labels [M]: of the training images, for the one miner that is allowed to see them."""
-    rules = {"budget": args.isl_budget, "keep": args.isl_keep, "max_share": args.isl_max_share}
+    rules = {"budget": args.isl_budget, "keep": args.isl_keep, "max_share": args.isl_max_share, "trust": options.trust(args.isl_trust)}
     rounds = 1 + (args.epochs - 1 - args.isl_start) // args.isl_every if args.isl_grow else 1
     most = max(1, math.ceil(args.isl_budget * rounds))  # positives an image, in the largest of the rounds
     if args.miner == "none":

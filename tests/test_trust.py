@@ -55,8 +55,7 @@ def test_means_find_more_right_pairs_than_cosines_where_features_are_noisy():
 
 
 def _on_ranks(rank, world, trust, views=False):
-    miner = AverageMiner(k=10, budget=6.0)
-    miner.rules.trust = trust
+    miner = AverageMiner(k=10, budget=6.0, trust=trust)
     sets = mine(miner, clusters(600, spread=0.8), views=[clusters(600, spread=0.8, seed=seed) for seed in (1, 2)] if views else None)
     return sets.state_dict(), [miner.report[name] for name in ("precision_estimate", "precision_at_most")]
 
@@ -150,16 +149,14 @@ def test_a_stop_of_rank_0_stops_all():
 def test_the_widest_set_that_the_estimate_bears_is_kept():
     """Clear groups beside noise: the bound ends the list of pairs, surest first, and the estimate of what stays is not below it."""
     x = torch.cat([clusters(400, C=32, groups=4, spread=0.5), rows(1200, C=32, seed=5)])
-    free, bound = KNNMiner(k=10, budget=8.0), KNNMiner(k=10, budget=8.0)
-    bound.rules.trust = 0.9
+    free, bound = KNNMiner(k=10, budget=8.0), KNNMiner(k=10, budget=8.0, trust=0.9)
     wide, narrow = mine(free, x), mine(bound, x)
     assert 0 < narrow.num_edges < wide.num_edges and free.report["precision_at_most"] < 0.9 <= bound.report["precision_at_most"] + 1e-6
     assert float(narrow.sureness.min()) >= float(wide.sureness.sort(descending=True).values[narrow.num_edges - 1]) - 1e-6
 
 
 def test_nothing_sure_enough_is_said():
-    miner = KNNMiner(k=5, budget=5.0)
-    miner.rules.trust = 0.95
+    miner = KNNMiner(k=5, budget=5.0, trust=0.95)
     sets = mine(miner, rows(400, C=32))
     assert sets.num_edges == 0 and miner.report["why"].startswith("nothing sure enough to add this round: of the surest pairs ")
 

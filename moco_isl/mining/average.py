@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from moco_isl import dist
 from moco_isl.errors import BadInput
-from moco_isl.mining.edges import Edges, Rules
+from moco_isl.mining.edges import Edges
 from moco_isl.mining.neighbors import topk
 from moco_isl.mining.positives import PositiveSets
 from moco_isl.mining.rounds import RoundMiner, Tick, over_blocks
@@ -29,8 +29,8 @@ class AverageMiner(RoundMiner):
 
     name = "average"
 
-    def __init__(self, k: int = 50, candidates: int = 20, power: float = 3.0, budget: float | None = None, max_share: float = 0.05, keep: bool = False):
-        super().__init__(Rules(budget, max_share, keep))
+    def __init__(self, k: int = 50, candidates: int = 20, power: float = 3.0, **rules):
+        super().__init__(**rules)
         if min(k, candidates) < 1 or power < 0:
             raise BadInput(f"means over {k} neighbours weighed by power {power:g}, {candidates} candidates: expected at least 1, 0 and 1")
         self.k, self.candidates, self.power = k, candidates, power

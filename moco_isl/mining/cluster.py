@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from moco_isl import dist
 from moco_isl.errors import BadInput, Interrupted
-from moco_isl.mining.edges import Edges, Rules
+from moco_isl.mining.edges import Edges
 from moco_isl.mining.neighbors import topk
 from moco_isl.mining.positives import PositiveSets
 from moco_isl.mining.rounds import RoundMiner, Tick, over_blocks
@@ -26,8 +26,8 @@ class ClusterMiner(RoundMiner):
     name = "cluster"
 
     def __init__(self, clusters: int | None = None, clusterings: int = 5, background: int = 100, candidates: int = 20,
-                 iterations: int = 20, budget: float | None = None, max_share: float = 0.05, keep: bool = False):
-        super().__init__(Rules(budget, max_share, keep))
+                 iterations: int = 20, **rules):
+        super().__init__(**rules)
         if not (clusters is None or clusters >= 1) or min(clusterings, background, candidates, iterations) < 1:
             raise BadInput(f"{clusterings} clusterings into {clusters} clusters in {iterations} iterations, {background} background neighbours, "
                            f"{candidates} candidates: expected at least 1 of each")

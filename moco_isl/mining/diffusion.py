@@ -7,7 +7,7 @@ import torch
 
 from moco_isl import dist
 from moco_isl.errors import BadInput
-from moco_isl.mining.edges import Edges, Rules
+from moco_isl.mining.edges import Edges
 from moco_isl.mining.neighbors import topk
 from moco_isl.mining.positives import PositiveSets
 from moco_isl.mining.rounds import RoundMiner, Tick, over_blocks
@@ -31,9 +31,8 @@ class DiffusionMiner(RoundMiner):
 
     name = "diffusion"
 
-    def __init__(self, k: int = 20, steps: int = 2, candidates: int = 20, decay: float = 0.9, budget: float | None = None,
-                 max_share: float = 0.05, keep: bool = False):
-        super().__init__(Rules(budget, max_share, keep))
+    def __init__(self, k: int = 20, steps: int = 2, candidates: int = 20, decay: float = 0.9, **rules):
+        super().__init__(**rules)
         if not (k >= 1 and steps >= 1 and candidates >= 1 and 0 < decay <= 1):
             raise BadInput(f"diffusion over {k} neighbours in {steps} steps to {candidates} candidates, decay {decay}: expected at least 1 "
                            "of each, and a decay above 0 and at most 1")

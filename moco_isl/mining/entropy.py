@@ -7,7 +7,7 @@ import torch
 
 from moco_isl import dist
 from moco_isl.errors import BadInput
-from moco_isl.mining.edges import Edges, Rules
+from moco_isl.mining.edges import Edges
 from moco_isl.mining.neighbors import topk
 from moco_isl.mining.positives import PositiveSets
 from moco_isl.mining.rounds import RoundMiner, Tick, over_blocks
@@ -26,9 +26,8 @@ class EntropyMiner(RoundMiner):
 
     name = "entropy"
 
-    def __init__(self, k: int = 1, share: float = 0.25, T: float = 0.1, budget: float | None = None, max_share: float = 0.05,
-                 keep: bool = False):
-        super().__init__(Rules(budget, max_share, keep))
+    def __init__(self, k: int = 1, share: float = 0.25, T: float = 0.1, **rules):
+        super().__init__(**rules)
         if not (k >= 1 and 0 < share <= 1 and T > 0):
             raise BadInput(f"entropy miner with {k} neighbours, a share of {share} and temperature {T}: expected at least 1, above 0 "
                            "and at most 1, above 0")

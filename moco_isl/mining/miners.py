@@ -8,7 +8,7 @@ import torch
 
 from moco_isl import dist
 from moco_isl.errors import BadInput, Interrupted, RunFailed
-from moco_isl.mining.edges import Edges, Rules
+from moco_isl.mining.edges import Edges
 from moco_isl.mining.estimate import Views
 from moco_isl.mining.gan import Discriminator, GANFit, GANSettings, Generator, collapse, fit_gan
 from moco_isl.mining.neighbors import topk
@@ -41,8 +41,8 @@ class KNNMiner(RoundMiner):
 
     name = "knn"
 
-    def __init__(self, k: int = 10, budget: float | None = None, max_share: float = 0.05, keep: bool = False):
-        super().__init__(Rules(budget, max_share, keep))
+    def __init__(self, k: int = 10, **rules):
+        super().__init__(**rules)
         self.k = k
 
     def find(self, features: Tensor, positives: PositiveSets, seed: int, tick: Tick | None) -> tuple[Edges, str]:
@@ -66,11 +66,10 @@ class GANMiner(RoundMiner):
 
     name = "gan"
 
-    def __init__(self, budget: float | None = None, *, iters: int | None = None, min_iters: int | None = None,
+    def __init__(self, *, iters: int | None = None, min_iters: int | None = None,
                  batch: int = 256, lam: float = 1.0, lr: float = 1e-4, triplets: int = 5, threshold: float = 0.5,
-                 radius: float = 0.6, radius_mode: str = "confidence", candidates: int = 10, max_share: float = 0.05,
-                 keep: bool = False):
-        super().__init__(Rules(budget, max_share, keep))
+                 radius: float = 0.6, radius_mode: str = "confidence", candidates: int = 10, **rules):
+        super().__init__(**rules)
         if radius_mode not in ("confidence", "fixed"):
             raise BadInput(f"radius mode {radius_mode!r} is unknown: use confidence or fixed")
         self.settings = GANSettings(iters, min_iters, batch, lam, lr, triplets)

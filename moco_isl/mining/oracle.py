@@ -7,7 +7,7 @@ import torch
 
 from moco_isl import dist
 from moco_isl.errors import BadInput
-from moco_isl.mining.edges import Edges, Rules
+from moco_isl.mining.edges import Edges
 from moco_isl.mining.estimate import Views
 from moco_isl.mining.estimate import Views
 from moco_isl.mining.positives import PositiveSets, distinct_edges
@@ -30,7 +30,7 @@ class OracleMiner(RoundMiner):
     name = "oracle"
 
     def __init__(self, labels: Tensor, precision: float = 1.0, size: float = 5.0, wrong: str = "uniform", right: str = "uniform"):
-        super().__init__(Rules(budget=None, max_share=1.0))
+        super().__init__(max_share=1.0)
         if not (0 <= precision <= 1 and size > 0) or not {wrong, right} <= {"uniform", "near"}:
             raise BadInput(f"oracle of precision {precision}, size {size}, wrong pairs {wrong!r} and right ones {right!r}: expected 0 to 1, more than 0, "
                            "and twice uniform or near")  # fmt: skip

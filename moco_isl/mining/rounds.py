@@ -44,12 +44,14 @@ class RoundMiner:
     is not empty refuses the round, and must be so on every rank; then the sets stay as they were. `find` may put figures
     of its own into self.report. By `over_blocks` and the seed, sets come out equal on every rank and for any number of
     ranks (with equally many threads each: a product's last bit may depend on them).
+
+    rules: budget, max_share, keep, trust and whatever else `edges.Rules` knows, of every miner by name.
     """
 
     name = "miner"
 
-    def __init__(self, rules: Rules):
-        self.rules = rules
+    def __init__(self, **rules):
+        self.rules = Rules(**rules)
         self.report: dict = {}
 
     def find(self, features: Tensor, positives: PositiveSets, seed: int, tick: Tick | None) -> tuple[Edges, str]:

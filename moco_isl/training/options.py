@@ -148,7 +148,7 @@ def idle(args: argparse.Namespace) -> list[str]:
         return []
     default = get_parser("").get_default
     names = [name for name in vars(args) if name.startswith("isl_") and name not in IN_USE_ANYHOW]
-    return ["--" + name.replace("_", "-") for name in names if getattr(args, name) != default(name)]
+    return ["--" + name.replace("_", "-") for name in names if (getattr(args, name) or None) != (default(name) or None)]
 
 
 def check_args(args: argparse.Namespace) -> None:
