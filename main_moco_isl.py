@@ -37,6 +37,9 @@ from moco_isl.training.run_folder import RunFolder, check_folder
 from moco_isl.training.signals import Stop
 
 
+ALIKE = 0.99  # mean cosine from which features have collapsed
+
+
 def get_parser() -> cli.Parser:
     return options.get_parser(__doc__)
 
@@ -118,6 +121,7 @@ class Run:
     def __init__(self, args: argparse.Namespace, device: torch.device, start: resume.Start, stop: Stop):
         """What can fail by bad input comes first, and apart from the other ranks. Writes nothing."""
         self.args, self.device, self.start, self.stop, self.folder, self.writer = args, device, start, stop, None, None
+        self.mean_cosine = math.inf  # at the end of the epoch before
         torch.manual_seed(args.seed)
         random.seed(args.seed)
         dataset, self.held_out, size, self.model = prepare(args, start)
@@ -320,6 +324,11 @@ class Run:
     def end_of_epoch(self, epoch: int) -> None:
         """kNN where it is due, the epoch's line, the checkpoint."""
         values = self.position.averages.epoch()
+        if self.args.objective != "rotnet":
+            before, self.mean_cosine = self.mean_cosine, self.isl.mean_cosine()
+            values["mean_cosine"] = self.mean_cosine
+            if self.mean_cosine > ALIKE and self.mean_cosine >= before:  # of a young encoder they are, but less so with every epoch
+                self.progress.say(f"=> warning: epoch {epoch} ends with all features alike (mean cosine {values['mean_cosine']:.3f}): nothing is learned so; a smaller --lr may help")
         if self.args.knn_every and self.labels is not None and (epoch + 1) % self.args.knn_every == 0:
             try:
                 values["knn"] = self.knn()

@@ -181,6 +181,12 @@ class ISL:
         return other
 
     @torch.no_grad()
+    def mean_cosine(self) -> float:
+        """Mean cosine of two of the features that the last steps left in the queue (in the bank, without one): 1 where all images look alike."""
+        mean = self.model.queue.float().mean(1) if self.queue_objective else self.bank.mean()
+        return float(mean @ mean)
+
+    @torch.no_grad()
     def mine(self, features: torch.Tensor, miner, rng: torch.Generator | None = None, tick: Callable[[], None] | None = None,
              views: tuple[torch.Tensor, torch.Tensor] | None = None) -> dict:
         """One round: replace the positives by what `miner` makes of features [M, C] (unit rows) and of the old positives.

@@ -140,6 +140,15 @@ def test_bank_update_is_eq_8():
     assert torch.equal(bank.rows[2], new[0])
 
 
+def test_the_mean_cosine_is_that_of_all_pairs():
+    isl = with_sets()
+    queue = isl.model.queue.t()
+    assert isl.mean_cosine() == pytest.approx(sum(float(a @ b) for a in queue for b in queue) / K**2, abs=1e-5)
+    bank = ISL(Instance(tiny, C), M)
+    bank.bank.fill(unit(1, 0).expand(M, C))
+    assert bank.mean_cosine() == pytest.approx(1)
+
+
 def test_state_moves_last():
     """The keys of a step are not among its own negatives or bank rows, and are there for the next one."""
     isl = with_sets()

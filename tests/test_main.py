@@ -163,3 +163,11 @@ def test_flags_that_change_nothing_are_said(tmp_path, capsys):
     assert "--isl-start 5 is past the last epoch of --epochs 1: nothing will be mined" in capsys.readouterr().out
     run(tmp_path / "c", "--epochs", 1, "--max-steps", 1)
     assert "warning" not in capsys.readouterr().out
+
+
+def test_features_all_alike_are_said(tmp_path, capsys):
+    """A rate that no encoder survives: the softmax over all images then sees one point, and its loss stays that of chance."""
+    run(tmp_path / "far", "--epochs", 6, "--objective", "bank", "--lr", 1)
+    assert "epoch 5 ends with all features alike (mean cosine 0.999)" in capsys.readouterr().out
+    lines = run(tmp_path / "near", "--epochs", 3, "--moco-m", 0.99, "--moco-dim", 64)
+    assert "all features alike" not in capsys.readouterr().out and 0 < [x for x in lines if x["kind"] == "epoch"][-1]["mean_cosine"] < 0.9
