@@ -110,8 +110,8 @@ def held_gib(device: str) -> float:
 class WorstCase(GANMiner):
     """Mines the first of W shares of the anchors; everything joins, and shifted copies of its edges stand for the other shares."""
 
-    def __init__(self, shares: int, *args, **kwargs):
-        super().__init__(*args, **{**kwargs, "threshold": -1.0, "radius": 10.0, "radius_mode": "fixed"})
+    def __init__(self, shares: int, **kwargs):
+        super().__init__(**{**kwargs, "threshold": -1.0, "radius": 10.0, "radius_mode": "fixed"})
         self.settings.max_hub, self.settings.min_distinct = 1.0, 0.0
         self.shares = shares
 
@@ -194,7 +194,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         features, labels = load(args)
         kind = GANMiner if args.worst is None else partial(WorstCase, args.worst)
-        miner = kind(args.budget, iters=args.iters, min_iters=args.min_iters, lam=args.lam, threshold=args.threshold, radius=args.radius)
+        miner = kind(budget=args.budget, iters=args.iters, min_iters=args.min_iters, lam=args.lam, threshold=args.threshold, radius=args.radius)
         name = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{platform.machine()}, {os.cpu_count()} cores"
         print(f"M = {len(features):,}, C = {features.shape[1]}, {features.dtype}, on {name}, {torch.get_num_threads()} threads, "
               f"torch {torch.__version__}")  # fmt: skip

@@ -37,7 +37,7 @@ def table(facts: dict) -> str:
         rows = [row if isinstance(row, dict) else dict(zip((key for key, _ in columns), row)) for row in rows]
     texts = [[cell(row.get(key)).replace("|", "\\|") for key, _ in columns] for row in rows]
     numbers = [i > 0 and all(not text or text[0] in "0123456789-+." for text in column) for i, column in enumerate(zip(*texts))]
-    lines = [[heading for _, heading in columns], ["---:" if number else "---" for number in numbers], *texts]
+    lines = [[heading.replace("|", "\\|") for _, heading in columns], ["---:" if number else "---" for number in numbers], *texts]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

@@ -92,7 +92,7 @@ def test_gains_have_a_row_each_beside_their_break_even(tmp_path):
     command = ["--quick", "--seeds", "1", "--device", "cpu", "--folder", str(tmp_path / "runs"), "--out", str(tmp_path), "--flags", "--knn-holdout 1000"]
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "breakeven.json").write_text('{"meanlog": {"5": 0.43, "20": 0.9}}')
-    assert gain.main([*command, "--rows", "own"]) == 0
+    assert gain.main([*command, "--rows", "own nearest (knn)"]) == 0
     rows = written(tmp_path, "gain-digits")["rows"]
     assert [row["row"] for row in rows] == ["no mining", "own nearest (knn)"]
     assert rows[0]["gain"] is None and rows[0]["breakeven"] is None
