@@ -23,6 +23,7 @@ from moco_isl.data.datasets import ImagesInMemory
 from moco_isl.errors import BadInput
 from moco_isl.mining.gan import Discriminator, Generator
 from moco_isl.mining.miners import GANMiner
+from moco_isl.mining.rounds import NOTHING_SURE
 from moco_isl.mining.positives import PositiveSets
 from moco_isl.mining.triplets import TripletSampler
 from moco_isl.report import __main__ as command
@@ -308,9 +309,17 @@ def test_verdicts():
     )
     assert "plain MoCo" in verdict.judge(run_of(miner="none")).text and "still to come" in verdict.judge(run_of()).text
     assert "needs labels" in verdict.judge(run_of({})).text
+    table = {"meanlog": {5.0: 0.8}}
+    for estimate, tone, words in [(0.95, "good", "if so, training on them should help"), (0.5, "open", "if so, training on them will likely hurt")]:
+        guessed = verdict.judge(run_of({"precision_estimate": estimate, "precision_at_most": 0.97}), table)
+        assert guessed.tone == tone and f"{100 * estimate:.0f} of 100 pairs are right" in guessed.text and words in guessed.text
+    bound = verdict.judge(run_of({"precision_estimate": None, "precision_at_most": 0.97}), table)
+    older = verdict.judge(run_of({"precision_estimate": 0.97}), table)
+    assert bound.tone == older.tone == "open" and "at most 97 of 100 pairs are right" in bound.text and bound.text == older.text
     refused = judged(0.95, 0.9, accepted=False, why="the GAN collapsed")
     assert "The last round added nothing (the GAN collapsed)." in refused.text
     assert verdict.judge(run_of({"edges": 0, "why": "it collapsed"})).tone == "bad"
+    assert verdict.judge(run_of({"edges": 0, "why": f"{NOTHING_SURE}: of the surest pairs 40 %"})).tone == "open"
 
 
 def test_gains_hold_a_mined_run_against_its_like_only():

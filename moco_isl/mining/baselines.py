@@ -4,18 +4,18 @@ Letters: M images, C feature dimension, k neighbours.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
-from moco_isl.mining.neighbors import top_pairs, topk
+from moco_isl.mining.neighbors import Tick, top_pairs, topk
 from moco_isl.mining.positives import same_label
 
 Tensor = torch.Tensor
 
 
 def baselines(features: Tensor, labels: Tensor, sizes: Sequence[float] = (1, 5, 10, 50), pairs: bool = True,
-              tick: Callable[[], None] | None = None) -> dict[str, list[float]]:
+              tick: Tick | None = None) -> dict[str, list[float]]:
     """Precision at mean set sizes `sizes`: {"sizes", "own_nearest", "all_pairs"}, lists of one figure a size.
 
     own_nearest: the k nearest of every image, as directed edges; a size between two integers takes the nearest of all

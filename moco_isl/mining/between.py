@@ -6,9 +6,9 @@ Letters: M images, C feature dimension, n nearest.
 import torch
 
 from moco_isl.mining.edges import Edges
-from moco_isl.mining.neighbors import topk
+from moco_isl.mining.neighbors import Tick, topk
 from moco_isl.mining.positives import PositiveSets
-from moco_isl.mining.rounds import Tick, gather_edges, over_blocks
+from moco_isl.mining.rounds import gather_edges, over_blocks
 
 Tensor = torch.Tensor
 

@@ -24,10 +24,9 @@ import torch.nn.functional as F
 
 from moco_isl import dist
 from moco_isl.errors import Interrupted
-from moco_isl.mining.neighbors import topk
+from moco_isl.mining.neighbors import Tick, topk
 
 Tensor = torch.Tensor
-Tick = Callable[[], None]
 
 @dataclass(frozen=True)
 class Curve:

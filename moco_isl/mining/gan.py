@@ -8,7 +8,6 @@ import functools
 import math
 import time
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from moco_isl.errors import RunFailed
-from moco_isl.mining.neighbors import topk
+from moco_isl.mining.neighbors import Tick, topk
 from moco_isl.mining.positives import PositiveSets
 from moco_isl.mining.triplets import TripletSampler, training_search
 
@@ -288,7 +287,7 @@ def settled(history: list[dict], looks: int = 5) -> bool:
 
 @torch.enable_grad()  # also where the caller has turned gradients off
 def fit_gan(features: Tensor, positives: PositiveSets, settings: GANSettings, seed: int, state: dict | None = None,
-            tick: Callable[[], None] | None = None, kind: type[Trainer] = Trainer) -> GANFit:
+            tick: Tick | None = None, kind: type[Trainer] = Trainer) -> GANFit:
     """Train G and D on features [M, C] (unit rows) and the positive sets; `state`: where to start from,
     the "G", "D" and where there are some "adam_G", "adam_D" of an earlier fit. kind: of GAN.
 

@@ -11,9 +11,9 @@ from moco_isl.errors import BadInput, Interrupted, RunFailed
 from moco_isl.mining.edges import Edges
 from moco_isl.mining.estimate import Views
 from moco_isl.mining.gan import Discriminator, GANFit, GANSettings, Generator, collapse, fit_gan
-from moco_isl.mining.neighbors import topk
+from moco_isl.mining.neighbors import Tick, topk
 from moco_isl.mining.positives import PositiveSets
-from moco_isl.mining.rounds import RoundMiner, Tick, block_size, over_blocks
+from moco_isl.mining.rounds import RoundMiner, block_size, over_blocks
 from moco_isl.mining.triplets import TripletSampler
 
 Tensor = torch.Tensor

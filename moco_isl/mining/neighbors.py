@@ -11,6 +11,7 @@ import torch
 from moco_isl.mining import fused
 
 Tensor = torch.Tensor
+Tick = Callable[[], None]  # asked often while long work goes on; what it raises ends it
 
 _BYTES = {"cpu": 32 << 20, "cuda": 1 << 30}  # of one piece of the score matrix: a CPU is quick with small ones
 _COLUMNS = {"cpu": 65536, "cuda": 131072}  # of one piece, at most
@@ -39,7 +40,7 @@ def _best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def topk(queries: Tensor, bank: Tensor, k: int, exclude: Tensor | None = None, bytes_limit: int | None = None,
-         tick: Callable[[], None] | None = None) -> tuple[Tensor, Tensor]:
+         tick: Tick | None = None) -> tuple[Tensor, Tensor]:
     """queries [Q, C], bank [M, C] -> cosine [Q, k] float32, falling, and row [Q, k] int64; equal ones by row.
 
     exclude [Q] (int64) names a bank row an own query may not find (its own; -1 for none). Scores are computed in the
@@ -119,7 +120,7 @@ def _search(q: Tensor, bank: Tensor, k: int, own: Tensor | None, columns: int, t
 
 
 def top_pairs(features: Tensor, total: int, bytes_limit: int | None = None, seed: int = 0,
-              tick: Callable[[], None] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+              tick: Tick | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """The `total` most similar pairs of the whole data set: cosine [total], lower [total], higher [total], falling.
 
     Exact up to the rounding of scores in the features' dtype (equal cosines: lowest images first): a bound is guessed

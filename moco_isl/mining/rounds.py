@@ -15,10 +15,11 @@ from moco_isl import dist
 from moco_isl.errors import BadInput, Interrupted
 from moco_isl.mining.edges import Edges, Rules, settle
 from moco_isl.mining.estimate import Views, by_halves, by_views, sampled, widest
+from moco_isl.mining.neighbors import Tick
 from moco_isl.mining.positives import PositiveSets
 
 Tensor = torch.Tensor
-Tick = Callable[[], None]
+NOTHING_SURE = "nothing sure enough to add this round"
 
 
 class Miner(Protocol):
@@ -94,7 +95,7 @@ class RoundMiner:
             found["precision_estimate"] = sampled(by_views, views, a, b, tick)
         share, at = found.get("precision_estimate", found["precision_at_most"])
         if bound is not None and not (number := widest(share, at, len(a), bound)):
-            self.report["why"] = (f"nothing sure enough to add this round: of the surest pairs {'at most ' if views is None else ''}{100 * share[:32].double().mean():.0f} % are "
+            self.report["why"] = (f"{NOTHING_SURE}: of the surest pairs {'at most ' if views is None else ''}{100 * share[:32].double().mean():.0f} % are "
                                   f"estimated to be right, and {100 * bound:.0f} % are asked for (--isl-trust)")
             return 0
         for name, (share, at) in found.items():

@@ -194,8 +194,8 @@ def mining_charts(run: Run, rounds: Sequence[Mined]) -> list[Chart]:
             "right pairs, %",
             marks=marks(run),
             percent=True,
-            note="By two views (--isl-views): within 5 points on encoders that were trained for a while, too low on younger ones. At most, by the features alone: "
-            "within 3 points on those it was made for, 9 too high on those of another method, 35 on those of a weak encoder.",
+            note="By two views (--isl-views): 1 to 4 points off on encoders by MoCo, 7 and 8 too low on two others. At most, by the features alone: within 3 points "
+            "where it was fitted, 9 to 76 too high elsewhere.",
         )
         if any(estimates(r.report) != (None, None) for r in run.rounds)
         else None,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moco_isl.errors import BadInput
+from moco_isl.mining.rounds import NOTHING_SURE
 from moco_isl.report.runs import Run
 
 # Measured on CIFAR-10 and on the digits: a third of the positives wrong cost 2 to 5 points of kNN, one in ten wrong paid.
@@ -62,11 +63,12 @@ def _judge(run: Run, table: dict | None) -> Verdict:
         )
     last = run.rounds[-1].report
     if not last.get("edges"):
-        return Verdict("bad", f"The last round left no positives at all{_because(last)}: training went on without any.")
+        tone = "open" if str(last.get("why")).startswith(NOTHING_SURE) else "bad"  # it was asked to be sure, and had better be
+        return Verdict(tone, f"The last round left no positives at all{_because(last)}: training went on without any.")
     refused = "" if run.rounds[-1].accepted else f" The last round added nothing{_because(last)}."
-    if last.get("precision") is None or math.isnan(last["precision"]):
-        return Verdict("open", _without_labels(last) + refused)
-    tone, text = _with_labels(last, breakeven_of(table, run.flags.get("isl_loss", ""), last["mean_size"]))
+    breakeven = breakeven_of(table, run.flags.get("isl_loss", ""), last["mean_size"])
+    known = last.get("precision") is not None and not math.isnan(last["precision"])
+    tone, text = _with_labels(last, breakeven) if known else _without_labels(last, breakeven)
     return Verdict(tone, text + refused)
 
 
@@ -116,19 +118,21 @@ def _consequence(precision: float, gap: float, breakeven: float | None) -> tuple
     return ("open", f"whether they help is open: below {HURTS:.2f} mining was seen to cost accuracy, from {HELPS:.2f} on it paid")
 
 
-def _without_labels(last: dict) -> str:
-    text = (
+def _without_labels(last: dict, breakeven: float | None) -> tuple[str, str]:
+    tone, text = "open", (
         f"{100 * last['coverage']:.0f} % of the images have positives, {last['mean_size']:.1f} each on average over all. "
         "How many of them are right needs labels: add --labels where there are any, or look at the images below."
     )
     estimate, most = estimates(last)
     if estimate is not None:
-        text += f" By the estimate without labels {100 * estimate:.0f} of 100 pairs are right; on encoders that are not done yet it is too low."
+        found, consequence = _consequence(estimate, 0.0, breakeven)
+        tone = found if found == "good" else "open"  # the estimate may be too low
+        text += f" By the estimate without labels {100 * estimate:.0f} of 100 pairs are right (too few where the encoder is young): if so, {consequence}."
     elif most is not None:
         text += f" By the estimate without labels at most {100 * most:.0f} of 100 pairs are right; on a weak encoder it was 35 points too high (--isl-views does better)."
     if (distinct := last.get("distinct")) is not None and distinct < 0.3:
         text += f" The proxies are crowded: only {100 * distinct:.0f} % of them have a nearest image of their own."
-    return text
+    return tone, text
 
 
 def estimates(report: dict) -> tuple[float | None, float | None]:
