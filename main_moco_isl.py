@@ -36,7 +36,6 @@ from moco_isl.training.round_record import precision_of_ranking, round_record
 from moco_isl.training.run_folder import RunFolder, check_folder
 from moco_isl.training.signals import Stop
 
-
 ALIKE = 0.99  # mean cosine from which features have collapsed
 
 

@@ -23,6 +23,7 @@ from benchmarks import breakeven, common, demo
 from moco_isl.errors import BadInput, Interrupted
 from moco_isl.report.verdict import breakeven_of, read_breakeven
 
+
 def rows_of(args: argparse.Namespace) -> dict[str, list[str]]:
     """Title -> flags."""
     if args.dataset == "digits":

@@ -187,9 +187,9 @@ def test_moments_of_a_contiguous_file_are_laid_out_as_the_parameters():
     """A fused kernel walks through memory: given MoCo's moments as they lie in its files, it would move other weights."""
     gradients = torch.randn(3, 4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
     moved = []
-    for layout, fused in ((torch.contiguous_format, False), (torch.channels_last, True)):
+    for layout, quick in ((torch.contiguous_format, False), (torch.channels_last, True)):
         weight = torch.nn.Parameter(torch.zeros(4, 3, 2, 2).to(memory_format=layout))
-        optimizer = fast.sgd([weight], 0.1, 0.9, 1e-4, fused)
+        optimizer = fast.sgd([weight], 0.1, 0.9, 1e-4, quick)
         state = optimizer.state_dict() | {"state": {0: {"momentum_buffer": gradients[0].clone()}}}
         fast.load_optimizer(optimizer, state)
         assert optimizer.state[weight]["momentum_buffer"].stride() == weight.stride()

@@ -23,8 +23,8 @@ from moco_isl.data.datasets import ImagesInMemory
 from moco_isl.errors import BadInput
 from moco_isl.mining.gan import Discriminator, Generator
 from moco_isl.mining.miners import GANMiner
-from moco_isl.mining.rounds import NOTHING_SURE
 from moco_isl.mining.positives import PositiveSets
+from moco_isl.mining.rounds import NOTHING_SURE
 from moco_isl.mining.triplets import TripletSampler
 from moco_isl.report import __main__ as command
 from moco_isl.report import figures, grids, runs, sections, verdict

@@ -73,7 +73,7 @@ def diffuse(anchors: Tensor, near: Tensor, S: Tensor, steps: int, decay: float, 
     near, S: [M, k], row i holding the non-zero columns of S_i and their values. The diagonal is left out; places without
     an image have F 0.
     """
-    N, k = len(anchors), near.shape[1]
+    N = len(anchors)
     image, share = anchors[:, None], torch.ones(N, 1, device=S.device, dtype=S.dtype)  # row of S^0
     images, shares = [], []
     for t in range(steps):
