@@ -12,11 +12,12 @@ import math
 import random
 import sys
 import time
+from collections.abc import Callable, Iterable
 
 import torch
 
 from moco_isl import builder, checkpoint, data, dist
-from moco_isl.encoders import build_encoder, extract_features, split_batch_norm
+from moco_isl.encoders import build_encoder, extract_features, extract_views, split_batch_norm
 from moco_isl.errors import BadInput, Interrupted, RunFailed
 from moco_isl.evaluation.features import require_side
 from moco_isl.evaluation.knn import weighted_knn
@@ -87,6 +88,8 @@ def prepare(args: argparse.Namespace, start: resume.Start, device: str = "cpu") 
     build_miner(args, dataset.labels)
     with torch.device(device):
         model = build_model(args, size)
+    most = min(len(dataset), args.moco_k)
+    cli.check(2 * args.isl_between < most, f"--isl-between {args.isl_between} leaves too few negatives of {most} (images, or keys of the queue): expected less than half of them")
     if device != "meta":  # on which not every network runs
         require_side(model.encoder_q, args.arch, size)
     if start.path:
@@ -161,6 +164,8 @@ class Run:
         metrics_size = self._load() if self.start.path else 0
         cli.on_main(lambda: self.folder.begin(vars(args), metrics_size))
         self.progress.begin(self.position.total)
+        if self.start.path and args.objective != "rotnet":
+            self.mean_cosine = self.isl.mean_cosine()
         if self.folder is not None and args.tensorboard:
             self.writer = tensorboard_writer()(args.out, purge_step=self.position.total)
         self._warn()
@@ -176,22 +181,21 @@ class Run:
         """[M, C] unit rows, equal on all ranks: centre crops through the encoder in eval mode. Raises Interrupted when asked to stop."""
         dataset = self.dataset if dataset is None else dataset
         loader = data.eval_loader(dataset, transform=self.transform, shard=dist.shard(len(dataset)), **self.ordered)
-        return self._pass(encoder, loader, loader, len(dataset))
+        return self._pass(extract_features, encoder, loader, loader, len(dataset))
 
     def views(self, encoder: torch.nn.Module, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
         """2 x [M, C] unit rows, equal on all ranks: both views of every image, as this epoch draws them, through the encoder in eval mode. Raises Interrupted."""
-        M = self.M
-        loader = data.view_loader(self.dataset, augmentation=self.augmentation, seed=self.args.seed, shard=dist.shard(M), **self.ordered)
-        both = ((torch.cat(images), torch.cat([index, index + M])) for images, index in loader.epoch(epoch))  # [2n, 3, S, S], [2n]
-        return self._pass(encoder, loader, both, 2 * M).chunk(2)
+        ordered = {**self.ordered, "batch_size": self.args.batch_size // dist.world_size()}  # two views an image: as many as in a step
+        loader = data.view_loader(self.dataset, augmentation=self.augmentation, seed=self.args.seed, shard=dist.shard(self.M), **ordered)
+        return self._pass(extract_views, encoder, loader, loader.epoch(epoch), self.M)
 
-    def _pass(self, encoder: torch.nn.Module, loader, batches, rows: int) -> torch.Tensor:
-        """[rows, C] unit rows, equal on all ranks: each rank's share of the batches through the encoder in eval mode; closes the loader."""
+    def _pass(self, extract: Callable, encoder: torch.nn.Module, loader, batches: Iterable, M: int):
+        """extract(encoder, batches, M, ...), of which each rank brings its share; closes the loader."""
         for buffer in encoder.buffers():  # batch norm's averages are each rank's own since the last step; a file holds rank 0's
             dist.broadcast(buffer)
+        most = int(dist.all_reduce_max(torch.tensor(len(loader), device=self.device)))
         try:
-            with engine.autocast(self.device, self.args.amp):
-                return extract_features(encoder, self.stop.watch(batches, int(dist.all_reduce_max(torch.tensor(len(loader), device=self.device)))), rows, self.device)
+            return extract(encoder, self.stop.watch(batches, most), M, self.device, amp=engine.HALF.get(self.args.amp))
         finally:
             loader.close()
 
@@ -326,7 +330,7 @@ class Run:
         if self.args.objective != "rotnet":
             before, self.mean_cosine = self.mean_cosine, self.isl.mean_cosine()
             values["mean_cosine"] = self.mean_cosine
-            if self.mean_cosine > ALIKE and self.mean_cosine >= before:  # of a young encoder they are, but less so with every epoch
+            if self.mean_cosine > ALIKE and 1 - self.mean_cosine < 1.1 * (1 - before):  # of a young encoder they are, but less so with every epoch
                 self.progress.say(f"=> warning: epoch {epoch} ends with all features alike (mean cosine {values['mean_cosine']:.3f}): nothing is learned so; a smaller --lr may help")
         if self.args.knn_every and self.labels is not None and (epoch + 1) % self.args.knn_every == 0:
             try:

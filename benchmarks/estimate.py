@@ -16,7 +16,7 @@ import torch
 
 from benchmarks import common, miners
 from moco_isl import data
-from moco_isl.encoders import extract_features
+from moco_isl.encoders import extract_features, extract_views
 from moco_isl.errors import BadInput
 from moco_isl.evaluation.backbone import load_backbone
 from moco_isl.mining.estimate import Views, by_halves, by_views
@@ -52,15 +52,14 @@ def errors(features: torch.Tensor, labels: torch.Tensor, views: Views | None = N
 
 
 def of_checkpoint(file: Path, dataset: str, root: str | None, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, Views]:
-    """Features [M, C] of the train images, their labels [M], and the features of two views of them, 2 x [M, C]."""
+    """Features [M, C] of the train images, their labels [M], and the features of two views of them, 2 x [M, C]; by the query encoder."""
     images = data.build_dataset(dataset, root, "train")
     size, M = data.native_size(images), len(images)
     encoder, _ = load_backbone(file, image_size=size)
     encoder.to(device)
     plain = data.eval_loader(images, transform=data.get_eval_transform(dataset, size), batch_size=256, device=device)
     seen = data.view_loader(images, augmentation=data.get_augmentation(dataset, aug_plus=True, size=size), batch_size=256, seed=0, device=device)
-    both = ((torch.cat(pair), torch.cat([index, index + M])) for pair, index in seen.epoch(0))
-    return extract_features(encoder, plain, M, device), images.labels.to(device), extract_features(encoder, both, 2 * M, device).chunk(2)
+    return extract_features(encoder, plain, M, device), images.labels.to(device), extract_views(encoder, seen.epoch(0), M, device)
 
 
 def sources(args) -> dict[str, tuple]:

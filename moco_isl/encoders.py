@@ -414,11 +414,12 @@ def extract_features(
     autocast = torch.autocast(device.type, dtype=amp) if amp is not None else nullcontext()
     alone = dist.world_size() == 1  # then rows go straight to their place: the bank is held once
     bank, parts, indices = {}, {}, [torch.empty(0, dtype=torch.int64, device=device)]
-    with evaluating(encoder), torch.no_grad(), autocast:
+    with evaluating(encoder):
         for images, index in loader:
             index = index.to(device)
             indices.append(index)
-            out = encoder(images.to(device, non_blocking=True))
+            with torch.no_grad(), autocast:  # around no more than this: a loader may augment on the device
+                out = encoder(images.to(device, non_blocking=True))
             for layer, rows in (out if isinstance(out, dict) else {None: out}).items():
                 rows = F.normalize(rows.float(), dim=1) if normalize else rows.float()
                 if not alone:
@@ -434,6 +435,14 @@ def extract_features(
         rows = dist.all_gather_rows(rows)
         bank[layer] = torch.empty_like(rows).index_copy_(0, index, rows)
     return bank[None] if bank.keys() == {None} else bank
+
+
+def extract_views(
+    encoder: nn.Module, loader: Iterable, M: int, device: str | torch.device, amp: torch.dtype | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features of two views of every image, 2 x [M, C] unit rows: `extract_features` of what `data.view_loader` yields, ((view, view), index [n])."""
+    both = ((torch.cat(views), torch.cat([index, index + M])) for views, index in loader)  # [2n, 3, S, S], [2n]
+    return extract_features(encoder, both, 2 * M, device, amp=amp).chunk(2)
 
 
 def _same_on_all_ranks(parts: dict, device: torch.device) -> dict[str | None, torch.Tensor]:

@@ -48,7 +48,7 @@ class ISL:
         bank_mix: mu of Eq. 8; None: 1 around a MoCo (its key encoder averages already), 0.5 around an Instance.
         symmetric: each view is query once and key once (queue objective).
         recenter: positives are bank rows moved from the bank's mean to the queue's (queue objective).
-        between: so many nearest images of each, those that are not in its set, are neither positive nor negative (queue objective, needs `mask`).
+        between: of so many nearest images of each, those that are not in its set are neither positive nor negative (queue objective, needs `mask`).
         bank_dtype: torch.float16 halves the bank's memory and, around an Instance, takes the softmax by half-precision products.
         fast: fused kernels where they work (CUDA), and ranks, which must then have equal batches, exchange features once a step in float16.
         encode: the model's `encode` if it has been wrapped already; None wraps it here where ranks need it.
@@ -106,7 +106,7 @@ class ISL:
         if self.active:
             positives, weight = self.positives.lookup(index, self.P, self.turn)  # [N, P] each
             if self.mask:
-                zone, doubtful = self.zone.lookup(index, self.between)  # [N, between] each
+                zone, doubtful = self.zone.lookup(index, min(self.between, self.zone.num_images - 1))  # [N, between] each
                 own = torch.ones_like(index[:, None], dtype=torch.bool)
                 absent = self.slots.absent(torch.cat([index[:, None], positives, zone], 1), torch.cat([own, weight > 0, doubtful > 0], 1))
             if self.positives.num_edges:
@@ -182,8 +182,8 @@ class ISL:
 
     @torch.no_grad()
     def mean_cosine(self) -> float:
-        """Mean cosine of two of the features that the last steps left in the queue (in the bank, without one): 1 where all images look alike."""
-        mean = self.model.queue.float().mean(1) if self.queue_objective else self.bank.mean()
+        """Mean cosine of two of the features that steps left in the queue (in the bank, without one): 1 where all images look alike, NaN before any."""
+        mean = self.model.queue[:, self.slots.owner >= 0].float().mean(1) if self.queue_objective else self.bank.mean()
         return float(mean @ mean)
 
     @torch.no_grad()
@@ -196,7 +196,8 @@ class ISL:
         (`mining.estimate`). Returns the miner's report. The first round fills the bank, where it still is random, with the features.
         """
         rng = rng or torch.Generator().manual_seed(self.round)
-        positives = miner.mine(features, self.positives, rng, tick, *([] if views is None else [views]))  # a user's own miner may know of none
+        given = {} if views is None else {"views": views}  # a miner of a user's own need not know of them
+        positives = miner.mine(features, self.positives, rng, tick, **given).to(features.device)
         zone = in_between(features, positives, self.between, tick) if self.between else self.zone
         if not self.bank.filled:
             self.bank.fill(features)
@@ -210,7 +211,7 @@ class ISL:
         if self.slots is not None:
             state["slots"] = self.slots.state_dict()
         if self.between:
-            state["zone"] = self.zone.state_dict()
+            state["zone"] = {name: self.zone.state_dict()[name] for name in ("offsets", "members")}  # nobody asks for more of it
         return state
 
     def load_state_dict(self, state: dict) -> None:
@@ -220,7 +221,8 @@ class ISL:
         if self.slots is not None:
             self.slots.load_state_dict(state["slots"])
         if self.between:
-            self.zone = PositiveSets.from_state(state["zone"]).to(self.bank.device)
+            nothing = torch.ones(len(state["zone"]["members"]))
+            self.zone = PositiveSets(**state["zone"], weights=nothing, sureness=nothing).to(self.bank.device)
 
 
 class Coming:

@@ -97,6 +97,7 @@ TOGETHER = [
     ("labels allowed to a miner that needs none", [*RUN, *OUT, "--miner", "knn", "--research-labels"]),
     ("a zone around the bank", [*RUN, *OUT, "--objective", "bank", "--isl-between", "5"]),
     ("a bound that is none", [*RUN, *OUT, "--miner", "knn", "--isl-trust", "sure"]),
+    ("a zone that leaves no negatives", [*RUN, *OUT, "--miner", "knn", "--isl-between", "700"]),
     ("an oracle that is to grow", [*RUN, *OUT, "--miner", "oracle", "--research-labels", "--isl-grow"]),
     ("an oracle asked for more than the labels make", [*RUN, *OUT, "--miner", "oracle", "--research-labels", "--oracle-size", "100"]),
     ("an oracle where no image has a label", ["photos", *PHOTOS, *OUT, "--miner", "oracle", "--research-labels"]),

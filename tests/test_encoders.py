@@ -13,6 +13,7 @@ from moco_isl.encoders import (
     Taps,
     build_encoder,
     extract_features,
+    extract_views,
     feature_dim,
     get_head,
     head_name,
@@ -202,3 +203,19 @@ def test_two_ranks_give_the_features_of_one():
     for shares in ([torch.arange(5), torch.arange(5, 11)], [torch.arange(11), torch.arange(0)]):
         for features in run_ranks(2, _ranked_features, images, shares):
             assert torch.allclose(features, alone, atol=1e-6)
+
+
+@pytest.mark.parametrize("amp", [None, torch.bfloat16])
+def test_two_views_are_two_passes_and_made_outside_of_autocast(amp):
+    encoder, views, seen = build_encoder("digits", 6), torch.randn(2, 9, 3, 16, 16), []
+
+    def loader():
+        for index in torch.arange(9).split(4):
+            seen.append((torch.is_autocast_enabled("cpu"), torch.is_grad_enabled()))
+            yield (views[0][index], views[1][index]), index
+
+    found = extract_views(encoder, loader(), 9, "cpu", amp=amp)
+    assert seen == [(False, True)] * 3 and not found[0].requires_grad
+    for view, features in zip(views, found):
+        alone = extract_features(encoder, batches(view, torch.arange(9), 4), 9, "cpu", amp=amp)
+        torch.testing.assert_close(features, alone, atol=1e-2 if amp else 1e-5, rtol=0)

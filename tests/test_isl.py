@@ -1,5 +1,7 @@
 """ISL around a MoCo: its identities, its queue mask, its bank, its hard positives, each against loops."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -140,10 +142,13 @@ def test_bank_update_is_eq_8():
     assert torch.equal(bank.rows[2], new[0])
 
 
-def test_the_mean_cosine_is_that_of_all_pairs():
+def test_the_mean_cosine_is_that_of_all_pairs_that_steps_left():
     isl = with_sets()
-    queue = isl.model.queue.t()
-    assert isl.mean_cosine() == pytest.approx(sum(float(a @ b) for a in queue for b in queue) / K**2, abs=1e-5)
+    assert math.isnan(isl.mean_cosine())
+    for keys in (5, K):
+        queue = isl.model.queue.t()[:keys]
+        isl.slots.owner[:keys] = 0
+        assert isl.mean_cosine() == pytest.approx(sum(float(a @ b) for a in queue for b in queue) / keys**2, abs=1e-5)
     bank = ISL(Instance(tiny, C), M)
     bank.bank.fill(unit(1, 0).expand(M, C))
     assert bank.mean_cosine() == pytest.approx(1)
@@ -191,6 +196,20 @@ def test_mine_replaces_sets_and_fills_the_bank():
     isl.bank.rows.zero_()
     isl.mine(features, NoMiner())
     assert isl.round == 2 and not isl.bank.rows.any(), "a bank that holds features is not overwritten"
+
+
+def test_a_miner_of_ones_own_needs_no_views():
+    class Pairs(NoMiner):
+        def mine(self, features, positives, rng, tick=None):
+            return PositiveSets.from_edges(M, torch.arange(3), torch.arange(3) + 1)
+
+    isl = ISL(moco(), M)
+    isl.mine(unit(M, 3), Pairs())
+    assert isl.positives.num_edges == 6
+    with pytest.raises(TypeError, match="views"):
+        isl.mine(unit(M, 3), Pairs(), views=(unit(M, 1), unit(M, 2)))
+    with pytest.raises(BadInput, match="do not fit features of shape"):
+        isl.mine(unit(M, 3), KNNMiner(), views=(unit(M, 1), unit(M - 1, 2)))
 
 
 @pytest.mark.parametrize("n", [1, 5, 100])

@@ -274,3 +274,10 @@ def test_a_run_from_before_a_flag_goes_on_as_it_did():
         flags = argparse.Namespace(isl_recenter=given, seed=None)
         resume.take_over(flags, {"seed": 3, **saved})
         assert (flags.isl_recenter, flags.seed) == (wanted, 3)
+
+
+def test_a_flag_that_a_run_did_not_know_may_not_change_it():
+    resume.check_same({"seed": 3}, {"seed": 3, "isl_between": 0, "isl_views": False, "isl_recenter": False})
+    for name, value in (("isl_between", 5), ("isl_views", True), ("isl_recenter", True)):
+        with pytest.raises(BadInput, match=f"--{name.replace('_', '-')} was {resume.BEFORE[name]} and is now {value}"):
+            resume.check_same({"seed": 3}, {"seed": 3, name: value})

@@ -96,7 +96,7 @@ def test_both_estimates_equal_loops(curve):
     found = by_halves(x, a, b) if curve == "halves" else by_views(views, a, b)
     for i, j, p in zip(a.tolist(), b.tolist(), found.tolist()):
         s = (len(near[0][i] & near[1][j]) + len(near[1][i] & near[0][j])) / (2 * k)
-        s = s if curve == "halves" else max(0, (s - k / (M - 1)) / (1 - k / (M - 1)))
+        s = s if curve == "halves" else max(0, (s - k / M) / (1 - k / M))
         logit = math.log((e + (1 - 2 * e) * s) / (1 - e - (1 - 2 * e) * s))
         assert p == pytest.approx(1 / (1 + math.exp(-(A + B * logit))), abs=1e-5)
 

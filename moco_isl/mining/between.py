@@ -15,7 +15,7 @@ Tensor = torch.Tensor
 
 @torch.no_grad()
 def in_between(features: Tensor, positives: PositiveSets, n: int, tick: Tick | None = None) -> PositiveSets:
-    """Of every image the n nearest by features [M, C] (unit rows) that are not in its set of positives; equal on all ranks.
+    """Of every image those of its n nearest by features [M, C] (unit rows) that are not in its set of positives; equal on all ranks.
 
     What to leave out of its negatives without pulling at it, as in the elimination of Huynh et al., 2022 (False negative cancellation). Raises
     Interrupted on every rank where tick raised it on one.

@@ -59,7 +59,7 @@ def by_halves(features: Tensor, a: Tensor, b: Tensor, tick: Tick | None = None) 
 
 def by_views(views: Views, a: Tensor, b: Tensor, tick: Tick | None = None) -> Tensor:
     """views 2 x [M, C] unit rows, of two random augmentations of every image, pairs a [U], b [U] -> the share of right ones among pairs like each, [U] float32."""
-    by_chance = _neighbours(len(views[0])) / (len(views[0]) - 1)
+    by_chance = _neighbours(len(views[0])) / len(views[0])
     return VIEWS(((common_neighbours(views, a, b, tick) - by_chance) / (1 - by_chance)).clamp(min=0))
 
 

@@ -71,9 +71,11 @@ class RoundMiner:
         if features.ndim != 2 or len(features) != positives.num_images:
             raise BadInput(f"features of shape {tuple(features.shape)} do not fit positive sets of {positives.num_images} "
                            "images: one row an image is expected")
+        if views is not None and any(view.shape != features.shape for view in views):
+            raise BadInput(f"views of shape {' and '.join(str(tuple(view.shape)) for view in views)} do not fit features of shape {tuple(features.shape)}: equal ones are expected")
         seed = dist.broadcast_object(int(torch.randint(2 ** 62, (1,), generator=rng)))
         if features.device.type == "cpu":  # which multiplies half precision slowly
-            features = features.float()
+            features, views = features.float(), views and tuple(view.float() for view in views)
         self.report = {"miner": self.name, "precision_estimate": None, "precision_at_most": None}
         edges, why = self.find(features, positives, seed, tick)
         if why:
@@ -98,8 +100,8 @@ class RoundMiner:
             self.report["why"] = (f"{NOTHING_SURE}: of the surest pairs {'at most ' if views is None else ''}{100 * share[:32].double().mean():.0f} % are "
                                   f"estimated to be right, and {100 * bound:.0f} % are asked for (--isl-trust)")
             return 0
-        for name, (share, at) in found.items():
-            self.report[name] = float(share[at < number].double().mean())
+        self.report |= {name: float(share[at < number].double().mean()) for name, (share, at) in found.items()}
+        self.report["precision_at_most"] = max(self.report["precision_at_most"], self.report["precision_estimate"] or 0)
         return number
 
     def state_dict(self) -> dict:

@@ -40,14 +40,17 @@ def learning_rate(epoch: int, *, lr: float, epochs: int, cos: bool, schedule: li
     return lr * 0.1 ** sum(epoch >= milestone for milestone in schedule)
 
 
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
 def autocast(device: torch.device, amp: str) -> torch.autocast:
     """amp: off, bf16 or fp16."""
-    return torch.autocast(device.type, dtype=torch.float16 if amp == "fp16" else torch.bfloat16, enabled=amp != "off")
+    return torch.autocast(device.type, dtype=HALF.get(amp), enabled=amp != "off")
 
 
 def to_network(image: torch.Tensor, device: torch.device, amp: str = "off", channels_last: bool = False) -> torch.Tensor:
     """[N, 3, S, S] as the network takes it: on its device and, in one go, in the type autocast would give it and in its memory format."""
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp, image.dtype)
+    dtype = HALF.get(amp, image.dtype)
     layout = torch.channels_last if channels_last else torch.preserve_format
     return image.to(device, dtype, non_blocking=True, memory_format=layout)
 

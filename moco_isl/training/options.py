@@ -11,7 +11,7 @@ from moco_isl.training import cli, fast
 
 SCHEDULE = [120, 160]  # MoCo's, for its 200 epochs
 TRUST = "off"
-AUTO = 0.8  # up to 0.7 mining was seen to cost accuracy; on the digits it broke even between 0.7 and 0.85
+AUTO = 0.8  # on the digits mining broke even between 0.7 and 0.85
 
 
 def get_parser(description: str) -> cli.Parser:
@@ -78,8 +78,8 @@ def get_parser(description: str) -> cli.Parser:
     group.add_argument("--isl-bank-mix", type=float, metavar="mu", help="share of the new feature in a bank row, Eq. 8 (1 with the queue, 0.5 with the bank)")
     cli.add_switch(group, "--isl-recenter", default=None, help="with the queue, move positives from the bank's mean to the queue's: they are up to an epoch older than the "
                    "negatives, and what all images have moved by since tells one from the other (on; --no-isl-recenter: as they are)")
-    group.add_argument("--isl-between", type=int, default=0, metavar="n", help="with the queue, leave an image's n nearest that are not in its set out of its negatives: too near "
-                       "to push away, too doubtful to pull at (0)")
+    group.add_argument("--isl-between", type=int, default=0, metavar="n", help="with the queue, leave those of an image's n nearest that are not in its set out of its negatives: too "
+                       "near to push away, too doubtful to pull at (0)")
     cli.add_switch(group, "--isl-half-bank", help="keep the bank in float16: half the memory, and half-precision products in the bank objective's softmax")
 
     group = parser.add_argument_group("ISL: mining")
@@ -95,7 +95,7 @@ def get_parser(description: str) -> cli.Parser:
     cli.add_switch(group, "--isl-grow", help="the budget counts for a round: x in the first, 2x in the second, and so on, as the published code (with 0.5)")
     group.add_argument("--isl-max-share", type=float, default=0.05, metavar="x", help="no image is a positive of more than this share of all images (0.05)")
     group.add_argument("--isl-trust", default=TRUST, metavar="auto|p|off", help="keep the widest sets, within the budget, of which this share is right by an estimate without "
-                       "labels, and none where nothing is that sure; auto: 0.8, below which mining was seen to cost accuracy (off)")
+                       "labels, and none where nothing is that sure; auto: 0.8, about where mining broke even on the digits (off)")
     cli.add_switch(group, "--isl-views", default=None, help="let a round look at two augmented views of every image too, which tells how much of its sets is right: two more "
                    "feature passes a round (on with --isl-trust). Without, a round can only say how much at most")
     cli.add_switch(group, "--isl-keep", help="never drop a pair once mined, as the paper; off: each round judges old pairs again")
@@ -177,8 +177,8 @@ def check_args(args: argparse.Namespace) -> None:
     cli.check(not oracle or args.research_labels, "--miner oracle draws positives from the labels: add --research-labels to say that this run may, or choose a "
               "miner that needs none")
     cli.check(oracle or not args.research_labels, f"--research-labels is for --miner oracle, and --miner {args.miner} uses no labels: leave it off")
-    cli.check(not oracle or not (args.isl_grow or args.isl_keep or bound), "--miner oracle draws its sets anew each round, of --oracle-size: leave --isl-grow, "
-              "--isl-keep and --isl-trust off")
+    cli.check(not oracle or not (args.isl_grow or args.isl_keep or bound or args.isl_views), "--miner oracle draws its sets anew each round, of --oracle-size, and knows "
+              "how right they are: leave --isl-grow, --isl-keep, --isl-trust and --isl-views off")
     fewest, most = args.isl_gan_min_iters, args.isl_gan_iters
     cli.check(None in (fewest, most) or fewest <= most, f"--isl-gan-min-iters {args.isl_gan_min_iters} is more than --isl-gan-iters {args.isl_gan_iters}")
     for name, value in fast.defaults(args.fast, cuda=args.device != "cpu" and torch.cuda.is_available()).items():
@@ -192,7 +192,7 @@ def check_args(args: argparse.Namespace) -> None:
         args.schedule = [math.ceil(length * 3 / 5), math.ceil(length * 4 / 5)]  # up: a round of two epochs is not to decay in its first
     args.isl_recenter = args.isl_recenter is not False
     if args.isl_views is None:
-        args.isl_views = bound is not None
+        args.isl_views = bound is not None and args.miner != "none"
     if args.isl_start is None:
         args.isl_start = 0 if args.init else length if args.isl_rounds > 1 else args.epochs // 2
     if args.isl_every is None:

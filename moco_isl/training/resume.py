@@ -23,11 +23,12 @@ MAY_CHANGE = {
 }  # fmt: skip
 
 
-BEFORE = {"isl_recenter": False, "isl_views": False}  # flags that came later, as runs without them did
+BEFORE = {"isl_recenter": False, "isl_views": False, "isl_between": 0}  # flags that came later, as runs without them did
 
 
 def check_same(saved: dict, now: dict, otherwise: str = "start a new run with --init and another --out") -> None:
     """Raise BadInput that names both values of each flag that differs between the saved run and this one, and may not, and what to do `otherwise`."""
+    saved = {**BEFORE, **saved}
     changed = [name for name in saved if name not in MAY_CHANGE and name in now and saved[name] != now[name]]
     if "epochs" in changed and not now.get("cos") and now["epochs"] > saved["epochs"]:
         changed.remove("epochs")  # a stepwise schedule is the same one, longer
