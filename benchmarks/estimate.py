@@ -15,10 +15,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import common, miners
-from moco_isl import data
-from moco_isl.encoders import extract_features, extract_views
 from moco_isl.errors import BadInput
-from moco_isl.evaluation.backbone import load_backbone
 from moco_isl.mining.estimate import Views, by_halves, by_views
 from moco_isl.mining.positives import same_label
 
@@ -51,30 +48,16 @@ def errors(features: torch.Tensor, labels: torch.Tensor, views: Views | None = N
     return found
 
 
-def of_checkpoint(file: Path, dataset: str, root: str | None, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, Views]:
-    """Features [M, C] of the train images, their labels [M], and the features of two views of them, 2 x [M, C]; by the query encoder."""
-    images = data.build_dataset(dataset, root, "train")
-    size, M = data.native_size(images), len(images)
-    encoder, _ = load_backbone(file, image_size=size)
-    encoder.to(device)
-    plain = data.eval_loader(images, transform=data.get_eval_transform(dataset, size), batch_size=256, device=device)
-    seen = data.view_loader(images, augmentation=data.get_augmentation(dataset, aug_plus=True, size=size), batch_size=256, seed=0, device=device)
-    return extract_features(encoder, plain, M, device), images.labels.to(device), extract_views(encoder, seen.epoch(0), M, device)
-
-
-def sources(args) -> dict[str, tuple]:
-    """Title -> what `errors` takes."""
+def sources(args) -> dict[str, miners.Source]:
     found = {}
     for file in args.files:
         if file == "digits":
-            seeds = 1 if args.quick else args.seeds
-            miners.of_digits(seeds, args.device, args.starts, args.quick)  # trains them where they are not there
-            found |= {f"digits, seed {seed}": of_checkpoint(args.starts / f"gain0-{seed}" / "checkpoint_last.pth.tar", "digits", None, args.device) for seed in range(seeds)}
+            digits = miners.of_digits(1 if args.quick else args.seeds, args.device, args.starts, args.quick)
+            found |= {f"digits, seed {seed}": source for seed, source in enumerate(digits)}
         else:
-            source = miners.from_file(file, args.device, 1000 if args.quick else None)[0]
-            found[Path(file).stem.removeprefix("features_")] = source.features, source.labels
+            found[Path(file).stem.removeprefix("features_")] = miners.from_file(file, args.device, 1000 if args.quick else None)[0]
     for file, dataset, *root in args.run:
-        found[f"{Path(file).resolve().parent.name}, {dataset}"] = of_checkpoint(Path(file), dataset, *root or [None], args.device)
+        found[f"{Path(file).resolve().parent.name}, {dataset}"] = miners.of_checkpoint(Path(file), dataset, *root or [None], args.device)
     return found
 
 
@@ -93,9 +76,9 @@ def main(argv: list[str] | None = None) -> int:
         if wrong := [run for run in args.run if not 2 <= len(run) <= 3]:
             raise BadInput(f"--run {' '.join(wrong[0])}: expected a checkpoint, the name of its data set and, but for digits, where that is")
         for name, source in sources(args).items():
-            found = errors(*source)
+            found = errors(source.features, source.labels, source.views)
             truth = [x["truth"] for x in found.values()]
-            row = {"of": name, "M": len(source[1]), "truth": f"{min(truth):.0f} to {max(truth):.0f}", "n": len(found), "sets": found}
+            row = {"of": name, "M": len(source.labels), "truth": f"{min(truth):.0f} to {max(truth):.0f}", "n": len(found), "sets": found}
             for by in ("views", "halves"):
                 if off := [x[by] for x in found.values() if by in x]:
                     row |= {f"{by}_mean": f"{statistics.fmean(off):+.1f}", f"{by}_size": f"{statistics.fmean(map(abs, off)):.1f}", f"{by}_range": f"{min(off):+.1f} to {max(off):+.1f}"}

@@ -3,6 +3,7 @@
     python -m benchmarks.miners FILE.safetensors           features [M, C] and labels [M] of real images; no GAN: minutes on a CPU
     python -m benchmarks.miners FILE --gan 3               with the rows of the GANs, three seeds each (half an hour of CPU a seed at 50,000 images)
     python -m benchmarks.miners digits --gan 3             the digits: a converged MoCo v2 a seed, those of benchmarks.breakeven
+    python -m benchmarks.miners FILE.pth.tar --of cifar10 DIR   the features that a checkpoint makes of these images
 
 Rows: own nearest (directed edges), then pairs of the whole data set, the surest first:
   all pairs                  by cosine
@@ -11,6 +12,7 @@ Rows: own nearest (directed edges), then pairs of the whole data set, the surest
   CSLS                       by twice the cosine less each image's mean cosine to its 10 nearest
   neighbourhood means        by the cosine of the means over their nearest (--miner average), 20 and 50 of them; with an in-degree cap; and
                              weighed: a pair counts by how right the estimate without labels holds it for
+  with two views             neighbourhood means of 50 of what an image and two augmented views of it have in common, where there are images
   two snapshots              by the worse cosine of two snapshots of the encoder, where the features of an earlier one are there (the digits)
   GAN, published             each anchor's images nearest to its best proxy (directed edges, Eq. 3 without a radius)
   GAN, surest pairs          the same pairs, those nearest to their proxy first
@@ -36,10 +38,13 @@ import torch
 
 from benchmarks import breakeven, common, gans
 from benchmarks.mining import load_features
+from moco_isl import data
+from moco_isl.encoders import extract_features, extract_views
 from moco_isl.errors import BadInput
-from moco_isl.mining.average import neighbourhood_means
+from moco_isl.evaluation.backbone import load_backbone
+from moco_isl.mining.average import neighbourhood_means, with_views
 from moco_isl.mining.edges import under_cap
-from moco_isl.mining.estimate import by_halves
+from moco_isl.mining.estimate import Views, by_halves
 from moco_isl.mining.gan import GANFit, GANSettings, Trainer, fit_gan
 from moco_isl.mining.miners import best_proxies
 from moco_isl.mining.neighbors import topk
@@ -55,11 +60,12 @@ KINDS = {"spectral norm": gans.SpectralNorm, "gradient penalty": gans.GradientPe
 
 @dataclass
 class Source:
-    """Features [M, C] and labels [M]; before [M, C]: of an earlier snapshot of the encoder."""
+    """Features [M, C] and labels [M]; before [M, C]: of an earlier snapshot of the encoder; views 2 x [M, C]: of augmented views."""
 
     features: Tensor
     labels: Tensor
     before: Tensor | None = None
+    views: Views | None = None
 
 
 class Lists:
@@ -111,7 +117,7 @@ class Lists:
 # ---------------------------------------------------------------- the rows
 
 
-def without_gan(lists: Lists, before: Tensor | None) -> dict[str, Pairs]:
+def without_gan(lists: Lists, before: Tensor | None = None, views: Views | None = None) -> dict[str, Pairs]:
     """Row -> pairs, surest first."""
     cosine, near = lists.cosine, lists.near
     local = cosine[:, :10].mean(1)
@@ -129,6 +135,8 @@ def without_gan(lists: Lists, before: Tensor | None) -> dict[str, Pairs]:
     rows[f"  of 50, in-degree at most {CAP}"] = a[taken], b[taken]
     most = round(SIZES[-1] * lists.M / 2)
     rows["  of 50, weighed"] = a[:most], b[:most], by_halves(lists.features, a[:most], b[:most])
+    if views is not None:
+        rows["  of 50, with two views"] = Lists(with_views(lists.features, views)).by_means(50)
     if before is not None:
         rows["two snapshots"] = lists.pairs(torch.minimum(cosine, lists.cosine_in(before)))
     return rows
@@ -212,7 +220,7 @@ def study(sources: list[Source], seeds: int, iters: int | None, folder: Path) ->
     worst, all_lists = [], [Lists(source.features) for source in sources]
     for source, lists in zip(sources, all_lists):
         rows.setdefault("own nearest", []).append(directed(lists.near, source.labels))
-        for name, pairs in without_gan(lists, source.before).items():
+        for name, pairs in without_gan(lists, source.before, source.views).items():
             rows.setdefault(name, []).append(undirected(*pairs, labels=source.labels))
     for seed in range(seeds):
         at = seed % len(sources)
@@ -269,6 +277,19 @@ def from_file(file: str, device: torch.device, images: int | None) -> list[Sourc
     return [Source(features, labels, before)]
 
 
+def of_checkpoint(file: Path, dataset: str, root: str | None, device: torch.device) -> Source:
+    """What the query encoder of a checkpoint makes of a data set's train images and of two MoCo v2 views of each."""
+    images = data.build_dataset(dataset, root, "train")
+    if images.labels is None:
+        raise BadInput(f"{root} has no labels to judge by: expected a folder a class")
+    size, M = data.native_size(images), len(images)
+    encoder, _ = load_backbone(file, image_size=size)
+    encoder.to(device)
+    plain = data.eval_loader(images, transform=data.get_eval_transform(dataset, size), batch_size=256, device=device)
+    seen = data.view_loader(images, augmentation=data.get_augmentation(dataset, aug_plus=True, size=size), batch_size=256, seed=0, device=device)
+    return Source(extract_features(encoder, plain, M, device), images.labels.to(device), views=extract_views(encoder, seen.epoch(0), M, device))
+
+
 def of_digits(seeds: int, device: torch.device, starts: Path, quick: bool) -> list[Source]:
     """The train images by the converged MoCo v2 of each seed after 20 more epochs, with the features before those."""
     flags = breakeven.shared_parser("").parse_args(["--device", str(device), "--epochs", "20", *(["--quick"] if quick else [])])
@@ -276,14 +297,16 @@ def of_digits(seeds: int, device: torch.device, starts: Path, quick: bool) -> li
     for seed in range(seeds):
         start = runs.start(seed)
         runs.go_on(f"gain0-{seed}", seed, ["--miner", "none"], keep=True)
-        (before, labels), (features, _) = (runs.judge.features(path)[0] for path in (start, starts / f"gain0-{seed}" / "checkpoint_last.pth.tar"))
-        sources.append(Source(features, labels, before))
+        end = starts / f"gain0-{seed}" / "checkpoint_last.pth.tar"
+        (before, labels), (features, _) = (runs.judge.features(path)[0] for path in (start, end))
+        sources.append(Source(features, labels, before, of_checkpoint(end, "digits", None, device).views))
     return sources
 
 
 def get_parser() -> argparse.ArgumentParser:
     parser = common.parser(__doc__)
-    parser.add_argument("file", metavar="FILE|digits", help="safetensors file with features [M, C] and labels [M]")
+    parser.add_argument("file", metavar="FILE|digits", help="safetensors file with features [M, C] and labels [M], or a checkpoint")
+    parser.add_argument("--of", nargs="+", metavar="X", help="of a checkpoint: the name of the data set and, but for digits, where it is")
     parser.add_argument("--images", type=int, metavar="M", help="draw so many of the file's (all)")
     parser.add_argument("--gan", type=int, default=0, metavar="n", help="seeds of the GANs' rows (0: none of them)")
     parser.add_argument("--iters", type=int, help="cap of the GAN's iterations (90 sqrt(M))")
@@ -302,7 +325,11 @@ def main(argv: list[str] | None = None) -> int:
                ("least", "least over both baselines"), ("over_5", "at 5"), ("over_50", "at 50"), ("n", "n")]  # fmt: skip
     try:
         digits = args.file == "digits"
-        sources = of_digits(max(1, args.gan), args.device, args.starts, args.quick) if digits else from_file(args.file, args.device, args.images)
+        if args.of:
+            name = Path(args.file).resolve().parent.name
+            sources = [of_checkpoint(Path(args.file), args.of[0], *args.of[1:2] or [None], args.device)]
+        else:
+            sources = of_digits(max(1, args.gan), args.device, args.starts, args.quick) if digits else from_file(args.file, args.device, args.images)
         rows = study(sources, args.gan, args.iters, args.folder or Path("runs/miners") / (name + ("-quick" if args.quick else "")))
     except BadInput as error:
         print(f"benchmarks.miners: {error}", file=sys.stderr)

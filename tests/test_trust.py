@@ -48,6 +48,15 @@ def test_average_miner_takes_the_pairs_whose_means_are_most_similar():
     assert {frozenset(pair) for pair in zip(sets.sources().tolist(), sets.members.tolist())} == {frozenset(pair[1:]) for pair in best}
 
 
+def test_average_miner_takes_features_and_views_together():
+    x, views = rows(70, seed=3), (rows(70, seed=4), rows(70, seed=5))
+    together = F.normalize(torch.stack([sum(parts) for parts in zip(x, *views)]), dim=1)
+    miner, plain = (AverageMiner(k=8, candidates=20, budget=2.0) for _ in range(2))
+    found, wanted = mine(miner, x, views=views), mine(plain, together)
+    assert found.num_edges == 140 and torch.equal(found.offsets, wanted.offsets) and torch.equal(found.members, wanted.members)
+    assert miner.views is None and not torch.equal(found.members, mine(plain, x).members)
+
+
 def test_means_find_more_right_pairs_than_cosines_where_features_are_noisy():
     x, labels = clusters(600, C=32, groups=6, spread=2.0), torch.arange(600) % 6
     by_means, by_cosine = (mine(miner, x).precision(labels) for miner in (AverageMiner(k=30, budget=5.0), KNNMiner(k=20, budget=5.0)))

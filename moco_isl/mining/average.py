@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from moco_isl import dist
 from moco_isl.errors import BadInput
 from moco_isl.mining.edges import Edges
+from moco_isl.mining.estimate import Views
 from moco_isl.mining.neighbors import Tick, topk
 from moco_isl.mining.positives import PositiveSets
 from moco_isl.mining.rounds import RoundMiner, over_blocks
@@ -23,7 +24,8 @@ _ROWS = 256  # anchors whose neighbours' features are held at a time
 class AverageMiner(RoundMiner):
     """Pairs of images whose neighbourhood means are similar, the surest of the whole data set first.
 
-    k: neighbours of an image that its mean is taken over, together with the image itself at weight 1; a neighbour weighs its cosine to the
+    Where a round has two augmented views of every image, it is features and views together that are averaged: what an encoder makes of one crop is
+    partly chance. k: neighbours of an image that its mean is taken over, together with the image itself at weight 1; a neighbour weighs its cosine to the
     power of `power`, and nothing where that is below 0. Each image offers its `candidates` most similar ones by their means.
     """
 
@@ -38,10 +40,15 @@ class AverageMiner(RoundMiner):
     def find(self, features: Tensor, positives: PositiveSets, seed: int, tick: Tick | None) -> tuple[Edges, str]:
         M = len(features)
         k, candidates = min(self.k, M - 1), min(self.candidates, M - 1)
-        means = neighbourhood_means(features, k, self.power, tick)
+        means = neighbourhood_means(features if self.views is None else with_views(features, self.views), k, self.power, tick)
         block = lambda anchors, number: topk(means[anchors], means, candidates, anchors, tick=tick)
         anchors, cosine, near = over_blocks(M, features.device, block, tick)
         return Edges(anchors.repeat_interleave(candidates), near.flatten(), cosine.flatten()), ""
+
+
+def with_views(features: Tensor, views: Views) -> Tensor:
+    """features [M, C] and views 2 x [M, C] unit rows -> their mean, unit rows [M, C] of the same type."""
+    return F.normalize(features.float() + views[0].float() + views[1].float(), dim=1).to(features.dtype)
 
 
 def neighbourhood_means(features: Tensor, k: int, power: float, tick: Tick | None = None) -> Tensor:

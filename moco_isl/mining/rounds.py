@@ -44,7 +44,7 @@ class RoundMiner:
     A miner of this kind writes find(features, positives, seed, tick) -> (edges of this rank's share, why). A `why` that
     is not empty refuses the round, and must be so on every rank; then the sets stay as they were. `find` may put figures
     of its own into self.report. By `over_blocks` and the seed, sets come out equal on every rank and for any number of
-    ranks (with equally many threads each: a product's last bit may depend on them).
+    ranks (with equally many threads each: a product's last bit may depend on them). self.views is what the round has of views, or None.
 
     rules: budget, max_share, keep, trust and whatever else `edges.Rules` knows, of every miner by name.
     """
@@ -53,6 +53,7 @@ class RoundMiner:
 
     def __init__(self, **rules):
         self.rules = Rules(**rules)
+        self.views: Views | None = None
         self.report: dict = {}
 
     def find(self, features: Tensor, positives: PositiveSets, seed: int, tick: Tick | None) -> tuple[Edges, str]:
@@ -77,7 +78,11 @@ class RoundMiner:
         if features.device.type == "cpu":  # which multiplies half precision slowly
             features, views = features.float(), views and tuple(view.float() for view in views)
         self.report = {"miner": self.name, "precision_estimate": None, "precision_at_most": None}
-        edges, why = self.find(features, positives, seed, tick)
+        self.views = views
+        try:
+            edges, why = self.find(features, positives, seed, tick)
+        finally:
+            self.views = None  # two more banks that nobody needs between rounds
         if why:
             sets, counts = positives, {"edges_found": 0, "edges_added": 0, "edges_dropped": 0}
         else:
