@@ -172,11 +172,14 @@ def versions() -> dict:
 
 
 def commit() -> str | None:
+    """The commit, and whether a tracked file is other than in it; results of the benchmark before are no such file."""
+    git = lambda *words: subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()  # noqa: E731
     try:
-        done = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=Path(__file__).parent, capture_output=True, text=True)
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude,top)benchmarks/results", ":(exclude,top)benchmarks/RESULTS.md")
+        name = git("rev-parse", "--short=12", "HEAD")
     except FileNotFoundError:
         return None
-    return done.stdout.strip() or None
+    return name and name + ("-dirty" if changed else "") or None
 
 
 class Result:

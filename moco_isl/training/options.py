@@ -97,7 +97,7 @@ def get_parser(description: str) -> cli.Parser:
     group.add_argument("--isl-trust", default=TRUST, metavar="auto|p|off", help="keep the widest sets, within the budget, of which this share is right by an estimate without "
                        "labels, and none where nothing is that sure; auto: 0.8, about where mining broke even on the digits (off)")
     cli.add_switch(group, "--isl-views", default=None, help="let a round look at two augmented views of every image too, which tells how much of its sets is right: two more "
-                   "feature passes a round (on with --isl-trust). Without, a round can only say how much at most")
+                   "feature passes a round (on with --isl-trust). Without, a round can only say how much at most. --miner average mines by them too")
     cli.add_switch(group, "--isl-keep", help="never drop a pair once mined, as the paper; off: each round judges old pairs again")
     group.add_argument("--isl-neighbors", type=int, metavar="k", help="nearest images looked at by knn and entropy (as many as the budget asks for) and in diffusion's "
                        "graph (20); whose mean average takes (50)")
