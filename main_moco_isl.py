@@ -134,12 +134,11 @@ class Run:
         self.transform = data.get_eval_transform(args.dataset, size)
         self.ordered = {"batch_size": args.batch_size, "workers": workers, "device": device}
         views = 2 if args.objective == "queue" or args.objective == "bank" and args.isl_hpe else 1
-        augmentation = data.get_augmentation(args.dataset, aug_plus=args.aug_plus, size=size, on_device=args.on_device)
-        self.loader = data.train_loader(dataset, augmentation=augmentation, batch_size=args.batch_size, seed=args.seed, workers=workers, device=device,
+        self.augmentation = data.get_augmentation(args.dataset, aug_plus=args.aug_plus, size=size, on_device=args.on_device)
+        self.loader = data.train_loader(dataset, augmentation=self.augmentation, batch_size=args.batch_size, seed=args.seed, workers=workers, device=device,
                                         multiple=args.bn_splits, max_bad_images=args.max_bad_images, views=views)
-        self.augmentation = augmentation
         if args.compile:
-            fast.compile_augmentation(augmentation, views * args.batch_size // dist.world_size(), device)
+            fast.compile_augmentation(self.augmentation, views * args.batch_size // dist.world_size(), device)
         self.labels = None if dataset.labels is None else dataset.labels.to(device)
         self.model.to(device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
         self.progress = Progress(args.progress, args.epochs, len(self.loader))

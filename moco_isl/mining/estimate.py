@@ -28,6 +28,7 @@ from moco_isl.mining.neighbors import Tick, topk
 
 Tensor = torch.Tensor
 
+
 @dataclass(frozen=True)
 class Curve:
     """From the share s of common neighbours to the share of right pairs."""
