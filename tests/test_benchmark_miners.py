@@ -1,13 +1,18 @@
 """The ways to rank pairs of benchmarks.miners against loops, and their figures."""
 
+import json
+
 import pytest
 import torch
 
+import main_moco_isl
 from benchmarks import miners
 from moco_isl.errors import BadInput
+from moco_isl.mining.average import with_views
 from moco_isl.mining.gan import GANSettings, fit_gan
 from moco_isl.mining.positives import PositiveSets
 from moco_isl.mining.triplets import TripletSampler
+from tests.runs import DIGITS
 from tests.test_miners import clusters
 
 
@@ -91,3 +96,16 @@ def test_every_row_has_its_figures(lists, tmp_path):
     result = miners.common.Result("miners-test", "test", torch.device("cpu"), [("row", "row"), ("least", "least")])
     miners.show(rows, result)
     assert ["least" in row for row in result.rows] == [name not in ("own nearest", "all pairs") for name in rows]
+
+
+def test_a_checkpoint_is_judged_on_its_images(tmp_path):
+    assert main_moco_isl.main([*DIGITS, "--epochs", "1", "--max-steps", "1", "--out", str(tmp_path / "run")]) == 0
+    file = str(tmp_path / "run" / "checkpoint_last.pth.tar")
+    assert miners.main([file, "--of", "digits", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    rows = {row["row"]: row for row in json.loads((tmp_path / "miners-run-cpu.json").read_text())["rows"]}
+    assert rows["all pairs"]["n"] == 1 and "two snapshots" not in rows and not any("GAN" in name for name in rows)
+    source = miners.of_checkpoint(file, "digits", None, torch.device("cpu"))
+    a, b = miners.Lists(with_views(source.features, source.views)).by_means(50)
+    wanted = miners.undirected(a, b, labels=source.labels)
+    assert rows["  of 50, with two views"]["figures"] == [wanted] and wanted != rows["neighbourhood means of 50"]["figures"][0]
+    assert miners.main([file, "--of", "cifar10", str(tmp_path), "--device", "cpu", "--out", str(tmp_path)]) == 2
