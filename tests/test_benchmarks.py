@@ -214,10 +214,10 @@ def test_parts_that_fail_or_hang_cost_no_other(tmp_path, monkeypatch, capfd):
     (tmp_path / "part_bad.py").write_text("raise SystemExit(3)")
     (tmp_path / "part_slow.py").write_text("import signal\ntry:\n    signal.pause()\nfinally:\n    print('written in time')")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-    monkeypatch.setattr(bench, "CPU", {"slow": ("part_slow", 1), "bad": ("part_bad", 60), "good": ("part_good", 60)})
+    monkeypatch.setattr(bench, "CPU", {"slow": ("part_slow", 5), "bad": ("part_bad", 60), "good": ("part_good", 60)})
     assert bench.main(["--device", "cpu", "--out", str(tmp_path)]) == 1
     said = capfd.readouterr().out
-    assert "a part that ran" in said and "good: done" in said and "bad: exit code 3" in said and "slow: not done after 1 s" in said and "written in time" in said
+    assert "a part that ran" in said and "good: done" in said and "bad: exit code 3" in said and "slow: not done after 5 s" in said and "written in time" in said
     assert bench.main(["--device", "cpu", "--out", str(tmp_path), "--only", "good"]) == 0
     assert bench.main(["--device", "cpu", "--out", str(tmp_path), "--minutes", "0"]) == 1 and "left out: no time" in capfd.readouterr().out
 
