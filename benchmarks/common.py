@@ -218,7 +218,8 @@ class Result:
 
 def _command() -> str:
     """What was typed, but for where the file was to go."""
-    spec, given = getattr(sys.modules["__main__"], "__spec__", None), sys.argv[1:]
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    given = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]  # where things lie here is nobody else's business
     if "--out" in given:
         at = given.index("--out")
         del given[at : at + 2]

@@ -244,3 +244,8 @@ def test_page_of_timings_and_of_any_columns(tmp_path):
 def test_the_page_is_what_the_command_writes(tmp_path):
     results.main(["--page", str(tmp_path / "page.md")])
     assert results.PAGE.read_text() == (tmp_path / "page.md").read_text(), "run python -m benchmarks.results"
+
+
+def test_the_command_says_what_was_typed_but_not_where_things_lie(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["x.py", "/data/of/mine/features.safetensors", "--gan", "3", "--out", "/tmp/results", "--folder", "runs/here"])
+    assert common._command().endswith(" features.safetensors --gan 3 --folder runs/here")
