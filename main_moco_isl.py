@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 import torch
 
 from moco_isl import builder, checkpoint, data, dist
-from moco_isl.encoders import build_encoder, extract_features, extract_views, split_batch_norm
+from moco_isl.encoders import AMP_TYPES, build_encoder, extract_features, extract_views, split_batch_norm
 from moco_isl.errors import BadInput, Interrupted, RunFailed
 from moco_isl.evaluation.features import require_side
 from moco_isl.evaluation.knn import weighted_knn
@@ -194,7 +194,7 @@ class Run:
             dist.broadcast(buffer)
         most = int(dist.all_reduce_max(torch.tensor(len(loader), device=self.device)))
         try:
-            return extract(encoder, self.stop.watch(batches, most), M, self.device, amp=engine.HALF.get(self.args.amp))
+            return extract(encoder, self.stop.watch(batches, most), M, self.device, amp=AMP_TYPES[self.args.amp])
         finally:
             loader.close()
 

@@ -6,8 +6,8 @@
 
 The oracle (--miner oracle, see main_moco_isl.py --help) draws sets of a known precision from the labels: this is research into what mining
 has to reach, no result of a method. Its right positives are each image's nearest of its label, as mined ones are, and its wrong ones the nearest
-of another, as mining's own mistakes are; --right uniform and --wrong uniform draw them anywhere, and right ones from anywhere teach far more. Every run that has ended leaves a file in --folder and is never run again, one that
-was broken off goes on.
+of another, as mining's own mistakes are; --right uniform and --wrong uniform draw them anywhere, and right ones from anywhere teach far
+more. Every run that has ended leaves a file in --folder and is never run again, one that was broken off goes on.
 
 Break-even: where the gain over no positives, paired by seed, its means made monotone in precision, crosses zero; its range: 5th to 95th percentile
 of 1,000 bootstrap draws of the seeds. Where even the lowest precision helped, or the highest did not, only a bound is known: the table says so,

@@ -298,8 +298,9 @@ def of_digits(seeds: int, device: torch.device, starts: Path, quick: bool) -> li
         start = runs.start(seed)
         runs.go_on(f"gain0-{seed}", seed, ["--miner", "none"], keep=True)
         end = starts / f"gain0-{seed}" / "checkpoint_last.pth.tar"
-        (before, labels), (features, _) = (runs.judge.features(path)[0] for path in (start, end))
-        sources.append(Source(features, labels, before, of_checkpoint(end, "digits", None, device).views))
+        source = of_checkpoint(end, "digits", None, device)
+        source.before = runs.judge.features(start)[0][0]
+        sources.append(source)
     return sources
 
 

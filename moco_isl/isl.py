@@ -55,7 +55,7 @@ class ISL:
         """
         self.model, self.queue_objective = model, isinstance(model, MoCo)
         self.P, self.form, self.hpe, self.mask, self.symmetric, self.active = P, form, hpe, mask, symmetric, active
-        self.recenter, self.between = recenter, between
+        self.recenter, self.between = recenter, min(between, num_images - 1)
         if between and not (self.queue_objective and mask):
             raise BadInput("images in between are left out of the queue's negatives: they need a MoCo, and mask=True")
         self.bank_mix = bank_mix if bank_mix is not None else (1.0 if self.queue_objective else 0.5)
@@ -106,7 +106,7 @@ class ISL:
         if self.active:
             positives, weight = self.positives.lookup(index, self.P, self.turn)  # [N, P] each
             if self.mask:
-                zone, doubtful = self.zone.lookup(index, min(self.between, self.zone.num_images - 1))  # [N, between] each
+                zone, doubtful = self.zone.lookup(index, self.between)  # [N, between] each
                 own = torch.ones_like(index[:, None], dtype=torch.bool)
                 absent = self.slots.absent(torch.cat([index[:, None], positives, zone], 1), torch.cat([own, weight > 0, doubtful > 0], 1))
             if self.positives.num_edges:

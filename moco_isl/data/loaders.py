@@ -164,22 +164,18 @@ class _Plan:
             yield [(epoch, i) for i in rows.tolist()]
 
 
-class _InOrder:
-    """What `_Plan` is for an epoch, for one visit to the images rows in their order, none left out."""
+class _InOrder(_Plan):
+    """One visit to the images `order`, by this rank alone, in batches of its own, none left out."""
 
-    def __init__(self, rows: range, batch_size: int, seed: int):
-        self.seed, self.epoch, self.start_step = seed, 0, 0
-        self.batches = [torch.arange(i, min(i + batch_size, rows.stop)) for i in range(rows.start, rows.stop, batch_size)]
-        self.steps = len(self.batches)
+    def __init__(self, order: range, batch_size: int, seed: int):
+        self.order, self.B, self.seed = order, batch_size, seed
+        self.steps = -(-len(order) // batch_size)
+        self.epoch, self.start_step = 0, 0
 
-    def rows(self, epoch: int, start_step: int) -> list[torch.Tensor]:
-        return self.batches[start_step:]
-
-    def __len__(self) -> int:
-        return self.steps - self.start_step
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return iter([[(self.epoch, i) for i in rows.tolist()] for rows in self.batches[self.start_step :]])
+    def rows(self, epoch: int, start_step: int) -> Iterator[torch.Tensor]:
+        for step in range(start_step, self.steps):
+            batch = self.order[step * self.B : (step + 1) * self.B]
+            yield torch.arange(batch.start, batch.stop)
 
 
 # ---------------------------------------------------------------- images in files
@@ -289,7 +285,7 @@ class FileTrainLoader(_FileLoader):
         self,
         dataset: Dataset,
         augmentation: Callable,
-        plan: _Plan | _InOrder,
+        plan: _Plan,
         workers: int,
         device,
         max_bad_images: int | None,
@@ -323,7 +319,7 @@ class PhotoTrainLoader(_FileLoader):
         self,
         dataset: Dataset,
         augmentation: BatchAugmentation,
-        plan: _Plan | _InOrder,
+        plan: _Plan,
         workers: int,
         device,
         max_bad_images: int | None,
@@ -384,7 +380,7 @@ class MemoryTrainLoader(_MemoryLoader):
     """What train_loader gives for images held and augmented on the device; the same interface as FileTrainLoader."""
 
     def __init__(
-        self, dataset: ImagesInMemory, augmentation: BatchViews, plan: _Plan | _InOrder, device, max_bad_images: int | None, views: int
+        self, dataset: ImagesInMemory, augmentation: BatchViews, plan: _Plan, device, max_bad_images: int | None, views: int
     ):
         super().__init__(dataset, device)
         self.augmentation = augmentation
@@ -421,7 +417,7 @@ class MemoryEvalLoader(_MemoryLoader):
                 yield self.normalize(self.images[rows]), rows
 
 
-# ---------------------------------------------------------------- the two doors
+# ---------------------------------------------------------------- the three doors
 
 
 def train_loader(
@@ -472,7 +468,7 @@ def view_loader(
     return _views_of(dataset, augmentation, plan, workers, device, None, None, False, 2)
 
 
-def _views_of(dataset, augmentation, plan: _Plan | _InOrder, workers, device, max_bad_images, pin_memory, fast, views):
+def _views_of(dataset, augmentation, plan: _Plan, workers, device, max_bad_images, pin_memory, fast, views):
     """The loader for where the images are and where they are augmented."""
     if not isinstance(augmentation, BatchViews):
         return FileTrainLoader(dataset, augmentation, plan, workers, device, max_bad_images, pin_memory, fast, views)

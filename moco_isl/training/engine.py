@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from moco_isl import dist
+from moco_isl.encoders import AMP_TYPES
 from moco_isl.errors import Interrupted
 from moco_isl.isl import ISL
 from moco_isl.mining.baselines import baselines
@@ -40,17 +41,14 @@ def learning_rate(epoch: int, *, lr: float, epochs: int, cos: bool, schedule: li
     return lr * 0.1 ** sum(epoch >= milestone for milestone in schedule)
 
 
-HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
 def autocast(device: torch.device, amp: str) -> torch.autocast:
     """amp: off, bf16 or fp16."""
-    return torch.autocast(device.type, dtype=HALF.get(amp), enabled=amp != "off")
+    return torch.autocast(device.type, dtype=AMP_TYPES[amp], enabled=amp != "off")
 
 
 def to_network(image: torch.Tensor, device: torch.device, amp: str = "off", channels_last: bool = False) -> torch.Tensor:
     """[N, 3, S, S] as the network takes it: on its device and, in one go, in the type autocast would give it and in its memory format."""
-    dtype = HALF.get(amp, image.dtype)
+    dtype = AMP_TYPES[amp] or image.dtype
     layout = torch.channels_last if channels_last else torch.preserve_format
     return image.to(device, dtype, non_blocking=True, memory_format=layout)
 
