@@ -1,6 +1,7 @@
 """A CPU that passes for a CUDA device, for tests of what a GPU alone would run: tensors "on" it are computed by the CPU and say `cuda:0`.
 
     with pretending() as seen: ...
+    with pretending_with_kernels() as seen: ...      the fused kernels and the GAN's captured graph have stand-ins too
 
 Inside, what a GPU would refuse is refused: operations on tensors of two devices, a generator of another device, `numpy()`. `seen.waits` names
 the calls for which the host would wait for the device; while a CUDA graph is captured they are refused. What a GPU alone can tell stays open:
@@ -14,8 +15,11 @@ from unittest import mock
 
 import torch
 import torch._dynamo  # which looks through torch.cuda when it is imported: before anything stands in for a part of it
+import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
+
+from moco_isl.mining import fused, gan, softmax
 
 CUDA = torch.device("cuda", 0)
 T = torch.Tensor
@@ -179,3 +183,49 @@ def pretending() -> Iterator[Pretend]:
             stack.enter_context(mock.patch.object(torch.accelerator, "current_stream", torch.cuda.current_stream))
         stack.enter_context(seen)
         yield seen
+
+
+class Kernels:
+    """What the kernels of kernels.py compute, in plain operations."""
+
+    GROUP = 64
+
+    @staticmethod
+    def softmax_pass(f, rows, T, absent=None):
+        assert not torch.is_autocast_enabled("cpu"), "autocast would join the shares in half precision"
+        return softmax.softmax_pass(f, rows.half().float(), T, absent)
+
+    @staticmethod
+    def group_maxima(q, bank):
+        assert q.dtype == bank.dtype == torch.float16 and q.is_contiguous() and bank.is_contiguous()
+        scores = F.pad(q.float() @ bank.float().T, (0, -len(bank) % 64), value=-torch.inf)
+        return scores.view(len(q), -1, 64).amax(2).T.contiguous()
+
+    @staticmethod
+    def rescore(q, bank, groups):
+        at = (groups[:, :, None] * 64 + torch.arange(64, device=bank.device)).flatten(1)
+        scores = torch.einsum("nc,nkc->nk", q.float(), bank[at.clamp(max=len(bank) - 1)].float())
+        return scores.masked_fill(at >= len(bank), -torch.inf)
+
+
+def _captured(capture):
+    """`Trainer.capture` with a graph that can be replayed. A real capture takes no step: what this one did is undone."""
+
+    def run(trainer) -> None:
+        before, drawn, cursor, losses = trainer.state(), trainer.generator.get_state(), trainer.cursor.clone(), trainer.losses.clone()
+        capture(trainer)
+        trainer.load(before)
+        trainer.generator.set_state(drawn)
+        trainer.cursor.copy_(cursor), trainer.losses.copy_(losses)
+        trainer.graph.replay = trainer.step
+
+    return run
+
+
+@contextlib.contextmanager
+def pretending_with_kernels() -> Iterator[Pretend]:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(gan.Trainer, "capture", _captured(gan.Trainer.capture)))
+        stack.enter_context(mock.patch.object(gan, "training_search", lambda features: features))  # which a CPU would have in bfloat16
+        stack.enter_context(mock.patch.object(fused, "_seen_to_work", lambda device: Kernels))
+        yield stack.enter_context(pretending())

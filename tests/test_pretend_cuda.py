@@ -13,53 +13,17 @@ from benchmarks import growth, step
 from moco_isl import data
 from moco_isl.data.datasets import ImagesInMemory
 from moco_isl.losses import softmax_over
-from moco_isl.mining import PositiveSets, fused, gan, neighbors, softmax
+from moco_isl.mining import PositiveSets, gan, neighbors
 from moco_isl.training import fast
-from tests.pretend_cuda import CUDA, Generator, OnCuda, pretending
+from tests.pretend_cuda import CUDA, Generator, OnCuda, pretending_with_kernels
 
 DIGITS = ["--dataset", "digits", "-a", "digits", "--mlp", "--moco-dim", "16", "--moco-k", "256", "-b", "128", "-j", "0", "--seed", "0", "-p", "100", "--epochs", "1"]
 MINED = ["--isl-start", "0", "--isl-budget", "3"]
 
 
-class Kernels:
-    """What the kernels of kernels.py compute, in plain operations."""
-
-    GROUP = 64
-
-    @staticmethod
-    def softmax_pass(f, rows, T, absent=None):
-        assert not torch.is_autocast_enabled("cpu"), "autocast would join the shares in half precision"
-        return softmax.softmax_pass(f, rows.half().float(), T, absent)
-
-    @staticmethod
-    def group_maxima(q, bank):
-        assert q.dtype == bank.dtype == torch.float16 and q.is_contiguous() and bank.is_contiguous()
-        scores = F.pad(q.float() @ bank.float().T, (0, -len(bank) % 64), value=-torch.inf)
-        return scores.view(len(q), -1, 64).amax(2).T.contiguous()
-
-    @staticmethod
-    def rescore(q, bank, groups):
-        at = (groups[:, :, None] * 64 + torch.arange(64, device=bank.device)).flatten(1)
-        scores = torch.einsum("nc,nkc->nk", q.float(), bank[at.clamp(max=len(bank) - 1)].float())
-        return scores.masked_fill(at >= len(bank), -torch.inf)
-
-
 @pytest.fixture
-def seen(monkeypatch):
-    capture = gan.Trainer.capture
-
-    def captured(trainer):  # a real capture takes no step: what this one did is undone
-        before, drawn, cursor, losses = trainer.state(), trainer.generator.get_state(), trainer.cursor.clone(), trainer.losses.clone()
-        capture(trainer)
-        trainer.load(before)
-        trainer.generator.set_state(drawn)
-        trainer.cursor.copy_(cursor), trainer.losses.copy_(losses)
-        trainer.graph.replay = trainer.step
-
-    monkeypatch.setattr(gan.Trainer, "capture", captured)
-    monkeypatch.setattr(gan, "training_search", lambda features: features)  # which a CPU would have in bfloat16
-    monkeypatch.setattr(fused, "_seen_to_work", lambda device: Kernels)
-    with pretending() as seen:
+def seen():
+    with pretending_with_kernels() as seen:
         yield seen
 
 
