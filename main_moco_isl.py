@@ -162,6 +162,8 @@ class Run:
         self.position = engine.Position(epoch=args.start_epoch)
         metrics_size = self._load() if self.start.path else 0
         cli.on_main(lambda: self.folder.begin(vars(args), metrics_size))
+        if self.start.goes_on and not self.start.in_place:
+            self.save()  # from here on the folder holds all that --resume auto needs, however early this run dies
         self.progress.begin(self.position.total)
         if self.start.path and args.objective != "rotnet":
             self.mean_cosine = self.isl.mean_cosine()
@@ -324,7 +326,7 @@ class Run:
         return {} if self.labels is None else precision_of_ranking(record, self.labels)
 
     def end_of_epoch(self, epoch: int) -> None:
-        """kNN where it is due, the epoch's line, the checkpoint."""
+        """kNN where it is due, the epoch's line, the checkpoint where it is due."""
         values = self.position.averages.epoch()
         if self.args.objective != "rotnet":
             before, self.mean_cosine = self.mean_cosine, self.isl.mean_cosine()
@@ -340,7 +342,8 @@ class Run:
             self.progress.say(f"=> epoch {epoch}: weighted kNN {values['knn']:.2f} %")
         self.log(kind="epoch", epoch=epoch, total=self.position.total, **values)
         self.position.epoch, self.position.step, self.position.averages = epoch + 1, 0, engine.Averages()
-        self.save(epoch)
+        if (epoch + 1) % self.args.save_epochs == 0 or epoch + 1 == self.args.epochs:
+            self.save(epoch)
 
     def knn(self) -> float:
         """Accuracy in per cent of weighted kNN (k 200, T 0.1) with the query encoder's features, on held-out images or leaving one out."""

@@ -2,7 +2,8 @@
 
     python -m tests.kill_and_resume --kills 30 [--seed 0] [--keep DIR]
 
-Settings: one process; two loading workers on a folder of JPEGs (compared with an unbroken run without workers); two gloo ranks, of which one is killed.
+Settings: one process; two loading workers on a folder of JPEGs (compared with an unbroken run without workers); two gloo ranks, of which one is killed; one
+process that saves after few of its epochs and keeps two numbered files.
 Each run is killed once, in an epoch, in GAN training, in mining or in a save, and then goes on with --resume auto.
 """
 
@@ -20,6 +21,9 @@ from pathlib import Path
 from tests.runs import DIGITS, MINED, STAGES, Kill, Running, differences, photos, random_kill, run
 
 LENGTH = ["--epochs", 3, "--isl-start", 1, "--knn-every", 2, "--save-every", 3, "-p", 1]
+
+# saved at the rounds before epochs 1 and 6, and after epochs 1, 3, 5 and 6, of which the last two are kept
+FEW_SAVES = ["--epochs", 7, "--isl-start", 1, "--isl-every", 5, "--knn-every", 2, "-p", 1, "--save-epochs", 2, "--keep", 2]
 
 
 class Setting:
@@ -50,14 +54,14 @@ class Setting:
         return found, waited
 
 
-SETTINGS = ("one process", "two workers", "two ranks")
+SETTINGS = ("one process", "two workers", "two ranks", "few saves")
 
 
 def make_setting(name: str, root: Path) -> Setting:
     if name == "two workers":
         flags = [*photos(root / "photos"), *MINED, *LENGTH]
         return Setting(name, root, [*flags, "-j", 2], flags)
-    flags = [*DIGITS, *MINED, *LENGTH]
+    flags = [*DIGITS, *MINED, *(FEW_SAVES if name == "few saves" else LENGTH)]
     return Setting(name, root, flags, flags, ranks=2 if name == "two ranks" else 1)
 
 

@@ -80,7 +80,7 @@ NUMBERS = [
     for flag, value in [
         ("--epochs", "0"), ("--epochs", "ten"), ("--epochs", "1.5"), ("-b", "0"), ("-b", "-64"), ("--lr", "-1"), ("--lr", "nan"), ("--lr", "inf"), ("--lr", "fast"), ("--wd", "-1"),
         ("--momentum", "2"), ("--moco-t", "0"), ("--moco-m", "1.5"), ("--moco-k", "0"), ("--moco-dim", "0"), ("--bn-splits", "0"), ("--workers", "-1"), ("-p", "0"), ("--keep", "0"),
-        ("--image-size", "5000"), ("--max-bad-images", "-1"), ("--save-every", "-1"), ("--isl-budget", "0"), ("--isl-max-share", "2"), ("--isl-threshold", "2"),
+        ("--image-size", "5000"), ("--max-bad-images", "-1"), ("--save-every", "-1"), ("--save-epochs", "0"), ("--isl-budget", "0"), ("--isl-max-share", "2"), ("--isl-threshold", "2"),
         ("--isl-radius", "-1"), ("--isl-bank-mix", "0"), ("--isl-hpe", "-1"), ("--isl-every", "0"), ("--start-epoch", "2"), ("--nproc-per-node", "-1"), ("--dist-timeout", "0"),
         ("--oracle-precision", "2"), ("--oracle-size", "0"), ("--schedule", "-3"), ("--seed", "99999999999999999999"),
     ]

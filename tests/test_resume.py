@@ -18,9 +18,10 @@ from moco_isl.errors import BadInput
 from moco_isl.mining import gan, miners
 from moco_isl.training import resume
 from moco_isl.training.meters import Averages
+from moco_isl.training.run_folder import numbered
 from tests.kill_and_resume import SETTINGS, setting
 from tests.ranks import run_ranks
-from tests.runs import DIGITS, Running, differences, metrics, photos, random_kill
+from tests.runs import DIGITS, Kill, Running, differences, metrics, photos, random_kill, run
 from tests.test_bad_input import ask
 
 # ---- killed ----------------------------------------------------------------------------------------------------------
@@ -28,7 +29,7 @@ from tests.test_bad_input import ask
 
 @pytest.mark.parametrize("name, stage, rank", [
     ("one process", "epoch", 0), ("one process", "GAN", 0), ("one process", "mining", 0), ("one process", "save", 0), ("two workers", "epoch", 0), ("two workers", "save", 0),
-    ("two ranks", "epoch", 1), ("two ranks", "mining", 0),
+    ("two ranks", "epoch", 1), ("two ranks", "mining", 0), ("few saves", "epoch", 0), ("few saves", "mining", 0), ("few saves", "save", 0),
 ])  # fmt: skip
 def test_killed_and_resumed_it_equals_the_unbroken_run(name, stage, rank):
     way, draw = setting(name), random.Random(f"{name} {stage}")
@@ -49,12 +50,24 @@ def test_the_comparison_sees_a_bit_and_a_line(tmp_path):
                                          f"metrics.jsonl, line 5 of {len(lines)} and {len(lines) + 1}"]  # fmt: skip
 
 
+def test_few_saves_go_back_to_the_last_one(tmp_path):
+    """Killed as epoch 5 begins, a run that has saved after epoch 3 trains epoch 4 again, and its lines are there once."""
+    way, out = setting("few saves"), tmp_path / "out"
+    assert [p.name for p in numbered(way.whole)] == ["checkpoint_0005.pth.tar", "checkpoint_0006.pth.tar"]
+    Running([*way.argv, "--out", out], tmp_path / "log", kill=(0, Kill("epoch", 6, 0))).codes()
+    before = metrics(out)
+    assert checkpoint.load(out / "checkpoint_last.pth.tar")["epoch"] == 4 and any(line["kind"] == "epoch" and line["epoch"] == 4 for line in before)
+    assert [p.name for p in numbered(out)] == ["checkpoint_0001.pth.tar", "checkpoint_0003.pth.tar"]
+    run([*way.argv, "--out", out, "--resume", "auto"], tmp_path / "log")
+    assert differences(way.whole, out) == []
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 def test_the_runs_compared_have_something_to_lose(name):
     """Positives, warm networks, moving statistics, a round and a kNN in their lines: otherwise they would be equal too easily."""
     way = setting(name)
     kinds = [line["kind"] for line in metrics(way.whole)]
-    assert kinds.count("round") == 2 and kinds.count("epoch") == 3 and kinds.count("step") >= 9
+    assert kinds.count("round") == 2 and kinds.count("epoch") == (7 if name == "few saves" else 3) and kinds.count("step") >= 9
     ours = checkpoint.load(way.whole / "checkpoint_last.pth.tar")["isl"]
     assert len(ours["state"]["positives"]["members"]) > 10 and ours["miner"]["networks"]["G"] and len(ours["rng"]) == way.ranks
 
@@ -174,6 +187,35 @@ def test_a_file_of_the_folder_itself_is_gone_on_with_if_it_is_the_newest(finishe
         before = files(out)
         assert ask([*FLAGS, "--out", str(out), "--resume", str(out / "checkpoint_0000.pth.tar")])[0] == 2 and files(out) == before
         shutil.copy(out / "checkpoint_0000.pth.tar", out / "checkpoint_last.pth.tar")
+
+
+def test_saves_after_every_nth_epoch_and_the_last(tmp_path):
+    """How often may change on a resume: nothing of the training depends on it."""
+    flags = [*DIGITS, "--epochs", "5", "--out", str(tmp_path / "out")]
+
+    def saved() -> list[str]:
+        return [p.name.removeprefix("checkpoint_")[:4] for p in numbered(tmp_path / "out")]
+
+    assert ask([*flags, "--save-epochs", "10", "--max-steps", "20"])[0] == 0
+    assert saved() == [] and checkpoint.load(tmp_path / "out" / "checkpoint_last.pth.tar")["isl"]["step"] == 6
+    assert ask([*flags, "--save-epochs", "2", "--resume", "auto"])[0] == 0 and saved() == ["0003", "0004"]
+    assert ask([*DIGITS, "--epochs", "5", "--save-epochs", "7", "--out", str(tmp_path / "other")])[0] == 0
+    assert metrics(tmp_path / "out") == metrics(tmp_path / "other") and names(tmp_path / "other") == ["checkpoint_0004.pth.tar", "checkpoint_last.pth.tar"]
+
+
+def names(out: Path) -> list[str]:
+    return sorted(p.name for p in out.glob("checkpoint_*"))
+
+
+def test_a_run_that_goes_on_from_a_file_elsewhere_can_be_resumed_from_its_first_step(finished, tmp_path):
+    """However seldom it saves: a launcher gives --resume auto as soon as there is a checkpoint."""
+    flags = [*FLAGS, "--save-epochs", "10", "--out", str(tmp_path / "new")]
+    argv = [*flags, "--resume", str(finished / "checkpoint_0000.pth.tar")]
+    assert Running(argv, tmp_path / "log", kill=(0, Kill("epoch", 1, 0))).codes() == [-9]
+    assert names(tmp_path / "new") == ["checkpoint_last.pth.tar"]
+    assert ask([*flags, "--resume", "auto"])[0] == 0
+    lines = metrics(finished)
+    assert metrics(tmp_path / "new") == lines[[line["kind"] for line in lines].index("epoch") + 1 :]
 
 
 # ---- what may change, and what may not -------------------------------------------------------------------------------

@@ -49,6 +49,8 @@ def get_parser(description: str) -> cli.Parser:
     group.add_argument("--init", metavar="FILE", help="start from the weights of this file, ours or MoCo's, at epoch 0: the way to continue a "
                        "converged MoCo with mining")
     group.add_argument("--keep", type=int, metavar="n", help="keep the last n numbered checkpoints (default: all)")
+    group.add_argument("--save-epochs", type=int, default=1, metavar="n", help="save after every n-th epoch and after the last one (default: 1); raise it "
+                       "where an epoch takes seconds. Rounds of mining and signals save in any case")
     group.add_argument("--save-every", type=int, default=0, metavar="n", help="save every n steps as well; for long epochs on machines that die")
     group.add_argument("--max-steps", type=int, default=0, metavar="n", help="end after n steps; to try a command out")
     group.add_argument("--knn-every", type=int, default=0, metavar="n", help="log weighted kNN every n epochs where there are labels (default: never); "
@@ -156,7 +158,7 @@ def check_args(args: argparse.Namespace) -> None:
     cli.check_data_options(args)
     for name, low in {"epochs": 1, "batch_size": 2, "workers": 0, "moco_k": 1, "moco_dim": 1, "print_freq": 1, "bn_splits": 1, "isl_every": 1, "isl_triplets": 1,
                       "isl_rounds": 1, "isl_neighbors": 1, "isl_walk": 1, "isl_clusters": 1, "isl_clusterings": 1, "isl_background": 1,
-                      "isl_candidates": 1, "isl_max_positives": 1, "isl_gan_iters": 1, "isl_gan_min_iters": 1, "start_epoch": 0, "save_every": 0, "max_steps": 0, "schedule": 0,
+                      "isl_candidates": 1, "isl_max_positives": 1, "isl_gan_iters": 1, "isl_gan_min_iters": 1, "start_epoch": 0, "save_epochs": 1, "save_every": 0, "max_steps": 0, "schedule": 0,
                       "knn_every": 0, "knn_holdout": 0, "lr": 0, "weight_decay": 0, "isl_hpe": 0, "isl_lambda": 0, "keep": 1, "isl_start": 0, "isl_between": 0}.items():  # fmt: skip
         cli.check_range(args, name, low)
     cli.check_range(args, "seed", -(2**63), 2**63 - 1)
