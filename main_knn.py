@@ -143,6 +143,8 @@ def get_features(args, device: torch.device, asked: Stop) -> tuple[dict[str, fea
     if kept:
         splits, facts = features.load(args.features, expected, device)
         say(f"=> features of '{facts.get('pretrained')}' on '{facts.get('data')}' from '{args.features}'")
+        if args.cache is not None:
+            say("=> --cache: no image is read")
         return splits, facts
     encoder, info = load_backbone(args.pretrained, args.arch, args.stem, args.key)
     say(describe(info))
@@ -153,13 +155,18 @@ def get_features(args, device: torch.device, asked: Stop) -> tuple[dict[str, fea
         say(f"=> warning: {line}")
     layers = [OUTPUT, BACKBONE] if info["head"] else [BACKBONE]
     taps = Taps(encoder, layers).to(device)
+    workers = cli.usable_workers(args.workers, cli.processes_here(args))
+    if args.cache is not None:
+        sources = cli.together(
+            lambda: {name: data.hold_cached(dataset, args.cache, workers, say) for name, dataset in sources.items()}
+        )
     options = {
         "transform": data.get_eval_transform(args.dataset, size),
         "batch_size": args.batch_size,
         "device": device,
         "normalize": True,
         "watch": asked.watch,
-        "workers": cli.usable_workers(args.workers, cli.processes_here(args)),
+        "workers": workers,
         "amp": AMP_TYPES[args.amp],
         "max_bad_images": args.max_bad_images,
     }

@@ -162,6 +162,9 @@ class Run:
         self.say(describe(self.info))
         self.sha = features.fingerprint(self.source)
         whole, self.val = (features.labelled(args.dataset, args.data, s, args.download) for s in ("train", "val"))
+        workers = cli.usable_workers(args.workers, cli.processes_here(args))
+        if args.cache is not None:
+            whole, self.val = (data.hold_cached(dataset, args.cache, workers, self.say) for dataset in (whole, self.val))
         self.data_sha, self.class_names = features.identity([whole]), whole.classes
         size = features.side(args.image_size, self.info, whole)
         lr_given = args.finetune or args.lr != [MOCO_LR]
@@ -170,7 +173,6 @@ class Run:
         held = args.holdout or (min(len(whole) // 10, 10_000) if len(args.lr) > 1 else 0)
         self.rest, self.held = data.holdout(whole, held, args.seed) if held else (whole, None)
         require_shots(self.rest.labels, max(args.shots, default=0))
-        workers = cli.usable_workers(args.workers, cli.processes_here(args))
         self.size = size
         self.reading = {"transform": data.get_eval_transform(args.dataset, size), "batch_size": args.batch_size, "workers": workers,
                         "max_bad_images": args.max_bad_images}

@@ -79,10 +79,9 @@ def run(argv: list[str] | None, stop) -> None:
 
 
 def prepare(args: argparse.Namespace, start: resume.Start, device: str = "cpu") -> tuple:
-    """Data set, images held out of it (or None), side of a crop, model on a device: fit for each other and for the file to start from. Writes nothing."""
-    dataset, held_out = data.build_dataset(args.dataset, args.data, "train", args.download), None
-    if args.knn_holdout:
-        dataset, held_out = data.holdout(dataset, args.knn_holdout, args.seed)
+    """Data set, side of a crop, model on a device: fit for each other and for the file to start from. Writes nothing."""
+    whole = data.build_dataset(args.dataset, args.data, "train", args.download)
+    dataset, _ = split(args, whole)
     size = args.image_size or data.native_size(dataset)
     cli.check(args.miner != "oracle" or dataset.labels is not None, f"--miner oracle needs labels, and {args.data} has none: expected a folder a class")
     build_miner(args, dataset.labels)
@@ -101,7 +100,12 @@ def prepare(args: argparse.Namespace, start: resume.Start, device: str = "cpu") 
                   "with --init and another --out")
         cli.check(names is None or names == resume.images_of(dataset), f"'{start.path}' was trained on as many images of other names, or in another order: what was mined "
                   "belongs to images by their place; give it the same ones, or start a new run with --init and another --out")
-    return dataset, held_out, size, model
+    return whole, size, model
+
+
+def split(args: argparse.Namespace, dataset) -> tuple:
+    """The images to train on, and those held out of them for kNN (or None)."""
+    return data.holdout(dataset, args.knn_holdout, args.seed) if args.knn_holdout else (dataset, None)
 
 
 def worker(args: argparse.Namespace, stop, start: resume.Start) -> None:
@@ -121,16 +125,19 @@ class Run:
     """Everything a rank has at hand, put together in the order in which it is needed."""
 
     def __init__(self, args: argparse.Namespace, device: torch.device, start: resume.Start, stop: Stop):
-        """What can fail by bad input comes first, and apart from the other ranks. Writes nothing."""
+        """What can fail by bad input comes first, and apart from the other ranks. Writes nothing but --cache."""
         self.args, self.device, self.start, self.stop, self.folder, self.writer = args, device, start, stop, None, None
         self.mean_cosine = math.inf  # at the end of the epoch before
         torch.manual_seed(args.seed)
         random.seed(args.seed)
-        dataset, self.held_out, size, self.model = prepare(args, start)
-        self.images, workers = resume.images_of(dataset), cli.usable_workers(args.workers, cli.processes_here(args))
-        if args.on_device:
-            dataset, self.held_out = (part and data.hold_small(part, workers) for part in (dataset, self.held_out))
-        self.dataset, self.M = dataset, len(dataset)
+        whole, size, self.model = prepare(args, start)
+        workers = cli.usable_workers(args.workers, cli.processes_here(args))
+        if args.cache is not None:
+            whole = data.hold_cached(whole, args.cache, workers, self.say)
+        elif args.on_device:
+            whole = data.hold_small(whole, workers)
+        dataset, self.held_out = split(args, whole)
+        self.images, self.dataset, self.M = resume.images_of(dataset), dataset, len(dataset)
         self.transform = data.get_eval_transform(args.dataset, size)
         self.ordered = {"batch_size": args.batch_size, "workers": workers, "device": device}
         views = 2 if args.objective == "queue" or args.objective == "bank" and args.isl_hpe else 1

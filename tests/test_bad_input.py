@@ -73,6 +73,9 @@ DATA = [
     ("an unknown data set", [*SMALL, "--dataset", "digit", *OUT]),
     ("a torchvision set that is not there", ["empty", *SMALL, "--dataset", "cifar10", *OUT]),
     ("nothing to download", [*RUN, *OUT, "--download"]),
+    ("a cache for images that need no decoding", [*RUN, *OUT, "--cache", "cache"]),
+    ("a cache that is a file", ["photos", *PHOTOS, *OUT, "--cache", "text.txt"]),
+    ("a cache in a file", ["photos", *PHOTOS, *OUT, "--cache", "text.txt/cache"]),
     ("all images held out", [*RUN, *OUT, "--knn-holdout", "1437"]),
 ]
 NUMBERS = [
@@ -254,6 +257,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(place, what, argv):
 SAID = {  # what is named: the wrong thing, what was expected, what to do
     "no such folder": "nowhere; expected a folder",
     "two data sets": "'photos'",
+    "a cache for images that need no decoding": "--dataset digits need no decoding: leave it off",
+    "a cache in a file": "text.txt is a file; expected a folder",
     "a torchvision set that is not there": "--download",
     "--epochs ten": "ten: expected a whole number",
     "--lr nan": "--lr nan is out of range: expected at least 0",

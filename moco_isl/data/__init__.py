@@ -1,6 +1,7 @@
 """What comes in: data sets, augmentation, batches."""
 
 from moco_isl.data.augment import BatchAugmentation, BatchViews, DigitAugmentation
+from moco_isl.data.cache import check_cache_folder, hold_cached
 from moco_isl.data.datasets import (
     NAMES,
     ImageFiles,
@@ -24,10 +25,12 @@ __all__ = [
     "ImageFiles",
     "ImagesInMemory",
     "build_dataset",
+    "check_cache_folder",
     "decode",
     "eval_loader",
     "get_augmentation",
     "get_eval_transform",
+    "hold_cached",
     "hold_small",
     "holdout",
     "load_into_memory",

@@ -4,6 +4,7 @@ All have len(), [i] -> (image, label), .labels (int64 [M] or None), .classes (li
 image's name in messages) and .size_hint (side of the images in memory; None for files). M is the number of images.
 """
 
+import bisect
 import io
 import os
 import warnings
@@ -84,11 +85,12 @@ class ImageFiles(Dataset):
 
     size_hint = None
 
-    def __init__(self, paths: Sequence[str], labels: torch.Tensor | None, classes: list[str] | None):
+    def __init__(self, paths: Sequence[str], labels: torch.Tensor | None, classes: list[str] | None, folder: str = ""):
         # one block: of a list of a million strings every worker would soon have its own copy
         self._paths = np.array([os.fsencode(path) for path in paths])
         self.labels = labels
         self.classes = classes
+        self.folder = folder  # in which all of them lie
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -140,12 +142,26 @@ class ImagesInMemory(Dataset):
         return self._copies.get(device, self.images)
 
     def part(self, rows: torch.Tensor) -> "ImagesInMemory":
-        """The images at these positions, as a data set of their own."""
+        """The images at these positions, as a data set of their own.
+
+        The place of an unreadable image holds the next readable one of the part, as if the part had been read from files.
+        """
         labels = None if self.labels is None else self.labels[rows]
-        part = ImagesInMemory(self.images[rows], labels, self.classes, Part(self, rows))
+        source = self if isinstance(self.source, str) else self.source  # of the files: this data set need not stay
+        part = ImagesInMemory(self.images[rows], labels, self.classes, Part(source, rows))
         unreadable = set(self.unreadable)
         part.unreadable = [i for i, row in enumerate(rows.tolist()) if row in unreadable]
+        if part.unreadable and len(part.unreadable) < len(part):
+            for i, stand_in in stand_ins(len(part), part.unreadable):
+                part.images[i] = part.images[stand_in]
         return part
+
+
+def stand_ins(M: int, unreadable: Sequence[int]) -> list[tuple[int, int]]:
+    """(position of an unreadable image, position of the next readable one); after the last image comes the first."""
+    broken = set(unreadable)
+    readable = [i for i in range(M) if i not in broken]
+    return [(i, readable[bisect.bisect(readable, i) % len(readable)]) for i in unreadable]
 
 
 class Part(Dataset):
@@ -292,7 +308,7 @@ def _image_files(folder: Path, classes: list[str] | None) -> ImageFiles:
     if not samples:
         if not images:
             raise BadInput(f"no images in {folder}: {expected}; check the path")
-        return ImageFiles(images, None, None)
+        return ImageFiles(images, None, None, str(folder))
     if images:
         warnings.warn(
             f"{folder} holds folders with images and {len(images)} images beside them: the latter are left out"
@@ -308,7 +324,7 @@ def _image_files(folder: Path, classes: list[str] | None) -> ImageFiles:
         samples = [(path, number[names[label]]) for path, label in samples]
         names = classes
     paths, labels = zip(*samples)
-    return ImageFiles(paths, torch.tensor(labels), names)
+    return ImageFiles(paths, torch.tensor(labels), names, str(folder))
 
 
 def names_below(dataset: Dataset) -> list[str]:
@@ -356,7 +372,7 @@ def load_into_memory(dataset: Dataset, threads: int = 4, limit_bytes: int = 8 <<
     with ThreadPoolExecutor(max(threads, 1)) as pool:  # PIL decodes outside the interpreter's lock
         for start in range(0, M, 4096):
             rows = range(start, min(start + 4096, M))
-            for i, image in zip(rows, pool.map(partial(_read, dataset), rows)):
+            for i, image in zip(rows, pool.map(partial(read_pixels, dataset), rows)):
                 images[i] = image
             _check_size(dataset, images, rows, limit_bytes)
     unreadable = [i for i, image in enumerate(images) if image is None]
@@ -364,9 +380,8 @@ def load_into_memory(dataset: Dataset, threads: int = 4, limit_bytes: int = 8 <<
         raise BadInput(
             f"none of {M} images could be read, {dataset.path(0)} for one: expected image files; check the folder"
         )
-    for i in reversed(range(2 * M - 1)):  # twice round, backwards: the image after the last is the first
-        if images[i % M] is None:
-            images[i % M] = images[(i + 1) % M]
+    for i, stand_in in stand_ins(M, unreadable):
+        images[i] = images[stand_in]
     whole = ImagesInMemory(torch.stack(images), dataset.labels, dataset.classes, dataset)
     whole.unreadable = unreadable
     return whole
@@ -382,7 +397,8 @@ def hold_small(dataset: Dataset, threads: int = 4) -> Dataset:
         return dataset  # of several sizes, or too many: they stay in their files, and the loader names what is broken
 
 
-def _read(dataset: Dataset, i: int) -> torch.Tensor | None:
+def read_pixels(dataset: Dataset, i: int) -> torch.Tensor | None:
+    """Image i as uint8 [3, H, W]; None where its file cannot be read."""
     try:
         return pil_to_tensor(dataset.image(i))
     except Exception:  # PIL answers a broken file with almost any exception

@@ -49,13 +49,16 @@ class _Reader:
         self.at_least = at_least
         # [M], written by the workers, read by the parent
         self.unreadable = torch.zeros(len(dataset), dtype=torch.uint8).share_memory_()
+        # of a data set in memory: those that were broken in their files, in whose places others stand already
+        self.known = set(getattr(dataset, "unreadable", ()))
+        self.unreadable[sorted(self.known)] = 1
 
     def __call__(self, i: int, read: Callable[[int], object] | None = None) -> tuple[object | None, int]:
         """(image or None when no image at all can be read, 1 when it stands in for another); read: in another way"""
         M = len(self.dataset)
         for j in (*range(i, M), *range(i)):
             try:
-                return read(j) if read else self.dataset.image(j, self.at_least), int(j != i)
+                return read(j) if read else self.dataset.image(j, self.at_least), int(j != i or i in self.known)
             except MemoryError:
                 raise
             except Exception:  # PIL answers a broken file with almost any exception

@@ -58,13 +58,13 @@ def require_side(encoder: nn.Module, arch: str, side: int) -> None:
 
 
 def identity(splits: Iterable) -> str:
-    """What tells data from other data, in short: the labels; of images in memory the pixels, of files the names below their folder and of
-    up to LOOKED_AT, spread over them, the sizes."""
+    """What tells data from other data, in short: the labels; of files, decoded or not, the names below their folder and the sizes of up to
+    LOOKED_AT, spread over them; of other images in memory the pixels."""
     digest = hashlib.sha256()
     for dataset in splits:
         digest.update(f"{len(dataset)} {dataset.classes}".encode())
         digest.update(dataset.labels.numpy())
-        if isinstance(dataset, ImagesInMemory):
+        if isinstance(dataset, ImagesInMemory) and isinstance(dataset.source, str):
             digest.update(dataset.images.contiguous().numpy())
             continue
         digest.update("\0".join(data.names_below(dataset)).encode(errors="surrogateescape"))

@@ -22,6 +22,7 @@ import torch.multiprocessing
 import yaml
 
 from moco_isl import dist
+from moco_isl.data.cache import check_cache_folder
 from moco_isl.data.loaders import reader_died
 from moco_isl.errors import BadInput, Interrupted, RunFailed
 from moco_isl.training.signals import SIGNALS
@@ -140,6 +141,8 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     add_switch(group, "--download", help="let torchvision fetch cifar10, cifar100 or svhn into DIR; needed once")
     group.add_argument("--image-size", type=int, default=0, metavar="S", help="side of a crop in pixels (default: 224 for photos, the native "
                        "side for sets of small images)")
+    group.add_argument("--cache", metavar="DIR", help="keep small images of one size (up to 64 pixels) decoded in this folder, which many runs may share: later "
+                       "runs map them, and decode anew what has changed since. Larger ones stay in their files")
     group.add_argument("--max-bad-images", type=int, default=0, metavar="n", help="go on past this many unreadable images, each named "
                        "(default: 0); raise it for a crawl of the web")
 
@@ -176,6 +179,9 @@ def check_range(args: argparse.Namespace, name: str, low: float, high: float = f
 
 
 def check_data_options(args: argparse.Namespace) -> None:
+    if args.cache is not None:
+        check(args.dataset == "folder", f"--cache keeps images of a folder decoded, and those of --dataset {args.dataset} need no decoding: leave it off")
+        check_cache_folder(args.cache)
     check_range(args, "image_size", 0, 4096)
     check_range(args, "max_bad_images", 0)
     if args.dataset == "digits":

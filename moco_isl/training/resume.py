@@ -17,7 +17,7 @@ from moco_isl.training.run_folder import newest
 
 # everything that changes neither what is computed nor in which order
 MAY_CHANGE = {
-    "data", "download", "workers", "print_freq", "progress", "tensorboard", "device", "gpu", "world_size", "rank", "dist_url", "dist_backend",
+    "data", "download", "cache", "workers", "print_freq", "progress", "tensorboard", "device", "gpu", "world_size", "rank", "dist_url", "dist_backend",
     "dist_timeout", "multiprocessing_distributed", "nproc_per_node", "resume", "init", "out", "config", "keep", "save_epochs", "save_every", "max_steps",
     "knn_every", "max_bad_images", "start_epoch", "compile", "research_labels",
 }  # fmt: skip

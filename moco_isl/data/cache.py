@@ -1,0 +1,237 @@
+"""Decoded images kept in a file: a run maps them into its memory instead of decoding every JPEG anew.
+
+A file holds the images of one folder, uint8 [M, 3, H, W], and the name, size and time of each file that they were
+decoded from. It is used as long as these are still the same. Several data sets may share a cache folder.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import shutil
+import tempfile
+import uuid
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import PIL
+import torch
+from torch.utils.data import Dataset
+
+from moco_isl.data.datasets import SMALL, ImageFiles, ImagesInMemory, load_into_memory, native_size, read_pixels
+from moco_isl.errors import BadInput
+
+# Two versions of a decoder may differ in the last bit of a pixel.
+DECODER = f"Pillow {PIL.__version__}, format 1"
+TEMPORARY = ".half-written"
+GONE = (-1, -1)  # size and time of a file that is no longer there
+
+
+def hold_cached(dataset: ImageFiles, folder: str | Path, threads: int = 4, say: Callable[[str], None] = print) -> Dataset:
+    """The data set held in memory, mapped from the cache `folder`; decoded and kept there first where it has to be.
+
+    It equals what `load_into_memory` gives, with the same positions in .unreadable. Images that are not all small and of
+    one size stay in their files, and `say` gets a line about it. Raises BadInput where the cache has to be written and
+    cannot be, before anything is decoded.
+    """
+    folder = Path(folder)
+    if native_size(dataset) > SMALL:
+        say(f"=> --cache: the images in {dataset.folder} are larger than {SMALL} pixels and stay in their files")
+        return dataset
+    path = cache_file(dataset, folder)
+    sources = list_sources(dataset, threads)
+    content, why_not = _read(path, sources)
+    if content is None:
+        if why_not:
+            say(f"=> cache {folder} {why_not}: decoding anew")
+        _require_room(dataset, folder)
+        with _one_at_a_time(folder, say) as alone:
+            content, _ = _read(path, sources)  # another process may have written it meanwhile
+            if content is None:
+                return _decode(dataset, path, sources, threads, alone, say)
+    say(f"=> {len(dataset):,} decoded images from cache {path}")
+    return _as_dataset(content, dataset)
+
+
+def check_cache_folder(folder: str | Path) -> None:
+    """Raise BadInput where `folder` can be no cache. Writes nothing: a full cache may be read-only."""
+    path = Path(folder)
+    nearest = next(p for p in (path, *path.parents) if os.path.exists(p))
+    if not nearest.is_dir():
+        raise BadInput(f"--cache '{folder}' cannot be written: {nearest} is a file; expected a folder to create files in")
+    if nearest != path and not os.access(nearest, os.W_OK | os.X_OK):
+        raise BadInput(
+            f"--cache '{folder}' cannot be written: no permission in {nearest}; expected a folder to create files in"
+        )
+
+
+def cache_file(dataset: ImageFiles, folder: str | Path) -> Path:
+    """Where the images of a data set are kept in a cache folder: one file for each folder of images."""
+    resolved = os.path.realpath(dataset.folder)
+    digest = hashlib.sha256(os.fsencode(resolved)).hexdigest()[:16]
+    return Path(folder) / f"{os.path.basename(resolved) or 'root'}-{digest}.images"
+
+
+def list_sources(dataset: ImageFiles, threads: int = 4) -> dict[str, torch.Tensor]:
+    """What the pixels of a data set depend on.
+
+    names: uint8, the files' names below the folder, in order, joined by zero bytes; stats: int64 [M, 2], the size in
+    bytes and the time of change in nanoseconds of each file.
+    """
+    M = len(dataset)
+    paths = [dataset.path(i) for i in range(M)]
+    names = b"\0".join(os.fsencode(path.removeprefix(dataset.folder)) for path in paths)
+    with ThreadPoolExecutor(max(threads, 1)) as pool:
+        blocks = pool.map(_stats_of, (paths[start : start + 4096] for start in range(0, M, 4096)))
+        stats = [stat for block in blocks for stat in block]
+    return {"names": torch.frombuffer(bytearray(names), dtype=torch.uint8), "stats": torch.tensor(stats, dtype=torch.int64)}
+
+
+def _stats_of(paths: list[str]) -> list[tuple[int, int]]:
+    stats = []
+    for path in paths:
+        try:
+            found = os.stat(path)
+            stats.append((found.st_size, found.st_mtime_ns))
+        except OSError:
+            stats.append(GONE)
+    return stats
+
+
+# ---------------------------------------------------------------- the file
+
+
+def _read(path: Path, sources: dict[str, torch.Tensor]) -> tuple[dict | None, str]:
+    """What the file holds, images mapped; or None and, in words, why it is not used ('': there is no file)."""
+    if not os.path.exists(path):
+        return None, ""
+    try:
+        content = torch.load(path, mmap=True, weights_only=True)  # a private mapping: a write would not reach the file
+        images = content["images"]
+        shape_is_right = images.dtype == torch.uint8 and images.dim() == 4 and len(images) == len(content["stats"])
+        whole = shape_is_right and content["checksum"] == _checksum(content)
+    except Exception:  # torch answers a broken file with almost any exception
+        whole = False
+    if not whole:
+        return None, "is damaged"
+    if content["decoder"] != DECODER:
+        return None, f"is stale (it was decoded by {content['decoder']}, and here is {DECODER})"
+    if all(torch.equal(content[name], sources[name]) for name in ("names", "stats")):
+        return content, ""
+    return None, f"is stale ({_what_changed(content, sources)})"
+
+
+def _what_changed(then: dict[str, torch.Tensor], now: dict[str, torch.Tensor]) -> str:
+    before, after = _by_name(then), _by_name(now)
+    changed = sum(before.get(name) != stat for name, stat in after.items())
+    gone = sum(name not in after for name in before)
+    return f"{changed:,} of {len(after):,} images changed" + (f", {gone:,} are gone" if gone else "")
+
+
+def _by_name(sources: dict[str, torch.Tensor]) -> dict[bytes, tuple[int, int]]:
+    names = sources["names"].numpy().tobytes().split(b"\0")
+    return dict(zip(names, map(tuple, sources["stats"].tolist())))
+
+
+def _checksum(content: dict) -> int:
+    """Of every byte: 150 MB take less than a tenth of a second, where decoding them takes nine."""
+    checksum = 0
+    for name in ("images", "names", "stats", "unreadable"):
+        checksum = zlib.crc32(content[name].numpy(), checksum)
+    return checksum
+
+
+def _decode(dataset: ImageFiles, path: Path, sources: dict, threads: int, alone: bool, say: Callable) -> Dataset:
+    """Decode all images, keep them in the file, and answer with the data set."""
+    try:
+        whole = load_into_memory(dataset, threads)
+    except BadInput as error:
+        say(f"=> --cache keeps nothing: {error}")
+        return dataset
+    unreadable = torch.tensor(whole.unreadable, dtype=torch.int64)
+    content = {"decoder": DECODER, "images": whole.images, "unreadable": unreadable, **sources}
+    content["checksum"] = _checksum(content)
+    if alone:  # what killed processes left behind
+        for old in path.parent.glob(f"{path.name}.*{TEMPORARY}"):
+            old.unlink(missing_ok=True)
+    try:
+        _write(content, path)
+    except OSError as error:
+        say(f"=> warning: cannot write {path}: {error.strerror or error}; going on with the images in memory")
+        return whole
+    say(f"=> {len(dataset):,} images decoded and kept in cache {path}")
+    content, _ = _read(path, sources)  # mapped, so that processes share the memory
+    return whole if content is None else _as_dataset(content, dataset)
+
+
+def _write(content: dict, path: Path) -> None:
+    """Write the file such that it is at any moment the old one or the new one. Raises OSError."""
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}{TEMPORARY}")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(error.__context__, OSError):  # torch's writer of zip files hides it behind a RuntimeError
+            raise error.__context__ from error
+        raise
+
+
+def _as_dataset(content: dict, dataset: ImageFiles) -> ImagesInMemory:
+    held = ImagesInMemory(content["images"], dataset.labels, dataset.classes, dataset)
+    held.unreadable = content["unreadable"].tolist()
+    return held
+
+
+# ---------------------------------------------------------------- the folder
+
+
+def _require_room(dataset: ImageFiles, folder: Path) -> None:
+    """Raise BadInput where the decoded images cannot be written into the folder, which is made."""
+    readable = (image for image in (read_pixels(dataset, i) for i in range(len(dataset))) if image is not None)
+    first = next(readable, torch.zeros(0))
+    needed = len(dataset) * first.numel()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise BadInput(
+            f"--cache '{folder}' cannot be written: {error.strerror}; expected a folder to create files in"
+        ) from error
+    if free < needed:
+        raise BadInput(
+            f"--cache '{folder}' has {free / 2**30:.1f} GiB free, and the decoded images take {needed / 2**30:.1f}: "
+            "free some space, or choose another folder"
+        )
+
+
+@contextlib.contextmanager
+def _one_at_a_time(folder: Path, say: Callable[[str], None]) -> Iterator[bool]:
+    """Wait until no other process decodes into the folder; yields whether it is ours alone.
+
+    Where the file system has no locks several processes may decode at once: each writes a whole file, the last one stays.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        yield _lock(descriptor, folder, say)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, folder: Path, say: Callable[[str], None]) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        say(f"=> another process decodes images into cache {folder}: waiting for it")
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError:
+        return False
+    return True
