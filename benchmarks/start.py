@@ -2,12 +2,14 @@
 
     python -m benchmarks.start              ResNet-50, photos of 224 px, batch 256, --fast --no-compile; on a CPU ResNet-18, 64 px, batch 16
     python -m benchmarks.start --compile    on a GPU: with the compiler, too, whose cache may be warm
+    python -m benchmarks.start --small DIR  a folder of small images, as CIFAR's JPEGs: without --cache, with an empty one, with a full one
 
 The photos are drawn and lie in a folder of JPEGs. Counted is everything: Python, imports, data set, workers, model, first batch, first step, until
 the line that reports it.
 """
 
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -36,11 +38,45 @@ def seconds_to_first_step(flags: list[str], out: Path) -> float:
     return seconds
 
 
+def cpu_seconds() -> float:
+    """Of all processes that this one has started and that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def measure_cache(args) -> None:
+    """Small images held on the device: seconds, and CPU seconds of the whole run of one step, by what is in the cache."""
+    arch = "digits" if args.quick else "resnet18w32"
+    flags = [args.small, "-a", arch, "-b", "64", "-j", "8", "--fast", "--no-compile", "--mlp", "--aug-plus", "--cos", "--seed", "0", "--moco-k", "512"]
+    flags += [] if args.device.type == "cuda" else ["--device", "cpu"]
+    forms = ("without --cache", "empty cache", "full cache")
+    seconds, used = {form: [] for form in forms}, {form: [] for form in forms}
+    result = common.Result("start-cache", f"From the command to the first step: small images held on the device, {arch}, batch 64", args.device)
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(1 if args.quick else args.repeats):
+            for form in forms:
+                if form == "empty cache":
+                    shutil.rmtree(Path(folder) / "cache", ignore_errors=True)
+                given = [] if form == "without --cache" else ["--cache", str(Path(folder) / "cache")]
+                before = cpu_seconds()
+                seconds[form].append(seconds_to_first_step([*flags, *given], Path(tempfile.mkdtemp(dir=folder))))
+                used[form].append(cpu_seconds() - before)
+    for form in forms:
+        result.add(common.Timing(seconds[form]).row(form, "s"))
+        result.add(common.Timing(used[form]).row(f"{form}: CPU time of the run", "s"))
+    result.note(f"{sum(1 for _ in Path(args.small).glob('train/**/*.*')):,} images; a new process each time; their files lie in the system's cache")
+    common.end(args, result)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--compile", action="store_true", help="measure --fast with the compiler as well")
+    parser.add_argument("--small", metavar="DIR", help="measure --cache on this folder of small images")
     args = parser.parse_args(argv)
     common.begin(args)
+    if args.small:
+        measure_cache(args)
+        return
     gpu = args.device.type == "cuda"
     batch, arch, side = (256, "resnet50", 224) if gpu else (16, "resnet18", 64)
     if args.quick:

@@ -13,6 +13,7 @@ from benchmarks import input as photos
 from moco_isl.builder import MoCo
 from moco_isl.encoders import build_encoder
 from moco_isl.isl import ISL
+from tests import runs
 
 CPU = torch.device("cpu")
 
@@ -148,6 +149,13 @@ def test_start_counts_to_the_first_step(tmp_path, monkeypatch):
     script.write_text("print('Epoch: [0][ 1/12]'); raise SystemExit(3)")
     with pytest.raises(RuntimeError, match="exit code 3"):
         start.seconds_to_first_step([], tmp_path)
+
+
+def test_start_with_and_without_a_cache(tmp_path):
+    runs.photos(tmp_path / "small", 64, side=16)
+    found = rows(written(start.main, tmp_path / "results", f"--small {tmp_path / 'small'}")["start-cache-cpu.json"])
+    forms = ["without --cache", "empty cache", "full cache"]
+    assert list(found) == [name for form in forms for name in (form, f"{form}: CPU time of the run")]
 
 
 def test_input(tmp_path):
