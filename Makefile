@@ -2,12 +2,14 @@
 # make test     the whole suite but the tests marked slurm
 # make test-slurm   those: on a SLURM of two nodes that it installs (Debian, as root) and starts on this host
 # make bench    measure what this machine can (CPU: some minutes; GPU: everything, 8 minutes) and write benchmarks/RESULTS.md
+# make gpu IMAGES=cifar10.tar.gz OUT=dir   nine minutes on a GPU: proof, figures, training (GPU_FLAGS=--quick rehearses it on a CPU)
 # VENV=dir      use (or make) this virtual environment instead of .venv;  PYTHON=python3.12 to make it with another one
 
 VENV ?= .venv
 PYTHON ?= python3
 SEEDS ?= 1
 MINUTES ?= 60
+OUT ?= runs/gpu
 PY := $(VENV)/bin/python
 
 demo: $(VENV)/.installed
@@ -22,6 +24,9 @@ test-slurm: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(PY) -m benchmarks.bench --minutes $(MINUTES)
 
+gpu: $(VENV)/.installed
+	PYTHON=$(PY) benchmarks/gpu.sh $(IMAGES) $(OUT) $(GPU_FLAGS)
+
 install: $(VENV)/.installed
 
 $(VENV)/.installed: setup.py
@@ -29,4 +34,4 @@ $(VENV)/.installed: setup.py
 	$(PY) -m pip install --quiet --editable '.[test]'
 	touch $@
 
-.PHONY: demo test test-slurm bench install
+.PHONY: demo test test-slurm bench gpu install

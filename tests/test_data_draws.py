@@ -66,8 +66,8 @@ def test_uniforms_do_not_depend_on_the_batch_or_on_n():
     assert torch.equal(whole[1], whole[3])
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_uniforms_are_equal_on_cuda():
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_uniforms_are_equal_on_a_gpu():
     index = torch.arange(1000)
     assert torch.equal(uniforms(1, 2, index, 0, 50), uniforms(1, 2, index.cuda(), 0, 50).cpu())
 

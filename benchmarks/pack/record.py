@@ -1,0 +1,208 @@
+"""What the pack writes, in a form that survives a cut at any moment, and the clock of its parts."""
+
+import contextlib
+import fcntl
+import io
+import json
+import math
+import os
+import signal
+import tarfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from benchmarks import common
+
+ARCHIVE_BYTES = 15 << 20  # of results.tgz, at most
+LOG_BYTES = 1 << 20  # of a part's log that are kept, the end of it
+COLUMNS = {
+    "proof": [("what", ""), ("ok", "holds"), ("said", "said"), ("at", "at s")],
+    "figures": [
+        *[("what", ""), ("value", "median"), ("unit", ""), ("low", "least"), ("high", "most"), ("n", "n")],
+        *[("bar", "before"), ("goal", "goal"), ("images_per_s", "img/s"), ("memory_gib", "GiB"), ("said", "said")],
+    ],
+    "kernels": [("what", "kernel"), ("value", "ms a step"), ("share", "%")],
+    "science": [
+        *[("what", ""), ("epochs", "epochs"), ("knn", "kNN %"), ("one_shot", "1-shot %"), ("linear", "linear %")],
+        *[("size", "set size"), ("precision", "precision"), ("own_nearest", "own nearest"), ("all_pairs", "all pairs")],
+        *[("estimate", "estimated"), ("reach", "reach"), ("seconds", "s"), ("images_per_s", "img/s"), ("said", "said")],
+    ],
+}
+TITLES = {
+    "proof": "Proof: does the fast path compute what the plain one does?",
+    "figures": "Figures: seconds and memory, the GPU alone",
+    "kernels": "The largest kernels of a fast ResNet-50 step",
+    "science": "Science: what each miner adds to the same MoCo v2",
+}
+
+
+class TimeUp(BaseException):
+    """The alarm of a row or of a part; no Exception, or whoever tries something out would take it for its failure."""
+
+
+@contextlib.contextmanager
+def alarm(seconds: float) -> Iterator[None]:
+    """Raise TimeUp inside after so many seconds, as soon as Python has the word. An alarm around it stays set."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ring(*_) -> None:
+        raise TimeUp(f"not done after {seconds:.0f} s")
+
+    handler = signal.signal(signal.SIGALRM, ring)
+    before, _ = signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.01))
+    began = time.monotonic()
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+        if before:
+            signal.setitimer(signal.ITIMER_REAL, max(before - (time.monotonic() - began), 0.01))
+
+
+class Record:
+    """rows.jsonl, table.txt and results.tgz in one folder. Several processes may write at once.
+
+    A row is {"part", "what", "at": seconds since `began`, ...}; `COLUMNS` has what the table shows of it. plan: part ->
+    names of the rows that are to come; the table names those that are missing.
+    """
+
+    def __init__(self, out: Path, began: float, plan: dict[str, list[str]]):
+        self.out, self.began, self.plan = out, began, plan
+        self.out.mkdir(parents=True, exist_ok=True)
+
+    def add(self, part: str, what: str, **figures) -> dict:
+        """Append a row and write the table anew."""
+        row = {"part": part, "what": what, "at": round(time.time() - self.began, 1), **figures}
+        with self._alone() as file:
+            file.write(json.dumps(_finite(row), default=str) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+            _replace(self.out / "table.txt", self.table())
+        print(f"[{row['at']:5.0f} s] {part}: {in_words(row)}", flush=True)
+        return row
+
+    def rows(self, part: str | None = None) -> list[dict]:
+        """The rows so far, of a part or of all; a line that was cut off is left out."""
+        path, found = self.out / "rows.jsonl", []
+        for line in path.read_text().splitlines() if path.exists() else []:
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(line))
+        return [row for row in found if part in (None, row["part"])]
+
+    def missing(self, part: str) -> list[str]:
+        """Names of the planned rows of a part that are not there."""
+        there = {row["what"] for row in self.rows(part)}
+        return [what for what in self.plan.get(part, []) if what not in there]
+
+    def table(self) -> str:
+        """All rows as text, a table a part, and what is missing of it."""
+        parts = []
+        for part, columns in COLUMNS.items():
+            rows, missing = self.rows(part), self.missing(part)
+            if not rows and not missing:
+                continue
+            shown = [(key, heading) for key, heading in columns if any(row.get(key) is not None for row in rows)]
+            lines = [TITLES[part], *_aligned([[heading for _, heading in shown], *[_cells(row, shown) for row in rows]])]
+            if missing:
+                lines.append(f"  not done: {'; '.join(missing)}")
+            parts.append("\n".join(lines))
+        notes = [f"{row['at']:.0f} s: {row['what']}" for row in self.rows("note")]
+        return "\n\n".join(["\n".join(notes), *parts]) + "\n"
+
+    def archive(self, work: Path) -> None:
+        """Replace results.tgz: rows, table, and of the work folder the logs' ends, metrics and results."""
+        with self._alone():
+            temporary = self.out / ".results.tmp"
+            with tarfile.open(temporary, "w:gz") as tar:
+                for path in (self.out / "rows.jsonl", self.out / "table.txt", *sorted(work.rglob("*.log"))):
+                    _add_end(tar, path, path.name)
+                for path in sorted([*work.rglob("metrics.jsonl"), *work.glob("results/*.json")]):
+                    if temporary.stat().st_size < ARCHIVE_BYTES:
+                        _add_end(tar, path, str(path.relative_to(work)))
+            os.replace(temporary, self.out / "results.tgz")
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[io.TextIOWrapper]:
+        """rows.jsonl, for one process at a time. The lock ends with its holder."""
+        with open(self.out / "rows.jsonl", "a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield file
+
+
+def _finite(row: dict) -> dict:
+    """JSON knows no NaN."""
+    return {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in row.items()}
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def _add_end(tar: tarfile.TarFile, path: Path, name: str) -> None:
+    """The last LOG_BYTES of a file that may still be written."""
+    if not path.exists():
+        return
+    content = path.read_bytes()[-LOG_BYTES:]
+    member = tarfile.TarInfo(name)
+    member.size, member.mtime = len(content), int(time.time())
+    tar.addfile(member, io.BytesIO(content))
+
+
+def _cells(row: dict, columns: list[tuple[str, str]]) -> list[str]:
+    return [{True: "yes", False: "NO"}.get(x, "") if key == "ok" else common.cell(x) for key, x in ((key, row.get(key)) for key, _ in columns)]
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    rows = [[text[:100] for text in row] for row in rows]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  " + "  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip() for row in rows]
+
+
+def in_words(row: dict) -> str:
+    """A row as one line for the screen."""
+    shown = [f"{heading or key} {common.cell(row[key])}" for key, heading in COLUMNS.get(row["part"], []) if key not in ("what", "at") and row.get(key) is not None]
+    return ", ".join([row["what"], *shown])
+
+
+@dataclass
+class Context:
+    """What a part is given. data: a folder with train/ and val/, or None for the digits; work: for files of its own, fast and local."""
+
+    record: Record
+    device: torch.device
+    data: Path | None
+    work: Path
+    quick: bool
+    rehearsal: bool  # a CPU stands in for the GPU
+    until: float = field(default=math.inf)  # time.time() at which the part ends
+
+    def left(self) -> float:
+        """Seconds until the part ends."""
+        return self.until - time.time()
+
+    @contextlib.contextmanager
+    def row(self, part: str, what: str, seconds: float = math.inf) -> Iterator[dict]:
+        """A row of the record, filled in inside; an error or the alarm inside becomes what the row says.
+
+        Nothing runs where less than a second is left of the part: the row is then missing.
+        """
+        figures: dict = {}
+        try:
+            with alarm(min(seconds, self.left())):
+                yield figures
+        except (Exception, TimeUp) as error:  # a driver's, a compiler's, a library's: the other rows can still be had
+            reason = (str(error).strip().splitlines() or [""])[-1]
+            figures |= {"said": f"{type(error).__name__}: {reason}"[:300], "failed": True}
+            if part == "proof":
+                figures["ok"] = False
+        self.record.add(part, what, **figures)

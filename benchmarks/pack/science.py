@@ -1,0 +1,194 @@
+"""Part C: one MoCo v2, and from it equal continuations, one a miner. One process: images are decoded once, networks compiled once."""
+
+import contextlib
+import io
+import json
+import shutil
+import statistics
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import main_lincls
+import main_moco_isl
+from benchmarks.pack.record import Context
+from moco_isl import checkpoint, data
+from moco_isl.data.datasets import ImagesInMemory
+from moco_isl.encoders import extract_features
+from moco_isl.errors import Interrupted
+from moco_isl.evaluation.backbone import load_backbone
+from moco_isl.evaluation.knn import few_shot, weighted_knn
+
+MOCO = "MoCo v2"
+MEANLOG = ["--isl-loss", "meanlog", "--isl-hpe", "0"]
+AVERAGE = ["--miner", "average", "--isl-views"]
+GAN = ["--miner", "gan", "--isl-candidates", "120", "--isl-radius", "0.2", "--isl-threshold", "0.3"]
+ROWS = {  # title -> flags; a cut run has the first of them, which make a pair
+    "+ none": ["--miner", "none"],
+    "+ average with views, 100": [*AVERAGE, "--isl-budget", "100", *MEANLOG],
+    "+ average with views, 10": [*AVERAGE, "--isl-budget", "10", *MEANLOG],
+    "+ average with views, 100, Eq. 5 and hard positives": [*AVERAGE, "--isl-budget", "100", "--isl-loss", "logsum", "--isl-hpe", "0.5"],
+    "+ gan, 100": [*GAN, "--isl-budget", "100", *MEANLOG],
+    "+ knn, 10": ["--miner", "knn", "--isl-budget", "10", *MEANLOG],
+}
+PLAN = {"science": [MOCO, *ROWS]}
+EVERY = ["--mlp", "--moco-t", "0.1", "--moco-m", "0.99", "--wd", "5e-4", "--cos", "--aug-plus", "--fast", "--seed", "0", "--keep", "1", "-p", "1000"]
+MINED = ["--isl-max-share", "0.2", "--isl-max-positives", "128"]
+FULL = ["-a", "resnet18w32", "--moco-dim", "128", "--moco-k", "4096", "-b", "512", "-j", "8", "--save-epochs", "50"]
+QUICK = ["-a", "resnet18w8", "--moco-dim", "32", "--moco-k", "128", "-b", "64", "-j", "0", "--save-epochs", "2", "--isl-gan-iters", "40", "--isl-gan-min-iters", "40"]
+QUICK_IMAGES = (20, 6)  # of a class, to train on and held out
+RESERVE = 0.4  # share of the time that MoCo v2 leaves to the rows, however far it has come
+
+
+class Science:
+    """The runs of part C, and their judge."""
+
+    def __init__(self, context: Context):
+        self.context, self.quick, self.device = context, context.quick, context.device
+        self.began = time.time()
+        self.folder = context.work / "science"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.images = few_images(context.data, self.folder / "images") if self.quick else context.data
+        self.cache = self.folder / "cache"
+        self.epochs = (3, 2) if self.quick else (150, 20)
+        self.k = 20 if self.quick else 200
+        self.splits: list[ImagesInMemory] = []  # train and val, decoded
+
+    def flags(self) -> list[str]:
+        return [str(self.images), "--dataset", "folder", "--device", self.device.type, "--cache", str(self.cache), *EVERY, *(QUICK if self.quick else FULL)]
+
+    def run(self, name: str, flags: list[str], until: float) -> tuple[Path, dict]:
+        """Run the main script in <folder>/<name>; its last checkpoint, and what it says of its epochs and its last round.
+
+        Raises RuntimeError where it failed; one that the clock ended is no failure.
+        """
+        out, began = self.folder / name, time.perf_counter()
+        code = main_moco_isl.main([*self.flags(), *flags, "--out", str(out)], lambda: time.time() > until)
+        if code not in (0, Interrupted.exit_code) or not (out / "checkpoint_last.pth.tar").exists():
+            raise RuntimeError(f"{name} ended with exit code {code}: see its log")
+        seconds = time.perf_counter() - began
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        rounds = [line for line in lines if line["kind"] == "round"]
+        found = {"epochs": sum(line["kind"] == "epoch" for line in lines), "seconds": seconds, **(of_round(rounds[-1]) if rounds else {})}
+        if rates := [line["images_per_s"] for line in lines if line["kind"] == "step"]:
+            found["images_per_s"] = statistics.median(rates)  # of epochs, some of which share the GPU
+        if rounds:
+            found["reach"] = reach(torch.load(max((out / "rounds").glob("round_*.pt")), weights_only=True))
+        if code:
+            found["said"] = "ended by the clock"
+        return out / "checkpoint_last.pth.tar", found
+
+    # ---- judging
+
+    def decode(self) -> None:
+        """Both splits, through the cache that the runs map."""
+        for split in ("train", "val"):
+            dataset = data.build_dataset("folder", self.images, split)
+            self.splits.append(data.hold_cached(dataset, self.cache, 8, print))
+
+    def judge(self, file: Path) -> dict:
+        """Figures of a checkpoint's query encoder in per cent: kNN and 1-shot by its output, linear by its backbone, on held-out images."""
+        encoder, _ = load_backbone(file, image_size=data.native_size(self.splits[0]))
+        (bank, labels), (queries, truth) = [self.features(encoder.to(self.device), split) for split in self.splits]
+        found = weighted_knn(queries, bank, labels, k=min(self.k, len(bank) - 1), T=0.1)
+        one_shot, _ = few_shot(bank, labels, queries, truth, shots=1, draws=20, seed=0)
+        return {"knn": 100 * float((found == truth).float().mean()), "one_shot": 100 * one_shot, "linear": self.linear(file)}
+
+    def features(self, encoder: torch.nn.Module, split: ImagesInMemory) -> tuple[torch.Tensor, torch.Tensor]:
+        """Unit rows [M, C] and labels [M]."""
+        transform = data.get_eval_transform("folder", data.native_size(split))
+        loader = data.eval_loader(split, transform=transform, batch_size=1024, device=self.device)
+        return F.normalize(extract_features(encoder, loader, len(split), self.device), dim=1), split.labels.to(self.device)
+
+    def linear(self, file: Path) -> float:
+        """Accuracy in per cent of main_lincls.py on frozen features; its rate is chosen on images held out of train."""
+        out = file.parent / "probe"
+        flags = ["--cache-features", "--lr", "3", "10", "30", "100", "--epochs", "30", "--schedule", "18", "24", "-b", "1024", "-j", "8", "-p", "1000", "--seed", "0"]
+        where = [str(self.images), "--device", self.device.type, "--cache", str(self.cache)]
+        with contextlib.redirect_stdout(io.StringIO()):
+            code = main_lincls.main([*where, *flags, "--pretrained", str(file), "--out", str(out)])
+        if code:
+            raise RuntimeError(f"main_lincls.py ended with exit code {code}")
+        rows = json.loads((out / "results.json").read_text())["classifiers"]
+        return next(row["top1"] for row in rows if row["chosen"])
+
+
+def science(context: Context) -> None:
+    study = Science(context)
+    start = None
+    with context.row("science", MOCO) as row:
+        study.decode()
+        until = context.until - RESERVE * (context.until - study.began)
+        start, found = study.run("moco", ["--epochs", str(study.epochs[0]), "--lr", "0.06"], until)
+        row |= found
+        row |= study.judge(start)
+    if start is None:
+        return
+    keep_encoder(start, context.record.out / "encoder_fp16.pth.tar")
+    for number, (title, flags) in enumerate(ROWS.items()):
+        if context.left() < (2 if study.quick else 15):
+            context.record.add("note", f"science: {title} was not begun, {context.left():.0f} s were left")
+            continue
+        with context.row("science", title) as row:
+            mining = [] if title == "+ none" else MINED
+            go_on = ["--init", str(start), "--epochs", str(study.epochs[1]), "--lr", "0.02"]
+            file, found = study.run(f"row{number}", [*go_on, *flags, *mining], context.until - 6)
+            row |= found
+            row |= study.judge(file)
+
+
+# ---------------------------------------------------------------- pieces
+
+
+def of_round(line: dict) -> dict:
+    """What the table shows of a round."""
+    shown = {"size": "mean_size", "precision": "precision", "own_nearest": "precision_own_nearest", "all_pairs": "precision_all_pairs", "estimate": "precision_estimate"}
+    return {**{key: line.get(name) for key, name in shown.items()}, "said": line.get("why") or None}
+
+
+def reach(record: dict[str, torch.Tensor]) -> float | None:
+    """Median rank, among all images by similarity to the anchor, of the positives in a round's record; those beyond the nearest that the record has count as the last of these.
+
+    record: of `round_record`. Returns None where the round found nothing.
+    """
+    offsets, cosine = record["offsets"], record["cosine"].float()
+    if "features" in record:
+        features = record["features"].float()
+        anchors = torch.arange(len(features))
+        near = (features @ features.T).fill_diagonal_(-torch.inf).sort(1, descending=True).values
+    else:
+        anchors, near = record["anchors"].long(), record["near_cosine"].float()
+    ranks = []
+    for row, i in enumerate(anchors.tolist()):
+        own = cosine[offsets[i] : offsets[i + 1]]
+        ranks.append(torch.searchsorted(-near[row], -own).clamp(max=near.shape[1] - 1) + 1)
+    ranks = torch.cat(ranks)
+    return float(ranks.float().median()) if len(ranks) else None
+
+
+def keep_encoder(file: Path, out: Path) -> None:
+    """The query encoder of a checkpoint in half precision, under MoCo's names: `--init` and the judges take it."""
+    content = checkpoint.load(file)
+    mine = {name: x.half() if x.is_floating_point() else x for name, x in content["state_dict"].items() if "encoder_q" in name}
+    checkpoint.save({"epoch": content["epoch"], "arch": content["arch"], "state_dict": mine}, out)
+
+
+def few_images(source: Path | None, folder: Path) -> Path:
+    """A folder with a few images a class, of another folder or of the digits: for rehearsals."""
+    if source is not None:
+        for split, most in zip(("train", "val"), QUICK_IMAGES):
+            for kind in sorted(path for path in (source / split).iterdir() if path.is_dir()):
+                (folder / split / kind.name).mkdir(parents=True, exist_ok=True)
+                for path in sorted(kind.iterdir())[:most]:
+                    shutil.copy(path, folder / split / kind.name)
+        return folder
+    for split, most in zip(("train", "val"), QUICK_IMAGES):
+        digits = data.build_dataset("digits", split=split)
+        for i in torch.cat([(digits.labels == label).nonzero()[:most, 0] for label in range(10)]).tolist():
+            path = folder / split / str(int(digits.labels[i])) / f"{i:04}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(digits.images[i].permute(1, 2, 0).numpy()).save(path)
+    return folder
