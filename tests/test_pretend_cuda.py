@@ -9,7 +9,6 @@ import torch.nn.functional as F
 import main_knn
 import main_lincls
 import main_moco_isl
-from benchmarks import growth, step
 from moco_isl import data
 from moco_isl.data.datasets import ImagesInMemory
 from moco_isl.losses import softmax_over
@@ -139,19 +138,3 @@ def test_gradients_of_the_gan_lie_as_its_weights():
     trainer = gan.Trainer(F.normalize(torch.randn(100, 16), dim=1), PositiveSets.empty(100), gan.GANSettings(batch=16), None, 0)
     trainer.step()
     assert all(p.grad.stride() == p.stride() for net in (trainer.G, trainer.D) for p in net.parameters())
-
-
-# ---------------------------------------------------------------- benchmarks
-
-
-def test_growth_keeps_to_the_device(seen, tmp_path):
-    growth.main(["--parts", "loss", "--quick", "--repeats", "1", "--device", "cuda", "--out", str(tmp_path)])
-    rows = json.loads((tmp_path / "growth-loss-h200.json").read_text())["rows"]
-    assert any("fused" in row["what"] for row in rows)
-
-
-@pytest.mark.parametrize("row", ["photos", "bank"])
-def test_steps_keep_to_the_device(seen, row, tmp_path):
-    step.main(["--rows", row, "--quick", "--repeats", "1", "--no-floor", "--device", "cuda", "--out", str(tmp_path)])
-    rows = json.loads((tmp_path / f"step-{row}-h200.json").read_text())["rows"]
-    assert {step.FAST, step.WITH_ISL} <= {found["what"] for found in rows}

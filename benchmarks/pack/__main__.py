@@ -21,7 +21,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -35,25 +34,27 @@ END = 8  # seconds kept for the end: the last archive and the table
 GRACE = 4  # seconds from a part's own alarm to its end by SIGKILL
 
 
-@dataclass(frozen=True)
-class Part:
-    run: Callable[[Context], None]
-    seconds: float  # it may take, of nine minutes
-
-
-def warm(context: Context) -> None:
+def warm(context: Context, name: str, wanted: tuple[str, ...]) -> None:
     """Compile what part B measures, so that it finds the compiler's work done."""
-    for name, wanted in (("photos", ("fast", "fast, ISL on")), ("w64", ("fast",)), ("w32", ("fast",))):
-        work = figures.work_of(name, context.quick)
-        for form, build in figures.step.forms(work, context.device, lambda text: None):
-            if figures.FORMS.get(form) in wanted:
-                build()()
+    work = figures.work_of(name, context.quick)
+    for form, build in figures.step.forms(work, context.device, lambda text: None):
+        if figures.FORMS.get(form) in wanted:
+            build()()
 
 
-PROOF = {"numerics": Part(proof.numerics, 95), "suite": Part(proof.suite, 95), "scripts": Part(proof.scripts, 95), "warm": Part(warm, 95)}
-FIGURES = {"photos": Part(figures.photos, 65), "mining": Part(figures.mining, 45), "small": Part(figures.small, 30)}
+Run = Callable[[Context], None]
+PROOF: dict[str, Run] = {  # and beside it the compilers; those of width 32 run in the trainer
+    "kernels": proof.kernels,
+    "steps": proof.steps,
+    "suite": proof.suite,
+    "scripts": proof.scripts,
+    "warm-photos": lambda context: warm(context, "photos", ("fast", "fast, ISL on")),
+    "warm-w64": lambda context: warm(context, "w64", ("fast",)),
+}
+FIGURES: dict[str, Run] = {"photos": figures.photos, "mining": figures.mining, "small": figures.small}
+PROOF_SECONDS, FIGURES_SECONDS = 95, {"photos": 65, "mining": 45, "small": 30}  # at most, of nine minutes
+PARTS: dict[str, Run] = {**PROOF, **FIGURES, "science": science.science}
 OUTSIDE = {"suite"}  # whose tests bring their own stand-in for a GPU
-PARTS = {**PROOF, **FIGURES, "science": Part(science.science, 540)}
 
 
 def plan(only: list[str]) -> dict[str, list[str]]:
@@ -77,7 +78,7 @@ def one_part(name: str, args: argparse.Namespace) -> int:
             stack.enter_context(pretending_with_kernels())
         context = Context(record, torch.device("cuda"), args.data, args.work, args.quick, rehearsal)
         context.until = float(sys.stdin.readline() or 0)
-        PARTS[name].run(context)
+        PARTS[name](context)
     return 0
 
 
@@ -154,7 +155,7 @@ def conduct(args: argparse.Namespace, record: Record) -> None:
         if trainer:
             trainer.go(end)
         beside = [start(name) for name in PROOF if name in args.only]
-        until = args.began + share(95)
+        until = args.began + share(PROOF_SECONDS)
         for process in beside:
             process.go(until)
         waiting = {name: start(name) for name in list(FIGURES)[:1] if name in args.only}  # imports meanwhile
@@ -168,7 +169,7 @@ def conduct(args: argparse.Namespace, record: Record) -> None:
             process = waiting.pop(name, None) or start(name)
             if following in args.only:
                 waiting[following] = start(following)
-            process.go(min(end, time.time() + share(FIGURES[name].seconds)))
+            process.go(min(end, time.time() + share(FIGURES_SECONDS[name])))
             close(process)
         if trainer:
             trainer.pause(False)

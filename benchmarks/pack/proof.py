@@ -41,7 +41,8 @@ RESUMED = "main_moco_isl.py, 8 steps = 4 + resumed 4"
 KNN = "main_knn.py"
 PROBE = "main_lincls.py"
 PLAN = {
-    "numerics": [*(KERNELS.format(C) for C in (64, 128, 256)), AUGMENTATION, *(STEPS.format(name) for name in OBJECTIVES)],
+    "kernels": [*(KERNELS.format(C) for C in (64, 128, 256)), AUGMENTATION],
+    "steps": [STEPS.format(name) for name in OBJECTIVES],
     "suite": [SUITE],
     "scripts": [RESUMED, KNN, PROBE],
 }
@@ -50,12 +51,15 @@ PLAN = {
 # ---------------------------------------------------------------- numerics
 
 
-def numerics(context: Context) -> None:
+def kernels(context: Context) -> None:
     for C in (64, 128, 256):
         with context.row("proof", KERNELS.format(C), 40) as row:
             row |= kernels_work(C, context.device)
     with context.row("proof", AUGMENTATION, 60) as row:
         row |= augmentation_equals(context.device, 64 if context.quick else 512)
+
+
+def steps(context: Context) -> None:
     for name in OBJECTIVES:
         with context.row("proof", STEPS.format(name), 60) as row:
             row |= steps_equal(name, context.device)
@@ -65,12 +69,12 @@ def kernels_work(C: int, device: torch.device) -> dict:
     """Whether the fused kernels are used for rows of C numbers; each use was compared with float64. What a user would only be warned of is a failure here."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        kernels = fused.kernels_for(torch.zeros(1, C, device=device))
-        if kernels is not None:
+        found = fused.kernels_for(torch.zeros(1, C, device=device))
+        if found is not None:
             g = torch.Generator().manual_seed(C)
             f, rows = (torch.nn.functional.normalize(torch.randn(n, C, generator=g), dim=1).to(device) for n in (64, 5000))
-            fused.check_kernels(kernels, f, rows, torch.randint(5001, (32, 66), generator=g).to(device))
-    return {"ok": kernels is not None, "said": "; ".join(str(w.message) for w in said) or "agree with float64"}
+            fused.check_kernels(found, f, rows, torch.randint(5001, (32, 66), generator=g).to(device))
+    return {"ok": found is not None, "said": "; ".join(str(w.message) for w in said) or "agree with float64"}
 
 
 def steps_equal(name: str, device: torch.device) -> dict:
