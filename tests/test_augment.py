@@ -3,12 +3,16 @@ in distribution.
 """
 
 import math
+import re
+import shutil
 
 import pytest
 import torch
 import torchvision.transforms as T
 import torchvision.transforms.functional as TF
 from PIL import Image, ImageFilter
+from torch._inductor import config as inductor
+from torch._inductor.utils import run_and_get_code
 
 from moco_isl.data import augment, build_dataset, get_augmentation
 from moco_isl.data.augment import BatchAugmentation, DigitAugmentation
@@ -275,6 +279,32 @@ def test_compiles_to_one_graph(name):
     u = uniforms(0, 0, torch.arange(4), 0, augmentation.draws)
     compiled = torch.compile(augmentation.apply, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(image, u), augmentation.apply(image, u), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("aug_plus", [True, False])
+def test_colour_compiles_to_three_passes(aug_plus):
+    """Each pass is a launch on a GPU. The code for a CPU stands for it here: the compiler joins its loops alike."""
+    augmentation = BatchAugmentation(*IDENTITY, size=16, aug_plus=aug_plus, blur=True)
+    crops = pictures(4, 16)
+    factors, order, _, to_grey, _, _ = augmentation._plan(uniforms(0, 0, torch.arange(4), 0, augmentation.draws))
+    found, passes = compiled_on_cpu(augmentation.colour, crops, factors, order, to_grey)
+    assert passes <= 3
+    torch.testing.assert_close(found, augmentation.colour(crops, factors, order, to_grey), atol=2e-6, rtol=0)
+
+
+def compiled_on_cpu(fn, *args):
+    """What fn, compiled anew, returns; and the number of loops over images in the C++ that was made of it."""
+    torch._dynamo.reset()
+    try:
+        with inductor.patch(fx_graph_cache=False):
+            found, code = run_and_get_code(torch.compile(fn, dynamic=False, fullgraph=True), *args)
+    except Exception as error:
+        if shutil.which("g++") or shutil.which("clang++"):
+            raise
+        pytest.skip(f"needs a C++ compiler: {type(error).__name__}")
+    loops = re.findall(r"for\s*\(\s*(?:int64_t|long) x0=", "".join(code))
+    assert loops, "the compiler writes its loops in another way now"
+    return found, len(loops)
 
 
 def test_digit_without_turn_zoom_and_noise_is_the_digit():

@@ -21,6 +21,11 @@ def _by_image(x: torch.Tensor) -> torch.Tensor:
     return x[:, None, None, None]
 
 
+def _spread(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """x [N] with as many dimensions as `like` [N, ...]."""
+    return x.view(-1, *[1] * (like.dim() - 1))
+
+
 def between(u: torch.Tensor, low: float, high: float) -> torch.Tensor:
     return low + (high - low) * u
 
@@ -122,15 +127,23 @@ def gaussian_blur(images: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
 # ---------------------------------------------------------------- colour
 
 
+Planes = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # red, green, blue, [N, H, W] each
+
+
+def _grey_of(planes: Planes) -> torch.Tensor:
+    """[N, H, W] from three planes of that shape."""
+    r, g, b = planes
+    return _GREY[0] * r + _GREY[1] * g + _GREY[2] * b
+
+
 def grey(images: torch.Tensor) -> torch.Tensor:
     """[N, 3, H, W] -> [N, 1, H, W]"""
-    r, g, b = images.unbind(1)
-    return (_GREY[0] * r + _GREY[1] * g + _GREY[2] * b)[:, None]
+    return _grey_of(images.unbind(1))[:, None]
 
 
 def blend(images: torch.Tensor, other: torch.Tensor | float, factor: torch.Tensor) -> torch.Tensor:
-    """factor 1: the images; 0: the other; clamped to [0, 1]."""
-    factor = _by_image(factor).to(images.dtype)
+    """factor 1: the images; 0: the other; clamped to [0, 1]. images [N, ...], factor [N]."""
+    factor = _spread(factor, images).to(images.dtype)
     return (factor * images + (1 - factor) * other).clamp(0, 1)
 
 
@@ -147,55 +160,67 @@ def adjust_saturation(images: torch.Tensor, factor: torch.Tensor) -> torch.Tenso
 
 
 def adjust_hue(images: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """Turn the hue by shift [N], in turns: HSV and back, without ever writing S and V down.
-
-    With top and low the largest and smallest channel, a pixel of hue h (0 to 6) has in red, green, blue
-    top - (top - low) clamp(min(k, 4 - k), 0, 1), k = (h + 5, 3, 1) mod 6. The remainder is taken of turns, by floor,
-    which vectorises.
-    """
+    """Turn the hue by shift [N], in turns."""
     r, g, b = images.unbind(1)
-    top, low = images.amax(1), images.amin(1)  # [N, H, W]
+    return torch.stack(_turn_hue((r, g, b), images.amax(1), images.amin(1), shift), 1)
+
+
+def _turn_hue(planes: Planes, top: torch.Tensor, low: torch.Tensor, shift: torch.Tensor) -> Planes:
+    """HSV and back, without ever writing S and V down. top, low [N, H, W]: the largest and smallest of the planes.
+
+    A pixel of hue h (0 to 6) has in red, green, blue top - (top - low) clamp(min(k, 4 - k), 0, 1),
+    k = (h + 5, 3, 1) mod 6. The remainder is taken of turns, by floor, which vectorises.
+    """
+    r, g, b = planes
     chroma = top - low
     safe = torch.where(chroma == 0, 1, chroma)
     hue = torch.where(top == r, (g - b) / safe, torch.where(top == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
-    hue = hue / 6 + shift.to(images.dtype)[:, None, None]
-    channels = []
+    hue = hue / 6 + shift.to(r.dtype)[:, None, None]
+    turned = []
     for phase in (5, 3, 1):
         k = hue + phase / 6
         k = 6 * (k - k.floor())
-        channels.append(top - chroma * torch.minimum(k, 4 - k).clamp(0, 1))
-    return torch.stack(channels, 1)
+        turned.append(top - chroma * torch.minimum(k, 4 - k).clamp(0, 1))
+    return tuple(turned)
 
 
 ADJUST = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
 
 
-def _jitter_step(images: torch.Tensor, step: torch.Tensor, factors: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
-    """The step-th operation on each image: step [N]; mean [N, 1, 1, 1] is what contrast blends with.
+def _jitter_step(planes: Planes, step: torch.Tensor, factors: torch.Tensor, mean: torch.Tensor) -> Planes:
+    """The step-th operation on each image: step [N]; mean [N, 1, 1] is what contrast blends with.
 
     The first three are one blend, with black, with the mean grey or with the grey image.
     """
+    r, g, b = planes
     chosen = factors.gather(1, step[:, None])[:, 0]
-    other = torch.where(_by_image(step == 2), grey(images), mean)
-    other = torch.where(_by_image(step == 0), 0, other)
-    blended = blend(images, other, chosen)
-    return torch.where(_by_image(step == 3), adjust_hue(images, torch.where(step == 3, chosen, 0)), blended)
+    other = torch.where(_spread(step == 2, r), _grey_of(planes), mean)
+    other = torch.where(_spread(step == 0, r), 0, other)
+    top = torch.maximum(torch.maximum(r, g), b)
+    low = torch.minimum(torch.minimum(r, g), b)
+    turned = _turn_hue(planes, top, low, torch.where(step == 3, chosen, 0))
+    is_hue = _spread(step == 3, r)
+    return tuple(torch.where(is_hue, t, blend(x, other, chosen)) for t, x in zip(turned, planes))
 
 
-def _jitter_at_once(images: torch.Tensor, factors: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+def _jitter_at_once(planes: Planes, factors: torch.Tensor, order: torch.Tensor) -> Planes:
     """As `colour_jitter`, without a look at the values: each pixel by itself, but for the mean that contrast needs.
 
     That one is found first, by doing what comes before contrast: compiled, these are two passes, one that reads the
-    images and one that writes them anew, instead of one of each for every turn.
+    images and one that writes them anew. The channels stay apart throughout: joined after every turn, each turn
+    would be a launch of its own.
     """
-    due = order.argsort(1)[:, 1]  # [N], the turn of contrast
-    before, none = images, torch.zeros_like(images[:, :1, :1, :1])
+    due = (order == 1).int().argmax(1)  # [N], the turn of contrast
+    before = planes
+    none = torch.zeros_like(planes[0][:, :1, :1])
     for turn in range(3):
-        before = torch.where(_by_image(turn < due), _jitter_step(before, order[:, turn], factors, none), before)
-    mean = grey(before).mean((1, 2, 3), keepdim=True)
+        stepped = _jitter_step(before, order[:, turn], factors, none)
+        is_before = _spread(turn < due, planes[0])
+        before = tuple(torch.where(is_before, x, y) for x, y in zip(stepped, before))
+    mean = _grey_of(before).mean((1, 2), keepdim=True)
     for turn in range(4):
-        images = _jitter_step(images, order[:, turn], factors, mean)
-    return images
+        planes = _jitter_step(planes, order[:, turn], factors, mean)
+    return planes
 
 
 def _jitter_by_rows(images, factors, order: list[list[int]], idle: list[bool], adjust=ADJUST) -> torch.Tensor:
@@ -232,7 +257,7 @@ def colour_jitter(images: torch.Tensor, factors: torch.Tensor, order: torch.Tens
     """factors [N, 4]: brightness, contrast, saturation (1: as it is), hue (0: as it is); order [N, 4]: their turns."""
     if _looks_are_free(images):
         return _jitter_by_rows(images, factors, order.tolist(), [False] * len(images))
-    return _jitter_at_once(images, factors, order)
+    return torch.stack(_jitter_at_once(images.unbind(1), factors, order), 1)
 
 
 # ---------------------------------------------------------------- recipes
@@ -346,11 +371,14 @@ class BatchAugmentation(BatchViews):
     def colour(
         self, crops: torch.Tensor, factors: torch.Tensor, order: torch.Tensor, to_grey: torch.Tensor
     ) -> torch.Tensor:
-        images = self._floats(crops)
+        planes = self._floats(crops).unbind(1)
         if self.aug_plus:
-            images = _jitter_at_once(images, factors, order)
-        images = torch.where(_by_image(to_grey), grey(images), images)
-        return images if self.aug_plus else _jitter_at_once(images, factors, order)
+            planes = _jitter_at_once(planes, factors, order)
+        alike, to_grey = _grey_of(planes), _spread(to_grey, planes[0])
+        planes = tuple(torch.where(to_grey, alike, x) for x in planes)
+        if not self.aug_plus:
+            planes = _jitter_at_once(planes, factors, order)
+        return torch.stack(planes, 1)
 
     def blur_rows(self, images: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
         return blur_along(images, kernel, 3)
