@@ -48,7 +48,7 @@ METRICS = {"knn": "kNN", "one_shot": "1-shot", "near": "share of true labels amo
 IN_ROUNDS = ("mean_size", "coverage", "precision", "precision_estimate", "precision_at_most", "why")  # what is kept of a round
 CLOSE = 0.06  # a crossing between two precisions this close is not looked for any closer
 SMALL_IMAGES = ["-a", "resnet18w32", "--mlp", "--moco-dim", "128", "--moco-k", "4096", "--moco-t", "0.1", "--moco-m", "0.99", "-b", "512", "--wd", "5e-4",
-                "--cos", "--aug-plus", "--fast", "--no-compile", "--keep", "1", "-p", "1000"]  # fmt: skip
+                "--cos", "--aug-plus", "--fast", "--keep", "1", "-p", "1000"]  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,8 @@ class MoCo(nn.Module):
     It also runs on one device and on a CPU, the batch need not divide K, and `encode` gives q and k to those who bring their own loss.
     """
 
+    shown_of_an_image = 1  # how many images the encoder sees at once of each in the batch
+
     def __init__(self, base_encoder: Callable[..., nn.Module], dim: int = 128, K: int = 65536, m: float = 0.999, T: float = 0.07,
                  mlp: bool = False):
         """
@@ -110,6 +112,8 @@ class Instance(nn.Module):
     Named `encoder_q`, so that files of both objectives are read by the same tools.
     """
 
+    shown_of_an_image = 1
+
     def __init__(self, base_encoder: Callable[..., nn.Module], dim: int = 128, T: float = 0.1, mlp: bool = False):
         super().__init__()
         self.dim, self.T = dim, T
@@ -127,6 +131,8 @@ class Instance(nn.Module):
 class Rotation(nn.Module):
     """The query encoder and a classifier of rotations on its output, for the rotnet objective."""
 
+    shown_of_an_image = 4  # a batch goes through the encoder in all four positions at once
+
     def __init__(self, base_encoder: Callable[..., nn.Module], dim: int = 128, mlp: bool = False):
         super().__init__()
         self.encoder_q = base_encoder(num_classes=dim)
@@ -136,7 +142,7 @@ class Rotation(nn.Module):
 
     def encode(self, image: torch.Tensor) -> torch.Tensor:
         """Images [N, 3, S, S] -> logits [4N, 4] of the N as they are, then turned by 90, 180 and 270 degrees."""
-        turned = torch.cat([torch.rot90(image, quarter, (2, 3)) for quarter in range(4)])
+        turned = torch.cat([torch.rot90(image, quarter, (2, 3)) for quarter in range(self.shown_of_an_image)])
         return self.classifier(F.relu(self.encoder_q(turned)))
 
     forward = encode

@@ -320,7 +320,7 @@ def train(isl, is_fast, *, amp="off", channels_last=False, print_freq=1, steps=N
 def test_fast_steps_have_the_losses_of_plain_ones(name, monkeypatch):
     """bf16, channels last and traced encoders (by a backend that needs no C++ compiler) against the plain path, over three epochs."""
     compiler = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda fn, **options: compiler(fn, backend="aot_eager", **options))
+    monkeypatch.setattr(torch, "compile", lambda fn, dynamic, options: compiler(fn, backend="aot_eager", dynamic=dynamic))
     plain = train(front(name, False), False, epochs=3)
     isl = front(name, True)
     isl.model.to(memory_format=torch.channels_last)
@@ -328,6 +328,61 @@ def test_fast_steps_have_the_losses_of_plain_ones(name, monkeypatch):
     mine = train(isl, True, amp="bf16", channels_last=True, epochs=3)
     assert mine == pytest.approx(plain, rel=0.02) and mine != plain
     assert min(plain) < 0.97 * plain[0] or max(plain) > 1.03 * plain[0], "the losses must have moved for this to say anything"
+
+
+class Graphs:
+    """A backend of torch.compile that runs what it is given as it is: how often it compiled, and how often that ran."""
+
+    def __init__(self):
+        self.compiled, self.ran = 0, 0
+
+    def __call__(self, graph, inputs):
+        self.compiled += 1
+
+        def run(*args):
+            self.ran += 1
+            return graph(*args)
+
+        return run
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    torch._dynamo.reset()
+    compiler, graphs = torch.compile, Graphs()
+    forwarded = lambda fn, dynamic, options: compiler(fn, dynamic=dynamic, backend=graphs)
+    monkeypatch.setattr(torch, "compile", forwarded)
+    return graphs
+
+
+def test_every_network_of_a_class_is_compiled(graphs, caplog):
+    """torch.compile keeps 8 graphs of a code object, and would run the ninth network as it is."""
+    with caplog.at_level("WARNING", logger="torch._dynamo"):
+        for width in range(8, 18):  # of one class, and no graph of one fits another
+            model = builder.Instance(lambda num_classes, width=width: build_encoder(f"resnet18w{width}", num_classes, image_size=SIDE), 16)
+            fast.compile_encoders(model, 2)
+            model.encode(torch.randn(2, 3, SIDE, SIDE))
+    assert (graphs.compiled, graphs.ran) == (10, 10)
+    assert "limit" not in caplog.text
+
+
+@pytest.mark.parametrize("name", ["MoCo", "symmetric MoCo", "Instance", "Rotation"])
+def test_the_batch_that_a_step_shows_an_encoder_is_the_one_compiled(name, graphs):
+    encoder = lambda num_classes: build_encoder("resnet18w8", num_classes, image_size=SIDE)
+    model = {"Instance": builder.Instance, "Rotation": builder.Rotation}.get(name, builder.MoCo)(encoder, 16)
+    fast.compile_encoders(model, 4)
+
+    def step(n):
+        views = torch.randn(2, n, 3, SIDE, SIDE)
+        ran = graphs.ran
+        model.encode(*views, symmetric=name == "symmetric MoCo") if "MoCo" in name else model.encode(views[0])
+        return graphs.ran - ran
+
+    calls = {"MoCo": 2, "symmetric MoCo": 4}.get(name, 1)  # of encoders, in a step
+    assert [step(4), step(2), step(4)] == [calls, 0, calls], "a smaller, last batch runs as it is"
+    assert graphs.compiled == (2 if "MoCo" in name else 1)
+    model.eval()
+    assert step(4) == 0
 
 
 class Reads(TorchDispatchMode):

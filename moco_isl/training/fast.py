@@ -4,6 +4,7 @@ Every part leaves the method as it is; tests/test_fast.py holds each to the plai
 """
 
 import functools
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -56,10 +57,26 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
                 remembered[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
-def compiled(fn: Callable, wanted: Callable[[torch.Tensor], bool]) -> Callable:
-    """fn, compiled for those calls whose first argument is wanted; the others, such as a last, smaller batch or features in eval mode, run as
-    they are: each new shape would be a minute of compiling."""
-    graph = torch.compile(fn, dynamic=False)
+def _with_own_code(fn: Callable) -> Callable:
+    """fn as a function that shares its code object with no other.
+
+    torch.compile keeps what it compiled by code object, at most 8 times each, and runs what comes after that
+    uncompiled. Networks of one class share the code of their `forward`: the fifth MoCo of a process would be slow.
+    """
+
+    def call(*args: torch.Tensor) -> torch.Tensor:
+        return fn(*args)
+
+    return types.FunctionType(call.__code__.replace(), call.__globals__, closure=call.__closure__)
+
+
+def compiled(fn: Callable, wanted: Callable[[torch.Tensor], bool], options: dict | None = None) -> Callable:
+    """fn, compiled for those calls whose first argument is wanted. options: torch.compile's, for inductor.
+
+    The others, such as a last, smaller batch or features in eval mode, run as they are: each new shape would be a
+    minute of compiling.
+    """
+    graph = torch.compile(_with_own_code(fn), dynamic=False, options=options)
 
     @functools.wraps(fn)
     def run(x: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
@@ -68,10 +85,16 @@ def compiled(fn: Callable, wanted: Callable[[torch.Tensor], bool]) -> Callable:
     return run
 
 
-def compile_encoders(model: torch.nn.Module, batch: int) -> None:
-    """Compile the encoders of a MoCo or an Instance for training batches of this size on this rank. State-dict keys stay as they are."""
-    for encoder in model.children():
-        encoder.forward = compiled(encoder.forward, lambda x, encoder=encoder: encoder.training and len(x) == batch)
+def compile_encoders(model: torch.nn.Module, batch: int, options: dict | None = None) -> None:
+    """Compile a model's encoders for training steps of `batch` images on this rank. State-dict keys stay as they are.
+
+    model: a MoCo, an Instance or a Rotation. options: torch.compile's, for inductor.
+    """
+    shown = batch * model.shown_of_an_image
+    for name, encoder in model.named_children():
+        if name in ("encoder_q", "encoder_k"):
+            wanted = lambda x, encoder=encoder: encoder.training and len(x) == shown  # noqa: E731
+            encoder.forward = compiled(encoder.forward, wanted, options)
 
 
 def compile_augmentation(augmentation: Callable, views: int, device: torch.device) -> None:
