@@ -162,6 +162,8 @@ class Run:
         self.isl = Rotations(self.model, self.M) if args.objective == "rotnet" else ISL(
             self.model, self.M, P=args.isl_max_positives, form=args.isl_loss, hpe=args.isl_hpe, bank_mix=args.isl_bank_mix, recenter=args.isl_recenter, between=args.isl_between,
             symmetric=args.symmetric, seed=args.seed, bank_dtype=torch.float16 if args.isl_half_bank else torch.float32, fast=args.fast)
+        if args.fast:
+            fast.count_batches_at_once(self.model)
         if args.compile:
             fast.compile_encoders(self.model, args.batch_size // dist.world_size())
         self.miner = build_miner(args, self.labels)

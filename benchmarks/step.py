@@ -138,6 +138,8 @@ def our_model(work: Work, device: torch.device, is_fast: bool) -> tuple[torch.nn
     model = builder.Instance(encoder, DIM, 0.1) if work.bank else builder.MoCo(encoder, DIM, work.K, 0.999, 0.2, mlp=True)
     model.to(device, memory_format=torch.channels_last if flags["channels_last"] else torch.preserve_format)
     optimizer = fast.sgd(model.parameters(), 0.03, 0.9, 1e-4, is_fast and device.type == "cuda")
+    if is_fast:
+        fast.count_batches_at_once(model)
     if flags["compile"]:
         fast.compile_encoders(model, work.N)
     return model, optimizer

@@ -43,6 +43,8 @@ class MoCo(nn.Module):
         # [C, K] to the reader and in files; in memory a key is contiguous, so that enqueuing writes whole rows
         self.register_buffer("queue", queue.t().contiguous().t())
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
+        self._forget_pairs()
+        self.register_load_state_dict_post_hook(_after_loading)
 
     @torch.no_grad()
     def copy_query_to_key(self) -> None:
@@ -52,7 +54,22 @@ class MoCo(nn.Module):
 
     @torch.no_grad()
     def _momentum_update_key_encoder(self) -> None:
-        torch._foreach_lerp_(list(self.encoder_k.parameters()), list(self.encoder_q.parameters()), 1 - self.m)
+        if self._pairs is None:  # the walk through a ResNet-50's layers takes half a millisecond
+            self._pairs = list(self.encoder_k.parameters()), list(self.encoder_q.parameters())
+        torch._foreach_lerp_(*self._pairs, 1 - self.m)
+
+    def _forget_pairs(self) -> None:
+        """Parameters may have become other objects: look for them again at the next momentum update."""
+        self._pairs: tuple[list[nn.Parameter], list[nn.Parameter]] | None = None
+
+    def _apply(self, *args, **kwargs) -> "MoCo":
+        """`to`, `half`, `cuda` and the like come through here."""
+        self._forget_pairs()
+        return super()._apply(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> "MoCo":
+        self._forget_pairs()  # every epoch begins so: a layer exchanged by hand is noticed
+        return super().train(mode)
 
     @torch.no_grad()
     def enqueue(self, keys: torch.Tensor) -> torch.Tensor:
@@ -104,6 +121,10 @@ class MoCo(nn.Module):
         labels = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
         self.enqueue(dist.all_gather_rows(k))
         return logits, labels
+
+
+def _after_loading(model: MoCo, _keys) -> None:
+    model._forget_pairs()
 
 
 class Instance(nn.Module):

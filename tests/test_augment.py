@@ -16,7 +16,7 @@ from torch._inductor.utils import run_and_get_code
 
 from moco_isl.data import augment, build_dataset, get_augmentation
 from moco_isl.data.augment import BatchAugmentation, DigitAugmentation
-from moco_isl.data.draws import seeded, uniforms
+from moco_isl.data.draws import columns, numbers, seeded, starts, uniform, uniforms
 from moco_isl.loader import GaussianBlur
 
 IDENTITY = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
@@ -286,10 +286,35 @@ def test_colour_compiles_to_three_passes(aug_plus):
     """Each pass is a launch on a GPU. The code for a CPU stands for it here: the compiler joins its loops alike."""
     augmentation = BatchAugmentation(*IDENTITY, size=16, aug_plus=aug_plus, blur=True)
     crops = pictures(4, 16)
-    factors, order, _, to_grey, _, _ = augmentation._plan(uniforms(0, 0, torch.arange(4), 0, augmentation.draws))
+    factors, order, _, to_grey, _, _ = augmentation.plan(uniforms(0, 0, torch.arange(4), 0, augmentation.draws))
     found, passes = compiled_on_cpu(augmentation.colour, crops, factors, order, to_grey)
     assert passes <= 3
     torch.testing.assert_close(found, augmentation.colour(crops, factors, order, to_grey), atol=2e-6, rtol=0)
+
+
+def test_compiled_draws_are_the_same_bits():
+    """Also those of the host, whatever made them: workers crop by some of the draws that the device goes on with."""
+    augmentation = BatchAugmentation(*IDENTITY, size=16, aug_plus=True, blur=True)
+    index = torch.tensor([0, 1, 2, 1_281_166, 2**40])
+    keys, n = [(0, 0, 0), (5, 3, 1), (2**62, 199, 1)], augmentation.draws  # seed, epoch, view
+    start = torch.cat([starts(seed, epoch, index, view) for seed, epoch, view in keys])
+    found, passes = compiled_on_cpu(numbers, start, columns(n, start.device))
+    assert passes == 1
+    assert torch.equal(found, torch.cat([uniforms(seed, epoch, index, view, n) for seed, epoch, view in keys]))
+    hosts = [uniform(seed, epoch, i, view) for seed, epoch, view in keys for i in index.tolist()]
+    assert found.tolist() == [[draw(j) for j in range(n)] for draw in hosts]
+
+
+def test_a_compiled_plan_decides_as_the_plain_one():
+    """Whether to jitter, to grey, to blur and in which order are equal; factors and kernels within rounding."""
+    augmentation = BatchAugmentation(*IDENTITY, size=16, aug_plus=True, blur=True)
+    u = uniforms(0, 0, torch.arange(500), 0, augmentation.draws)
+    found, _ = compiled_on_cpu(augmentation.plan, u)
+    wanted = augmentation.plan(u)
+    for at in (1, 2, 3, 5):
+        assert torch.equal(found[at], wanted[at])
+    torch.testing.assert_close(found[0], wanted[0], atol=2e-7, rtol=0)
+    torch.testing.assert_close(found[4], wanted[4], atol=1e-6, rtol=0)
 
 
 def compiled_on_cpu(fn, *args):

@@ -1,5 +1,6 @@
 """The drop-in contract: MoCo's state-dict keys, its forward, and its loss sequence against an independent MoCo written with loops."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,40 @@ def test_forward_is_mocos():
         with torch.no_grad():
             for p in model.encoder_q.parameters():
                 p.add_(0.05)  # so that the next momentum step has somewhere to go
+
+
+def test_the_key_encoder_follows_whatever_became_of_the_parameters():
+    """Which parameters follow which is kept from step to step; not past a change of the objects."""
+    model = MoCo(tiny, C, K, m=0.5)
+    model.encode(images(4, 0), images(4, 1))
+
+    def assert_follows(model):
+        with torch.no_grad():
+            for p in model.encoder_q.parameters():
+                p.add_(1.0)
+        wanted = [(k + q) / 2 for k, q in zip(model.encoder_k.parameters(), model.encoder_q.parameters())]
+        kept = model._pairs
+        model.encode(images(4, 0).to(wanted[0].dtype), images(4, 1).to(wanted[0].dtype))
+        assert all(torch.allclose(k, w) for k, w in zip(model.encoder_k.parameters(), wanted))
+        return model._pairs is kept
+
+    assert assert_follows(model), "looked for once"
+    copied = copy.deepcopy(model)
+    before = [p.clone() for p in model.parameters()]
+    assert_follows(copied)
+    assert all(torch.equal(p, was) for p, was in zip(model.parameters(), before)), "a copy moves its own parameters"
+    model.load_state_dict(copied.state_dict(), assign=True)  # other objects
+    model.requires_grad_(True).copy_query_to_key()
+    assert_follows(model)
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+        model.double()  # other objects again
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+    assert_follows(model)
+    model.encoder_q.fc = torch.nn.Linear(16, C).double()
+    model.train()
+    assert_follows(model)
 
 
 def test_key_encoder_starts_as_a_copy_without_gradient():

@@ -7,11 +7,14 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moco_isl.encoders import (
     SplitBatchNorm,
     Taps,
     build_encoder,
+    count_batches_at_once,
+    evaluating,
     extract_features,
     extract_views,
     feature_dim,
@@ -140,6 +143,55 @@ def test_one_part_of_a_vector_has_no_variance():
     split, bn = SplitBatchNorm(3, num_splits=4), nn.BatchNorm1d(3)
     out, _, _ = split_by_loops(x, 2, bn)  # four parts would hold one row each
     assert torch.allclose(split(x), out, atol=1e-6)
+
+
+class Counted(TorchDispatchMode):
+    """Operations by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["resnet18w8", "alexnet", "resnet18w8 in splits"])
+def test_batches_counted_at_once_are_those_counted_one_by_one(name):
+    arch, _, in_splits = name.partition(" ")
+    torch.manual_seed(0)
+    plain = split_batch_norm(build_encoder(arch, 8, image_size=32), 2 if in_splits else 1)
+    if arch == "resnet18w8":
+        plain.layer1[0].bn1.momentum = None  # this one uses its count
+        plain.layer2.eval()  # and these are frozen
+    counting = count_batches_at_once(copy.deepcopy(plain))
+    assert list(counting.state_dict()) == list(plain.state_dict())
+    for n in (4, 4, 3):
+        x = torch.randn(n, 3, 32, 32)
+        assert torch.equal(counting(x), plain(x))
+    with evaluating(counting), evaluating(plain):
+        assert torch.equal(counting(x), plain(x))
+    copied = copy.deepcopy(counting)
+    copied(x), plain(x)
+    for found in (copied.state_dict(), build_encoder_like(copied, arch, in_splits).state_dict()):
+        assert all(torch.equal(found[key], value) for key, value in plain.state_dict().items())
+    assert not any(torch.equal(copied.state_dict()[key], value) for key, value in counting.state_dict().items() if "num_b" in key and "layer2" not in key)
+    with Counted() as one_by_one:
+        plain(x)
+    with Counted() as at_once:
+        counting(x)
+    counts = sum(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in plain.modules())
+    uses = arch == "resnet18w8"
+    assert one_by_one.names.count("add_") - at_once.names.count("add_") == counts - uses
+    assert at_once.names.count("_foreach_add_") == 1
+
+
+def build_encoder_like(encoder, arch, in_splits):
+    """A plain encoder with the state of a counting one."""
+    plain = split_batch_norm(build_encoder(arch, 8, image_size=32), 2 if in_splits else 1)
+    plain.load_state_dict(encoder.state_dict())
+    return plain
 
 
 def test_split_batch_norm_converts_a_whole_encoder():

@@ -324,6 +324,7 @@ def test_fast_steps_have_the_losses_of_plain_ones(name, monkeypatch):
     plain = train(front(name, False), False, epochs=3)
     isl = front(name, True)
     isl.model.to(memory_format=torch.channels_last)
+    fast.count_batches_at_once(isl.model)
     fast.compile_encoders(isl.model, N)
     mine = train(isl, True, amp="bf16", channels_last=True, epochs=3)
     assert mine == pytest.approx(plain, rel=0.02) and mine != plain

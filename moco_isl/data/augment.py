@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from moco_isl.data.draws import uniforms
+from moco_isl.data.draws import columns, numbers, starts
 
 _CACHE = 1 << 18  # floats, one MiB
 _GREY = (0.2989, 0.587, 0.114)  # ITU-R 601, as torchvision rounds it
@@ -273,13 +273,18 @@ class BatchViews:
         self.std = std
         self.size = size
         self.dtype = dtype
+        self.numbers = numbers  # a compiler may stand in for it
 
     def views(
         self, images: torch.Tensor, seed: int, epoch: int, index: torch.Tensor, views: int = 2
     ) -> tuple[torch.Tensor, ...]:
         """images uint8 [N, 3, H, W], index int64 [N] -> (im_q, im_k) or more, normalised, [N, 3, S, S] each."""
-        u = torch.cat([uniforms(seed, epoch, index, view, self.draws) for view in range(views)])  # [views * N, draws]
+        u = self.draw(torch.cat([starts(seed, epoch, index, view) for view in range(views)]))  # [views * N, draws]
         return self.apply(torch.cat([images] * views), u).chunk(views)
+
+    def draw(self, start: torch.Tensor) -> torch.Tensor:
+        """The draws of each view from its `draws.starts`: int64 [N] -> float32 [N, draws] in [0, 1)."""
+        return self.numbers(start, columns(self.draws, start.device))
 
     def apply(self, images: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
         """One view: images uint8 [N, 3, H, W], u [N, draws] -> [N, 3, S, S], a function of its arguments alone."""
@@ -340,7 +345,7 @@ class BatchAugmentation(BatchViews):
 
     def finish(self, crops: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
         """The rest of a view, [N, 3, S, S], from its crop: floats in [0, 1], or uint8 if the crop was made elsewhere."""
-        factors, order, jittered, to_grey, kernel, blurred = self._plan(u)
+        factors, order, jittered, to_grey, kernel, blurred = self.plan(u)
         if _looks_are_free(crops):
             few = max(1, _CACHE // crops[0].numel())  # images at a time, that stay in a CPU's cache
             order, idle, to_grey, blurred = order.tolist(), (~jittered).tolist(), to_grey.tolist(), blurred.tolist()
@@ -355,7 +360,7 @@ class BatchAugmentation(BatchViews):
         images = self.colour(crops, factors, order, to_grey)
         return self.blur_columns(self.blur_rows(images, kernel), kernel) if self.blur else self.normalize(images)
 
-    def _plan(self, u: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def plan(self, u: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """factors [N, 4], order [N, 4], see `colour_jitter`; [N] each: jittered at all, to grey; kernel [N, 13], blurred [N]."""
         order, factors, jitter, to_grey, blur = u[:, 23:].split((4, 4, 1, 1, 2), 1)
         hue = 0.1 if self.aug_plus else 0.4
@@ -366,7 +371,7 @@ class BatchAugmentation(BatchViews):
         kernel = blur_kernel(torch.where(blurred, between(blur[:, 1], 0.1, 2.0), 0))
         return torch.cat([strengths, turns], 1), order.argsort(1), jittered[:, 0], to_grey[:, 0] < 0.2, kernel, blurred
 
-    # Four steps that a compiler is to see one by one: fused with the second, the first blur would be done 13 times.
+    # Steps that a compiler is to see one by one: fused with the second, the first blur would be done 13 times.
 
     def colour(
         self, crops: torch.Tensor, factors: torch.Tensor, order: torch.Tensor, to_grey: torch.Tensor

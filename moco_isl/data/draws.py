@@ -5,6 +5,7 @@ The hash is SplitMix64 (Steele, Lea, Flood 2014): counters of 64 bits, multiplie
 input moves every bit of the output. int64 arithmetic wraps around, on CPU as on CUDA, so the numbers are equal on both.
 """
 
+import functools
 import random
 from collections.abc import Callable
 
@@ -52,8 +53,27 @@ def uniforms(seed: int, epoch: int, index: torch.Tensor, view: int, n: int) -> t
 
     Row i depends on (seed, epoch, index[i], view) alone, not on the rest of the batch; column j does not depend on n.
     """
-    row = _mix(index + _signed(hash64(seed, epoch, view)))  # [N]
-    column = torch.arange(1, n + 1, device=index.device) * _signed(_GOLDEN)  # [n]
+    return numbers(starts(seed, epoch, index, view), columns(n, index.device))
+
+
+def starts(seed: int, epoch: int, index: torch.Tensor, view: int) -> torch.Tensor:
+    """What `numbers` makes the draws of each image from: int64 [N]. Epoch by epoch other plain numbers go in here."""
+    return index + _signed(hash64(seed, epoch, view))
+
+
+@functools.cache
+def columns(n: int, device: torch.device) -> torch.Tensor:
+    """What sets the n draws of an image apart: int64 [n]."""
+    return torch.arange(1, n + 1, device=device) * _signed(_GOLDEN)
+
+
+def numbers(start: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+    """The draws themselves: start int64 [N], column int64 [n] -> float32 [N, n] in [0, 1).
+
+    A function of tensors alone, to be compiled. `columns` stay outside: a compiler takes arange times a number for
+    arithmetic of indices, in which nothing may wrap around.
+    """
+    row = _mix(start)  # [N]
     return _shift(_mix(row[:, None] + column), 40).float() * 2.0**-24  # the upper 24 bits: as many as a float32 holds
 
 

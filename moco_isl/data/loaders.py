@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from moco_isl import dist
 from moco_isl.data.augment import BatchAugmentation, BatchViews
 from moco_isl.data.datasets import ImagesInMemory
-from moco_isl.data.draws import permutation, seeded, uniform, uniforms
+from moco_isl.data.draws import permutation, seeded, starts, uniform
 from moco_isl.errors import BadInput, RunFailed
 
 Batch = tuple[tuple[torch.Tensor, ...], torch.Tensor]
@@ -342,9 +342,9 @@ class PhotoTrainLoader(_FileLoader):
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """(views, index) from start_step on, see train_loader; earlier images are not loaded. Raises RunFailed."""
         self.plan.epoch, self.plan.start_step = epoch, start_step
-        draws = self.augmentation.draws
         for *crops, index in self._batches(self.max_bad_images):
-            u = torch.cat([uniforms(self.plan.seed, epoch, index, view, draws) for view in range(len(crops))])
+            start = torch.cat([starts(self.plan.seed, epoch, index, view) for view in range(len(crops))])
+            u = self.augmentation.draw(start)  # [views * N, draws]
             yield self.augmentation.finish(torch.cat(crops), u).chunk(len(crops)), index
 
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import torch
 
+from moco_isl import encoders
 from moco_isl.data.augment import BatchAugmentation, BatchViews
 
 
@@ -57,6 +58,17 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
                 remembered[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
+def count_batches_at_once(model: torch.nn.Module) -> None:
+    """See `encoders.count_batches_at_once`: of every encoder of a model of builder.py."""
+    for encoder in encoders_of(model):
+        encoders.count_batches_at_once(encoder)
+
+
+def encoders_of(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The query encoder of a model of builder.py and, of a MoCo, its key encoder."""
+    return [child for name, child in model.named_children() if name in ("encoder_q", "encoder_k")]
+
+
 def _with_own_code(fn: Callable) -> Callable:
     """fn as a function that shares its code object with no other.
 
@@ -91,10 +103,9 @@ def compile_encoders(model: torch.nn.Module, batch: int, options: dict | None = 
     model: a MoCo, an Instance or a Rotation. options: torch.compile's, for inductor.
     """
     shown = batch * model.shown_of_an_image
-    for name, encoder in model.named_children():
-        if name in ("encoder_q", "encoder_k"):
-            wanted = lambda x, encoder=encoder: encoder.training and len(x) == shown  # noqa: E731
-            encoder.forward = compiled(encoder.forward, wanted, options)
+    for encoder in encoders_of(model):
+        wanted = lambda x, encoder=encoder: encoder.training and len(x) == shown  # noqa: E731
+        encoder.forward = compiled(encoder.forward, wanted, options)
 
 
 def compile_augmentation(augmentation: Callable, views: int, device: torch.device) -> None:
@@ -105,8 +116,10 @@ def compile_augmentation(augmentation: Callable, views: int, device: torch.devic
     if not isinstance(augmentation, BatchViews):
         return
     if device.type == "cuda":
-        whole = isinstance(augmentation, BatchAugmentation)
-        names = ("crop", "colour", *(("blur_rows", "blur_columns") if augmentation.blur else ("normalize",))) if whole else ("apply",)
+        names = ["numbers", "apply"]
+        if isinstance(augmentation, BatchAugmentation):
+            last = ["blur_rows", "blur_columns"] if augmentation.blur else ["normalize"]
+            names = ["numbers", "crop", "plan", "colour", *last]
         for name in names:
             setattr(augmentation, name, compiled(getattr(augmentation, name), lambda x: len(x) == views))
     elif isinstance(augmentation, BatchAugmentation):
