@@ -145,6 +145,11 @@ def slug(device: torch.device) -> str:
     return torch.cuda.get_device_name(device).lower().removeprefix("nvidia ").replace(" ", "-") if device.type == "cuda" else "cpu"
 
 
+def is_h200(device: torch.device) -> bool:
+    """Bars and goals in seconds were set for this GPU; beside another one's figures they would say nothing."""
+    return device.type == "cuda" and "H200" in torch.cuda.get_device_name(device)
+
+
 def machine(device: torch.device) -> dict:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     facts = {"kind": device.type, "name": _cpu_name(), "cores": cores, "threads": torch.get_num_threads(), "load": round(os.getloadavg()[0], 1)}

@@ -67,7 +67,7 @@ def measure_gan(args: argparse.Namespace, result: common.Result) -> None:
     run = lambda iters: fit_gan(features, empty, GANSettings(iters=iters, min_iters=iters), 0)
     run(min(20, args.iters))
     timing = repeated(lambda: run(args.iters), device, args.repeats)
-    issues = device.type == "cuda" and args.iters == 20_000
+    issues = common.is_h200(device) and args.iters == 20_000
     more = {"bar": BARS["gan"][0], "goal": BARS["gan"][1]} if issues else {}
     result.add(timing.row(f"GAN, {args.iters:,} iterations, M = {M:,}", "s", **more))
     result.add(common.Timing([s / args.iters for s in timing.seconds]).row("  of them each"))
@@ -83,7 +83,7 @@ def measure_mining(args: argparse.Namespace, result: common.Result) -> None:
             mine()
         timing = repeated(mine, device, args.repeats)
         done.append((M, timing.median, peak_bytes(device) - before))
-        more = {"bar": BARS["mining"][0], "goal": BARS["mining"][1]} if device.type == "cuda" and M == 1_281_167 else {}
+        more = {"bar": BARS["mining"][0], "goal": BARS["mining"][1]} if common.is_h200(device) and M == 1_281_167 else {}
         result.add(timing.row(f"mining pass, M = {M:,}", "s", memory_gib=done[-1][2] / 2**30, **more))
         report = miner.report
         if report["why"] or not report["edges"]:
@@ -97,7 +97,8 @@ def measure_loss(args: argparse.Namespace, result: common.Result) -> None:
     failed: list[str] = []
     for M in args.images or LOSS_SIZES[args.device.type]:
         for row in bank_loss.rows_of(M, flags, args.device, failed):
-            more = {"bar": BARS["loss"][0], "goal": BARS["loss"][1]} if row["form"].startswith("fused") and M == 1_281_167 else {}
+            issues = common.is_h200(args.device) and row["form"].startswith("fused") and M == 1_281_167
+            more = {"bar": BARS["loss"][0], "goal": BARS["loss"][1]} if issues else {}
             timing = common.Timing(row["all_cpu_seconds" if common.by_cpu_time(args.device) else "all_seconds"])
             peak = row["peak_mib"] / 1024 if args.device.type == "cuda" else 0.0  # too little to be seen in a process's memory
             result.add(timing.row(f"bank loss, {row['form']}, M = {M:,}", memory_gib=peak or None, **more))

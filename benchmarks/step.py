@@ -3,6 +3,7 @@
     python -m benchmarks.step --rows photos          ResNet-50, 224 px, batch 256, K 65,536, and what ISL adds at M = 1,281,167
     python -m benchmarks.step --rows w64 w32         CIFAR-size ResNet-18, batch 512, images on the device, augmentation included
     python -m benchmarks.step --rows bank            CIFAR-size AlexNet, bank objective
+    python -m benchmarks.step --forms combo_kernels coordinate_descent     on a GPU: the fast form by other ways of compiling, too
     python -m benchmarks.step --profile              and the three largest costs of a step before (published) and after (fast)
 
 On a CPU the sizes are small ones: to see the forms beside each other and that all of it runs. A turn is some steps of each form; turns alternate.
@@ -31,6 +32,7 @@ from moco_isl.training.meters import Progress
 from moco_isl.training.signals import Stop
 
 DIM, P = 128, 16
+OPTIONS = {"combo_kernels": {"combo_kernels": True}, "coordinate_descent": {"coordinate_descent_tuning": True}}  # of inductor
 PUBLISHED, FAST, WITH_ISL = "as published", "ours, fast", "ours, fast, ISL on"
 
 
@@ -86,11 +88,11 @@ def random_images(work: Work) -> ImagesInMemory:
     return ImagesInMemory(torch.randint(0, 256, (work.M, 3, work.size, work.size), dtype=torch.uint8, generator=g), None, None, "random")
 
 
-def small_images(work: Work, dataset: ImagesInMemory, device: torch.device, compiled: bool, views: int):
-    """Our loader of images held on the device; compiled: its augmentation too."""
+def small_images(work: Work, dataset: ImagesInMemory, device: torch.device, compiled: bool, views: int, options: dict | None = None):
+    """Our loader of images held on the device; compiled: its augmentation too, with inductor's options."""
     augmentation = data.get_augmentation("cifar10", aug_plus=True, size=work.size, on_device=True)
     if compiled:
-        fast.compile_augmentation(augmentation, views * work.N, device)
+        fast.compile_augmentation(augmentation, views * work.N, device, options)
     return data.train_loader(dataset, augmentation=augmentation, batch_size=work.N, seed=0, device=device, views=views)
 
 
@@ -131,7 +133,7 @@ def ours(isl: ISL, optimizer: torch.optim.Optimizer, loader, work: Work, device:
     return turn
 
 
-def our_model(work: Work, device: torch.device, is_fast: bool) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+def our_model(work: Work, device: torch.device, is_fast: bool, options: dict | None = None) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     flags = fast.defaults(is_fast, device.type == "cuda")
     encoder = lambda num_classes: build_encoder(work.arch, num_classes, image_size=work.size)
     torch.manual_seed(0)
@@ -141,7 +143,7 @@ def our_model(work: Work, device: torch.device, is_fast: bool) -> tuple[torch.nn
     if is_fast:
         fast.count_batches_at_once(model)
     if flags["compile"]:
-        fast.compile_encoders(model, work.N)
+        fast.compile_encoders(model, work.N, options)
     return model, optimizer
 
 
@@ -164,8 +166,8 @@ def loaders_of(work: Work, device: torch.device) -> tuple:
     return tuple(small_images(work, images, device, *how) for how in ((False, few), (compiled, few), (compiled, 2)))
 
 
-def forms(work: Work, device: torch.device, note: Callable[[str], None]) -> Iterator[tuple[str, Callable[[], Turn]]]:
-    """Name -> what builds the form and returns its turn. The last two share model and compiler's work."""
+def forms(work: Work, device: torch.device, note: Callable[[str], None], more: list[str]) -> Iterator[tuple[str, Callable[[], Turn]]]:
+    """Name -> what builds the form and returns its turn. The last two share model and compiler's work. more: of OPTIONS."""
     plain, quick, with_isl = loaders_of(work, device)
     if not work.bank:
         yield PUBLISHED, lambda: turn_of(published_step(PublishedMoCo(work.arch, work.size, DIM, work.K).to(device)), plain, work)
@@ -177,12 +179,17 @@ def forms(work: Work, device: torch.device, note: Callable[[str], None]) -> Iter
             yield "lightly, NNCLR", lambda: turn_of(peers.nnclr_step(*sizes), plain, work)
         except ImportError:
             note(peers.ABSENT)
-    options = {"hpe": 0.0} if work.bank else {"active": False}
+    plainly = {"hpe": 0.0} if work.bank else {"active": False}
     shared = {}  # model and optimizer of the last two forms
 
-    def build(is_fast: bool, loader) -> Turn:
-        model, optimizer = shared[is_fast] = our_model(work, device, is_fast)
-        return ours(ISL(model, work.M, fast=is_fast, **options), optimizer, loader, work, device, is_fast)
+    def build(is_fast: bool, loader, options: dict | None = None) -> Turn:
+        model, optimizer = shared[is_fast] = our_model(work, device, is_fast, options)
+        return ours(ISL(model, work.M, fast=is_fast, **plainly), optimizer, loader, work, device, is_fast)
+
+    def build_otherwise(options: dict) -> Turn:
+        if work.photos:
+            return build(True, quick, options)
+        return build(True, small_images(work, quick.dataset, device, True, quick.views, options), options)
 
     def build_isl() -> Turn:
         model, optimizer = shared[True]
@@ -190,6 +197,8 @@ def forms(work: Work, device: torch.device, note: Callable[[str], None]) -> Iter
         return ours(isl, optimizer, with_isl, work, device, True)
 
     yield "ours, plain", lambda: build(False, plain)
+    for name in more:
+        yield f"{FAST}, {name}", lambda name=name: build_otherwise(OPTIONS[name])
     yield FAST, lambda: build(True, quick)
     yield WITH_ISL, build_isl
 
@@ -197,10 +206,10 @@ def forms(work: Work, device: torch.device, note: Callable[[str], None]) -> Iter
 # ---------------------------------------------------------------- the table
 
 
-def build_all(work: Work, device: torch.device, result: common.Result, only: set[str] | None = None) -> tuple[dict[str, Turn], dict[str, float | None], list[str]]:
+def build_all(work: Work, device: torch.device, result: common.Result, only: set[str] | None = None, more: list[str] = ()) -> tuple[dict[str, Turn], dict[str, float | None], list[str]]:
     """The forms, warmed up by two turns each; GiB that each needs at most beside the others; and those that could not be had."""
     turns, memory, failed, before = {}, {}, [], 0
-    for name, build in forms(work, device, result.note):
+    for name, build in forms(work, device, result.note, more):
         if only is not None and name not in only:
             continue
         if name != WITH_ISL:  # which has the model of the form before it
@@ -225,12 +234,12 @@ def measure(name: str, work: Work, device: torch.device, args: argparse.Namespac
     form is missing."""
     title = f"{work.title}: {work.arch}, {work.size} px, batch {work.N}, " + (f"M {work.M:,}" if work.bank else f"K {work.K:,}")
     result = common.Result(f"step-{name}", title, device)
-    turns, memory, failed = build_all(work, device, result)
+    turns, memory, failed = build_all(work, device, result, more=args.forms)
     if not turns:
         raise RuntimeError(f"could not be had: {', '.join(failed)}")
     timings = common.in_turns(turns, device, args.repeats, warmup=0, cpu_time=common.by_cpu_time(device))
     first = next(iter(turns))
-    bar, goal = BARS[name] if device.type == "cuda" and replace(work, steps=0) == replace(ROWS[name], steps=0) else (None, None)
+    bar, goal = BARS[name] if common.is_h200(device) and replace(work, steps=0) == replace(ROWS[name], steps=0) else (None, None)
     for form, timing in timings.items():
         timing = common.Timing([seconds / work.steps for seconds in timing.seconds])
         more = {"bar": bar, "goal": goal} if form == FAST or form == WITH_ISL and work.bank else {}
@@ -290,10 +299,13 @@ def main(argv: list[str] | None = None) -> None:
                                 ("--steps", "n", "of a turn")):  # fmt: skip
         parser.add_argument(flag, type=int, metavar=metavar, help=f"{text} (default: by row and device)")
     parser.add_argument("--arch", help="encoder (default: by row)")
+    parser.add_argument("--forms", nargs="+", choices=OPTIONS, default=[], help="the fast form compiled with more of inductor's options, too (a GPU)")
     parser.add_argument("--no-floor", action="store_true", help="leave the floor out")
     parser.add_argument("--profile", action="store_true", help="the three largest costs of a step before (published) and after (fast)")
     parser.add_argument("--warm", action="store_true", help="only compile what the fast forms need, so that it lies in the compiler's cache")
     args = parser.parse_args(argv)
+    if args.forms and args.device.type != "cuda":
+        parser.error("--forms needs a GPU: elsewhere the fast form is not compiled")
     common.begin(args)
     for name in args.rows:
         work = sizes(args, name)

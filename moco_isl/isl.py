@@ -22,6 +22,7 @@ from moco_isl.builder import Encode, Instance, MoCo
 from moco_isl.encoders import evaluating
 from moco_isl.errors import BadInput
 from moco_isl.losses import bank_loss, linear_kl, multi_positive_mean_log, multi_positive_nce, softmax_over
+from moco_isl.mining import fused
 from moco_isl.mining.between import in_between
 from moco_isl.mining.positives import PositiveSets
 
@@ -50,7 +51,7 @@ class ISL:
         recenter: positives are bank rows moved from the bank's mean to the queue's (queue objective).
         between: of so many nearest images of each, those that are not in its set are neither positive nor negative (queue objective, needs `mask`).
         bank_dtype: torch.float16 halves the bank's memory and, around an Instance, takes the softmax by half-precision products.
-        fast: fused kernels where they work (CUDA), and ranks, which must then have equal batches, exchange features once a step in float16.
+        fast: fused kernels where they work (CUDA; tried out here, and a warning says where they do not), and ranks, which must then have equal batches, exchange features once a step in float16.
         encode: the model's `encode` if it has been wrapped already; None wraps it here where ranks need it.
         """
         self.model, self.queue_objective = model, isinstance(model, MoCo)
@@ -62,6 +63,8 @@ class ISL:
         self.fast = fast
         self.encode = encode or distributed_encode(model)
         device = next(model.parameters()).device
+        if fast:
+            fused.try_out(device)
         self.bank, self.slots = FeatureBank(device, bank_dtype), None
         if self.queue_objective:
             self.slots = QueueSlots(num_images, model.K, 2 if symmetric else 1, device)

@@ -1,6 +1,9 @@
 """What a GPU alone would run, on a CPU that passes for one (tests/pretend_cuda.py): every objective, miner and judge on its device, steps without a wait."""
 
+import argparse
 import json
+import sys
+import warnings
 
 import pytest
 import torch
@@ -9,12 +12,16 @@ import torch.nn.functional as F
 import main_knn
 import main_lincls
 import main_moco_isl
-from moco_isl import data
+from benchmarks import common, growth, step
+from moco_isl import data, mining
+from moco_isl.builder import MoCo
 from moco_isl.data.datasets import ImagesInMemory
+from moco_isl.encoders import build_encoder
+from moco_isl.isl import ISL
 from moco_isl.losses import softmax_over
-from moco_isl.mining import PositiveSets, gan, neighbors
+from moco_isl.mining import PositiveSets, fused, gan, neighbors
 from moco_isl.training import fast
-from tests.pretend_cuda import CUDA, Generator, OnCuda, pretending_with_kernels
+from tests.pretend_cuda import CUDA, Generator, Kernels, OnCuda, pretending_with_kernels
 
 DIGITS = ["--dataset", "digits", "-a", "digits", "--mlp", "--moco-dim", "16", "--moco-k", "256", "-b", "128", "-j", "0", "--seed", "0", "-p", "100", "--epochs", "1"]
 MINED = ["--isl-start", "0", "--isl-budget", "3"]
@@ -109,6 +116,37 @@ def test_autocast_leaves_the_fused_softmax_alone(seen):
         torch.testing.assert_close(x.cpu(), y, atol=2e-3, rtol=2e-3)
 
 
+def test_kernels_are_tried_out_without_autocast(monkeypatch):
+    """Their first use may come from within a step, and the reference products would be in half precision."""
+    monkeypatch.setattr(mining, "kernels", Kernels, raising=False)
+    monkeypatch.setitem(sys.modules, "moco_isl.mining.kernels", Kernels)
+    with torch.autocast("cpu", dtype=torch.bfloat16), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert fused._seen_to_work.__wrapped__(torch.device("cpu")) is Kernels
+
+
+def test_a_fast_isl_tries_the_kernels_out_when_it_is_made(seen, monkeypatch):
+    tried = []
+    monkeypatch.setattr(fused, "_seen_to_work", tried.append)
+    encoder = lambda num_classes: build_encoder("digits", num_classes)
+    model = MoCo(encoder, 16, 64).to("cuda")
+    ISL(model, 100)
+    assert not tried
+    ISL(model, 100, fast=True)
+    assert tried == [CUDA]
+
+
+@pytest.mark.parametrize("is_fast", [True, False])
+def test_convolutions_are_chosen_by_trial_on_both_paths(is_fast):
+    before = torch.backends.cudnn.benchmark, torch.get_float32_matmul_precision()
+    with fast.numerics(is_fast, CUDA):
+        assert torch.backends.cudnn.benchmark
+        assert torch.get_float32_matmul_precision() == ("high" if is_fast else before[1])
+    assert (torch.backends.cudnn.benchmark, torch.get_float32_matmul_precision()) == before
+    with fast.numerics(is_fast, torch.device("cpu")):
+        assert torch.backends.cudnn.benchmark == before[0]
+
+
 # ---------------------------------------------------------------- mining
 
 
@@ -138,3 +176,36 @@ def test_gradients_of_the_gan_lie_as_its_weights():
     trainer = gan.Trainer(F.normalize(torch.randn(100, 16), dim=1), PositiveSets.empty(100), gan.GANSettings(batch=16), None, 0)
     trainer.step()
     assert all(p.grad.stride() == p.stride() for net in (trainer.G, trainer.D) for p in net.parameters())
+
+
+# ---------------------------------------------------------------- benchmarks
+
+
+def test_steps_compiled_otherwise_are_forms_of_their_own(seen, monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda fn, dynamic, options: asked.append(options) or fn)
+    step.main(["--rows", "w32", "--quick", "--repeats", "1", "--no-floor", "--forms", *step.OPTIONS, "--device", "cuda", "--out", str(tmp_path)])
+    rows = [row["what"] for row in json.loads((tmp_path / "step-w32-h200.json").read_text())["rows"]]
+    assert {step.FAST, *(f"{step.FAST}, {name}" for name in step.OPTIONS)} <= set(rows)
+    for options in step.OPTIONS.values():
+        assert asked.count(options) == 2 + 5  # both encoders, and five parts of the augmentation
+    with pytest.raises(SystemExit):
+        step.main(["--rows", "w32", "--quick", "--forms", "combo_kernels", "--device", "cpu"])
+
+
+@pytest.mark.parametrize("gpu", ["NVIDIA H200", "NVIDIA H100 80GB HBM3"])
+def test_bars_of_an_h200_stand_beside_its_figures_alone(seen, gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: gpu)
+    assert common.is_h200(torch.device("cuda")) == (gpu == "NVIDIA H200")
+    assert not common.is_h200(torch.device("cpu"))
+    monkeypatch.setattr(growth, "fit_gan", lambda *_: None)
+    result = common.Result("growth-gan", "GAN", torch.device("cuda"))
+    args = argparse.Namespace(device=torch.device("cuda"), gan_images=100, iters=20_000, repeats=1)
+    growth.measure_gan(args, result)
+    assert ("bar" in result.rows[0]) == (gpu == "NVIDIA H200")
+
+
+def test_steps_of_the_bank_keep_to_the_device(seen, tmp_path):
+    step.main(["--rows", "bank", "--quick", "--repeats", "1", "--no-floor", "--device", "cuda", "--out", str(tmp_path)])
+    rows = json.loads((tmp_path / "step-bank-h200.json").read_text())["rows"]
+    assert {step.FAST, step.WITH_ISL} <= {found["what"] for found in rows}

@@ -25,6 +25,11 @@ def kernels_for(rows: Tensor) -> ModuleType | None:
     return _seen_to_work(rows.device) if rows.device.type == "cuda" and rows.shape[1] <= _WIDEST else None
 
 
+def try_out(device: torch.device) -> bool:
+    """Whether the kernels serve on this device. Compiles and checks them now, and not in the midst of a first step."""
+    return device.type == "cuda" and _seen_to_work(device) is not None
+
+
 @functools.cache
 def _seen_to_work(device: torch.device) -> ModuleType | None:
     """The kernels, once they have compiled here and agreed with float64 on a small case; else None, and a warning."""
@@ -35,7 +40,8 @@ def _seen_to_work(device: torch.device) -> ModuleType | None:
             torch.manual_seed(0)
             f, rows = (torch.nn.functional.normalize(torch.randn(n, 128), dim=1).to(device) for n in (40, 3000))
             absent = torch.randint(3001, (20, 900)).to(device)
-        check_kernels(kernels, f, rows, absent)
+        with torch.autocast(device.type, enabled=False):  # the first use may come from within a step
+            check_kernels(kernels, f, rows, absent)
     except Interrupted:
         raise
     except Exception as error:  # Triton, its compiler and the driver raise almost anything

@@ -22,21 +22,22 @@ def defaults(fast: bool, cuda: bool) -> dict[str, object]:
 
 @contextmanager
 def numerics(fast: bool, device: torch.device) -> Iterator[None]:
-    """On CUDA: TF32 for what float32 products a training step has left, and convolutions chosen by trial.
+    """On CUDA: convolutions chosen by trial, as MoCo's script has it; fast: TF32 for what float32 products are left.
 
     For training alone: mining and judging compare float32 features, and keep full products.
     """
-    if not fast or device.type != "cuda":
+    if device.type != "cuda":
         yield
         return
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
-    torch.set_float32_matmul_precision("high")
+    precision, by_trial = torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
+    if fast:
+        torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.benchmark = before[1]
+        torch.set_float32_matmul_precision(precision)
+        torch.backends.cudnn.benchmark = by_trial
 
 
 def sgd(parameters, lr: float, momentum: float, weight_decay: float, fused: bool) -> torch.optim.SGD:
@@ -108,10 +109,12 @@ def compile_encoders(model: torch.nn.Module, batch: int, options: dict | None = 
         encoder.forward = compiled(encoder.forward, wanted, options)
 
 
-def compile_augmentation(augmentation: Callable, views: int, device: torch.device) -> None:
+def compile_augmentation(
+    augmentation: Callable, views: int, device: torch.device, options: dict | None = None
+) -> None:
     """Compile what a loader's augmentation does on the device: on CUDA for `views` views at once, on a CPU for one photo at a time.
 
-    Augmentations by PIL stay as they are.
+    Augmentations by PIL stay as they are. options: torch.compile's, for inductor.
     """
     if not isinstance(augmentation, BatchViews):
         return
@@ -121,7 +124,7 @@ def compile_augmentation(augmentation: Callable, views: int, device: torch.devic
             last = ["blur_rows", "blur_columns"] if augmentation.blur else ["normalize"]
             names = ["numbers", "crop", "plan", "colour", *last]
         for name in names:
-            setattr(augmentation, name, compiled(getattr(augmentation, name), lambda x: len(x) == views))
+            setattr(augmentation, name, compiled(getattr(augmentation, name), lambda x: len(x) == views, options))
     elif isinstance(augmentation, BatchAugmentation):
-        augmentation.adjust = tuple(compiled(adjust, lambda x: len(x) == 1) for adjust in augmentation.adjust)
-        augmentation.shifts = compiled(augmentation.shifts, lambda x: len(x) == 1)
+        augmentation.adjust = tuple(compiled(adjust, lambda x: len(x) == 1, options) for adjust in augmentation.adjust)
+        augmentation.shifts = compiled(augmentation.shifts, lambda x: len(x) == 1, options)
