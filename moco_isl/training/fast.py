@@ -105,7 +105,7 @@ def compile_encoders(model: torch.nn.Module, batch: int, options: dict | None = 
     """
     shown = batch * model.shown_of_an_image
     for encoder in encoders_of(model):
-        wanted = lambda x, encoder=encoder: encoder.training and len(x) == shown  # noqa: E731
+        wanted = lambda x, encoder=encoder: encoder.training and len(x) == shown
         encoder.forward = compiled(encoder.forward, wanted, options)
 
 
