@@ -64,7 +64,7 @@ class ISL:
         self.encode = encode or distributed_encode(model)
         device = next(model.parameters()).device
         if fast:
-            fused.try_out(device)
+            fused.try_out(device, model.queue.shape[0] if self.queue_objective else model.dim)
         self.bank, self.slots = FeatureBank(device, bank_dtype), None
         if self.queue_objective:
             self.slots = QueueSlots(num_images, model.K, 2 if symmetric else 1, device)

@@ -227,5 +227,5 @@ def pretending_with_kernels() -> Iterator[Pretend]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(gan.Trainer, "capture", _captured(gan.Trainer.capture)))
         stack.enter_context(mock.patch.object(gan, "training_search", lambda features: features))  # which a CPU would have in bfloat16
-        stack.enter_context(mock.patch.object(fused, "_seen_to_work", lambda device: Kernels))
+        stack.enter_context(mock.patch.object(fused, "_seen_to_work", lambda device, C: Kernels))
         yield stack.enter_context(pretending())

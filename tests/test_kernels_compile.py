@@ -60,6 +60,7 @@ def rescore(C: int, half: bool):
 @pytest.mark.parametrize(
     ("build", "C", "how"),
     [(softmax, 32, True), (softmax, 64, True), (softmax, 128, False), (softmax, 128, True), (softmax, 256, False), (softmax, 256, True),
+     (softmax, 24, True), (softmax, 100, True), (maxima, 24, None), (maxima, 100, None), (rescore, 100, True),
      (maxima, 32, None), (maxima, 64, None), (maxima, 128, None), (maxima, 256, None), (rescore, 128, True), (rescore, 256, False)],
 )  # fmt: skip
 def test_fits_a_hopper_chip(build, C, how, tmp_path):

@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 import warnings
+from unittest import mock
 
 import pytest
 import torch
@@ -19,8 +20,9 @@ from moco_isl.data.datasets import ImagesInMemory
 from moco_isl.encoders import build_encoder
 from moco_isl.isl import ISL
 from moco_isl.losses import softmax_over
-from moco_isl.mining import PositiveSets, fused, gan, neighbors
+from moco_isl.mining import PositiveSets, fused, gan, neighbors, softmax
 from moco_isl.training import fast
+from tests.near import assert_same_neighbours
 from tests.pretend_cuda import CUDA, Generator, Kernels, OnCuda, pretending_with_kernels
 
 DIGITS = ["--dataset", "digits", "-a", "digits", "--mlp", "--moco-dim", "16", "--moco-k", "256", "-b", "128", "-j", "0", "--seed", "0", "-p", "100", "--epochs", "1"]
@@ -122,18 +124,18 @@ def test_kernels_are_tried_out_without_autocast(monkeypatch):
     monkeypatch.setitem(sys.modules, "moco_isl.mining.kernels", Kernels)
     with torch.autocast("cpu", dtype=torch.bfloat16), warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert fused._seen_to_work.__wrapped__(torch.device("cpu")) is Kernels
+        assert fused._seen_to_work.__wrapped__(torch.device("cpu"), 128) is Kernels
 
 
 def test_a_fast_isl_tries_the_kernels_out_when_it_is_made(seen, monkeypatch):
     tried = []
-    monkeypatch.setattr(fused, "_seen_to_work", tried.append)
+    monkeypatch.setattr(fused, "_seen_to_work", lambda device, C: tried.append((device, C)))
     encoder = lambda num_classes: build_encoder("digits", num_classes)
     model = MoCo(encoder, 16, 64).to("cuda")
     ISL(model, 100)
     assert not tried
     ISL(model, 100, fast=True)
-    assert tried == [CUDA]
+    assert tried == [(CUDA, 16)]
 
 
 @pytest.mark.parametrize("is_fast", [True, False])
@@ -155,8 +157,37 @@ def test_the_fused_search_on_the_device_finds_what_the_plain_one_does(seen):
     own = torch.arange(40)
     wanted = neighbors.topk(rows[:40], rows, 5, own)
     found = neighbors.topk(rows[:40].to(CUDA), rows.to(CUDA), 5, own.to(CUDA))
-    assert torch.equal(found[1].cpu(), wanted[1])
-    torch.testing.assert_close(found[0].cpu(), wanted[0])
+    assert_same_neighbours((found[0].cpu(), found[1].cpu()), wanted)
+
+
+@pytest.mark.parametrize(("centres", "spread", "share"), [(1000, 0.8, 0.0), (10, 0.3, 0.2)])
+def test_few_queries_are_searched_again_though_k_is_large(seen, centres, spread, share):
+    """100,000 rows, k 200. Around ten tight centres many rows are as near as the k-th: 6 spare groups left 90 % unsure."""
+    g = Generator().manual_seed(0)
+    middle = torch.randn(centres, 16, generator=g)[torch.randint(centres, (100_000,), generator=g)]
+    rows = F.normalize(middle + spread * torch.randn(100_000, 16, generator=g), dim=1)
+    own, queries = torch.arange(60), rows[:60]
+    wanted = neighbors.topk(queries, rows, 201, own)
+    own, queries, rows = own.to(CUDA), queries.to(CUDA), rows.to(CUDA)
+    assert neighbors.searched_again(queries, rows, 200, own) <= share
+    assert neighbors.searched_again(queries, rows, 10, own) <= 0.1
+    found = neighbors.topk(queries, rows, 200, own)
+    assert_same_neighbours((found[0].cpu(), found[1].cpu()), wanted)
+    assert neighbors.searched_again(queries, rows, 500) is None, "too few groups of rows for that: searched plainly"
+    if share:
+        with mock.patch.object(fused, "spare", lambda k: 6):
+            assert neighbors.searched_again(queries, rows, 200, own) > 0.7
+
+
+def test_the_fused_entropy_is_near_the_plain_one(seen):
+    rows = F.normalize(torch.randn(3000, 16, generator=Generator().manual_seed(0)), dim=1)
+    rows[:1000] = F.normalize(rows[:1] + 0.1 * rows[:1000], dim=1)  # a dense place: entropies differ
+    wanted = softmax.entropy(rows, rows, 0.1)
+    found = softmax.entropy(rows.to(CUDA), rows.to(CUDA), 0.1, fused=True).cpu()
+    assert 0 < float((found - wanted).abs().max()) < 0.01
+    quarter = 750  # the anchors of a first round
+    chosen = [set(x.sort(stable=True).indices[:quarter].tolist()) for x in (found, wanted)]
+    assert len(chosen[0] & chosen[1]) >= 0.99 * quarter
 
 
 def test_a_captured_gan_waits_for_nothing_and_learns_what_the_plain_one_does(seen):

@@ -21,7 +21,8 @@ class EntropyMiner(RoundMiner):
     the n-th round the first share * n of them are anchors and each gets its k nearest.
 
     T: temperature of the softmax, that of the loss. An edge is as sure as its anchor: what a budget leaves out is of the
-    anchors with the highest entropy. Published: share 0.25, k 1.
+    anchors with the highest entropy. On a GPU the softmax is the fused pass, whose float16 products may let anchors of
+    nearly equal entropy change places (see `softmax.entropy`). Published: share 0.25, k 1.
     """
 
     name = "entropy"
@@ -39,7 +40,9 @@ class EntropyMiner(RoundMiner):
         k = min(self.k, M - 1)
 
         def block(anchors: Tensor, number: int) -> tuple[Tensor, Tensor]:
-            return entropy(features[anchors], features, self.T), topk(features[anchors], features, k, anchors, tick=tick)[1]
+            own = features[anchors]
+            near = topk(own, features, k, anchors, tick=tick)[1]
+            return entropy(own, features, self.T, fused=True), near
 
         anchors, own, near = over_blocks(M, features.device, block, tick)  # [n], [n], [n, k] of this rank's share
         self.rounds += 1

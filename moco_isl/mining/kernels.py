@@ -2,6 +2,8 @@
 
 Letters: N anchors or queries, M rows, C feature dimension, T temperature. BN, BM, BC: sides of a tile of each; C fits
 one tile. Products are of float16 with float32 sums: unit rows need no more range, and it resolves more than bfloat16.
+Offsets of whole rows are int64: M * C, and N times the words of the bits, exceed 2^31. Triton starts kernels on the
+current device, so each start stands under `device_of` of the tensors.
 Import this file only where Triton is; `fused.py` decides. TRITON_INTERPRET=1 runs the kernels on a CPU, slowly.
 """
 
@@ -44,7 +46,7 @@ def search_tile(C: int) -> Tile:
 @triton.jit
 def _bits_kernel(absent_ptr, bits_ptr, R, M, words, BLOCK: tl.constexpr):
     """Program (row of absent): sets bit r of its row of bits for every row number r in it; M stands for none."""
-    i, at = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    i, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     r = tl.load(absent_ptr + i * R + at, mask=at < R, other=M).to(tl.int32)
     tl.atomic_or(bits_ptr + i * words + r // 32, (1 << (r % 32)).to(tl.int32), mask=r < M)
 
@@ -57,12 +59,12 @@ def _softmax_kernel(f_ptr, rows_ptr, bits_ptr, top_ptr, total_ptr, mean_ptr, N, 
     attention with the rows as keys and values. Logits are in base 2."""
     i = tl.program_id(0) * BN + tl.arange(0, BN)
     c = tl.arange(0, BC)
-    f = tl.load(f_ptr + i[:, None] * C + c[None, :], mask=(i[:, None] < N) & (c[None, :] < C), other=0.0)
-    f = (f * scale).to(tl.float16)  # [BN, BC]
+    f = tl.load(f_ptr + i[:, None].to(tl.int64) * C + c[None, :], mask=(i[:, None] < N) & (c[None, :] < C), other=0.0)
+    f = (f.to(tl.float32) * scale).to(tl.float16)  # [BN, BC]
     top = tl.full([BN], float("-inf"), tl.float32)
     total = tl.zeros([BN], tl.float32)
     mean = tl.zeros([BN, BC], tl.float32)
-    bits_ptr += (i % n) * words
+    bits_ptr += (i % n).to(tl.int64) * words
     start = tl.program_id(1) * length
     for first in range(start, tl.minimum(start + length, M), BM):
         j = first + tl.arange(0, BM)
@@ -96,18 +98,21 @@ def softmax_pass(f: Tensor, rows: Tensor, T: float, absent: Tensor | None = None
     (N, C), M, n = f.shape, len(rows), 1 if absent is None else len(absent)
     tile = tile or softmax_tile(C)
     blocks = triton.cdiv(N, tile.anchors)
-    length = triton.cdiv(triton.cdiv(M, max(1, 2 * _processors(f.device) // blocks)), tile.rows) * tile.rows
+    most = max(1, 2 * _processors(f.device) // max(1, blocks))  # shares that keep the chip busy
+    length = triton.cdiv(triton.cdiv(M, most), tile.rows) * tile.rows
     shares = triton.cdiv(M, length)
     words = triton.cdiv(M, tile.rows) * tile.rows // 32
     bits = torch.zeros(n, words, dtype=torch.int32, device=f.device)
-    if absent is not None:
-        _bits_kernel[(n, triton.cdiv(absent.shape[1], 128))](absent.contiguous(), bits, absent.shape[1], M, words, BLOCK=128)
     top, total = f.new_empty(2, shares, N, dtype=torch.float32)
     mean = f.new_empty(shares, N, C, dtype=torch.float32)
-    _softmax_kernel[(blocks, shares)](
-        f.contiguous(), rows.half().contiguous(), bits, top, total, mean, N, M, n, words, math.log2(math.e) / T, length,
-        C=C, MASKED=absent is not None, BN=tile.anchors, BM=tile.rows, BC=max(16, triton.next_power_of_2(C)),
-        SHARES=_SCALE, num_warps=tile.warps, num_stages=tile.stages)  # fmt: skip
+    with torch.cuda.device_of(f):
+        if absent is not None:
+            R = absent.shape[1]
+            _bits_kernel[(n, triton.cdiv(R, 128))](absent.contiguous(), bits, R, M, words, BLOCK=128)
+        _softmax_kernel[(blocks, shares)](
+            f.contiguous(), rows.half().contiguous(), bits, top, total, mean, N, M, n, words, math.log2(math.e) / T,
+            length, C=C, MASKED=absent is not None, BN=tile.anchors, BM=tile.rows,
+            BC=max(16, triton.next_power_of_2(C)), SHARES=_SCALE, num_warps=tile.warps, num_stages=tile.stages)  # fmt: skip
     highest = top.amax(0)  # [N]
     weight = torch.exp2(top - torch.where(highest == -torch.inf, 0, highest))  # [shares, N]
     whole = (weight * total).sum(0)
@@ -126,12 +131,13 @@ def _maxima_kernel(q_ptr, bank_ptr, out_ptr, N, M, groups, per, C: tl.constexpr,
     c = tl.arange(0, BC)
     q = tl.load(q_ptr + i[:, None].to(tl.int64) * C + c[None, :], mask=(i[:, None] < N) & (c[None, :] < C), other=0.0)
     first = tl.program_id(1) * per
+    out_ptr += first.to(tl.int64) * N + i
     for g in range(first, tl.minimum(first + per, groups)):
         j = g * BM + tl.arange(0, BM)
         v = tl.load(bank_ptr + j[:, None].to(tl.int64) * C + c[None, :], mask=(j[:, None] < M) & (c[None, :] < C),
                     other=0.0)
         x = tl.where(j[None, :] < M, tl.dot(q, tl.trans(v)), float("-inf"))  # [BN, BM]
-        tl.store(out_ptr + g * N + i, tl.max(x, 1), mask=i < N)  # at most 2^28 of them, see fused._BYTES
+        tl.store(out_ptr + (g - first) * N, tl.max(x, 1), mask=i < N)
 
 
 @triton.jit
@@ -153,10 +159,11 @@ def group_maxima(queries: Tensor, bank: Tensor, tile: Tile | None = None) -> Ten
     groups, blocks = triton.cdiv(M, tile.rows), triton.cdiv(N, tile.anchors)
     per = max(1, min(64, triton.cdiv(groups * blocks, 4 * _processors(bank.device))))
     out = torch.empty(groups, N, device=bank.device)
-    # blocks of queries vary fastest: programs that run together share their rows in the L2 cache
-    _maxima_kernel[(blocks, triton.cdiv(groups, per))](
-        queries, bank, out, N, M, groups, per, C=C, BN=tile.anchors, BM=tile.rows,
-        BC=max(16, triton.next_power_of_2(C)), num_warps=tile.warps, num_stages=tile.stages)  # fmt: skip
+    with torch.cuda.device_of(bank):
+        # blocks of queries vary fastest: programs that run together share their rows in the L2 cache
+        _maxima_kernel[(blocks, triton.cdiv(groups, per))](
+            queries.contiguous(), bank.contiguous(), out, N, M, groups, per, C=C, BN=tile.anchors, BM=tile.rows,
+            BC=max(16, triton.next_power_of_2(C)), num_warps=tile.warps, num_stages=tile.stages)  # fmt: skip
     return out
 
 
@@ -164,7 +171,10 @@ def rescore(queries: Tensor, bank: Tensor, groups: Tensor) -> Tensor:
     """Scores in float32 of the rows of groups [N, k]: [N, k * GROUP], -inf where the bank has ended."""
     (N, C), k = queries.shape, groups.shape[1]
     out = torch.empty(N, k * GROUP, device=bank.device)
-    _rescore_kernel[(N, k)](queries, bank, groups, out, len(bank), k, C=C, BM=GROUP, BC=triton.next_power_of_2(C), num_warps=4)
+    with torch.cuda.device_of(bank):
+        _rescore_kernel[(N, k)](
+            queries.contiguous(), bank.contiguous(), groups.contiguous(), out, len(bank), k,
+            C=C, BM=GROUP, BC=triton.next_power_of_2(C), num_warps=4)  # fmt: skip
     return out
 
 

@@ -51,10 +51,26 @@ def topk(queries: Tensor, bank: Tensor, k: int, exclude: Tensor | None = None, b
     M = len(bank)
     if k > M - (exclude is not None):
         raise ValueError(f"{k} nearest were asked of a bank of {M} rows")
-    kernels = fused.kernels_for(bank) if bytes_limit is None else None
-    if kernels is not None and 4 * k * kernels.GROUP <= M:
+    kernels = _kernels_for(bank, k) if bytes_limit is None else None
+    if kernels is not None:
         return _topk_fused(kernels, queries, bank, k, exclude, tick)
     return _topk_plain(queries, bank, k, exclude, bytes_limit, tick)
+
+
+def searched_again(queries: Tensor, bank: Tensor, k: int, exclude: Tensor | None = None) -> float | None:
+    """The share of the queries [Q, C] that `topk` searches a second time, plainly, since float16 could not tell their
+    neighbours in bank [M, C] from others; None where it does not search by the kernel. Costs a search."""
+    kernels = _kernels_for(bank, k)
+    if kernels is None:
+        return None
+    sure = fused.search(kernels, queries, bank, k, exclude)[2]  # [Q]
+    return 1 - float(sure.float().mean())
+
+
+def _kernels_for(bank: Tensor, k: int):
+    """The kernels where they serve this bank and its groups of rows are many beside k; else None."""
+    kernels = fused.kernels_for(bank)
+    return kernels if kernels is not None and 4 * k * kernels.GROUP <= len(bank) else None
 
 
 def _topk_fused(kernels, queries: Tensor, bank: Tensor, k: int, exclude: Tensor | None, tick) -> tuple[Tensor, Tensor]:
