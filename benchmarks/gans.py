@@ -43,10 +43,10 @@ class GradedSampler(TripletSampler):
 
     def draw_negatives(self, anchors: Tensor, offset: Tensor | int) -> Tensor:
         candidates, scores = self.score_candidates(anchors, offset)
-        u = torch.rand(len(anchors), generator=self.generator, device=self.generator.device).to(scores.device)
-        g = (self.fewest * torch.exp(u * math.log(self.pool / self.fewest))).long()  # [N]
-        scores.masked_fill_(torch.arange(self.pool, device=scores.device) >= g[:, None], -torch.inf)
-        return candidates[scores.max(1).indices]
+        u = torch.rand(anchors.shape, generator=self.generator, device=self.generator.device).to(scores.device)
+        g = (self.fewest * torch.exp(u * math.log(self.pool / self.fewest))).long()  # [N], or [B, N]
+        scores.masked_fill_(self.slots >= g[..., None], -torch.inf)
+        return candidates.gather(-1, scores.max(-1).indices)
 
 
 class GradedNegatives(Trainer):

@@ -9,6 +9,7 @@ kernels, what autocast does to each operation there, streams.
 """
 
 import contextlib
+import functools
 import types
 from collections.abc import Iterator
 from unittest import mock
@@ -209,15 +210,15 @@ class Kernels:
 
 
 def _captured(capture):
-    """`Trainer.capture` with a graph that can be replayed. A real capture takes no step: what this one did is undone."""
+    """`Trainer.capture` with graphs that can be replayed. A real capture takes no step: what this one did is undone."""
 
-    def run(trainer) -> None:
+    def run(trainer, iterations: int) -> None:
         before, drawn, cursor, losses = trainer.state(), trainer.generator.get_state(), trainer.cursor.clone(), trainer.losses.clone()
-        capture(trainer)
+        capture(trainer, iterations)
         trainer.load(before)
         trainer.generator.set_state(drawn)
         trainer.cursor.copy_(cursor), trainer.losses.copy_(losses)
-        trainer.graph.replay = trainer.step
+        trainer.graphs[iterations].replay = functools.partial(trainer.step, iterations)
 
     return run
 
@@ -228,4 +229,6 @@ def pretending_with_kernels() -> Iterator[Pretend]:
         stack.enter_context(mock.patch.object(gan.Trainer, "capture", _captured(gan.Trainer.capture)))
         stack.enter_context(mock.patch.object(gan, "training_search", lambda features: features))  # which a CPU would have in bfloat16
         stack.enter_context(mock.patch.object(fused, "_seen_to_work", lambda device, C: Kernels))
+        gan._compiled.cache_clear()  # inside, functions are not really compiled
+        stack.callback(gan._compiled.cache_clear)
         yield stack.enter_context(pretending())

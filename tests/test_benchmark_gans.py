@@ -77,10 +77,11 @@ def test_a_score_trained_on_unmatched_triplets_tells_matches_from_strangers_bett
     features = clusters(300, groups=6, spread=0.3)
     sets = PositiveSets.from_edges(300, torch.arange(300), (torch.arange(300) + 6) % 300)  # of the same group
     n = features[torch.randperm(300, generator=torch.Generator().manual_seed(2))]
-    told = {}
-    for kind in (Trainer, gans.MatchedFalse):
-        fit = fit_gan(features, sets, GANSettings(1000, 1000, batch=100, lr=1e-3), 0, kind=kind)
-        with torch.no_grad():
-            same, other = fit.D(features, features.roll(-12, 0), n), fit.D(features, features.roll(-3, 0), n)
-        told[kind] = float((same > other).float().mean())
-    assert told[gans.MatchedFalse] > told[Trainer] + 0.05 and told[gans.MatchedFalse] > 0.65  # seen: 0.73 beside 0.59
+    told = {Trainer: 0.0, gans.MatchedFalse: 0.0}
+    for kind in told:
+        for seed in (1, 2, 3):  # one fit alone may be as good by chance
+            fit = fit_gan(features, sets, GANSettings(1000, 1000, batch=100, lr=1e-3), seed, kind=kind)
+            with torch.no_grad():
+                same, other = fit.D(features, features.roll(-12, 0), n), fit.D(features, features.roll(-3, 0), n)
+            told[kind] += float((same > other).float().mean()) / 3
+    assert told[gans.MatchedFalse] > told[Trainer] + 0.15 and told[gans.MatchedFalse] > 0.7  # seen: 0.89 beside 0.54

@@ -1,6 +1,7 @@
 """The GAN on cached features: generator, discriminator, their losses (Eq. 1), their training and its watchdog.
 
-Letters: M images, C feature dimension, N batch of anchors, B images of the probe's bank, k nearest looked at.
+Letters: M images, C feature dimension, N batch of anchors, k nearest looked at. B: iterations whose triplets are drawn
+at once; in the probe, the images of its bank.
 """
 
 import copy
@@ -8,13 +9,15 @@ import functools
 import math
 import time
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moco_isl.errors import RunFailed
+from moco_isl.errors import Interrupted, RunFailed
 from moco_isl.mining.neighbors import Tick, topk
 from moco_isl.mining.positives import PositiveSets
 from moco_isl.mining.triplets import TripletSampler, training_search
@@ -47,29 +50,41 @@ class Discriminator(nn.Module):
         return self.rest(self.first(torch.cat([a, p, n], 1))).squeeze(1)
 
     def with_proxy(self, a: Tensor, p: Tensor, n: Tensor, proxy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits of (a, p, n), (a, proxy, n), (a, p, proxy), each [N]: forward three times, with shared products."""
-        W_a, W_p, W_n = self.first.weight.chunk(3, dim=1)  # each [C, C]
-        from_a, from_p, from_n = F.linear(a, W_a, self.first.bias), F.linear(p, W_p), F.linear(n, W_n)
-        a_p, a_n = from_a + from_p, from_a + from_n
-        rows = torch.cat([a_p + from_n, a_n + F.linear(proxy, W_p), a_p + F.linear(proxy, W_n)])  # [3 N, C]
-        return self.rest(rows).squeeze(1).chunk(3)
+        """Logits of (a, p, n), (a, proxy, n), (a, p, proxy), each [N]: of all three triplets in one pass."""
+        return self(torch.cat([a, a, a]), torch.cat([p, proxy, p]), torch.cat([n, n, proxy])).chunk(3)
 
 
 def discriminator_loss(D: Discriminator, a: Tensor, p: Tensor, n: Tensor, proxy: Tensor, lam: float) -> Tensor:
     """Eq. 1 as D minimises it: real triplets to 1, the proxy as positive and the proxy as negative to 0. Scalar."""
     real, as_p, as_n = D.with_proxy(a, p, n, proxy)
-    return F.softplus(-real).mean() + (F.softplus(as_p).mean() + lam * F.softplus(as_n).mean()) / (1 + lam)
+    false = (F.softplus(as_p) + lam * F.softplus(as_n)) / (1 + lam)  # [N]
+    return (F.softplus(-real) + false).mean()
 
 
 def generator_loss(D: Discriminator, a: Tensor, p: Tensor, n: Tensor, proxy: Tensor, lam: float) -> Tensor:
     """Eq. 1 as G minimises it, not saturating: both kinds of false triplets to 1. Scalar."""
     _, as_p, as_n = D.with_proxy(a, p, n, proxy)
-    return (F.softplus(-as_p).mean() + lam * F.softplus(-as_n).mean()) / (1 + lam)
+    return (F.softplus(-as_p) + lam * F.softplus(-as_n)).mean() / (1 + lam)
+
+
+def make_proxy(G: Generator, a: Tensor, p: Tensor, n: Tensor) -> Tensor:
+    """G(a, p, n)."""
+    return G(a, p, n)
+
+
+@functools.cache
+def _compiled(fn: Callable) -> Callable:
+    """One for all fits: the networks are arguments, so a later round finds them compiled."""
+    return torch.compile(fn, dynamic=False)
+
+
+COMPILE_FROM = 10_000  # iterations: fewer of them take less time than compiling
 
 
 @dataclass
 class GANSettings:
-    """iters None: 90 sqrt(M), which is 3,400 at 1,437 images and 20,000 at 50,000; min_iters None: a quarter of iters."""
+    """iters None: 90 sqrt(M), which is 3,400 at 1,437 images and 20,000 at 50,000; min_iters None: a quarter of iters.
+    compile: the networks and their losses; None: on a GPU, where the cap is COMPILE_FROM or more."""
 
     iters: int | None = None  # cap
     min_iters: int | None = None
@@ -80,6 +95,7 @@ class GANSettings:
     max_hub: float = 0.05  # collapsed: one image is among the nearest of more than this share of the proxies, ...
     times_natural: float = 5.0  # ... and of more than so many times what the features' own hub has
     min_distinct: float = 0.1  # collapsed: fewer distinct nearest images than this share of the proxies
+    compile: bool | None = None
 
     def span(self, M: int) -> tuple[int, int]:
         """Minimum and cap of iterations for M images."""
@@ -102,10 +118,17 @@ class GANFit:
 class Trainer:
     """One iteration: draw triplets, step D, step G. Nothing in it reads a value back, so CUDA can capture it.
 
+    On a GPU up to `GRAPH` iterations are one CUDA graph, and their triplets are drawn at once: the draws do not depend
+    on the networks. What is random in them is drawn by `shuffle`, for a whole pass over the anchors, so that they are
+    the same for any number of iterations a graph. Products of an iteration are in TF32 there, those of the hardest
+    negative too (a negative within 0.005 of the hardest is as hard).
+
     Another kind of GAN overrides `sampler_kind`, `networks` or `loss_of_D` (`benchmarks/gans.py` has some).
     """
 
     sampler_kind = TripletSampler
+    GRAPH = 10  # iterations
+    WARM_UPS = 3  # runs of each length before it is captured
 
     def __init__(self, features: Tensor, positives: PositiveSets, settings: GANSettings, state: dict | None, seed: int):
         device, (M, C) = features.device, features.shape
@@ -120,43 +143,96 @@ class Trainer:
         if state is not None:
             self.load(state)
         self.generator = torch.Generator(device).manual_seed(seed)
-        self.sampler = self.sampler_kind(features, positives, self.N, self.generator, settings.triplets, training_search(features))
-        self.anchors = torch.empty(M, dtype=torch.int64, device=device)
-        self.cursor = torch.zeros(1, dtype=torch.int64, device=device)
-        self.lane = torch.arange(self.N, device=device)
+        self.a_pass = M // self.N  # iterations of a pass over the anchors
+        self.most = min(self.GRAPH, self.a_pass) if device.type == "cuda" else 1  # iterations drawn at once
+        self.sampler = self.sampler_kind(features, positives, self.most * self.N, self.generator, settings.triplets,
+                                         training_search(features))
+        self.anchors = torch.empty(self.a_pass, self.N, dtype=torch.int64, device=device)
+        self.u = torch.empty(self.a_pass, self.N, device=device)  # which member of its set is an anchor's positive
+        self.offsets = torch.empty(self.a_pass, 1, dtype=torch.int64, device=device)  # of the windows of candidates
+        self.cursor = torch.zeros(1, dtype=torch.int64, device=device)  # iterations of this pass so far
+        self.lane = torch.arange(self.most, device=device)
         self.losses = torch.zeros(2, device=device)  # sums of D's and G's since the last read
-        self.graph = None
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}  # by their number of iterations
+        self.warm: dict[int, int] = {}  # how often so many iterations were run to warm up
         self.shuffle()
+        self.forms = make_proxy, discriminator_loss, generator_loss
+        wanted = settings.compile
+        if wanted is None:
+            wanted = device.type == "cuda" and settings.span(M)[1] >= COMPILE_FROM
+        if wanted:
+            self.compile()
 
     def networks(self, C: int) -> tuple[Generator, Discriminator]:
         return Generator(C), Discriminator(C)
 
     def loss_of_D(self, a: Tensor, p: Tensor, n: Tensor, proxy: Tensor) -> Tensor:
-        return discriminator_loss(self.D, a, p, n, proxy, self.s.lam)
+        return self.forms[1](self.D, a, p, n, proxy, self.s.lam)
+
+    def loss_of_G(self, a: Tensor, p: Tensor, n: Tensor, proxy: Tensor) -> Tensor:
+        self.D.requires_grad_(False)  # a compiled form computes the gradients of all that asks for one
+        loss = self.forms[2](self.D, a, p, n, proxy, self.s.lam)
+        self.D.requires_grad_(True)
+        return loss
+
+    def compile(self) -> None:
+        """Compile the networks and Eq. 1, and try them out before anything is trained; where that fails, go on without.
+
+        What a kind of GAN computes itself in `loss_of_D` is not compiled.
+        """
+        plain, self.forms = self.forms, tuple(_compiled(form) for form in self.forms)
+        try:
+            with _tf32(self.features.device):
+                self._try_out()
+        except Interrupted:
+            raise
+        except Exception as error:  # the compilers raise almost anything
+            reason = (str(error).strip().splitlines() or [""])[0]
+            text = f"the GAN's networks are not compiled, plain ones used instead: {type(error).__name__}: {reason}"
+            warnings.warn(text, stacklevel=2)
+            self.forms = plain
+
+    def _try_out(self) -> None:
+        """Losses and gradients of an iteration, without its steps."""
+        # Any images do, but three tensors: of one tensor given three times another form would be compiled.
+        a, p, n = self.features[self.anchors[:1].expand(3, -1)].float().unbind()  # each [N, C]
+        proxy = self.forms[0](self.G, a, p, n)
+        torch.autograd.grad(self.loss_of_D(a, p, n, proxy.detach()), list(self.D.parameters()))
+        torch.autograd.grad(self.loss_of_G(a, p, n, proxy), list(self.G.parameters()))
 
     def shuffle(self) -> None:
-        """Before each pass over the anchors: a new order of anchors, another of candidates."""
+        """Before each pass over the anchors: a new order of anchors, another of candidates, and what the draws need."""
+        generator, device = self.generator, self.generator.device
         self.sampler.shuffle()
-        self.anchors.copy_(torch.randperm(self.M, generator=self.generator, device=self.generator.device))
+        order = torch.randperm(self.M, generator=generator, device=device)
+        self.anchors.copy_(order[: self.anchors.numel()].view_as(self.anchors))
+        self.u.copy_(torch.rand(self.u.shape, generator=generator, device=device))
+        self.offsets.copy_(torch.randint(self.M, self.offsets.shape, generator=generator, device=device))
+        self.cursor.zero_()
 
-    def draw(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Images a, p, n, each [N]: the next anchors of the pass, with a window of candidates of this iteration.
+    def draw(self, iterations: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+        """Images a, p, n, each [B, N]: the next anchors of the pass, with a window of candidates for each iteration.
 
         An anchor comes once a pass, so each of its triplets (five passes are the method's epoch) has its own draw.
         """
-        a = self.anchors[(self.cursor + self.lane) % self.M]
-        self.cursor.add_(self.N).remainder_(self.M)
-        u = torch.rand(self.N, generator=self.generator, device=a.device)
-        offset = torch.randint(self.M, (1,), generator=self.generator, device=a.device)
-        return a, self.sampler.draw_positives(a, u), self.sampler.draw_negatives(a, offset)
+        at = (self.cursor + self.lane[:iterations]) % self.a_pass  # [B]
+        self.cursor.add_(iterations)
+        a = self.anchors[at]
+        return a, self.sampler.draw_positives(a, self.u[at]), self.sampler.draw_negatives(a, self.offsets[at])
 
-    def step(self) -> None:
+    def step(self, iterations: int = 1) -> None:
+        """So many iterations, at most `self.most`."""
         with torch.no_grad():
-            a, p, n = self.features[torch.cat(self.draw())].float().chunk(3)  # each [N, C]
-        proxy = self.G(a, p, n)
+            triplets = self.features[torch.stack(self.draw(iterations), 1)].float()  # [B, 3, N, C]
+        for triplet in triplets.unbind():
+            self.update(*triplet.unbind())
+
+    def update(self, a: Tensor, p: Tensor, n: Tensor) -> None:
+        """Step D, then G, on the features of triplets, each [N, C]."""
+        proxy = self.forms[0](self.G, a, p, n)
         loss_D = self.loss_of_D(a, p, n, proxy.detach())
         self._update(self.adam_D, self.D, loss_D)
-        loss_G = generator_loss(self.D, a, p, n, proxy, self.s.lam)
+        loss_G = self.loss_of_G(a, p, n, proxy)
         self._update(self.adam_G, self.G, loss_G)
         self.losses += torch.stack([loss_D.detach(), loss_G.detach()])
 
@@ -166,33 +242,40 @@ class Trainer:
             param.grad = grad
         adam.step()
 
-    def warm_up(self) -> None:
-        """One iteration on the stream that will be captured: what libraries and optimizers set up at their first call must not be in the graph."""
+    def warm_up(self, iterations: int = 1) -> None:
+        """Iterations on the stream that will be captured: what libraries and optimizers set up at their first call must
+        not be in the graph."""
         device = self.features.device
         stream, main = _capture_stream(device), torch.cuda.current_stream(device)
         stream.wait_stream(main)
-        with torch.cuda.stream(stream), warnings.catch_warnings():
+        with torch.cuda.stream(stream), _tf32(device), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")  # and is run without, so far
-            self.step()
+            self.step(iterations)
         main.wait_stream(stream)
 
-    def capture(self) -> None:
-        """From here on `run` replays one iteration as a CUDA graph. After some of `warm_up`."""
+    def capture(self, iterations: int = 1) -> None:
+        """From here on `run` replays so many iterations as a CUDA graph. After some of `warm_up`."""
+        device = self.features.device
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self.generator)
         # thread_local: what NCCL's watch or a loader's pinning thread asks of CUDA meanwhile is no part of this
-        with torch.cuda.graph(graph, stream=_capture_stream(self.features.device), capture_error_mode="thread_local"):
-            self.step()
-        self.graph = graph
+        with _tf32(device), torch.cuda.graph(graph, stream=_capture_stream(device), capture_error_mode="thread_local"):
+            self.step(iterations)
+        self.graphs[iterations] = graph
 
-    def run(self) -> None:
-        """One iteration: plain on a CPU, on a GPU warming up or captured."""
-        if self.graph is not None:
-            self.graph.replay()
-        elif self.features.device.type == "cuda":
-            self.warm_up()
-        else:
+    def run(self, left: int = 1) -> int:
+        """At most `left` iterations; returns how many. One on a CPU; on a GPU `self.most` or one, warming up or captured."""
+        iterations = self.most if left >= self.most else 1
+        if self.features.device.type != "cuda":
             self.step()
+        elif self.warm.get(iterations, 0) < self.WARM_UPS:
+            self.warm_up(iterations)
+            self.warm[iterations] = self.warm.get(iterations, 0) + 1
+        else:
+            if iterations not in self.graphs:
+                self.capture(iterations)
+            self.graphs[iterations].replay()
+        return iterations
 
     def read_losses(self, iterations: int) -> dict[str, float]:
         """Mean losses of the iterations since the last read."""
@@ -221,6 +304,18 @@ class Trainer:
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     """One for all fits: cuBLAS keeps a workspace a stream."""
     return torch.cuda.Stream(device)
+
+
+@contextmanager
+def _tf32(device: torch.device) -> Iterator[None]:
+    """On CUDA: float32 products in TF32, as they are computed or captured here. What compares features keeps full ones."""
+    before = torch.get_float32_matmul_precision()
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 class _Probe:
@@ -293,20 +388,19 @@ def fit_gan(features: Tensor, positives: PositiveSets, settings: GANSettings, se
 
     Stops between the minimum and the cap once losses and proxies have settled, and keeps the weights with the smallest
     hub among those looked at from the minimum on (of equal ones the latest). Raises BadInput where there are too few
-    images, RunFailed at a loss that is not finite, and whatever tick raises, which is called every iteration.
+    images, RunFailed at a loss that is not finite, and whatever tick raises, which is called every iteration, on a GPU
+    every graph of `Trainer.GRAPH` iterations.
     """
     started = time.perf_counter()
     trainer = kind(features, positives, settings, state, seed)
     probe = _Probe(trainer)
     minimum, cap = settings.span(trainer.M)
-    every, a_pass = max(1, min(cap // 40, 500)), max(1, trainer.M // trainer.N)
-    history, best, read = [], None, 0
-    for i in range(1, cap + 1):
+    every, a_pass = max(1, min(cap // 40, 500)), trainer.a_pass
+    history, best, read, i = [], None, 0, 0
+    while i < cap:
         if tick is not None:
             tick()
-        trainer.run()
-        if i == 3 and features.device.type == "cuda":
-            trainer.capture()
+        i += trainer.run(min(cap - i, every - i % every, a_pass - i % a_pass))
         if i % a_pass == 0:
             trainer.shuffle()
         if i % every and i != cap:

@@ -1,6 +1,7 @@
 """Triplets of images: anchor, one of its positives, a hard negative (method.md, Eq. 1).
 
-Letters: M images, C feature dimension, N anchors of a batch, S candidates of a draw, E directed edges of the sets.
+Letters: M images, C feature dimension, N anchors of a batch, S candidates of a draw, E directed edges of the sets,
+B batches drawn at once.
 """
 
 import torch
@@ -27,7 +28,7 @@ class TripletSampler:
         """features [M, C] unit rows; generator: on the CPU or the features' device; triplets of an anchor.
 
         search [M, C]: a copy in another dtype, in which the hardest negative is looked for. `batch` is the most anchors
-        a draw will have. Raises BadInput where there are too few images, or sets so large that no negative may be left.
+        a call will have, of all batches drawn at once, all of them different. Raises BadInput where there are too few images, or sets so large that no negative may be left.
         """
         self.M, device = len(features), features.device
         self.search = features if search is None else search
@@ -41,6 +42,7 @@ class TripletSampler:
         self.capacity = None if device.type == "cpu" else int(largest.sum())
         self.order = torch.empty(self.M, dtype=torch.int64, device=device)
         self.place = torch.empty_like(self.order)  # place[order[i]] = i
+        self.slots = torch.arange(self.pool, device=device)  # of a window
         self.shuffle()
 
     def shuffle(self) -> None:
@@ -53,11 +55,13 @@ class TripletSampler:
         return [(start + t * self.M // self.triplets) % self.M for t in range(self.triplets)]
 
     def candidates(self, offset: Tensor | int) -> Tensor:
-        """[S] images that may be negatives in the draw at `offset` (an int, or [1]); the last is given up, see below."""
-        return self.order[(torch.arange(self.pool, device=self.order.device) + offset) % self.M]
+        """[S] images that may be negatives in the draw at `offset` (an int, or [1]); the last is given up, see below.
+        offset [B, 1]: [B, S]."""
+        return self.order[(self.slots + offset) % self.M]
 
     def draw_positives(self, anchors: Tensor, u: Tensor) -> Tensor:
-        """anchors [N], u [N] uniform in [0, 1) -> a member of each anchor's set [N]; the anchor while its set is empty."""
+        """anchors [N], u [N] uniform in [0, 1) -> a member of each anchor's set [N]; the anchor while its set is empty.
+        Both may have any other shape."""
         sets = self.positives
         if not sets.num_edges:
             return anchors
@@ -68,18 +72,22 @@ class TripletSampler:
         return torch.where(size > 0, sets.members[edge].long(), anchors)
 
     def draw_negatives(self, anchors: Tensor, offset: Tensor | int) -> Tensor:
-        """anchors [N] -> the most similar of the candidates at `offset` [N], never the anchor nor a positive of it."""
+        """anchors [N] -> the most similar of the candidates at `offset` [N], never the anchor nor a positive of it.
+        Of several batches at once: anchors [B, N], offset [B, 1] -> [B, N]."""
         candidates, scores = self.score_candidates(anchors, offset)
-        return candidates[scores.max(1).indices]  # argmax is slow in bfloat16
+        return candidates.gather(-1, scores.max(-1).indices)  # argmax is slow in bfloat16
 
     def score_candidates(self, anchors: Tensor, offset: Tensor | int) -> tuple[Tensor, Tensor]:
-        """anchors [N] -> the candidates at `offset` [S] and how similar each is to each anchor [N, S], -inf where it may be no negative."""
+        """anchors [N] -> the candidates at `offset` [S] and how similar each is to each anchor [N, S], -inf where it may
+        be no negative. Of several batches at once: anchors [B, N], offset [B, 1] -> [B, S], [B, N, S]."""
         candidates = self.candidates(offset)
-        scores = self.search[anchors] @ self.search[candidates].T  # [N, S]
-        row, image = self._forbidden(anchors)
+        scores = self.search[anchors] @ self.search[candidates].mT  # [B, N, S]
+        row, image = self._forbidden(anchors.flatten())
+        if isinstance(offset, Tensor):
+            offset = offset.expand(anchors.shape).flatten()[row]
         # The last candidate is given up: everything forbidden that stands outside the window lands on it.
         slot = ((self.place[image] - offset) % self.M).clamp(max=self.pool - 1)
-        scores[:, -1].fill_(-torch.inf)
+        scores[..., -1].fill_(-torch.inf)
         scores.view(-1).index_fill_(0, row * self.pool + slot, -torch.inf)
         return candidates, scores
 
