@@ -4,7 +4,8 @@
     python -m benchmarks.growth --device cpu              fewer iterations, M = 2,000 to 20,000 (mining) and 100,000 (loss)
     python -m benchmarks.growth --parts gan|mining|loss
 
-  gan      its iterations at batch 256 with the hardest of 4,096 candidates and own draws for the five triplets, M = 50,000; no early end
+  gan      its iterations at batch 256 with the hardest of 4,096 candidates and own draws for the five triplets, M = 50,000; no early end;
+           on a GPU with compiled losses, as fits of 50,000 iterations and more have them, and without
   mining   a round without the GAN's training: five triplets an anchor, the best proxy's ten nearest, joined by the radius, made into sets
   loss     the exact softmax over all M, batch 256, P 32, hard positives, forward and backward (benchmarks/bank_loss.py, which has all its forms)
 
@@ -61,16 +62,24 @@ def features_of(M: int, device: torch.device) -> torch.Tensor:
     return synthetic(M, C, device, torch.float16 if device.type == "cuda" else torch.float32, 0)[0]
 
 
-def measure_gan(args: argparse.Namespace, result: common.Result) -> None:
+def time_gan(args: argparse.Namespace, compiled: bool) -> tuple[common.Timing, float]:
+    """Seconds of a fit of args.iters iterations on args.gan_images features, and of the first few, which compile."""
     device, M = args.device, args.gan_images
     features, empty = features_of(M, device), PositiveSets.empty(M, device)
-    run = lambda iters: fit_gan(features, empty, GANSettings(iters=iters, min_iters=iters), 0)
-    run(min(20, args.iters))
-    timing = repeated(lambda: run(args.iters), device, args.repeats)
-    issues = common.is_h200(device) and args.iters == 20_000
-    more = {"bar": BARS["gan"][0], "goal": BARS["gan"][1]} if issues else {}
-    result.add(timing.row(f"GAN, {args.iters:,} iterations, M = {M:,}", "s", **more))
-    result.add(common.Timing([s / args.iters for s in timing.seconds]).row("  of them each"))
+    run = lambda iters: fit_gan(features, empty, GANSettings(iters, iters, compile=compiled), 0)
+    first = common.once(lambda: run(min(20, args.iters)), device)
+    return repeated(lambda: run(args.iters), device, args.repeats), first
+
+
+def measure_gan(args: argparse.Namespace, result: common.Result) -> None:
+    more = {"bar": BARS["gan"][0], "goal": BARS["gan"][1]} if common.is_h200(args.device) and args.iters == 20_000 else {}
+    for compiled in (True, False) if args.device.type == "cuda" else (False,):
+        timing, first = time_gan(args, compiled)
+        how = ", compiled" if compiled else ""
+        result.add(timing.row(f"GAN{how}, {args.iters:,} iterations, M = {args.gan_images:,}", "s", **more))
+        result.add(common.Timing([s / args.iters for s in timing.seconds]).row("  of them each"))
+        if compiled:
+            result.add(common.Timing([first]).row("  compiling, once a process", "s"))
 
 
 def measure_mining(args: argparse.Namespace, result: common.Result) -> None:

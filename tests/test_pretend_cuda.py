@@ -9,6 +9,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import main_knn
 import main_lincls
@@ -200,6 +201,57 @@ def test_a_captured_gan_waits_for_nothing_and_learns_what_the_plain_one_does(see
         fit = gan.fit_gan(features.to(device), sets, settings, seed=0)
         nets.append([x.cpu() for x in (*fit.G.state_dict().values(), *fit.D.state_dict().values())])
     torch.testing.assert_close(*nets, atol=1e-4, rtol=1e-3)
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations that a GPU would launch a kernel for, roughly: all but views and empty tensors."""
+
+    FREE = {"view", "_unsafe_view", "t", "transpose", "slice", "select", "expand", "unsqueeze", "squeeze", "split", "unbind", "detach", "alias", "permute", "as_strided",
+            "empty", "empty_like", "new_empty", "_record_function_enter_new", "_record_function_exit"}  # fmt: skip
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket.__name__ not in self.FREE
+        return func(*args, **(kwargs or {}))
+
+
+def test_ten_iterations_at_once_take_fewer_launches_than_ten(seen):
+    """One took 204, not compiled, before their draws were made at once."""
+    features = F.normalize(torch.randn(2600, 128, generator=Generator().manual_seed(0)), dim=1).to(CUDA)
+    src = torch.arange(1000, device=CUDA)
+    trainer = gan.Trainer(features, PositiveSets.from_edges(2600, src, src + 1000), gan.GANSettings(), None, seed=0)
+    launches = {}
+    for iterations in (10, 1):
+        trainer.step(iterations)
+        with Operations() as found:
+            trainer.step(iterations)
+        launches[iterations] = found.count / iterations
+    assert launches[10] <= 118 < 165 < launches[1] < 180
+
+
+def test_a_fit_on_the_device_captures_ten_iterations_and_one(seen):
+    """Ten where neither a look nor a new pass comes before their end. TF32 is on while an iteration is run or captured, only then."""
+    precisions, ticks, trainers = [], [], []
+
+    class Watched(gan.Trainer):
+        def update(self, *triplet):
+            precisions.append(torch.get_float32_matmul_precision())
+            super().update(*triplet)
+
+    def kind(*args):
+        trainers.append(Watched(*args))
+        return trainers[0]
+
+    features = F.normalize(torch.randn(500, 16, generator=Generator().manual_seed(0)), dim=1).to(CUDA)
+    settings = gan.GANSettings(iters=1000, min_iters=1000, batch=20, compile=True)
+    fit = gan.fit_gan(features, PositiveSets.empty(500, CUDA), settings, seed=0, tick=lambda: ticks.append(1), kind=kind)
+    assert fit.report["history"]["iteration"] == list(range(25, 1001, 25)) and set(trainers[0].graphs) == {1, 10}
+    assert len(ticks) == 40 * (2 + 5), "a pass and a look have 25 iterations: two graphs of ten and five of one"
+    # Three warm-ups and the capture of each; a real graph keeps the products that it was captured with.
+    assert precisions.count("high") == 4 * (10 + 1) and torch.get_float32_matmul_precision() == "highest"
 
 
 def test_gradients_of_the_gan_lie_as_its_weights():
