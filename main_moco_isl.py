@@ -378,7 +378,7 @@ def build_model(args: argparse.Namespace, size: int) -> torch.nn.Module:
 
 def build_miner(args: argparse.Namespace, labels: torch.Tensor | None):
     """labels [M]: of the training images, for the one miner that is allowed to see them."""
-    rules = {"budget": args.isl_budget, "keep": args.isl_keep, "max_share": args.isl_max_share, "trust": options.trust(args.isl_trust)}
+    rules = {"budget": args.isl_budget, "keep": args.isl_keep, "max_share": args.isl_max_share, "trust": options.trust(args.isl_trust), "index": args.isl_index}
     rounds = 1 + (args.epochs - 1 - args.isl_start) // args.isl_every if args.isl_grow else 1
     most = max(1, math.ceil(args.isl_budget * rounds))  # positives an image, in the largest of the rounds
     if args.miner == "none":

@@ -26,8 +26,9 @@ setup(
     install_requires=["torch>=2.4", "torchvision>=0.19", "timm>=1.0", "numpy", "submitit>=1.5", "pyyaml", "safetensors", "tqdm"],
     extras_require={
         "svhn": ["scipy"],
+        "faiss": ["faiss-cpu"],
         "report": ["matplotlib", "jinja2"],
         "tensorboard": ["tensorboard"],
-        "test": ["pytest", "scipy", "matplotlib", "jinja2", "tensorboard", "lightly"],
+        "test": ["pytest", "scipy", "matplotlib", "jinja2", "tensorboard", "lightly", "faiss-cpu"],
     },
 )

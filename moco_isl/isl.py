@@ -201,7 +201,7 @@ class ISL:
         rng = rng or torch.Generator().manual_seed(self.round)
         given = {} if views is None else {"views": views}  # a miner of a user's own need not know of them
         positives = miner.mine(features, self.positives, rng, tick, **given).to(features.device)
-        zone = in_between(features, positives, self.between, tick) if self.between else self.zone
+        zone = in_between(features, positives, self.between, tick, getattr(miner, "searchable", None)) if self.between else self.zone
         if not self.bank.filled:
             self.bank.fill(features)
         self.positives, self.zone = positives.to(self.bank.device), zone.to(self.bank.device)

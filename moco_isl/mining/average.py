@@ -12,6 +12,7 @@ from moco_isl import dist
 from moco_isl.errors import BadInput
 from moco_isl.mining.edges import Edges
 from moco_isl.mining.estimate import Views
+from moco_isl.mining.ivf import IVF
 from moco_isl.mining.neighbors import Tick, topk
 from moco_isl.mining.positives import PositiveSets
 from moco_isl.mining.rounds import RoundMiner, over_blocks
@@ -40,8 +41,10 @@ class AverageMiner(RoundMiner):
     def find(self, features: Tensor, positives: PositiveSets, seed: int, tick: Tick | None) -> tuple[Edges, str]:
         M = len(features)
         k, candidates = min(self.k, M - 1), min(self.candidates, M - 1)
-        means = neighbourhood_means(features if self.views is None else with_views(features, self.views), k, self.power, tick)
-        block = lambda anchors, number: topk(means[anchors], means, candidates, anchors, tick=tick)
+        rows = features if self.views is None else with_views(features, self.views)
+        means = neighbourhood_means(rows, k, self.power, tick, self.searchable(rows, tick))
+        bank = self.searchable(means, tick)
+        block = lambda anchors, number: topk(means[anchors], bank, candidates, anchors, tick=tick)
         anchors, cosine, near = over_blocks(M, features.device, block, tick)
         return Edges(anchors.repeat_interleave(candidates), near.flatten(), cosine.flatten()), ""
 
@@ -51,11 +54,16 @@ def with_views(features: Tensor, views: Views) -> Tensor:
     return F.normalize(features.float() + views[0].float() + views[1].float(), dim=1).to(features.dtype)
 
 
-def neighbourhood_means(features: Tensor, k: int, power: float, tick: Tick | None = None) -> Tensor:
-    """features [M, C] unit rows -> unit rows [M, C] in the same type: each with its k nearest, weighed by cosine ^ power. Equal on all ranks."""
+def neighbourhood_means(features: Tensor, k: int, power: float, tick: Tick | None = None,
+                        bank: Tensor | IVF | None = None) -> Tensor:
+    """features [M, C] unit rows -> unit rows [M, C] in the same type: each with its k nearest, weighed by cosine ^ power.
+
+    bank: what is searched, `RoundMiner.searchable` of the features; None: the features. Equal on all ranks.
+    """
+    bank = features if bank is None else bank
 
     def block(anchors: Tensor, number: int) -> tuple[Tensor]:
-        cosine, near = topk(features[anchors], features, k, anchors, tick=tick)  # [N, k]
+        cosine, near = topk(features[anchors], bank, k, anchors, tick=tick)  # [N, k]
         weight = cosine.clamp(min=0) ** power
         parts = []
         for i in range(0, len(anchors), _ROWS):

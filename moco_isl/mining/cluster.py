@@ -4,11 +4,11 @@ Letters: M images, C feature dimension, N anchors of a block, k background neigh
 """
 
 import torch
-import torch.nn.functional as F
 
 from moco_isl import dist
 from moco_isl.errors import BadInput, Interrupted
 from moco_isl.mining.edges import Edges
+from moco_isl.mining.kmeans import kmeans
 from moco_isl.mining.neighbors import Tick, topk
 from moco_isl.mining.positives import PositiveSets
 from moco_isl.mining.rounds import RoundMiner, over_blocks
@@ -39,9 +39,10 @@ class ClusterMiner(RoundMiner):
         G = min(M, self.clusters or max(1, round(M / 40)))
         k = min(self.background, M - 1)
         cluster = self._clusterings(features, G, seed, tick)  # [H, M]
+        bank = self.searchable(features, tick)
 
         def block(anchors: Tensor, number: int) -> tuple[Tensor, Tensor]:
-            cosine, near = topk(features[anchors], features, k, anchors, tick=tick)  # [N, k]
+            cosine, near = topk(features[anchors], bank, k, anchors, tick=tick)  # [N, k]
             together = sum((own[near] == own[anchors][:, None]).float() for own in cluster)
             sureness = torch.where(together > 0, together + cosine / 4, 0)  # |cosine| <= 1: it decides among equals only
             sureness, at = sureness.sort(dim=1, descending=True, stable=True)
@@ -64,28 +65,3 @@ class ClusterMiner(RoundMiner):
         if int(dist.all_reduce_max(stopped)):
             raise Interrupted("mining was interrupted")
         return dist.all_reduce_sum(cluster)
-
-
-def kmeans(features: Tensor, G: int, iterations: int, generator: torch.Generator, tick: Tick | None = None) -> tuple[Tensor, Tensor]:
-    """Spherical k-means of unit rows [M, C] into G <= M clusters: cluster of each row [M] int64, unit centroids [G, C] float32.
-
-    Starts from G rows drawn by `generator` (CPU) and ends when no row changes its cluster, or after `iterations` rounds. A
-    cluster that has lost all its rows starts anew from the row that is least like its own centroid.
-    """
-    M = len(features)
-    centroids = features[torch.randperm(M, generator=generator)[:G].to(features.device)].float()
-    cluster = None
-    for _ in range(iterations):
-        cosine, nearest = topk(features, centroids.to(features.dtype), 1, tick=tick)
-        cosine, nearest = cosine.squeeze(1), nearest.squeeze(1)  # [M]
-        if cluster is not None and torch.equal(cluster, nearest):
-            break
-        cluster = nearest
-        sums = torch.zeros_like(centroids)
-        for i in range(0, M, 1 << 18):
-            sums.index_add_(0, cluster[i : i + (1 << 18)], features[i : i + (1 << 18)].float())
-        centroids = F.normalize(sums, dim=1)
-        empty = cluster.bincount(minlength=G) == 0
-        strangers = cosine.sort(stable=True).indices[: int(empty.sum())]
-        centroids[empty] = features[strangers].float()
-    return cluster, centroids

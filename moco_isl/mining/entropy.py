@@ -38,11 +38,12 @@ class EntropyMiner(RoundMiner):
     def find(self, features: Tensor, positives: PositiveSets, seed: int, tick: Tick | None) -> tuple[Edges, str]:
         M = len(features)
         k = min(self.k, M - 1)
+        bank = self.searchable(features, tick)
 
         def block(anchors: Tensor, number: int) -> tuple[Tensor, Tensor]:
             own = features[anchors]
-            near = topk(own, features, k, anchors, tick=tick)[1]
-            return entropy(own, features, self.T, fused=True), near
+            near = topk(own, bank, k, anchors, tick=tick)[1]
+            return entropy(own, features, self.T, fused=True), near  # the entropy is over all images
 
         anchors, own, near = over_blocks(M, features.device, block, tick)  # [n], [n], [n, k] of this rank's share
         self.rounds += 1

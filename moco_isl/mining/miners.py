@@ -11,6 +11,7 @@ from moco_isl.errors import BadInput, Interrupted, RunFailed
 from moco_isl.mining.edges import Edges
 from moco_isl.mining.estimate import Views
 from moco_isl.mining.gan import Discriminator, GANFit, GANSettings, Generator, collapse, fit_gan
+from moco_isl.mining.ivf import IVF
 from moco_isl.mining.neighbors import Tick, topk
 from moco_isl.mining.positives import PositiveSets
 from moco_isl.mining.rounds import RoundMiner, block_size, over_blocks
@@ -47,7 +48,8 @@ class KNNMiner(RoundMiner):
 
     def find(self, features: Tensor, positives: PositiveSets, seed: int, tick: Tick | None) -> tuple[Edges, str]:
         k = min(self.k, len(features) - 1)
-        block = lambda anchors, number: topk(features[anchors], features, k, anchors, tick=tick)
+        bank = self.searchable(features, tick)
+        block = lambda anchors, number: topk(features[anchors], bank, k, anchors, tick=tick)
         anchors, cosine, near = over_blocks(len(features), features.device, block, tick)
         return Edges(anchors.repeat_interleave(k), near.flatten(), cosine.flatten()), ""
 
@@ -83,7 +85,9 @@ class GANMiner(RoundMiner):
         why, none = fit.why, torch.empty(0, device=device)
         if not why:
             k = min(self.candidates, M - 1)
-            anchors, score, near, cosine, to_triplet = best_proxies(fit, features, positives, seed, k, self.settings.triplets, tick)
+            bank = self.searchable(features, tick)
+            anchors, score, near, cosine, to_triplet = best_proxies(
+                fit, features, positives, seed, k, self.settings.triplets, tick, bank)  # fmt: skip
             figures = _statistics(M, score, near, to_triplet)
             self.report |= figures
             # a hub's share falls with the size of the bank it is among
@@ -157,8 +161,10 @@ class GANMiner(RoundMiner):
 
 @torch.no_grad()
 def best_proxies(fit: GANFit, features: Tensor, positives: PositiveSets, seed: int, k: int, triplets: int = 5,
-                 tick: Tick | None = None) -> list[Tensor]:
+                 tick: Tick | None = None, bank: Tensor | IVF | None = None) -> list[Tensor]:
     """The best proxy (Eq. 3) of every anchor of this rank's share, and the k images nearest to it, never the anchor.
+
+    bank: what the images are searched in, `RoundMiner.searchable` of the features; None: the features.
 
     Returns anchors [n], score [n], near [n, k], cosine of near to the proxy [n, k], cosines of the proxy to a, p, n
     [n, 3]. What is drawn for an anchor depends on the seed and its block: not on the ranks.
@@ -170,7 +176,7 @@ def best_proxies(fit: GANFit, features: Tensor, positives: PositiveSets, seed: i
     def block(anchors: Tensor, number: int) -> tuple[Tensor, ...]:
         draws = torch.Generator().manual_seed((seed + 0x9E3779B97F4A7C15 * (number + 1)) % 2 ** 63)
         score, proxy, to_triplet = proxies_of(fit.G, fit.D, features, sampler, anchors, draws)
-        cosine, near = topk(proxy, features, k, anchors, tick=tick)
+        cosine, near = topk(proxy, features if bank is None else bank, k, anchors, tick=tick)
         return score, near, cosine, to_triplet
 
     return over_blocks(M, device, block, tick)
@@ -229,6 +235,8 @@ def one_line(report: dict) -> str:
             f"in-degree {report['worst_in_degree']}, +{report['edges_added']} -{report['edges_dropped']} edges")
     if "between" in report:
         text += f", {report['between']:.1f} in between"
+    if "recall" in report:
+        text += f", recall {report['recall']:.3f} of the approximate search"
     if "loss_D" in report:
         text += (f"; D {report['loss_D']:.2f} G {report['loss_G']:.2f} score {report['score']:.2f}, proxy to a/p/n "
                  f"{report['cos_anchor']:.2f}/{report['cos_positive']:.2f}/{report['cos_negative']:.2f}, hub "
@@ -236,7 +244,10 @@ def one_line(report: dict) -> str:
     if report.get("precision") is not None:
         text += f"; precision {report['precision']:.3f}"
         if report.get("precision_own_nearest") is not None:
-            text += f" (own nearest {report['precision_own_nearest']:.3f}, all pairs {report['precision_all_pairs']:.3f})"
+            text += f" (own nearest {report['precision_own_nearest']:.3f}"
+            if report.get("precision_all_pairs") is not None:
+                text += f", all pairs {report['precision_all_pairs']:.3f}"
+            text += ")"
     if report.get("precision_estimate") is not None:
         text += f"; {report['precision_estimate']:.2f} estimated without labels, at most {report['precision_at_most']:.2f}"
     elif report.get("precision_at_most") is not None:

@@ -1,14 +1,19 @@
 """Nearest rows and most similar pairs, in pieces: nothing of size M x M is ever held.
 
 Letters: M bank rows, Q queries, C feature dimension, k neighbours. Rows are unit vectors: a dot product is the cosine.
-`topk` and `top_pairs` are the only two ways in: a fused kernel stands behind `topk`, an approximate index may.
+`topk` and `top_pairs` are the only two ways in. Behind `topk` stand a fused kernel and, where the bank given is one, an
+approximate index (ivf.py).
 """
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 
 from moco_isl.mining import fused
+
+if TYPE_CHECKING:
+    from moco_isl.mining.ivf import IVF
 
 Tensor = torch.Tensor
 Tick = Callable[[], None]  # asked often while long work goes on; what it raises ends it
@@ -39,18 +44,21 @@ def _best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return value, column.gather(1, at)
 
 
-def topk(queries: Tensor, bank: Tensor, k: int, exclude: Tensor | None = None, bytes_limit: int | None = None,
+def topk(queries: Tensor, bank: "Tensor | IVF", k: int, exclude: Tensor | None = None, bytes_limit: int | None = None,
          tick: Tick | None = None) -> tuple[Tensor, Tensor]:
     """queries [Q, C], bank [M, C] -> cosine [Q, k] float32, falling, and row [Q, k] int64; equal ones by row.
 
     exclude [Q] (int64) names a bank row an own query may not find (its own; -1 for none). Scores are computed in the
     bank's dtype (float32 accumulation); those of half-precision banks are recomputed in float32 for the rows found.
     Holds bytes_limit bytes of scores at a time; without one, a GPU searches by a kernel that never writes them.
+    bank may be an `ivf.IVF` of such rows: then a few of the nearest are missed, and bytes_limit has no meaning.
     Raises ValueError if the bank has too few rows for k.
     """
     M = len(bank)
     if k > M - (exclude is not None):
         raise ValueError(f"{k} nearest were asked of a bank of {M} rows")
+    if not isinstance(bank, Tensor):
+        return bank.topk(queries, k, exclude, tick)
     kernels = _kernels_for(bank, k) if bytes_limit is None else None
     if kernels is not None:
         return _topk_fused(kernels, queries, bank, k, exclude, tick)
@@ -76,7 +84,7 @@ def _kernels_for(bank: Tensor, k: int):
 def _topk_fused(kernels, queries: Tensor, bank: Tensor, k: int, exclude: Tensor | None, tick) -> tuple[Tensor, Tensor]:
     """As `topk`; the few queries whose neighbours half precision cannot tell apart from others are searched plainly."""
     cosine, index, sure = fused.search(kernels, queries, bank, k, exclude, tick)
-    cosine, index = _in_order(cosine, index)
+    cosine, index = in_order(cosine, index)
     unsure = (~sure).nonzero().squeeze(1)
     if len(unsure):
         own = None if exclude is None else exclude[unsure]
@@ -84,7 +92,7 @@ def _topk_fused(kernels, queries: Tensor, bank: Tensor, k: int, exclude: Tensor 
     return cosine, index
 
 
-def _in_order(cosine: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+def in_order(cosine: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     """Columns sorted by falling cosine, equal ones by row."""
     order = index.argsort(dim=1)
     value, at = cosine.gather(1, order).sort(dim=1, descending=True, stable=True)
@@ -105,7 +113,7 @@ def _topk_plain(queries: Tensor, bank: Tensor, k: int, exclude: Tensor | None, b
         if bank.dtype != torch.float32:
             exact = torch.einsum("qc,qkc->qk", queries[i:i + rows].float(), bank[found[1]].float())
             found = exact, found[1]
-        value, at = _in_order(*found)
+        value, at = in_order(*found)
         cosine[i:i + rows], index[i:i + rows] = value[:, :k], at[:, :k]
     return cosine, index
 

@@ -15,6 +15,7 @@ from moco_isl import dist
 from moco_isl.errors import BadInput, Interrupted
 from moco_isl.mining.edges import Edges, Rules, settle
 from moco_isl.mining.estimate import Views, by_halves, by_views, sampled, widest
+from moco_isl.mining.ivf import IVF, check_choice, wanted
 from moco_isl.mining.neighbors import Tick
 from moco_isl.mining.positives import PositiveSets
 
@@ -46,12 +47,17 @@ class RoundMiner:
     of its own into self.report. By `over_blocks` and the seed, sets come out equal on every rank and for any number of
     ranks (with equally many threads each: a product's last bit may depend on them). self.views is what the round has of views, or None.
 
+    index: how a whole bank is searched; "exact", "ivf" (approximate, by faiss) or "auto": exact below the size from
+    which ivf is faster, and wherever faiss is not installed. A `find` asks `self.searchable` for it. What measures,
+    the estimates and the GAN's probe, and the centroids of k-means, are always searched exactly.
     rules: budget, max_share, keep, trust and whatever else `edges.Rules` knows, of every miner by name.
     """
 
     name = "miner"
 
-    def __init__(self, **rules):
+    def __init__(self, index: str = "exact", **rules):
+        check_choice(index)
+        self.index = index
         self.rules = Rules(**rules)
         self.views: Views | None = None
         self.report: dict = {}
@@ -92,6 +98,26 @@ class RoundMiner:
                         "mean_size": sets.mean_size, "coverage": sets.coverage, "worst_in_degree": int(degree.max()),
                         "seconds": time.perf_counter() - started, "peak_memory_gib": _peak_gib(features.device)}
         return sets
+
+    def searchable(self, rows: Tensor, tick: Tick | None = None) -> "Tensor | IVF":
+        """rows [M, C], equal on all ranks -> what `topk` takes as its bank: the rows, or an index built of them.
+
+        Build it once for a bank, before the blocks; it is freed with the last name for it. All ranks call this
+        together and get equal indexes. The lowest recall of a round goes into the report. Raises Interrupted on every
+        rank where tick raised it on one.
+        """
+        if not dist.broadcast_object(wanted(self.index, rows)):
+            return rows
+        bank = None
+        try:
+            bank = IVF(rows, tick)
+        except Interrupted:
+            pass
+        if int(dist.all_reduce_max(torch.tensor(int(bank is None), device=rows.device))):
+            raise Interrupted("mining was interrupted")
+        bank.nprobe, bank.recall = dist.broadcast_object((bank.nprobe, bank.recall))
+        self.report["recall"] = min(bank.recall, self.report.get("recall", 1.0))
+        return bank
 
     def _trusted(self, features: Tensor, views: Views | None, a: Tensor, b: Tensor, tick: Tick | None) -> int:
         """How many of the pairs a [U], b [U], surest first, to keep; what is estimated of them goes into the report."""

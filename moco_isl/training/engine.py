@@ -16,6 +16,7 @@ from moco_isl.errors import Interrupted
 from moco_isl.isl import ISL
 from moco_isl.mining.baselines import baselines
 from moco_isl.training.meters import Averages, Clock, Progress, require_finite
+from moco_isl.training.round_record import sample_anchors
 from moco_isl.training.signals import Stop
 
 
@@ -132,21 +133,26 @@ def mine_round(isl: ISL, miner, features: torch.Tensor, labels: torch.Tensor | N
     report = dict(isl.mine(features, miner, rng, stop.tick, views))
     report |= {"round": isl.round, "seconds": time.perf_counter() - start, **_memory(features.device)}
     if labels is not None:
-        report |= judge_positives(isl, features, labels, sizes)
+        report |= judge_positives(isl, features, labels, sizes, sampled="recall" in report)
     return report
 
 
-def judge_positives(isl: ISL, features: torch.Tensor, labels: torch.Tensor, sizes: tuple[int, ...]) -> dict:
-    """Precision of the sets and of both Euclidean baselines at the sets' mean size; of the baselines at `sizes` too."""
+def judge_positives(isl: ISL, features: torch.Tensor, labels: torch.Tensor, sizes: tuple[int, ...], sampled: bool = False) -> dict:
+    """Precision of the sets and of both Euclidean baselines at the sets' mean size; of the baselines at `sizes` too.
+
+    sampled: for a round that searched approximately, because an exact search of all images takes too long. Then own
+    nearest is that of 4,096 images, searched exactly, and all pairs are left out.
+    """
     mean = isl.positives.mean_size
     precision = isl.positives.precision(labels) if isl.positives.num_edges else None
     if not dist.is_main():
         return {"precision": precision}
     at = sorted({*sizes, *([mean] if mean else [])})
-    found = baselines(features, labels, at)
+    anchors = sample_anchors(len(features)).to(features.device) if sampled else None
+    found = baselines(features, labels, at, pairs=not sampled, anchors=anchors)
     return {
         "precision": precision,
-        **{f"precision_{rule}": found[rule][at.index(mean)] if mean else None for rule in ("own_nearest", "all_pairs")},
+        **{f"precision_{rule}": found[rule][at.index(mean)] if mean and rule in found else None for rule in ("own_nearest", "all_pairs")},
         "baselines": found,
     }
 

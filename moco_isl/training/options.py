@@ -7,6 +7,7 @@ import random
 import torch
 
 from moco_isl.encoders import STEMS
+from moco_isl.mining import ivf
 from moco_isl.training import cli, fast
 
 SCHEDULE = [120, 160]  # MoCo's, for its 200 epochs
@@ -101,6 +102,9 @@ def get_parser(description: str) -> cli.Parser:
     cli.add_switch(group, "--isl-views", default=None, help="let a round look at two augmented views of every image too, which tells how much of its sets is right: two more "
                    "feature passes a round (on with --isl-trust). Without, a round can only say how much at most. --miner average mines by them too")
     cli.add_switch(group, "--isl-keep", help="never drop a pair once mined, as the paper; off: each round judges old pairs again")
+    group.add_argument("--isl-index", choices=ivf.CHOICES, default="exact", help="how a round searches all images. ivf: approximately, by the extra faiss, with 0.95 of "
+                       "the 10 nearest found; of use from some 100,000 images on a CPU. auto: ivf from there (14 million on a GPU) where faiss is installed. exact: what is "
+                       "mined depends on no extra (default)")
     group.add_argument("--isl-neighbors", type=int, metavar="k", help="nearest images looked at by knn and entropy (as many as the budget asks for) and in diffusion's "
                        "graph (20); whose mean average takes (50)")
     group.add_argument("--isl-share", type=float, default=0.25, metavar="x", help="entropy: the surest share of all images mines, another x each round (0.25)")
@@ -181,6 +185,7 @@ def check_args(args: argparse.Namespace) -> None:
     cli.check(oracle or not args.research_labels, f"--research-labels is for --miner oracle, and --miner {args.miner} uses no labels: leave it off")
     cli.check(not oracle or not (args.isl_grow or args.isl_keep or bound or args.isl_views), "--miner oracle draws its sets anew each round, of --oracle-size, and knows "
               "how right they are: leave --isl-grow, --isl-keep, --isl-trust and --isl-views off")
+    cli.check(args.isl_index != "ivf" or ivf.installed(), "--isl-index ivf needs the package faiss, which is not installed: pip install 'moco_isl[faiss]'")
     fewest, most = args.isl_gan_min_iters, args.isl_gan_iters
     cli.check(None in (fewest, most) or fewest <= most, f"--isl-gan-min-iters {args.isl_gan_min_iters} is more than --isl-gan-iters {args.isl_gan_iters}")
     for name, value in fast.defaults(args.fast, cuda=args.device != "cpu" and torch.cuda.is_available()).items():

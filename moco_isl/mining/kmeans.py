@@ -1,0 +1,36 @@
+"""Spherical k-means of unit rows.
+
+Letters: M rows, C feature dimension, G clusters.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from moco_isl.mining.neighbors import Tick, topk
+
+Tensor = torch.Tensor
+
+
+def kmeans(features: Tensor, G: int, iterations: int, generator: torch.Generator, tick: Tick | None = None) -> tuple[Tensor, Tensor]:
+    """Spherical k-means of unit rows [M, C] into G <= M clusters: cluster of each row [M] int64, unit centroids [G, C] float32.
+
+    Starts from G rows drawn by `generator` (CPU) and ends when no row changes its cluster, or after `iterations` rounds. A
+    cluster that has lost all its rows starts anew from the row that is least like its own centroid.
+    """
+    M = len(features)
+    centroids = features[torch.randperm(M, generator=generator)[:G].to(features.device)].float()
+    cluster = None
+    for _ in range(iterations):
+        cosine, nearest = topk(features, centroids.to(features.dtype), 1, tick=tick)
+        cosine, nearest = cosine.squeeze(1), nearest.squeeze(1)  # [M]
+        if cluster is not None and torch.equal(cluster, nearest):
+            break
+        cluster = nearest
+        sums = torch.zeros_like(centroids)
+        for i in range(0, M, 1 << 18):
+            sums.index_add_(0, cluster[i : i + (1 << 18)], features[i : i + (1 << 18)].float())
+        centroids = F.normalize(sums, dim=1)
+        empty = cluster.bincount(minlength=G) == 0
+        strangers = cosine.sort(stable=True).indices[: int(empty.sum())]
+        centroids[empty] = features[strangers].float()
+    return cluster, centroids
