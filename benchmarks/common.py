@@ -168,7 +168,7 @@ def _cpu_name() -> str:
 
 def versions() -> dict:
     found = {"python": platform.python_version()}
-    for name in ("torch", "torchvision", "triton", "pillow", "lightly", "kornia"):
+    for name in ("torch", "torchvision", "triton", "pillow", "lightly", "kornia", "faiss-cpu"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -44,7 +44,6 @@ class DiffusionMiner(RoundMiner):
         bank = self.searchable(features, tick)
         nearest = lambda anchors, number: topk(features[anchors], bank, k, anchors, tick=tick)
         _, cosine, near = (dist.all_gather_rows(x) for x in over_blocks(M, device, nearest, tick))  # [M, k] each: in order
-        del bank, nearest  # the walks need the memory of an index
         mutual, S = mutual_graph(near, cosine)
         self.report |= {"mutual": float(mutual.float().mean()), "alone": float((~mutual.any(1)).float().mean())}
 
