@@ -22,6 +22,7 @@ from moco_isl.errors import BadInput, Interrupted, RunFailed
 from moco_isl.evaluation.features import require_side
 from moco_isl.evaluation.knn import weighted_knn
 from moco_isl.isl import ISL
+from moco_isl.mining import ivf
 from moco_isl.mining.average import AverageMiner
 from moco_isl.mining.cluster import ClusterMiner
 from moco_isl.mining.diffusion import DiffusionMiner
@@ -285,6 +286,8 @@ class Run:
             self.say("=> warning: --knn-every without labels: nothing to judge by")
         if idle := options.idle(args):
             self.say(f"=> warning: without --miner nothing is mined, and {', '.join(idle)} changes nothing")
+        if args.miner not in ("none", "oracle") and args.isl_index == "exact" and ivf.wins(self.M, self.device):
+            self.say(f"=> {self.M} images are searched exactly, which takes a time that grows with their square: --isl-index ivf would be faster")
         if args.miner != "none" and args.isl_start >= args.epochs:
             self.say(f"=> warning: --isl-start {args.isl_start} is past the last epoch of --epochs {args.epochs}: nothing will be mined")
 

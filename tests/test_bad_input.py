@@ -102,6 +102,7 @@ TOGETHER = [
     ("a bound that is none", [*RUN, *OUT, "--miner", "knn", "--isl-trust", "sure"]),
     ("a zone that leaves no negatives", [*RUN, *OUT, "--miner", "knn", "--isl-between", "700"]),
     ("an oracle that is to grow", [*RUN, *OUT, "--miner", "oracle", "--research-labels", "--isl-grow"]),
+    ("an oracle by an index", [*RUN, *OUT, "--miner", "oracle", "--research-labels", "--isl-index", "auto"]),
     ("an oracle asked for more than the labels make", [*RUN, *OUT, "--miner", "oracle", "--research-labels", "--oracle-size", "100"]),
     ("an oracle where no image has a label", ["photos", *PHOTOS, *OUT, "--miner", "oracle", "--research-labels"]),
 ]
@@ -110,6 +111,7 @@ FLAGS = [
     ("an unknown flag", [*RUN, *OUT, "--quux=3"]),
     ("a flag without its value", [*RUN, *OUT, "--lr"]),
     ("a value that is no choice", [*RUN, *OUT, "--miner", "gam"]),
+    ("an index that is none", [*RUN, *OUT, "--miner", "knn", "--isl-index", "hnsw"]),
     ("an unknown architecture, nearly right", [*RUN, *OUT, "-a", "resnet51"]),
     ("an unknown architecture", [*RUN, *OUT, "-a", "quux"]),
     ("an unknown timm architecture", [*RUN, *OUT, "-a", "timm:resnet51"]),

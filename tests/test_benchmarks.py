@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import bank_loss, bench, common, equal, floor, growth, knn, mining, profiling, published, results, start, step
+from benchmarks import bank_loss, bench, common, equal, floor, growth, index, knn, mining, profiling, published, results, start, step
 from benchmarks import input as photos
 from moco_isl.builder import MoCo
 from moco_isl.encoders import build_encoder
@@ -166,6 +166,19 @@ def test_input(tmp_path):
 @pytest.mark.parametrize(("main", "name", "count"), [(knn.main, "knn-cpu.json", 1), (bank_loss.main, "bank-loss-cpu.json", 4)])
 def test_tables_of_other_columns(main, name, count, tmp_path):
     assert len(written(main, tmp_path, "")[name]["rows"]) == count
+
+
+def test_index_beside_exact_search(tmp_path):
+    pytest.importorskip("faiss")
+    exact, approximate = written(index.main, tmp_path, "")["index-cpu.json"]["rows"]
+    assert (exact["search"], approximate["search"]) == ("exact", "ivf")
+    assert exact["recall"] == 1 and approximate["recall"] > 0.9
+    assert index.grown(F.normalize(torch.randn(50, 8), dim=1), 120).norm(dim=1).allclose(torch.ones(120))
+
+
+def test_index_without_faiss_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(index, "installed", lambda: False)
+    assert index.main(["--quick"]) == 2 and "pip install 'moco_isl[faiss]'" in capsys.readouterr().err
 
 
 def test_table_of_mining(tmp_path):

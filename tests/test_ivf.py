@@ -198,6 +198,16 @@ def test_rounds_of_the_main_script(miner, tmp_path, capsys):
     assert "--isl-index was 'ivf' and is now 'exact'" in capsys.readouterr().err
 
 
+def test_a_large_exact_run_is_told_of_the_index(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(ivf.WINS, "cpu", 400)
+    argv = [*DIGITS, "--miner", "knn", "--isl-start", "0", "--max-steps", "1"]
+    assert main_moco_isl.main([*argv, "--out", str(tmp_path / "large")]) == 0
+    assert "437 images are searched exactly" in capsys.readouterr().out
+    monkeypatch.setitem(ivf.WINS, "cpu", 438)
+    assert main_moco_isl.main([*argv, "--out", str(tmp_path / "small")]) == 0
+    assert "searched exactly" not in capsys.readouterr().out
+
+
 def test_without_faiss_it_is_bad_input(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ivf, "installed", lambda: False)
     argv = [*DIGITS, "--miner", "knn", "--isl-index", "ivf", "--out", str(tmp_path / "new")]

@@ -46,8 +46,13 @@ def check_choice(choice: str) -> None:
 def wanted(choice: str, rows: Tensor) -> bool:
     """Whether `choice` asks for an index of these rows [M, C]."""
     if choice == "auto":
-        return installed() and len(rows) >= WINS.get(rows.device.type, WINS["cpu"])
+        return installed() and wins(len(rows), rows.device)
     return choice == "ivf"
+
+
+def wins(M: int, device: torch.device) -> bool:
+    """Whether an index of M rows pays on this device."""
+    return M >= WINS.get(device.type, WINS["cpu"])
 
 
 class IVF:

@@ -186,6 +186,7 @@ def check_args(args: argparse.Namespace) -> None:
     cli.check(not oracle or not (args.isl_grow or args.isl_keep or bound or args.isl_views), "--miner oracle draws its sets anew each round, of --oracle-size, and knows "
               "how right they are: leave --isl-grow, --isl-keep, --isl-trust and --isl-views off")
     cli.check(args.isl_index != "ivf" or ivf.installed(), "--isl-index ivf needs the package faiss, which is not installed: pip install 'moco_isl[faiss]'")
+    cli.check(not oracle or args.isl_index == "exact", "--miner oracle searches by label, always exactly: leave --isl-index off")
     fewest, most = args.isl_gan_min_iters, args.isl_gan_iters
     cli.check(None in (fewest, most) or fewest <= most, f"--isl-gan-min-iters {args.isl_gan_min_iters} is more than --isl-gan-iters {args.isl_gan_iters}")
     for name, value in fast.defaults(args.fast, cuda=args.device != "cpu" and torch.cuda.is_available()).items():
