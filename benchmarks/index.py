@@ -91,7 +91,7 @@ def measure(result: common.Result, name: str, rows: torch.Tensor, sample: int, r
 
 def held(device: torch.device, before: int | None) -> float | None:
     """GiB at most since `before` was read."""
-    return None if before is None else (peak_bytes(device) - before) / 2**30
+    return None if before is None else max(0, peak_bytes(device) - before) / 2**30
 
 
 def main(argv: list[str] | None = None) -> int:

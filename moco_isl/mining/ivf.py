@@ -103,7 +103,10 @@ class IVF:
         return len(self.rows)
 
     def _raise_nprobe(self, sample: Tensor, target: float, tick: Tick | None) -> None:
-        """The fewest lists, in steps of a fourth, by which the sample reaches the target."""
+        """The fewest lists, in steps of a fourth, by which the sample's recall less two standard errors reaches the target.
+
+        Without the errors a sample that happened to be easy would decide, and the recall of all rows be below the target.
+        """
         k, queries = min(NEAREST, len(self) - 1), self.rows[sample]
         self.nprobe, self.recall = 0, 1.0
         if k == 0:
@@ -113,8 +116,10 @@ class IVF:
         while self.nprobe < self.lists:
             self.nprobe = min(self.lists, max(self.nprobe + 1, self.nprobe * 5 // 4))
             cosine, _ = self._look(queries, k, sample, tick)
-            self.recall = float((cosine >= least).double().mean())  # one of equal rows is as good as another
-            if self.recall >= target and target < 1:
+            found = (cosine >= least).double().mean(1)  # [S]; one of equal rows is as good as another
+            self.recall = float(found.mean())
+            error = float(found.std(correction=0)) / math.sqrt(len(found))
+            if self.recall - 2 * error >= target and target < 1:
                 return
 
     def topk(self, queries: Tensor, k: int, exclude: Tensor | None = None, tick: Tick | None = None) -> tuple[Tensor, Tensor]:
