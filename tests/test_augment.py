@@ -321,7 +321,7 @@ def compiled_on_cpu(fn, *args):
     """What fn, compiled anew, returns; and the number of loops over images in the C++ that was made of it."""
     torch._dynamo.reset()
     try:
-        with inductor.patch(fx_graph_cache=False):
+        with inductor.patch(force_disable_caches=True):  # what lies in a cache shows no code
             found, code = run_and_get_code(torch.compile(fn, dynamic=False, fullgraph=True), *args)
     except Exception as error:
         if shutil.which("g++") or shutil.which("clang++"):
