@@ -264,10 +264,11 @@ def test_gradients_of_the_gan_lie_as_its_weights():
 # ---------------------------------------------------------------- benchmarks
 
 
-def test_steps_compiled_otherwise_are_forms_of_their_own(seen, monkeypatch, tmp_path):
+def test_steps_compiled_otherwise_are_forms_of_their_own(seen, tmp_path):
     asked = []
-    monkeypatch.setattr(torch, "compile", lambda fn, dynamic, options: asked.append(options) or fn)
-    step.main(["--rows", "w32", "--quick", "--repeats", "1", "--no-floor", "--forms", *step.OPTIONS, "--device", "cuda", "--out", str(tmp_path)])
+    flags = ["--rows", "w32", "--quick", "--repeats", "1", "--no-floor", "--forms", *step.OPTIONS]
+    with mock.patch.object(torch, "compile", lambda fn, dynamic, options: asked.append(options) or fn):
+        step.main([*flags, "--device", "cuda", "--out", str(tmp_path)])
     rows = [row["what"] for row in json.loads((tmp_path / "step-w32-h200.json").read_text())["rows"]]
     assert {step.FAST, *(f"{step.FAST}, {name}" for name in step.OPTIONS)} <= set(rows)
     for options in step.OPTIONS.values():
@@ -278,13 +279,13 @@ def test_steps_compiled_otherwise_are_forms_of_their_own(seen, monkeypatch, tmp_
 
 @pytest.mark.parametrize("gpu", ["NVIDIA H200", "NVIDIA H100 80GB HBM3"])
 def test_bars_of_an_h200_stand_beside_its_figures_alone(seen, gpu, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: gpu)
-    assert common.is_h200(torch.device("cuda")) == (gpu == "NVIDIA H200")
-    assert not common.is_h200(torch.device("cpu"))
     monkeypatch.setattr(growth, "fit_gan", lambda *_: None)
-    result = common.Result("growth-gan", "GAN", torch.device("cuda"))
     args = argparse.Namespace(device=torch.device("cuda"), gan_images=100, iters=20_000, repeats=1)
-    growth.measure_gan(args, result)
+    with mock.patch.object(torch.cuda, "get_device_name", lambda *_: gpu):
+        assert common.is_h200(torch.device("cuda")) == (gpu == "NVIDIA H200")
+        assert not common.is_h200(torch.device("cpu"))
+        result = common.Result("growth-gan", "GAN", torch.device("cuda"))
+        growth.measure_gan(args, result)
     assert ("bar" in result.rows[0]) == (gpu == "NVIDIA H200")
 
 
