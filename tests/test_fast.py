@@ -410,7 +410,7 @@ def graphs(monkeypatch):
 
 
 def test_every_network_of_a_class_is_compiled(graphs, caplog):
-    """torch.compile keeps 8 graphs of a code object, and would run the ninth network as it is."""
+    """By itself torch.compile keeps 8 graphs of a function, and would run the ninth network as it is."""
     with caplog.at_level("WARNING", logger="torch._dynamo"):
         for width in range(8, 18):  # of one class, and no graph of one fits another
             model = builder.Instance(lambda num_classes, width=width: build_encoder(f"resnet18w{width}", num_classes, image_size=SIDE), 16)
@@ -418,6 +418,16 @@ def test_every_network_of_a_class_is_compiled(graphs, caplog):
             model.encode(torch.randn(2, 3, SIDE, SIDE))
     assert (graphs.compiled, graphs.ran) == (10, 10)
     assert "limit" not in caplog.text
+
+
+def test_equal_networks_share_what_was_compiled(graphs):
+    """As those of the runs that a process makes one after the other."""
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = builder.MoCo(lambda num_classes: build_encoder("resnet18w8", num_classes, image_size=SIDE), 16, 64)
+        fast.compile_encoders(model, 2)
+        model.encode(*torch.randn(2, 2, 3, SIDE, SIDE))
+    assert (graphs.compiled, graphs.ran) == (2, 6)
 
 
 @pytest.mark.parametrize("name", ["MoCo", "symmetric MoCo", "Instance", "Rotation"])

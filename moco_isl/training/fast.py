@@ -4,7 +4,6 @@ Every part leaves the method as it is; tests/test_fast.py holds each to the plai
 """
 
 import functools
-import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -12,6 +11,8 @@ import torch
 
 from moco_isl import encoders
 from moco_isl.data.augment import BatchAugmentation, BatchViews
+
+GRAPHS = 64  # that torch.compile keeps of one function; with its own 8, the fifth MoCo of a process would run uncompiled
 
 
 def defaults(fast: bool, cuda: bool) -> dict[str, object]:
@@ -70,26 +71,17 @@ def encoders_of(model: torch.nn.Module) -> list[torch.nn.Module]:
     return [child for name, child in model.named_children() if name in ("encoder_q", "encoder_k")]
 
 
-def _with_own_code(fn: Callable) -> Callable:
-    """fn as a function that shares its code object with no other.
-
-    torch.compile keeps what it compiled by code object, at most 8 times each, and runs what comes after that
-    uncompiled. Networks of one class share the code of their `forward`: the fifth MoCo of a process would be slow.
-    """
-
-    def call(*args: torch.Tensor) -> torch.Tensor:
-        return fn(*args)
-
-    return types.FunctionType(call.__code__.replace(), call.__globals__, closure=call.__closure__)
-
-
 def compiled(fn: Callable, wanted: Callable[[torch.Tensor], bool], options: dict | None = None) -> Callable:
     """fn, compiled for those calls whose first argument is wanted. options: torch.compile's, for inductor.
 
     The others, such as a last, smaller batch or features in eval mode, run as they are: each new shape would be a
-    minute of compiling.
+    minute of compiling. Equal networks of one process, as those of several runs, share what was compiled for the first.
     """
-    graph = torch.compile(_with_own_code(fn), dynamic=False, options=options)
+    from torch._dynamo import config  # an import of seconds, for those who compile
+
+    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # before torch 2.7
+    setattr(config, limit, max(GRAPHS, getattr(config, limit)))
+    graph = torch.compile(fn, dynamic=False, options=options)
 
     @functools.wraps(fn)
     def run(x: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
