@@ -13,7 +13,7 @@ Our forms run `engine.train_one_epoch`, as the script does, and read their losse
 import argparse
 import itertools
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -166,7 +166,7 @@ def loaders_of(work: Work, device: torch.device) -> tuple:
     return tuple(small_images(work, images, device, *how) for how in ((False, few), (compiled, few), (compiled, 2)))
 
 
-def forms(work: Work, device: torch.device, note: Callable[[str], None], more: list[str]) -> Iterator[tuple[str, Callable[[], Turn]]]:
+def forms(work: Work, device: torch.device, note: Callable[[str], None], more: Sequence[str] = ()) -> Iterator[tuple[str, Callable[[], Turn]]]:
     """Name -> what builds the form and returns its turn. The last two share model and compiler's work. more: of OPTIONS."""
     plain, quick, with_isl = loaders_of(work, device)
     if not work.bank:
@@ -206,7 +206,7 @@ def forms(work: Work, device: torch.device, note: Callable[[str], None], more: l
 # ---------------------------------------------------------------- the table
 
 
-def build_all(work: Work, device: torch.device, result: common.Result, only: set[str] | None = None, more: list[str] = ()) -> tuple[dict[str, Turn], dict[str, float | None], list[str]]:
+def build_all(work: Work, device: torch.device, result: common.Result, only: set[str] | None = None, more: Sequence[str] = ()) -> tuple[dict[str, Turn], dict[str, float | None], list[str]]:
     """The forms, warmed up by two turns each; GiB that each needs at most beside the others; and those that could not be had."""
     turns, memory, failed, before = {}, {}, [], 0
     for name, build in forms(work, device, result.note, more):

@@ -61,11 +61,11 @@ def test_recall_is_what_loops_count():
     bank = crowds()
     index = ivf.IVF(bank)
     assert ivf.RECALL <= index.recall <= 1 and index.nprobe < index.lists // 2
-    everyone = torch.arange(len(bank))
-    _, row = topk(bank, index, 10, everyone)
-    expected, _ = loop_topk(bank, bank, 10, everyone)
-    assert hits(row, expected) == pytest.approx(index.recall, abs=0.02)  # of all, and of a half of them
-    assert not (row == everyone[:, None]).any()
+    some = torch.arange(0, len(bank), 4)
+    _, row = topk(bank[some], index, 10, some)
+    expected, _ = loop_topk(bank[some], bank, 10, some)
+    assert hits(row, expected) == pytest.approx(index.recall, abs=0.03)  # of a fourth of all, and of a half of them
+    assert not (row == some[:, None]).any()
 
 
 @needs_faiss

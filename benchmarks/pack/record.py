@@ -30,7 +30,7 @@ COLUMNS = {
     "science": [
         *[("what", ""), ("epochs", "epochs"), ("knn", "kNN %"), ("one_shot", "1-shot %"), ("linear", "linear %")],
         *[("size", "set size"), ("precision", "precision"), ("own_nearest", "own nearest"), ("all_pairs", "all pairs")],
-        *[("estimate", "estimated"), ("reach", "reach"), ("seconds", "s"), ("images_per_s", "img/s"), ("said", "said")],
+        *[("estimate", "estimated"), ("reach", "reach"), ("seconds", "training s"), ("images_per_s", "img/s"), ("said", "said")],
     ],
 }
 TITLES = {
