@@ -6,11 +6,12 @@ if [ $# -lt 2 ] || [ ! -f "$1" ]; then
     echo "benchmarks/gpu.sh: expected an archive of images and a folder for the results: benchmarks/gpu.sh cifar10.tar.gz OUT [--minutes 9]" >&2
     exit 2
 fi
+began=$(date +%s.%N)
 archive=$(realpath "$1") out=$(realpath -m "$2")
 shift 2
 cd "$(dirname "$0")/.."
 memory=/dev/shm
-[ -w "$memory" ] || memory=${TMPDIR:-/tmp}
+[ -w "$memory" ] && [ "$(df -Pk "$memory" | awk 'NR == 2 {print $4}')" -gt 4000000 ] || memory=${TMPDIR:-/tmp}
 images=$(mktemp -d "$memory/images-XXXXXX")
 trap 'rm -rf "$images"' EXIT
 tar -xzf "$archive" -C "$images"
@@ -19,4 +20,4 @@ if [ -z "$train" ]; then
     echo "benchmarks/gpu.sh: $archive has no folder train: expected train/ and val/ with a folder a class" >&2
     exit 2
 fi
-"${PYTHON:-python3}" -m benchmarks.pack --data "$(dirname "$train")" --out "$out" "$@"
+"${PYTHON:-python3}" -m benchmarks.pack --began "$began" --data "$(dirname "$train")" --out "$out" "$@"

@@ -66,6 +66,35 @@ def test_the_archive_is_replaced_whole(tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["results.tgz", "rows.jsonl", "table.txt"]
 
 
+def test_a_process_that_was_stopped_while_it_wrote_stops_no_other(tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.pack.record.LOCKED", 0.2)
+    rows = record(tmp_path)
+    with rows.held():  # for good
+        rows.add("proof", "one", ok=True)
+        rows.archive(tmp_path)
+    assert [row["what"] for row in rows.rows()] == ["one"]
+
+
+def test_a_full_disk_costs_the_table_of_the_folder_but_not_that_of_the_screen(tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pack, "conduct", lambda args, rows: rows.add("proof", "kernels", ok=True))
+    monkeypatch.setattr(Record, "archive", full)
+    monkeypatch.setattr(pack, "write_results", full)
+    assert pack.main(["--quick", "--only", "warm-gan", "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert said.count("could not be written: OSError") == 2 and "yes" in said.splitlines()[-2]
+
+
+def test_a_slower_way_taken_instead_is_a_note(tmp_path, capsys):
+    rows = record(tmp_path)
+    pack.fall_back(rows, "mining", "fused kernels are left out, plain ones used instead: RuntimeError: no ptxas")
+    pack.fall_back(rows, "mining", "a library will change something")
+    assert [row["what"] for row in rows.rows("note")] == ["mining: fused kernels are left out, plain ones used instead: RuntimeError: no ptxas"]
+    assert "will change something" in capsys.readouterr().out
+
+
 # ---------------------------------------------------------------- the clock
 
 
@@ -210,7 +239,7 @@ def test_a_rehearsal_does_all_of_it(tmp_path):
     assert "not done" not in run.stdout and "a CPU stands in for the GPU" in run.stdout
     assert run.stdout.endswith((out / "table.txt").read_text() + "\n")
     assert sorted(path.name for path in out.iterdir()) == ["encoder_fp16.pth.tar", "results.tgz", "rows.jsonl", "table.txt"]
-    encoder, info = load_backbone(out / "encoder_fp16.pth.tar")
+    _, info = load_backbone(out / "encoder_fp16.pth.tar")
     assert info["arch"] == "resnet18w8" and not info["left"]
     mined = [row for row in rows if row["part"] == "science" and row["what"] not in ("MoCo v2", "+ none")]
     assert all(row["knn"] > 0 and row["linear"] > 0 and row["size"] is not None for row in mined)

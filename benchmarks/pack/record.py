@@ -20,6 +20,7 @@ from benchmarks import common
 
 ARCHIVE_BYTES = 15 << 20  # of results.tgz, at most
 LOG_BYTES = 1 << 20  # of a part's log that are kept, the end of it
+LOCKED = 3  # seconds that a process waits for the others to write
 COLUMNS = {
     "proof": [("what", ""), ("ok", "holds"), ("said", "said"), ("at", "at s")],
     "figures": [
@@ -117,10 +118,16 @@ class Record:
         notes = [f"{row['at']:.0f} s: {row['what']}" for row in self.rows("note")]
         return "\n\n".join(["\n".join(notes), *parts]) + "\n"
 
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Nobody writes inside: for what must not stop a process that holds the lock."""
+        with self._alone():
+            yield
+
     def archive(self, work: Path) -> None:
         """Replace results.tgz: rows, table, and of the work folder the logs' ends, metrics and results."""
         with self._alone():
-            temporary = self.out / ".results.tmp"
+            temporary = self.out / f".results.{os.getpid()}.tmp"
             with tarfile.open(temporary, "w:gz") as tar:
                 for path in (self.out / "rows.jsonl", self.out / "table.txt", *sorted(work.rglob("*.log"))):
                     _add_end(tar, path, path.name)
@@ -131,9 +138,18 @@ class Record:
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[io.TextIOWrapper]:
-        """rows.jsonl, for one process at a time. The lock ends with its holder."""
+        """rows.jsonl, for one process at a time; the lock ends with its holder.
+
+        After LOCKED seconds it is done without: one that was stopped while it wrote must not stop all. A line of a file
+        that is appended to stays whole, and of the table a later one will follow.
+        """
         with open(self.out / "rows.jsonl", "a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            end = time.monotonic() + LOCKED
+            while time.monotonic() < end:
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                time.sleep(0.01)
             yield file
 
 
@@ -143,7 +159,7 @@ def _finite(row: dict) -> dict:
 
 
 def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(text)
     os.replace(temporary, path)
 
@@ -192,13 +208,10 @@ class Context:
 
     @contextlib.contextmanager
     def row(self, part: str, what: str, seconds: float = math.inf) -> Iterator[dict]:
-        """A row of the record, filled in inside; an error or the alarm inside becomes what the row says.
-
-        Nothing runs where less than a second is left of the part: the row is then missing.
-        """
+        """A row of the record, filled in inside; an error or the alarm inside becomes what the row says."""
         figures: dict = {}
         try:
-            with alarm(min(seconds, self.left())):
+            with alarm(max(min(seconds, self.left()), 0.01)):
                 yield figures
         except (Exception, TimeUp) as error:  # a driver's, a compiler's, a library's: the other rows can still be had
             reason = (str(error).strip().splitlines() or [""])[-1]

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import math
 import shutil
 import statistics
 import time
@@ -41,6 +42,7 @@ MINED = ["--isl-max-share", "0.2", "--isl-max-positives", "128"]
 FULL = ["-a", "resnet18w32", "--moco-dim", "128", "--moco-k", "4096", "-b", "512", "-j", "8", "--save-epochs", "50"]
 QUICK = ["-a", "resnet18w8", "--moco-dim", "32", "--moco-k", "128", "-b", "64", "-j", "0", "--save-epochs", "2", "--isl-gan-iters", "40", "--isl-gan-min-iters", "40"]
 QUICK_IMAGES = (20, 6)  # of a class, to train on and held out
+MINING = 8  # seconds of a round, about
 RESERVE = 0.3  # share of all the time that MoCo v2 leaves to the rows, however far it has come
 
 
@@ -75,6 +77,7 @@ class Science:
         rounds = [line for line in lines if line["kind"] == "round"]
         found = {"epochs": sum(line["kind"] == "epoch" for line in lines), **(of_round(rounds[-1]) if rounds else {})}
         if rates := [line["images_per_s"] for line in lines if line["kind"] == "step"]:
+            found["last_images_per_s"] = statistics.median(rates[-5:])
             found["images_per_s"] = statistics.median(rates)  # of epochs: a pause or a busy GPU in a few of them changes nothing
             found["seconds"] = found["epochs"] * len(self.splits[0]) / found["images_per_s"]
         if rounds:
@@ -122,27 +125,30 @@ class Science:
 
 
 def science(context: Context) -> None:
-    study = Science(context)
-    start = None
+    study, start, need, judging = Science(context), None, math.inf, 0.0
     with context.row("science", MOCO) as row:
         study.decode()
         until = context.until - RESERVE * (context.until - study.began)
         start, found = study.run("moco", ["--epochs", str(study.epochs[0]), "--lr", "0.06"], until)
         row |= found
+        began = time.time()
         row |= study.judge(start)
+        judging = time.time() - began
+        need = study.epochs[1] * len(study.splits[0]) / found["last_images_per_s"] + judging + MINING
     if start is None:
         return
     keep_encoder(start, context.record.out / "encoder_fp16.pth.tar")
     for number, (title, flags) in enumerate(ROWS.items()):
-        if context.left() < (2 if study.quick else 15):
-            context.record.add("note", f"science: {title} was not begun, {context.left():.0f} s were left")
+        if context.left() < 1.15 * need and not study.quick:
+            context.record.add("note", f"science: {title} was not begun: it takes some {need:.0f} s, and {context.left():.0f} s were left")
             continue
         with context.row("science", title) as row:
             mining = [] if title == "+ none" else MINED
             go_on = ["--init", str(start), "--epochs", str(study.epochs[1]), "--lr", "0.02"]
-            file, found = study.run(f"row{number}", [*go_on, *flags, *mining], context.until - 6)
+            file, found = study.run(f"row{number}", [*go_on, *flags, *mining], context.until - 1.5 * judging)
             row |= found
             row |= study.judge(file)
+        context.record.archive(context.work)
 
 
 # ---------------------------------------------------------------- pieces
