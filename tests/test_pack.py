@@ -228,8 +228,9 @@ def test_the_shell_says_what_it_expects(tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here is a GPU: run the pack itself")
 def test_a_rehearsal_does_all_of_it(tmp_path):
-    """All parts but the suite, whose tests run here anyway: every planned row comes, none fails, and the four files are whole."""
-    out, only = tmp_path / "out", [part for part in pack.PARTS if part != "suite"]
+    """Every planned row comes, none fails, and the four files are whole. Without the suite, whose tests run here anyway, and
+    without the compilers of photos, which are those of width 64 with another name."""
+    out, only = tmp_path / "out", [part for part in pack.PARTS if part not in ("suite", "warm-photos")]
     command = [sys.executable, "-m", "benchmarks.pack", "--quick", "--minutes", "8", "--out", str(out), "--only", *only]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     rows = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]

@@ -29,7 +29,7 @@ from tests.test_bad_input import ask
 
 @pytest.mark.parametrize("name, stage, rank", [
     ("one process", "epoch", 0), ("one process", "GAN", 0), ("one process", "mining", 0), ("one process", "save", 0), ("two workers", "epoch", 0), ("two workers", "save", 0),
-    ("two ranks", "epoch", 1), ("two ranks", "mining", 0), ("few saves", "epoch", 0), ("few saves", "save", 0),
+    ("two ranks", "epoch", 1), ("two ranks", "mining", 0), ("few saves", "epoch", 0),
 ])  # fmt: skip
 def test_killed_and_resumed_it_equals_the_unbroken_run(name, stage, rank):
     way, draw = setting(name), random.Random(f"{name} {stage}")
