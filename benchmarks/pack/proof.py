@@ -110,7 +110,7 @@ def steps_equal(name: str, device: torch.device, rehearsal: bool) -> dict:
 
     That what is fast was there at all is part of it: networks compiled, and kernels for the loss.
     """
-    from tests import test_fast as small
+    from tests import small_training as small
 
     plain = small.train(small.front(name, False, device), False, device=device, epochs=3)
     torch._dynamo.reset()
