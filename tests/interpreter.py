@@ -1,5 +1,7 @@
 """Triton's interpreter for the scripts of tests, which start with this import. TRITON_INTERPRET=1 must be set before."""
 
+import inspect
+
 from triton.runtime import interpreter
 
 _patch = interpreter._patch_lang_tensor
@@ -12,4 +14,5 @@ def _patch_with_index(tensor, scope) -> None:
     scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
 
 
-interpreter._patch_lang_tensor = _patch_with_index
+if len(inspect.signature(_patch).parameters) == 2:  # another form in the first versions of Triton 3
+    interpreter._patch_lang_tensor = _patch_with_index

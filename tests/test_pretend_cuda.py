@@ -218,6 +218,7 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.skipif(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 5), reason="the stand-in for a GPU cannot be counted through before torch 2.5")
 def test_ten_iterations_at_once_take_fewer_launches_than_ten(seen):
     """One took 204, not compiled, before their draws were made at once."""
     features = F.normalize(torch.randn(2600, 128, generator=Generator().manual_seed(0)), dim=1).to(CUDA)
