@@ -16,10 +16,11 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
+from moco_isl import files
 from moco_isl.errors import BadInput, RunFailed
+from moco_isl.files import TEMPORARY
 
 PREFIX = "module."
-TEMPORARY = ".half-written"
 
 
 def save(state: dict, path: str | Path) -> None:
@@ -28,21 +29,10 @@ def save(state: dict, path: str | Path) -> None:
     Raises RunFailed where it cannot be written; the temporary file is gone then, and an older `path` untouched.
     """
     path = Path(path)
-    temporary = path.with_name(path.name + TEMPORARY)
     try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        cause = error if isinstance(error, OSError) else error.__context__  # torch's writer of zip files hides it behind a RuntimeError
-        if isinstance(cause, OSError):
-            raise RunFailed(f"cannot write {path}: {cause.strerror or cause}") from error
-        raise
+        files.write(state, path, path.with_name(path.name + TEMPORARY))
+    except OSError as error:
+        raise RunFailed(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def copy(source: Path, target: Path) -> None:
@@ -56,7 +46,7 @@ def copy(source: Path, target: Path) -> None:
         except OSError:
             shutil.copyfile(source, temporary)
         os.replace(temporary, target)
-        _sync_folder(target.parent)
+        files.sync_folder(target.parent)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -201,11 +191,3 @@ def _what_is_wrong(path: Path, error: Exception) -> str:
     if "Weights only load failed" in str(error) or start[:1] == b"\x80":
         return "it holds pickled Python objects, which are not executed"
     return "it is not a file of torch.save"
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,7 +1,7 @@
 """What comes in: data sets, augmentation, batches."""
 
 from moco_isl.data.augment import BatchAugmentation, BatchViews, DigitAugmentation
-from moco_isl.data.cache import check_cache_folder, hold_cached
+from moco_isl.data.cache import hold_cached
 from moco_isl.data.datasets import (
     NAMES,
     ImageFiles,
@@ -25,7 +25,6 @@ __all__ = [
     "ImageFiles",
     "ImagesInMemory",
     "build_dataset",
-    "check_cache_folder",
     "decode",
     "eval_loader",
     "get_augmentation",

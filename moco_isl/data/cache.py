@@ -20,12 +20,13 @@ import PIL
 import torch
 from torch.utils.data import Dataset
 
+from moco_isl import files
 from moco_isl.data.datasets import SMALL, ImageFiles, ImagesInMemory, load_into_memory, native_size, read_pixels
 from moco_isl.errors import BadInput
+from moco_isl.files import TEMPORARY
 
 # Two versions of a decoder may differ in the last bit of a pixel.
 DECODER = f"Pillow {PIL.__version__}, format 1"
-TEMPORARY = ".half-written"
 GONE = (-1, -1)  # size and time of a file that is no longer there
 
 
@@ -53,18 +54,6 @@ def hold_cached(dataset: ImageFiles, folder: str | Path, threads: int = 4, say: 
                 return _decode(dataset, path, sources, threads, alone, say)
     say(f"=> {len(dataset):,} decoded images from cache {path}")
     return _as_dataset(content, dataset)
-
-
-def check_cache_folder(folder: str | Path) -> None:
-    """Raise BadInput where `folder` can be no cache. Writes nothing: a full cache may be read-only."""
-    path = Path(folder)
-    nearest = next(p for p in (path, *path.parents) if os.path.exists(p))
-    if not nearest.is_dir():
-        raise BadInput(f"--cache '{folder}' cannot be written: {nearest} is a file; expected a folder to create files in")
-    if nearest != path and not os.access(nearest, os.W_OK | os.X_OK):
-        raise BadInput(
-            f"--cache '{folder}' cannot be written: no permission in {nearest}; expected a folder to create files in"
-        )
 
 
 def cache_file(dataset: ImageFiles, folder: str | Path) -> Path:
@@ -157,30 +146,13 @@ def _decode(dataset: ImageFiles, path: Path, sources: dict, threads: int, alone:
         for old in path.parent.glob(f"{path.name}.*{TEMPORARY}"):
             old.unlink(missing_ok=True)
     try:
-        _write(content, path)
+        files.write(content, path, path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}{TEMPORARY}"))
     except OSError as error:
         say(f"=> warning: cannot write {path}: {error.strerror or error}; going on with the images in memory")
         return whole
     say(f"=> {len(dataset):,} images decoded and kept in cache {path}")
     content, _ = _read(path, sources)  # mapped, so that processes share the memory
     return whole if content is None else _as_dataset(content, dataset)
-
-
-def _write(content: dict, path: Path) -> None:
-    """Write the file such that it is at any moment the old one or the new one. Raises OSError."""
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}{TEMPORARY}")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        if isinstance(error.__context__, OSError):  # torch's writer of zip files hides it behind a RuntimeError
-            raise error.__context__ from error
-        raise
 
 
 def _as_dataset(content: dict, dataset: ImageFiles) -> ImagesInMemory:

@@ -21,8 +21,7 @@ import torch.distributed
 import torch.multiprocessing
 import yaml
 
-from moco_isl import dist
-from moco_isl.data.cache import check_cache_folder
+from moco_isl import dist, files
 from moco_isl.data.loaders import reader_died
 from moco_isl.errors import BadInput, Interrupted, RunFailed
 from moco_isl.training.signals import SIGNALS
@@ -181,7 +180,7 @@ def check_range(args: argparse.Namespace, name: str, low: float, high: float = f
 def check_data_options(args: argparse.Namespace) -> None:
     if args.cache is not None:
         check(args.dataset == "folder", f"--cache keeps images of a folder decoded, and those of --dataset {args.dataset} need no decoding: leave it off")
-        check_cache_folder(args.cache)
+        files.require_folder(args.cache, "--cache", may_be_read_only=True)  # a full cache is only read
     check_range(args, "image_size", 0, 4096)
     check_range(args, "max_bad_images", 0)
     if args.dataset == "digits":

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torchvision
 
-from moco_isl import __version__, checkpoint
+from moco_isl import __version__, checkpoint, files
 from moco_isl.errors import BadInput, RunFailed
 
 LAST = "checkpoint_last.pth.tar"
@@ -152,11 +152,7 @@ class RunFolder:
 def check_folder(path: str | Path, resume: bool) -> None:
     """Raise BadInput where no run can have its files in `path`: it cannot be written, or (without `resume`) holds one already."""
     path = Path(path)
-    nearest = next(p for p in (path, *path.parents) if p.exists())
-    if not nearest.is_dir():
-        raise BadInput(f"--out '{path}' cannot be written: {nearest} is a file; expected a folder to create files in")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise BadInput(f"--out '{path}' cannot be written: no permission in {nearest}; expected a folder to create files in")
+    files.require_folder(path, "--out")
     if not resume and (found := held(path)):
         raise BadInput(f"--out '{path}' holds a run already ({found}): add --resume auto to go on with it, or choose another --out")
 
