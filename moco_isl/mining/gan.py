@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -76,6 +77,14 @@ def generator_loss(D: Discriminator, a: Tensor, p: Tensor, n: Tensor, proxy: Ten
 def make_proxy(G: Generator, a: Tensor, p: Tensor, n: Tensor) -> Tensor:
     """G(a, p, n)."""
     return G(a, p, n)
+
+
+class Forms(NamedTuple):
+    """What of an iteration may be compiled."""
+
+    proxy: Callable = make_proxy
+    loss_of_D: Callable = discriminator_loss
+    loss_of_G: Callable = generator_loss
 
 
 @functools.cache
@@ -162,7 +171,7 @@ class Trainer:
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}  # by their number of iterations
         self.warm: dict[int, int] = {}  # how often so many iterations were run to warm up
         self.shuffle()
-        self.forms = make_proxy, discriminator_loss, generator_loss
+        self.forms = Forms()
         wanted = settings.compile
         if wanted is None:
             wanted = device.type == "cuda" and settings.span(M)[1] >= COMPILE_FROM
@@ -173,11 +182,11 @@ class Trainer:
         return Generator(C), Discriminator(C)
 
     def loss_of_D(self, a: Tensor, p: Tensor, n: Tensor, proxy: Tensor) -> Tensor:
-        return self.forms[1](self.D, a, p, n, proxy, self.s.lam)
+        return self.forms.loss_of_D(self.D, a, p, n, proxy, self.s.lam)
 
     def loss_of_G(self, a: Tensor, p: Tensor, n: Tensor, proxy: Tensor) -> Tensor:
         self.D.requires_grad_(False)  # a compiled form computes the gradients of all that asks for one
-        loss = self.forms[2](self.D, a, p, n, proxy, self.s.lam)
+        loss = self.forms.loss_of_G(self.D, a, p, n, proxy, self.s.lam)
         self.D.requires_grad_(True)
         return loss
 
@@ -186,7 +195,7 @@ class Trainer:
 
         What a kind of GAN computes itself in `loss_of_D` is not compiled.
         """
-        plain, self.forms = self.forms, tuple(_compiled(form) for form in self.forms)
+        plain, self.forms = self.forms, Forms(*map(_compiled, self.forms))
         try:
             with _tf32(self.features.device):
                 self._try_out()
@@ -202,7 +211,7 @@ class Trainer:
         """Losses and gradients of an iteration, without its steps."""
         # Any images do, but three tensors: of one tensor given three times another form would be compiled.
         a, p, n = self.features[self.anchors[:1].expand(3, -1)].float().unbind()  # each [N, C]
-        proxy = self.forms[0](self.G, a, p, n)
+        proxy = self.forms.proxy(self.G, a, p, n)
         torch.autograd.grad(self.loss_of_D(a, p, n, proxy.detach()), list(self.D.parameters()))
         torch.autograd.grad(self.loss_of_G(a, p, n, proxy), list(self.G.parameters()))
 
@@ -238,7 +247,7 @@ class Trainer:
 
     def update(self, a: Tensor, p: Tensor, n: Tensor) -> None:
         """Step D, then G, on the features of triplets, each [N, C]."""
-        proxy = self.forms[0](self.G, a, p, n)
+        proxy = self.forms.proxy(self.G, a, p, n)
         loss_D = self.loss_of_D(a, p, n, proxy.detach())
         self._update(self.adam_D, self.D, loss_D)
         loss_G = self.loss_of_G(a, p, n, proxy)
