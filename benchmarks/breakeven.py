@@ -38,6 +38,7 @@ from moco_isl.encoders import extract_features
 from moco_isl.errors import BadInput, Interrupted
 from moco_isl.evaluation.backbone import load_backbone
 from moco_isl.evaluation.knn import few_shot, nearest, vote
+from moco_isl.training import cli
 
 FORMS = {  # loss form -> what it is called, its flags
     "logsum": ("Eq. 5 + hard positives", ["--isl-loss", "logsum", "--isl-hpe", "0.5"]),
@@ -161,9 +162,15 @@ class Judge:
         self.splits = [data.build_dataset(args.dataset, args.data, split, args.download) for split in ("train", "val")]
         if any(split.labels is None for split in self.splits):
             raise BadInput(f"the images in {args.data} have no labels: expected train/ and val/ with a folder a class")
+        if args.cache is not None:
+            self.splits = [data.hold_cached(split, args.cache, cli.usable_workers(args.workers, 1)) for split in self.splits]
 
     def __call__(self, path: Path) -> dict[str, float]:
-        (bank, labels), (queries, truth) = self.features(path)
+        return self.figures(*self.features(path))
+
+    def figures(self, train: tuple[torch.Tensor, torch.Tensor], val: tuple[torch.Tensor, torch.Tensor]) -> dict[str, float]:
+        """Of unit rows [M, C] and labels [M] of both splits, as `features` has them."""
+        (bank, labels), (queries, truth) = train, val
         similarity, near = nearest(queries, bank, min(self.k, len(bank)))
         found = vote(similarity, labels[near], 0.1, int(labels.max()) + 1)
         one_shot, _ = few_shot(bank, labels, queries, truth, shots=1, draws=20, seed=0)

@@ -69,7 +69,7 @@ def test_the_archive_is_replaced_whole(tmp_path):
 def test_a_process_that_was_stopped_while_it_wrote_stops_no_other(tmp_path, monkeypatch):
     monkeypatch.setattr("benchmarks.pack.record.LOCKED", 0.2)
     rows = record(tmp_path)
-    with rows.held():  # for good
+    with rows.alone():  # for good
         rows.add("proof", "one", ok=True)
         rows.archive(tmp_path)
     assert [row["what"] for row in rows.rows()] == ["one"]

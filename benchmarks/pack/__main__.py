@@ -179,18 +179,15 @@ def conduct(args: argparse.Namespace, record: Record) -> None:
         until = args.began + share(PROOF_SECONDS)
         for process in beside:
             process.go(until)
-        waiting = {name: start(name) for name in list(FIGURES)[:1] if name in args.only}  # imports meanwhile
+        due = [name for name in FIGURES if name in args.only]
+        coming = start(due[0]) if due else None  # imports meanwhile
         for process in beside:
             close(process)
         if trainer:
-            with record.held():
+            with record.alone():
                 trainer.pause(True)
-        for name, following in zip(FIGURES, [*list(FIGURES)[1:], None]):
-            if name not in args.only:
-                continue
-            process = waiting.pop(name, None) or start(name)
-            if following in args.only:
-                waiting[following] = start(following)
+        for name, after in zip(due, [*due[1:], None]):
+            process, coming = coming, start(after) if after else None
             process.go(min(end, time.time() + share(FIGURES_SECONDS[name])))
             close(process)
         if trainer:

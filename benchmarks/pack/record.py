@@ -82,7 +82,7 @@ class Record:
     def add(self, part: str, what: str, **figures) -> dict:
         """Append a row and write the table anew."""
         row = {"part": part, "what": what, "at": round(time.time() - self.began, 1), **figures}
-        with self._alone() as file:
+        with self.alone() as file:
             file.write(json.dumps(_finite(row), default=str) + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -118,15 +118,9 @@ class Record:
         notes = [f"{row['at']:.0f} s: {row['what']}" for row in self.rows("note")]
         return "\n\n".join(["\n".join(notes), *parts]) + "\n"
 
-    @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Nobody writes inside: for what must not stop a process that holds the lock."""
-        with self._alone():
-            yield
-
     def archive(self, work: Path) -> None:
         """Replace results.tgz: rows, table, and of the work folder the logs' ends, metrics and results."""
-        with self._alone():
+        with self.alone():
             temporary = self.out / f".results.{os.getpid()}.tmp"
             with tarfile.open(temporary, "w:gz") as tar:
                 for path in (self.out / "rows.jsonl", self.out / "table.txt", *sorted(work.rglob("*.log"))):
@@ -137,7 +131,7 @@ class Record:
             os.replace(temporary, self.out / "results.tgz")
 
     @contextlib.contextmanager
-    def _alone(self) -> Iterator[io.TextIOWrapper]:
+    def alone(self) -> Iterator[io.TextIOWrapper]:
         """rows.jsonl, for one process at a time; the lock ends with its holder.
 
         After LOCKED seconds it is done without: one that was stopped while it wrote must not stop all. A line of a file

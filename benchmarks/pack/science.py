@@ -10,36 +10,31 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 import main_lincls
 import main_moco_isl
+from benchmarks import breakeven
 from benchmarks.pack.record import Context
 from moco_isl import checkpoint, data
-from moco_isl.data.datasets import ImagesInMemory
-from moco_isl.encoders import extract_features
 from moco_isl.errors import Interrupted
-from moco_isl.evaluation.backbone import load_backbone
-from moco_isl.evaluation.knn import few_shot, weighted_knn
 from moco_isl.mining.neighbors import searched_again
 
 MOCO = "MoCo v2"
-MEANLOG = ["--isl-loss", "meanlog", "--isl-hpe", "0"]
+MEANLOG, LOGSUM = (flags for _, flags in (breakeven.FORMS["meanlog"], breakeven.FORMS["logsum"]))
 AVERAGE = ["--miner", "average", "--isl-views"]
 GAN = ["--miner", "gan", "--isl-candidates", "120", "--isl-radius", "0.2", "--isl-threshold", "0.3"]
 ROWS = {  # title -> flags; a cut run has the first of them, which make a pair
     "+ none": ["--miner", "none"],
     "+ average with views, 100": [*AVERAGE, "--isl-budget", "100", *MEANLOG],
     "+ average with views, 10": [*AVERAGE, "--isl-budget", "10", *MEANLOG],
-    "+ average with views, 100, Eq. 5 and hard positives": [*AVERAGE, "--isl-budget", "100", "--isl-loss", "logsum", "--isl-hpe", "0.5"],
+    "+ average with views, 100, Eq. 5 and hard positives": [*AVERAGE, "--isl-budget", "100", *LOGSUM],
     "+ gan, 100": [*GAN, "--isl-budget", "100", *MEANLOG],
     "+ knn, 10": ["--miner", "knn", "--isl-budget", "10", *MEANLOG],
 }
 PLAN = {"science": [MOCO, *ROWS]}
-EVERY = ["--mlp", "--moco-t", "0.1", "--moco-m", "0.99", "--wd", "5e-4", "--cos", "--aug-plus", "--fast", "--seed", "0", "--keep", "1", "-p", "1000"]
 MINED = ["--isl-max-share", "0.2", "--isl-max-positives", "128"]
-FULL = ["-a", "resnet18w32", "--moco-dim", "128", "--moco-k", "4096", "-b", "512", "-j", "8", "--save-epochs", "50"]
+FULL = ["-j", "8", "--save-epochs", "50"]
 QUICK = ["-a", "resnet18w8", "--moco-dim", "32", "--moco-k", "128", "-b", "64", "-j", "0", "--save-epochs", "2", "--isl-gan-iters", "40", "--isl-gan-min-iters", "40"]
 QUICK_IMAGES = (20, 6)  # of a class, to train on and held out
 MINING = 8  # seconds of a round, about
@@ -58,11 +53,10 @@ class Science:
         self.cache = self.folder / "cache"
         self.epochs = (3, 2) if self.quick else (150, 20)
         self.k = 20 if self.quick else 200
-        self.splits: list[ImagesInMemory] = []  # train and val, decoded
         self.looked = False  # at how often the fused search is unsure of real features
 
     def flags(self) -> list[str]:
-        return [str(self.images), "--dataset", "folder", "--device", self.device.type, "--cache", str(self.cache), *EVERY, *(QUICK if self.quick else FULL)]
+        return [str(self.images), "--dataset", "folder", "--device", self.device.type, "--cache", str(self.cache), *breakeven.SMALL_IMAGES, "--seed", "0", *(QUICK if self.quick else FULL)]
 
     def run(self, name: str, flags: list[str], until: float) -> tuple[Path, dict]:
         """Run the main script in <folder>/<name>; its last checkpoint, and what it says of its epochs and its last round.
@@ -79,7 +73,7 @@ class Science:
         if rates := [line["images_per_s"] for line in lines if line["kind"] == "step"]:
             found["last_images_per_s"] = statistics.median(rates[-5:])
             found["images_per_s"] = statistics.median(rates)  # of epochs: a pause or a busy GPU in a few of them changes nothing
-            found["seconds"] = found["epochs"] * len(self.splits[0]) / found["images_per_s"]
+            found["seconds"] = found["epochs"] * self.M / found["images_per_s"]
         if rounds:
             found["reach"] = reach(torch.load(max((out / "rounds").glob("round_*.pt")), weights_only=True))
         if code:
@@ -90,26 +84,16 @@ class Science:
 
     def decode(self) -> None:
         """Both splits, through the cache that the runs map."""
-        for split in ("train", "val"):
-            dataset = data.build_dataset("folder", self.images, split)
-            self.splits.append(data.hold_cached(dataset, self.cache, 8, print))
+        self.judging = breakeven.Judge(breakeven.Setting(self.flags(), [], [], self.k), self.device)
+        self.M = len(self.judging.splits[0])
 
     def judge(self, file: Path) -> dict:
         """Figures of a checkpoint's query encoder in per cent: kNN and 1-shot by its output, linear by its backbone, on held-out images."""
-        encoder, _ = load_backbone(file, image_size=data.native_size(self.splits[0]))
-        (bank, labels), (queries, truth) = [self.features(encoder.to(self.device), split) for split in self.splits]
-        if not self.looked and (again := searched_again(queries, bank, min(self.k, len(bank) - 1))) is not None:
-            self.context.record.add("note", f"{100 * again:.2f} % of {len(queries):,} real queries were searched again among {len(bank):,} images, k {self.k}")
+        train, val = self.judging.features(file)
+        if not self.looked and (again := searched_again(val[0], train[0], self.k)) is not None:
+            self.context.record.add("note", f"{100 * again:.2f} % of {len(val[0]):,} real queries were searched again among {self.M:,} images, k {self.k}")
             self.looked = True
-        found = weighted_knn(queries, bank, labels, k=min(self.k, len(bank) - 1), T=0.1)
-        one_shot, _ = few_shot(bank, labels, queries, truth, shots=1, draws=20, seed=0)
-        return {"knn": 100 * float((found == truth).float().mean()), "one_shot": 100 * one_shot, "linear": self.linear(file)}
-
-    def features(self, encoder: torch.nn.Module, split: ImagesInMemory) -> tuple[torch.Tensor, torch.Tensor]:
-        """Unit rows [M, C] and labels [M]."""
-        transform = data.get_eval_transform("folder", data.native_size(split))
-        loader = data.eval_loader(split, transform=transform, batch_size=1024, device=self.device)
-        return F.normalize(extract_features(encoder, loader, len(split), self.device), dim=1), split.labels.to(self.device)
+        return {**self.judging.figures(train, val), "linear": self.linear(file)}
 
     def linear(self, file: Path) -> float:
         """Accuracy in per cent of main_lincls.py on frozen features; its rate is chosen on images held out of train."""
@@ -134,7 +118,7 @@ def science(context: Context) -> None:
         began = time.time()
         row |= study.judge(start)
         judging = time.time() - began
-        need = study.epochs[1] * len(study.splits[0]) / found["last_images_per_s"] + judging + MINING
+        need = study.epochs[1] * study.M / found["last_images_per_s"] + judging + MINING
     if start is None:
         return
     keep_encoder(start, context.record.out / "encoder_fp16.pth.tar")
