@@ -1,7 +1,9 @@
 """Files that are whole or not there, and folders that can take them."""
 
 import contextlib
+import errno
 import os
+import stat
 from pathlib import Path
 
 import torch
@@ -9,6 +11,91 @@ import torch
 from moco_isl.errors import BadInput
 
 TEMPORARY = ".half-written"
+
+
+def shown(name: str | bytes | os.PathLike) -> str:
+    """A name as it may be printed and written anywhere: what is not printable, or not UTF-8, as an escape such as \\n or \\udcff."""
+    text = os.fsdecode(name)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def kind(path: str | os.PathLike, flag: str = "") -> str:
+    """What is at `path`, links followed: "file", "folder", "other" (a pipe, a device) or "" for nothing.
+
+    Raises BadInput where nobody can tell: no permission, a name that is too long, links in a circle. flag: what named the path.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)  # ValueError: a name with a zero byte
+        raise BadInput(f"{named(flag, path)} cannot be looked at: {reason}; {cure(error)}") from error
+    return "file" if stat.S_ISREG(mode) else "folder" if stat.S_ISDIR(mode) else "other"
+
+
+def require_file(path: str | os.PathLike, flag: str = "", expected: str = "a file") -> Path:
+    """`path`, which is a regular file that may be read; raises BadInput in one line where it is not.
+
+    expected: what kind of file, such as "a checkpoint".
+    """
+    found = kind(path, flag)
+    if not found:
+        raise BadInput(f"{named(flag, path)}: no such file; expected {expected}; check the path")
+    if found != "file":
+        word = "a folder" if found == "folder" else "a pipe or a device"
+        raise BadInput(f"{named(flag, path)} is {word}: expected {expected}")
+    if not os.access(path, os.R_OK):
+        raise BadInput(f"{named(flag, path)} cannot be read: no permission; expected {expected}; {cure(errno.EACCES)}")
+    return Path(path)
+
+
+def read_text(path: str | os.PathLike, flag: str = "", expected: str = "a text file", most: int = 64 << 20) -> str:
+    """What is in a UTF-8 file of at most `most` bytes. Raises BadInput in one line."""
+    path = require_file(path, flag, expected)
+    try:
+        if path.stat().st_size > most:
+            raise BadInput(f"{named(flag, path)} has more than {most} bytes: expected {expected}")
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{named(flag, path)} is not UTF-8 text: expected {expected}") from error
+    except OSError as error:
+        raise BadInput(f"{named(flag, path)} cannot be read: {error.strerror}; expected {expected}") from error
+
+
+def write_text(text: str, path: str | os.PathLike) -> None:
+    """Write a UTF-8 file, whole or not at all: an older `path` stays until the new one is on the disk. Raises OSError.
+
+    What is no UTF-8 (parts of file names) is escaped.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{os.getpid()}{TEMPORARY}")  # short: the name itself may be as long as a name can be
+    try:
+        with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def named(flag: str, path: str | os.PathLike) -> str:
+    """A path in a message, with the flag that gave it, if any."""
+    return f"{flag} '{shown(path)}'".strip()
+
+
+def cure(error: int | Exception) -> str:
+    """What to do about an error of the system that a path caused."""
+    number = error if isinstance(error, int) else getattr(error, "errno", None)
+    if number == errno.ENAMETOOLONG:
+        return "choose a shorter name"
+    if number in (errno.EACCES, errno.EPERM):
+        return "ask its owner for permission, or choose another path"
+    return "check the path"
 
 
 def write(content: dict, path: Path, temporary: Path) -> None:
@@ -47,11 +134,11 @@ def require_folder(path: str | Path, flag: str, may_be_read_only: bool = False) 
     may_be_read_only: a folder that is there already need not be writable.
     """
     path = Path(path)
-    nearest = next(p for p in (path, *path.parents) if os.path.exists(p))
+    nearest = next(p for p in (path, *path.parents) if kind(p, flag))
     expected = "expected a folder to create files in"
-    if not nearest.is_dir():
-        raise BadInput(f"{flag} '{path}' cannot be written: {nearest} is a file; {expected}")
+    if kind(nearest) != "folder":
+        raise BadInput(f"{named(flag, path)} cannot be written: {shown(nearest)} is a file; {expected}")
     if may_be_read_only and nearest == path:
         return
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise BadInput(f"{flag} '{path}' cannot be written: no permission in {nearest}; {expected}")
+        raise BadInput(f"{named(flag, path)} cannot be written: no permission in {shown(nearest)}; {expected}")

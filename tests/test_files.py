@@ -1,0 +1,87 @@
+"""Paths of any kind: what is there, in one line where it cannot be used; and files that are whole or not there."""
+
+import os
+import stat
+
+import pytest
+
+from moco_isl import files
+from moco_isl.errors import BadInput
+
+STRANGE = os.fsdecode(b"b\xff\n.txt")
+
+
+def line(fn, *args):
+    with pytest.raises(BadInput) as caught:
+        fn(*args)
+    str(caught.value).encode("utf-8")
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def refuse(*_, **__):
+    raise PermissionError(13, "Permission denied")
+
+
+def test_names_are_shown_such_that_any_terminal_takes_them():
+    assert files.shown(STRANGE) == files.shown(os.fsencode(STRANGE)) == r"b\udcff\n.txt"
+    assert files.shown("küche/ä b.jpg") == "küche/ä b.jpg"
+
+
+def test_what_is_at_a_path(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "file").touch()
+    os.symlink(tmp_path / "file", tmp_path / "link")
+    os.symlink(tmp_path / "gone", tmp_path / "dead")
+    found = {name: files.kind(tmp_path / name) for name in ("pipe", "file", "link", "dead", ".", "file/below")}
+    assert found == {"pipe": "other", "file": "file", "link": "file", "dead": "", ".": "folder", "file/below": ""}
+
+
+def test_a_path_that_nobody_can_look_at_is_one_line(tmp_path, monkeypatch):
+    os.symlink("round", tmp_path / "round")
+    assert "File name too long; choose a shorter name" in line(files.kind, "x" * 300, "--out")
+    assert "null byte" in line(files.kind, "a\0b")
+    assert "--out" in line(files.kind, tmp_path / "round", "--out")
+    for check in (files.require_folder, files.require_file):
+        assert "File name too long" in line(check, "x" * 300, "--out")
+    monkeypatch.setattr(os, "stat", refuse)
+    assert line(files.kind, "a", "--resume") == (
+        "--resume 'a' cannot be looked at: Permission denied; ask its owner for permission, or choose another path"
+    )
+
+
+def test_only_a_regular_file_that_may_be_read_is_taken(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "file").write_text("a")
+    assert files.require_file(tmp_path / "file") == tmp_path / "file"
+    assert "is a pipe or a device: expected a checkpoint" in line(files.require_file, tmp_path / "pipe", "--init", "a checkpoint")
+    assert "is a folder: expected a file" in line(files.require_file, tmp_path)
+    assert "no such file; expected a file; check the path" in line(files.require_file, tmp_path / "none")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert "cannot be read: no permission" in line(files.require_file, tmp_path / "file")
+
+
+def test_text_is_read_whole_and_as_utf_8(tmp_path):
+    (tmp_path / STRANGE).write_bytes(b"\xff")
+    (tmp_path / "long").write_text("ab")
+    assert files.read_text(tmp_path / "long") == "ab"
+    assert "has more than 1 bytes" in line(files.read_text, tmp_path / "long", "", "a list", 1)
+    assert r"b\udcff\n.txt' is not UTF-8 text: expected a list" in line(files.read_text, tmp_path / STRANGE, "", "a list")
+
+
+def test_text_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / ("x" * 255)  # as long as a name can be
+    files.write_text("old", path)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~_umask()
+    files.write_text(STRANGE, path)
+    assert path.read_text() == "b\\udcff\n.txt"
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(OSError):
+        files.write_text("new", path)
+    assert path.read_text() == "b\\udcff\n.txt" and len(os.listdir(tmp_path)) == 1
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
