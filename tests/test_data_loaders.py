@@ -1,5 +1,6 @@
 """Loaders: the same batches with any workers, ranks and starts; broken images; what happens when processes die."""
 
+import errno
 import multiprocessing
 import os
 import random
@@ -13,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from moco_isl.data import workers as reading
 from moco_isl.data import (
     build_dataset,
     eval_loader,
@@ -27,6 +29,7 @@ from moco_isl.errors import BadInput, RunFailed
 from moco_isl.loader import TwoCropsTransform, WithIndex
 from tests.ranks import run_ranks
 
+ROOT = Path(__file__).parent.parent
 M = 14
 
 
@@ -337,7 +340,7 @@ def test_workers_outlive_stop_signals_and_end_with_close(folder):
     workers = set(multiprocessing.active_children()) - others
     assert len(workers) == 2
     for worker in workers:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT, signal.SIGHUP):
             os.kill(worker.pid, number)
     assert same(batches(loader, 0), whole)
     loader.close()
@@ -350,12 +353,83 @@ def test_a_killed_worker_fails_the_run_with_its_cause(folder):
     steps = loader.epoch(0)
     next(steps)
     worker = (set(multiprocessing.active_children()) - others).pop()
-    said = r"process that reads images was ended from outside|DataLoader worker \(pid.* killed by signal"
+    said = r"was ended from outside|DataLoader worker \(pid.* killed by signal"
     with pytest.raises(RuntimeError, match=said):
         os.kill(worker.pid, signal.SIGKILL)  # torch raises where the news finds the parent: here, or in the loop
         for epoch in range(1, 5):
             batches(loader, epoch)
     loader.close()
+
+
+def small_shared_memory() -> bool:
+    """Whether a process can be given a /dev/shm of its own here."""
+    try:
+        return not subprocess.run(["unshare", "-m", "mount", "-t", "tmpfs", "tmpfs", "/dev/shm"], capture_output=True).returncode
+    except OSError:
+        return False
+
+
+def raiser(error):
+    def raises(*_, **__):
+        raise error
+
+    return raises
+
+
+NO_SPACE = "unable to allocate shared memory(shm) for file </torch_7_8_0>: No space left on device (28)"
+NO_FILES = "unable to open shared memory object </torch_7_8_0> in read-write mode: Too many open files (24)"
+
+
+@pytest.mark.parametrize("text, words", [(NO_SPACE, "docker run --shm-size"), (NO_FILES, "ulimit -n"), ("?", "see its error above")])
+def test_a_batch_that_cannot_be_handed_over_ends_the_epoch(folder, monkeypatch, text, words):
+    """multiprocessing's thread would print the error, forget the batch, and the parent would wait for ever."""
+    loader = loader_of(folder, workers=1)
+    monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", raiser(RuntimeError(text)))
+    try:
+        with pytest.raises(RuntimeError) as caught:
+            batches(loader, 0)
+    finally:
+        loader.close()
+    assert words in (reading.befell(caught.value) or str(caught.value))  # in the loop, or where the news found this process
+
+
+def test_few_open_files_are_not_the_images_fault(folder, monkeypatch):
+    loader = loader_of(folder, max_bad_images=99)
+    monkeypatch.setattr(loader.reader.dataset, "image", raiser(OSError(errno.EMFILE, "Too many open files", "a.jpg")))
+    with pytest.raises(RunFailed, match="too many files are open"):
+        batches(loader, 0)
+    assert loader.bad_images() == []
+
+
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. ... out of shared memory"), "--shm-size"),
+        (RuntimeError(f"Caught RuntimeError in DataLoader worker process 0.\nTraceback: {NO_SPACE}"), "--workers (-j"),
+        (RuntimeError("DataLoader worker (pid 7) exited unexpectedly with exit code 28. Details are lost."), "--batch-size (-b)"),
+        (RuntimeError("received 0 items of ancdata"), "too many files are open"),
+        (OSError("Caught OSError in DataLoader worker process 0.\n[Errno 24] Too many open files: 'a.jpg'"), "ulimit -n"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), r"ended from outside (pid 7)"),
+    ],
+)
+def test_what_the_machine_ran_out_of_is_said_in_a_line(error, words):
+    assert words in reading.befell(error) and "\n" not in reading.befell(error)
+
+
+@pytest.mark.parametrize("error", [EOFError(), ConnectionResetError(), OSError(errno.ENOSPC, "No space left"), RuntimeError("unable to")])
+def test_other_errors_are_not_taken_for_the_workers(error):
+    assert reading.befell(error) == ""
+
+
+@pytest.mark.skipif(not small_shared_memory(), reason="no file system can be mounted here")
+def test_a_full_shared_memory_ends_a_run_with_3_and_a_line(folder, tmp_path):
+    flags = "-a digits --image-size 16 --mlp --moco-dim 16 --moco-k 16 -b 4 -j 1 --seed 1 --device cpu --epochs 1"
+    command = [sys.executable, "main_moco_isl.py", str(folder), *flags.split(), "--out", str(tmp_path / "out")]
+    mounted = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=60k tmpfs /dev/shm && exec "$0" "$@"']
+    done = subprocess.run([*mounted, *command], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 3, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: the shared memory (/dev/shm, 0.0586 MiB in all) is full") and "--shm-size" in line
 
 
 SCRIPT = """

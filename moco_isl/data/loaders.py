@@ -6,8 +6,6 @@ number of workers, and a start in the middle of an epoch skips without loading.
 """
 
 import multiprocessing.util
-import re
-import signal
 import sys
 from collections.abc import Callable, Iterator
 
@@ -15,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from moco_isl import dist
+from moco_isl.data import workers as reading
 from moco_isl.data.augment import BatchAugmentation, BatchViews
 from moco_isl.data.datasets import ImagesInMemory
 from moco_isl.data.draws import permutation, seeded, starts, uniform
@@ -24,17 +23,6 @@ Batch = tuple[tuple[torch.Tensor, ...], torch.Tensor]
 
 
 # ---------------------------------------------------------------- inside the workers
-
-
-def _quiet_worker(_worker: int) -> None:
-    """Stop signals reach the whole process group; the parent decides what they mean and ends its workers itself.
-
-    When the parent dies without a word, torch's own watch ends a worker within seconds. torch has set one thread a
-    worker already.
-    """
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGCONT"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 class _Reader:
@@ -61,7 +49,9 @@ class _Reader:
                 return read(j) if read else self.dataset.image(j, self.at_least), int(j != i or i in self.known)
             except MemoryError:
                 raise
-            except Exception:  # PIL answers a broken file with almost any exception
+            except Exception as error:  # PIL answers a broken file with almost any exception
+                if getattr(error, "errno", None) in reading.OF_THE_MACHINE:
+                    raise
                 self.unreadable[j] = 1
         return None, 1
 
@@ -199,36 +189,6 @@ def refuse(dataset: Dataset, bad: list[int], most: int | None) -> None:
         )
 
 
-def reader_died(error: Exception) -> str:
-    """What to say where torch tells that a worker was ended from outside; '' for any other error.
-
-    It raises that wherever the news finds this process, in the loop over batches or in the midst of a step.
-    """
-    found = re.match(r"DataLoader worker \(pid(?:\(s\))? (\d+)", str(error)) if isinstance(error, RuntimeError) else None
-    if not found:  # an error inside of a worker comes without a pid
-        return ""
-    return (
-        f"a process that reads images was ended from outside (pid {found[1]}): the memory may have run out; use fewer "
-        "--workers, then resume with --resume auto"
-    )
-
-
-def _end_workers(holder: list[DataLoader]) -> None:
-    """End the workers of a DataLoader for sure: they ignore SIGTERM, with which multiprocessing would do it at exit."""
-    while holder:
-        iterator = getattr(holder.pop(), "_iterator", None)  # torch has no public way to end workers kept over epochs
-        if iterator is not None:
-            workers = list(iterator._workers)
-            try:
-                iterator._shutdown_workers()
-            except RuntimeError as error:  # the news that one was ended from outside may arrive as late as here
-                if not reader_died(error):
-                    raise
-            for worker in workers:
-                if worker.is_alive():
-                    worker.kill()
-
-
 class _FileLoader:
     """A torch DataLoader whose workers live over epochs and end for sure, and that counts unreadable images."""
 
@@ -245,14 +205,14 @@ class _FileLoader:
             persistent_workers=workers > 0,
             prefetch_factor=2 if workers else None,
             pin_memory=self.device.type == "cuda" if pin_memory is None else pin_memory,
-            worker_init_fn=_quiet_worker,
+            worker_init_fn=reading.quiet,
             # forked from this process, so that torch's watch sees it die; Python 3.14's way would put a server in between, and
             # workers would outlive a killed run for ever
             multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
             # its own: iterating draws a number, which must not move the user's random state
             generator=torch.Generator(),
         )
-        self.close = multiprocessing.util.Finalize(self, _end_workers, args=([self._loader],), exitpriority=100)
+        self.close = multiprocessing.util.Finalize(self, reading.end, args=([self._loader],), exitpriority=100)
 
     def bad_images(self) -> list[tuple[int, str]]:
         """(index, path) of the images that could not be read so far, on this rank."""
@@ -270,15 +230,10 @@ class _FileLoader:
                 if self.normalize is not None:
                     images = [self.normalize(x) for x in images]
                 yield [*images, index.to(self.device, non_blocking=True)]
-        except RuntimeError as error:
-            if died := reader_died(error):
-                raise RunFailed(died) from error
+        except (RuntimeError, OSError, EOFError) as error:
+            if words := reading.befell(error, reading.exit_codes(self._loader)):
+                raise RunFailed(words) from error
             raise
-        except (ConnectionError, EOFError) as error:  # it was ended in the midst of handing a batch over
-            raise RunFailed(
-                "a process that reads images was ended from outside: the memory may have run out; use fewer --workers, "
-                "then resume with --resume auto"
-            ) from error
 
 
 class FileTrainLoader(_FileLoader):

@@ -22,7 +22,7 @@ import torch.multiprocessing
 import yaml
 
 from moco_isl import dist, files
-from moco_isl.data.loaders import reader_died
+from moco_isl.data import workers
 from moco_isl.errors import BadInput, Interrupted, RunFailed
 from moco_isl.training.signals import SIGNALS
 
@@ -466,8 +466,8 @@ def _in_words(error: Exception) -> str:
     text = (str(error).strip().splitlines() or [""])[0]
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return f"the GPU's memory is full ({text}): use a smaller --batch-size, --amp bf16, or more GPUs"
-    if died := reader_died(error):
-        return died
+    if words := workers.befell(error):
+        return words
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"{error.strerror}; the last checkpoint is whole. Free some space, then resume with --resume auto"
     return ""
