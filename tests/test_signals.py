@@ -1,6 +1,9 @@
 """Signals set a flag, ranks agree on the step, what was reached is saved, 75 comes out; and nothing hangs when somebody dies."""
 
+import contextlib
+import json
 import os
+import pty
 import re
 import signal
 import subprocess
@@ -13,7 +16,7 @@ import pytest
 import torch
 
 from moco_isl.errors import BadInput, Interrupted, RunFailed
-from moco_isl.training import cli
+from moco_isl.training import cli, signals
 from moco_isl.training.signals import SIGNALS, Stop
 from tests.kill_and_resume import setting
 from tests.ranks import run_ranks
@@ -114,11 +117,40 @@ def test_ranks_agree_though_one_was_asked_and_has_fewer_batches():
     assert run_ranks(2, _one_was_asked) == [(True, [0, 1, "interrupted"]), (True, [0, 1, 2, "interrupted"])]
 
 
+def test_a_hangup_that_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Stop() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.here() and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_what_is_said_to_a_terminal_that_has_gone_goes_nowhere():
+    master, slave = pty.openpty()
+    child = os.fork()
+    if not child:
+        with contextlib.suppress(BaseException):
+            os.dup2(slave, 1)
+            os.dup2(slave, 2)
+            os.close(slave)
+            os.close(master)  # the last end of the terminal: writing to it raises EIO from here on
+            signals.say("=> SIGHUP")
+            os.write(1, b"more")
+            os.write(2, b"more")
+            os._exit(0)
+        os._exit(1)
+    os.close(slave)
+    os.close(master)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
 # ---- runs ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name, stage, number, rank", [
-    ("one process", "epoch", signal.SIGTERM, 0), ("one process", "GAN", signal.SIGUSR1, 0), ("one process", "mining", signal.SIGINT, 0), ("one process", "save", signal.SIGUSR2, 0),
+    ("one process", "epoch", signal.SIGTERM, 0), ("one process", "GAN", signal.SIGHUP, 0), ("one process", "mining", signal.SIGINT, 0), ("one process", "save", signal.SIGUSR2, 0),
     ("two ranks", "epoch", signal.SIGTERM, 1), ("two ranks", "GAN", signal.SIGUSR2, 0), ("two ranks", "mining", signal.SIGUSR1, 1),
 ])  # fmt: skip
 def test_a_signal_saves_leaves_with_75_and_the_run_goes_on_exactly(tmp_path, name, stage, number, rank):
@@ -128,6 +160,22 @@ def test_a_signal_saves_leaves_with_75_and_the_run_goes_on_exactly(tmp_path, nam
     assert len(re.findall("=> interrupted: saved (at|before)", stopped.said())) == 1 and "Traceback" not in stopped.said()
     run([*way.argv, "--out", out, "--resume", "auto"], log, ranks=way.ranks)
     assert differences(way.whole, out) == []
+
+
+def test_what_is_said_with_stdout_closed_goes_into_no_file(tmp_path):
+    """The lowest free descriptor is 1, which the next file to be opened would get."""
+    flags = [*LONG, "--knn-every", "0", "--out", str(tmp_path / "out")]
+    with subprocess.Popen(
+        ["sh", "-c", 'exec "$0" "$@" >&- 2>&-', sys.executable, "main_moco_isl.py", *flags],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    ) as process:
+        metrics = tmp_path / "out" / "metrics.jsonl"
+        wait_until(lambda: (metrics.exists() and metrics.stat().st_size) or process.poll() is not None)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 75
+    assert all(json.loads(line)["kind"] for line in metrics.read_text().splitlines())
+    assert {p.name for p in (tmp_path / "out").iterdir()} >= {"checkpoint_last.pth.tar", "metrics.jsonl"}
 
 
 def test_a_second_run_on_a_live_folder_refuses(tmp_path):

@@ -24,6 +24,7 @@ import yaml
 from moco_isl import dist, files
 from moco_isl.data import workers
 from moco_isl.errors import BadInput, Interrupted, RunFailed
+from moco_isl.training import signals
 from moco_isl.training.signals import SIGNALS
 
 MOCO_DIST_URL = "tcp://224.66.41.62:23456"
@@ -317,6 +318,8 @@ def _spawn(worker: Callable, args: argparse.Namespace, given: tuple, stop: Calla
     processes, early = [], []
 
     def pass_on(number, frame=None) -> None:
+        if number == signal.SIGHUP:
+            signals.say("=> SIGHUP: passed on")
         if not processes:
             early.append(number)
         # Ctrl-C reaches the ranks from the terminal too, and twice would mean at once
@@ -324,7 +327,7 @@ def _spawn(worker: Callable, args: argparse.Namespace, given: tuple, stop: Calla
             if process.is_alive():
                 os.kill(process.pid, signal.SIGTERM if number == signal.SIGINT else number)
 
-    handled = SIGNALS if stop is None and threading.current_thread() is threading.main_thread() else ()
+    handled = signals.caught() if stop is None and threading.current_thread() is threading.main_thread() else ()
     old = {number: signal.signal(number, pass_on) for number in handled}
     # blocked in the ranks until their `Stop` takes them: one that comes while a rank is still importing is neither lost nor deadly. Blocked in this
     # thread alone: a library's own threads still take what is sent to this process, so its handlers have to be in place by now
@@ -428,6 +431,7 @@ def exit_code(script: Callable, argv: list[str] | None = None, stop: Callable[[]
 
     lost: the exit code where the run failed because another rank is gone.
     """
+    signals.open_standard_streams()
     try:
         script(argv, stop)
         return 0

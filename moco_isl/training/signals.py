@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 
@@ -11,11 +12,40 @@ import torch.distributed
 from moco_isl import dist
 from moco_isl.errors import Interrupted
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
+
+
+def caught() -> list[signal.Signals]:
+    """SIGNALS, but for a SIGHUP that nohup, or whoever started this process, has told it to ignore."""
+    return [number for number in SIGNALS if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN]
+
+
+def open_standard_streams() -> None:
+    """Put /dev/null where this process was started with a standard stream closed.
+
+    Otherwise the next file to be opened, such as metrics.jsonl, gets its number, and all that is said goes into that file.
+    """
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number, so this one
+
+
+def say(line: str) -> None:
+    """Print a line from a signal handler, where `print` is not safe. Where the terminal is gone, all that comes later goes to /dev/null."""
+    if sys.stdout is None:  # closed from the start
+        return
+    try:
+        os.write(1, f"{line}\n".encode())
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
 
 
 class Stop:
-    """A context in which SIGTERM, SIGUSR1, SIGUSR2 and Ctrl-C ask the run to stop at the next step.
+    """A context in which SIGTERM, SIGUSR1, SIGUSR2, SIGHUP (the terminal has gone) and Ctrl-C ask the run to stop at the next step.
 
     asked: a launcher's own question, instead of signal handlers. A second Ctrl-C ends the process at once, as usual. Signals that were
     blocked until here, as in a process just spawned, are let in.
@@ -29,7 +59,7 @@ class Stop:
 
     def __enter__(self) -> "Stop":
         if self._asked is None and threading.current_thread() is threading.main_thread():
-            self._old = {number: signal.signal(number, self._handle) for number in SIGNALS}
+            self._old = {number: signal.signal(number, self._handle) for number in caught()}
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         return self
 
@@ -40,8 +70,8 @@ class Stop:
     def _handle(self, number, frame) -> None:
         if self._flag and number == signal.SIGINT:
             raise KeyboardInterrupt
-        if not self._flag and dist.is_main():  # print is not safe inside a handler
-            os.write(1, f"=> {signal.Signals(number).name}: saving and leaving at the next step\n".encode())
+        if not self._flag and (dist.is_main() or number == signal.SIGHUP):  # each rank looks whether its terminal is there
+            say(f"=> {signal.Signals(number).name}: saving and leaving at the next step")
         self._flag = True
 
     def here(self) -> bool:
