@@ -139,6 +139,8 @@ def get_features(args, device: torch.device, asked: Stop) -> tuple[dict[str, fea
     kept = dist.broadcast_object(args.features is not None and Path(args.features).exists())
     named = args.data is not None or args.dataset != "folder"
     sources = labelled_splits(args) if named or not kept else {}
+    if sources:
+        say(data.describe(**sources))
     expected = expectations(args, sources)
     if kept:
         splits, facts = features.load(args.features, expected, device)

@@ -162,6 +162,7 @@ class Run:
         self.say(describe(self.info))
         self.sha = features.fingerprint(self.source)
         whole, self.val = (features.labelled(args.dataset, args.data, s, args.download) for s in ("train", "val"))
+        self.say(data.describe(train=whole, val=self.val))
         workers = cli.usable_workers(args.workers, cli.processes_here(args))
         if args.cache is not None:
             whole, self.val = (data.hold_cached(dataset, args.cache, workers, self.say) for dataset in (whole, self.val))

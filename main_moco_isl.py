@@ -132,6 +132,7 @@ class Run:
         torch.manual_seed(args.seed)
         random.seed(args.seed)
         whole, size, self.model = prepare(args, start)
+        self.say(data.describe(train=whole))
         workers = cli.usable_workers(args.workers, cli.processes_here(args))
         if args.cache is not None:
             whole = data.hold_cached(whole, args.cache, workers, self.say)

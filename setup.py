@@ -27,6 +27,7 @@ setup(
     extras_require={
         "svhn": ["scipy"],
         "faiss": ["faiss-cpu"],
+        "heif": ["pillow-heif"],
         "report": ["matplotlib", "jinja2"],
         "tensorboard": ["tensorboard"],
         "test": ["pytest", "scipy", "matplotlib", "jinja2", "tensorboard", "lightly", "faiss-cpu"],

@@ -45,6 +45,9 @@ def make_place() -> None:
     photos(Path("photos"), 6)
     for folder in ("empty", "only_val/val/a", "unreadable"):
         Path(folder).mkdir(parents=True)
+    for folder in ("splits/Training", "splits/Testing", "twice/train/cat"):
+        shutil.copytree("photos/train", folder)
+    Path("twice/train/kitty").symlink_to("cat")
     Path("text.txt").write_text("not a checkpoint\n")
     Path("unreadable/a.jpg").write_text("no image")
     Path("nothing.pth").touch()
@@ -68,6 +71,8 @@ DATA = [
     ("a folder without images", ["empty", *SMALL, *OUT]),
     ("a folder of which no image can be read", ["unreadable", *SMALL, *OUT, "--knn-holdout", "0"]),
     ("val/ without train/", ["only_val", *SMALL, *OUT]),
+    ("splits in place of classes", ["splits", *SMALL, *OUT]),
+    ("a class that is a link to another", ["twice", *SMALL, *OUT]),
     ("two data sets", ["photos", *RUN, *OUT]),
     ("two folders", ["photos", *SMALL, *OUT, "run"]),
     ("an unknown data set", [*SMALL, "--dataset", "digit", *OUT]),
@@ -258,6 +263,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(place, what, argv):
 
 SAID = {  # what is named: the wrong thing, what was expected, what to do
     "no such folder": "nowhere; expected a folder",
+    "splits in place of classes": "'Testing', 'Training', which look like splits, not classes: expected train/ and val/",
+    "a class that is a link to another": "twice/train/kitty is a link into the class 'cat'",
     "two data sets": "'photos'",
     "a cache for images that need no decoding": "--dataset digits need no decoding: leave it off",
     "a cache in a file": "text.txt is a file; expected a folder",

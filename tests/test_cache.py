@@ -325,4 +325,5 @@ def test_both_evaluations_take_the_cache(tmp_path, capsys):
         assert main_lincls.main(command) == 0 and main_knn.main([*pretrained, "--k", "3", *flags]) == 0
         said = capsys.readouterr().out
         rows.append([line for line in said.splitlines() if line.startswith((" *", "output", "backbone"))])
+        assert said.count("=> train: 16 images, 2 classes\n=> val: 8 images, 2 classes\n") == 2  # once each
     assert rows[0] == rows[1] == rows[2] and "=> 8 decoded images from cache" in said

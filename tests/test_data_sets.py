@@ -1,6 +1,10 @@
 """Data sets: what is read from which files, what works, and what a user is told when it cannot."""
 
+import os
 import pickle
+import shutil
+import sys
+import types
 import warnings
 
 import numpy as np
@@ -8,8 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from moco_isl.data import build_dataset, datasets, decode, holdout, load_into_memory, native_size
+from moco_isl.data import build_dataset, datasets, decode, describe, folders, holdout, load_into_memory, names_below, native_size
 from moco_isl.errors import BadInput
+from moco_isl.evaluation.features import labelled
 
 
 def save(path, colour=(200, 30, 90), size=(12, 10), **options):
@@ -84,10 +89,17 @@ def test_flat_train_and_class_folders_without_train(tmp_path, tree):
     assert build_dataset("folder", tree / "train").classes == ["cat", "dog", "owl"]
 
 
-def test_images_beside_class_folders_are_left_out_with_a_warning(tree):
+def test_images_beside_class_folders_are_used_too_and_then_none_has_a_label(tree):
+    before = build_dataset("folder", tree)
     save(tree / "train" / "stray.png")
-    with pytest.warns(UserWarning, match="1 images beside them"):
-        assert len(build_dataset("folder", tree)) == 10
+    now = build_dataset("folder", tree)
+    assert names_below(now) == ["stray.png", *names_below(before)] and now.labels is None and now.classes is None
+    assert describe(train=now).splitlines()[1:] == [
+        "=> warning: train: 1 of 11 lie beside the class folders: all are used, and none has a label; expected "
+        f"'{tree}/train/<class>/<image>' where there are classes"
+    ]
+    with pytest.raises(BadInput, match=r"have no labels \(1 of 11 lie beside the class folders\): expected a folder a class"):
+        labelled("folder", tree, "train")
 
 
 def test_hidden_files_and_folders_are_no_images_and_no_classes(tree):
@@ -103,11 +115,162 @@ def test_hidden_files_and_folders_are_no_images_and_no_classes(tree):
         assert torch.equal(now.labels, dataset.labels) and now.classes == dataset.classes == ["cat", "dog", "owl"]
 
 
-def test_a_link_in_a_circle_is_told_in_one_line(tmp_path):
-    (tmp_path / "train").mkdir()
-    (tmp_path / "train" / "loop").symlink_to("loop")
+@pytest.mark.parametrize("target", ["loop", "gone"])
+def test_a_link_that_leads_nowhere_in_place_of_a_class_is_refused(tree, target):
+    (tree / "train" / "loop").symlink_to(target)
     with pytest.raises(BadInput, match="cannot read .*loop: .*; expected a folder of images"):
+        build_dataset("folder", tree)
+
+
+def as_before(tree, images, labels, repeated):
+    """The tree's images and labels are those of before, and so many folders are said to be repeated."""
+    now = build_dataset("folder", tree)
+    assert names_below(now) == images and now.labels.tolist() == labels and now.classes == ["cat", "dog", "owl"]
+    assert f"skipped {repeated + 1}: " in now.layout.summary and f"{repeated} repeated folder" in now.layout.summary
+
+
+def test_each_real_folder_is_read_once_whatever_links_lead_to_it(tree):
+    before = build_dataset("folder", tree)
+    images, labels, train = names_below(before), before.labels.tolist(), tree / "train"
+    (train / "train").symlink_to(train)  # `ln -s train` run twice
+    as_before(tree, images, labels, 1)
+    (train / "cat" / "dogs").symlink_to("../dog")  # two classes linked to each other
+    (train / "dog" / "cats").symlink_to("../cat")
+    as_before(tree, images, labels, 3)
+    (train / "cat" / "1").symlink_to(".")  # two self-links
+    (train / "cat" / "2").symlink_to(".")
+    (train / "up").symlink_to("..")  # not a way to the images of val
+    as_before(tree, images, labels, 6)
+    assert build_dataset("folder", tree, "val").labels.tolist() == [1, 1, 1, 2, 2, 2]
+
+
+def test_a_class_folder_may_be_a_link_and_wins_against_links_deeper_down(tree, tmp_path_factory):
+    away = tmp_path_factory.mktemp("away")
+    save(away / "dog" / "sub" / "7.png")
+    shutil.rmtree(tree / "train" / "dog")
+    (tree / "train" / "dog").symlink_to(away / "dog")
+    (tree / "train" / "cat" / "a").symlink_to(away / "dog")  # sorted before it
+    now = build_dataset("folder", tree)
+    assert now.labels.tolist() == [0] * 4 + [1] + [2] * 3 and now.path(4) == str(tree / "train" / "dog" / "sub" / "7.png")
+
+
+@pytest.mark.parametrize("target", ["dog", "cat/deeper"])
+def test_a_class_that_is_a_link_into_another_is_refused(tree, target):
+    (tree / "train" / "animal").symlink_to(target)
+    with pytest.raises(BadInput, match=f"train/animal is a link into the class '{target[:3]}': expected .*; remove the link"):
+        build_dataset("folder", tree)
+
+
+def test_links_to_single_images_are_images(tree):
+    (tree / "train" / "dog" / "0b.png").symlink_to("0.png")
+    assert names_below(build_dataset("folder", tree))[4:7] == ["dog/0.png", "dog/0b.png", "dog/1.png"]
+
+
+@pytest.mark.parametrize("folder", ["train", "train/dog", "train/cat/deeper/still"])
+def test_a_folder_that_cannot_be_read_is_refused(tree, monkeypatch, folder):
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path) == str(tree / folder):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(BadInput, match=f"cannot read .*{folder}: Permission denied; expected .* make it readable"):
+        build_dataset("folder", tree)
+
+
+def test_what_is_skipped_is_counted_by_ending(tree):
+    for i in range(11):
+        (tree / "train" / "owl" / f"{i}.HEIC").touch()
+    for name in ("train/1.gif", "train/dog/.DS_Store", "train/dog/README", "train/dog/x.\nodd"):
+        (tree / name).touch()
+    (tree / "train" / "dog" / "link").symlink_to("nowhere")
+    (tree / "train" / "empty").mkdir()
+    assert describe(train=build_dataset("folder", tree), val=build_dataset("folder", tree, "val")) == (
+        "=> train: 10 images, 3 classes and 1 class folder without images ('empty'); skipped 17: 11 .heic, 1 .gif, 1 .txt, "
+        "1 broken link, 1 hidden, 2 others; convert them, or install pillow-heif\n=> val: 6 images, 2 classes"
+    )
+    assert describe(train=build_dataset("digits")) == "=> train: 1437 images, 10 classes"
+    for path in (tree / "train").rglob("*.png"):
+        path.unlink()
+    with pytest.raises(BadInput, match="no images in .*; skipped 17: 11 .heic, "):
+        build_dataset("folder", tree)
+
+
+def test_with_pillow_heif_photos_of_phones_are_images(monkeypatch):
+    registered = []
+    fake = types.SimpleNamespace(register_heif_opener=lambda: registered.append(True))
+    monkeypatch.setitem(sys.modules, "pillow_heif", fake)
+    endings, formats = folders._kinds_of_images()
+    assert registered and endings[-2:] == (".heic", ".heif") and formats[-1] == "HEIF" and {".jpg", ".webp"} < set(endings)
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    assert folders._kinds_of_images()[1] == ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
+
+
+def test_splits_that_would_be_classes_are_refused(tmp_path):
+    for split in ("Training", "Testing"):
+        for name in ("cat", "ship"):
+            save(tmp_path / split / name / "1.png")
+    with pytest.raises(BadInput, match="'Testing', 'Training', which look like splits, .* such as .*/Training$"):
         build_dataset("folder", tmp_path)
+    assert build_dataset("folder", tmp_path / "Training").classes == ["cat", "ship"]
+    (tmp_path / "Training").rename(tmp_path / "train")
+    assert f"'Testing' beside train/ in {tmp_path} is not read" in describe(train=build_dataset("folder", tmp_path))
+    with pytest.raises(BadInput, match="val is missing, and it holds 'Testing'; expected"):
+        build_dataset("folder", tmp_path, "val")
+
+
+def test_splits_among_or_inside_of_classes_are_named(tree):
+    save(tree / "train" / "Test" / "1.png")
+    save(tree / "train" / "owl" / "valid" / "1.png")
+    now = build_dataset("folder", tree)
+    assert now.labels.tolist() == [0] + [1] * 4 + [2] * 3 + [3] * 4
+    assert "=> warning: train: 'Test', 'owl/valid' look like splits" in describe(train=now)
+
+
+@pytest.mark.parametrize(
+    "name, looks",
+    [("TRAIN", True), ("training_set", True), ("val2017", True), ("test-images", True), ("Validation", True)]
+    + [(name, False) for name in ("trains", "protest", "contest", "valley", "tester", "dog")],
+)
+def test_names_of_splits(name, looks):
+    assert folders.is_split_name(name) == looks
+
+
+def test_one_class_is_no_label(tmp_path):
+    for name in ("cat", "ship"):
+        save(tmp_path / "train" / "images" / name / "1.png")
+    one = build_dataset("folder", tmp_path)
+    assert one.labels is None and one.classes is None and len(one) == 2
+    found = "all lie in one class folder, 'images', which holds only folders ('cat', 'ship')"
+    assert describe(train=one) == (
+        f"=> train: 2 images, 1 class\n=> warning: train: {found}: nothing can be judged by one class, so they count as without "
+        f"labels; expected '{tmp_path}/train/<class>/<image>' where there are classes"
+    )
+    with pytest.raises(BadInput) as error:
+        labelled("folder", tmp_path, "train")
+    assert f"have no labels ({found}): expected a folder a class" in str(error.value)
+    save(tmp_path / "train" / "other" / "1.png")
+    two = describe(train=build_dataset("folder", tmp_path))
+    assert "=> warning: train: 1 of 2 classes hold only folders, such as 'images' ('cat', 'ship'), whose images count" in two
+
+
+def test_a_val_split_of_one_class_keeps_its_label(tree):
+    shutil.rmtree(tree / "val" / "dog")
+    assert labelled("folder", tree, "val").labels.tolist() == [2, 2, 2]
+
+
+def test_a_flat_train_beside_classes_in_val(tmp_path):
+    save(tmp_path / "train" / "1.png")
+    save(tmp_path / "val" / "a" / "1.png")
+    save(tmp_path / "val" / "b" / "1.png")
+    assert build_dataset("folder", tmp_path, "val").labels.tolist() == [0, 1]
+
+
+def test_a_path_that_no_folder_can_have_is_told_in_one_line(tmp_path):
+    with pytest.raises(BadInput, match="cannot read .*: File name too long; expected a folder"):
+        build_dataset("folder", tmp_path / ("x" * 300))
 
 
 def test_names_beyond_ascii_work(tmp_path):

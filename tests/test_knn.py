@@ -296,8 +296,9 @@ def test_a_link_to_nothing_is_an_image_that_cannot_be_read(moco_file, tmp_path, 
 
 
 def test_one_image_has_no_other_to_be_judged_by(moco_file, tmp_path, capsys):
-    root = folder_of_digits(tmp_path / "images", n=1)
-    assert run_main("--pretrained", moco_file[0], root / "train") == 2
+    root = folder_of_digits(tmp_path / "images", n=2)
+    sorted((root / "train").rglob("*.png"))[0].write_bytes(b"no image")
+    assert run_main("--pretrained", moco_file[0], root / "train", "--max-bad-images", 1) == 2
     assert "no other to judge it by" in capsys.readouterr().err
 
 

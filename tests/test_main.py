@@ -2,14 +2,18 @@
 
 import json
 import os
+import shutil
 import tarfile
 from pathlib import Path
 
 import pytest
 import torch
 
+import main_knn
+import main_lincls
 import main_moco_isl
 from moco_isl import checkpoint
+from tests.runs import photos
 
 SMALL = "--dataset digits -a digits --mlp --moco-dim 16 --moco-k 256 --moco-t 0.1 --moco-m 0.9 -b 128 -j 0 --seed 1".split()
 
@@ -171,3 +175,19 @@ def test_features_all_alike_are_said(tmp_path, capsys):
     assert "epoch 5 ends with all features alike (mean cosine 0.999)" in capsys.readouterr().out
     lines = run(tmp_path / "near", "--epochs", 3, "--moco-m", 0.99, "--moco-dim", 64)
     assert "all features alike" not in capsys.readouterr().out and 0 < [x for x in lines if x["kind"] == "epoch"][-1]["mean_cosine"] < 0.9
+
+
+def test_one_class_is_trained_on_but_never_judged_by(tmp_path, capsys):
+    argv = photos(tmp_path / "set", 8)
+    (tmp_path / "set" / "train").rename(tmp_path / "images")
+    for split in ("train", "val"):
+        for name in ("cat", "ship"):
+            shutil.copytree(tmp_path / "images", tmp_path / "set" / split / "images" / name)
+    assert main_moco_isl.main([*argv, "--knn-every", "1", "--epochs", "1", "--out", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().out
+    assert "=> train: 16 images, 1 class\n=> warning: train: all lie in one class folder, 'images', which holds only folders" in said
+    assert "--knn-every without labels: nothing to judge by" in said and "weighted kNN" not in said
+    for judge in (main_knn, main_lincls):
+        pretrained = ["--pretrained", str(tmp_path / "run" / "checkpoint_last.pth.tar")]
+        assert judge.main([*pretrained, argv[0], "--device", "cpu", "--out", str(tmp_path / "judged")]) == 2
+        assert "have no labels (all lie in one class folder, 'images', which holds only" in capsys.readouterr().err

@@ -7,6 +7,7 @@ image's name in messages) and .size_hint (side of the images in memory; None for
 import bisect
 import io
 import os
+import stat
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.transforms.functional import pil_to_tensor
 
+from moco_isl.data import folders
 from moco_isl.errors import BadInput
 
 try:
@@ -85,12 +86,20 @@ class ImageFiles(Dataset):
 
     size_hint = None
 
-    def __init__(self, paths: Sequence[str], labels: torch.Tensor | None, classes: list[str] | None, folder: str = ""):
+    def __init__(
+        self,
+        paths: Sequence[str],
+        labels: torch.Tensor | None,
+        classes: list[str] | None,
+        folder: str = "",
+        layout: folders.Layout | None = None,
+    ):
         # one block: of a list of a million strings every worker would soon have its own copy
         self._paths = np.array([os.fsencode(path) for path in paths])
         self.labels = labels
         self.classes = classes
         self.folder = folder  # in which all of them lie
+        self.layout = layout or folders.Layout(f"{len(paths)} images, {len(classes or ())} classes")
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -208,7 +217,8 @@ def build_dataset(
     """The data set of that name: folder, cifar10, cifar100, svhn or digits; split train or val.
 
     folder: root/train and root/val with a folder a class, as torchvision's ImageFolder reads them; without root/train,
-    root itself (class folders or, flat, images without labels) is the training split. Raises BadInput.
+    root itself is the training split. Images in no class folder, in one alone, or beside the class folders have no labels;
+    `describe` says what was found and what was skipped. Raises BadInput.
     """
     if name not in NAMES:
         raise BadInput(f"no data set named {name!r}: expected one of {', '.join(NAMES)}")
@@ -258,73 +268,80 @@ def _torchvision(name: str, root: Path, split: str, download: bool) -> ImagesInM
     )
 
 
-def _entries(folder: Path) -> tuple[list[str], list[str]]:
-    """(names of sub-folders, paths of images) directly in a folder, sorted; hidden ones left out."""
-    try:
-        entries = sorted((e for e in os.scandir(folder) if not e.name.startswith(".")), key=lambda e: e.name)
-        images = [e.path for e in entries if e.name.lower().endswith(IMG_EXTENSIONS) and e.is_file()]
-        return [e.name for e in entries if e.is_dir()], images
-    except OSError as error:  # links in a circle too
-        raise BadInput(f"cannot read {error.filename or folder}: {error.strerror}; expected a folder of images") from None
-
-
-def _has_folders(folder: Path) -> bool:
-    return folder.is_dir() and bool(_entries(folder)[0])
-
-
 def _folder(root: Path, split: str) -> ImageFiles:
-    if not root.exists():
-        raise BadInput(f"no such folder: {root}; expected a folder with train/ (and val/), or with images")
-    if not root.is_dir():
-        raise BadInput(f"not a folder: {root}; expected a folder with train/ (and val/), or with images")
-    if (root / split).is_dir():
+    expected = "expected a folder with train/ (and val/), or with images"
+    try:
+        is_folder = stat.S_ISDIR(os.stat(root).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        raise BadInput(f"no such folder: {root}; {expected}") from None
+    except OSError as error:  # no permission above it, or a name that is too long
+        raise BadInput(f"cannot read {root}: {error.strerror}; {expected}") from None
+    if not is_folder:
+        raise BadInput(f"not a folder: {root}; {expected}")
+    train, val = root / "train", root / "val"
+    if os.path.isdir(root / split):
         # val is numbered by the classes of train: with a class missing there, its own numbering would shift all labels
-        names = _entries(root / "train")[0] if split == "val" and _has_folders(root / "train") else None
-        return _image_files(root / split, names)
+        names = folders.class_names(str(train)) or None if split == "val" and os.path.isdir(train) else None
+        images = _image_files(root / split, names)
+        if split == "train" and not os.path.isdir(val) and (others := _other_splits(root)):
+            images.layout.warnings.append(f"{folders.some(others)} beside train/ in {root} is not read: a val split is named val")
+        return images
     if split == "val":
+        found = f", and it holds {folders.some(others)}" if (others := _other_splits(root)) else ""
         raise BadInput(
-            f"no validation images: {root / 'val'} is missing; expected a folder a class as in train/; add it or do "
-            "without validation"
+            f"no validation images: {val} is missing{found}; expected a folder a class as in train/; add it or do without "
+            "validation"
         )
-    if (root / "val").is_dir():
+    if os.path.isdir(val):
         raise BadInput(
-            f"no training images: {root} has val/ but not train/; expected both; add {root / 'train'} or give "
-            f"{root / 'val'} itself"
+            f"no training images: {root} has val/ but not train/; expected both; add {train} or give {val} itself"
         )
     return _image_files(root, None)
 
 
+def _other_splits(root: Path) -> list[str]:
+    """The folders beside train/ and val/ that are named as splits often are."""
+    names = (name for name in sorted(os.listdir(root)) if name not in ("train", "val") and folders.is_split_name(name))
+    return [name for name in names if os.path.isdir(root / name)]
+
+
 def _image_files(folder: Path, classes: list[str] | None) -> ImageFiles:
-    """The images of a folder, labelled by the sub-folder they are in at any depth; without any, flat, no labels."""
-    folders, images = _entries(folder)
-    expected = f"expected files ending in {', '.join(e[1:] for e in IMG_EXTENSIONS)}, in a folder a class or directly"
-    try:
-        names, number = folders, {name: i for i, name in enumerate(folders)}
-        samples = make_dataset(str(folder), number, IMG_EXTENSIONS, allow_empty=True) if names else []
-        below = len(str(folder))  # hidden files are none of the images: desktops leave such as ._1.jpg beside each
-        samples = [(path, label) for path, label in samples if f"{os.sep}." not in path[below:]]
-    except OSError as error:
-        raise BadInput(f"cannot read {error.filename or folder}: {error.strerror}; {expected}") from None
-    if not samples:
-        if not images:
-            raise BadInput(f"no images in {folder}: {expected}; check the path")
-        return ImageFiles(images, None, None, str(folder))
-    if images:
-        warnings.warn(
-            f"{folder} holds folders with images and {len(images)} images beside them: the latter are left out"
+    """All images of a folder, at any depth, labelled by its sub-folder that they are in.
+
+    Without labels where they lie in no sub-folder, some lie beside the sub-folders, or all in the same one: that tells
+    nothing apart. classes: those that the labels count, if not the sub-folders.
+    """
+    found = folders.find_images(str(folder))
+    paths, labels = found.paths(), found.labels()
+    if not paths:
+        raise BadInput(
+            f"no images in {folder}: expected files ending in {', '.join(e[1:] for e in folders.ENDINGS)}, in a folder a class "
+            f"or directly; check the path{folders.skipped_words(found.skipped)}"
         )
-    if classes is not None and names != classes:
-        extra = sorted({names[label] for _, label in samples} - set(classes))
-        if extra:
-            raise BadInput(
-                f"{folder} has a class that train lacks: {extra[0]!r}; expected a subset of the {len(classes)} classes "
-                "of train; move it away"
-            )
-        number = {name: i for i, name in enumerate(classes)}
-        samples = [(path, number[names[label]]) for path, label in samples]
-        names = classes
-    paths, labels = zip(*samples)
-    return ImageFiles(paths, torch.tensor(labels), names, str(folder))
+    names = classes or found.classes
+    if extra := sorted({found.classes[label] for label in labels if label >= 0} - set(names)):
+        raise BadInput(
+            f"{folder} has a class that train lacks: {extra[0]!r}; expected a subset of the {len(names)} classes of train; move it "
+            "away"
+        )
+    layout = folders.layout_of(found, classes)
+    if layout.unlabelled:
+        return ImageFiles(paths, None, None, str(folder), layout)
+    number = {name: i for i, name in enumerate(names)}
+    labels = torch.tensor([number[found.classes[label]] for label in labels])
+    return ImageFiles(paths, labels, names, str(folder), layout)
+
+
+def describe(**splits: Dataset) -> str:
+    """What each split of a data set holds, in lines for the start of a run: images, classes, what was skipped, what looks wrong."""
+    lines = []
+    for name, dataset in splits.items():
+        if isinstance(dataset, ImageFiles):
+            lines.append(f"=> {name}: {dataset.layout.summary}")
+            lines += [f"=> warning: {name}: {line}" for line in dataset.layout.warnings]
+        else:
+            lines.append(f"=> {name}: {len(dataset)} images, {len(dataset.classes)} classes")
+    return "\n".join(lines)
 
 
 def names_below(dataset: Dataset) -> list[str]:

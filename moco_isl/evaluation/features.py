@@ -32,11 +32,12 @@ class Split:
 
 
 def labelled(name: str, root: str | None, split: str, download: bool = False):
-    """The split of a data set, with labels and classes. Raises BadInput where it has none."""
+    """The split of a data set, with labels and classes. Raises BadInput where it has none, or a single class."""
     dataset = data.build_dataset(name, root, split, download)
     if dataset.labels is None:
         raise BadInput(
-            f"the {split} images in '{root}' have no labels: expected a folder a class, as in {split}/dog/1.jpg"
+            f"the {split} images in '{root}' have no labels ({dataset.layout.unlabelled}): expected a folder a class, as in "
+            f"{split}/dog/1.jpg"
         )
     return dataset
 
