@@ -5,6 +5,7 @@ import errno
 import os
 import stat
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -142,3 +143,15 @@ def require_folder(path: str | Path, flag: str, may_be_read_only: bool = False) 
         return
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise BadInput(f"{named(flag, path)} cannot be written: no permission in {shown(nearest)}; {expected}")
+
+
+def open_regular(path: str | os.PathLike) -> BinaryIO:
+    """Open a file for reading bytes. Raises OSError where it is a pipe, a device or a folder; never waits for a pipe's writer."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file, but a pipe, a device or a folder", os.fspath(path))
+        return open(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise

@@ -3,9 +3,11 @@
 import os
 import pickle
 import shutil
+import struct
 import sys
 import types
 import warnings
+import zlib
 
 import numpy as np
 import pytest
@@ -395,6 +397,43 @@ def test_large_jpegs_may_be_decoded_smaller_but_not_below(tmp_path):
         and decode(path, 321).size == (1000, 640)
         and decode(path, 100).size == (250, 160)
     )
+
+
+def png_chunk(kind, content):
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def hostile(folder):
+    """Files with the ending of an image that must not be opened, or not to the end."""
+    os.mkfifo(folder / "1_pipe.jpg")
+    (folder / "2_device.jpg").symlink_to("/dev/zero")
+    (folder / "3_folder.jpg").symlink_to(folder.parent)
+    (folder / "4_postscript.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 12 10\n%%EndComments\n")
+    Image.new("RGB", (12, 10)).save(folder / "5_gif.jpg", format="GIF")
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", 1 << 15, 1 << 15, 8, 2, 0, 0, 0))  # of a thousand million pixels
+    (folder / "6_bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", b"") + png_chunk(b"IEND", b""))
+
+
+def test_what_is_no_image_inside_is_unreadable_and_nothing_is_run_or_waited_for(tmp_path, monkeypatch):
+    run = []
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: run.append(True))
+    save(tmp_path / "a" / "0.png")
+    hostile(tmp_path / "a")
+    dataset = build_dataset("folder", tmp_path / "a")
+    assert len(dataset) == 7 and native_size(dataset) == 10
+    for i in range(1, 7):
+        with pytest.raises((OSError, Image.DecompressionBombError)):
+            dataset.pixels(i, min)
+    assert load_into_memory(dataset).unreadable == [1, 2, 3, 4, 5, 6] and not run
+
+
+def test_a_file_of_a_terabyte_is_not_read_to_its_end(tmp_path):
+    """Its holes take no room on the disk, and would in memory."""
+    path = save(tmp_path / "x.jpg", size=(64, 48), quality=95)
+    want = np.asarray(decode(path))
+    os.truncate(path, 1 << 40)
+    pixels, full = datasets.decode_pixels(str(path), min)
+    assert full == (48, 64) and np.array_equal(pixels.permute(1, 2, 0).numpy(), want) and np.array_equal(np.asarray(decode(path)), want)
 
 
 # ---------------------------------------------------------------- torchvision's sets

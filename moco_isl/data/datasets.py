@@ -23,6 +23,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from moco_isl.data import folders
 from moco_isl.errors import BadInput
+from moco_isl.files import open_regular
 
 try:
     from torchvision.io import decode_jpeg  # deprecated since 0.29 in favour of a package of its own
@@ -31,6 +32,7 @@ except ImportError:
 
 NAMES = ("folder", "cifar10", "cifar100", "svhn", "digits")
 SMALL = 64  # side up to which images are treated as CIFAR's are: neither enlarged nor blurred
+_READ_WHOLE = 256 << 20  # bytes of a file up to which it is held in memory while it is decoded
 _DIGITS_TRAIN = 1437  # of 1,797, in the order of the file: DIGITS.md says why
 
 
@@ -39,15 +41,16 @@ def decode_pixels(path: str, at_least: Callable[[int, int], int]) -> tuple[torch
 
     A JPEG of its full size goes through torchvision where that still decodes: PIL's values in two thirds of the time.
     """
-    with open(path, "rb") as file:
-        content = file.read()
-    with Image.open(io.BytesIO(content)) as image:
-        W, H = image.size
-        keep = max(1, at_least(W, H))
-        if decode_jpeg and image.format == "JPEG" and image.mode == "RGB" and min(W, H) // keep < 2:
-            pixels = decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8))
-        else:
-            pixels = pil_to_tensor(_to_rgb(image, keep))
+    with open_regular(path) as file:
+        whole = os.fstat(file.fileno()).st_size <= _READ_WHOLE
+        content = file.read() if whole else b""
+        with Image.open(io.BytesIO(content) if whole else file, formats=folders.FORMATS) as image:
+            W, H = image.size
+            keep = max(1, at_least(W, H))
+            if decode_jpeg and whole and image.format == "JPEG" and image.mode == "RGB" and min(W, H) // keep < 2:
+                pixels = decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8))
+            else:
+                pixels = pil_to_tensor(_to_rgb(image, keep))
     return pixels, (H, W)
 
 
@@ -55,9 +58,10 @@ def decode(path: str, at_least: int | None = None) -> Image.Image:
     """The image of a file as 8-bit RGB, whatever it was; orientation tags are left alone, as torchvision does.
 
     at_least: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as both sides keep that many pixels.
-    Raises what PIL raises on a file it cannot read (OSError and others).
+    Raises what PIL raises on a file it cannot read (OSError and others): also one that is no regular file, of a format that
+    is not among `folders.FORMATS`, or of more than 179 million pixels, PIL's bound against decompression bombs.
     """
-    with Image.open(path) as image:
+    with open_regular(path) as file, Image.open(file, formats=folders.FORMATS) as image:
         return _to_rgb(image, at_least)
 
 
@@ -371,7 +375,7 @@ def native_size(dataset: Dataset, look: int = 16) -> int:
 
 def _side(path: str) -> int | None:
     try:
-        with Image.open(path) as image:
+        with open_regular(path) as file, Image.open(file, formats=folders.FORMATS) as image:
             return min(image.size)
     except Exception:  # an unreadable image has no size; the loader is the one that names it
         return None
