@@ -14,7 +14,19 @@ import pytest
 import torch
 from PIL import Image
 
-from moco_isl.data import build_dataset, datasets, decode, describe, folders, holdout, load_into_memory, names_below, native_size
+from moco_isl.data import (
+    build_dataset,
+    datasets,
+    decode,
+    describe,
+    eval_loader,
+    folders,
+    get_eval_transform,
+    holdout,
+    load_into_memory,
+    names_below,
+    native_size,
+)
 from moco_isl.errors import BadInput
 from moco_isl.evaluation.features import labelled
 
@@ -346,6 +358,107 @@ def test_tiffs_of_integers_and_floats_are_scaled(tmp_path, values, top):
     Image.fromarray(values).save(tmp_path / "x.tif")
     got = np.asarray(decode(tmp_path / "x.tif"))[..., 0]
     assert np.abs(got - values / top * 255.0).max() <= 0.51
+
+
+def decoded(values, path):
+    """Grey values 0..255 [h, w] of a TIFF with these values, and why its range is no sure thing."""
+    Image.fromarray(values).save(path)
+    said = []
+    grey = np.asarray(decode(path, unclear=said.append))[..., 0]
+    pixels, _ = datasets.decode_pixels(str(path), min, said.append)
+    assert np.array_equal(pixels[0].numpy(), grey) and said[: len(said) // 2] == said[len(said) // 2 :]
+    return grey, said[: len(said) // 2]
+
+
+@pytest.mark.parametrize("top", [1, 255, 65535])
+@pytest.mark.parametrize(
+    "value, becomes",
+    [(1.0001, 255), (2.0, 255), (1e9, 255), (np.inf, 255), (-1.0, 0), (-1e9, 0), (-np.inf, 0), (np.nan, 0)],
+)
+def test_one_pixel_does_not_decide_on_the_range_of_floats(tmp_path, top, value, becomes):
+    values = (GREY16 / 65535 * top).astype(np.float32)
+    want = np.floor(values / top * 255.0 + 0.5)
+    values[3, 4], want[3, 4] = value * top, becomes
+    got, said = decoded(values, tmp_path / "x.tif")
+    assert np.abs(got - want).max() <= 1 and got[3, 4] == becomes
+    unclear = np.isfinite(value) and value != 1.0001
+    assert len(said) == unclear and (not unclear or said[0].endswith(f": 0..{top} is taken as black to white; convert such images to 8 or 16 bits to choose yourself"))
+
+
+@pytest.mark.parametrize("top, value", [(255, 100_000), (65535, 2**31 - 1), (65535, -(2**31))])
+def test_one_pixel_does_not_decide_on_the_range_of_integers(tmp_path, top, value):
+    values = np.linspace(0, top, 120).astype(np.int32).reshape(10, 12)
+    want = np.floor(values / top * 255 + 0.5)
+    values[3, 4], want[3, 4] = value, 255 * (value > 0)
+    got, said = decoded(values, tmp_path / "x.tif")
+    assert np.array_equal(got, want) and len(said) == 1 and f"reach from {values.min():g} to {values.max():g}: 0..{top} is" in said[0]
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+@pytest.mark.parametrize("low, high", [(-1000, 3000), (-5_000_000, 20_000_000), (0, 20_000_000), (-90, -10)])
+def test_other_ranges_are_those_of_the_values_but_the_outermost(tmp_path, kind, low, high):
+    values = np.linspace(low, high, 120).astype(kind).reshape(10, 12)
+    inner = np.sort(values.ravel()).astype(np.float64)[2:-2]  # 1 % of 120, and one
+    darkest = min(inner[0], 0)
+    want = np.floor(((values - darkest) / (inner[-1] - darkest)).clip(0, 1) * 255 + 0.5)
+    got, said = decoded(values, tmp_path / "x.tif")
+    assert np.abs(got - want).max() <= 1 and got.max() == 255 and len(said) == 1
+
+
+def range_by_sorting(values, tops):
+    ordered = sorted(float(v) for v in values if np.isfinite(v))
+    few = 1 + (len(ordered) - 1) // 100
+    inner = ordered[few:-few] or ordered[:1]
+    low, high = inner[0], inner[-1]
+    for top in tops:
+        if high <= 1.05 * top:
+            return (0, top) if low >= -0.05 * max(high, 0) else (min(low, 0), high)
+    return min(low, 0), high
+
+
+def test_the_range_equals_that_by_sorting():
+    rng = np.random.default_rng(0)
+    for n in (3, 4, 99, 100, 101, 102, 250, 1000):
+        for scale in (0.9, 1.04, 200, 60_000, 1e6):
+            for shift in (0, -0.04, -0.5):
+                values = (rng.random(n) + shift) * scale
+                values[rng.integers(n, size=2)] = (np.nan, 10 * scale)
+                low, high, _ = datasets.value_range(values, (1, 255, 65535))
+                wanted = range_by_sorting(values, (1, 255, 65535))
+                assert (low, high) == wanted or wanted[0] == wanted[1] == low == high - 1, (n, scale, shift)
+
+
+def test_unsigned_integers_of_32_bits_are_not_taken_for_negative_ones(tmp_path):
+    values = np.linspace(0, 2**32 - 1, 120).astype(np.uint32).reshape(10, 12)
+    Image.fromarray(values.view(np.int32)).save(tmp_path / "x.tif")
+    content = (tmp_path / "x.tif").read_bytes()
+    signed = struct.pack("<HHIHH", 339, 3, 1, 2, 0)  # SampleFormat, the tag that tells them apart
+    assert content.count(signed) == 1
+    (tmp_path / "x.tif").write_bytes(content.replace(signed, struct.pack("<HHIHH", 339, 3, 1, 1, 0)))
+    got = np.asarray(decode(tmp_path / "x.tif", unclear=lambda _: None))[..., 0].ravel()
+    assert (np.diff(got.astype(int)) >= 0).all() and got[0] == 0 and got[-1] == 255
+
+
+def test_an_image_without_a_finite_value_is_unreadable(tmp_path):
+    Image.fromarray(np.full((10, 12), np.nan, dtype=np.float32)).save(tmp_path / "0.tif")
+    save(tmp_path / "1.png")
+    assert load_into_memory(build_dataset("folder", tmp_path)).unreadable == [0]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unclear_range_is_said_once_a_data_set(tmp_path, capfd, workers):
+    for i in range(6):
+        Image.fromarray(np.full((10, 12), -5.0 - i, dtype=np.float32)).save(tmp_path / f"{i}.tif")
+    dataset = build_dataset("folder", tmp_path)
+    loader = eval_loader(dataset, transform=get_eval_transform("folder", 8), batch_size=2, workers=workers)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda message, *_: os.write(2, str(message).encode())  # in a worker too
+        list(loader)
+        loader.close()
+        dataset.image(5)
+    text = capfd.readouterr().err
+    assert text.count("values reach from") == 1 and "0.tif': values reach from -5 to -5: -5..-4 is taken" in text
 
 
 def test_big_endian_sixteen_bits(tmp_path):

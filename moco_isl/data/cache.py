@@ -25,8 +25,8 @@ from moco_isl.data.datasets import SMALL, ImageFiles, ImagesInMemory, load_into_
 from moco_isl.errors import BadInput
 from moco_isl.files import TEMPORARY
 
-# Two versions of a decoder may differ in the last bit of a pixel.
-DECODER = f"Pillow {PIL.__version__}, format 1"
+# Two versions of a decoder may differ in the last bit of a pixel. The format's number counts what decodes differently here.
+DECODER = f"Pillow {PIL.__version__}, format 2"
 GONE = (-1, -1)  # size and time of a file that is no longer there
 
 

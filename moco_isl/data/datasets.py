@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from PIL.TiffImagePlugin import BITSPERSAMPLE, SAMPLEFORMAT
 from torch.utils.data import Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -36,7 +37,9 @@ _READ_WHOLE = 256 << 20  # bytes of a file up to which it is held in memory whil
 _DIGITS_TRAIN = 1437  # of 1,797, in the order of the file: DIGITS.md says why
 
 
-def decode_pixels(path: str, at_least: Callable[[int, int], int]) -> tuple[torch.Tensor, tuple[int, int]]:
+def decode_pixels(
+    path: str, at_least: Callable[[int, int], int], unclear: Callable[[str], None] = warnings.warn
+) -> tuple[torch.Tensor, tuple[int, int]]:
     """`decode` as uint8 [3, h, w], and the image's full size (H, W); at_least(W, H) says how small it may be decoded.
 
     A JPEG of its full size goes through torchvision where that still decodes: PIL's values in two thirds of the time.
@@ -50,39 +53,74 @@ def decode_pixels(path: str, at_least: Callable[[int, int], int]) -> tuple[torch
             if decode_jpeg and whole and image.format == "JPEG" and image.mode == "RGB" and min(W, H) // keep < 2:
                 pixels = decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8))
             else:
-                pixels = pil_to_tensor(_to_rgb(image, keep))
+                pixels = pil_to_tensor(_to_rgb(image, keep, unclear))
     return pixels, (H, W)
 
 
-def decode(path: str, at_least: int | None = None) -> Image.Image:
+def decode(path: str, at_least: int | None = None, unclear: Callable[[str], None] = warnings.warn) -> Image.Image:
     """The image of a file as 8-bit RGB, whatever it was; orientation tags are left alone, as torchvision does.
 
-    at_least: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as both sides keep that many pixels.
+    at_least: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as both sides keep that many pixels. Floats and
+    32-bit integers are scaled as `value_range` says, and unclear(why) is called where that is no sure thing.
     Raises what PIL raises on a file it cannot read (OSError and others): also one that is no regular file, of a format that
     is not among `folders.FORMATS`, or of more than 179 million pixels, PIL's bound against decompression bombs.
     """
     with open_regular(path) as file, Image.open(file, formats=folders.FORMATS) as image:
-        return _to_rgb(image, at_least)
+        return _to_rgb(image, at_least, unclear)
 
 
-def _to_rgb(image: Image.Image, at_least: int | None) -> Image.Image:
+def _to_rgb(image: Image.Image, at_least: int | None, unclear: Callable[[str], None]) -> Image.Image:
     if at_least and image.format == "JPEG":
         image.draft("RGB", (at_least, at_least))
     if image.mode.startswith("I") or image.mode == "F":
-        return _to_eight_bits(image).convert("RGB")
+        return _to_eight_bits(image, unclear).convert("RGB")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # the same colours as straight to RGB, without PIL's warning
     return image.convert("RGB")
 
 
-def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """Grey images of 16 or 32 bits, or of floats, scaled to 0..255; PIL's convert would clip at 255."""
-    values = np.asarray(image).astype(np.float64)
-    if image.mode == "F":
-        top = 1.0 if values.max(initial=0) <= 1 else 255.0
-    else:
-        top = 65535.0 if values.max(initial=0) <= 65535 else 2.0**31 - 1  # mode I also holds files of 16 bits
-    return Image.fromarray((values.clip(0, top) * (255 / top) + 0.5).astype(np.uint8))
+def _to_eight_bits(image: Image.Image, unclear: Callable[[str], None]) -> Image.Image:
+    """Grey images of 16 or 32 bits, or of floats, scaled to 0..255; PIL's convert would clip at 255.
+
+    Values outside of the range become its nearest end, NaN becomes black. Raises ValueError where no value is finite.
+    """
+    tags = image.tag_v2 if image.format == "TIFF" else {}
+    bits = tags.get(BITSPERSAMPLE, (16,))[0]  # mode I also holds files of 16 bits, and all of PNG and PPM are
+    values = np.asarray(image)
+    if image.mode == "I" and bits == 32 and tags.get(SAMPLEFORMAT, (1,))[0] == 1:
+        values = values.view(np.uint32)  # PIL reads them as signed
+    values = values.astype(np.float64)
+    low, high = 0.0, 65535.0
+    if image.mode == "F" or bits == 32:
+        low, high, why = value_range(values, (1, 255, 65535) if image.mode == "F" else (255, 65535))
+        if why:
+            unclear(f"{why}: {low:g}..{high:g} is taken as black to white; convert such images to 8 or 16 bits to choose yourself")
+    values = np.nan_to_num(values.clip(low, high), nan=low)
+    return Image.fromarray(((values - low) * (255 / (high - low)) + 0.5).astype(np.uint8))
+
+
+def value_range(values: np.ndarray, tops: Sequence[float]) -> tuple[float, float, str]:
+    """(low, high, why that is no sure thing: '' where it is) of the values of an image whose scale is not known.
+
+    The highest and the lowest 1 % of the values do not decide, nor do those that are not finite. The others reach from 0 to
+    at most one of `tops`: the range is 0 to the first such top. They go further, or below 0: it is what they reach from (from
+    0, if they are not below) and to. Sharpening may pass a bound, so 5 % beyond it are within. It is a sure thing where all
+    finite values lie within 0 to the top. Raises ValueError where no value is finite.
+    """
+    values = values[np.isfinite(values)]
+    if not len(values):
+        raise ValueError("no value of the image is finite")
+    few = 1 + (len(values) - 1) // 100  # so many at an end do not count: of the smallest image one
+    last = max(len(values) - 1 - few, 0)
+    first = min(few, last)
+    ordered = np.partition(values, (first, last))
+    low, high, least, most = ordered[first], ordered[last], values.min(), values.max()
+    top = next((top for top in tops if high <= 1.05 * top), None)
+    if top is not None and low >= -0.05 * max(high, 0):
+        sure = least >= -0.05 * top and most <= 1.05 * top
+        return 0.0, float(top), "" if sure else f"values reach from {least:g} to {most:g}"
+    low = min(low, 0.0)
+    return float(low), float(high if high > low else low + 1), f"values reach from {least:g} to {most:g}"
 
 
 class ImageFiles(Dataset):
@@ -104,6 +142,7 @@ class ImageFiles(Dataset):
         self.classes = classes
         self.folder = folder  # in which all of them lie
         self.layout = layout or folders.Layout(f"{len(paths)} images, {len(classes or ())} classes")
+        self._said_unclear = torch.zeros(1, dtype=torch.bool).share_memory_()  # by the workers too
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -112,10 +151,16 @@ class ImageFiles(Dataset):
         return os.fsdecode(self._paths[i])
 
     def image(self, i: int, at_least: int | None = None) -> Image.Image:
-        return decode(self.path(i), at_least)
+        return decode(self.path(i), at_least, partial(self._unclear, i))
 
     def pixels(self, i: int, at_least: Callable[[int, int], int]) -> tuple[torch.Tensor, tuple[int, int]]:
-        return decode_pixels(self.path(i), at_least)
+        return decode_pixels(self.path(i), at_least, partial(self._unclear, i))
+
+    def _unclear(self, i: int, why: str) -> None:
+        """Say, once a data set, of what range the values of an image are."""
+        if not self._said_unclear:
+            self._said_unclear.fill_(True)
+            warnings.warn(f"{self.path(i)!r}: {why} (there may be more such images)", stacklevel=2)
 
     def __getitem__(self, i: int) -> tuple[Image.Image, int]:
         return self.image(i), (-1 if self.labels is None else int(self.labels[i]))
