@@ -6,6 +6,7 @@ Several k and T in one pass:       ... --k 20 50 200 --T 0.07 0.1
 Keep the features, use them again: ... --features x.safetensors
 """
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -194,7 +195,7 @@ def get_features(args, device: torch.device, asked: Stop) -> tuple[dict[str, fea
 
 def labelled_splits(args) -> dict:
     """train and, where there is one, val."""
-    names = ["train", "val"] if args.dataset != "folder" or (Path(args.data) / "val").is_dir() else ["train"]
+    names = ["train", "val"] if args.dataset != "folder" or os.path.isdir(Path(args.data) / "val") else ["train"]
     return {name: features.labelled(args.dataset, args.data, name, args.download) for name in names}
 
 

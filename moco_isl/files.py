@@ -146,7 +146,7 @@ def require_folder(path: str | Path, flag: str, may_be_read_only: bool = False) 
 
 
 def open_regular(path: str | os.PathLike) -> BinaryIO:
-    """Open a file for reading bytes. Raises OSError where it is a pipe, a device or a folder; never waits for a pipe's writer."""
+    """Open a file for reading bytes, without waiting. Raises OSError where it is a pipe, a device or a folder."""
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):

@@ -264,7 +264,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(place, what, argv):
 SAID = {  # what is named: the wrong thing, what was expected, what to do
     "no such folder": "nowhere; expected a folder",
     "splits in place of classes": "'Testing', 'Training', which look like splits, not classes: expected train/ and val/",
-    "a class that is a link to another": "twice/train/kitty is a link into the class 'cat'",
+    "a class that is a link to another": "'twice/train/kitty' is a link into the class 'cat'",
     "two data sets": "'photos'",
     "a cache for images that need no decoding": "--dataset digits need no decoding: leave it off",
     "a cache in a file": "text.txt is a file; expected a folder",

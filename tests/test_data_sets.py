@@ -84,6 +84,15 @@ def test_folder_is_read_as_imagefolder_does(tree):
         assert ours[i][0].tobytes() == theirs[i][0].tobytes() and ours[i][1] == theirs[i][1]
 
 
+def test_folders_in_folders_come_in_the_order_of_their_paths(tmp_path):
+    from torchvision.datasets import ImageFolder
+
+    for name in ("cat/b", "cat/a/b/1", "cat/a-b/2", "cat/a/c", "cat/a.b/3", "cat-2/a", "Cat/z", "cat/a/b/0", "cat/A/9"):
+        save(tmp_path / f"{name}.png")
+    ours = build_dataset("folder", tmp_path)
+    assert [(ours.path(i), int(ours.labels[i])) for i in range(len(ours))] == ImageFolder(tmp_path).samples
+
+
 def test_val_is_numbered_by_the_classes_of_train(tree):
     val = build_dataset("folder", tree, "val")
     assert val.classes == ["cat", "dog", "owl"] and val.labels.tolist() == [1, 1, 1, 2, 2, 2]
@@ -112,7 +121,9 @@ def test_images_beside_class_folders_are_used_too_and_then_none_has_a_label(tree
         "=> warning: train: 1 of 11 lie beside the class folders: all are used, and none has a label; expected "
         f"'{tree}/train/<class>/<image>' where there are classes"
     ]
-    with pytest.raises(BadInput, match=r"have no labels \(1 of 11 lie beside the class folders\): expected a folder a class"):
+    with pytest.raises(
+        BadInput, match=r"have no labels \(1 of 11 lie beside the class folders\): expected a folder a class"
+    ):
         labelled("folder", tree, "train")
 
 
@@ -132,7 +143,7 @@ def test_hidden_files_and_folders_are_no_images_and_no_classes(tree):
 @pytest.mark.parametrize("target", ["loop", "gone"])
 def test_a_link_that_leads_nowhere_in_place_of_a_class_is_refused(tree, target):
     (tree / "train" / "loop").symlink_to(target)
-    with pytest.raises(BadInput, match="cannot read .*loop: .*; expected a folder of images"):
+    with pytest.raises(BadInput, match="cannot read '.*loop': .*; expected a folder of images"):
         build_dataset("folder", tree)
 
 
@@ -165,13 +176,17 @@ def test_a_class_folder_may_be_a_link_and_wins_against_links_deeper_down(tree, t
     (tree / "train" / "dog").symlink_to(away / "dog")
     (tree / "train" / "cat" / "a").symlink_to(away / "dog")  # sorted before it
     now = build_dataset("folder", tree)
-    assert now.labels.tolist() == [0] * 4 + [1] + [2] * 3 and now.path(4) == str(tree / "train" / "dog" / "sub" / "7.png")
+    assert now.labels.tolist() == [0] * 4 + [1] + [2] * 3 and now.path(4) == str(
+        tree / "train" / "dog" / "sub" / "7.png"
+    )
 
 
 @pytest.mark.parametrize("target", ["dog", "cat/deeper"])
 def test_a_class_that_is_a_link_into_another_is_refused(tree, target):
     (tree / "train" / "animal").symlink_to(target)
-    with pytest.raises(BadInput, match=f"train/animal is a link into the class '{target[:3]}': expected .*; remove the link"):
+    with pytest.raises(
+        BadInput, match=f"train/animal' is a link into the class '{target[:3]}': expected .*; remove the link"
+    ):
         build_dataset("folder", tree)
 
 
@@ -190,7 +205,7 @@ def test_a_folder_that_cannot_be_read_is_refused(tree, monkeypatch, folder):
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(BadInput, match=f"cannot read .*{folder}: Permission denied; expected .* make it readable"):
+    with pytest.raises(BadInput, match=f"cannot read '.*{folder}': Permission denied; expected .* make it readable"):
         build_dataset("folder", tree)
 
 
@@ -202,8 +217,8 @@ def test_what_is_skipped_is_counted_by_ending(tree):
     (tree / "train" / "dog" / "link").symlink_to("nowhere")
     (tree / "train" / "empty").mkdir()
     assert describe(train=build_dataset("folder", tree), val=build_dataset("folder", tree, "val")) == (
-        "=> train: 10 images, 3 classes and 1 class folder without images ('empty'); skipped 17: 11 .heic, 1 .gif, 1 .txt, "
-        "1 broken link, 1 hidden, 2 others; convert them, or install pillow-heif\n=> val: 6 images, 2 classes"
+        "=> train: 10 images, 3 classes and 1 class folder without images ('empty'); skipped 17: 11 .heic, 1 .gif, "
+        "1 .txt, 1 broken link, 1 hidden, 2 others; convert them, or install pillow-heif\n=> val: 6 images, 2 classes"
     )
     assert describe(train=build_dataset("digits")) == "=> train: 1437 images, 10 classes"
     for path in (tree / "train").rglob("*.png"):
@@ -217,7 +232,9 @@ def test_with_pillow_heif_photos_of_phones_are_images(monkeypatch):
     fake = types.SimpleNamespace(register_heif_opener=lambda: registered.append(True))
     monkeypatch.setitem(sys.modules, "pillow_heif", fake)
     endings, formats = folders._kinds_of_images()
-    assert registered and endings[-2:] == (".heic", ".heif") and formats[-1] == "HEIF" and {".jpg", ".webp"} < set(endings)
+    assert (
+        registered and endings[-2:] == (".heic", ".heif") and formats[-1] == "HEIF" and {".jpg", ".webp"} < set(endings)
+    )
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     assert folders._kinds_of_images()[1] == ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
 
@@ -226,11 +243,11 @@ def test_splits_that_would_be_classes_are_refused(tmp_path):
     for split in ("Training", "Testing"):
         for name in ("cat", "ship"):
             save(tmp_path / split / name / "1.png")
-    with pytest.raises(BadInput, match="'Testing', 'Training', which look like splits, .* such as .*/Training$"):
+    with pytest.raises(BadInput, match="'Testing', 'Training', which look like splits, .* such as '.*/Training'$"):
         build_dataset("folder", tmp_path)
     assert build_dataset("folder", tmp_path / "Training").classes == ["cat", "ship"]
     (tmp_path / "Training").rename(tmp_path / "train")
-    assert f"'Testing' beside train/ in {tmp_path} is not read" in describe(train=build_dataset("folder", tmp_path))
+    assert f"'Testing' beside train/ in '{tmp_path}' is not read" in describe(train=build_dataset("folder", tmp_path))
     with pytest.raises(BadInput, match="val is missing, and it holds 'Testing'; expected"):
         build_dataset("folder", tmp_path, "val")
 
@@ -259,15 +276,18 @@ def test_one_class_is_no_label(tmp_path):
     assert one.labels is None and one.classes is None and len(one) == 2
     found = "all lie in one class folder, 'images', which holds only folders ('cat', 'ship')"
     assert describe(train=one) == (
-        f"=> train: 2 images, 1 class\n=> warning: train: {found}: nothing can be judged by one class, so they count as without "
-        f"labels; expected '{tmp_path}/train/<class>/<image>' where there are classes"
+        f"=> train: 2 images, 1 class\n=> warning: train: {found}: nothing can be judged by one class, so they count as "
+        f"without labels; expected '{tmp_path}/train/<class>/<image>' where there are classes"
     )
     with pytest.raises(BadInput) as error:
         labelled("folder", tmp_path, "train")
     assert f"have no labels ({found}): expected a folder a class" in str(error.value)
     save(tmp_path / "train" / "other" / "1.png")
     two = describe(train=build_dataset("folder", tmp_path))
-    assert "=> warning: train: 1 of 2 classes hold only folders, such as 'images' ('cat', 'ship'), whose images count" in two
+    assert (
+        "=> warning: train: 1 of 2 classes hold only folders, such as 'images' ('cat', 'ship'), whose images count"
+        in two
+    )
 
 
 def test_a_val_split_of_one_class_keeps_its_label(tree):
@@ -382,7 +402,12 @@ def test_one_pixel_does_not_decide_on_the_range_of_floats(tmp_path, top, value, 
     got, said = decoded(values, tmp_path / "x.tif")
     assert np.abs(got - want).max() <= 1 and got[3, 4] == becomes
     unclear = np.isfinite(value) and value != 1.0001
-    assert len(said) == unclear and (not unclear or said[0].endswith(f": 0..{top} is taken as black to white; convert such images to 8 or 16 bits to choose yourself"))
+    assert len(said) == unclear and (
+        not unclear
+        or said[0].endswith(
+            f": 0..{top} is taken as black to white; convert to 8 or 16 bits to choose yourself"
+        )
+    )
 
 
 @pytest.mark.parametrize("top, value", [(255, 100_000), (65535, 2**31 - 1), (65535, -(2**31))])
@@ -391,7 +416,11 @@ def test_one_pixel_does_not_decide_on_the_range_of_integers(tmp_path, top, value
     want = np.floor(values / top * 255 + 0.5)
     values[3, 4], want[3, 4] = value, 255 * (value > 0)
     got, said = decoded(values, tmp_path / "x.tif")
-    assert np.array_equal(got, want) and len(said) == 1 and f"reach from {values.min():g} to {values.max():g}: 0..{top} is" in said[0]
+    assert (
+        np.array_equal(got, want)
+        and len(said) == 1
+        and f"reach from {values.min():g} to {values.max():g}: 0..{top} is" in said[0]
+    )
 
 
 @pytest.mark.parametrize("kind", [np.int32, np.float32])
@@ -523,8 +552,12 @@ def hostile(folder):
     (folder / "3_folder.jpg").symlink_to(folder.parent)
     (folder / "4_postscript.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 12 10\n%%EndComments\n")
     Image.new("RGB", (12, 10)).save(folder / "5_gif.jpg", format="GIF")
-    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", 1 << 15, 1 << 15, 8, 2, 0, 0, 0))  # of a thousand million pixels
-    (folder / "6_bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", b"") + png_chunk(b"IEND", b""))
+    header = png_chunk(
+        b"IHDR", struct.pack(">IIBBBBB", 1 << 15, 1 << 15, 8, 2, 0, 0, 0)
+    )  # of a thousand million pixels
+    (folder / "6_bomb.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", b"") + png_chunk(b"IEND", b"")
+    )
 
 
 def test_what_is_no_image_inside_is_unreadable_and_nothing_is_run_or_waited_for(tmp_path, monkeypatch):
@@ -546,7 +579,11 @@ def test_a_file_of_a_terabyte_is_not_read_to_its_end(tmp_path):
     want = np.asarray(decode(path))
     os.truncate(path, 1 << 40)
     pixels, full = datasets.decode_pixels(str(path), min)
-    assert full == (48, 64) and np.array_equal(pixels.permute(1, 2, 0).numpy(), want) and np.array_equal(np.asarray(decode(path)), want)
+    assert (
+        full == (48, 64)
+        and np.array_equal(pixels.permute(1, 2, 0).numpy(), want)
+        and np.array_equal(np.asarray(decode(path)), want)
+    )
 
 
 # ---------------------------------------------------------------- torchvision's sets

@@ -60,10 +60,10 @@ def decode_pixels(
 def decode(path: str, at_least: int | None = None, unclear: Callable[[str], None] = warnings.warn) -> Image.Image:
     """The image of a file as 8-bit RGB, whatever it was; orientation tags are left alone, as torchvision does.
 
-    at_least: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as both sides keep that many pixels. Floats and
-    32-bit integers are scaled as `value_range` says, and unclear(why) is called where that is no sure thing.
-    Raises what PIL raises on a file it cannot read (OSError and others): also one that is no regular file, of a format that
-    is not among `folders.FORMATS`, or of more than 179 million pixels, PIL's bound against decompression bombs.
+    at_least: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as both sides keep that many pixels.
+    unclear(why): called where the range of floats or 32-bit integers is a guess; `value_range` has the rule.
+    Raises what PIL raises on a file it cannot read (OSError and others): also on one that is no regular file, of a
+    format not in `folders.FORMATS`, or of more than 179 million pixels, PIL's bound against decompression bombs.
     """
     with open_regular(path) as file, Image.open(file, formats=folders.FORMATS) as image:
         return _to_rgb(image, at_least, unclear)
@@ -94,7 +94,7 @@ def _to_eight_bits(image: Image.Image, unclear: Callable[[str], None]) -> Image.
     if image.mode == "F" or bits == 32:
         low, high, why = value_range(values, (1, 255, 65535) if image.mode == "F" else (255, 65535))
         if why:
-            unclear(f"{why}: {low:g}..{high:g} is taken as black to white; convert such images to 8 or 16 bits to choose yourself")
+            unclear(f"{why}: {low:g}..{high:g} is taken as black to white; convert to 8 or 16 bits to choose yourself")
     values = np.nan_to_num(values.clip(low, high), nan=low)
     return Image.fromarray(((values - low) * (255 / (high - low)) + 0.5).astype(np.uint8))
 
@@ -102,10 +102,10 @@ def _to_eight_bits(image: Image.Image, unclear: Callable[[str], None]) -> Image.
 def value_range(values: np.ndarray, tops: Sequence[float]) -> tuple[float, float, str]:
     """(low, high, why that is no sure thing: '' where it is) of the values of an image whose scale is not known.
 
-    The highest and the lowest 1 % of the values do not decide, nor do those that are not finite. The others reach from 0 to
-    at most one of `tops`: the range is 0 to the first such top. They go further, or below 0: it is what they reach from (from
-    0, if they are not below) and to. Sharpening may pass a bound, so 5 % beyond it are within. It is a sure thing where all
-    finite values lie within 0 to the top. Raises ValueError where no value is finite.
+    The highest and the lowest 1 % of the values do not decide, nor do those that are not finite. Where the others lie
+    between 0 and one of `tops`, the range is 0 to the first such top; else it is that of the others, from 0 where none
+    of them is negative. What lies 5 % beyond a bound, as sharpening leaves it, counts as within. It is a sure thing
+    where all finite values lie between 0 and the top. Raises ValueError where no value is finite.
     """
     values = values[np.isfinite(values)]
     if not len(values):
@@ -266,8 +266,8 @@ def build_dataset(
     """The data set of that name: folder, cifar10, cifar100, svhn or digits; split train or val.
 
     folder: root/train and root/val with a folder a class, as torchvision's ImageFolder reads them; without root/train,
-    root itself is the training split. Images in no class folder, in one alone, or beside the class folders have no labels;
-    `describe` says what was found and what was skipped. Raises BadInput.
+    root itself is the training split. Images in no class folder, in one alone, or beside the class folders have no
+    labels; `describe` says what was found and what was skipped. Raises BadInput.
     """
     if name not in NAMES:
         raise BadInput(f"no data set named {name!r}: expected one of {', '.join(NAMES)}")
@@ -333,13 +333,15 @@ def _folder(root: Path, split: str) -> ImageFiles:
         names = folders.class_names(str(train)) or None if split == "val" and os.path.isdir(train) else None
         images = _image_files(root / split, names)
         if split == "train" and not os.path.isdir(val) and (others := _other_splits(root)):
-            images.layout.warnings.append(f"{folders.some(others)} beside train/ in {root} is not read: a val split is named val")
+            images.layout.warnings.append(
+                f"{folders.some(others)} beside train/ in {str(root)!r} is not read: a val split is named val"
+            )
         return images
     if split == "val":
         found = f", and it holds {folders.some(others)}" if (others := _other_splits(root)) else ""
         raise BadInput(
-            f"no validation images: {val} is missing{found}; expected a folder a class as in train/; add it or do without "
-            "validation"
+            f"no validation images: {val} is missing{found}; expected a folder a class as in train/; add it or do "
+            "without validation"
         )
     if os.path.isdir(val):
         raise BadInput(
@@ -364,14 +366,14 @@ def _image_files(folder: Path, classes: list[str] | None) -> ImageFiles:
     paths, labels = found.paths(), found.labels()
     if not paths:
         raise BadInput(
-            f"no images in {folder}: expected files ending in {', '.join(e[1:] for e in folders.ENDINGS)}, in a folder a class "
-            f"or directly; check the path{folders.skipped_words(found.skipped)}"
+            f"no images in {folder}: expected files ending in {', '.join(e[1:] for e in folders.ENDINGS)}, in a folder a "
+            f"class or directly; check the path{folders.skipped_words(found.skipped)}"
         )
     names = classes or found.classes
     if extra := sorted({found.classes[label] for label in labels if label >= 0} - set(names)):
         raise BadInput(
-            f"{folder} has a class that train lacks: {extra[0]!r}; expected a subset of the {len(names)} classes of train; move it "
-            "away"
+            f"{folder} has a class that train lacks: {extra[0]!r}; expected a subset of the {len(names)} classes of train; "
+            "move it away"
         )
     layout = folders.layout_of(found, classes)
     if layout.unlabelled:
@@ -382,7 +384,7 @@ def _image_files(folder: Path, classes: list[str] | None) -> ImageFiles:
 
 
 def describe(**splits: Dataset) -> str:
-    """What each split of a data set holds, in lines for the start of a run: images, classes, what was skipped, what looks wrong."""
+    """What each split holds, in lines for the start of a run: images, classes, what was skipped, what looks wrong."""
     lines = []
     for name, dataset in splits.items():
         if isinstance(dataset, ImageFiles):

@@ -105,8 +105,8 @@ def find_images(root: str) -> Found:
             reading.read_tree(path, owner)
         elif depth == 0:
             raise BadInput(
-                f"the class folder {path} is a link into the class {classes[known][0]!r}: expected the images of each class "
-                "in a folder of its own; remove the link"
+                f"the class folder {path!r} is a link into the class {classes[known][0]!r}: expected the images of each "
+                "class in a folder of its own; remove the link"
             )
         else:
             reading.skipped["repeated folder"] += 1
@@ -133,7 +133,7 @@ class _Reading:
         return self.readers.get(_identity(folder))
 
     def class_folders(self) -> list[tuple[str, str, bool]]:
-        """(name, path, whether it is a link) of the folders directly in the root, sorted; notes the images beside them."""
+        """(name, path, whether it is a link) of the folders in the root, sorted; notes the images beside them."""
         real, links = self.read_folder(self.root, _ROOT)
         classes = [(os.path.basename(path), path, False) for path in real]
         for path in links:
@@ -148,17 +148,18 @@ class _Reading:
         waiting = [top]
         while waiting:
             folder = waiting.pop()
-            if self.reader_of(folder) is not None:
+            identity = _identity(folder)
+            if identity in self.readers:
                 self.skipped["repeated folder"] += 1
                 continue
-            self.readers[_identity(folder)] = owner
+            self.readers[identity] = owner
             real, links = self.read_folder(folder, owner)
             waiting += real
             for link in links:
                 heapq.heappush(self.links, (link.count(os.sep), link, owner))
 
     def read_folder(self, folder: str, owner: int) -> tuple[list[str], list[str]]:
-        """Note the images directly in a folder; returns the paths of the real folders, and of links to folders, in it."""
+        """Note the images directly in a folder; returns the paths of real folders, and of links to folders, in it."""
         real, links, images, skipped = [], [], [], self.skipped
         try:
             with os.scandir(folder) as entries:
@@ -168,7 +169,9 @@ class _Reading:
                         skipped["hidden"] += 1
                     elif entry.is_dir(follow_symlinks=False):
                         real.append(entry.path)
-                    elif name.lower().endswith(ENDINGS):  # whatever it is: what cannot be read is named when it is asked for
+                    elif name.lower().endswith(
+                        ENDINGS
+                    ):  # whatever it is: what cannot be read is named when it is asked for
                         images.append(name)
                     elif not entry.is_symlink():
                         skipped[_ending(name)] += 1
@@ -197,7 +200,8 @@ def _identity(folder: str) -> tuple[int, int]:
 
 def _cannot_read(error: OSError, folder: str) -> BadInput:
     return BadInput(
-        f"cannot read {error.filename or folder}: {error.strerror}; expected a folder of images; make it readable, or move it away"
+        f"cannot read {(error.filename or folder)!r}: {error.strerror}; expected a folder of images; make it readable, "
+        "or move it away"
     )
 
 
@@ -219,38 +223,49 @@ def layout_of(found: Found, numbered_by: list[str] | None = None) -> Layout:
     counts, parts = found.counts(), found.parts()
     beside = counts.pop(_ROOT, 0)
     names = [found.classes[owner] for owner in sorted(counts)]
-    merged = {found.classes[owner]: sorted(inner) for owner, inner in parts.items() if "" not in inner and len(inner) > 1}
+    merged = {
+        found.classes[owner]: sorted(inner) for owner, inner in parts.items() if "" not in inner and len(inner) > 1
+    }
     expected = f"expected {os.path.join(found.root, '<class>', '<image>')!r}"
     if len(names) > 1 and all(map(is_split_name, names)):
         train = next((name for name in names if name.lower().startswith("train")), names[0])
         raise BadInput(
-            f"{found.root} holds {some(names)}, which look like splits, not classes: expected train/ and val/ with a folder a "
-            f"class; rename them, or give one alone, such as {os.path.join(found.root, train)}"
+            f"{found.root!r} holds {some(names)}, which look like splits, not classes: expected train/ and val/ with a "
+            f"folder a class; rename them, or give one alone, such as {os.path.join(found.root, train)!r}"
         )
     layout = Layout(_summary(found, len(names)))
     if not names:
         layout.unlabelled = "they lie in no class folders"
     elif beside:
         layout.unlabelled = f"{beside} of {beside + counts.total()} lie beside the class folders"
-        layout.warnings.append(f"{layout.unlabelled}: all are used, and none has a label; {expected} where there are classes")
+        layout.warnings.append(
+            f"{layout.unlabelled}: all are used, and none has a label; {expected} where there are classes"
+        )
     elif len(names) == len(numbered_by or names) == 1:
         layout.unlabelled = f"all lie in one class folder, {names[0]!r}" + (
             f", which holds only folders ({some(merged[names[0]])})" if merged else ""
         )
         layout.warnings.append(
-            f"{layout.unlabelled}: nothing can be judged by one class, so they count as without labels; {expected} where "
-            "there are classes"
+            f"{layout.unlabelled}: nothing can be judged by one class, so they count as without labels; {expected} "
+            "where there are classes"
         )
     if merged and len(names) > 1:
         name = min(merged)
         layout.warnings.append(
-            f"{len(merged)} of {len(names)} classes hold only folders, such as {name!r} ({some(merged[name])}), whose images "
-            f"count as one class; {expected}"
+            f"{len(merged)} of {len(names)} classes hold only folders, such as {name!r} ({some(merged[name])}), whose "
+            f"images count as one class; {expected}"
         )
     looks = [name for name in names if is_split_name(name)]
-    looks += [f"{found.classes[owner]}/{name}" for owner in sorted(parts) for name in sorted(parts[owner]) if is_split_name(name)]
+    looks += [
+        f"{found.classes[owner]}/{name}"
+        for owner in sorted(parts)
+        for name in sorted(parts[owner])
+        if is_split_name(name)
+    ]
     if looks:
-        layout.warnings.append(f"{some(looks)} look like splits, and the images of all of them are used here; {expected}")
+        layout.warnings.append(
+            f"{some(looks)} look like splits, and the images of all of them are used here; {expected}"
+        )
     return layout
 
 
@@ -267,7 +282,9 @@ def skipped_words(skipped: Counter[str]) -> str:
     if not skipped:
         return ""
     kinds = sorted(skipped.items(), key=lambda kind: (-kind[1], kind[0]))
-    words = [_many(n, what) if what in ("broken link", "repeated folder") else f"{n} {what}" for what, n in kinds[:_NAMED]]
+    words = [
+        _many(n, what) if what in ("broken link", "repeated folder") else f"{n} {what}" for what, n in kinds[:_NAMED]
+    ]
     if rest := sum(n for _, n in kinds[_NAMED:]):
         words.append(f"{rest} others")
     advice = ""
