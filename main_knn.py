@@ -52,7 +52,7 @@ def get_parser() -> cli.Parser:
         help="temperature of a vote's weight exp(similarity / T) (default: 0.1)",
     )
     group = parser.add_argument_group("run")
-    group.add_argument("--config", metavar="FILE.yaml", help="flags by name; the command line wins")
+    group.add_argument("--config", metavar="FILE.yaml", help="flags by name, values as they would be typed, switches true or false; the command line wins")
     group.add_argument("--out", metavar="DIR", help="folder to write results.json into (default: only print)")
     group.add_argument(
         "--features", metavar="FILE.safetensors", help="keep the features in this file, or use those that are in it"

@@ -10,6 +10,7 @@ The whole network:              ... --finetune --lr 0.01
 
 import argparse
 import random
+import re
 import sys
 import time
 from pathlib import Path
@@ -17,7 +18,7 @@ from pathlib import Path
 import torch
 
 from moco_isl import checkpoint, data, dist
-from moco_isl.encoders import AMP_TYPES, BACKBONE, STEMS, Taps, get_head
+from moco_isl.encoders import AMP_TYPES, BACKBONE, OUTPUT, STEMS, Taps, get_head
 from moco_isl.evaluation import features, linear, probe
 from moco_isl.evaluation.backbone import describe, load_backbone
 from moco_isl.evaluation.knn import require_shots
@@ -56,7 +57,7 @@ def get_parser() -> cli.Parser:
     cli.add_switch(parser, "--mlp", default=None, help="warn if the file's head is not MoCo v2's MLP (--no-mlp: if it is); not needed")
     add("--amp", choices=AMP_TYPES, default="off", help="half precision in the network; bf16 on any recent GPU")
     add = parser.add_argument_group("what is trained").add_argument
-    add("--layers", nargs="+", default=[BACKBONE], metavar="LAYER", help="backbone (default, MoCo's), output, conv1 ... conv5 (of a ResNet its "
+    add("--layers", nargs="+", type=_layer, default=[BACKBONE], metavar="LAYER", help="backbone (default, MoCo's), output, conv1 ... conv5 (of a ResNet its "
         "stem and four stages), or all; one classifier for each, on about 9,000 numbers")
     add("--cache-features", action="store_true", help="train on features taken once, without augmentation: fast, not MoCo's protocol")
     add("--finetune", action="store_true", help="train the whole network from the checkpoint")
@@ -64,16 +65,22 @@ def get_parser() -> cli.Parser:
     add("--shots", default=[], type=_shots, metavar="n,n", help="also the accuracy with so many labelled images a class, e.g. 1,5,10")
     add("--draws", default=20, type=int, metavar="n", help="draws of labelled images for --shots (default: 20)")
     add = parser.add_argument_group("run").add_argument
-    add("--config", metavar="FILE.yaml", help="flags by name; the command line wins")
+    add("--config", metavar="FILE.yaml", help="flags by name, values as they would be typed, switches true or false; the command line wins")
     add("--out", metavar="DIR", help="folder of the run (default: runs/<time>-lincls)")
     return parser
+
+
+def _layer(text: str) -> str:
+    if not re.fullmatch(rf"all|{BACKBONE}|{OUTPUT}|conv\d", text):
+        raise argparse.ArgumentTypeError(f"'{cli.short(text)}' is no layer: expected backbone, output, conv1 ... conv5, or all")
+    return text
 
 
 def _shots(text: str) -> list[int]:
     try:
         return [int(n) for n in text.split(",") if n]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"'{text}' is no list of whole numbers: expected such as 1,5,10") from None
+        raise argparse.ArgumentTypeError(f"'{cli.short(text)}' is no list of whole numbers: expected such as 1,5,10") from None
 
 
 def file_to_resume(args) -> str:

@@ -3,6 +3,7 @@
 python -m moco_isl.export FILE --to torchvision|timm|safetensors|detectron2 --out FILE
 """
 
+import argparse
 import json
 import sys
 from collections.abc import Callable
@@ -231,9 +232,15 @@ def get_parser() -> cli.Parser:
     parser.add_argument("-a", "--arch", help="architecture (default: as the file says or its tensors show)")
     parser.add_argument("--stem", choices=STEMS, default="auto", help="auto: as the tensors of the file show")
     parser.add_argument(
-        "--results", nargs="+", default=[], metavar="results.json", help="for the model card of safetensors"
+        "--results", nargs="+", type=_results, default=[], metavar="results.json", help="for the model card of safetensors"
     )
     return parser
+
+
+def _results(text: str) -> str:
+    if not text.endswith(".json"):  # by its name a FILE after it is told from one more of them
+        raise argparse.ArgumentTypeError(f"'{cli.short(text)}' is no .json file: expected a results.json of main_knn.py or main_lincls.py")
+    return text
 
 
 def main(argv: list[str] | None = None, stop=None) -> int:

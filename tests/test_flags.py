@@ -4,8 +4,12 @@ import os
 
 import pytest
 
+import main_knn
+import main_lincls
 import main_moco_isl
+from moco_isl import export
 from moco_isl.errors import BadInput
+from moco_isl.report import __main__ as report
 from moco_isl.training import cli
 
 # every flag of main_moco.py: dest -> default
@@ -61,6 +65,91 @@ def test_bad_config(tmp_path, text, words):
         parse(["--config", str(config)])
     assert all(word in str(error.value) for word in words)
     assert len(str(error.value).splitlines()) == 1
+
+
+def config(tmp_path, text):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    return ["--config", str(path)]
+
+
+def test_a_config_says_what_is_written_there(tmp_path):
+    """YAML's own reading makes False of `off`, a text of `1e-3`, 8 of `010`, 90 of `1:30` and a date of 2024-01-01."""
+    text = "amp: off\nisl-trust: off\nlr: 1e-3\nepochs: 010\nout: 1:30\ninit: 2024-01-01\nresume: null\narch: no\nseed: -5\nschedule: [010, 1_0]"
+    args = parse(config(tmp_path, text))
+    assert (args.amp, args.isl_trust, args.lr, args.epochs, args.seed) == ("off", "off", 1e-3, 10, -5)
+    assert (args.out, args.init, args.resume, args.arch, args.schedule) == ("1:30", "2024-01-01", "", "no", [10, 10])
+    given = parse("--amp off --isl-trust off --lr 1e-3 --epochs 10 --out 1:30 --init 2024-01-01 -a no --seed -5 --schedule 10 10")
+    assert vars(args) | {"config": None} == vars(given)
+
+
+@pytest.mark.parametrize("word, on", [(w, True) for w in "true on yes True YES 'on'".split()] + [(w, False) for w in "false off no Off".split()])
+def test_a_switch_in_a_config(tmp_path, word, on):
+    argv = config(tmp_path, f"cos: {word}\nmlp: {word}\nmultiprocessing-distributed: {word}")
+    args = parse(argv)
+    assert args.cos is args.mlp is args.multiprocessing_distributed is on
+    assert parse([*argv, "--no-cos"]).cos is False and parse([*argv, "--cos"]).cos is True
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("mlp:", "mlp is a switch: expected true or false, got nothing"), ("mlp: [true]", "got more than a word"), ("mlp: 1", "got '1'"),
+        ("lr: 1\nlr: 2", "line 2: 'lr' stands there twice"), ("moco-k: 1\nmoco_k: 2", "moco-k and moco_k are one flag"),
+        ("wd: 1\nweight-decay: 2", "wd and weight-decay are one flag"), ("epochs: [1, 2]", "epochs: expected one value"),
+        ("data: [a, b]", "data: expected one path"), ("schedule: {a: 1}", "schedule: expected a value, or a list of them"),
+        ("schedule: [[1]]", "schedule: expected a value, or a list of them"), ("schedule: [1, --download]", "'--download' looks like a flag"),
+        ("config: other.yaml", "no flag named 'config'"), ("help: true", "no flag named 'help'"), ("arch: &a x\nout: *a", "anchors (&) and aliases (*) are not taken"),
+        ("lr: !!float 1", "tags (!)"), ("just words", "holds a text: expected lines"), ("miner: --download", "--miner --download: expected one of"),
+    ],
+)  # fmt: skip
+def test_a_config_that_is_wrong_is_one_line(tmp_path, text, words):
+    with pytest.raises(BadInput) as error:
+        parse(config(tmp_path, text))
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def parsers():
+    return [m.get_parser() for m in (main_moco_isl, main_knn, main_lincls, export, report)]
+
+
+def test_a_flag_of_several_values_leaves_the_folder_alone():
+    """Whatever stands after its values and is none of their kind is the DIR or FILE, for every such flag of every command."""
+    values = {int: ["3", "4"], float: ["1e-3", "-2", "3"], main_lincls._layer: ["all", "conv2"], export._results: ["a.json", "b/c.json"]}
+    tried = 0
+    for parser in parsers():
+        needed = ["--to", "timm", "--out", "x"] if "--to" in parser._option_string_actions else []
+        place = next(action.dest for action in parser._actions if not action.option_strings)
+        for action in parser._actions:
+            if action.option_strings and action.nargs in ("*", "+"):
+                args = parser.parse_args([*needed, action.option_strings[-1], *values[action.type], "DIR"])
+                assert getattr(args, action.dest) == [action.type(x) for x in values[action.type]]
+                assert getattr(args, place) == "DIR"
+                tried += 1
+    assert tried == 7
+
+
+def test_a_value_of_the_wrong_kind_is_named(tmp_path):
+    for parse_, line, words in (
+        (main_lincls, "--layers conv9x DIR", "--layers: 'conv9x' is no layer: expected backbone, output, conv1 ... conv5, or all"),
+        (main_lincls, "--lr fast DIR", "--lr fast: expected a number"),
+        (main_knn, "--k few DIR", "--k few: expected a whole number"),
+        (export, "--to timm --out x --results r.txt FILE", "--results: 'r.txt' is no .json file"),
+        (export, "--to timm --out x --config c.yaml FILE", "no flag --config"),
+        (export, "--to timm --out x FILE more", "'more' is one argument too many: expected flags and FILE"),
+    ):
+        with pytest.raises(BadInput) as error:
+            parse_.get_parser().parse_args(line.split())
+        assert words in str(error.value)
+    with pytest.raises(BadInput, match="'' is one argument too many"):
+        parse(["DIR", ""])
+
+
+def test_a_list_in_a_config_takes_nothing_of_the_command_line(tmp_path):
+    argv = config(tmp_path, "schedule: [3, 4]")
+    for line in (["2024", *argv], [*argv, "2024"]):
+        args = parse(line)
+        assert (args.data, args.schedule) == ("2024", [3, 4])
 
 
 def test_every_flag_is_used():

@@ -19,9 +19,8 @@ from datetime import timedelta
 import torch
 import torch.distributed
 import torch.multiprocessing
-import yaml
 
-from moco_isl import dist, files
+from moco_isl import dist, files, plain_yaml
 from moco_isl.data import workers
 from moco_isl.errors import BadInput, Interrupted, RunFailed
 from moco_isl.training import signals
@@ -41,77 +40,114 @@ class Parser(argparse.ArgumentParser):
         flag = found[1].split("/")[0] if (found := re.match(r"argument (\S+): ", message)) else ""
         if found := re.search(r"invalid choice: '(.*?)'.*\(choose from (.*)\)", message):
             choices = found[2].replace("'", "")
-            message = f"{flag} {found[1]}: expected one of {choices}{_nearest(found[1], choices.split(', '))}"
-        elif found := re.search(r"invalid (int|float) value: '(.*)'", message):
-            message = f"{flag} {found[2]}: expected a {'whole ' if found[1] == 'int' else ''}number"
+            message = f"{flag} {short(found[1])}: expected one of {choices}{_nearest(found[1], choices.split(', '))}"
+        elif found := re.search(r"invalid (int|float) value: (.*)", message):
+            message = f"{flag} {short(found[2][1:-1])}: expected a {'whole ' if found[1] == 'int' else ''}number"
         elif message.startswith("unrecognized arguments: "):
-            first = message.split()[2]
+            rest = message.removeprefix("unrecognized arguments: ")
+            first = (rest.split() or [rest])[0]
             if not first.startswith("-"):
-                raise BadInput(f"'{first}' is one argument too many: expected flags and at most one DIR, which names the data set; see --help")
-            message = f"no flag {first}{_nearest(first.split('=')[0], self._option_string_actions)}"
+                raise BadInput(f"'{short(first)}' is one argument too many: expected {self._what_is_expected()}; see --help")
+            message = f"no flag {short(first)}{_nearest(first.split('=')[0], self._option_string_actions)}"
         elif flag:
             message = f"{flag}: {message.split(': ', 1)[1]}"
         raise BadInput(f"{message}; see --help")
 
+    def _what_is_expected(self) -> str:
+        names = [action.metavar for action in self._actions if not action.option_strings]
+        which = f"at most one {names[0]}, which names the data set" if names == ["DIR"] else ", ".join(names)
+        return f"flags and {which}"
+
     def parse_args(self, argv: list[str] | None = None, namespace=None) -> argparse.Namespace:
         """Flags of argv; with `--config FILE.yaml` those of the file first, so that the command line wins."""
         argv = list(sys.argv[1:] if argv is None else argv)
-        config, _ = _ConfigOnly().parse_known_args(argv)
-        argv = self._from_config(config.config) + argv if config.config else argv
+        if "--config" in self._option_string_actions:
+            config, _ = _ConfigOnly().parse_known_args(argv)
+            argv = self._from_config(config.config) + argv if config.config else argv
         return super().parse_args(self._data_first(argv), namespace)
 
     def _data_first(self, argv: list[str]) -> list[str]:
-        """argv with what a flag of several numbers would swallow moved to the front: `--lr 30 DIR` and `--schedule 60 80 DIR` name a DIR."""
-        front, rest, numbers = [], [], False
+        """argv with what a flag of several values would swallow moved to the front: `--lr 30 DIR` and `--layers all DIR` name a DIR.
+
+        Such a flag has a type that does not take a DIR. What begins its values is left to it, to be judged.
+        """
+        front, rest, flag, fewest = [], [], None, 0
         for token in argv:
-            if token.startswith("-") and not _is_number(token):
-                action = self._option_string_actions.get(token)
-                numbers = action is not None and action.nargs in ("*", "+") and action.type in (int, float)
-            swallowed = numbers and not token.startswith("-") and not _is_number(token)
-            (front if swallowed else rest).append(token)
-            numbers = numbers and not swallowed
+            if token.startswith("-") and not _takes(float, token):
+                flag = self._option_string_actions.get(token)
+                flag = flag if flag is not None and flag.nargs in ("*", "+") else None
+                fewest = 1 if flag is not None and flag.nargs == "+" else 0
+            elif flag is not None and fewest == 0 and not _takes(flag.type, token):
+                front.append(token)
+                flag = None
+                continue
+            else:
+                fewest = 0
+            rest.append(token)
         return front + rest
 
     def _from_config(self, path: str) -> list[str]:
-        try:
-            with open(path) as file:
-                content = yaml.safe_load(file) or {}
-        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-            raise BadInput(f"cannot read --config '{path}': {str(error).splitlines()[0]}") from error
-        if not isinstance(content, dict):
-            raise BadInput(f"--config '{path}' holds a {type(content).__name__}: expected lines 'flag: value'")
-        argv, positional = [], []
-        for name, value in content.items():
-            flag = "--" + str(name).replace("_", "-")
-            action = self._option_string_actions.get(flag) or self._option_string_actions.get("--" + str(name))
+        """The flags that a YAML file names, as argv; DIR as the default of `data`, which the command line may name anew."""
+        of, argv, named = files.named("--config", path), [], {}
+        content = plain_yaml.read(path, "--config", "lines 'flag: value'")
+        if not isinstance(content, dict | None):
+            raise BadInput(f"{of} holds a {'list' if isinstance(content, list) else 'text'}: expected lines 'flag: value'")
+        for name, value in (content or {}).items():
+            flag = "--" + name.replace("_", "-")
+            action = self._option_string_actions.get(flag)
+            if name != "data" and (action is None or action.dest in ("config", "help", "version")):
+                raise BadInput(f"{of}: no flag named '{short(name)}'{_nearest(flag, self._option_string_actions)}")
+            other = named.setdefault("data" if action is None else action.dest, name)
+            check(other == name, f"{of}: {other} and {name} are one flag: name it once")
             if name == "data":
-                positional = [str(value)]
-            elif action is None or name == "config":
-                raise BadInput(f"--config '{path}': no flag named '{name}'{_nearest(flag, self._option_string_actions)}")
+                check(not isinstance(value, list | dict), f"{of}: data: expected one path")
+                self.set_defaults(data=value)  # a positional before the flags would be a second one beside the command line's
             elif action.nargs == 0:
-                argv += self._switch(flag, value, path)
-            elif isinstance(value, list) and action.nargs is None:  # one argument, such as 1,5,10: more of them would be taken for DIR
-                argv += [flag, ",".join(map(str, value))]
+                argv += self._switch(flag, value, of)
             elif value is not None:
-                argv += [flag, *map(str, value if isinstance(value, list) else [value])]
-        # a positional before the flags, or a flag that takes a list would swallow it; dropped if the command line names one
-        self.set_defaults(**({"data": positional[0]} if positional else {}))
-        return argv
+                argv += _as_argv(flag, action, value, of)
+        return [*argv, "--config", path]  # again, such that no flag before it takes what the command line begins with
 
-    def _switch(self, flag: str, value, path: str) -> list[str]:
-        if not isinstance(value, bool):
-            raise BadInput(f"--config '{path}': {flag[2:]} is a switch: expected true or false, got {value!r}")
-        if value:
+    def _switch(self, flag: str, value: plain_yaml.Value, of: str) -> list[str]:
+        word = value.lower() if isinstance(value, str) else ""
+        if word not in ON | OFF:
+            given = "nothing" if value is None else f"'{short(value)}'" if isinstance(value, str) else "more than a word"
+            raise BadInput(f"{of}: {flag[2:]} is a switch: expected true or false, got {given}")
+        if word in ON:
             return [flag]
         return ["--no-" + flag[2:]] if "--no-" + flag[2:] in self._option_string_actions else []
 
 
-def _is_number(text: str) -> bool:
+ON, OFF = {"true", "on", "yes"}, {"false", "off", "no"}
+
+
+def _as_argv(flag: str, action: argparse.Action, value: str | list | dict, of: str) -> list[str]:
+    """A flag with its value or values from a config file, as they would stand in argv."""
+    values = value if isinstance(value, list) else [value]
+    several = action.nargs in ("*", "+")
+    as_one_text = action.type not in (None, str, int, float)  # its type may take several from one text, such as 1,5,10
+    if not all(isinstance(x, str) for x in values) or isinstance(value, list) and not (several or as_one_text):
+        raise BadInput(f"{of}: {flag[2:]}: expected {'a value, or a list of them' if several or as_one_text else 'one value'}")
+    if not several:
+        return [f"{flag}={','.join(values)}"]
+    for x in values:
+        check(not x.startswith("-") or _takes(float, x), f"{of}: {flag[2:]}: '{short(x)}' looks like a flag: expected a value")
+    return [flag, *values]
+
+
+def _takes(kind: Callable | None, text: str) -> bool:
+    """Whether an argument's type takes a text."""
     try:
-        float(text)
-    except ValueError:
+        (kind or str)(text)
+    except (ValueError, TypeError, argparse.ArgumentTypeError):
         return False
     return True
+
+
+def short(text: str, most: int = 60) -> str:
+    """A text that somebody gave, as it may stand in a message: escaped, and its beginning where it is long."""
+    text = files.shown(text)
+    return text if len(text) <= most else f"{text[: most - 10]}... ({len(text)} characters)"
 
 
 class _ConfigOnly(argparse.ArgumentParser):

@@ -45,7 +45,7 @@ def get_parser(description: str) -> cli.Parser:
     cli.add_switch(group, "--cos", help="MoCo v2: use cosine lr schedule")
 
     group = parser.add_argument_group("run")
-    group.add_argument("--config", metavar="FILE.yaml", help="flags by name; the command line wins")
+    group.add_argument("--config", metavar="FILE.yaml", help="flags by name, values as they would be typed, switches true or false; the command line wins")
     group.add_argument("--out", metavar="DIR", help="folder of the run (default: runs/<time>-<arch>)")
     group.add_argument("--init", metavar="FILE", help="start from the weights of this file, ours or MoCo's, at epoch 0: the way to continue a "
                        "converged MoCo with mining")
