@@ -18,9 +18,16 @@ setup(
     package_data={"moco_isl": ["data/*.npz", "data/*.md", "report/templates/*"], "launch": ["recipes/*", "*.md"]},
     entry_points={
         "console_scripts": [
-            "main_moco_isl.py = main_moco_isl:main",
-            "main_knn.py = main_knn:main",
-            "main_lincls.py = main_lincls:main",
+            # without .py: Python looks for modules beside the script first, and would take it for the module of that name
+            "main_moco_isl = main_moco_isl:main",
+            "main_knn = main_knn:main",
+            "main_lincls = main_lincls:main",
+            "moco-isl = moco_isl.__main__:main",
+            "moco-isl-report = moco_isl.report.__main__:main",
+            "moco-isl-export = moco_isl.export:main",
+            "moco-isl-submit = launch.submit:main",
+            "moco-isl-status = launch.status:main",
+            "moco-isl-sweep = launch.sweep:main",
         ]
     },
     install_requires=["torch>=2.4", "torchvision>=0.19", "timm>=1.0", "numpy", "submitit>=1.5", "pyyaml", "safetensors", "tqdm"],
@@ -30,6 +37,6 @@ setup(
         "heif": ["pillow-heif"],
         "report": ["matplotlib", "jinja2"],
         "tensorboard": ["tensorboard"],
-        "test": ["pytest", "scipy", "matplotlib", "jinja2", "tensorboard", "lightly", "faiss-cpu"],
+        "test": ["pytest", "setuptools>=70.1", "scipy", "matplotlib", "jinja2", "tensorboard", "lightly", "faiss-cpu"],
     },
 )

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [p for p in [str(ROOT)] if p not in sys.path]  # `python launch/submit.py` puts only launch/ there
 
 from launch.job import SCRIPTS  # noqa: E402
+from moco_isl import __version__  # noqa: E402
 from moco_isl.errors import BadInput  # noqa: E402
 
 # names that would reach the job through sbatch and mean something else there
@@ -34,11 +35,15 @@ FAMILIAR = {"SLURM_CONF"}  # without it neither sbatch nor the job's own scontro
 
 
 class LauncherParser(argparse.ArgumentParser):
+    def add_version(self) -> None:
+        self.add_argument("--version", action="version", version=f"moco_isl {__version__}")
+
     def error(self, message: str):
         raise BadInput(f"{message}; see --help")
 
 
 def add_cluster_options(parser: argparse.ArgumentParser, clusters: tuple[str, ...]) -> None:
+    parser.add_version()
     group = parser.add_argument_group("what a job gets")
     group.add_argument(
         "--cluster",

@@ -20,6 +20,7 @@ from moco_isl.errors import BadInput  # noqa: E402
 
 def get_parser() -> argparse.ArgumentParser:
     parser = LauncherParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_version()
     parser.add_argument("job_dir", metavar="JOB_DIR", type=Path, help="the folder that submit.py or sweep.py printed")
     parser.add_argument("--all", action="store_true", help="every submission into the folder, and into those below it")
     parser.add_argument("--wait", action="store_true", help="until the job has ended")

@@ -88,6 +88,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(argv: list[str]) -> int:
+    if argv[:1] == ["--version"]:
+        get_parser().parse_args(argv)
     if not argv or argv[0] not in SCRIPTS:
         if argv and argv[0] not in ("-h", "--help"):
             raise BadInput(f"'{argv[0]}' is nothing to submit: expected pretrain, lincls or knn, and then the options")

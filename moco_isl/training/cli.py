@@ -20,7 +20,7 @@ import torch
 import torch.distributed
 import torch.multiprocessing
 
-from moco_isl import dist, files, plain_yaml
+from moco_isl import __version__, dist, files, plain_yaml
 from moco_isl.data import workers
 from moco_isl.errors import BadInput, Interrupted, RunFailed
 from moco_isl.training import signals
@@ -35,6 +35,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        self.add_argument("--version", action="version", version=f"moco_isl {__version__}")
 
     def error(self, message: str):
         flag = found[1].split("/")[0] if (found := re.match(r"argument (\S+): ", message)) else ""
