@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from moco_isl import checkpoint, data, dist
+from moco_isl import checkpoint, data, dist, files
 from moco_isl.encoders import AMP_TYPES, BACKBONE, OUTPUT, STEMS, Taps
 from moco_isl.evaluation import features, probe
 from moco_isl.evaluation.backbone import describe, load_backbone
@@ -132,7 +132,7 @@ def worker(args, stop) -> None:
     say(f"=> {Q} queries ({protocol}) against {M} images in {time.perf_counter() - start:.1f} s")
     if args.out and dist.is_main():
         facts = {**facts, "protocol": protocol, "M": M, "queries": Q, "results": results}
-        print(f"=> written to {features.write_json(Path(args.out) / 'results.json', facts)}")
+        print(f"=> written to {files.shown(features.write_json(Path(args.out) / 'results.json', facts))}")
 
 
 def get_features(args, device: torch.device, asked: Stop) -> tuple[dict[str, features.Split], dict[str, str]]:
@@ -145,14 +145,15 @@ def get_features(args, device: torch.device, asked: Stop) -> tuple[dict[str, fea
     expected = expectations(args, sources)
     if kept:
         splits, facts = features.load(args.features, expected, device)
-        say(f"=> features of '{facts.get('pretrained')}' on '{facts.get('data')}' from '{args.features}'")
+        source, on, kept_in = (files.shown(str(x)) for x in (facts.get("pretrained"), facts.get("data"), args.features))
+        say(f"=> features of '{source}' on '{on}' from '{kept_in}'")
         if args.cache is not None:
             say("=> --cache: no image is read")
         return splits, facts
     encoder, info = load_backbone(args.pretrained, args.arch, args.stem, args.key)
     say(describe(info))
     if "val" not in sources:
-        say(f"=> no val split in '{args.data}': each image of train is judged by all others (leave-one-out)")
+        say(f"=> no val split in '{files.shown(args.data)}': each image of train is judged by all others (leave-one-out)")
     size = features.side(args.image_size, info, sources["train"])
     for line in probe.strange(info, dataset=args.dataset, size=size):
         say(f"=> warning: {line}")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from moco_isl import checkpoint, data, dist
+from moco_isl import checkpoint, data, dist, files
 from moco_isl.encoders import AMP_TYPES, BACKBONE, OUTPUT, STEMS, Taps, get_head
 from moco_isl.evaluation import features, linear, probe
 from moco_isl.evaluation.backbone import describe, load_backbone
@@ -225,7 +225,7 @@ class Run:
             resume.restore_rng(ours["rng"], self.device, self.position.averages)
         if "optimizer" in content and not args.evaluate:
             self.probe.optimizer.load_state_dict(content["optimizer"])
-        self.say(f"=> loaded '{path}' (epoch {self.position.epoch}, step {self.position.step})")
+        self.say(f"=> loaded '{files.shown(path)}' (epoch {self.position.epoch}, step {self.position.step})")
         return ours["metrics_size"] if ours and Path(path).parent.resolve() == Path(args.out).resolve() else 0
 
     def save(self) -> None:
@@ -299,7 +299,7 @@ class Run:
                  "val_images": len(self.val), "seconds": seconds, "backbone_unchanged": bool(self.probe.frozen),
                  "classifiers": rows, "few_labels": few}
         if dist.is_main():
-            print(f"=> written to {features.write_json(Path(args.out) / 'results.json', facts)}")
+            print(f"=> written to {files.shown(features.write_json(Path(args.out) / 'results.json', facts))}")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from moco_isl import builder, checkpoint, data, dist
+from moco_isl import builder, checkpoint, data, dist, files
 from moco_isl.encoders import AMP_TYPES, build_encoder, extract_features, extract_views, split_batch_norm
 from moco_isl.errors import BadInput, Interrupted, RunFailed
 from moco_isl.evaluation.features import require_side
@@ -216,11 +216,11 @@ class Run:
         args, path, content = self.args, self.start.path, checkpoint.load(self.start.path)
         filled = checkpoint.load_model(self.model, content, path)
         fills = {"encoder_k": "copied from encoder_q", "queue": "filled anew by one feature pass"}
-        self.say(f"=> loaded '{path}' (epoch {content.get('epoch', 'unknown')})" + "".join(f"; it has no {part}, which is {fills[part]}" for part in filled))
+        self.say(f"=> loaded '{files.shown(path)}' (epoch {content.get('epoch', 'unknown')})" + "".join(f"; it has no {part}, which is {fills[part]}" for part in filled))
         if "queue" in filled:
             self.refill_queue()
         if not self.start.goes_on and getattr(content.get("args"), "get", {}.get)("research_labels"):
-            self.say(f"=> warning: labels were used in the training of '{path}' (--research-labels), and so in what is made of it here")
+            self.say(f"=> warning: labels were used in the training of '{files.shown(path)}' (--research-labels), and so in what is made of it here")
         if not self.start.goes_on:
             if args.objective == "bank":  # of features: random rows would undo what the encoder has learned
                 self.isl.bank.fill(self.features(self.model.encoder_q))
@@ -232,7 +232,7 @@ class Run:
         if len(set(dist.gather_objects((self.position.epoch, self.position.step)))) > 1:
             raise RunFailed(f"the ranks read different states out of '{path}': a shared file system that lags behind? Start again")
         if not same:
-            self.say(f"=> '{path}' was saved by {len(content['isl']['rng'])} ranks, here are {dist.world_size()}: going on, but not bit for bit")
+            self.say(f"=> '{files.shown(path)}' was saved by {len(content['isl']['rng'])} ranks, here are {dist.world_size()}: going on, but not bit for bit")
         return content["isl"]["metrics_size"] if self.start.in_place else 0
 
     def _go_on_from_moco(self, content: dict) -> None:
@@ -295,7 +295,7 @@ class Run:
     def train(self) -> None:
         args, position = self.args, self.position
         last_good = lambda: str(self.folder.last) if self.folder and self.folder.last.exists() else ""  # noqa: E731
-        self.say(f"=> {self.M} images, {len(self.loader)} steps an epoch, {dist.world_size()} x {self.device}, seed {args.seed}, files in {args.out}")
+        self.say(f"=> {self.M} images, {len(self.loader)} steps an epoch, {dist.world_size()} x {self.device}, seed {args.seed}, files in {files.shown(args.out)}")
         for epoch in range(position.epoch, args.epochs):
             lr = engine.learning_rate(epoch, lr=args.lr, epochs=args.epochs, cos=args.cos, schedule=args.schedule, rounds=args.isl_rounds)
             for group in self.optimizer.param_groups:

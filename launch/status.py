@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from launch import report, watch  # noqa: E402
 from launch.options import LauncherParser  # noqa: E402
 from launch.report import Entry  # noqa: E402
+from moco_isl import files  # noqa: E402
 from moco_isl.errors import BadInput  # noqa: E402
 
 
@@ -31,11 +32,12 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
+    files.print_any_name()
     try:
         args = get_parser().parse_args(argv)
         entries = find(args.job_dir, args.all)
     except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {files.shown(str(error))}", file=sys.stderr)
         return BadInput.exit_code
     if args.wait:
         watch.wait(entries, args.poll)

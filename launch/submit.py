@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from launch import executors, options, watch  # noqa: E402
 from launch.job import SCRIPTS, Run  # noqa: E402
 from launch.report import Entry  # noqa: E402
+from moco_isl import files  # noqa: E402
 from moco_isl.errors import BadInput  # noqa: E402
 
 
@@ -77,10 +78,11 @@ def get_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
+    files.print_any_name()
     try:
         return _main(argv)
     except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {files.shown(str(error))}", file=sys.stderr)
         return BadInput.exit_code
     except KeyboardInterrupt:
         print("\n=> no longer waiting; a job that was submitted goes on", file=sys.stderr)

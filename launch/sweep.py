@@ -33,6 +33,7 @@ from launch import executors, options, report, watch  # noqa: E402
 from launch.job import SCRIPTS, Run  # noqa: E402
 from launch.report import Entry  # noqa: E402
 from launch.tables import write_table  # noqa: E402
+from moco_isl import files  # noqa: E402
 from moco_isl.errors import BadInput, Interrupted  # noqa: E402
 
 KNOWN = {"script", "base", "grid", "points", "columns", "figures"}
@@ -66,10 +67,11 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
+    files.print_any_name()
     try:
         return _main(get_parser().parse_args(argv))
     except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {files.shown(str(error))}", file=sys.stderr)
         return BadInput.exit_code
     except KeyboardInterrupt:
         print("\n=> interrupted: the same command goes on where this one was", file=sys.stderr)

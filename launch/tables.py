@@ -6,6 +6,7 @@ import statistics
 from pathlib import Path
 
 from launch import report
+from moco_isl import files
 from moco_isl.errors import BadInput
 
 
@@ -21,8 +22,8 @@ def write_table(plan: dict, folder: Path) -> None:
     text = "\n".join("| " + " | ".join(line) + " |" for line in cells)
     print(text)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "table.md").write_text(text + "\n")
-    (folder / "table.json").write_text(json.dumps(rows, indent=1) + "\n")
+    files.write_text(text + "\n", folder / "table.md")
+    files.write_text(json.dumps(rows, indent=1) + "\n", folder / "table.json")
     if plan["figures"]:
         write_curves(plan["figures"], rows, folder)
 

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from moco_isl import __version__
+from moco_isl import __version__, files
 
 COMMANDS = {  # installed -> the same in a checkout, and what it does
     "main_moco_isl": ("python main_moco_isl.py", "pretrain an encoder without labels: MoCo v2, and ISL around it"),
@@ -32,10 +32,11 @@ def get_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Print the list; returns the exit code."""
+    files.print_any_name()
     parser = get_parser()
     _, rest = parser.parse_known_args(argv)
     if rest:
-        print(f"error: {rest[0]!a} is one argument too many: without any, the commands are listed", file=sys.stderr)
+        print(f"error: '{files.shown(rest[0])}' is one argument too many: without any, the commands are listed", file=sys.stderr)
         return 2
     print(parser.description)
     return 0

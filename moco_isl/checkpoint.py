@@ -74,7 +74,7 @@ def save_safetensors(tensors: dict[str, torch.Tensor], path: str | Path, metadat
     try:
         temporary.touch()
         mode = temporary.stat().st_mode
-        save_file(tensors, temporary, metadata=metadata)
+        save_file(tensors, temporary, metadata={key: files.encodable(value) for key, value in metadata.items()})
         temporary.chmod(mode)  # the library makes files that only their owner may read
         temporary.replace(path)
     except Exception as error:  # safetensors has an error of its own for a full disk
@@ -109,9 +109,9 @@ def load(path: str | Path, map_location: torch.device | str = "cpu", mmap: bool 
         hint = f"; it holds {', '.join(inside[-3:])}: name one of them" if inside else ""
         raise BadInput(f"'{path}' is a folder: expected a checkpoint file{hint}")
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), files.utf8_name(path) as name:
             warnings.simplefilter("ignore")  # about pickles of unusual protocols: what is wrong is said below, in a line
-            content = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
+            content = torch.load(name, map_location=map_location, weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
     except Exception as error:  # a file of any kind may raise anything here
         raise BadInput(f"cannot read '{path}': {_what_is_wrong(path, error)}; expected a checkpoint of this project or of MoCo, or another torch.save of "
                        "a state dict") from error

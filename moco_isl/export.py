@@ -13,7 +13,7 @@ import torch
 import torchvision
 from torch import nn
 
-from moco_isl import __version__, checkpoint
+from moco_isl import __version__, checkpoint, files
 from moco_isl.encoders import BACKBONE, STEMS, Taps, evaluating, head_name
 from moco_isl.errors import BadInput, RunFailed
 from moco_isl.evaluation.backbone import describe, from_detectron2, load_backbone, read_file, to_detectron2
@@ -110,7 +110,8 @@ def _timm(state: Tensors, info: dict, out: Path, card: dict[str, str]) -> tuple[
             checkpoint.save_safetensors(state, out, card)
         else:
             checkpoint.save({"arch": f"timm:{name}", "state_dict": state}, out)
-        return timm.create_model(name, num_classes=0, checkpoint_path=str(out))
+        with files.utf8_name(out) as known:
+            return timm.create_model(name, num_classes=0, checkpoint_path=str(known))
 
     return write, [f"=> read it by timm.create_model('{name}', num_classes=0, checkpoint_path='{out}')"]
 
@@ -252,7 +253,7 @@ def run(argv: list[str] | None, stop) -> None:
     args = get_parser().parse_args(argv)
     options = {"key_encoder": args.key, "arch": args.arch, "stem": args.stem, "results": args.results}
     for line in export(args.file, args.to, args.out, **options):
-        print(line)
+        print(files.shown(line))
 
 
 if __name__ == "__main__":

@@ -4,10 +4,11 @@ import contextlib
 import errno
 import os
 import stat
+import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
-
-import torch
 
 from moco_isl.errors import BadInput
 
@@ -18,6 +19,31 @@ def shown(name: str | bytes | os.PathLike) -> str:
     """A name as it may be printed and written anywhere: what is not printable, or not UTF-8, as an escape such as \\n or \\udcff."""
     text = os.fsdecode(name)
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def encodable(text: str) -> str:
+    """A text as UTF-8 can hold it: what is none in it, from the bytes of a file's name, as an escape such as \\udcff."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+@contextlib.contextmanager
+def utf8_name(path: str | os.PathLike) -> Iterator[Path]:
+    """A name in UTF-8 of a file, for libraries that open no other: its own, or else that of a link, which is gone afterwards."""
+    path = Path(path)
+    if encodable(str(path)) == str(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        link = Path(folder, f"link{encodable(path.suffix)}")  # some go by the ending
+        link.symlink_to(path.absolute())
+        yield link
+
+
+def print_any_name() -> None:
+    """Let stdout and stderr take every name: what their encoding has not is written as an escape, such as \\xe9 or \\udcff."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a file; not what a test or a notebook has put there
+            stream.reconfigure(errors="backslashreplace")
 
 
 def kind(path: str | os.PathLike, flag: str = "") -> str:
@@ -105,6 +131,8 @@ def write(content: dict, path: Path, temporary: Path) -> None:
     temporary: a name in the same folder, that no other process uses. Raises OSError where it cannot be written; the
     temporary file is gone then, and an older `path` untouched.
     """
+    import torch  # here: the launcher's commands need the rest of this file, and not the seconds that this takes
+
     try:
         with open(temporary, "wb") as file:
             torch.save(content, file)

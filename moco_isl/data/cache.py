@@ -60,7 +60,8 @@ def cache_file(dataset: ImageFiles, folder: str | Path) -> Path:
     """Where the images of a data set are kept in a cache folder: one file for each folder of images."""
     resolved = os.path.realpath(dataset.folder)
     digest = hashlib.sha256(os.fsencode(resolved)).hexdigest()[:16]
-    return Path(folder) / f"{os.path.basename(resolved) or 'root'}-{digest}.images"
+    name = os.fsdecode(os.fsencode(os.path.basename(resolved) or "root")[:100])  # of 255 bytes that a name may have
+    return Path(folder) / f"{name}-{digest}.images"
 
 
 def list_sources(dataset: ImageFiles, threads: int = 4) -> dict[str, torch.Tensor]:
@@ -96,8 +97,11 @@ def _read(path: Path, sources: dict[str, torch.Tensor]) -> tuple[dict | None, st
     """What the file holds, images mapped; or None and, in words, why it is not used ('': there is no file)."""
     if not os.path.exists(path):
         return None, ""
+    if not os.path.isfile(path):
+        return None, "holds no file of that name"
     try:
-        content = torch.load(path, mmap=True, weights_only=True)  # a private mapping: a write would not reach the file
+        with files.utf8_name(path) as name:
+            content = torch.load(name, mmap=True, weights_only=True)  # a private mapping: a write would not reach the file
         images = content["images"]
         shape_is_right = images.dtype == torch.uint8 and images.dim() == 4 and len(images) == len(content["stats"])
         whole = shape_is_right and content["checksum"] == _checksum(content)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from moco_isl import checkpoint
+from moco_isl import checkpoint, files
 from moco_isl.builder import add_mlp
 from moco_isl.encoders import build_encoder, feature_dim, head_name, set_head
 from moco_isl.errors import BadInput
@@ -92,7 +92,7 @@ def describe(info: dict) -> str:
     left = Counter(re.split(r"[.:]", name)[0] for name in info["left"])
     left = "; left " + ", ".join(f"{n} of {part}" if n > 1 else part for part, n in left.items()) if left else ""
     return (
-        f"=> loaded '{info['path']}' ({info['arch']}, stem {info['stem']}, {head}{epoch}): "
+        f"=> loaded '{files.shown(info['path'])}' ({info['arch']}, stem {info['stem']}, {head}{epoch}): "
         f"used all {len(info['used'])} tensors of {info['part']}{left}"
     )
 
@@ -107,7 +107,7 @@ def read_file(path: str | Path) -> tuple[dict, dict[str, str]]:
         from safetensors import SafetensorError, safe_open
 
         try:
-            with safe_open(path, framework="pt") as file:
+            with files.utf8_name(path) as known, safe_open(known, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
         except (SafetensorError, OSError) as error:
             raise BadInput(f"cannot read '{path}' as safetensors: {error}; is it cut off, or of another kind?") from error

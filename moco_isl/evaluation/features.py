@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from moco_isl import checkpoint, data, dist
+from moco_isl import checkpoint, data, dist, files
 from moco_isl.data.datasets import ImagesInMemory
 from moco_isl.data.loaders import refuse
 from moco_isl.encoders import evaluating, extract_features
@@ -108,7 +108,7 @@ def take(
     if bad:
         if dist.is_main():
             for i in bad:
-                print(f"=> warning: {dataset.path(i)} cannot be read and is left out", flush=True)
+                print(f"=> warning: {files.shown(dataset.path(i))} cannot be read and is left out", flush=True)
         kept = torch.ones(M, dtype=torch.bool, device=device).index_fill_(0, torch.tensor(bad, device=device), False)
         split = Split({layer: x[kept] for layer, x in features.items()}, split.labels[kept])
     for layer, x in split.features.items():
@@ -158,7 +158,7 @@ def load(path: str | Path, expected: dict[str, str], device: torch.device) -> tu
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="pt") as file:
+        with files.utf8_name(path) as known, safe_open(known, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError) as error:

@@ -9,6 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from moco_isl import files
 from moco_isl.errors import BadInput
 from moco_isl.training import cli
 
@@ -49,7 +50,7 @@ def _run(argv: list[str] | None, stop) -> None:
     breakeven = Path(args.breakeven or runs[0].path / "breakeven.json")
     table = read_breakeven(breakeven) if args.breakeven or breakeven.exists() else None
     write_report(runs, out, args.labels, args.data, table)
-    print(f"=> {out} ({out.stat().st_size / 2**20:.1f} MiB)")
+    print(f"=> {files.shown(out)} ({out.stat().st_size / 2**20:.1f} MiB)")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 import jinja2
 import torch
 
-from moco_isl import __version__
+from moco_isl import __version__, files
 from moco_isl.errors import BadInput, RunFailed
 from moco_isl.report import figures, sections
 from moco_isl.report.charts import Chart
@@ -113,7 +113,7 @@ def _albums(runs: Sequence[Run], labels: bool, root: str | None) -> dict[tuple, 
         except BadInput as error:
             if labels:
                 raise
-            print(f"=> no grids of images: {error}", file=sys.stderr)
+            print(f"=> no grids of images: {files.shown(str(error))}", file=sys.stderr)
             continue
         if labels and dataset.labels is None:
             raise BadInput(f"the images of run '{run.path}' have no labels: leave --labels off")
@@ -208,7 +208,7 @@ def _grids(runs: Sequence[Run], albums: dict[tuple, Album]) -> list[Grid]:
 def _write(out: Path, text: str) -> None:
     temporary = out.with_name(out.name + ".tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(files.encodable(text), encoding="utf-8")
         os.replace(temporary, out)
     except OSError as error:
         with contextlib.suppress(OSError):

@@ -468,7 +468,7 @@ def exit_code(script: Callable, argv: list[str] | None = None, stop: Callable[[]
 
     lost: the exit code where the run failed because another rank is gone.
     """
-    signals.open_standard_streams()
+    files.print_any_name()
     try:
         script(argv, stop)
         return 0
@@ -493,7 +493,7 @@ def exit_code(script: Callable, argv: list[str] | None = None, stop: Callable[[]
 
 
 def _say(word: str, text) -> None:
-    print(f"{word}: {text}", file=sys.stderr, flush=True)
+    print(f"{word}: {files.shown(str(text))}", file=sys.stderr, flush=True)
 
 
 def _lost_a_rank(error: Exception) -> bool:

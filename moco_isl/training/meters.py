@@ -6,7 +6,7 @@ import time
 import torch
 from tqdm import tqdm
 
-from moco_isl import dist
+from moco_isl import dist, files
 from moco_isl.errors import RunFailed
 
 
@@ -114,7 +114,7 @@ class Progress:
         for index, path in found:
             if index not in self._named:
                 self._named.add(index)
-                line = f"=> warning: {path} cannot be read; the next image stands in for it"
+                line = f"=> warning: {files.shown(path)} cannot be read; the next image stands in for it"
                 tqdm.write(line, file=sys.stdout) if self.bar is not None else print(line, flush=True)
 
     def close(self) -> None:
