@@ -23,7 +23,8 @@ import torch.multiprocessing
 from moco_isl import __version__, dist, files, plain_yaml
 from moco_isl.data import workers
 from moco_isl.errors import BadInput, Interrupted, RunFailed
-from moco_isl.training import signals
+from moco_isl.training import environment, signals
+from moco_isl.training.environment import BadEnvironment
 from moco_isl.training.signals import SIGNALS
 
 MOCO_DIST_URL = "tcp://224.66.41.62:23456"
@@ -232,7 +233,8 @@ def usable_workers(asked: int, processes: int = 1) -> int:
     """`asked` loading processes, capped at the cores this process may use; said in a line when capped."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # a rank that is a task of SLURM may be bound to its own cores already, which are not to be divided once more
-    own = int(os.environ.get("SLURM_CPUS_PER_TASK", 0)) if os.environ.get("SLURM_NTASKS") == str(dist.world_size()) else 0
+    is_task = os.environ.get("SLURM_NTASKS") == str(dist.world_size())
+    own = environment.number("SLURM_CPUS_PER_TASK", 1, environment.MOST) or 0 if is_task else 0
     most = max(1, cores // processes, min(cores, own))
     if asked > most and dist.is_main():
         print(f"=> --workers {asked} capped at {most}, the cores there are for a process")
@@ -252,7 +254,8 @@ def resolve_device(args: argparse.Namespace) -> torch.device:
     if device.type == "cuda":
         check(torch.cuda.is_available(), f"--device {name}, but no CUDA device is visible; use --device cpu or auto")
         if device.index is None:
-            index = args.gpu if args.gpu is not None else int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
+            place = environment.ranks()
+            index = args.gpu if args.gpu is not None else (place.local_rank if place else 0) % torch.cuda.device_count()
             device = torch.device("cuda", index)
         check(device.index < torch.cuda.device_count(), f"GPU {device.index} was asked for, but there are {torch.cuda.device_count()}")
         torch.cuda.set_device(device)
@@ -261,16 +264,16 @@ def resolve_device(args: argparse.Namespace) -> torch.device:
 
 def processes_here(args: argparse.Namespace) -> int:
     """How many processes this node runs, before any is started."""
-    if _told_by_environment():
-        return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if place := environment.ranks():
+        return place.local_world
     if not args.multiprocessing_distributed:
         return 1
     return args.nproc_per_node or (torch.cuda.device_count() if args.device != "cpu" else 0) or 1
 
 
 def total_ranks(args: argparse.Namespace) -> int:
-    if _told_by_environment():
-        return int(os.environ["WORLD_SIZE"])
+    if place := environment.ranks():
+        return place.world
     return processes_here(args) * max(args.world_size, 1)
 
 
@@ -279,7 +282,8 @@ def check_distributed_options(args: argparse.Namespace) -> None:
     check_range(args, "dist_timeout", 1)
     check_range(args, "gpu", 0)
     check(not args.nproc_per_node or args.multiprocessing_distributed, "--nproc-per-node says how many processes --multiprocessing-distributed starts: add that flag")
-    if args.world_size > 1 and not _told_by_environment():
+    place = environment.ranks()  # first of all whether it makes sense
+    if args.world_size > 1 and not place:
         check(0 <= args.rank < args.world_size, f"--world-size {args.world_size} needs --rank: expected 0 to {args.world_size - 1}, another one on each node")
         check(args.dist_url != MOCO_DIST_URL, "several nodes need --dist-url tcp://HOST:PORT, HOST being the node of --rank 0 and PORT a free one there "
               "(MoCo's default is a multicast address, which torch has given up)")  # fmt: skip
@@ -291,7 +295,7 @@ def launch(worker: Callable, args: argparse.Namespace, stop: Callable[[], bool] 
     worker must be importable, `given` picklable. Raises what the worker raised; of several processes that failed, the first decides.
     """
     check_distributed_options(args)
-    if args.multiprocessing_distributed and not _told_by_environment():
+    if args.multiprocessing_distributed and not environment.ranks():
         _spawn(worker, args, given, stop)
         return
     joined = join_ranks(args)
@@ -309,15 +313,11 @@ def _part(together: bool) -> None:
         torch.distributed.destroy_process_group()
 
 
-def _told_by_environment() -> bool:
-    """Whether torchrun or launch/ has started this process as one of several."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
 def join_ranks(args: argparse.Namespace) -> bool:
     """Join the process group that the environment (torchrun, launch/) or MoCo's --world-size and --rank describe, if any."""
-    if _told_by_environment():
-        rank, world, url = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), "env://"
+    if place := environment.ranks():
+        environment.check_meeting_point()
+        rank, world, url = place.rank, place.world, "env://"
     elif args.world_size > 1:
         rank, world, url = args.rank, args.world_size, args.dist_url
     else:
@@ -474,8 +474,8 @@ def exit_code(script: Callable, argv: list[str] | None = None, stop: Callable[[]
         return 0
     except (BadInput, RunFailed, Interrupted) as error:
         # a stop, and what is wrong before the ranks meet, is known to all of them; of what goes wrong later only who is to say it has the text
-        own = isinstance(error, RunFailed) or isinstance(error, BadInput) and dist.active()
-        if str(error) and (own or os.environ.get("RANK", "0") == "0"):
+        own = isinstance(error, (RunFailed, BadEnvironment)) or isinstance(error, BadInput) and dist.active()
+        if str(error) and (own or environment.is_first()):
             _say("=> interrupted" if isinstance(error, Interrupted) else "error", error)
         return error.exit_code
     except KeyboardInterrupt:
