@@ -2,13 +2,14 @@
 
 import argparse
 import contextlib
+import dataclasses
 import io
 import os
-import pickle
 import shlex
 import shutil
 import sys
 import time
+import uuid
 from pathlib import Path
 
 import submitit
@@ -17,6 +18,7 @@ from launch import slurm
 from launch.job import Run
 from launch.options import ROOT, clean_environment
 from launch.report import Entry, write_entry
+from moco_isl import files
 from moco_isl.errors import BadInput
 
 # pending for a reason that time alone will not cure
@@ -108,6 +110,8 @@ def submit(
     """Submit runs, several as one array, with logs in `folder` (%j: the job's id); writes launch.jsonl there.
     BadInput with SLURM's reason if refused.
     """
+    ticket = uuid.uuid4().hex
+    runs = [dataclasses.replace(run, ticket=ticket) for run in runs]
     before = _half_submitted(folder)
     with clean_environment() if opts.cluster == "slurm" else contextlib.nullcontext():
         try:
@@ -118,7 +122,7 @@ def submit(
             raise BadInput(f"cannot write into '{folder}': {error.strerror}; nothing was submitted") from error
         except submitit.core.utils.FailedJobError as error:
             for file in _half_submitted(folder) - before:
-                if _is_of(file, runs, name):
+                if _is_of(file, ticket, name):
                     file.unlink()
             raise BadInput(f"SLURM refused the job: {' '.join(str(error).split())}") from error
     tasks = opts.nodes * opts.tasks_per_node
@@ -145,13 +149,12 @@ def _half_submitted(folder: str) -> set[Path]:
     return {*fixed.glob(".submission_file_*.sh"), *fixed.glob("*.pkl")} if fixed.is_dir() else set()
 
 
-def _is_of(file: Path, runs: list[Run], name: str) -> bool:
-    """Whether this submission wrote such a file."""
+def _is_of(file: Path, ticket: str, name: str) -> bool:
+    """Whether this submission wrote such a file. A pickle is searched for the ticket as it lies there, never loaded."""
+    mark = ticket if file.suffix == ".pkl" else f"--job-name={shlex.quote(name)}\n"
     try:
-        if file.suffix == ".pkl":
-            return submitit.helpers.DelayedSubmission.load(file).function in runs
-        return f"--job-name={shlex.quote(name)}\n" in file.read_text()
-    except (OSError, EOFError, pickle.UnpicklingError):  # another submission's, just moved or half written
+        return files.kind(file) == "file" and mark.encode() in file.read_bytes()
+    except (BadInput, OSError):  # another submission's, just moved
         return False
 
 

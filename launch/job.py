@@ -2,8 +2,8 @@
 
 Life of a task: forget what the last life left, meet the other ranks, run the script's main with a `stop` that signals
 set. When main has saved and comes back with 75, all ranks came back together: rank 0 lets submitit requeue the job,
-and all wait to be ended. Whatever goes wrong leaves a record beside the logs, so that the rank that began it can be
-named.
+and all wait to be ended. However a life ends, each rank leaves a record beside the logs (`end_file`): that the job
+succeeded, or which rank failed first, is read from there. The pickles of submitit are for submitit alone.
 """
 
 import contextlib
@@ -12,6 +12,7 @@ import fcntl
 import importlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -21,8 +22,9 @@ from pathlib import Path
 import submitit
 
 from launch import slurm
-from moco_isl.errors import Interrupted
+from moco_isl.errors import BadInput, Interrupted
 
+SUCCEEDED, FAILED, INTERRUPTED = "succeeded", "failed", "interrupted"  # how a life of a rank ends
 SCRIPTS = {"pretrain": "main_moco_isl", "lincls": "main_lincls", "knn": "main_knn"}
 NEW_LIFE = "=> life "  # begins the line in the error log that parts a life from the one before
 LOCAL_RESTARTS = 5  # submitit's controller of local jobs starts a job six times
@@ -62,6 +64,7 @@ class Run:
     max_restarts: int = 30
     join_timeout: float = 300  # seconds
     restarts: int = 0
+    ticket: str = dataclasses.field(default="", compare=False)  # of the submission, to know its files by
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
         """The next life, for submitit; made of what the constructor set, as it may be asked for before __call__."""
@@ -74,21 +77,28 @@ class Run:
         out = self.out.replace("%j", env.job_id)
         try:
             code = self._main(env, out, stop)
+        except BadInput as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            code = BadInput.exit_code
         except Exception as error:
-            _record(env, 1, f"{type(error).__name__}: {error}")
+            _record(env, FAILED, 1, f"{type(error).__name__}: {error}")
             raise
-        if code == Interrupted.exit_code:
-            code = self._leave(env, out, stop)
+        state = {0: SUCCEEDED, Interrupted.exit_code: INTERRUPTED}.get(code, FAILED)
+        _record(env, state, code, "")
+        if state == INTERRUPTED:
+            self._leave(env, out, stop)
         if code:
-            _record(env, code, "")
             sys.exit(code)  # no traceback: main has said in a line what is wrong
         return {"rank": env.global_rank, "out": out, "restarts": self.restarts}
 
     def _main(self, env: submitit.JobEnvironment, out: str, stop: Stop) -> int:
         # here, and not above: torch takes seconds, and the signals had to be caught first
         from launch import rendezvous
+        from moco_isl.training import environment
 
-        life = int(os.environ.get("SLURM_RESTART_COUNT", 0)) if env.cluster == "slurm" else self.restarts
+        life = self.restarts
+        if env.cluster == "slurm":
+            life = environment.number("SLURM_RESTART_COUNT", 0, environment.MOST) or 0
         nodes, tasks = env.num_nodes, env.num_tasks
         place = rendezvous.Place(
             job=env.raw_job_id,
@@ -121,20 +131,19 @@ class Run:
             flags += ["--resume", store.get("launch/resume").decode()]
         return importlib.import_module(SCRIPTS[self.script]).main(flags, stop)
 
-    def _leave(self, env: submitit.JobEnvironment, out: str, stop: Stop) -> int:
-        """Everything is saved: have the job requeued, and wait for the end. The exit code, if there is no next life."""
+    def _leave(self, env: submitit.JobEnvironment, out: str, stop: Stop) -> None:
+        """Everything is saved: have the job requeued, and wait for the end. Comes back if there is no next life."""
         most = self.max_restarts if env.cluster == "slurm" else min(self.max_restarts, LOCAL_RESTARTS)
-        go_on = f"The run is saved: the same command with --job-dir {out} goes on with it"
+        go_on = f"The run is saved: the same command with --job-dir {shlex.quote(out)} goes on with it"
         if self.restarts >= most:
             _say(env, f"=> not requeued: restarted {self.restarts} times already (--max-restarts). {go_on}")
-            return Interrupted.exit_code
+            return
         if env.cluster == "slurm":
             self._requeue(env, stop)
             _say(env, f"=> not requeued: SLURM neither took the job back nor ended it. {go_on}")
         elif env.cluster == "local" and env.global_rank == 0 and stop.signals != [signal.SIGTERM]:
             # exits with the code that tells submitit's controller to start the tasks again
             stop.requeue(signal.SIGUSR2, None)
-        return Interrupted.exit_code
 
     def _requeue(self, env: submitit.JobEnvironment, stop: Stop, patience: float = 120) -> None:
         if env.global_rank == 0:
@@ -156,7 +165,8 @@ def _forget_last_life(env: submitit.JobEnvironment) -> None:
     stumbles over half-written files.
     """
     paths = env.paths
-    stale = [paths.result_pickle, record_file(paths.folder, env.job_id, env.global_rank)]
+    rank = (paths.folder, env.job_id, env.global_rank)
+    stale = [paths.result_pickle, end_file(*rank), earlier_end_file(*rank)]
     if env.global_rank == 0:
         stale.append(paths.submitted_pickle.with_suffix(".pkl.save_tmp"))
     for file in [*stale, paths.result_pickle.with_suffix(".pkl.save_tmp")]:
@@ -177,21 +187,36 @@ def _wait_for_lock(out: Path, stop: Stop, seconds: float = 180) -> None:
             time.sleep(1)
 
 
-def record_file(folder: Path, job_id: str, rank: int) -> Path:
+def end_file(folder: Path, job_id: str, rank: int) -> Path:
+    """The record of how a rank's last life ended: state, time, rank, node, code, error."""
+    return folder / f"{job_id}_{rank}_end.json"
+
+
+def earlier_end_file(folder: Path, job_id: str, rank: int) -> Path:
+    """What an earlier version wrote, and only where a rank failed: the same without `state`."""
     return folder / f"{job_id}_{rank}_failure.json"
 
 
-def _record(env: submitit.JobEnvironment, code: int, error: str) -> None:
-    """When, where and of what this rank failed. A full disk may refuse it: the logs and the exit code remain."""
+def _record(env: submitit.JobEnvironment, state: str, code: int, error: str) -> None:
+    """How, when and where this rank ended, in a file that is whole or not there. A full disk may refuse it: the logs
+    and the exit code remain.
+    """
     facts = {
+        "state": state,
         "time": time.time(),
         "rank": env.global_rank,
         "node": os.environ.get("SLURMD_NODENAME", env.hostname),
         "code": code,
         "error": error,
     }
+    file = end_file(env.paths.folder, env.job_id, env.global_rank)
+    half = file.with_name(file.name + ".half-written")  # no other rank's: the name has job and rank
     with contextlib.suppress(OSError):
-        record_file(env.paths.folder, env.job_id, env.global_rank).write_text(json.dumps(facts))
+        with open(half, "w") as stream:
+            json.dump(facts, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(half, file)
 
 
 def _say(env: submitit.JobEnvironment, line: str) -> None:

@@ -1,25 +1,48 @@
 """What became of a job, in words: from SLURM, from the records and logs that its ranks left, and from the run's own
 metrics.
 
-A job's folder holds launch.jsonl (a line a submission), and per job J and rank R: J_R_log.out, J_R_log.err,
-J_R_failure.json, J_R_result.pkl.
+A job's folder holds launch.jsonl (a line a submission), and per job J and rank R: J_R_log.out, J_R_log.err and, of a
+rank that has ended, J_R_end.json. Whoever may write into the folder may have written them: they are checked as they
+are read, and what submitit has pickled beside them is never loaded.
 """
 
 import contextlib
 import dataclasses
 import json
 import os
-import pickle
 import re
+import shlex
 import shutil
+import stat
 from pathlib import Path
 
 from launch import slurm
-from launch.job import NEW_LIFE, record_file
+from launch.job import FAILED, INTERRUPTED, NEW_LIFE, SCRIPTS, SUCCEEDED, earlier_end_file, end_file
 from launch.slurm import JobState
-from moco_isl.errors import BadInput
+from moco_isl import files, schema
+from moco_isl.errors import BadInput, Interrupted
+from moco_isl.schema import Number
 
 RECORDS = "launch.jsonl"
+ENTRY = {
+    "job": str,
+    "cluster": {"slurm", "local"},
+    "script": set(SCRIPTS),
+    "folder": str,
+    "out": str,
+    "tasks": Number(1, 1_000_000, whole=True),
+    "command": [str],
+}
+# an array's element is A_i; on this machine a process id
+JOB_ID = {"slurm": re.compile(r"[0-9]{1,18}(_[0-9]{1,9})?"), "local": re.compile(r"[1-9][0-9]{0,8}")}
+EARLIER_END = {
+    "time": float,
+    "rank": Number(0, 1_000_000, whole=True),
+    "node": str,
+    "code": Number(-255, 255, whole=True),
+    "error": str,
+}
+END = {"state": {SUCCEEDED, FAILED, INTERRUPTED}, **EARLIER_END}
 
 # what a rank says whose partner has gone: a consequence, not a cause
 CONSEQUENCE = re.compile(
@@ -28,6 +51,9 @@ CONSEQUENCE = re.compile(
     r"could not join the others|rank 0 ended while|lost another rank|was ended with the others"
 )
 SRUN_SAYS = re.compile(r"^srun: error: (\S+): tasks? ([\d,-]+): (.+)$")
+# what submitit says in the log of a rank; of jobs of an earlier version, all that there is to tell success by
+STARTS = re.compile(r"^submitit INFO \(.*\) - Starting with JobEnvironment\(", re.M)
+SUCCESS = re.compile(r"^submitit INFO \(.*\) - Job completed successfully$", re.M)
 TAKEN_DOWN = re.compile(r"CANCELLED AT .* DUE TO")  # after this line ranks are killed because SLURM ends the job
 
 
@@ -71,8 +97,31 @@ def write_entry(entry: Entry) -> None:
 
 
 def read_entries(folder: Path) -> list[Entry]:
-    """The submissions into a folder, oldest first."""
-    return [Entry(**json.loads(line)) for line in (folder / RECORDS).read_text().splitlines()]
+    """The submissions into a folder, oldest first. Raises BadInput for a record that is not as we write it."""
+    file = folder / RECORDS
+    lines = files.read_text(file, expected=f"the {RECORDS} of submit.py or sweep.py").splitlines()
+    return [_entry(line, f"'{files.shown(file)}', line {number}") for number, line in enumerate(lines, 1)]
+
+
+def _entry(line: str, where: str) -> Entry:
+    facts = _parse(line, where)
+    schema.require(facts, ENTRY, where)
+    pattern = JOB_ID[facts["cluster"]]
+    if not pattern.fullmatch(facts["job"]):
+        job = files.shown(facts["job"])[:40]
+        raise BadInput(f"{where}: job is '{job}': expected the number that {facts['cluster']} gave it")
+    for name in ("folder", "out"):
+        if "\0" in facts[name]:
+            raise BadInput(f"{where}: {name} is '{files.shown(facts[name])[:40]}': expected the path of a folder")
+    return Entry(**facts)
+
+
+def _parse(text: str, where: str):
+    """What JSON text says. Raises BadInput."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of more digits than Python takes
+        raise BadInput(f"{where} is no JSON: it was cut short, or changed by hand; remove it") from error
 
 
 def state(entry: Entry) -> JobState:
@@ -81,9 +130,12 @@ def state(entry: Entry) -> JobState:
         return job
     if entry.cluster == "local" and _alive(entry):
         return JobState("RUNNING")
-    if all(_succeeded(entry, rank) for rank in range(entry.tasks)):
+    if all(succeeded(entry, rank) for rank in range(entry.tasks)):
         return JobState("COMPLETED")
-    return JobState("FAILED" if entry.cluster == "local" or failures(entry) else "UNKNOWN")
+    found = failures(entry)
+    if found and all(failure.code == Interrupted.exit_code for failure in found):
+        return JobState(slurm.INTERRUPTED)
+    return JobState("FAILED" if entry.cluster == "local" or found else "UNKNOWN")
 
 
 def restarts(entry: Entry, job: JobState) -> int:
@@ -110,12 +162,27 @@ def _alive(entry: Entry) -> bool:
     return not words or b"submitit" in words  # no words: it is just being started
 
 
-def _succeeded(entry: Entry, rank: int) -> bool:
+def succeeded(entry: Entry, rank: int) -> bool:
+    """Whether a rank's last life ended well, by its record, or by its log if it left none (an earlier version)."""
     try:
-        with open(Path(entry.folder) / f"{entry.job}_{rank}_result.pkl", "rb") as file:
-            return pickle.load(file)[0] == "success"
-    except (OSError, EOFError, pickle.UnpicklingError):
+        end = _end(entry, rank)
+    except BadInput:
         return False
+    if end:
+        return end["state"] == SUCCEEDED
+    return bool(SUCCESS.search(STARTS.split(_text(entry.log(rank, "out")))[-1]))
+
+
+def _end(entry: Entry, rank: int) -> dict | None:
+    """The record that a rank left when it ended; None if there is none. Raises BadInput for one that is damaged."""
+    of = (Path(entry.folder), entry.job, rank)
+    for file, shape in ((end_file(*of), END), (earlier_end_file(*of), EARLIER_END)):
+        if files.kind(file):
+            where = f"the record '{files.shown(file)}'"
+            facts = _parse(files.read_text(file, "the record", "a rank's end", most=2**20), where)
+            schema.require(facts, shape, where)
+            return {"state": FAILED, **facts}
+    return None
 
 
 def failures(entry: Entry) -> list[Failure]:
@@ -124,13 +191,16 @@ def failures(entry: Entry) -> list[Failure]:
     """
     found = {}
     for rank in range(entry.tasks):
-        file = record_file(Path(entry.folder), entry.job, rank)
-        if text := _text(file):
-            facts = json.loads(text)
-            error = facts["error"] or _last_error(entry.log(rank))
-            found[rank] = Failure(rank, facts["node"], error, facts["time"], facts["code"])
+        try:
+            end = _end(entry, rank)
+        except BadInput as error:
+            found[rank] = Failure(rank, "an unknown node", str(error))
+            continue
+        if end and end["state"] != SUCCEEDED:
+            error = end["error"] or _last_error(entry.log(rank))
+            found[rank] = Failure(rank, end["node"], error, end["time"], end["code"])
     for order, (rank, node, words) in enumerate(_srun_says(entry)):
-        if rank not in found and not _succeeded(entry, rank):
+        if rank not in found and not succeeded(entry, rank):
             found[rank] = Failure(rank, node, words, time=order)
     return sorted(found.values(), key=lambda f: (f.consequence, not f.error, f.time, f.rank))
 
@@ -174,8 +244,10 @@ def _last_error(log: Path) -> str:
 
 
 def _text(file: Path, most: int = 2**20) -> str:
-    """The last `most` bytes of a file; '' if there is none."""
+    """The last `most` bytes of a file; '' if there is none, or something else (to open a pipe would wait for ever)."""
     try:
+        if not stat.S_ISREG(os.stat(file).st_mode):
+            return ""
         with open(file, "rb") as stream:
             stream.seek(max(0, os.fstat(stream.fileno()).st_size - most))
             return stream.read().decode(errors="replace")
@@ -197,15 +269,21 @@ def _last(out: str, kinds: tuple[str, ...], names: tuple[str, ...]) -> dict:
     seen: dict = {}
     for line in _text(Path(out) / "metrics.jsonl").splitlines():
         try:
-            values = json.loads(line)
-        except json.JSONDecodeError:  # the first line may be cut, and the last be half written
+            values = _parse(line, "")
+        except BadInput:  # the first line may be cut, and the last be half written
             continue
-        if values.get("kind") in kinds:
-            seen |= {name: values[name] for name in names if name in values}
+        if isinstance(values, dict) and values.get("kind") in kinds:
+            seen |= {name: values[name] for name in names if is_number(values.get(name))}
     return seen
 
 
+def is_number(value) -> bool:
+    """Whether a value from a file is a number that can be shown and drawn: finite, and no thousand digits."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
+
+
 ADVICE = {
+    slurm.INTERRUPTED: "it saved and left, and nothing started it again",
     "CANCELLED": "it was cancelled; what was saved stays",
     "TIMEOUT": "it reached its time limit before it had saved and left: a longer --signal-delay gives it more time",
     "NODE_FAIL": "a node failed, and SLURM did not requeue the job",
@@ -234,9 +312,10 @@ def explain(entry: Entry, job: JobState, lines: int = 12) -> list[str]:
         text.append(f"the disk of {entry.out} is full: {room:.0f} MB are free")
     bad_input = bool(found) and found[0].code == BadInput.exit_code
     if entry.script != "knn" and not bad_input:
-        folder = "" if any("sweep.py" in word for word in entry.command) else f" with --job-dir {entry.folder}"
+        of_sweep = any("sweep.py" in word for word in entry.command)
+        folder = "" if of_sweep else f" with --job-dir {shlex.quote(entry.folder)}"
         text.append(f"to go on from the last checkpoint: the same command{folder}")
-    return text
+    return [files.shown(line.replace("\t", "    "))[:500] for line in text]
 
 
 def _free_mb(folder: str) -> float | None:

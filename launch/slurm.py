@@ -6,7 +6,9 @@ import re
 import subprocess
 from dataclasses import dataclass
 
+INTERRUPTED = "INTERRUPTED"  # ours, of a job that SLURM does not know: all its ranks have saved and left
 FINAL = {
+    INTERRUPTED,
     "COMPLETED",
     "FAILED",
     "CANCELLED",

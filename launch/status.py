@@ -84,7 +84,7 @@ def describe(entry: Entry, job: report.JobState) -> list[str]:
     ]
     if (job.final and not job.may_return and job.state != "COMPLETED") or job.state == "UNKNOWN":
         lines += ["  " + line for line in report.explain(entry, job)]
-    return lines
+    return [files.shown(line) for line in lines]
 
 
 if __name__ == "__main__":

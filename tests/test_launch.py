@@ -3,6 +3,7 @@ machine. With SLURM: tests/slurm.
 """
 
 import ast
+import dataclasses
 import json
 import os
 import pickle
@@ -205,9 +206,15 @@ def entry(tmp_path) -> Entry:
     )
 
 
+def ends(entry: Entry, rank: int, facts: dict | None = None) -> None:
+    """Leaves the record of a rank that has ended."""
+    facts = {"rank": rank, "node": f"n{rank}", **(facts or {})}
+    record = {"state": "succeeded", "time": 1.0, "code": 0, "error": "", **facts}
+    job.end_file(Path(entry.folder), entry.job, rank).write_text(json.dumps(record))
+
+
 def fails(entry: Entry, rank: int, error: str, when: float, code: int = 1) -> None:
-    facts = {"time": when, "rank": rank, "node": f"n{rank}", "code": code, "error": error}
-    job.record_file(Path(entry.folder), entry.job, rank).write_text(json.dumps(facts))
+    ends(entry, rank, {"state": "failed", "time": when, "code": code, "error": error})
 
 
 def test_the_cause_comes_before_what_followed_from_it(entry):
@@ -253,15 +260,172 @@ def test_the_rank_that_says_why_comes_first_of_those_that_end_with_a_code(entry)
     ]
 
 
-def test_a_job_that_slurm_forgot_is_judged_by_its_results(entry, monkeypatch):
+@pytest.fixture
+def forgotten(entry, monkeypatch) -> Entry:
+    """A job that SLURM does not know any more."""
     monkeypatch.setattr(slurm, "ask", lambda job_id: None)
-    assert report.state(entry).state == "UNKNOWN"
+    report.write_entry(entry)
+    return entry
+
+
+def test_a_job_that_slurm_forgot_is_judged_by_how_its_ranks_ended(forgotten):
+    assert report.state(forgotten).state == "UNKNOWN"
     for rank in range(3):
-        (Path(entry.folder) / f"7_{rank}_result.pkl").write_bytes(pickle.dumps(("success", {})))
-    assert report.state(entry).state == "COMPLETED"
-    (Path(entry.folder) / "7_1_result.pkl").write_bytes(pickle.dumps(("error", "trace")))
-    fails(entry, 1, "ValueError: boom", 1.0)
-    assert report.state(entry).state == "FAILED"
+        assert report.state(forgotten).state == "UNKNOWN"
+        ends(forgotten, rank)
+    assert report.state(forgotten).state == "COMPLETED"
+    for rank in range(3):
+        ends(forgotten, rank, {"state": "interrupted", "code": 75})
+    assert report.state(forgotten).state == "INTERRUPTED" and report.state(forgotten).final
+    assert "saved and left" in report.explain(forgotten, report.state(forgotten))[0]
+    fails(forgotten, 1, "ValueError: boom", 1.0)
+    assert report.state(forgotten).state == "FAILED"
+
+
+def test_a_job_of_an_earlier_version_is_judged_by_its_logs(forgotten):
+    """It left no record of success, but a pickle of submitit's."""
+    start = "submitit INFO (2026-11-01 10:00:00,000) - Starting with JobEnvironment(job_id=7, global_rank=0(3))\n"
+    success = "submitit INFO (2026-11-01 10:05:00,000) - Job completed successfully\n"
+    for rank in range(3):
+        forgotten.log(rank, "out").write_text(start + "Epoch 0\n" + success)
+    assert report.state(forgotten).state == "COMPLETED"
+    forgotten.log(1, "out").write_text(start + success + start + "Epoch 0\n")  # the last life did not come to its end
+    assert report.state(forgotten).state == "UNKNOWN"
+    record = {"time": 1.0, "rank": 1, "node": "n1", "code": 1, "error": "ValueError: boom"}
+    job.earlier_end_file(Path(forgotten.folder), "7", 1).write_text(json.dumps(record))
+    assert report.state(forgotten).state == "FAILED"
+    assert "rank 1 on n1: ValueError: boom" in report.explain(forgotten, report.state(forgotten))
+
+
+class Evil:
+    """What makes a file when somebody unpickles it."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.file),)
+
+
+def test_no_pickle_of_a_job_folder_is_loaded(forgotten, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(watch, "UNKNOWN_FOR", 0)
+    evil = pickle.dumps(Evil(tmp_path / "sprung"))
+    for name in ("7_0_result.pkl", "7_1_result.pkl", "7_2_result.pkl", "7_submitted.pkl", "999999_0_result.pkl"):
+        (tmp_path / name).write_bytes(evil)
+    for cluster in ("slurm", "local"):
+        told = dataclasses.replace(forgotten, cluster=cluster, job="999999")
+        report.write_entry(told)
+        assert status.main([str(tmp_path)]) == (cluster == "local") and status.main([str(tmp_path), "--all"]) in (0, 1)
+        assert watch.outcome([told], watch.wait([told], 0)) == 1
+    assert "UNKNOWN" in capsys.readouterr().out and not (tmp_path / "sprung").exists()
+    pickle.loads(evil)
+    assert (tmp_path / "sprung").exists()  # the trap was armed
+
+
+def test_of_a_refused_submission_only_its_own_files_go_and_no_pickle_is_loaded(tmp_path, monkeypatch, capsys):
+    """Another one's pickle, and its sbatch file, come into the folder in that moment."""
+    folder, tools = tmp_path / "runs", tmp_path / "tools"
+    tools.mkdir()
+    (tmp_path / "evil").write_bytes(pickle.dumps(Evil(tmp_path / "sprung")))
+    refuse = f"#!/bin/sh\ncp {tmp_path}/evil {folder}/other.pkl; touch {folder}/.submission_file_other.sh\n"
+    (tools / "sbatch").write_text(refuse + "echo 'sbatch: error: invalid partition' >&2; exit 1\n")
+    (tools / "srun").touch()
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    assert submit.main(["pretrain", "--gpus-per-node", "0", "--job-dir", str(folder / "%j"), "--", *DIGITS]) == 2
+    assert "SLURM refused the job" in capsys.readouterr().err
+    assert sorted(p.name for p in folder.iterdir()) == [".submission_file_other.sh", "other.pkl"]
+    assert not (tmp_path / "sprung").exists()
+
+
+def record(**changes) -> str:
+    """The line of a submission as JSON, with some values changed; ... leaves one out."""
+    good = {"job": "7", "cluster": "slurm", "script": "knn", "folder": "F", "out": "F", "tasks": 1, "command": ["c"]}
+    return json.dumps({k: v for k, v in {**good, **changes}.items() if v is not ...})
+
+
+BAD_RECORDS = {
+    "": "no JSON",
+    "{": "no JSON",
+    "[" * 100_000: "no JSON",
+    "[]": "expected names with values",
+    record(tasks=...): "has no 'tasks'",
+    record(tasks="2"): "tasks is '2'",
+    record(tasks=0): "tasks is 0",
+    record(tasks=10**400): "tasks is 1000",
+    record(tasks=1.5): "tasks is 1.5",
+    record(tasks=True): "tasks is True",
+    record(job="--help"): "job is '--help'",
+    record(job="../7"): "job is '../7'",
+    record(job="7_1", cluster="local"): "job is '7_1'",
+    record(job="0", cluster="local"): "job is '0'",
+    record(job=7): "job is 7",
+    record(cluster="debug"): "cluster is 'debug'",
+    record(script="walk"): "script is 'walk'",
+    record(folder=None): "folder is None",
+    record(folder="a\0"): "folder is 'a\\x00'",
+    record(out="a\0"): "out is 'a\\x00'",
+    record(command="c"): "command is 'c'",
+    record(command=[1]): "command[0] is 1",
+    record(more=1): "more is unknown",
+    record(**{"x\n": 1}): "is unknown",
+}
+
+
+@pytest.mark.parametrize("line", BAD_RECORDS, ids=range(len(BAD_RECORDS)))
+def test_a_record_of_submissions_that_is_not_ours_is_one_line(line, tmp_path, capsys):
+    (tmp_path / "launch.jsonl").write_text(f"{record()}\n{line}\n")
+    assert status.main([str(tmp_path)]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("error: ") and said.err.count("\n") == 1 and said.out == ""
+    assert "launch.jsonl', line 2" in said.err and BAD_RECORDS[line] in said.err
+
+
+def test_records_that_are_no_files_do_not_hold_the_status_up(forgotten, tmp_path, capsys):
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    os.mkfifo(forgotten.log(0))
+    os.mkfifo(job.end_file(tmp_path, "7", 0))
+    assert status.main([str(tmp_path)]) == 1 and "7_0_end.json' is a pipe" in capsys.readouterr().out
+    (tmp_path / "launch.jsonl").unlink()
+    os.mkfifo(tmp_path / "launch.jsonl")
+    assert status.main([str(tmp_path)]) == 2 and "is a pipe" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [{"state": "fine"}, {"state": None}, {"time": "now"}, {"time": float("nan")}, {"code": "1"}, {"code": 10**30}]
+    + [{"node": 1}, {"error": ["x"]}, {"rank": -1}, {"rank": 0.5}, {"more": 1}],
+)
+def test_a_damaged_record_of_a_rank_counts_as_no_success_and_is_named(forgotten, facts):
+    for rank in range(3):
+        ends(forgotten, rank, facts if rank == 1 else {})
+    found = report.state(forgotten)
+    assert found.state == "FAILED"
+    told = [line for line in report.explain(forgotten, found) if "7_1_end.json" in line]
+    assert len(told) == 1 and next(iter(facts)) in told[0] and "\n" not in told[0]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "nan", "\ud800", '{"state": "succeeded"}', "[" * 100_000, "9" * 5000])
+def test_a_record_of_a_rank_that_is_no_record_is_named(forgotten, text):
+    job.end_file(Path(forgotten.folder), "7", 1).write_bytes(text.encode(errors="surrogatepass"))
+    assert report.state(forgotten).state == "FAILED"
+    assert "7_1_end.json" in report.explain(forgotten, JobState("FAILED"))[1]
+
+
+def test_what_a_job_left_is_shown_without_its_control_characters(forgotten, tmp_path):
+    fails(forgotten, 1, "ValueError: \x1b[2J\x07boom", 1.0)
+    forgotten.log(1).write_bytes(b"\x1b]0;title\x07 \xff\n")
+    text = report.explain(forgotten, JobState("FAILED")) + status.describe(forgotten, JobState("FAILED"))
+    assert all(line.isprintable() for line in text) and any("\\x1b[2J" in line for line in text)
+
+
+def test_odd_metrics_are_passed_over(tmp_path):
+    odd = [{"epoch": "1"}, {"loss": None}, {"loss": float("nan")}, {"loss": 10**400}, {"knn": True}, {"total": []}]
+    lines = [json.dumps({"kind": "step", "epoch": 1, "loss": 2.5}), "[]", "3", "[" * 10_000, "9" * 5000, '{"kind": []}']
+    lines += [json.dumps({"kind": "step", **facts}) for facts in odd]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    assert report.progress(str(tmp_path)) == {"epoch": 1, "loss": 2.5}
 
 
 def test_scontrol_and_sacct_are_read(tmp_path, monkeypatch):
@@ -390,7 +554,44 @@ def test_mains_exit_code_is_the_jobs(code, tmp_path, monkeypatch, no_environment
     fake = FakeMain(monkeypatch, lambda stop: code)
     assert in_debug(tmp_path)[0] == code
     assert fake.calls == [["--lr", "1", "--out", str(tmp_path / "debug"), "--resume", "auto"]]
-    assert len(list(tmp_path.rglob("*_failure.json"))) == (code > 0)
+    (record,) = (json.loads(file.read_text()) for file in tmp_path.rglob("*_end.json"))
+    assert (record["state"], record["code"], record["error"]) == ("failed" if code else "succeeded", code, "")
+    assert not list(tmp_path.rglob("*.half-written"))
+
+
+def test_a_run_that_was_asked_to_stop_leaves_that_on_record(tmp_path, monkeypatch, no_environment_left):
+    FakeMain(monkeypatch, lambda stop: 75)
+    assert in_debug(tmp_path)[0] == 75
+    (record,) = tmp_path.rglob("*_end.json")
+    assert json.loads(record.read_text())["state"] == "interrupted"
+
+
+def test_a_new_life_forgets_how_the_last_one_ended(tmp_path, monkeypatch, no_environment_left):
+    names = ("end_file", "earlier_end_file")
+    seen = []
+
+    def act(stop):
+        env = job.submitit.JobEnvironment()
+        seen.extend(getattr(job, name)(env.paths.folder, env.job_id, 0).exists() for name in names)
+        return 0
+
+    FakeMain(monkeypatch, act)
+    for name in names:  # the id of a job in this process is not known before: any such file is its own
+        monkeypatch.setattr(job, name, lambda folder, job_id, rank, name=name: folder / f"0_{name}.json")
+        (tmp_path / "debug").mkdir(exist_ok=True)
+        (tmp_path / "debug" / f"0_{name}.json").write_text("{}")
+    assert in_debug(tmp_path)[0] == 0 and seen == [False, False]
+
+
+def test_a_full_disk_leaves_no_half_a_record_and_does_not_change_the_end(tmp_path, monkeypatch, no_environment_left):
+    FakeMain(monkeypatch, lambda stop: 0)
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(job.os, "fsync", full)
+    assert in_debug(tmp_path)[0] == 0
+    assert not list(tmp_path.rglob("*_end.json"))
 
 
 def test_signals_are_told_to_main_and_an_exception_is_recorded(tmp_path, monkeypatch, capsys, no_environment_left):
@@ -404,7 +605,7 @@ def test_signals_are_told_to_main_and_an_exception_is_recorded(tmp_path, monkeyp
 
     FakeMain(monkeypatch, act)
     assert in_debug(tmp_path)[0] == 1 and seen == [False, True]
-    (record,) = tmp_path.rglob("*_failure.json")
+    (record,) = tmp_path.rglob("*_end.json")
     assert (
         json.loads(record.read_text())["error"] == "ValueError: boom" and "ValueError: boom" in capsys.readouterr().err
     )
@@ -567,6 +768,18 @@ def test_recipes_are_command_lines_of_the_script(recipe):
         all(getattr(args, name.replace("-", "_")) == value for name, value in content.items() if name != "wd")
         and args.data == "DIR"
     )
+
+
+def test_the_launcher_has_no_means_to_unpickle():
+    """submitit itself does, on the nodes. Of its objects here, what loads a pickle is not called."""
+    unpickling = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
+    loading = {"load", "pickle_load", "submission", "result", "wait", "done"}
+    for file in (ROOT / "launch").glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
+            assert not unpickling & {*names, getattr(node, "module", None)}, file
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in loading:
+                assert ast.unparse(node.func) in {"watch.wait", "child.wait"}, f"{file}: {ast.unparse(node)}"
 
 
 def test_nothing_imports_the_launcher():

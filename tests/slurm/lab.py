@@ -230,6 +230,7 @@ class Lab:
         assert (
             not list(folder.glob("*" + checkpoint.TEMPORARY))
             and not list(folder.glob(f"{job.id}_*_failure.json"))
+            and all(json.loads(end.read_text())["state"] == "succeeded" for end in folder.glob(f"{job.id}_*_end.json"))
             and not list(folder.glob("*.save_tmp"))
         )
         if reference is not None:
