@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import io
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -174,13 +175,16 @@ def _local(opts: argparse.Namespace, folder: str) -> submitit.LocalExecutor:
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     os.environ.setdefault("OMP_NUM_THREADS", str(opts.cpus_per_task))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    visible = [int(v) for v in visible] if all(re.fullmatch("[0-9]{1,4}", v) for v in visible) else []
+    if visible and opts.gpus_per_node > len(visible):
+        raise BadInput(f"--gpus-per-node {opts.gpus_per_node}, but CUDA_VISIBLE_DEVICES shows {len(visible)} here")
     executor = submitit.LocalExecutor(folder, max_num_timeout=opts.max_restarts, python=python_command(opts))
     executor.update_parameters(
         timeout_min=opts.timeout,
         signal_delay_s=opts.signal_delay,
         tasks_per_node=opts.tasks_per_node,
         gpus_per_node=opts.gpus_per_node,
-        visible_gpus=[int(v) for v in visible] if all(v.isdigit() for v in visible) else (),
+        visible_gpus=tuple(visible),
         setup=opts.setup,
     )
     return executor

@@ -6,8 +6,10 @@ import argparse
 import contextlib
 import importlib
 import os
+import re
 import shlex
 import sys
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [p for p in [str(ROOT)] if p not in sys.path]  # `python launch/submit.py` puts only launch/ there
 
 from launch.job import SCRIPTS  # noqa: E402
-from moco_isl import __version__  # noqa: E402
+from moco_isl import __version__, files  # noqa: E402
 from moco_isl.errors import BadInput  # noqa: E402
 
 # names that would reach the job through sbatch and mean something else there
@@ -33,13 +35,36 @@ FOREIGN = (
 FOREIGN_PREFIXES = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_", "TORCHELASTIC_", "PMI", "OMPI_")
 FAMILIAR = {"SLURM_CONF"}  # without it neither sbatch nor the job's own scontrol finds a cluster of this name
 
+# What stands in the sbatch file, or in a command: of a line that ended early the rest would run as a command.
+# --setup, --container and --python are shell by what they are for.
+ONE_LINE = (
+    *("job_dir", "name", "partition", "account", "qos", "comment", "constraint", "exclude"),
+    *("container", "python", "sbatch", "srun", "env"),
+)
+ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+SBATCH_KEY = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+
+RANGES = {  # lowest and highest value
+    "nodes": (1, 100_000),
+    "tasks_per_node": (1, 1000),
+    "gpus_per_node": (0, 1000),
+    "cpus_per_task": (1, 10_000),
+    "timeout": (1, 10_000_000),
+    "signal_delay": (0, 10_000_000),
+    "array_parallelism": (1, 1_000_000),
+    "max_restarts": (0, 1_000_000),
+    "mem_gb": (0.01, 1_000_000),
+    "join_timeout": (0, 1_000_000),
+    "poll": (0.01, 100_000),
+}
+
 
 class LauncherParser(argparse.ArgumentParser):
     def add_version(self) -> None:
         self.add_argument("--version", action="version", version=f"moco_isl {__version__}")
 
     def error(self, message: str):
-        raise BadInput(f"{message}; see --help")
+        raise BadInput(f"{message[:300]}; see --help")
 
 
 def add_cluster_options(parser: argparse.ArgumentParser, clusters: tuple[str, ...]) -> None:
@@ -154,35 +179,38 @@ def add_cluster_options(parser: argparse.ArgumentParser, clusters: tuple[str, ..
         action="append",
         default=[],
         metavar="CMD",
-        help="shell command that runs on the first node before the job, such as 'module load cuda'; repeatable",
+        help="shell command that runs as it stands on the first node before the job, such as 'module load cuda'; "
+        "repeatable",
     )
-    group.add_argument("--env", action="append", default=[], metavar="K=V", help="environment variable; repeatable")
+    group.add_argument(
+        "--env",
+        action="append",
+        default=[],
+        metavar="K=V",
+        help="environment variable, its value taken as it stands and not as shell; repeatable",
+    )
     group.add_argument(
         "--container",
         default="",
         metavar="CMD",
-        help="command that runs what follows it in a container, such as 'apptainer exec --nv moco.sif'; "
+        help="shell command that runs what follows it in a container, such as 'apptainer exec --nv moco.sif'; "
         "scontrol has to work inside, for the requeueing",
     )
     group.add_argument(
-        "--python", metavar="CMD", help="Python of the nodes (default: this one, in a container: python)"
+        "--python",
+        metavar="CMD",
+        help="shell command that starts Python on the nodes (default: this one, in a container: python)",
     )
 
 
 def check_cluster_options(opts: argparse.Namespace) -> None:
     """Raise BadInput for what cannot work; fills in what depends on others."""
-    opts.tasks_per_node = opts.tasks_per_node or max(1, opts.gpus_per_node)
-    opts.cpus_per_task = opts.cpus_per_task or (10 if opts.gpus_per_node else 1)
-    for name in ("nodes", "tasks_per_node", "cpus_per_task", "timeout", "array_parallelism"):
-        _check(
-            getattr(opts, name) >= 1,
-            f"--{name.replace('_', '-')} {getattr(opts, name)} is out of range: expected at least 1",
-        )
-    for name in ("gpus_per_node", "max_restarts", "signal_delay"):
-        _check(
-            getattr(opts, name) >= 0,
-            f"--{name.replace('_', '-')} {getattr(opts, name)} is out of range: expected at least 0",
-        )
+    _check_texts(opts)
+    check_numbers(opts)
+    if opts.tasks_per_node is None:
+        opts.tasks_per_node = max(1, opts.gpus_per_node)
+    if opts.cpus_per_task is None:
+        opts.cpus_per_task = 10 if opts.gpus_per_node else 1
     _check(
         opts.gpus_per_node in (0, opts.tasks_per_node),
         f"--tasks-per-node {opts.tasks_per_node} with --gpus-per-node {opts.gpus_per_node}: expected "
@@ -200,9 +228,54 @@ def check_cluster_options(opts: argparse.Namespace) -> None:
         opts.cluster != "debug" or opts.tasks_per_node == 1,
         "--cluster debug is one task in this process: for several use --cluster local",
     )
-    for name in ("env", "sbatch"):
-        for pair in getattr(opts, name):
-            _check("=" in pair or name == "sbatch", f"--{name} '{pair}': expected NAME=VALUE")
+
+
+def check_numbers(opts: argparse.Namespace) -> None:
+    """Raise BadInput for a number that is out of range."""
+    for name, (low, high) in RANGES.items():
+        value = getattr(opts, name, None)
+        if value is not None and not low <= value <= high:
+            given = str(value) if len(str(value)) < 20 else f"{str(value)[:17]}..."
+            raise BadInput(f"--{flag_of(name)} {given} is out of range: expected {low} to {high}")
+
+
+def _check_texts(opts: argparse.Namespace) -> None:
+    """Raise BadInput for a text that would not stand in the sbatch file as what it is meant to be."""
+    for name in ONE_LINE:
+        value = getattr(opts, name)
+        for text in value if isinstance(value, list) else [value or ""]:
+            require_one_line(text, f"--{flag_of(name)}")
+    for text in opts.setup:
+        require_one_line(text, "--setup", but="\n\t")
+    for pair in opts.env:
+        name, equals, _ = pair.partition("=")
+        expected = "NAME=VALUE, with a name of letters, digits and _ that begins with no digit"
+        _check(bool(equals and ENV_NAME.fullmatch(name)), f"--env '{pair}': expected {expected}")
+    for pair in opts.sbatch:
+        expected = "an option of sbatch with or without a value, such as gres=gpu:a100:8 or exclusive"
+        _check(bool(SBATCH_KEY.fullmatch(pair.partition("=")[0])), f"--sbatch '{pair}': expected {expected}")
+
+
+def require_one_line(text: str, what: str, but: str = "") -> None:
+    """Raise BadInput for control characters and line ends (all except those in `but`), and for what is no UTF-8."""
+    bad = [c for c in text if c not in but and unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp")]
+    if bad:
+        text = text if len(text) < 100 else f"{text[:100]}..."
+        raise BadInput(f"{what} '{text}' holds {files.shown(bad[0])}: expected UTF-8 text in one line, leave it out")
+
+
+def folder_of(job_dir: str) -> str:
+    """--job-dir as an absolute path. Raises BadInput."""
+    try:
+        folder = str(Path(job_dir).expanduser().absolute())
+    except RuntimeError as error:  # ~name of a user who is not there
+        raise BadInput(f"--job-dir '{job_dir}': {error}; write the path out") from error
+    require_one_line(folder, "--job-dir")  # it may lie in a folder whose name has a line end
+    return folder
+
+
+def flag_of(name: str) -> str:
+    return name.replace("_", "-")
 
 
 def split_flags(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -224,7 +297,7 @@ def take_run_flags(flags: list[str]) -> tuple[list[str], str]:
         taken.out is None, f"--out {taken.out}: the launcher gives the script its run folder; say --job-dir {taken.out}"
     )
     _check(
-        taken.resume in ("auto", "") or Path(taken.resume).is_file(),
+        taken.resume in ("auto", "") or files.kind(taken.resume, "--resume") == "file",
         f"no file at --resume '{taken.resume}': expected a checkpoint (nothing was submitted)",
     )
     return flags, taken.resume or "auto"

@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from launch import report, watch  # noqa: E402
-from launch.options import LauncherParser  # noqa: E402
+from launch.options import LauncherParser, check_numbers  # noqa: E402
 from launch.report import Entry  # noqa: E402
 from moco_isl import files  # noqa: E402
 from moco_isl.errors import BadInput  # noqa: E402
@@ -35,6 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     files.print_any_name()
     try:
         args = get_parser().parse_args(argv)
+        check_numbers(args)
         entries = find(args.job_dir, args.all)
     except BadInput as error:
         print(f"error: {files.shown(str(error))}", file=sys.stderr)
@@ -49,16 +50,16 @@ def main(argv: list[str] | None = None) -> int:
 
 def find(folder: Path, everything: bool) -> list[Entry]:
     """The last submission into a folder; of a sweep's folder the last of each point; or all."""
-    files = (
+    records = (
         [folder / report.RECORDS]
-        if (folder / report.RECORDS).exists() and not everything
+        if files.kind(folder / report.RECORDS) and not everything
         else sorted(folder.rglob(report.RECORDS), key=lambda f: (len(f.parts), f))
     )
-    if not files:
+    if not records:
         raise BadInput(f"no {report.RECORDS} in '{folder}': expected the folder that submit.py or sweep.py printed")
     found = [
         entry
-        for file in files
+        for file in records
         for entry in report.read_entries(file.parent)[slice(None) if everything else slice(-1, None)]
     ]
     # a sweep notes a job twice: with its logs, and in its point

@@ -127,7 +127,7 @@ def make_plan(script: str, opts: argparse.Namespace, flags: list[str]) -> list[R
         job_dir = job_dir.replace(
             "%j", "debug" if opts.cluster == "debug" else time.strftime(f"local-%Y%m%d-%H%M%S-{os.getpid()}")
         )
-    folder = str(Path(job_dir).expanduser().absolute())
+    folder = options.folder_of(job_dir)
     flags, resume = options.take_run_flags(flags)
     args = options.parse_script(
         script, flags + (["--resume", resume] if resume != "auto" else []), opts.nodes, opts.tasks_per_node
@@ -171,7 +171,8 @@ def dry_run(plan: list[Run], opts: argparse.Namespace) -> int:
         print(f"# ---- {SCRIPTS[run.script]}.py, {own.nodes} x {own.tasks_per_node} tasks, run folder {run.out}")
         args = options.parse_script(run.script, run.flags, own.nodes, own.tasks_per_node, check=False)
         given = {"out": run.out, **({"resume": run.resume} if run.resume else {})}
-        print("\n".join(f"# {name}: {value}" for name, value in sorted({**vars(args), **given}.items())))
+        # the whole may be kept as a file for sbatch: each stays in its line
+        print("\n".join(files.shown(f"# {name}: {value}") for name, value in sorted({**vars(args), **given}.items())))
     print("# nothing was submitted")
     return 0
 

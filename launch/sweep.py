@@ -19,6 +19,7 @@ import argparse
 import itertools
 import json
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -81,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
 def _main(opts: argparse.Namespace) -> int:
     options.check_cluster_options(opts)
     plan = read_plan(opts.file)
-    script, folder = plan["script"], Path(opts.job_dir or f"runs/{opts.file.stem}").expanduser().absolute()
+    script, folder = plan["script"], Path(options.folder_of(opts.job_dir or f"runs/{opts.file.stem}"))
     tasks = (opts.nodes, opts.tasks_per_node) if opts.cluster != "none" else (1, 1)
     points = {name: flags_of(settings) for name, settings in plan["points"].items()}
     for flags in points.values():
@@ -174,7 +175,7 @@ def dry_run(script: str, points: dict[str, list[str]], folder: Path, opts: argpa
             ).strip()
         )
     for name, flags in points.items():
-        print(f"# ---- {name}\n" + " ".join(_command(script, flags, folder / name)))
+        print(f"# ---- {name}\n" + shlex.join(_command(script, flags, folder / name)))
     print("# nothing was started")
     return 0
 
@@ -217,8 +218,8 @@ def run_array(script: str, points: dict[str, list[str]], folder: Path, opts: arg
         _note_in_point(entry)
         print(f"job {entry.job}: {Path(entry.out).name}\n  logs    {entry.log(0, 'out')}")
     print(
-        f"state: python launch/status.py {folder}\n"
-        f"table: python launch/sweep.py {opts.file} --job-dir {folder} --table",
+        f"state: python launch/status.py {shlex.quote(str(folder))}\n"
+        f"table: python launch/sweep.py {shlex.quote(str(opts.file))} --job-dir {shlex.quote(str(folder))} --table",
         flush=True,
     )
     return watch.outcome(entries, watch.wait(entries, opts.poll)) if opts.wait else 0

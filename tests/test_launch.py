@@ -131,7 +131,7 @@ def test_help_of_both(capsys):
 
 
 def test_launcher_and_scripts_share_no_flag():
-    own = {s for a in submit.get_parser()._actions for s in a.option_strings} - {"-h", "--help"}
+    own = {s for a in submit.get_parser()._actions for s in a.option_strings} - {"-h", "--help", "--version"}
     for script in job.SCRIPTS:
         shared = own & {s for a in options.script_parser(script)._actions for s in a.option_strings}
         assert not shared, f"{script}: {shared} would be taken by the launcher when given before --"
@@ -168,6 +168,116 @@ def test_bad_input_is_one_line_and_nothing_is_written(argv, words, tmp_path, mon
     said = capsys.readouterr()
     assert said.out == "" and said.err.startswith("error: ") and said.err.count("\n") == 1 and words in said.err, said
     assert list(tmp_path.iterdir()) == []
+
+
+# ---- what reaches a shell
+
+TEXTS = ("--name", "--partition", "--account", "--qos", "--comment", "--constraint", "--exclude", "--job-dir")
+KEYED = ("--srun=--comment=", "--sbatch=comment=", "--env=A=")
+SHELL = "a'b\"c $(touch X) `touch X`; touch X & touch X | touch X > X \\ # ${HOME} é"
+
+
+@pytest.fixture
+def ran(tmp_path, monkeypatch):
+    """Runs a text by bash in an empty folder, srun being a stub: (the words srun was given, $A, what is there now)."""
+    tools, folder = tmp_path / "tools", tmp_path / "here"
+    tools.mkdir()
+    folder.mkdir()
+    (tools / "srun").write_text(f'#!/bin/sh\nprintf "%s\\0" "$@" > {tmp_path}/words; printf %s "$A" > {tmp_path}/A\n')
+    (tools / "srun").chmod(0o755)
+    monkeypatch.chdir(folder)
+
+    def run(text: str) -> tuple[list[str], str, list[str]]:
+        env = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}"}
+        subprocess.run(["bash", "-e", "-c", text], env=env, cwd=folder, check=True, timeout=60)
+        words = (tmp_path / "words").read_text().split("\0")[:-1]
+        return words, (tmp_path / "A").read_text(), [p.name for p in folder.iterdir()]
+
+    return run
+
+
+def test_no_text_of_an_option_is_run(ran, tmp_path, capsys):
+    argv = [word for flag in TEXTS for word in (flag, SHELL)] + [flag + SHELL for flag in KEYED]
+    text = dry(capsys, "pretrain", *argv, "--gpus-per-node", "0", "--", *DIGITS, "--dist-url", "x\ntouch X\n")
+    for flag in (*TEXTS[1:-1], "--job-name"):
+        assert f"#SBATCH {flag}={shlex.quote(SHELL)}\n" in text
+    words, A, left = ran(text)  # also with the resolved flags that stand below it
+    assert A == SHELL and left == []
+    assert f"--comment={SHELL}" in words and words[-1] == f"{tmp_path}/here/{SHELL}"
+
+
+@pytest.mark.parametrize("flag", [*TEXTS, *KEYED, "--container", "--python", "--sbatch", "--srun"])
+@pytest.mark.parametrize("end", ["\n", "\r", "\0", "\x1b", "\x85", "\u2028", "\udcff"], ids=ascii)
+def test_a_text_that_ends_its_line_is_refused(flag, end, capsys):
+    given = [f"{flag}a{end}touch X"] if "=" in flag else [flag, f"a{end}touch X"]
+    for main, argv in ((submit.main, ["pretrain", "--dry-run", *DIGITS]), (sweep.main, ["nofile"])):
+        assert main([*argv, *given]) == 2
+        said = capsys.readouterr()
+        assert said.out == "" and said.err.count("\n") == 1 and "in one line" in said.err and flag[:5] in said.err
+
+
+def test_a_folder_above_that_ends_its_line_is_refused(tmp_path, monkeypatch, capsys):
+    (tmp_path / "a\ntouch X\n").mkdir()
+    monkeypatch.chdir(tmp_path / "a\ntouch X\n")
+    (Path.cwd() / "s.yaml").write_text("base: {dataset: digits}\npoints: [{name: a, seed: 1}]")
+    assert submit.main(["pretrain", "--dry-run", *DIGITS]) == 2
+    assert sweep.main(["s.yaml", "--dry-run", "--cluster", "slurm"]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.count("\n") == 2 and said.err.count("error: --job-dir") == 2
+
+
+@pytest.mark.parametrize(
+    "pair", ["A;touch X;B=1", "=1", "A", "1A=2", "A B=1", "$(touch X)=1", "Ä=1", "A-B=1", "A[0]=1"]
+)
+def test_a_name_of_the_environment_is_a_name(pair, capsys):
+    assert submit.main(["pretrain", "--dry-run", f"--env={pair}", *DIGITS]) == 2
+    assert capsys.readouterr().err.startswith(f"error: --env '{pair}': expected NAME=VALUE")
+
+
+@pytest.mark.parametrize("pair", ["=1", "-x=1", "a b", "aé=1", "$(touch X)=1", ""])
+def test_an_option_of_sbatch_has_a_name(pair, capsys):
+    assert submit.main(["pretrain", "--dry-run", f"--sbatch={pair}", *DIGITS]) == 2
+    assert capsys.readouterr().err.startswith(f"error: --sbatch '{pair}': expected an option of sbatch")
+
+
+def test_setup_is_shell_and_runs_before_the_job(ran, capsys):
+    setup = "if true\nthen\tA=$(echo from $HOME)\nfi; export A; touch X"
+    _, A, left = ran(dry(capsys, "pretrain", "--setup", setup, *DIGITS))
+    assert A == f"from {os.environ['HOME']}" and left == ["X"]
+
+
+def test_the_commands_of_a_sweep_are_as_quoted_as_a_shell_needs_them(ran, tmp_path, capsys):
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump({"base": {"dataset": "digits"}, "points": [{"dist-url": SHELL}]}))
+    assert sweep.main([str(tmp_path / "s.yaml"), "--dry-run"]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line[0] != "#")
+    words, _, left = ran(f"srun {line}")
+    assert words[words.index("--dist-url") + 1] == SHELL and left == []
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["--nodes -1", "--nodes 100001", f"--nodes {'9' * 400}", "--nodes " + "9" * 5000, "--tasks-per-node 0", "--poll 0"]
+    + ["--cpus-per-task 0", "--mem-gb nan", "--mem-gb inf", "--mem-gb 0", "--mem-gb -1", "--join-timeout nan"]
+    + ["--poll -1", "--poll nan", "--max-restarts -1", "--timeout 1e3", "--array-parallelism 0", "--nodes ²"],
+)
+def test_a_number_out_of_range_is_one_line(given, capsys):
+    flag, value = given.split()
+    assert submit.main(["pretrain", "--dry-run", flag, value, *DIGITS]) == 2
+    said = capsys.readouterr()
+    assert flag in said.err and said.err.count("\n") == 1 and len(said.err) < 400 and said.out == ""
+    if flag == "--poll":
+        assert status.main(["nowhere", flag, value]) == 2 and flag in capsys.readouterr().err
+
+
+def test_more_gpus_than_this_shell_may_see_are_refused(monkeypatch, tmp_path, capsys, no_environment_left):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    argv = ["pretrain", "--cluster", "local", "--gpus-per-node", "2", "--job-dir", str(tmp_path / "x"), *DIGITS]
+    assert submit.main(argv) == 2 and "CUDA_VISIBLE_DEVICES shows 1" in capsys.readouterr().err
+
+
+def test_a_job_folder_of_nobody_is_one_line(capsys):
+    assert submit.main(["pretrain", "--dry-run", "--job-dir", "~nobody-of-this-name/x", *DIGITS]) == 2
+    assert capsys.readouterr().err.startswith("error: --job-dir '~nobody-of-this-name/x': ")
 
 
 def test_a_job_folder_that_cannot_be_is_one_line(tmp_path, capsys, no_environment_left):
