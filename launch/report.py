@@ -104,7 +104,7 @@ def read_entries(folder: Path) -> list[Entry]:
 
 
 def _entry(line: str, where: str) -> Entry:
-    facts = _parse(line, where)
+    facts = parse(line, where)
     schema.require(facts, ENTRY, where)
     pattern = JOB_ID[facts["cluster"]]
     if not pattern.fullmatch(facts["job"]):
@@ -116,7 +116,7 @@ def _entry(line: str, where: str) -> Entry:
     return Entry(**facts)
 
 
-def _parse(text: str, where: str):
+def parse(text: str, where: str):
     """What JSON text says. Raises BadInput."""
     try:
         return json.loads(text)
@@ -179,7 +179,7 @@ def _end(entry: Entry, rank: int) -> dict | None:
     for file, shape in ((end_file(*of), END), (earlier_end_file(*of), EARLIER_END)):
         if files.kind(file):
             where = f"the record '{files.shown(file)}'"
-            facts = _parse(files.read_text(file, "the record", "a rank's end", most=2**20), where)
+            facts = parse(files.read_text(file, "the record", "a rank's end", most=2**20), where)
             schema.require(facts, shape, where)
             return {"state": FAILED, **facts}
     return None
@@ -269,7 +269,7 @@ def _last(out: str, kinds: tuple[str, ...], names: tuple[str, ...]) -> dict:
     seen: dict = {}
     for line in _text(Path(out) / "metrics.jsonl").splitlines():
         try:
-            values = _parse(line, "")
+            values = parse(line, "")
         except BadInput:  # the first line may be cut, and the last be half written
             continue
         if isinstance(values, dict) and values.get("kind") in kinds:

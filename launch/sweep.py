@@ -12,12 +12,14 @@ FILE.yaml:
     points: [{name: plain, miner: none, seed: 0}]   # settings one by one, with a name if you like
     columns: [loss, knn]                # of the table (default: what the runs logged last)
     figures: [{x: isl-budget, y: knn}]  # curves over one setting, drawn by matplotlib
-Flags by name, as in --config. Points are named by what differs between them.
+Flags by name, as in --config; null leaves one out. Points are named by what differs between them.
 """
 
 import argparse
 import itertools
 import json
+import math
+import os
 import re
 import shlex
 import signal
@@ -26,18 +28,28 @@ import sys
 import time
 from pathlib import Path
 
-import yaml
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from launch import executors, options, report, watch  # noqa: E402
 from launch.job import SCRIPTS, Run  # noqa: E402
 from launch.report import Entry  # noqa: E402
 from launch.tables import write_table  # noqa: E402
-from moco_isl import files  # noqa: E402
+from moco_isl import files, plain_yaml, schema  # noqa: E402
 from moco_isl.errors import BadInput, Interrupted  # noqa: E402
+from moco_isl.training import cli  # noqa: E402
 
-KNOWN = {"script", "base", "grid", "points", "columns", "figures"}
+SETTING = (None, str, [str])  # null, a value or a list of them
+PLAN = {
+    "script?": set(SCRIPTS),
+    "base?": {...: SETTING},
+    "grid?": {...: [SETTING]},
+    "points?": [{...: SETTING}],
+    "columns?": [str],
+    "figures?": [{"x": str, "y": str}],
+}
+NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,99}")
+MOST_POINTS = 10_000
+OURS = {"jobs", "table.md", "table.json"}  # names in a sweep's folder that are no points
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -84,9 +96,10 @@ def _main(opts: argparse.Namespace) -> int:
     plan = read_plan(opts.file)
     script, folder = plan["script"], Path(options.folder_of(opts.job_dir or f"runs/{opts.file.stem}"))
     tasks = (opts.nodes, opts.tasks_per_node) if opts.cluster != "none" else (1, 1)
-    points = {name: flags_of(settings) for name, settings in plan["points"].items()}
+    where = files.named("", opts.file)
+    points = {name: flags_of(script, settings, where) for name, settings in plan["points"].items()}
     for flags in points.values():
-        options.parse_script(script, flags, *tasks)
+        options.parse_script(script, flags, *tasks, check=not opts.table)
     if opts.dry_run:
         return dry_run(script, points, folder, opts)
     code = 0
@@ -98,60 +111,98 @@ def _main(opts: argparse.Namespace) -> int:
 
 
 def read_plan(file: Path) -> dict:
-    """The sweep: script, points {name: all settings}, own {name: those of the point}, columns, figures. Or BadInput."""
-    try:
-        plan = yaml.safe_load(file.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise BadInput(f"cannot read '{file}': {str(error).splitlines()[0]}") from error
-    if not isinstance(plan, dict) or (unknown := set(plan) - KNOWN):
-        raise BadInput(
-            f"'{file}': "
-            + (f"unknown {sorted(unknown)}, " if isinstance(plan, dict) else "")
-            + f"expected a mapping of {sorted(KNOWN)}"
-        )
-    script, base, grid = plan.get("script", "pretrain"), plan.get("base") or {}, plan.get("grid") or {}
-    if script not in SCRIPTS:
-        raise BadInput(f"'{file}': script {script!r}, expected one of {', '.join(SCRIPTS)}")
-    if bad := [name for name, values in grid.items() if not isinstance(values, list) or not values]:
-        raise BadInput(f"'{file}': grid: {bad[0]} needs a list of values")
+    """The sweep: script, points {name: all settings}, own {name: those of the point}, columns, figures. Or BadInput.
+
+    Settings are as `plain_yaml.read` gives them: texts, lists of texts, None. A switch's word is made true or false.
+    """
+    where = files.named("", file)
+    plan = plain_yaml.read(file, "", "a sweep: base, grid, points, ... (see --help)")
+    if isinstance(plan, dict):
+        plan = {part: content for part, content in plan.items() if content is not None}
+    schema.require(plan, PLAN, where)
+    script, base, grid = plan.get("script", "pretrain"), plan.get("base", {}), plan.get("grid", {})
+    if empty := [name for name, values in grid.items() if not values]:
+        raise BadInput(f"{where}: grid.{empty[0]} is an empty list: expected values")
+    many = math.prod(len(values) for values in grid.values()) if grid else 0
+    if many + len(plan.get("points", [])) > MOST_POINTS:
+        raise BadInput(f"{where}: grid has more than {MOST_POINTS} combinations: name fewer values")
     settings = [dict(zip(grid, values)) for values in itertools.product(*grid.values())] if grid else []
-    settings += plan.get("points") or []
+    settings += plan.get("points", [])
     if not settings:
-        raise BadInput(f"'{file}': neither grid nor points: expected settings to run")
+        raise BadInput(f"{where}: neither grid nor points: expected settings to run")
+    for name in {*base, *(name for own in settings for name in own)}:
+        _check_name(name, where)
+    switches = _switches(script)
+    base = {name: _value(name, value, switches) for name, value in base.items()}
     points: dict[str, dict] = {}
     owns: dict[str, dict] = {}
-    for own in settings:
-        own = dict(own)
-        name = re.sub(r"[^\w.=,+-]+", "_", str(own.pop("name", ",".join(f"{k}={v}" for k, v in own.items()))))
+    for number, own in enumerate(settings, 1):
+        name = own.get("name")
+        own = {key: _value(key, value, switches) for key, value in own.items() if key != "name"}
+        name = ",".join(f"{k}={v}" for k, v in own.items()) if name is None else name
+        if not isinstance(name, str):
+            raise BadInput(f"{where}: the name of point {number} is a list: expected a text")
+        name = _folder_name(name, f"{where}: point {number}")
         if name in points:
-            raise BadInput(f"'{file}': two points are named '{name}': give them names")
-        points[name], owns[name] = {**base, **own}, {str(k): v for k, v in own.items()}
+            raise BadInput(f"{where}: two points are named '{name}': give them names")
+        points[name], owns[name] = {**base, **own}, own
+    for name in [*plan.get("columns", []), *(name for figure in plan.get("figures", []) for name in figure.values())]:
+        _check_name(name, where)
     return {
         "script": script,
         "points": points,
         "own": owns,
         "columns": plan.get("columns"),
-        "figures": _figures(file, plan),
+        "figures": plan.get("figures", []),
     }
 
 
-def _figures(file: Path, plan: dict) -> list[dict]:
-    figures = plan.get("figures") or []
-    if bad := [f for f in figures if not isinstance(f, dict) or set(f) != {"x", "y"}]:
-        raise BadInput(f"'{file}': figures: {bad[0]!r}, expected {{x: a setting, y: a column}}")
-    return figures
+def _check_name(name: str, where: str) -> None:
+    if not NAME.fullmatch(name):
+        raise BadInput(f"{where}: '{cli.short(name)}' is no name: expected letters, digits, - and _")
+    if name in ("out", "resume"):
+        raise BadInput(f"{where}: {name} is not a setting: each point has a folder of its own, and goes on there")
 
 
-def flags_of(settings: dict) -> list[str]:
-    """{'dataset': 'digits', 'mlp': True, 'data': 'DIR'} -> ['DIR', '--dataset', 'digits', '--mlp']"""
-    flags = [str(settings["data"])] if settings.get("data") is not None else []
-    for name, value in settings.items():
-        flag = "--" + str(name).replace("_", "-")
-        if isinstance(value, bool):
-            flags += [flag if value else "--no-" + flag[2:]]
-        elif value is not None and name != "data":
-            flags += [flag, *map(str, value if isinstance(value, list) else [value])]
-    return flags
+def _switches(script: str) -> set[str]:
+    """The names of the flags that are on or off."""
+    actions = options.script_parser(script)._actions
+    return {flag.removeprefix("--") for action in actions if action.nargs == 0 for flag in action.option_strings}
+
+
+def _value(name: str, value, switches: set[str]):
+    """A setting's value as it is shown: True or False of a switch, and of anything else what the file says."""
+    if name.replace("_", "-") not in switches or not isinstance(value, str):
+        return value
+    word = value.lower()
+    return True if word in cli.ON else False if word in cli.OFF else value
+
+
+def _folder_name(name: str, where: str) -> str:
+    """A point's name as that of its folder. Raises BadInput for what would be no folder of its own."""
+    name = re.sub(r"[^\w.=,+-]+", "_", name)
+    if len(os.fsencode(name)) > 200:
+        raise BadInput(f"{where} has a name of {len(name)} characters: expected at most 200; give it one, under points")
+    if name in OURS or not name.strip("._"):
+        raise BadInput(f"{where} is named '{name}', which is no name for a folder of its own: choose another one")
+    return name
+
+
+def flags_of(script: str, settings: dict, where: str = "the sweep") -> list[str]:
+    """{'dataset': 'digits', 'mlp': True, 'data': 'DIR'} -> ['DIR', '--dataset=digits', '--mlp']. Raises BadInput."""
+    words = {True: "true", False: "false"}
+    given = {name: words.get(value, value) if isinstance(value, bool) else value for name, value in settings.items()}
+    given = {name: value for name, value in given.items() if value is not None}
+    config = given.pop("config", None)
+    if config is not None and not isinstance(config, str):
+        raise BadInput(f"{where}: config: expected one path")
+    flags, data = options.script_parser(script).argv_of(given, where)
+    if data is not None and (not data or data.startswith("-")):
+        given = cli.short(data)
+        raise BadInput(f"{where}: data is '{given}': expected the path of a folder, such as ./{given}")
+    for text in [*flags, config or "", data or ""]:
+        options.require_one_line(text, f"{where}:")
+    return [*([] if data is None else [data]), *([] if config is None else [f"--config={config}"]), *flags]
 
 
 def _runs(script: str, points: dict[str, list[str]], folder: Path, opts: argparse.Namespace) -> list[Run]:

@@ -1,44 +1,73 @@
 """What a sweep has to show: a row a point, and curves of a result over a setting."""
 
+import contextlib
 import json
-import math
 import statistics
 from pathlib import Path
 
 from launch import report
-from moco_isl import files
+from moco_isl import files, schema
 from moco_isl.errors import BadInput
 
 
 def write_table(plan: dict, folder: Path) -> None:
     """Print and write table.md and table.json: a row a point, its own settings and what it logged last."""
-    rows = [{"point": name, **own, **results(plan["script"], folder / name)} for name, own in plan["own"].items()]
+    rows = [
+        {"point": name, **{k: _number(v) for k, v in own.items()}, **results(plan["script"], folder / name)}
+        for name, own in plan["own"].items()
+    ]
     columns = list(dict.fromkeys(k for row in rows for k in row))
     if plan["columns"]:
         own = {"point"} | {k for settings in plan["own"].values() for k in settings}
         columns = [c for c in columns if c in own] + [c for c in plan["columns"] if c in columns]
-    show = lambda v: f"{v:.4g}" if isinstance(v, float) else "" if v is None else str(v)  # noqa: E731
-    cells = [columns, ["---"] * len(columns), *([show(row.get(c)) for c in columns] for row in rows)]
+    cells = [columns, ["---"] * len(columns), *([_shown(row.get(c)) for c in columns] for row in rows)]
     text = "\n".join("| " + " | ".join(line) + " |" for line in cells)
     print(text)
-    folder.mkdir(parents=True, exist_ok=True)
-    files.write_text(text + "\n", folder / "table.md")
-    files.write_text(json.dumps(rows, indent=1) + "\n", folder / "table.json")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        files.write_text(text + "\n", folder / "table.md")
+        files.write_text(json.dumps(rows, indent=1) + "\n", folder / "table.json")
+    except OSError as error:
+        raise BadInput(f"cannot write into '{folder}': {error.strerror}; {files.cure(error)}") from error
     if plan["figures"]:
         write_curves(plan["figures"], rows, folder)
 
 
+def _number(value):
+    """A setting as it is written in the sweep's file; as a number, where it is one, to draw over."""
+    for kind in (int, float) if isinstance(value, str) else ():
+        with contextlib.suppress(ValueError):
+            if report.is_number(number := kind(value)):
+                return number
+    return value
+
+
+def _shown(value) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "" if value is None else files.shown(str(value)).replace("|", "\\|")
+
+
+RESULTS = {"results?": [{...: object}], ...: object}
+
+
 def results(script: str, out: Path) -> dict:
-    """What a point has to show: of a pretraining what it logged last, of an evaluation its results.json."""
+    """What a point has to show: of a pretraining what it logged last, of an evaluation its results.json.
+
+    {} where there is none yet. Raises BadInput where the file is none of ours.
+    """
     if script == "pretrain":
         seen = report.progress(str(out))
         return {k: seen.get(k) for k in ("epoch", "loss", "knn")} | report.last_round(str(out))
-    try:
-        found = json.loads((out / "results.json").read_text())
-    except (OSError, json.JSONDecodeError):
+    file = out / "results.json"
+    if not files.kind(file):
         return {}
-    best = max(found.get("results", []), key=lambda r: r.get("top1", 0), default={})
-    return {k: v for k, v in best.items() if isinstance(v, (int, float, str))}
+    where = files.named("", file)
+    found = report.parse(files.read_text(file, expected="the results of an evaluation"), where)
+    schema.require(found, RESULTS, where)
+    judged = [result for result in found.get("results", []) if report.is_number(result.get("top1"))]
+    best = max(judged, key=lambda result: result["top1"], default={})
+    return {k: v for k, v in best.items() if isinstance(v, str) or report.is_number(v)}
 
 
 def write_curves(figures: list[dict], rows: list[dict], folder: Path) -> list[Path]:
@@ -77,7 +106,7 @@ def points_of(rows: list[dict], x: str, y: str) -> list[tuple[float, float, floa
     found: dict[float, list[float]] = {}
     for row in rows:
         value, result = row.get(x), row.get(y)
-        if isinstance(value, (int, float)) and isinstance(result, (int, float)) and math.isfinite(result):
+        if report.is_number(value) and report.is_number(result):
             found.setdefault(value, []).append(result)
     return [
         (value, statistics.fmean(ys), statistics.stdev(ys) if len(ys) > 1 else 0.0)

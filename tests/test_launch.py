@@ -251,7 +251,7 @@ def test_the_commands_of_a_sweep_are_as_quoted_as_a_shell_needs_them(ran, tmp_pa
     assert sweep.main([str(tmp_path / "s.yaml"), "--dry-run"]) == 0
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line[0] != "#")
     words, _, left = ran(f"srun {line}")
-    assert words[words.index("--dist-url") + 1] == SHELL and left == []
+    assert f"--dist-url={SHELL}" in words and left == []
 
 
 @pytest.mark.parametrize(
@@ -808,34 +808,104 @@ def test_the_points_of_a_sweep(tmp_path):
         "moco-t=0.2,cos=False",
         "a_b_c",
     ]
-    assert sweep.flags_of(plan["points"]["moco-t=0.2,cos=False"]) == [
-        "DIR",
-        "--mlp",
-        "--lr",
-        "0.1",
-        "--moco-t",
-        "0.2",
-        "--no-cos",
-    ]
-    assert plan["points"]["a_b_c"]["lr"] == 3
+    flags = sweep.flags_of("pretrain", plan["points"]["moco-t=0.2,cos=False"])
+    assert flags == ["DIR", "--mlp", "--lr=0.1", "--moco-t=0.2", "--no-cos"]
+    assert plan["points"]["a_b_c"]["lr"] == "3"
+    (tmp_path / "sweep.yaml").write_text(
+        "base: {config: c.yaml, data: DIR, mlp: null, amp: off, schedule: [6, 8], wd: 1e-3, isl_hpe: 0}\n"
+        "points: [{cos: yes, seed: 010}, {name: b, amp: bf16, wd: null, schedule: [9]}]"
+    )
+    plan = sweep.read_plan(tmp_path / "sweep.yaml")
+    first, second = (sweep.flags_of("pretrain", plan["points"][name]) for name in ("cos=True,seed=010", "b"))
+    assert first == shlex.split("DIR --config=c.yaml --amp=off --schedule 6 8 --wd=1e-3 --isl-hpe=0 --cos --seed=010")
+    assert second == shlex.split("DIR --config=c.yaml --amp=bf16 --schedule 9 --isl-hpe=0")
 
 
-@pytest.mark.parametrize(
-    "plan, words",
-    [
-        ({"grids": {}}, "unknown ['grids']"),
-        ({"base": {"lr": 1}}, "neither grid nor points"),
-        ({"grid": {"lr": 1}}, "lr needs a list"),
-        ({"script": "walk", "points": [{"lr": 1}]}, "script 'walk'"),
-        ({"points": [{"name": "a"}, {"name": "a"}]}, "two points are named 'a'"),
-        ({"points": [{"learning": 1}], "base": {"dataset": "digits"}}, "--learning"),
-        ({"points": [{"lr": 1}], "figures": [{"x": "lr"}]}, "figures"),
-    ],
-)
-def test_a_bad_sweep_is_one_line(plan, words, tmp_path, capsys):
-    assert sweep.main([str(write(tmp_path, **plan))]) == 2
+BAD_SWEEPS = [
+    ("grids: {}", "grids is unknown: expected script, base, grid, points, columns, figures"),
+    ("base: {lr: 1}", "neither grid nor points"),
+    ("grid: {lr: 1}", "grid.lr is '1': expected a list"),
+    ("grid: {lr: []}", "grid.lr is an empty list"),
+    ("grid: [lr]", "grid is ['lr']: expected names with values"),
+    ("grid: {lr: [{a: 1}]}", "grid.lr[0] is"),
+    ("grid: {lr: [[[1]]]}", "grid.lr[0] is"),
+    ("base: [1]", "base is ['1']: expected names with values"),
+    ("base: {lr: {a: 1}}", "base.lr is"),
+    ("points: {lr: 1}", "points is {'lr': '1'}: expected a list"),
+    ("points: [lr]", "points[0] is 'lr': expected names with values"),
+    ("points: [{lr: [[1]]}]", "points[0].lr is"),
+    ("points: [{name: [a], lr: 1}]", "the name of point 1 is a list"),
+    ("points: [{lr: 1}]\nfigures: {x: lr, y: knn}", "figures is"),
+    ("points: [{lr: 1}]\nfigures: [{x: lr}]", "figures[0] has no 'y'"),
+    ("points: [{lr: 1}]\nfigures: [{x: ../../lr, y: knn}]", "'../../lr' is no name"),
+    ("points: [{lr: 1}]\nfigures: [{x: lr, y: $x$}]", "'$x$' is no name"),
+    ("points: [{lr: 1}]\ncolumns: knn", "columns is 'knn': expected a list"),
+    ("points: [{lr: 1}]\ncolumns: [[knn]]", "columns[0] is ['knn']: expected a text"),
+    ("points: [{lr: 1}]\ncolumns: ['a|b']", "'a|b' is no name"),
+    ("script: walk\npoints: [{lr: 1}]", "script is 'walk': expected one of knn, lincls, pretrain"),
+    ("script: [knn]\npoints: [{lr: 1}]", "script is ['knn']"),
+    ("points: [{name: a}, {name: a}]", "two points are named 'a'"),
+    ("points: [{name: a b}, {name: a/b}]", "two points are named 'a_b'"),
+    ("points: [{}]", "point 1 is named ''"),
+    ("points: [{name: ..}]", "point 1 is named '..'"),
+    ("points: [{name: jobs}]", "point 1 is named 'jobs'"),
+    ("points: [{name: table.json}]", "point 1 is named 'table.json'"),
+    (f"points: [{{name: {'a' * 201}}}]", "point 1 has a name of 201 characters"),
+    ("points: [{learning: 1}]\nbase: {dataset: digits}", "no flag named 'learning'"),
+    ("points: [{--lr: 1}]", "'--lr' is no name"),
+    ("points: [{'l r': 1}]", "'l r' is no name"),
+    ('points: [{"a\\nb": 1}]', "'a\\nb' is no name"),
+    ("points: [{out: x}]", "out is not a setting"),
+    ("base: {resume: x}\npoints: [{lr: 1}]", "resume is not a setting"),
+    ("points: [{help: true}]", "no flag named 'help'"),
+    ("points: [{mlp: maybe}]", "mlp is a switch: expected true or false"),
+    ("points: [{data: --download}]", "data is '--download'"),
+    ("points: [{data: [a, b]}]", "data: expected one path"),
+    ("points: [{config: [a, b]}]", "config: expected one path"),
+    ("points: [{data: DIR, wd: 1, weight-decay: 2}]", "wd and weight-decay are one flag"),
+    ('points: [{name: a, dist-url: "x\\ny"}]', "holds \\n: expected UTF-8 text in one line"),
+    ("points: [{lr: x, dataset: digits}]", "--lr x: expected a number"),
+    (f"grid: {{{', '.join(f'a{i}: [1, 2]' for i in range(60))}}}", "more than 10000 combinations"),
+    ("a: &a [1, 1]\nb: &b [*a, *a]", "anchors (&) and aliases (*) are not taken"),
+    ("- a", "it is ['a']: expected names with values"),
+    ("", "it is None: expected names with values"),
+    ("points: [", "cannot read"),
+    ("x" * (2**20 + 1), "more than 1048576 bytes"),
+]
+
+
+@pytest.mark.parametrize(("text", "words"), BAD_SWEEPS, ids=range(len(BAD_SWEEPS)))
+def test_a_bad_sweep_is_one_line(text, words, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("sweep.yaml").write_text(text)
+    assert sweep.main(["sweep.yaml"]) == 2
     said = capsys.readouterr()
-    assert said.err.startswith("error: ") and said.err.count("\n") == 1 and words in said.err and said.out == ""
+    assert said.err.startswith("error: ") and said.err.count("\n") == 1 and said.out == "", said
+    assert words in said.err and len(said.err) < 400, said.err
+    assert [p.name for p in tmp_path.iterdir()] == ["sweep.yaml"]
+
+
+def test_a_sweep_that_is_no_file_is_one_line(tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("pipe", ".", "nowhere", "n" * 300):
+        assert sweep.main([str(tmp_path / name)]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and said.count("\n") == 1
+
+
+def test_a_point_whose_results_are_none_of_ours_is_one_line(tmp_path, capsys):
+    (tmp_path / "s.yaml").write_text("script: knn\nbase: {dataset: digits}\npoints: [{name: a, k: 5}]")
+    out = tmp_path / "all" / "a"
+    out.mkdir(parents=True)
+    command = [str(tmp_path / "s.yaml"), "--job-dir", str(tmp_path / "all"), "--table"]
+    odd = {"top1": "x"}, {"top1": None}, {"top1": 10**400}, {"top1": 5.0, "feature": "a|b\x1b", "k": [1]}
+    (out / "results.json").write_text(json.dumps({"results": odd}))
+    assert sweep.main(command) == 0 and "| a | 5 | 5 | a\\|b\\x1b |" in capsys.readouterr().out
+    for text in ("[]", "{", '{"results": 1}', '{"results": [1]}', "9" * 5000, "[" * 100_000):
+        (out / "results.json").write_text(text)
+        assert sweep.main(command) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and said.count("\n") == 1 and "results.json" in said
 
 
 def test_a_sweep_on_this_machine_writes_a_folder_a_point_and_one_table(tmp_path, monkeypatch, capsys):
@@ -847,7 +917,7 @@ def test_a_sweep_on_this_machine_writes_a_folder_a_point_and_one_table(tmp_path,
     monkeypatch.setattr(
         sweep,
         "_command",
-        lambda name, flags, out: [sys.executable, "-c", script, str(out), flags[flags.index("--moco-t") + 1]],
+        lambda name, flags, out: [sys.executable, "-c", script, str(out), flags[-1].removeprefix("--moco-t=")],
     )
     file = write(
         tmp_path,

@@ -90,11 +90,19 @@ class Parser(argparse.ArgumentParser):
 
     def _from_config(self, path: str) -> list[str]:
         """The flags that a YAML file names, as argv; DIR as the default of `data`, which the command line may name anew."""
-        of, argv, named = files.named("--config", path), [], {}
+        of = files.named("--config", path)
         content = plain_yaml.read(path, "--config", "lines 'flag: value'")
         if not isinstance(content, dict | None):
             raise BadInput(f"{of} holds a {'list' if isinstance(content, list) else 'text'}: expected lines 'flag: value'")
-        for name, value in (content or {}).items():
+        argv, data = self.argv_of(content or {}, of)
+        if data is not None:
+            self.set_defaults(data=data)  # a positional before the flags would be a second one beside the command line's
+        return [*argv, "--config", path]  # again, such that no flag before it takes what the command line begins with
+
+    def argv_of(self, settings: dict[str, plain_yaml.Value], of: str) -> tuple[list[str], str | None]:
+        """(argv, DIR or None) of flags by name with their values, as `plain_yaml.read` gives them; of: the file, for BadInput."""
+        argv, named, data = [], {}, None
+        for name, value in settings.items():
             flag = "--" + name.replace("_", "-")
             action = self._option_string_actions.get(flag)
             if name != "data" and (action is None or action.dest in ("config", "help", "version")):
@@ -103,12 +111,12 @@ class Parser(argparse.ArgumentParser):
             check(other == name, f"{of}: {other} and {name} are one flag: name it once")
             if name == "data":
                 check(not isinstance(value, list | dict), f"{of}: data: expected one path")
-                self.set_defaults(data=value)  # a positional before the flags would be a second one beside the command line's
+                data = value
             elif action.nargs == 0:
                 argv += self._switch(flag, value, of)
             elif value is not None:
                 argv += _as_argv(flag, action, value, of)
-        return [*argv, "--config", path]  # again, such that no flag before it takes what the command line begins with
+        return argv, data
 
     def _switch(self, flag: str, value: plain_yaml.Value, of: str) -> list[str]:
         word = value.lower() if isinstance(value, str) else ""
