@@ -48,7 +48,7 @@ def _shown(value) -> str:
     return "" if value is None else files.shown(str(value)).replace("|", "\\|")
 
 
-RESULTS = {"results?": [{...: object}], ...: object}
+ROWS = {"knn": "results", "lincls": "classifiers"}  # where results.json has what was judged
 
 
 def results(script: str, out: Path) -> dict:
@@ -64,9 +64,10 @@ def results(script: str, out: Path) -> dict:
         return {}
     where = files.named("", file)
     found = report.parse(files.read_text(file, expected="the results of an evaluation"), where)
-    schema.require(found, RESULTS, where)
-    judged = [result for result in found.get("results", []) if report.is_number(result.get("top1"))]
-    best = max(judged, key=lambda result: result["top1"], default={})
+    schema.require(found, {f"{ROWS[script]}?": [{...: object}], ...: object}, where)
+    judged = [result for result in found.get(ROWS[script], []) if report.is_number(result.get("top1"))]
+    chosen = [result for result in judged if result.get("chosen", True)]  # of learning rates, on images held out
+    best = max(chosen, key=lambda result: result["top1"], default={})
     return {k: v for k, v in best.items() if isinstance(v, str) or report.is_number(v)}
 
 

@@ -893,6 +893,14 @@ def test_a_sweep_that_is_no_file_is_one_line(tmp_path, capsys):
         assert said.startswith("error: ") and said.count("\n") == 1
 
 
+def test_of_linear_classifiers_the_chosen_one_is_shown(tmp_path):
+    """Not the best on the images that judge it."""
+    rows = [{"layer": "backbone", "lr": 1.0, "top1": 9.0, "chosen": True}]
+    rows += [{"layer": "backbone", "lr": 30.0, "top1": 11.0, "chosen": False}]
+    (tmp_path / "results.json").write_text(json.dumps({"classifiers": rows, "few_labels": []}))
+    assert tables.results("lincls", tmp_path) == {"layer": "backbone", "lr": 1.0, "top1": 9.0}
+
+
 def test_a_point_whose_results_are_none_of_ours_is_one_line(tmp_path, capsys):
     (tmp_path / "s.yaml").write_text("script: knn\nbase: {dataset: digits}\npoints: [{name: a, k: 5}]")
     out = tmp_path / "all" / "a"
