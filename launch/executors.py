@@ -140,8 +140,17 @@ def submit(
         for job, run in zip(jobs, runs)
     ]
     for entry in entries:
-        write_entry(entry)
+        note(entry, entry.folder)
     return entries
+
+
+def note(entry: Entry, folder: str) -> None:
+    """Write a submission into a folder's record. Where that fails the job runs nevertheless: a warning says it."""
+    try:
+        write_entry(entry, folder)
+    except OSError as error:
+        line = f"warning: job {entry.job} is submitted, but not noted in '{folder}': {error.strerror}"
+        print(files.shown(f"{line}; status.py will not know of it"), file=sys.stderr)
 
 
 def _half_submitted(folder: str) -> set[Path]:

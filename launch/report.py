@@ -91,8 +91,9 @@ class Failure:
         return bool(CONSEQUENCE.search(self.error))
 
 
-def write_entry(entry: Entry) -> None:
-    with open(Path(entry.folder) / RECORDS, "a") as file:
+def write_entry(entry: Entry, folder: str | Path) -> None:
+    """Add a submission to the record in a folder. Raises OSError."""
+    with open(Path(folder) / RECORDS, "a") as file:
         file.write(json.dumps(dataclasses.asdict(entry)) + "\n")
 
 

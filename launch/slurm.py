@@ -55,7 +55,8 @@ def ask(job_id: str) -> JobState | None:
 
 def _run(*command: str) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        # a job's comment and folder may be no UTF-8
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60)
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout if done.returncode == 0 else ""
@@ -63,11 +64,10 @@ def _run(*command: str) -> str:
 
 def _from_controller(job_id: str) -> JobState | None:
     text = _run("scontrol", "show", "job", job_id, "-o")
-    found = dict(
-        re.findall(
-            r"(?:^|\s)(JobState|Reason|Restarts|ExitCode|NodeList|Requeue)=(\S*)", text.splitlines()[0] if text else ""
-        )
+    facts = re.findall(
+        r"(?:^|\s)(JobState|Reason|Restarts|ExitCode|NodeList|Requeue)=(\S*)", text.splitlines()[0] if text else ""
     )
+    found = dict(reversed(facts))  # the first of a name: a comment that follows may hold another one
     if "JobState" not in found:
         return None
     nothing = ("None", "(null)")

@@ -225,6 +225,7 @@ def tell(entry: Entry, opts: argparse.Namespace) -> None:
 
 def debug(run: Run) -> int:
     """One task in this very process; the debugger opens where it fails if there is somebody to type."""
+    files.require_folder(run.out, "--job-dir")
     Path(run.out).mkdir(parents=True, exist_ok=True)
     os.environ["SUBMITIT_FOLDER"] = run.out
     job = submitit.DebugExecutor(run.out).submit(run)

@@ -17,7 +17,6 @@ Flags by name, as in --config; null leaves one out. Points are named by what dif
 
 import argparse
 import itertools
-import json
 import math
 import os
 import re
@@ -30,9 +29,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from launch import executors, options, report, watch  # noqa: E402
+from launch import executors, options, watch  # noqa: E402
 from launch.job import SCRIPTS, Run  # noqa: E402
-from launch.report import Entry  # noqa: E402
 from launch.tables import write_table  # noqa: E402
 from moco_isl import files, plain_yaml, schema  # noqa: E402
 from moco_isl.errors import BadInput, Interrupted  # noqa: E402
@@ -104,6 +102,7 @@ def _main(opts: argparse.Namespace) -> int:
         return dry_run(script, points, folder, opts)
     code = 0
     if not opts.table:
+        make_folders([folder / name for name in points])
         code = run_here(script, points, folder) if opts.cluster == "none" else run_array(script, points, folder, opts)
     if opts.table or opts.wait or opts.cluster == "none":
         write_table(plan, folder)
@@ -231,6 +230,13 @@ def dry_run(script: str, points: dict[str, list[str]], folder: Path, opts: argpa
     return 0
 
 
+def make_folders(folders: list[Path]) -> None:
+    """One for each point, before anything is started. Raises BadInput."""
+    for folder in folders:
+        files.require_folder(folder, "the folder of a point,")
+        folder.mkdir(parents=True, exist_ok=True)
+
+
 def run_here(script: str, points: dict[str, list[str]], folder: Path) -> int:
     """One point after another; a point that fails does not stop the others. What is finished already is left alone by
     the script itself.
@@ -238,7 +244,6 @@ def run_here(script: str, points: dict[str, list[str]], folder: Path) -> int:
     failed = []
     for i, (name, flags) in enumerate(points.items()):
         out = folder / name
-        out.mkdir(parents=True, exist_ok=True)
         print(f"=> point {i + 1} of {len(points)}: {name}", flush=True)
         start = time.monotonic()
         with open(out / "log.txt", "a") as log:
@@ -252,7 +257,8 @@ def run_here(script: str, points: dict[str, list[str]], folder: Path) -> int:
         if code:
             failed.append(name)
             tail = (out / "log.txt").read_text(errors="replace").splitlines()[-1:]
-            print(f"=> {name} ended with exit code {code}: {''.join(tail)}", file=sys.stderr, flush=True)
+            said = files.shown("".join(tail))
+            print(f"=> {name} ended with exit code {code}: {said}", file=sys.stderr, flush=True)
         else:
             print(f"=> {name}: {time.monotonic() - start:.0f} s", flush=True)
     return 1 if failed else 0
@@ -260,13 +266,11 @@ def run_here(script: str, points: dict[str, list[str]], folder: Path) -> int:
 
 def run_array(script: str, points: dict[str, list[str]], folder: Path, opts: argparse.Namespace) -> int:
     runs = _runs(script, points, folder, opts)
-    for run in runs:
-        Path(run.out).mkdir(parents=True, exist_ok=True)
     command = ["python", "launch/sweep.py", *sys.argv[1:]]
     logs = folder / "jobs" / ("%j" if opts.cluster == "slurm" else time.strftime("local-%Y%m%d-%H%M%S"))
     entries = executors.submit(opts, runs, str(logs), opts.name or f"moco_isl-{folder.name}", command)
     for entry in entries:
-        _note_in_point(entry)
+        executors.note(entry, entry.out)  # with its point too, where status.py is asked for it
         print(f"job {entry.job}: {Path(entry.out).name}\n  logs    {entry.log(0, 'out')}")
     print(
         f"state: python launch/status.py {shlex.quote(str(folder))}\n"
@@ -274,12 +278,6 @@ def run_array(script: str, points: dict[str, list[str]], folder: Path, opts: arg
         flush=True,
     )
     return watch.outcome(entries, watch.wait(entries, opts.poll)) if opts.wait else 0
-
-
-def _note_in_point(entry: Entry) -> None:
-    """The record of a job in the folder of its point too, where status.py is asked for it."""
-    with open(Path(entry.out) / report.RECORDS, "a") as file:
-        file.write(json.dumps(vars(entry)) + "\n")
 
 
 if __name__ == "__main__":

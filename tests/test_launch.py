@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launch import job, options, rendezvous, report, slurm, status, submit, sweep, tables, watch
+from launch import executors, job, options, rendezvous, report, slurm, status, submit, sweep, tables, watch
 from launch.job import Run
 from launch.report import Entry
 from launch.slurm import JobState
@@ -374,7 +374,7 @@ def test_the_rank_that_says_why_comes_first_of_those_that_end_with_a_code(entry)
 def forgotten(entry, monkeypatch) -> Entry:
     """A job that SLURM does not know any more."""
     monkeypatch.setattr(slurm, "ask", lambda job_id: None)
-    report.write_entry(entry)
+    report.write_entry(entry, entry.folder)
     return entry
 
 
@@ -424,7 +424,7 @@ def test_no_pickle_of_a_job_folder_is_loaded(forgotten, tmp_path, monkeypatch, c
         (tmp_path / name).write_bytes(evil)
     for cluster in ("slurm", "local"):
         told = dataclasses.replace(forgotten, cluster=cluster, job="999999")
-        report.write_entry(told)
+        report.write_entry(told, told.folder)
         assert status.main([str(tmp_path)]) == (cluster == "local") and status.main([str(tmp_path), "--all"]) in (0, 1)
         assert watch.outcome([told], watch.wait([told], 0)) == 1
     assert "UNKNOWN" in capsys.readouterr().out and not (tmp_path / "sprung").exists()
@@ -541,12 +541,13 @@ def test_odd_metrics_are_passed_over(tmp_path):
 def test_scontrol_and_sacct_are_read(tmp_path, monkeypatch):
     tools = {
         "scontrol": "JobId=8 Restarts=2 JobState=NODE_FAIL Reason=None Requeue=1 ExitCode=0:9 NodeList=n[1-2] "
-        "ReqNodeList=(null)",
+        "ReqNodeList=(null) Comment=\\377 JobState=COMPLETED Restarts=x",
         "sacct": "9_1|CANCELLED by 0|0:15|n1",
     }
     for name, text in tools.items():
+        job_id = "8" if name == "scontrol" else "9_1"
         (tmp_path / name).write_text(
-            f'#!/bin/sh\ncase "$*" in *{"8" if name == "scontrol" else "9_1"}*) echo "{text}";; *) exit 1;; esac\n'
+            f"#!/bin/sh\ncase \"$*\" in *{job_id}*) printf '{text}\\n';; *) exit 1;; esac\n"
         )
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
@@ -883,6 +884,23 @@ def test_a_bad_sweep_is_one_line(text, words, tmp_path, capsys, monkeypatch):
     assert said.err.startswith("error: ") and said.err.count("\n") == 1 and said.out == "", said
     assert words in said.err and len(said.err) < 400, said.err
     assert [p.name for p in tmp_path.iterdir()] == ["sweep.yaml"]
+
+
+def test_a_sweep_whose_folder_cannot_be_made_starts_nothing(tmp_path, capsys, no_environment_left):
+    (tmp_path / "file").touch()
+    sweep_of = write(tmp_path, base={"dataset": "digits"}, points=[{"name": "a", "seed": 1}])
+    for more in ([], ["--cluster", "local"], ["--cluster", "slurm"]):
+        assert sweep.main([str(sweep_of), "--job-dir", str(tmp_path / "file"), *more]) == 2
+        said = capsys.readouterr()
+        assert "file is a file" in said.err and said.err.count("\n") == 1 and said.out == ""
+    argv = ["pretrain", "--cluster", "debug", "--gpus-per-node", "0", "--job-dir", str(tmp_path / "file"), *DIGITS]
+    assert submit.main(argv) == 2 and "file is a file" in capsys.readouterr().err
+
+
+def test_a_job_that_could_not_be_noted_is_told_and_runs_on(entry, tmp_path, capsys):
+    (tmp_path / "launch.jsonl").mkdir()
+    executors.note(entry, str(tmp_path))
+    assert capsys.readouterr().err.startswith("warning: job 7 is submitted, but not noted in ")
 
 
 def test_a_sweep_that_is_no_file_is_one_line(tmp_path, capsys):
