@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import pickle
+import random
 import shlex
 import signal
 import socket
@@ -21,6 +22,7 @@ from launch import executors, job, options, rendezvous, report, slurm, status, s
 from launch.job import Run
 from launch.report import Entry
 from launch.slurm import JobState
+from moco_isl.errors import BadInput
 from tests.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -961,6 +963,67 @@ def test_a_sweep_on_this_machine_writes_a_folder_a_point_and_one_table(tmp_path,
 def test_a_curve_has_the_mean_and_spread_of_equal_settings():
     rows = [{"r": 1, "y": 2.0}, {"r": 1, "y": 4.0}, {"r": 0.5, "y": 1.0}, {"y": 9.0}, {"r": 2, "y": None}]
     assert tables.points_of(rows, "r", "y") == [(0.5, 1.0, 0.0), (1, 3.0, pytest.approx(2**0.5))]
+
+
+# ---- files that somebody damaged
+
+SWEEP = """script: pretrain
+base: {dataset: digits, mlp: true, config: c.yaml, schedule: [6, 8]}
+grid: {lr: [0.1, 1e-2], seed: [0, 1]}
+points: [{name: a b, cos: off, wd: null}]
+columns: [loss, knn]
+figures: [{x: lr, y: knn}]
+"""
+PIECES = [b"", b"\0", b"\xff", b"\n", b"[", b"{", b'"', b"'", b"-", b":", b"&a ", b"*a", b"!x ", b"null", b"[]", b"{}"]
+PIECES += [b"true", b"-1", b"1e999", b"NaN", b"..", b"\\ud800", "\u2028".encode(), b"9" * 400]
+
+
+def mutations(text: str, count: int):
+    """`count` versions of a file, each with one to three pieces of it replaced."""
+    draw = random.Random(0)
+    for _ in range(count):
+        content = text.encode()
+        for _ in range(draw.randint(1, 3)):
+            start = draw.randrange(len(content) + 1)
+            content = content[:start] + draw.choice(PIECES) + content[start + draw.choice([0, 0, 1, 4, 30]) :]
+        yield content
+
+
+def read_sweep(file: Path) -> None:
+    plan = sweep.read_plan(file)
+    for settings in plan["points"].values():
+        options.script_parser(plan["script"]).parse_args(sweep.flags_of(plan["script"], settings))
+
+
+@pytest.mark.parametrize("what", ["sweep", "submissions", "end", "results", "metrics"])
+def test_a_damaged_file_is_read_or_refused_in_one_line(what, entry, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(slurm, "ask", lambda job_id: None)
+    (tmp_path / "c.yaml").write_text("epochs: 3")
+    row, step = {"feature": "fc", "k": 20, "top1": 50.5}, {"kind": "epoch", "epoch": 1, "loss": 2.5, "knn": 50.0}
+    (tmp_path / "s.yaml").write_text(SWEEP)
+    (tmp_path / "results.json").write_text(json.dumps({"results": [row] * 2}))
+    (tmp_path / "metrics.jsonl").write_text(f"{json.dumps(step)}\n" * 3)
+    report.write_entry(entry, tmp_path)
+    ends(entry, 0)
+    name, read = {
+        "sweep": ("s.yaml", read_sweep),
+        "submissions": ("launch.jsonl", lambda file: status.find(tmp_path, False)),
+        "end": ("7_0_end.json", lambda file: status.describe(entry, report.state(entry))),
+        "results": ("results.json", lambda file: tables.results("knn", tmp_path)),
+        "metrics": ("metrics.jsonl", lambda file: status.describe(entry, JobState("RUNNING"))),
+    }[what]
+    file = tmp_path / name
+    read(file)
+    refused = 0
+    for content in mutations(file.read_text(), 200):
+        file.write_bytes(content)
+        try:
+            read(file)
+        except BadInput as error:
+            refused += 1
+            assert "\n" not in str(error) and len(str(error)) < 500, content
+    assert refused == 0 if what in ("end", "metrics") else 50 < refused < 200
 
 
 # ---- the house
