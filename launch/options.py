@@ -244,9 +244,9 @@ def _check_texts(opts: argparse.Namespace) -> None:
     for name in ONE_LINE:
         value = getattr(opts, name)
         for text in value if isinstance(value, list) else [value or ""]:
-            require_one_line(text, f"--{flag_of(name)}")
+            require_one_line(text, f"--{flag_of(name)}", utf8=opts.cluster == "slurm")
     for text in opts.setup:
-        require_one_line(text, "--setup", but="\n\t")
+        require_one_line(text, "--setup", but="\n\t", utf8=opts.cluster == "slurm")
     for pair in opts.env:
         name, equals, _ = pair.partition("=")
         expected = "NAME=VALUE, with a name of letters, digits and _ that begins with no digit"
@@ -256,21 +256,25 @@ def _check_texts(opts: argparse.Namespace) -> None:
         _check(bool(SBATCH_KEY.fullmatch(pair.partition("=")[0])), f"--sbatch '{pair}': expected {expected}")
 
 
-def require_one_line(text: str, what: str, but: str = "") -> None:
-    """Raise BadInput for control characters and line ends (all except those in `but`), and for what is no UTF-8."""
-    bad = [c for c in text if c not in but and unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp")]
+def require_one_line(text: str, what: str, but: str = "", utf8: bool = False) -> None:
+    """Raise BadInput for control characters and line ends, all except those in `but`.
+
+    utf8: also for the bytes of a name that is no UTF-8, which an sbatch file cannot have.
+    """
+    kinds = ("Cc", "Zl", "Zp", "Cs") if utf8 else ("Cc", "Zl", "Zp")
+    bad = [c for c in text if c not in but and unicodedata.category(c) in kinds]
     if bad:
         text = text if len(text) < 100 else f"{text[:100]}..."
         raise BadInput(f"{what} '{text}' holds {files.shown(bad[0])}: expected UTF-8 text in one line, leave it out")
 
 
-def folder_of(job_dir: str) -> str:
+def folder_of(job_dir: str, cluster: str) -> str:
     """--job-dir as an absolute path. Raises BadInput."""
     try:
         folder = str(Path(job_dir).expanduser().absolute())
     except RuntimeError as error:  # ~name of a user who is not there
         raise BadInput(f"--job-dir '{job_dir}': {error}; write the path out") from error
-    require_one_line(folder, "--job-dir")  # it may lie in a folder whose name has a line end
+    require_one_line(folder, "--job-dir", utf8=cluster == "slurm")  # it may lie in a folder whose name has a line end
     return folder
 
 

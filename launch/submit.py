@@ -127,7 +127,7 @@ def make_plan(script: str, opts: argparse.Namespace, flags: list[str]) -> list[R
         job_dir = job_dir.replace(
             "%j", "debug" if opts.cluster == "debug" else time.strftime(f"local-%Y%m%d-%H%M%S-{os.getpid()}")
         )
-    folder = options.folder_of(job_dir)
+    folder = options.folder_of(job_dir, opts.cluster)
     flags, resume = options.take_run_flags(flags)
     args = options.parse_script(
         script, flags + (["--resume", resume] if resume != "auto" else []), opts.nodes, opts.tasks_per_node

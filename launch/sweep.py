@@ -92,7 +92,8 @@ def main(argv: list[str] | None = None) -> int:
 def _main(opts: argparse.Namespace) -> int:
     options.check_cluster_options(opts)
     plan = read_plan(opts.file)
-    script, folder = plan["script"], Path(options.folder_of(opts.job_dir or f"runs/{opts.file.stem}"))
+    script = plan["script"]
+    folder = Path(options.folder_of(opts.job_dir or f"runs/{opts.file.stem}", opts.cluster))
     tasks = (opts.nodes, opts.tasks_per_node) if opts.cluster != "none" else (1, 1)
     where = files.named("", opts.file)
     points = {name: flags_of(script, settings, where) for name, settings in plan["points"].items()}

@@ -212,10 +212,22 @@ def test_no_text_of_an_option_is_run(ran, tmp_path, capsys):
 @pytest.mark.parametrize("end", ["\n", "\r", "\0", "\x1b", "\x85", "\u2028", "\udcff"], ids=ascii)
 def test_a_text_that_ends_its_line_is_refused(flag, end, capsys):
     given = [f"{flag}a{end}touch X"] if "=" in flag else [flag, f"a{end}touch X"]
-    for main, argv in ((submit.main, ["pretrain", "--dry-run", *DIGITS]), (sweep.main, ["nofile"])):
+    on_slurm = ["nofile", "--cluster", "slurm"]
+    for main, argv in ((submit.main, ["pretrain", "--dry-run", *DIGITS]), (sweep.main, on_slurm)):
         assert main([*argv, *given]) == 2
         said = capsys.readouterr()
         assert said.out == "" and said.err.count("\n") == 1 and "in one line" in said.err and flag[:5] in said.err
+
+
+def test_a_name_that_is_no_utf_8_is_for_this_machine_alone(tmp_path, capsys):
+    """sbatch takes a file of UTF-8."""
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
+    (tmp_path / "s.yaml").write_text("base: {dataset: digits}\npoints: [{name: a, seed: 1}]")
+    argv = [str(tmp_path / "s.yaml"), "--dry-run", "--job-dir", folder]
+    assert sweep.main(argv) == 0 and sweep.main([*argv, "--cluster", "local"]) == 0
+    capsys.readouterr()
+    assert sweep.main([*argv, "--cluster", "slurm"]) == 2
+    assert "holds \\udcff: expected UTF-8 text" in capsys.readouterr().err
 
 
 def test_a_folder_above_that_ends_its_line_is_refused(tmp_path, monkeypatch, capsys):
