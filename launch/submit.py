@@ -207,10 +207,8 @@ def tell(entry: Entry, opts: argparse.Namespace) -> None:
     print(f"  folder  {entry.out}")
     print(f"  logs    {entry.log(0, 'out')}  (.err, and a pair for every rank)")
     print(f"  follow  tail -F {shlex.quote(str(entry.log(0, 'out')))}")
-    print(
-        f"  state   python {os.path.relpath(Path(__file__).with_name('status.py'))} {shlex.quote(entry.folder)}",
-        flush=True,
-    )
+    status = shlex.quote(os.path.relpath(Path(__file__).with_name("status.py")))
+    print(f"  state   python {status} {shlex.quote(entry.folder)}", flush=True)
     if (
         entry.cluster == "slurm"
         and not entry.out.endswith(("/lincls", "/knn"))
