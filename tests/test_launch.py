@@ -1065,13 +1065,8 @@ def test_the_launcher_has_no_means_to_unpickle():
 
 def test_nothing_imports_the_launcher():
     for file in [*(ROOT / "moco_isl").rglob("*.py"), *ROOT.glob("main_*.py")]:
-        names = {
-            alias.name
-            for node in ast.walk(ast.parse(file.read_text()))
-            if isinstance(node, ast.Import)
-            for alias in node.names
-        }
-        names |= {
-            node.module or "" for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom)
-        }
+        names = set()
+        for node in ast.walk(ast.parse(file.read_text())):
+            names |= {alias.name for alias in node.names} if isinstance(node, ast.Import) else set()
+            names |= {node.module or ""} if isinstance(node, ast.ImportFrom) else set()
         assert not {name for name in names if name.split(".")[0] == "launch"}, file
