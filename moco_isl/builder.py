@@ -117,7 +117,7 @@ class MoCo(nn.Module):
         q, k = self.encode(im_q, im_k)
         l_pos = torch.einsum("nc,nc->n", q, k).unsqueeze(-1)  # [N, 1]
         l_neg = torch.einsum("nc,ck->nk", q, self.queue.clone().detach())  # [N, K]
-        logits = torch.cat([l_pos, l_neg], dim=1) / self.T
+        logits = torch.cat([l_pos, l_neg], dim=1).float() / self.T  # autocast's float16 ends at 65,504
         labels = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
         self.enqueue(dist.all_gather_rows(k))
         return logits, labels

@@ -2,7 +2,8 @@
 
 Letters: N batch, C feature dimension, K queue length, M images, P positives of an image after padding, T temperature.
 Logits are cosines divided by T. A logit of -inf is absent: a negative that the queue mask took out. A weight of 0 is
-padding. All sums are taken in float32, whatever the logits are stored in.
+padding. All sums are taken in float32, whatever the logits are stored in. A row whose negatives are all absent has
+nothing to be told from: its cross-entropy and its KL are 0, and so are their gradients by the negatives.
 """
 
 import torch
@@ -23,7 +24,7 @@ def multi_positive_nce(l_pos: torch.Tensor, l_neg: torch.Tensor, weight: torch.T
     """
     l_pos = _with_weight(l_pos.float(), weight)
     positive = torch.logsumexp(l_pos, dim=1)  # [N]
-    negative = torch.logsumexp(l_neg.float(), dim=1)  # [N]
+    negative = _logsumexp(l_neg.float())  # [N]
     return (torch.logaddexp(positive, negative) - positive).mean()
 
 
@@ -36,7 +37,7 @@ def multi_positive_mean_log(l_pos: torch.Tensor, l_neg: torch.Tensor, weight: to
     l_pos = l_pos.float()
     weight = torch.ones_like(l_pos) if weight is None else weight.float()
     present = l_pos.masked_fill(weight == 0, -torch.inf)
-    total = torch.logaddexp(torch.logsumexp(present, dim=1), torch.logsumexp(l_neg.float(), dim=1))  # [N]
+    total = torch.logaddexp(torch.logsumexp(present, dim=1), _logsumexp(l_neg.float()))  # [N]
     log_p = torch.where(weight > 0, l_pos - total[:, None], 0)  # [N, S]
     return -((weight * log_p).sum(1) / weight.sum(1)).mean()
 
@@ -46,10 +47,11 @@ def hard_positive_kl(l_hard: torch.Tensor, l_anchor: torch.Tensor) -> torch.Tens
 
     Args:
         l_hard: [N, K] logits of the hard positive against the negatives; no gradient flows into them.
-        l_anchor: [N, K] logits of the anchor against the same negatives, -inf at the same places. At least one is finite.
+        l_anchor: [N, K] logits of the anchor against the same negatives, -inf at the same places.
     """
-    log_h = torch.log_softmax(l_hard.detach().float(), dim=1)
-    log_i = torch.log_softmax(l_anchor.float(), dim=1)
+    none = (l_hard == -torch.inf).all(1, keepdim=True)  # [N, 1]: two equal distributions in their place differ by 0
+    log_h = torch.log_softmax(l_hard.detach().float().masked_fill(none, 0), dim=1)
+    log_i = torch.log_softmax(l_anchor.float().masked_fill(none, 0), dim=1)
     present = log_h > -torch.inf
     # masked twice, so that neither the value nor the gradient ever sees inf - inf
     difference = torch.where(present, log_h, 0) - torch.where(present, log_i, 0)
@@ -89,12 +91,13 @@ def softmax_over(
 
     Args:
         f: [N, C] float32 with gradient. hard: [N, C] without, or None. rows: [R, C], the queue's keys or the bank; they may be
-        overwritten before backward. absent: [N, A] int64, rows that do not count for a feature and its `hard`, R for none; one row at
-        least must count. chunk: rows at a time. fused: by a kernel, where it works (CUDA).
+        overwritten before backward. absent: [N, A] int64, rows that do not count for a feature and its `hard`, R for none.
+        chunk: rows at a time. fused: by a kernel, where it works (CUDA).
 
     Returns:
         lse [N]: log sum_r exp(f_i v_r / T), with gradient; top [N]: the largest logit; of `hard` lse_h [N] and mean_h [N, C], the mean
-        row under its softmax (without `hard` both are empty). All float32.
+        row under its softmax (without `hard` both are empty). All float32. A feature of which no row counts has lse and top
+        -inf, mean_h 0 and the gradient 0.
     """
     return _SoftmaxOver.apply(f, hard, rows, T, absent, chunk, fused)
 
@@ -105,8 +108,10 @@ def linear_kl(
     """Eq. 6 from what `softmax_over` returns, mean over N: KL(p_h || p_i) = (h - f_i) E_h / T - lse_h + lse_i, with E_h = mean_h.
 
     It needs no pass over the anchor's logits, since they are linear in f. Of rows in half precision it can come out below 0 by the
-    rounding of E_h, some 1e-3.
+    rounding of E_h, some 1e-3. A feature of which no row counts (lse -inf) adds 0.
     """
+    none = lse == -torch.inf  # [N]
+    lse_h, lse = lse_h.masked_fill(none, 0), lse.masked_fill(none, 0)
     return (((hard.float() - f) * mean_h).sum(1) / T - lse_h + lse).mean()
 
 
@@ -144,6 +149,12 @@ def bank_loss(
         else:
             loss = (lse - (weight * l_pos).sum(1) / weight.sum(1)).mean()
         return loss, loss.new_zeros(()) if hard is None else linear_kl(f, lse, hard, lse_h, mean_h, T)
+
+
+def _logsumexp(logits: torch.Tensor) -> torch.Tensor:
+    """[N, n] -> [N]: torch's, but where all of a row are -inf the gradient is 0 and not NaN."""
+    none = (logits == -torch.inf).all(1)  # [N]
+    return torch.logsumexp(logits.masked_fill(none[:, None], 0), dim=1).masked_fill(none, -torch.inf)
 
 
 def _with_weight(l_pos: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:

@@ -209,3 +209,12 @@ def _flat(state, prefix=""):
         elif isinstance(value, torch.Tensor):
             flat[prefix + name] = value
     return flat
+
+
+def test_logits_in_half_precision_are_divided_in_single():
+    """Autocast's products are float16, which ends at 65,504: at T 1e-5 any cosine above 0.66 was an infinite logit."""
+    torch.manual_seed(0)
+    model = MoCo(tiny, C, K, T=1e-5)
+    with torch.autocast("cpu", torch.float16):
+        logits, _ = model(images(4, 0), images(4, 0))
+    assert logits.dtype == torch.float32 and logits[:, 0].tolist() == pytest.approx([1e5] * 4, rel=2**-10)

@@ -208,6 +208,16 @@ f, rows = unit(20, 24), unit(300, 24)
 absent = torch.randint(301, (10, 40))
 absent[3] = torch.arange(300)[:40]  # a whole tile
 fused.check_kernels(kernels, f, rows, absent)
+opposite = torch.cat([rows, -rows])
+for x, y in zip(kernels.softmax_pass(f, opposite, 0.02), softmax.softmax_pass(f, opposite, 0.02)):
+    torch.testing.assert_close(x, y, atol=0.05, rtol=0)
+absent = torch.cat([absent, torch.full((10, 260), 300)], 1)
+absent[1] = torch.arange(300)  # all rows
+lse, mean, top = kernels.softmax_pass(f, rows, 0.1, absent)
+plain = softmax.softmax_pass(f, rows, 0.1, absent)
+assert torch.equal(lse.isinf(), plain[0].isinf()) and lse.isinf().sum() == top.isinf().sum() == 2
+assert (mean[[1, 11]] == 0).all() and (mean - plain[1]).abs().max() < 2e-3
+absent = absent[:, :40]
 Off = type("Off", (), {**vars(kernels), "softmax_pass": lambda f, rows, T, absent: kernels.softmax_pass(f, rows, T)})
 try:
     fused.check_kernels(Off, f, rows, absent)

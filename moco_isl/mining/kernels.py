@@ -116,7 +116,7 @@ def softmax_pass(f: Tensor, rows: Tensor, T: float, absent: Tensor | None = None
     highest = top.amax(0)  # [N]
     weight = torch.exp2(top - torch.where(highest == -torch.inf, 0, highest))  # [shares, N]
     whole = (weight * total).sum(0)
-    mean = torch.einsum("sn,snc->nc", weight, mean) / (whole * _SCALE)[:, None]
+    mean = torch.einsum("sn,snc->nc", weight, mean) / (whole.clamp(min=1) * _SCALE)[:, None]  # of no row: 0
     return (highest + whole.log2()) * math.log(2), mean, highest * math.log(2)
 
 

@@ -10,6 +10,7 @@ from moco_isl.mining.fused import kernels_for
 Tensor = torch.Tensor
 
 _SCALE = 1 << 15  # the largest power of two that float16 holds
+_LEAST = 2.0**-100  # a sum of shares below it is nothing beside the largest share, which is 1
 _CHUNK = {"cpu": 2048, "cuda": 1 << 16}  # rows at a time: logits that stay in a CPU's caches, large products on a GPU
 
 
@@ -30,7 +31,7 @@ def softmax_pass(
 
     Returns:
         lse [N]: log sum_n exp(f_i v_n / T), mean [N, C]: sum_n p_in v_n, top [N]: max_n f_i v_n / T; all float32.
-        A feature without any row has lse and top -inf and a mean of NaN.
+        A feature without any row has lse and top -inf and a mean of 0.
     """
     if fused and (kernels := kernels_for(rows)) is not None:
         with torch.autocast(f.device.type, enabled=False):  # which would join the kernel's shares in half precision
@@ -57,7 +58,7 @@ def softmax_pass(
             total = total * shrink + here_total
             mean = mean * shrink[:, None] + _weighted_sum(shares, here_total, here)
             top = new
-    return top + total.log(), mean / total[:, None], top
+    return top + total.log(), mean / total.clamp(min=1)[:, None], top  # below 1 is only the total of no row
 
 
 def _weighted_sum(shares: Tensor, total: Tensor, rows: Tensor) -> Tensor:
@@ -65,7 +66,7 @@ def _weighted_sum(shares: Tensor, total: Tensor, rows: Tensor) -> Tensor:
     if rows.dtype == torch.float32:
         return shares @ rows
     scale = min(len(rows), _SCALE)  # shares then average 1 or more, and sum to what float16 can hold
-    factor = scale / total.clamp(min=torch.finfo(torch.float32).tiny)  # [N]
+    factor = scale / total.clamp(min=_LEAST)  # [N], finite whatever the temperature
     return (shares.mul_(factor[:, None]).to(rows.dtype) @ rows).float() / factor[:, None]
 
 
