@@ -280,6 +280,10 @@ class Run:
         args = self.args
         if args.research_labels:
             self.say("=> warning: --research-labels: the positives of this run are drawn from the labels; what it reaches is no result without labels")
+        if args.objective == "queue" and args.bn_splits > 1 and not args.bn_shuffle and dist.world_size() == 1:
+            self.say("=> warning: this run began before keys were shuffled between the parts of --bn-splits, and goes "
+                     "on so: a key is normalised with the images of its query, which gives it away; a new run with "
+                     "--init and another --out shuffles them")
         if args.objective == "queue" and args.moco_k > self.M:
             self.say(f"=> warning: the queue ({args.moco_k}) is longer than the data set ({self.M}): {args.moco_k / self.M:.1f} of its keys are an image's own; "
                      f"--moco-k {max(args.batch_size * (2 if args.symmetric else 1), 2 ** ((self.M // 2).bit_length() - 1))} would suit it")
@@ -374,7 +378,7 @@ def build_model(args: argparse.Namespace, size: int) -> torch.nn.Module:
         return split_batch_norm(encoder, args.bn_splits) if args.bn_splits > 1 else encoder
 
     if args.objective == "queue":
-        return builder.MoCo(base_encoder, args.moco_dim, args.moco_k, args.moco_m, args.moco_t, args.mlp)
+        return builder.MoCo(base_encoder, args.moco_dim, args.moco_k, args.moco_m, args.moco_t, args.mlp, args.bn_shuffle)
     if args.objective == "rotnet":
         return builder.Rotation(base_encoder, args.moco_dim, args.mlp)
     return builder.Instance(base_encoder, args.moco_dim, args.moco_t, args.mlp)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from moco_isl import dist
 from moco_isl.encoders import get_head, set_head
@@ -18,21 +19,24 @@ class MoCo(nn.Module):
 
     Drop-in for `moco.builder.MoCo`: same arguments, same `forward`, same state-dict keys and shapes.
     It also runs on one device and on a CPU, the batch need not divide K, and `encode` gives q and k to those who bring their own loss.
+    Shuffling BN: keys are encoded in a random order, among other images than their queries. That takes several devices, or on one a batch
+    norm over parts of the batch (`encoders.split_batch_norm`, or MoCo's own SplitBatchNorm).
     """
 
     shown_of_an_image = 1  # how many images the encoder sees at once of each in the batch
 
     def __init__(self, base_encoder: Callable[..., nn.Module], dim: int = 128, K: int = 65536, m: float = 0.999, T: float = 0.07,
-                 mlp: bool = False):
+                 mlp: bool = False, bn_shuffle: bool = True):
         """
         dim: feature dimension (default: 128)
         K: queue size; number of negative keys (default: 65536)
         m: moco momentum of updating key encoder (default: 0.999)
         T: softmax temperature (default: 0.07)
         base_encoder: called as base_encoder(num_classes=dim)
+        bn_shuffle: on one device, shuffle keys where batch norm takes parts of a batch; False is for runs that began without
         """
         super().__init__()
-        self.K, self.m, self.T = K, m, T
+        self.K, self.m, self.T, self.bn_shuffle = K, m, T, bn_shuffle
         self.encoder_q = base_encoder(num_classes=dim)
         self.encoder_k = base_encoder(num_classes=dim)
         if mlp:
@@ -59,8 +63,16 @@ class MoCo(nn.Module):
         torch._foreach_lerp_(*self._pairs, 1 - self.m)
 
     def _forget_pairs(self) -> None:
-        """Parameters may have become other objects: look for them again at the next momentum update."""
+        """Parameters and layers may have become other objects: look for them again at the next step."""
         self._pairs: tuple[list[nn.Parameter], list[nn.Parameter]] | None = None
+        self._in_parts: bool | None = None
+
+    def _takes_parts(self) -> bool:
+        """Whether a batch norm of the key encoder takes statistics over parts of a batch."""
+        if self._in_parts is None:
+            norms = [layer for layer in self.encoder_k.modules() if isinstance(layer, _BatchNorm)]
+            self._in_parts = any(getattr(layer, "num_splits", 1) > 1 for layer in norms)
+        return self._in_parts
 
     def _apply(self, *args, **kwargs) -> "MoCo":
         """`to`, `half`, `cuda` and the like come through here."""
@@ -81,10 +93,13 @@ class MoCo(nn.Module):
 
     @torch.no_grad()
     def _encode_keys(self, im_k: torch.Tensor) -> torch.Tensor:
-        """k [N, C], each image encoded on a rank that need not be its own: shuffling makes use of BN."""
+        """k [N, C], each image encoded on a random rank, or on one device in a random part of the batch: shuffling BN."""
         world, n = dist.world_size(), len(im_k)
         if world == 1:
-            return F.normalize(self.encoder_k(im_k).float(), dim=1)
+            if not (self.bn_shuffle and self._takes_parts()):
+                return F.normalize(self.encoder_k(im_k).float(), dim=1)
+            order = torch.randperm(n, device=im_k.device)
+            return F.normalize(self.encoder_k(im_k[order]).float(), dim=1)[order.argsort()]
         if n % world == 0:  # an equal share of every rank's images to every rank: 1 / world of the bytes of gathering all on all
             order = torch.randperm(n, device=im_k.device)
             k = F.normalize(self.encoder_k(dist.exchange_rows(im_k[order])).float(), dim=1)

@@ -314,9 +314,10 @@ class Taps(nn.Module):
 class SplitBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch norm with statistics over each of `num_splits` parts of the batch, as if each sat on its own device.
 
-    With the whole batch in one normalisation the encoder can tell the key of an image by the statistics they share; on
-    many GPUs MoCo shuffles against that, on one this stands in (the idea is of MoCo's CIFAR notebook). The images i,
-    i + num_splits, ... form a part. The running statistics take the mean over the parts. A batch that does not divide
+    Where a query and its key are normalised with the same images, the statistics that they share give the key away. On
+    many GPUs MoCo shuffles keys between them against that. On one GPU splits alone change nothing: a part is a matter of
+    place (the images i, i + num_splits, ... form one). `builder.MoCo` shuffles keys between the parts, as MoCo's CIFAR
+    notebook does; a loop of your own around two encoders has to do it itself. The running statistics take the mean over the parts. A batch that does not divide
     falls back to the largest number of parts that does. State-dict keys are those of BatchNorm; in eval mode it is one.
     """
 

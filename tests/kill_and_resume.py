@@ -2,7 +2,8 @@
 
     python -m tests.kill_and_resume --kills 30 [--seed 0] [--keep DIR]
 
-Settings: one process; two loading workers on a folder of JPEGs (compared with an unbroken run without workers); two gloo ranks, of which one is killed; one
+Settings: one process; two loading workers on a folder of JPEGs, and batch norm in two parts, between which keys
+are shuffled (compared with an unbroken run without workers); two gloo ranks, of which one is killed; one
 process that saves after few of its epochs and keeps two numbered files.
 Each run is killed once, in an epoch, in GAN training, in mining or in a save, and then goes on with --resume auto.
 """
@@ -59,7 +60,7 @@ SETTINGS = ("one process", "two workers", "two ranks", "few saves")
 
 def make_setting(name: str, root: Path) -> Setting:
     if name == "two workers":
-        flags = [*photos(root / "photos"), *MINED, *LENGTH]
+        flags = [*photos(root / "photos"), *MINED, *LENGTH, "--bn-splits", 2]
         return Setting(name, root, [*flags, "-j", 2], flags)
     flags = [*DIGITS, *MINED, *(FEW_SAVES if name == "few saves" else LENGTH)]
     return Setting(name, root, flags, flags, ranks=2 if name == "two ranks" else 1)

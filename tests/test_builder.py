@@ -10,7 +10,9 @@ import torch.nn.functional as F
 import torchvision
 
 from moco_isl.builder import MoCo
+from moco_isl.encoders import split_batch_norm
 from moco_isl.isl import ISL
+from moco_isl.training import fast
 from tests.ranks import run_ranks
 
 C, K, M = 8, 24, 20
@@ -218,3 +220,102 @@ def test_logits_in_half_precision_are_divided_in_single():
     with torch.autocast("cpu", torch.float16):
         logits, _ = model(images(4, 0), images(4, 0))
     assert logits.dtype == torch.float32 and logits[:, 0].tolist() == pytest.approx([1e5] * 4, rel=2**-10)
+
+
+# ---- shuffling BN on one device --------------------------------------------------------------------------------------
+
+
+def in_parts(splits, **options):
+    """A MoCo whose batch norm takes `splits` parts of a batch, in float64; the key encoder stays where it is."""
+
+    def encoder(num_classes=C):
+        stem = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())  # [N, 4, 2, 2]
+        net = nn.Sequential(stem, nn.Flatten(), nn.Linear(16, 16), nn.BatchNorm1d(16), nn.ReLU())
+        net.add_module("fc", nn.Linear(16, num_classes))
+        return split_batch_norm(net, splits)
+
+    torch.manual_seed(1)
+    return MoCo(encoder, C, K, m=1.0, **options).double()
+
+
+def changed_by_image_3(model, seed, part=slice(None), layout=torch.contiguous_format, **options):
+    """Which queries and which keys of 32 change, where both views of image 3 do."""
+    encoded = []
+    for other in (0, 1):
+        views = [images(32, 5).double(), images(32, 6).double()]
+        for view in views:
+            view[3] *= 1 - other
+        torch.manual_seed(seed)
+        encoded.append(model.encode(*(view[part].contiguous(memory_format=layout) for view in views), **options))
+    return [(a != b).any(1).nonzero().squeeze(1).tolist() for a, b in zip(*encoded)]
+
+
+def test_a_key_is_not_normalised_with_the_images_of_its_query():
+    """The query of an image tells a key by the statistics that they share. Of 8 parts, queries 3, 11, 19 and 27 are one, and keys 3 and three random ones.
+    Of 100 draws each other key is with key 3 in 3 / 31, which is 10 +- 3, whether its query is with query 3 or not."""
+    model, met = in_parts(8), torch.zeros(32, dtype=torch.int64)
+    for seed in range(100):
+        queries, keys = changed_by_image_3(model, seed)
+        assert queries == [3, 11, 19, 27] and len(keys) == 4 and 3 in keys
+        assert keys != queries
+        met[keys] += 1
+    assert met[3] == 100 and met.sum() == 400
+    others = met[torch.arange(32) != 3]
+    assert 2 <= others.min() and others.max() <= 20 and met[[11, 19, 27]].sum() < 60
+
+
+def test_each_view_of_a_symmetric_step_is_shuffled_by_a_draw_of_its_own():
+    for seed in range(3):
+        queries, keys = changed_by_image_3(in_parts(8), seed, symmetric=True)
+        assert queries == [3, 11, 19, 27, 35, 43, 51, 59] and len(keys) == 8
+        first, second = [i for i in keys if i < 32], [i - 32 for i in keys if i >= 32]
+        assert 3 in first and 3 in second and [3, 11, 19, 27] not in (first, second) and first != second
+
+
+def test_the_fast_path_shuffles_too(monkeypatch):
+    """Compiled encoders, channels last, batches counted at once: what the key encoder is shown is still channels last."""
+    model, shown = in_parts(8).to(memory_format=torch.channels_last), []
+    monkeypatch.setattr(torch, "compile", lambda fn, dynamic, options: lambda x, *rest: (shown.append(x), fn(x, *rest))[1])
+    fast.count_batches_at_once(model)
+    fast.compile_encoders(model, 32)
+    queries, keys = changed_by_image_3(model, 0, layout=torch.channels_last)
+    assert queries == [3, 11, 19, 27] != keys and 3 in keys and len(keys) == 4
+    assert len(shown) == 4 and all(x.is_contiguous(memory_format=torch.channels_last) for x in shown)
+
+
+def test_shuffled_keys_are_those_of_their_images():
+    """By hand: the encoder on the permuted batch, put back. The permutation is one draw of the device's own generator, and none without parts."""
+    model, im_q, im_k = in_parts(4), images(12, 5).double(), images(12, 6).double()
+    torch.manual_seed(7)
+    _, k = model.encode(im_q, im_k)
+    after = torch.rand(1)
+    torch.manual_seed(7)
+    order = torch.randperm(12)
+    assert torch.equal(torch.rand(1), after)
+    shuffled = F.normalize(model.encoder_k(im_k[order]).float(), dim=1)
+    assert all(torch.allclose(k[order[place]], shuffled[place]) for place in range(12))
+    for other in (in_parts(1), in_parts(4, bn_shuffle=False)):
+        torch.manual_seed(7)
+        _, k = other.encode(im_q, im_k)
+        assert torch.equal(torch.rand(1), torch.rand(1, generator=torch.Generator().manual_seed(7)))
+        assert torch.allclose(k, F.normalize(other.encoder_k(im_k).float(), dim=1))
+    assert changed_by_image_3(in_parts(8, bn_shuffle=False), 0) == [[3, 11, 19, 27]] * 2, "a run that began so goes on so"
+
+
+def test_parts_are_looked_for_again_where_layers_may_have_changed():
+    model = in_parts(1)
+    assert changed_by_image_3(model, 0) == [list(range(32))] * 2
+    split_batch_norm(model, 8)
+    assert len(changed_by_image_3(model.train(), 0)[1]) == 4 and changed_by_image_3(model, 0)[1] != [3, 11, 19, 27]
+
+
+def _two_ranks_in_parts(rank, world):
+    """Image 3 of rank 0's 16 changes; 4 parts a rank."""
+    found = changed_by_image_3(in_parts(4), 0, slice(rank * 16, rank * 16 + 16))
+    return [[i + rank * 16 for i in rows] for rows in found]
+
+
+def test_two_ranks_with_parts_shuffle_between_ranks_and_parts():
+    (queries, keys), (queries_2, keys_2) = run_ranks(2, _two_ranks_in_parts)
+    assert (queries, queries_2) == ([3, 7, 11, 15], [])
+    assert len(keys + keys_2) == 4 and 3 in keys and keys_2 and keys != [3, 7, 11, 15]
