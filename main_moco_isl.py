@@ -163,7 +163,7 @@ class Run:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.amp == "fp16")
         self.isl = Rotations(self.model, self.M) if args.objective == "rotnet" else ISL(
             self.model, self.M, P=args.isl_max_positives, form=args.isl_loss, hpe=args.isl_hpe, bank_mix=args.isl_bank_mix, recenter=args.isl_recenter, between=args.isl_between,
-            symmetric=args.symmetric, seed=args.seed, bank_dtype=torch.float16 if args.isl_half_bank else torch.float32, fast=args.fast)
+            symmetric=args.symmetric, symmetric_sum=args.symmetric_sum, seed=args.seed, bank_dtype=torch.float16 if args.isl_half_bank else torch.float32, fast=args.fast)
         if args.fast:
             fast.count_batches_at_once(self.model)
         if args.compile:
@@ -284,6 +284,9 @@ class Run:
             self.say("=> warning: this run began before keys were shuffled between the parts of --bn-splits, and goes "
                      "on so: a key is normalised with the images of its query, which gives it away; a new run with "
                      "--init and another --out shuffles them")
+        if args.symmetric and not args.symmetric_sum:
+            self.say("=> warning: this run began when --symmetric took the mean of both directions, and goes on so; a new "
+                     "run takes their sum, as MoCo's notebook does")
         if args.objective == "queue" and args.moco_k > self.M:
             self.say(f"=> warning: the queue ({args.moco_k}) is longer than the data set ({self.M}): {args.moco_k / self.M:.1f} of its keys are an image's own; "
                      f"--moco-k {max(args.batch_size * (2 if args.symmetric else 1), 2 ** ((self.M // 2).bit_length() - 1))} would suit it")

@@ -19,8 +19,8 @@ class MoCo(nn.Module):
 
     Drop-in for `moco.builder.MoCo`: same arguments, same `forward`, same state-dict keys and shapes.
     It also runs on one device and on a CPU, the batch need not divide K, and `encode` gives q and k to those who bring their own loss.
-    Shuffling BN: keys are encoded in a random order, among other images than their queries. That takes several devices, or on one a batch
-    norm over parts of the batch (`encoders.split_batch_norm`, or MoCo's own SplitBatchNorm).
+    Shuffling BN: keys are encoded in a random order, among other images than their queries. That takes several devices,
+    or on one a batch norm over parts of the batch (`encoders.split_batch_norm`, or MoCo's own SplitBatchNorm).
     """
 
     shown_of_an_image = 1  # how many images the encoder sees at once of each in the batch

@@ -317,8 +317,9 @@ class SplitBatchNorm(nn.modules.batchnorm._BatchNorm):
     Where a query and its key are normalised with the same images, the statistics that they share give the key away. On
     many GPUs MoCo shuffles keys between them against that. On one GPU splits alone change nothing: a part is a matter of
     place (the images i, i + num_splits, ... form one). `builder.MoCo` shuffles keys between the parts, as MoCo's CIFAR
-    notebook does; a loop of your own around two encoders has to do it itself. The running statistics take the mean over the parts. A batch that does not divide
-    falls back to the largest number of parts that does. State-dict keys are those of BatchNorm; in eval mode it is one.
+    notebook does; a loop of your own around two encoders has to do it itself. The running statistics take the mean over
+    the parts. A batch that does not divide falls back to the largest number of parts that does. State-dict keys are
+    those of BatchNorm; in eval mode it is one.
     """
 
     def __init__(self, num_features: int, num_splits: int, **kwargs):

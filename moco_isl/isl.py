@@ -40,6 +40,7 @@ class ISL:
 
     def __init__(self, model: MoCo | Instance, num_images: int, *, P: int = 32, form: str = "logsum", hpe: float = 0.5, mask: bool = True,
                  bank_mix: float | None = None, symmetric: bool = False, active: bool = True, seed: int = 0,
+                 symmetric_sum: bool = True,
                  recenter: bool = True, between: int = 0, encode: Callable | None = None, bank_dtype: torch.dtype = torch.float32, fast: bool = False):
         """
         num_images: M; `index` of a batch counts in 0 .. M - 1.
@@ -47,7 +48,8 @@ class ISL:
         form: "logsum" (Eq. 5) or "meanlog". hpe: weight of hard positive enhancement, Eq. 6 and 7; 0 turns it off.
         mask: leave the image itself and its set out of its negatives (queue objective).
         bank_mix: mu of Eq. 8; None: 1 around a MoCo (its key encoder averages already), 0.5 around an Instance.
-        symmetric: each view is query once and key once (queue objective).
+        symmetric: each view is query once and key once, and the loss is the sum of both directions, as in MoCo's CIFAR
+        notebook (queue objective). symmetric_sum: False for a run that began with their mean, which is half of it.
         recenter: positives are bank rows moved from the bank's mean to the queue's (queue objective).
         between: of so many nearest images of each, those that are not in its set are neither positive nor negative (queue objective, needs `mask`).
         bank_dtype: torch.float16 halves the bank's memory and, around an Instance, takes the softmax by half-precision products.
@@ -56,6 +58,7 @@ class ISL:
         """
         self.model, self.queue_objective = model, isinstance(model, MoCo)
         self.P, self.form, self.hpe, self.mask, self.symmetric, self.active = P, form, hpe, mask, symmetric, active
+        self.symmetric_sum = symmetric_sum
         self.recenter, self.between = recenter, min(between, num_images - 1)
         if between and not (self.queue_objective and mask):
             raise BadInput("images in between are left out of the queue's negatives: they need a MoCo, and mask=True")
@@ -78,6 +81,7 @@ class ISL:
 
     def __call__(self, *batch: torch.Tensor) -> torch.Tensor:
         """loss = isl(im_q, im_k, index): the scalar to call backward on; queue, slots and bank take the step's keys up.
+        It is a mean over the batch; where `symmetric`, the sum of the means of both directions.
 
         im_q, im_k: [N, 3, S, S], index: [N] int64, all on the model's device. Around an `Instance` without hard positives, isl(im_q, index)
         will do.
@@ -87,7 +91,10 @@ class ISL:
     def _queue_step(self, im_q: torch.Tensor, im_k: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         q, k = self.encode(im_q, im_k, symmetric=self.symmetric)  # [N, C], or [2N, C] each when symmetric
         views = 2 if self.symmetric else 1
-        loss = self._queue_loss(q, k, index.repeat(views))
+        loss = self._queue_loss(q, k, index.repeat(views))  # of 2N queries it is the mean over both directions
+        if self.symmetric and self.symmetric_sum:
+            loss = 2 * loss
+            self.parts |= {name: 2 * self.parts[name] for name in ("loss", "isl", "hpe")}
         for keys in k.chunk(views):  # the slot table wants an image at most once a call
             everyone, keys = self._of_all_ranks(index, keys)
             self.slots.write(self.model.enqueue(keys), everyone)

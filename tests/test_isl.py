@@ -172,9 +172,40 @@ def test_symmetric_uses_both_views():
     one, other = moco(), moco()
     other._momentum_update_key_encoder = lambda: None
     loss = isl(im_1, im_2, torch.arange(4))
-    truth = (F.cross_entropy(*one(im_1, im_2)) + F.cross_entropy(*other(im_2, im_1))) / 2
+    truth = F.cross_entropy(*one(im_1, im_2)) + F.cross_entropy(*other(im_2, im_1))
     assert loss.item() == pytest.approx(truth.item(), abs=1e-5)
+    loss.backward(), truth.backward()
+    for mine, *both in zip(*(model.encoder_q.parameters() for model in (isl.model, one, other))):
+        assert torch.allclose(mine.grad, sum(p.grad for p in both), atol=1e-5), "the step of MoCo's notebook at the same learning rate"
     assert int(isl.model.queue_ptr) == 8 and isl.slots.owner[:8].tolist() == [0, 1, 2, 3] * 2
+
+
+def test_symmetric_in_closed_form():
+    """Queue and keys all alike: each direction has log(1 + K), MoCo's sum 2 log(1 + K). With one positive, as alike:
+    -log(2 / (2 + K)) each way, and 0 by Eq. 6. Half of it for a run that began with the mean."""
+    for options, views in (({}, 1), ({"symmetric": True}, 2), ({"symmetric": True, "symmetric_sum": False}, 1)):
+        isl = ISL(moco(), M, mask=False, recenter=False, **options)
+        alike = unit(1, 0)
+        isl.model.queue.copy_(alike.t().expand(C, K))
+        isl.bank.fill(alike.expand(M, C))
+        isl.encode = lambda *_, symmetric: (alike.expand(4 * (1 + symmetric), C),) * 2
+        for positives, wanted in ((None, math.log(1 + K)), (1, math.log(1 + K / 2))):
+            if positives:
+                isl.positives = PositiveSets.from_edges(M, torch.arange(M), (torch.arange(M) + 1) % M, symmetric=False)
+            loss = isl(images(4, 0), images(4, 1), torch.arange(4))
+            assert loss.item() == pytest.approx(views * wanted, abs=1e-5)
+            assert isl.parts["loss"] == isl.parts["isl"] == loss and isl.parts["acc1"] == 100
+            assert isl.parts["hpe"] == pytest.approx(0, abs=1e-5)
+
+
+def test_symmetric_parts_add_up_to_the_loss():
+    isl, half = (ISL(moco(), M, symmetric=True, symmetric_sum=both) for both in (True, False))
+    for x in (isl, half):
+        fill_queue(x)
+        loss = x(images(4, 0), images(4, 1), torch.arange(4))
+        assert loss.item() == pytest.approx(float(x.parts["isl"] + x.hpe * x.parts["hpe"]), abs=1e-5)
+    assert half.parts["hpe"] > 0 and isl.parts["acc1"] == half.parts["acc1"]
+    assert all(isl.parts[name] == 2 * half.parts[name] for name in ("loss", "isl", "hpe"))
 
 
 def test_a_large_set_takes_turns():

@@ -17,7 +17,8 @@ AUTO = 0.8  # on the digits mining broke even between 0.7 and 0.85
 
 def get_parser(description: str) -> cli.Parser:
     parser = cli.Parser(description=description)
-    parser.set_defaults(bn_shuffle=None)  # no flag: True, and False for a run that began before keys were shuffled
+    # no flags: True, and False in a run that began without, see resume.BEFORE
+    parser.set_defaults(bn_shuffle=None, symmetric_sum=None)
     cli.add_data_options(parser)
     group = parser.add_argument_group("training, as MoCo has it")
     group.add_argument("-a", "--arch", default="resnet50", help="encoder: torchvision's names, timm:<name>, resnet18w32 (narrow), alexnet, digits "
@@ -63,9 +64,12 @@ def get_parser(description: str) -> cli.Parser:
 
     group = parser.add_argument_group("network and numerics")
     group.add_argument("--stem", choices=STEMS, default="auto", help="auto: a 3x3 stem without pooling for images up to 64 pixels")
-    group.add_argument("--bn-splits", type=int, default=1, metavar="n", help="batch norm over n parts of a batch, and keys shuffled between the parts: 8 on one "
-                       "GPU does what shuffling BN does on 8 (default: 1, the whole batch of a GPU)")
-    cli.add_switch(group, "--symmetric", help="each view is query once and key once: better epochs, at twice the price")
+    group.add_argument("--bn-splits", type=int, default=1, metavar="n",
+                       help="batch norm over n parts of a batch, and keys shuffled between the parts: 8 on one GPU does what "
+                       "shuffling BN does on 8 (default: 1, the whole batch of a GPU)")
+    cli.add_switch(group, "--symmetric", help="each view is query once and key once: better epochs, at twice the price. "
+                   "The loss is the sum of both directions, as in MoCo's notebook; with the settings of a library that "
+                   "takes the mean give half the --lr and twice the --wd")
     cli.add_switch(group, "--fast", help="all that makes a step fast: --on-device, --channels-last, a fused optimizer and loss and, on a GPU, TF32, "
                    "--amp bf16 and --compile; each can be taken back, as in --fast --no-compile")
     group.add_argument("--amp", choices=("off", "bf16", "fp16"), help="half precision in the network; bf16 on any recent GPU, or a CPU with instructions for it (default: off)")
@@ -201,7 +205,7 @@ def check_args(args: argparse.Namespace) -> None:
     if args.schedule is SCHEDULE and args.isl_rounds > 1:
         args.schedule = [math.ceil(length * 3 / 5), math.ceil(length * 4 / 5)]  # up: a round of two epochs is not to decay in its first
     args.isl_recenter = args.isl_recenter is not False
-    args.bn_shuffle = args.bn_shuffle is not False
+    args.bn_shuffle, args.symmetric_sum = args.bn_shuffle is not False, args.symmetric_sum is not False
     if args.isl_views is None:
         args.isl_views = bound is not None and args.miner != "none"
     if args.isl_start is None:

@@ -24,7 +24,8 @@ MAY_CHANGE = {
 
 
 # what came later, as runs without it did
-BEFORE = {"isl_recenter": False, "isl_views": False, "isl_between": 0, "isl_index": "exact", "bn_shuffle": False}
+BEFORE = {"isl_recenter": False, "isl_views": False, "isl_between": 0, "isl_index": "exact", "bn_shuffle": False,
+          "symmetric_sum": False}  # fmt: skip
 
 
 def check_same(saved: dict, now: dict, otherwise: str = "start a new run with --init and another --out") -> None:
