@@ -96,6 +96,8 @@ NUMBERS = [
 TOGETHER = [
     ("splits that do not divide the batch", [*RUN, *OUT, "--bn-splits", "3"]),
     ("ranks that do not divide the batch", [*RUN, *OUT, "--multiprocessing-distributed", "--nproc-per-node", "3"]),
+    ("a batch of one image a rank", [*RUN, *OUT, "-b", "2", "--multiprocessing-distributed", "--nproc-per-node", "2"]),
+    ("a single image", [*RUN, *OUT, "--knn-holdout", "1436"]),
     ("a batch larger than what splits leave", [*RUN, *OUT, "-b", "2000", "--moco-k", "4000", "--bn-splits", "2000"]),
     ("a queue smaller than the batch", [*RUN, *OUT, "--moco-k", "32"]),
     ("a queue smaller than the keys of a symmetric step", [*RUN, *OUT, "--moco-k", "64", "--symmetric"]),
@@ -274,6 +276,8 @@ SAID = {  # what is named: the wrong thing, what was expected, what to do
     "--moco-m 1.5": "expected at least 0 and at most 1",
     "splits that do not divide the batch": "--batch-size 64 does not divide into 1 ranks x 3",
     "ranks that do not divide the batch": "--batch-size 64 does not divide into 3 ranks",
+    "a batch of one image a rank": "leaves one image to each of 2 ranks, and batch norm needs two: use at least 4",
+    "a single image": "1 images are too few for 1 (ranks x splits): expected at least 2; use more images",
     "a queue smaller than the batch": "--moco-k 32 is smaller than the 64 keys",
     "a queue smaller than the keys of a symmetric step": "--moco-k 64 is smaller than the 128 keys",
     "an oracle that was not allowed the labels": "add --research-labels",

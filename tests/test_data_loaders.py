@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from moco_isl.data import workers as reading
+from moco_isl.builder import MoCo
 from moco_isl.data import (
     build_dataset,
     eval_loader,
@@ -22,10 +24,12 @@ from moco_isl.data import (
     get_eval_transform,
     holdout,
     load_into_memory,
+    loaders,
     train_loader,
     view_loader,
 )
 from moco_isl.errors import BadInput, RunFailed
+from moco_isl.isl import ISL
 from moco_isl.loader import TwoCropsTransform, WithIndex
 from tests.ranks import run_ranks
 
@@ -154,7 +158,53 @@ def test_one_image_alone_is_no_batch():
     assert len(loader) == 359 and [len(left) for left in out] == [1, 1] and out[0] != out[1]
     assert len(train_loader(build_dataset("digits"), batch_size=1, **options)) == 1437
     single, _ = holdout(build_dataset("digits"), 1436, seed=0)
-    assert len(train_loader(single, batch_size=4, **options)) == 1  # with nothing else there is, it is tried
+    with pytest.raises(BadInput, match="1 images are too few for 1 .*: expected at least 2"):
+        train_loader(single, batch_size=4, **options)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_every_rank_has_two_images_in_every_step(monkeypatch, world):
+    """Against the rule said slowly: of the images left over as many as shares allow that are equal and divide by `multiple`; none where a share is of one."""
+    monkeypatch.setattr(loaders.dist, "world_size", lambda: world)
+    for multiple in (1, 2, 3):
+        for B in (world * multiple * n for n in (1, 2, 5)):
+            for M in range(1, 3 * B):
+                share = max(s for s in range(0, M % B + 1, multiple) if s * world <= M % B)
+                kept = [B // world] * (M // B) + [share] * (share >= min(2, B // world) and share > 0)
+                if not kept:
+                    with pytest.raises(BadInput, match=f"{M} images are too few"):
+                        loaders._Plan(M, B, 0, multiple)
+                    continue
+                plan, seen = loaders._Plan(M, B, 0, multiple), []
+                for rank in range(world):
+                    monkeypatch.setattr(loaders.dist, "rank", lambda rank=rank: rank)
+                    rows = list(plan.rows(0, 0))
+                    assert len(plan) == len(rows) and [len(x) for x in rows] == kept
+                    seen += torch.cat(rows).tolist()
+                assert len(set(seen)) == len(seen) == sum(kept) * world
+                plan.start_step = len(plan) + 1  # of a run that began with a step more
+                assert len(plan) == 0 and list(plan) == []
+
+
+def dense_batch_norm_on_ranks(rank, world, M):
+    """Sizes of this rank's batches of 64 in all, and the losses of an epoch of a network with batch norm behind a dense layer."""
+
+    def encoder(num_classes):
+        net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 8), nn.BatchNorm1d(8))
+        net.add_module("fc", nn.Linear(8, num_classes))
+        return net
+
+    torch.manual_seed(0)
+    dataset, _ = holdout(build_dataset("digits"), 1437 - M, seed=0)
+    augmentation = get_augmentation("digits", aug_plus=True, size=16)
+    loader, isl = train_loader(dataset, augmentation=augmentation, batch_size=64, seed=0), ISL(MoCo(encoder, 8, 64), M)
+    return [(len(index), isl(*views, index).item()) for views, index in loader.epoch(0)]
+
+
+@pytest.mark.parametrize("M, sizes", [(66, [32]), (67, [32]), (68, [32, 2])])
+def test_two_ranks_and_a_remainder_of_one_image_each(M, sizes):
+    for found in run_ranks(2, dense_batch_norm_on_ranks, M):
+        assert [size for size, _ in found] == sizes and all(np.isfinite(loss) for _, loss in found)
 
 
 def rank_batches(rank, world, root, in_memory):
@@ -175,7 +225,7 @@ def rank_batches(rank, world, root, in_memory):
 def test_two_ranks_share_the_batches_of_one(folder, in_memory):
     whole = rank_batches(0, 1, str(folder), in_memory)
     ranks = run_ranks(2, rank_batches, str(folder), in_memory)
-    assert len(whole) == len(ranks[0]) == len(ranks[1]) == 3
+    assert len(whole) == 3 and len(ranks[0]) == len(ranks[1]) == 2  # the last two images are one a rank, and left out
     for batch, first, second in zip(whole, *ranks):
         assert len(first[2]) == len(second[2])
         for x, a, b in zip(batch, first, second):

@@ -7,10 +7,14 @@ import torch
 import torch.nn.functional as F
 
 from moco_isl.errors import BadInput, Interrupted
+from moco_isl.mining.average import AverageMiner
+from moco_isl.mining.between import in_between
 from moco_isl.mining.cluster import ClusterMiner, kmeans
 from moco_isl.mining.diffusion import DiffusionMiner, diffuse, mutual_graph
 from moco_isl.mining.entropy import EntropyMiner
+from moco_isl.mining.miners import GANMiner, KNNMiner, one_line
 from moco_isl.mining.neighbors import topk
+from moco_isl.mining.oracle import OracleMiner
 from moco_isl.mining.positives import PositiveSets
 from moco_isl.mining.softmax import entropy
 from tests.ranks import run_ranks
@@ -273,3 +277,42 @@ def test_senseless_settings_are_refused():
                   lambda: DiffusionMiner(k=0), lambda: DiffusionMiner(decay=0.0), lambda: ClusterMiner(clusters=0), lambda: ClusterMiner(background=0)):  # fmt: skip
         with pytest.raises(BadInput):
             wrong()
+
+
+# ---- hardly any images ---------------------------------------------------------------------------------------------
+
+FEW = {
+    "knn": lambda k: KNNMiner(k, max_share=1), "average": lambda k: AverageMiner(k, k, max_share=1), "entropy": lambda k: EntropyMiner(k, 1.0, max_share=1),
+    "diffusion": lambda k: DiffusionMiner(k, candidates=k, max_share=1), "cluster": lambda k: ClusterMiner(background=k, candidates=k, max_share=1),
+    "gan": lambda k: GANMiner(candidates=k),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_a_single_image_has_no_positives_and_the_round_says_why(name):
+    miner, old = FEW[name](20), PositiveSets.empty(1)
+    for views in (None, (unit(1), unit(1))):
+        sets = miner.mine(unit(1), old, torch.Generator().manual_seed(0), None, views)
+        assert sets_of(sets) == [set()] and not miner.report["accepted"]
+        assert "a single image has no others that could be like it" in one_line(miner.report)
+    assert in_between(unit(1), old, 20).num_edges == 0
+
+
+@pytest.mark.parametrize("name", ["knn", "average", "entropy", "diffusion", "cluster"])
+@pytest.mark.parametrize("few", [2, 3, 5])
+def test_with_as_many_neighbours_as_images_all_others_are_positives(name, few):
+    """Of images that are alike; as many neighbours as there are, and more, are all there are."""
+    features = F.normalize(unit(few).abs(), dim=1)
+    for k in (few - 1, few, 20):
+        for views in (None, (features, features)):
+            sets = FEW[name](k).mine(features, PositiveSets.empty(few), torch.Generator().manual_seed(0), None, views)
+            assert sets_of(sets) == [{j for j in range(few) if j != i} for i in range(few)]
+        between = in_between(features, PositiveSets.empty(few), k)
+        assert sets_of(between) == sets_of(sets) and in_between(features, sets, k).num_edges == 0
+
+
+def test_what_needs_more_images_says_so():
+    with pytest.raises(BadInput, match="mine more images"):
+        mine(FEW["gan"](20), unit(2))
+    with pytest.raises(BadInput, match="ask for smaller sets"):
+        OracleMiner(torch.zeros(1, dtype=torch.int64))

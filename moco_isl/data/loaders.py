@@ -130,12 +130,14 @@ class _Plan:
                 f"batch size {batch_size} does not divide by {self.unit} (ranks x splits): expected a multiple of it; "
                 "change one of them"
             )
-        # one image alone has no batch statistics after a dense layer (alexnet), and would end a run at the end of its first epoch
-        self.steps = M // batch_size + (M % batch_size >= max(self.unit, min(2, M)))
+        # one image a rank has no batch statistics after a dense layer (alexnet), and would end a run at the end of its
+        # first epoch: a last batch has two a rank, unless full batches have one
+        least = self.unit * -(-min(2, batch_size // dist.world_size()) // multiple)
+        self.steps = M // batch_size + (M % batch_size >= least)
         if not self.steps:
             raise BadInput(
-                f"{M} images are too few for {self.unit} (ranks x splits): expected one an image at least; use fewer "
-                "ranks or splits"
+                f"{M} images are too few for {self.unit} (ranks x splits): expected at least {least}; use more images, "
+                "or fewer ranks or splits"
             )
         self.epoch, self.start_step = 0, 0
 
@@ -149,7 +151,7 @@ class _Plan:
             yield batch[rank * share : (rank + 1) * share]
 
     def __len__(self) -> int:
-        return self.steps - self.start_step
+        return max(0, self.steps - self.start_step)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch = self.epoch  # the DataLoader asks ahead: what it asks for is settled here
@@ -396,8 +398,8 @@ def train_loader(
     .epoch(epoch, start_step=0) iterates ((im_q, im_k) float [N, 3, S, S] each, index int64 [N]) on the device.
 
     Global batch b of an epoch is permutation(seed, epoch)[b B : (b + 1) B], B = batch_size over all ranks; each rank
-    takes its contiguous share. The last, smaller batch is kept, trimmed to a multiple of ranks x `multiple`, unless it is
-    one image; so fewer images than that number, or one, sit an epoch out, others in the next. .bad_images() names
+    takes its contiguous share. The last, smaller batch is kept, trimmed to a multiple of ranks x `multiple`, and left out
+    where a rank would have less than two images; those that sit an epoch out are others in the next. .bad_images() names
     unreadable images; past max_bad_images the iteration raises RunFailed. .close() ends the workers. fast: large JPEGs are decoded smaller,
     never below what the smallest crop needs; their crops are drawn on the smaller image, so lie elsewhere. A BatchViews
     augmentation runs on the device: it takes ImagesInMemory, and no workers, or, if a BatchAugmentation, files, which

@@ -86,7 +86,10 @@ class RoundMiner:
         self.report = {"miner": self.name, "precision_estimate": None, "precision_at_most": None}
         self.views = views
         try:
-            edges, why = self.find(features, positives, seed, tick)
+            if len(features) > 1:
+                edges, why = self.find(features, positives, seed, tick)
+            else:
+                edges, why = None, "a single image has no others that could be like it"
         finally:
             self.views = None  # two more banks that nobody needs between rounds
         if why:

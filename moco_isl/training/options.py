@@ -180,6 +180,8 @@ def check_args(args: argparse.Namespace) -> None:
     ranks = cli.total_ranks(args)
     cli.check(args.batch_size % (ranks * args.bn_splits) == 0, f"--batch-size {args.batch_size} does not divide into {ranks} ranks x {args.bn_splits} batch norm splits: "
               f"use a multiple of {ranks * args.bn_splits}")
+    cli.check(args.batch_size >= 2 * ranks, f"--batch-size {args.batch_size} leaves one image to each of {ranks} ranks, and batch "
+              f"norm needs two: use at least {2 * ranks}, or fewer ranks")
     keys = args.batch_size * (2 if args.symmetric else 1)
     cli.check(args.objective != "queue" or args.moco_k >= keys, f"--moco-k {args.moco_k} is smaller than the {keys} keys of one step: use at least that")
     cli.check(args.objective == "queue" or not args.symmetric, "--symmetric belongs to --objective queue")
