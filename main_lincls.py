@@ -117,6 +117,8 @@ def check_args(args) -> None:
     cli.check(args.start_epoch < args.epochs or args.evaluate, nothing_left)
     ranks = cli.total_ranks(args)
     cli.check(args.batch_size % ranks == 0, f"--batch-size {args.batch_size} does not divide into {ranks} ranks: use a multiple of {ranks}")
+    cli.check(not args.finetune or args.batch_size >= 2 * ranks, f"--finetune with --batch-size {args.batch_size} leaves one image to each of "
+              f"{ranks} ranks, and batch norm needs two: use at least {2 * ranks}")
     cli.check(bool(args.pretrained or args.resume), "nothing to judge: give --pretrained FILE (random weights are not probed)")
     probe_only = len(args.lr) > 1 or args.layers != [BACKBONE] or args.cache_features or args.shots
     cli.check(not args.finetune or not probe_only, "--finetune trains one network: one --lr, no --layers, --cache-features, --shots")

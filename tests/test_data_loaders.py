@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from moco_isl.data import workers as reading
 from moco_isl.builder import MoCo
+from moco_isl.data import workers as reading
 from moco_isl.data import (
     build_dataset,
     eval_loader,

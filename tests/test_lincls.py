@@ -471,6 +471,7 @@ def folder_of_digits(root, classes):
         (["--seed", "1" + 20 * "0"], "--seed 1.* is out of range"),
         (["--start-epoch", "4", "--epochs", "4"], "--start-epoch 4 leaves nothing of --epochs 4"),
         (["--finetune", "--lr", "1", "2"], "--finetune trains one network"),
+        (["--finetune", "-b", "1"], "--finetune with --batch-size 1 leaves one image to each of 1 ranks"),
         (["--learning-rat", "1"], "--learning-rat .did you mean --learning-rate"),
         (["--holdout", "1437"], "hold out 1437 of 1437"),
     ],
