@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 import torch
 
 from moco_isl import builder, checkpoint, data, dist, files
-from moco_isl.encoders import AMP_TYPES, build_encoder, extract_features, extract_views, split_batch_norm
+from moco_isl.encoders import AMP_TYPES, build_encoder, extract_features, extract_views, on_meta, split_batch_norm
 from moco_isl.errors import BadInput, Interrupted, RunFailed
 from moco_isl.evaluation.features import require_side
 from moco_isl.evaluation.knn import weighted_knn
@@ -72,8 +72,7 @@ def run(argv: list[str] | None, stop) -> None:
     if reached := resume.finished(start, content, args.epochs, args.max_steps):
         print(f"=> already finished: {reached}")
         return
-    with torch.device("meta"):  # an unknown architecture shows here, before anything is started
-        build_encoder(args.arch, args.moco_dim, args.stem)
+    on_meta(lambda: build_encoder(args.arch, args.moco_dim, args.stem))  # an unknown architecture shows here, before anything is started
     if args.multiprocessing_distributed:  # and what is wrong with the data and the file: before other processes are
         prepare(args, start, "meta")
     cli.launch(worker, args, stop, start)
@@ -86,8 +85,7 @@ def prepare(args: argparse.Namespace, start: resume.Start, device: str = "cpu") 
     size = args.image_size or data.native_size(dataset)
     cli.check(args.miner != "oracle" or dataset.labels is not None, f"--miner oracle needs labels, and {args.data} has none: expected a folder a class")
     build_miner(args, dataset.labels)
-    with torch.device(device):
-        model = build_model(args, size)
+    model = on_meta(lambda: build_model(args, size)) if device == "meta" else build_model(args, size)
     most = min(len(dataset), args.moco_k)
     cli.check(2 * args.isl_between < most, f"--isl-between {args.isl_between} leaves too few negatives of {most} (images, or keys of the queue): expected less than half of them")
     if device != "meta":  # on which not every network runs

@@ -2,20 +2,22 @@
 
 Letters: N batch, C feature dimension, M images in the data set.
 
-Names: every classifier of torchvision, `timm:<name>`, ResNet-18/34/50 with a narrow first stage (`resnet18w32`),
-`alexnet` (with batch norm, which the original lacks and every paper of this field adds), and `digits`, the small
-network of the demo. Small images get the small stem (`stem`): a 3x3 convolution and no pooling before the first stage.
+Names: every classifier of torchvision but its SqueezeNets (which end in no linear layer), `timm:<name>`, ResNet-18/34/50
+with a narrow first stage (`resnet18w32`), `alexnet` (with batch norm, which the original lacks and every paper of this
+field adds), and `digits`, the small network of the demo. Small images get the small stem (`stem`): a 3x3 convolution
+and no pooling before the first stage.
 """
 
 import difflib
 import re
-from collections.abc import Iterable
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torch.nn.modules.module import register_module_buffer_registration_hook, register_module_parameter_registration_hook
 
 from moco_isl import dist
 from moco_isl.errors import BadInput, RunFailed
@@ -23,6 +25,7 @@ from moco_isl.errors import BadInput, RunFailed
 STEMS = ("auto", "imagenet", "cifar")
 AMP_TYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 CIFAR_SIDE = 64  # up to this many pixels a side, stem "auto" means "cifar"
+NO_LINEAR_HEAD = ("squeezenet1_0", "squeezenet1_1")  # of torchvision's classifiers: they end in a convolution
 _NARROW = re.compile(r"resnet(18|34|50)w([1-9]\d*)")
 _NARROW_LAYERS = {
     "18": ("BasicBlock", [2, 2, 2, 2]),
@@ -39,7 +42,7 @@ def build_encoder(name: str, num_classes: int = 128, stem: str = "auto", image_s
 
     stem: "imagenet" as the architecture has it, "cifar" the small one (ResNets and alexnet), "auto" the small one where
     `image_size` is at most 64 pixels. Raises BadInput for an unknown name (naming the nearest), an unknown stem,
-    a stem the architecture does not have, and an architecture without a linear classifier.
+    a stem or an image size the architecture does not have, and an architecture without a linear classifier.
     """
     if stem not in STEMS:
         raise BadInput(f"stem {stem!r} is not one of {', '.join(STEMS)}")
@@ -50,28 +53,47 @@ def build_encoder(name: str, num_classes: int = 128, stem: str = "auto", image_s
         encoder, small = DigitsNet(num_classes), False
     elif narrow := _NARROW.fullmatch(name):
         encoder = NarrowResNet(*_NARROW_LAYERS[narrow[1]], width=int(narrow[2]), num_classes=num_classes)
-    elif name.startswith("timm:"):
-        encoder = _build_timm(name.removeprefix("timm:"), num_classes, image_size)
-    elif name in torchvision.models.list_models(module=torchvision.models):
-        encoder = _build_torchvision(name, num_classes, image_size)
+    elif library := _library_of(name):
+        encoder = library(name, num_classes, image_size)
     else:
         raise _unknown(name)
     if small and isinstance(encoder, torchvision.models.ResNet):
         use_cifar_stem(encoder)
     elif stem == "cifar" and not isinstance(encoder, AlexNet32):
         raise BadInput(f"{name} has no cifar stem (ResNets and alexnet have): use --stem auto or --stem imagenet")
-    head_name(encoder)  # raises BadInput where there is no linear classifier to replace
+    try:
+        head_name(encoder)
+    except BadInput:
+        raise BadInput(
+            f"{name} ends in no linear classifier that a projection head could replace: choose another architecture"
+        ) from None
     return encoder
 
 
 def encoder_names() -> list[str]:
-    """The names `build_encoder` takes, timm's aside (see `timm.list_models()`)."""
-    return sorted(
-        {*torchvision.models.list_models(module=torchvision.models), "alexnet", "digits", "resnet18w16", "resnet18w32"}
-    )
+    """The names `build_encoder` takes, timm's aside (see `timm.list_models()`), of narrow ResNets two examples."""
+    return sorted(({*_torchvision_names(), "digits", "resnet18w16", "resnet18w32"}) - {*NO_LINEAR_HEAD})
+
+
+def _torchvision_names() -> list[str]:
+    return torchvision.models.list_models(module=torchvision.models)
+
+
+def _library_of(name: str) -> Callable[[str, int, int | None], nn.Module] | None:
+    """What builds the networks of the library that a name belongs to; None where no library is known by it."""
+    if name.startswith("timm:"):
+        return _build_timm
+    return _build_torchvision if name in _torchvision_names() else None
 
 
 def _unknown(name: str) -> BadInput:
+    try:
+        import timm
+
+        if timm.is_model(name.lower()):
+            return BadInput(f"unknown architecture {name!r}; timm has one of this name: use timm:{name.lower()}")
+    except ImportError:
+        pass
     near = difflib.get_close_matches(name.lower(), encoder_names(), n=3, cutoff=0.5)
     hint = (
         f"nearest: {', '.join(near)}"
@@ -87,24 +109,78 @@ def _build_torchvision(name: str, num_classes: int, image_size: int | None) -> n
         extra = {"aux_logits": False, "init_weights": True}  # the auxiliary classifiers would make the output a tuple
     if name.startswith("vit_") and image_size is not None:
         extra = {"image_size": image_size}
-    return torchvision.models.get_model(name, weights=None, num_classes=num_classes, **extra)
+    with _said_in_a_line(name, image_size):
+        return torchvision.models.get_model(name, weights=None, num_classes=num_classes, **extra)
 
 
 def _build_timm(name: str, num_classes: int, image_size: int | None) -> nn.Module:
+    given, name = name, name.removeprefix("timm:")
     try:
         import timm
     except ImportError:
-        raise BadInput(f"timm:{name} needs the package timm: pip install timm") from None
+        raise BadInput(f"{given} needs the package timm: pip install timm") from None
     if not timm.is_model(name):
         near = difflib.get_close_matches(name.lower(), timm.list_models(), n=3, cutoff=0.5)
-        raise BadInput(
-            f"timm has no model {name!r}" + (f"; nearest: {', '.join('timm:' + n for n in near)}" if near else "")
-        )
+        hint = f"; nearest: {', '.join('timm:' + n for n in near)}" if near else ""
+        hint = f"; torchvision has one of this name: use {name}" if name in encoder_names() else hint
+        raise BadInput(f"timm has no model {name!r}{hint}")
     config = timm.models.get_pretrained_cfg(name)
     fixed = image_size is not None and config is not None and config.fixed_input_size
-    return timm.create_model(
-        name, pretrained=False, num_classes=num_classes, **({"img_size": image_size} if fixed else {})
-    )
+    with _said_in_a_line(given, image_size):
+        return timm.create_model(
+            name, pretrained=False, num_classes=num_classes, **({"img_size": image_size} if fixed else {})
+        )
+
+
+@contextmanager
+def _said_in_a_line(name: str, image_size: int | None):
+    """What a library raises for a side or a classifier that its network does not have, as BadInput."""
+    try:
+        yield
+    except (AssertionError, AttributeError, TypeError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        what = f" for images of side {image_size} ({reason}): give the --image-size it was made for, or"
+        what = f" as a classifier ({reason}):" if image_size is None else what
+        raise BadInput(f"{name} cannot be built{what} choose another architecture") from error
+
+
+def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
+    """What `build` builds, on the meta device: names and shapes, without weights or the time to draw them."""
+    try:
+        with torch.device("meta"):
+            return build()
+    except RuntimeError:  # torchvision's RegNets compute their widths with tensors: then nothing but weights goes there
+        with ExitStack() as hooks:
+            hooks.callback(register_module_parameter_registration_hook(_parameter_to_meta).remove)
+            hooks.callback(register_module_buffer_registration_hook(_buffer_to_meta).remove)
+            return build()
+
+
+def _parameter_to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+    if parameter is None or parameter.is_meta:
+        return parameter
+    return nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+
+
+def _buffer_to_meta(module: nn.Module, name: str, buffer: torch.Tensor | None) -> torch.Tensor | None:
+    return None if buffer is None else buffer.to("meta")
+
+
+def as_in_library(encoder: nn.Module, name: str) -> bool:
+    """Whether the library that `name` belongs to has this very network, so that its own code can take the backbone.
+
+    Names and shapes less the head; a small stem, or a transformer for another image size, differs. True for names that
+    no library has.
+    """
+    if not (library := _library_of(name)):
+        return True
+    return backbone_shapes(encoder) == backbone_shapes(on_meta(lambda: library(name, 1, None)))
+
+
+def backbone_shapes(encoder: nn.Module) -> dict[str, torch.Size]:
+    """Shapes by name of all that an encoder holds but its head."""
+    place = head_name(encoder) + "."
+    return {name: t.shape for name, t in encoder.state_dict().items() if not name.startswith(place)}
 
 
 def use_cifar_stem(resnet: torchvision.models.ResNet) -> None:
@@ -220,7 +296,7 @@ def head_name(encoder: nn.Module) -> str:
         name = linear[-1] if linear else None
         if name and _is_mlp(parent := encoder.get_submodule(name.rpartition(".")[0])) and parent is not encoder:
             name = name.rpartition(".")[0]
-    head = encoder.get_submodule(name) if isinstance(name, str) else None
+    head = dict(encoder.named_modules()).get(name) if isinstance(name, str) else None
     if not (isinstance(head, nn.Linear) or _is_mlp(head)):
         raise BadInput(f"{type(encoder).__name__} ends in no linear classifier that a projection head could replace")
     return name
@@ -239,11 +315,7 @@ def get_head(encoder: nn.Module) -> nn.Linear:
 def set_head(encoder: nn.Module, module: nn.Module) -> None:
     """Put `module` where the classifier (or the MLP head) is."""
     parent, _, last = head_name(encoder).rpartition(".")
-    parent = encoder.get_submodule(parent)
-    if isinstance(parent, nn.Sequential):
-        parent[int(last)] = module
-    else:
-        setattr(parent, last, module)
+    encoder.get_submodule(parent).add_module(last, module)
 
 
 def feature_dim(encoder: nn.Module) -> int:

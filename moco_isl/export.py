@@ -14,7 +14,7 @@ import torchvision
 from torch import nn
 
 from moco_isl import __version__, checkpoint, files
-from moco_isl.encoders import BACKBONE, STEMS, Taps, evaluating, head_name
+from moco_isl.encoders import BACKBONE, STEMS, Taps, backbone_shapes, evaluating, head_name, on_meta
 from moco_isl.errors import BadInput, RunFailed
 from moco_isl.evaluation.backbone import describe, from_detectron2, load_backbone, read_file, to_detectron2
 from moco_isl.evaluation.features import fingerprint
@@ -153,10 +153,8 @@ def _require(has_it: bool, info: dict, library: str) -> None:
 
 def _same_shapes(build: Callable[[], nn.Module], state: Tensors, whole: bool = False) -> bool:
     """Whether the library's network (less its classifier, unless it has none: whole) has these names and shapes."""
-    with torch.device("meta"):
-        model = build()
-    place = None if whole else head_name(model) + "."
-    theirs = {n: t.shape for n, t in model.state_dict().items() if place is None or not n.startswith(place)}
+    model = on_meta(build)
+    theirs = {n: t.shape for n, t in model.state_dict().items()} if whole else backbone_shapes(model)
     return theirs == {n: t.shape for n, t in state.items()}
 
 

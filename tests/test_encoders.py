@@ -9,17 +9,22 @@ import torchvision
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from moco_isl.builder import add_mlp
 from moco_isl.encoders import (
+    NO_LINEAR_HEAD,
     SplitBatchNorm,
     Taps,
+    as_in_library,
     build_encoder,
     count_batches_at_once,
+    encoder_names,
     evaluating,
     extract_features,
     extract_views,
     feature_dim,
     get_head,
     head_name,
+    on_meta,
     set_head,
     split_batch_norm,
 )
@@ -37,6 +42,8 @@ NETS = [
     ("alexnet", "auto", 224, 4096, [(96, 55), (256, 27), (384, 13), (384, 13), (256, 13)]),
     ("digits", "auto", 16, 128, [(32, 16), (64, 8), (128, 4)]),
     ("mobilenet_v3_small", "auto", 32, 1024, []),
+    ("regnet_y_400mf", "auto", 32, 440, []),
+    ("vit_b_16", "auto", 16, 768, []),
     ("timm:resnet10t", "auto", 32, 512, [(64, 8), (64, 8), (128, 4), (256, 2), (512, 1)]),
     ("timm:vit_tiny_patch16_224", "auto", 32, 192, []),
 ]
@@ -66,6 +73,54 @@ def test_shapes_layers_and_the_head(name, stem, side, dim, stages):
         assert encoder(images).shape == (2, 3)
 
 
+def test_every_classifier_of_torchvision_is_built_or_refused_by_name(monkeypatch):
+    for draw in ("normal_", "uniform_"):  # names and shapes are looked at, no weights
+        monkeypatch.setattr(torch.Tensor, draw, lambda x, *_, **__: x)
+    promised = encoder_names()
+    assert not {*NO_LINEAR_HEAD} & {*promised}
+    for name in promised:
+        encoder = on_meta(lambda: build_encoder(name, 8))
+        head, width = get_head(encoder), feature_dim(encoder)
+        assert (head.in_features, head.out_features) == (width, 8), name
+        on_meta(lambda: add_mlp(encoder))
+        assert get_head(encoder) is head and feature_dim(encoder) == width, name
+        hidden = encoder.get_submodule(head_name(encoder))
+        assert [tuple(x.weight.shape) for x in hidden if isinstance(x, nn.Linear)] == [(width, width), (8, width)], name
+        assert all(x.is_meta for x in encoder.state_dict().values()), name
+    for name in set(torchvision.models.list_models(module=torchvision.models)) - {*promised}:
+        with pytest.raises(BadInput, match=f"^{name} ends in no linear classifier"):
+            build_encoder(name)
+
+
+def test_a_network_for_another_stem_or_side_is_not_the_librarys():
+    for name, side, same in [("resnet18", 224, True), ("resnet18", 32, False), ("vit_b_16", 224, True), ("vit_b_16", 32, False),
+                             ("regnet_y_400mf", 32, True), ("alexnet", 224, False), ("digits", 16, True), ("resnet18w16", 32, True)]:  # fmt: skip
+        encoder = on_meta(lambda: build_encoder(name, 8, image_size=side))
+        assert as_in_library(encoder, name) == same, (name, side)
+        on_meta(lambda: add_mlp(encoder))
+        assert as_in_library(encoder, name) == same, (name, side)
+
+
+@pytest.mark.parametrize("name, side", [("vit_b_16", 20), ("vit_h_14", 32)])
+def test_a_side_that_a_network_cannot_have_is_said(name, side):
+    with pytest.raises(BadInput, match=f"{name} cannot be built for images of side {side} .*: give the --image-size it was made for"):
+        on_meta(lambda: build_encoder(name, 8, image_size=side))
+
+
+def test_a_network_of_timms_that_is_no_classifier_is_said(monkeypatch):
+    """As timm's encoders of Gemma and Qwen: they refuse a number of classes, or are made and have no head."""
+    timm = pytest.importorskip("timm")
+    for error in (AssertionError(), AttributeError("Encoder has no attribute `head`"), TypeError("no num_classes")):
+        monkeypatch.setattr(timm, "create_model", lambda *_, error=error, **__: (_ for _ in ()).throw(error))
+        with pytest.raises(BadInput, match="timm:resnet10t cannot be built as a classifier .*: choose another architecture"):
+            build_encoder("timm:resnet10t")
+    headless = nn.Sequential(nn.Conv2d(3, 8, 3))
+    headless.pretrained_cfg = {"classifier": "head"}
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: headless)
+    with pytest.raises(BadInput, match="timm:resnet10t ends in no linear classifier"):
+        build_encoder("timm:resnet10t")
+
+
 def test_torchvision_nets_are_torchvisions():
     ours, theirs = build_encoder("resnet18", 10, stem="imagenet"), torchvision.models.resnet18(num_classes=10)
     ours.load_state_dict(theirs.state_dict())
@@ -82,9 +137,11 @@ def test_torchvision_nets_are_torchvisions():
         ("resnet19", "auto", "resnet18"),
         ("Resnet50", "auto", "resnet50"),
         ("qwxyz", "auto", "timm:<name>"),
+        ("timm:vit_b_16", "auto", "torchvision has one of this name: use vit_b_16"),
+        ("timm:resnet10t0", "auto", "nearest: .*timm:resnet10t"),
         ("timm:resnet1", "auto", "timm:resnet"),
         ("resnet18", "cifra", "cifar"),
-        ("vgg11", "cifar", "no cifar stem"),
+        ("mobilenet_v3_small", "cifar", "no cifar stem"),
         ("squeezenet1_0", "auto", "no linear classifier"),
     ],
 )
@@ -93,6 +150,13 @@ def test_what_cannot_be_built_is_said(name, stem, said):
         pytest.importorskip("timm")
     with pytest.raises(BadInput, match=said):
         build_encoder(name, stem=stem)
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "ResNet10t", "vit_tiny_patch16_224"])
+def test_a_name_that_only_timm_has_is_suggested(name):
+    pytest.importorskip("timm")
+    with pytest.raises(BadInput, match=f"unknown architecture '{name}'; timm has one of this name: use timm:{name.lower()}$"):
+        build_encoder(name)
 
 
 def test_a_layer_that_is_not_there_is_said():

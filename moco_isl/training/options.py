@@ -21,8 +21,8 @@ def get_parser(description: str) -> cli.Parser:
     parser.set_defaults(bn_shuffle=None, symmetric_sum=None)
     cli.add_data_options(parser)
     group = parser.add_argument_group("training, as MoCo has it")
-    group.add_argument("-a", "--arch", default="resnet50", help="encoder: torchvision's names, timm:<name>, resnet18w32 (narrow), alexnet, digits "
-                       "(default: resnet50)")
+    group.add_argument("-a", "--arch", default="resnet50", help="encoder: torchvision's classifiers (but squeezenet), timm:<name>, resnet18w32 (narrow), "
+                       "alexnet, digits (default: resnet50)")
     group.add_argument("-j", "--workers", default=32, type=int, help="number of data loading workers (default: 32), at most one a core")
     group.add_argument("--epochs", default=200, type=int, help="number of total epochs to run")
     group.add_argument("--start-epoch", default=0, type=int, help="manual epoch number (useful on restarts)")
