@@ -87,7 +87,7 @@ def check_args(args) -> None:
         cli.check_data_options(args)
         train = labelled_splits(args)["train"]
     if not kept:  # what does not fit shows here, before any rank starts
-        encoder, info = load_backbone(args.pretrained, args.arch, args.stem, args.key)
+        encoder, info = load_backbone(args.pretrained, args.arch, args.stem, args.key, args.image_size or None)
         features.require_side(encoder, info["arch"], features.side(args.image_size, info, train))
         if args.features:
             checkpoint.require_writable(args.features, "--features")
@@ -150,7 +150,7 @@ def get_features(args, device: torch.device, asked: Stop) -> tuple[dict[str, fea
         if args.cache is not None:
             say("=> --cache: no image is read")
         return splits, facts
-    encoder, info = load_backbone(args.pretrained, args.arch, args.stem, args.key)
+    encoder, info = load_backbone(args.pretrained, args.arch, args.stem, args.key, args.image_size or None)
     say(describe(info))
     if "val" not in sources:
         say(f"=> no val split in '{files.shown(args.data)}': each image of train is judged by all others (leave-one-out)")

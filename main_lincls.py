@@ -125,7 +125,7 @@ def check_args(args) -> None:
     cli.check(not args.finetune or args.amp != "fp16", "--finetune with --amp fp16 is not offered: use --amp bf16")
     if args.seed is None:
         args.seed = random.SystemRandom().randrange(2**31)
-    encoder, info = load_backbone(args.pretrained or args.resume, args.arch, args.stem, args.key and bool(args.pretrained))
+    encoder, info = load_backbone(args.pretrained or args.resume, args.arch, args.stem, args.key and bool(args.pretrained), args.image_size or None)
     Taps(encoder, [] if args.layers == ["all"] else args.layers)  # raises BadInput for a layer that is not there
     train, _ = (features.labelled(args.dataset, args.data, split, args.download) for split in ("train", "val"))
     features.require_side(encoder, info["arch"], features.side(args.image_size, info, train))
@@ -167,7 +167,7 @@ class Run:
         path = file_to_resume(args)
         content = checkpoint.load(path) if path else {}
         self.source = path if path and "probe" not in content else args.pretrained or path  # MoCo's own hold all in one
-        encoder, self.info = load_backbone(self.source, args.arch, args.stem, args.key and self.source != path)
+        encoder, self.info = load_backbone(self.source, args.arch, args.stem, args.key and self.source != path, args.image_size or None)
         self.say(describe(self.info))
         self.sha = features.fingerprint(self.source)
         whole, self.val = (features.labelled(args.dataset, args.data, s, args.download) for s in ("train", "val"))

@@ -136,6 +136,7 @@ class Run:
             whole = data.hold_cached(whole, args.cache, workers, self.say)
         elif args.on_device:
             whole = data.hold_small(whole, workers)
+        self.size = size
         dataset, self.held_out = split(args, whole)
         self.images, self.dataset, self.M = resume.images_of(dataset), dataset, len(dataset)
         self.transform = data.get_eval_transform(args.dataset, size)
@@ -260,7 +261,12 @@ class Run:
     def save(self, number: int | None = None) -> None:
         """checkpoint_last, and with a number checkpoint_<number>: MoCo's keys, and what an exact resume needs. Every rank has to call it."""
         ranks = resume.rng_of_ranks(self.device, self.position.averages)
-        cli.on_main(lambda: self.folder.save(self.parts.state(self.position, vars(self.args), ranks, self.folder.metrics_size()), number))
+
+        def write() -> None:
+            state = self.parts.state(self.position, vars(self.args), ranks, self.folder.metrics_size())
+            self.folder.save({**state, "image_size": self.size}, number)
+
+        cli.on_main(write)
 
     def say(self, line: str) -> None:
         if dist.is_main():

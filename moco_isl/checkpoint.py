@@ -11,16 +11,18 @@ import shutil
 import struct
 import warnings
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 
-from moco_isl import files
+from moco_isl import files, plain
 from moco_isl.errors import BadInput, RunFailed
 from moco_isl.files import TEMPORARY
 
 PREFIX = "module."
+WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # names that DDP, torch.compile, FSDP and checkpointing put in
 
 
 def save(state: dict, path: str | Path) -> None:
@@ -97,7 +99,7 @@ def remove_stale(folder: Path) -> None:
 
 
 def load(path: str | Path, map_location: torch.device | str = "cpu", mmap: bool = False) -> dict:
-    """The dict in a checkpoint file. Never executes a pickle. Raises BadInput with what is wrong with the file.
+    """The dict in a checkpoint file. Never executes a pickle; of plain data see `plain`. Raises BadInput with what is wrong with the file.
 
     mmap: tensors are read from the file when they are looked at; for a look at names, shapes and plain values.
     """
@@ -109,7 +111,7 @@ def load(path: str | Path, map_location: torch.device | str = "cpu", mmap: bool 
         hint = f"; it holds {', '.join(inside[-3:])}: name one of them" if inside else ""
         raise BadInput(f"'{path}' is a folder: expected a checkpoint file{hint}")
     try:
-        with warnings.catch_warnings(), files.utf8_name(path) as name:
+        with warnings.catch_warnings(), plain.allowed(), files.utf8_name(path) as name:
             warnings.simplefilter("ignore")  # about pickles of unusual protocols: what is wrong is said below, in a line
             content = torch.load(name, map_location=map_location, weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
     except Exception as error:  # a file of any kind may raise anything here
@@ -125,17 +127,39 @@ def model_state(model: nn.Module) -> dict:
     return {PREFIX + name: tensor for name, tensor in model.state_dict().items()}
 
 
+def plain_names(state: dict[str, torch.Tensor], path: str | Path, own: Iterable[str] = ()) -> dict[str, torch.Tensor]:
+    """The tensors under the model's own names: without those of WRAPPERS, at any place, and without what stands before `encoder_q.`.
+
+    own: names of the model, which stay as they are. Raises BadInput where two tensors come under one name.
+    """
+    own = {_without_wrappers(name): name for name in own}
+    before = {found[1] for name in state if (found := re.match(r"((?:[^.]+\.)*?)encoder_q\.", _without_wrappers(name)))}
+    before = before.pop() if len(before) == 1 else ""  # such as Lightning's "model."
+    found = {}
+    for name, tensor in state.items():
+        new = _without_wrappers(name).removeprefix(before)
+        new = own.get(new, new)
+        if new in found:
+            raise BadInput(f"'{path}' holds two tensors for {new}, one of them as {name}: expected one; take the other out of the file")
+        found[new] = tensor
+    return found
+
+
+def _without_wrappers(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
 def match(model: nn.Module, content: dict, path: str | Path) -> tuple[dict, list[str]]:
     """What `load` gave, held against a `builder.MoCo` or `builder.Instance` (which may be on the meta device).
 
-    Takes our files, MoCo's training files and MoCo's published, stripped ones, with `module.` or without. Returns the tensors by the
+    Takes our files, MoCo's training files and MoCo's published, stripped ones, with names of wrappers in theirs or without. Returns the tensors by the
     model's names, and which of "encoder_k" and "queue" the file lacks. Raises BadInput with the names that do not fit.
     """
     state = content.get("state_dict", content)
-    if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not state or not all(isinstance(n, str) and isinstance(v, torch.Tensor) for n, v in state.items()):
         raise BadInput(f"'{path}' holds no state_dict of tensors: expected a file of this project or of MoCo's main_moco.py")
-    state = {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
     wanted = model.state_dict()
+    state = plain_names(state, path, wanted)
     if not any(name.startswith("encoder_q.") for name in state):
         raise BadInput(f"'{path}' has no encoder_q.*, but {some(state)}: expected a MoCo file, not bare encoder weights")
     filled = [part for part in ("encoder_k", "queue") if any(n.startswith(part) for n in wanted) and not any(n.startswith(part) for n in state)]

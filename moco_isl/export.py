@@ -160,7 +160,7 @@ def _same_shapes(build: Callable[[], nn.Module], state: Tensors, whole: bool = F
 
 @torch.no_grad()
 def _compare(encoder: nn.Module, info: dict, read_again: nn.Module) -> None:
-    fixed = getattr(encoder, "image_size", None) or getattr(encoder, "pretrained_cfg", {}).get("input_size", [224])[-1]
+    fixed = info["image_size"] or getattr(encoder, "pretrained_cfg", {}).get("input_size", [224])[-1]
     side = 64 if isinstance(encoder, torchvision.models.ResNet) or info["stem"] == "cifar" else fixed
     images = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
     with evaluating(encoder), evaluating(read_again):
@@ -188,7 +188,7 @@ def model_card(path: Path, info: dict, results: list[str]) -> dict[str, str]:
         "stem": info["stem"],
         "encoder": info["part"],
         "dataset": args.get("dataset"),
-        "image_size": args.get("image_size") or None,
+        "image_size": info["image_size"],
         "epochs": info["epoch"],
         "objective": args.get("objective"),
         "miner": args.get("miner"),

@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "moco_isl"
-EVERYWHERE = {"errors", "dist", "files", "schema", "plain_yaml", "__version__", "__main__"}
+EVERYWHERE = {"errors", "dist", "files", "plain", "schema", "plain_yaml", "__version__", "__main__"}
 FLOORS = [
     {"builder", "loader", "encoders"},  # what MoCo has
     {"mining"},  # what ISL adds to a round

@@ -1,8 +1,12 @@
 """Files of every origin are read into the right encoder, and what does not fit is said."""
 
 import argparse
+import io
 import pickle
+import sys
+import types
 from functools import partial
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
 import pytest
@@ -10,9 +14,11 @@ import torch
 import torchvision
 from safetensors.torch import save_file
 
+from moco_isl import checkpoint
 from moco_isl.builder import MoCo
 from moco_isl.encoders import build_encoder, get_head
 from moco_isl.errors import BadInput
+from moco_isl.evaluation import features
 from moco_isl.evaluation.backbone import describe, load_backbone, looks_like, to_detectron2
 
 
@@ -31,6 +37,13 @@ def prefixed(state, prefix="module."):
 def same(encoder, state):
     own = encoder.state_dict()
     return own.keys() == state.keys() and all(torch.equal(own[name], state[name]) for name in own)
+
+
+def thin_transformers(monkeypatch):
+    """torchvision's vision transformers of one layer and 16 numbers, for the time that they take."""
+    module, whole = torchvision.models.vision_transformer, torchvision.models.vision_transformer._vision_transformer
+    thin = {"num_layers": 1, "num_heads": 2, "hidden_dim": 16, "mlp_dim": 32}
+    monkeypatch.setattr(module, "_vision_transformer", lambda **options: whole(**{**options, **thin}))
 
 
 @pytest.mark.parametrize(
@@ -129,12 +142,168 @@ def test_detectron2_names(tmp_path):
     assert all(torch.equal(encoder.state_dict()[n], state[n]) for n in state) and len(info["used"]) == len(state)
 
 
-def test_plain_data_of_other_trainers_is_read(tmp_path):
+# ---- names that wrappers put in, at any place: both readers leave them out
+
+
+def rewritten(state, *rules):
+    def new(name):
+        for old, with_wrapper in rules:
+            name = name.replace(old, with_wrapper)
+        return name
+
+    return {new(name): tensor for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize("rules", [
+    [("encoder_", "module.encoder_")], [("encoder_", "_orig_mod.module.encoder_")], [("encoder_q.", "encoder_q._orig_mod.")],
+    [("encoder_", "module.encoder_"), ("_q.", "_q.module.")], [("layer1.0.", "layer1._orig_mod.0._checkpoint_wrapped_module.")],
+    [("encoder_", "model.encoder_"), ("queue", "model.queue")], [("fc.", "_fsdp_wrapped_module.fc.")],
+])  # fmt: skip
+def test_names_of_wrappers_are_left_out_by_both_readers(tmp_path, rules):
+    model, other = moco("resnet18w16"), moco("resnet18w16")
+    torch.nn.init.normal_(other.encoder_q.conv1.weight)
+    torch.save({"state_dict": rewritten(model.state_dict(), *rules)}, tmp_path / "file.pth")
+    encoder, info = load_backbone(tmp_path / "file.pth")
+    assert same(encoder, model.encoder_q.state_dict()) and info["part"] == "encoder_q"
+    assert checkpoint.load_model(other, checkpoint.load(tmp_path / "file.pth"), "file.pth") == []
+    assert same(other, model.state_dict())
+
+
+def test_a_bare_state_dict_with_wrappers_inside(tmp_path):
+    model = build_encoder("resnet18w16", 10, image_size=32)
+    torch.save(rewritten(model.state_dict(), ("layer2.", "module.layer2._orig_mod.")), tmp_path / "bare.pth")
+    assert same(load_backbone(tmp_path / "bare.pth")[0], model.state_dict())
+
+
+def test_two_tensors_of_one_name_are_an_error(tmp_path):
+    model = moco("digits", size=16)
+    state = {**model.state_dict(), "encoder_q.module.fc.0.weight": torch.zeros(128, 128)}
+    torch.save({"state_dict": state}, tmp_path / "two.pth")
+    for reads in (load_backbone, lambda path: checkpoint.load_model(model, checkpoint.load(path), path)):
+        with pytest.raises(BadInput, match="two.pth' holds two tensors for encoder_q.fc.0.weight, one of them as encoder_q.module.fc.0.weight"):
+            reads(tmp_path / "two.pth")
+
+
+def test_a_networks_own_module_is_no_wrapper(tmp_path):
+    """As in timm's iFormer: its blocks have a layer named `module`."""
+    timm = pytest.importorskip("timm")
+    if not timm.is_model("iformer_t"):
+        pytest.skip("this timm has no iFormer")
+    model = MoCo(partial(build_encoder, "timm:iformer_t"), dim=8, K=8)
+    assert any(".module." in name for name in model.encoder_q.state_dict())
+    torch.save({"arch": "timm:iformer_t", "state_dict": checkpoint.model_state(model)}, tmp_path / "i.pth")
+    assert same(load_backbone(tmp_path / "i.pth")[0], model.encoder_q.state_dict())
+    assert checkpoint.load_model(model, checkpoint.load(tmp_path / "i.pth"), "i.pth") == []
+
+
+# ---- an encoder below a prefix, as in Lightning's files
+
+
+@pytest.mark.parametrize("prefix", ["model.backbone.", "net."])
+def test_the_one_encoder_below_a_prefix_is_taken(tmp_path, prefix):
+    model = build_encoder("resnet18w16", 10, image_size=32)
+    rest = {"criterion.weight": torch.zeros(3), f"{prefix[:-1]}_ema": torch.zeros(2)}
+    torch.save({"epoch": 3, "pytorch-lightning_version": "2.1", "state_dict": prefixed(model.state_dict(), prefix) | rest}, tmp_path / "l.ckpt")
+    for arch in (None, "resnet18w16"):
+        encoder, info = load_backbone(tmp_path / "l.ckpt", arch)
+        assert same(encoder, model.state_dict()) and info["part"] == prefix[:-1] and info["left"] == list(rest)
+    assert f"of {prefix[:-1]}; left criterion" in describe(info)
+
+
+def test_any_architecture_is_found_below_a_prefix_by_its_names(tmp_path):
+    model = torchvision.models.mobilenet_v3_small(num_classes=4)
+    torch.save({"state_dict": prefixed(model.state_dict(), "model.backbone.")}, tmp_path / "l.ckpt")
+    with pytest.raises(BadInput, match="does not say its architecture and model.backbone.features.*: give it with -a"):
+        load_backbone(tmp_path / "l.ckpt")
+    encoder, info = load_backbone(tmp_path / "l.ckpt", "mobilenet_v3_small")
+    assert same(encoder, model.state_dict()) and info["part"] == "model.backbone"
+
+
+def test_two_encoders_below_prefixes_are_named(tmp_path):
+    model = build_encoder("resnet18w16", 10, image_size=32)
+    torch.save({"state_dict": prefixed(model.state_dict(), "student.") | prefixed(model.state_dict(), "teacher.")}, tmp_path / "l.ckpt")
+    for arch in (None, "resnet18w16"):
+        with pytest.raises(BadInput, match="holds 2 encoders, named student.*, teacher.*: save the one you mean alone, as in torch.save") as error:
+            load_backbone(tmp_path / "l.ckpt", arch)
+    state = torch.load(tmp_path / "l.ckpt")["state_dict"]
+    cure = str(error.value).partition("torch.save(")[2].removesuffix(", FILE)")
+    torch.save(eval(cure, {"state": state}), tmp_path / "cured.pth")
+    assert same(load_backbone(tmp_path / "cured.pth")[0], model.state_dict())
+
+
+# ---- plain data beside the tensors
+
+
+def as_lightning_has_it(monkeypatch):
+    """The class of the dicts in which older Lightnings keep hyperparameters."""
+    kind = type("AttributeDict", (dict,), {"__module__": "pytorch_lightning.utilities.parsing"})
+    module = types.ModuleType(kind.__module__)
+    module.AttributeDict = kind
+    for name in ("pytorch_lightning", "pytorch_lightning.utilities"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, kind.__module__, module)
+    return kind
+
+
+def test_plain_data_of_other_trainers_is_read_by_both_readers(tmp_path, monkeypatch):
+    model = moco("digits", size=16)
+    rows = np.arange(6.0).reshape(2, 3)
+    plain = {
+        "args": argparse.Namespace(dataset="digits", out=Path("/a/b"), more=types.SimpleNamespace(lr=0.1)),
+        "hyper_parameters": as_lightning_has_it(monkeypatch)(lr=np.float32(0.5)),
+        "numbers": [np.float64(3.5), np.int64(-7), np.bool_(True), np.float16(0.25), np.str_("text"), np.complex64(1 + 2j)],
+        "arrays": [rows, np.asfortranarray(rows), rows.astype(">i2"), np.array(["a", "bc"]), np.array([1, "b"], dtype=object), rows[:0]],
+        "others": [torch.Size([3]), torch.float16, {1, 2}, PureWindowsPath("c:/x")],
+        "epoch": np.int64(4),
+    }
+    content = {"state_dict": prefixed(model.state_dict()), "arch": "digits", **plain}
+    torch.save(content, tmp_path / "new.pth")
+    buffer = io.BytesIO()
+    torch.save(content, buffer, _use_new_zipfile_serialization=False)
+    old = buffer.getvalue().replace(b"numpy._core.multiarray", b"numpy.core.multiarray")  # as numpy 1 and before writes it
+    assert (old == buffer.getvalue()) == (np.__version__ < "2")
+    (tmp_path / "old.pth").write_bytes(old)
+    before = set(torch.serialization.get_safe_globals())
+    for name in ("new.pth", "old.pth"):
+        encoder, info = load_backbone(tmp_path / name)
+        assert same(encoder, model.encoder_q.state_dict()) and info["args"]["dataset"] == "digits" and info["epoch"] == 4
+        assert checkpoint.load_model(model, (read := checkpoint.load(tmp_path / name)), name) == []
+        assert read["args"].out == PurePosixPath("/a/b") and read["args"].more.lr == 0.1 and read["hyper_parameters"] == {"lr": 0.5}
+        assert read["numbers"] == [3.5, -7, True, 0.25, "text", 1 + 2j]
+        for array, expected in zip(read["arrays"], plain["arrays"]):
+            assert np.array_equal(np.array(array.values, dtype=expected.dtype), expected)
+        assert read["others"] == plain["others"]
+    assert set(torch.serialization.get_safe_globals()) == before  # nobody else's torch.load allows more than before
+
+
+@pytest.mark.parametrize("said, side", [
+    (32, 32), ("32", 32), ("32x32", 32), ("(32, 32)", 32), ((32, 32), 32), ([3, 32, 32], 32), (np.int64(32), 32), (32.0, 32), ("32.0", 32),
+    ((32, 48), None), ("small", None), (None, None), (0, None), (-3, None), (True, None), (float("nan"), None), (10**400, None), ({}, None), ([], None),
+])  # fmt: skip
+def test_of_an_image_size_whatever_is_a_number_is_used_and_the_flag_wins(tmp_path, said, side):
     model = build_encoder("digits", 10)
-    content = {"state_dict": model.state_dict(), "args": argparse.Namespace(dataset="digits"), "best": np.float64(3.5)}
-    torch.save(content, tmp_path / "others.pth")
-    encoder, info = load_backbone(tmp_path / "others.pth")
-    assert same(encoder, model.state_dict()) and info["args"]["dataset"] == "digits"
+    for kind in (dict, argparse.Namespace):
+        torch.save({"state_dict": model.state_dict(), "args": kind(image_size=said, dataset="mine")}, tmp_path / "a.pth")
+        info = load_backbone(tmp_path / "a.pth")[1]
+        assert info["args"].get("image_size") == side and info["args"]["dataset"] == "mine"
+    save_file(model.state_dict(), tmp_path / "a.safetensors", metadata={"arch": "digits", "image_size": str(said)[:99]})
+    assert load_backbone(tmp_path / "a.safetensors")[1]["args"].get("image_size") == side
+    images = types.SimpleNamespace(native_size=16, source="digits")
+    assert features.side(64, info, images) == 64
+    assert side is None or features.side(0, info, images) == side
+
+
+@pytest.mark.parametrize("arch, positions", [("vit_b_16", "encoder.pos_embedding"), ("timm:vit_tiny_patch16_224", "pos_embed")])
+def test_a_transformers_side_is_read_off_its_positions(tmp_path, monkeypatch, arch, positions):
+    if arch.startswith("timm:"):
+        pytest.importorskip("timm")
+    thin_transformers(monkeypatch)
+    for side in (16, 48):
+        model = build_encoder(arch, 10, image_size=side)
+        assert model.state_dict()[positions].shape[1] == 1 + (side // 16) ** 2
+        torch.save({"arch": arch, "state_dict": model.state_dict(), "args": {"image_size": 0}}, tmp_path / "v.pth")
+        encoder, info = load_backbone(tmp_path / "v.pth")
+        assert same(encoder, model.state_dict()) and info["image_size"] == side
 
 
 # ---- what does not fit
@@ -173,6 +342,25 @@ def test_weights_that_are_not_finite_are_an_error(tmp_path):
 class Evil:
     def __reduce__(self):
         return print, ("executed",)
+
+
+class Pointer:
+    """An array of objects that says of itself that it is one of bytes: numpy's own unpickling takes them for addresses."""
+
+    def __reduce__(self):
+        empty, args, _ = np.zeros(0).__reduce__()
+        return empty, args, (1, (1,), Kind(), False, b"A" * 8)
+
+
+class Kind:
+    def __reduce__(self):
+        return np.dtype, ("O", False, True), (3, "|", None, None, None, -1, -1, 0)
+
+
+def test_no_array_makes_addresses_of_bytes(tmp_path):
+    torch.save({"state_dict": build_encoder("digits").state_dict(), "args": Pointer()}, tmp_path / "pointer.pth")
+    with pytest.raises(BadInput, match="pointer.pth"):
+        load_backbone(tmp_path / "pointer.pth")
 
 
 def test_unreadable_files_are_an_error_and_nothing_is_executed(tmp_path, capsys):

@@ -5,17 +5,18 @@ error that says which names and what the file looks like: nobody should judge an
 """
 
 import argparse
+import math
 import re
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
-import numpy as np
 import torch
 from torch import nn
 
 from moco_isl import checkpoint, files
 from moco_isl.builder import add_mlp
-from moco_isl.encoders import build_encoder, feature_dim, head_name, set_head
+from moco_isl.encoders import backbone_shapes, build_encoder, feature_dim, head_name, on_meta, set_head
 from moco_isl.errors import BadInput
 
 Tensors = dict[str, torch.Tensor]
@@ -48,25 +49,29 @@ def load_backbone(
     """The encoder in a file, on the CPU, and what is known about it. Never executes a pickle.
 
     arch, stem: as for `build_encoder`; None (or stem "auto") reads them from the file. key_encoder: MoCo's other one.
+    image_size: side of the images, for networks that are built for one; None reads it from the file. Names of wrappers
+    are left out (`checkpoint.plain_names`), and an encoder below a prefix, as Lightning has it, is found.
     info: arch, stem, head ("linear", "mlp" or None where the file has none: the encoder's is random then), dim
-    (numbers of the output), feature_dim, part (which encoder), used and left (names of tensors), epoch, args (those of
-    the run that wrote it, {} if unknown), results. Raises BadInput for what is unreadable and what does not fit.
+    (numbers of the output), feature_dim, image_size (the side it is built for, None if unknown), part (which encoder),
+    used and left (names of tensors), epoch, args (those of the run that wrote it, {} if unknown; image_size is among
+    them only as a whole number), results. Raises BadInput for what is unreadable and what does not fit.
     """
     content, metadata = read_file(path)
     state, left = _state_dict(content, path)
-    state, part, more = _one_encoder(state, key_encoder, path)
-    state = from_detectron2(state)
-    args = content.get("args")
-    args = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
+    args = _args(content, metadata)
     said = metadata.get("arch") or content.get("arch")
+    known = arch or (said if isinstance(said, str) else None)
+    state, part, more = _one_encoder(state, known, key_encoder, path)
+    state = from_detectron2(state)
     shown, shown_stem = looks_like(state)
-    name = arch or (said if isinstance(said, str) else None) or shown
+    name = known or shown
     if name is None:
         raise BadInput(f"'{path}' does not say its architecture and {checkpoint.some(state)} do not show it: give it with -a")
     built_stem = (
         stem if stem not in (None, "auto") else shown_stem if shown_stem and name.startswith(_STEMMED) else "auto"
     )
-    encoder, head = _with_head(name, built_stem, state, image_size or args.get("image_size") or None)
+    side = _side_shown(state) or image_size or args.get("image_size")
+    encoder, state, head = _with_head(name, built_stem, state, side, path)
     used, extra = _load(encoder, head, state, path, f"{name} with stem {built_stem}", shown, shown_stem)
     info = {
         "path": str(path),
@@ -75,11 +80,12 @@ def load_backbone(
         "head": head,
         "dim": state[_last_weight(state, head_name(encoder))].shape[0] if head else None,
         "feature_dim": feature_dim(encoder),
+        "image_size": side,
         "part": part,
         "used": used,
         "left": left + more + extra,
         "epoch": content.get("epoch") if isinstance(content.get("epoch"), int) else None,
-        "args": args or {key: value for key, value in metadata.items() if key in ("dataset", "image_size")},
+        "args": args,
         "results": content.get("results", {}),
     }
     return encoder, info
@@ -111,14 +117,29 @@ def read_file(path: str | Path) -> tuple[dict, dict[str, str]]:
                 return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
         except (SafetensorError, OSError) as error:
             raise BadInput(f"cannot read '{path}' as safetensors: {error}; is it cut off, or of another kind?") from error
-    # Beside tensors, training files of others hold their parsed arguments and numpy's scalars: plain data, both
-    scalar = np.float64(0).__reduce__()[0]
-    plain = [argparse.Namespace, np.dtype, scalar, *{type(np.dtype(t)) for t in ("f4", "f8", "i4", "i8", "b1")}]
-    if old_name := getattr(torch.serialization, "safe_globals", None):
-        plain.append((scalar, "numpy.core.multiarray.scalar"))
-        with old_name(plain):
-            return checkpoint.load(path), {}
     return checkpoint.load(path), {}
+
+
+def _args(content: dict, metadata: dict[str, str]) -> dict:
+    """The flags of the run that wrote a file; image_size is among them, where the file says it, as a positive whole number."""
+    args = content.get("args")
+    args = dict(vars(args) if isinstance(args, (argparse.Namespace, SimpleNamespace)) else args if isinstance(args, dict) else {})
+    args = args or {key: metadata[key] for key in ("dataset", "image_size") if key in metadata}
+    side = _side(args.pop("image_size", None)) or _side(content.get("image_size"))  # ours have both: the flag may be 0
+    return args if side is None else {**args, "image_size": side}
+
+
+def _side(said: object) -> int | None:
+    """The side of square images in what a file calls their size: 32, 32.0, "32", "32x32", (32, 32), [3, 32, 32]."""
+    if isinstance(said, (list, tuple)):
+        sides = {_side(one) for one in said[-2:]}  # height and width come last
+        return sides.pop() if len(sides) == 1 else None
+    if isinstance(said, str):
+        numbers = [word for word in re.split(r"[\sx×,()\[\]]+", said) if word]
+        return _side([float(n) for n in numbers]) if all(re.fullmatch(r"\d{1,5}(\.0*)?", n) for n in numbers) else None
+    if isinstance(said, (int, float)) and not isinstance(said, bool) and 0 < said < 2**31 and said == int(said):
+        return int(said)
+    return None
 
 
 def _state_dict(content: dict, path: str | Path) -> tuple[Tensors, list[str]]:
@@ -140,22 +161,43 @@ def _state_dict(content: dict, path: str | Path) -> tuple[Tensors, list[str]]:
     tensors = {
         name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, torch.Tensor)
     }
-    for prefix in ("module.", "_orig_mod.", "module."):
-        if all(name.startswith(prefix) for name in tensors):
-            tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
-    return tensors, left
+    return checkpoint.plain_names(tensors, path), left
 
 
-def _one_encoder(state: Tensors, key_encoder: bool, path: str | Path) -> tuple[Tensors, str, list[str]]:
+def _one_encoder(state: Tensors, arch: str | None, key_encoder: bool, path: str | Path) -> tuple[Tensors, str, list[str]]:
     """(tensors, its name, names left) of the wanted encoder of a MoCo file, or of the one that is there."""
     moco = any(name.startswith("encoder_q.") for name in state)
-    if not moco and not key_encoder:
-        return state, "the encoder", []
-    prefix = "encoder_k." if key_encoder else "encoder_q."
-    chosen = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
+    if moco or key_encoder:
+        prefix = "encoder_k." if key_encoder else "encoder_q."
+    else:
+        prefix = _prefix(state, arch, path)
+    chosen = _below(state, prefix)
     if not chosen:
         raise BadInput(f"'{path}' has no key encoder (encoder_k.*), only {checkpoint.some(state)}: use the query encoder")
-    return chosen, prefix[:-1], [name for name in state if not name.startswith(prefix)]
+    return chosen, prefix[:-1] or "the encoder", [name for name in state if not name.startswith(prefix)]
+
+
+def _below(state: Tensors, prefix: str) -> Tensors:
+    return {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
+
+
+def _prefix(state: Tensors, arch: str | None, path: str | Path) -> str:
+    """What stands before the names of the one encoder in a file: "" in a bare state dict, "model.backbone." in Lightning's."""
+    if arch is None:
+        found = {name.removesuffix(end) for name in state for end in _ANCHORS if f".{name}".endswith(f".{end}")}
+        found = [prefix for prefix in found if looks_like(_below(state, prefix))[0]]
+    else:
+        own = backbone_shapes(on_meta(lambda: build_encoder(arch, 1)))
+        own = [name for name in checkpoint.plain_names(own, path) if not name.endswith("num_batches_tracked")]
+        found = {name.removesuffix(own[0]) for name in state if f".{name}".endswith(f".{own[0]}")}
+        found = [prefix for prefix in found if all(prefix + name in state for name in own)]
+    if not found or "" in found:
+        return ""
+    if len(found) > 1:
+        kept = f"{{n.removeprefix('{min(found)}'): t for n, t in state.items() if n.startswith('{min(found)}')}}"
+        raise BadInput(f"'{path}' holds {len(found)} encoders, named {', '.join(f'{p}*' for p in sorted(found))}: save the one you mean "
+                       f"alone, as in torch.save({kept}, FILE)")
+    return found[0]
 
 
 # ---- names -----------------------------------------------------------------------------------------------------------
@@ -218,6 +260,19 @@ def looks_like(state: Tensors) -> tuple[str | None, str | None]:
     return f"resnet{depth}" + (f"w{width}" if width != 64 else ""), stem
 
 
+_ANCHORS = ("layer1.0.conv1.weight", "conv1.0.weight")  # names by which `looks_like` knows a network
+
+
+def _side_shown(state: Tensors) -> int | None:
+    """Side of the images that a vision transformer of torchvision or timm is built for: its positions are a square of patches."""
+    for positions, patches in (("encoder.pos_embedding", "conv_proj.weight"), ("pos_embed", "patch_embed.proj.weight")):
+        if positions in state and patches in state and state[positions].dim() == 3 and state[patches].dim() == 4:
+            n = state[positions].shape[1]  # a few of them may be of no patch, but of the class
+            sides = [math.isqrt(n - others) for others in range(min(n, 3)) if math.isqrt(n - others) ** 2 == n - others]
+            return sides[0] * state[patches].shape[-1] if sides else None
+    return None
+
+
 # ---- loading ---------------------------------------------------------------------------------------------------------
 
 
@@ -225,19 +280,22 @@ def _last_weight(state: Tensors, head: str) -> str:
     return f"{head}.2.weight" if f"{head}.2.weight" in state else f"{head}.weight"
 
 
-def _with_head(arch: str, stem: str, state: Tensors, image_size: int | None) -> tuple[nn.Module, str | None]:
-    """The network with the head the file has (None: it has none)."""
+def _with_head(
+    arch: str, stem: str, state: Tensors, image_size: int | None, path: str | Path
+) -> tuple[nn.Module, Tensors, str | None]:
+    """(network, tensors by its names, head) with the head the file has (None: it has none)."""
     encoder = build_encoder(arch, 1, stem, image_size)
+    state = checkpoint.plain_names(state, path, encoder.state_dict())
     place = head_name(encoder)
     weight = state.get(_last_weight(state, place))
     if weight is None or weight.dim() != 2:
-        return encoder, None
+        return encoder, state, None
     mlp = f"{place}.2.weight" in state
     bias = _last_weight(state, place).replace("weight", "bias") in state
     set_head(encoder, nn.Linear(feature_dim(encoder), weight.shape[0], bias=bias))
     if mlp:
         add_mlp(encoder)
-    return encoder, "mlp" if mlp else "linear"
+    return encoder, state, "mlp" if mlp else "linear"
 
 
 def _load(

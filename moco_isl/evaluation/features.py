@@ -44,7 +44,7 @@ def labelled(name: str, root: str | None, split: str, download: bool = False):
 
 def side(asked: int, info: dict, dataset) -> int:
     """The side of the images to be judged: as asked for, else that of the training (see `load_backbone`), else what fits the images."""
-    return asked or int(info["args"].get("image_size") or 0) or data.native_size(dataset)
+    return asked or info["args"].get("image_size") or data.native_size(dataset)
 
 
 @torch.no_grad()

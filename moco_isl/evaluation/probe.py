@@ -178,7 +178,7 @@ def strange(info: dict, *, dataset: str, size: int) -> list[str]:
         found.append(
             f"trained on {trained['dataset']}, judged on {dataset}: images are normalised by {dataset}'s statistics"
         )
-    if trained.get("image_size") and int(trained["image_size"]) != size:
+    if trained.get("image_size", size) != size:
         found.append(f"trained on images of side {trained['image_size']}, judged on side {size}")
     return found
 
