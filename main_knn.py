@@ -152,6 +152,7 @@ def get_features(args, device: torch.device, asked: Stop) -> tuple[dict[str, fea
         return splits, facts
     encoder, info = load_backbone(args.pretrained, args.arch, args.stem, args.key, args.image_size or None)
     say(describe(info))
+    cli.warn_of_slow_amp(args.amp, device, trains=False)
     if "val" not in sources:
         say(f"=> no val split in '{files.shown(args.data)}': each image of train is judged by all others (leave-one-out)")
     size = features.side(args.image_size, info, sources["train"])

@@ -147,6 +147,7 @@ def run(argv: list[str] | None, stop) -> None:
 def worker(args, stop) -> None:
     """One rank of the run."""
     device = cli.resolve_device(args)
+    cli.warn_of_slow_amp(args.amp, device, trains=args.finetune)
     args.seed, args.out = dist.broadcast_object((args.seed, args.out))
     torch.manual_seed(args.seed)
     folder = None if args.evaluate else cli.on_main(lambda: RunFolder(args.out, bool(args.resume)))

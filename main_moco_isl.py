@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 import torch
 
 from moco_isl import builder, checkpoint, data, dist, files
-from moco_isl.encoders import AMP_TYPES, build_encoder, extract_features, extract_views, on_meta, split_batch_norm
+from moco_isl.encoders import AMP_TYPES, as_in_library, build_encoder, extract_features, extract_views, on_meta, split_batch_norm
 from moco_isl.errors import BadInput, Interrupted, RunFailed
 from moco_isl.evaluation.features import require_side
 from moco_isl.evaluation.knn import weighted_knn
@@ -110,6 +110,7 @@ def split(args: argparse.Namespace, dataset) -> tuple:
 def worker(args: argparse.Namespace, stop, start: resume.Start) -> None:
     """One rank of the run."""
     device = cli.resolve_device(args)  # before the ranks talk: they do it through their GPUs
+    cli.warn_of_slow_amp(args.amp, device, trains=True)
     args.seed, args.out, start = dist.broadcast_object((args.seed, args.out, start))
     with Stop(stop) as stop:
         run = cli.together(lambda: Run(args, device, start, stop))
@@ -294,6 +295,10 @@ class Run:
         if args.objective == "queue" and args.moco_k > self.M:
             self.say(f"=> warning: the queue ({args.moco_k}) is longer than the data set ({self.M}): {args.moco_k / self.M:.1f} of its keys are an image's own; "
                      f"--moco-k {max(args.batch_size * (2 if args.symmetric else 1), 2 ** ((self.M // 2).bit_length() - 1))} would suit it")
+        if not as_in_library(self.model.encoder_q, args.arch):
+            library = "timm" if args.arch.startswith("timm:") else "torchvision"
+            self.say(f"=> warning: {library} has no {args.arch.removeprefix('timm:')} of this shape (--stem {args.stem}, side {self.size}), and cannot read what is trained "
+                     "here: its backbone goes to safetensors and to this project's own scripts")
         if args.knn_every and self.labels is None:
             self.say("=> warning: --knn-every without labels: nothing to judge by")
         if idle := options.idle(args):

@@ -270,6 +270,23 @@ def resolve_device(args: argparse.Namespace) -> torch.device:
     return device
 
 
+def warn_of_slow_amp(amp: str, device: torch.device, trains: bool) -> None:
+    """Say where half precision takes many times as long as none: on a CPU without instructions for it, and fp16 that trains on any."""
+    if amp == "off" or device.type != "cpu" or not dist.is_main():
+        return
+    if not _cpu_has(amp):
+        print(f"=> warning: this CPU has no instructions for --amp {amp}, which takes some ten times as long as --amp off")
+    elif amp == "fp16" and trains:
+        print("=> warning: --amp fp16 trains ten to a hundred times as slowly as --amp off on a CPU: use --amp bf16")
+
+
+def _cpu_has(amp: str) -> bool:
+    try:
+        return bool(getattr(torch.ops.mkldnn, f"_is_mkldnn_{amp}_supported")())
+    except (AttributeError, RuntimeError):  # a torch without that library
+        return False
+
+
 def processes_here(args: argparse.Namespace) -> int:
     """How many processes this node runs, before any is started."""
     if place := environment.ranks():

@@ -72,7 +72,7 @@ def get_parser(description: str) -> cli.Parser:
                    "takes the mean give half the --lr and twice the --wd")
     cli.add_switch(group, "--fast", help="all that makes a step fast: --on-device, --channels-last, a fused optimizer and loss and, on a GPU, TF32, "
                    "--amp bf16 and --compile; each can be taken back, as in --fast --no-compile")
-    group.add_argument("--amp", choices=("off", "bf16", "fp16"), help="half precision in the network; bf16 on any recent GPU, or a CPU with instructions for it (default: off)")
+    group.add_argument("--amp", choices=("off", "bf16", "fp16"), help="half precision in the network; bf16 on any recent GPU, or a CPU with instructions for it; fp16 on a GPU (default: off)")
     cli.add_switch(group, "--channels-last", default=None, help="memory format that convolutions like: faster on a CPU, and on a GPU with --amp")
     cli.add_switch(group, "--compile", default=None, help="torch.compile the encoders and what is augmented on the device: a minute at the start, faster steps")
     cli.add_switch(group, "--on-device", default=None, help="augment on the device: small images are held there whole, of photos the workers only decode and crop")
