@@ -271,11 +271,11 @@ def resolve_device(args: argparse.Namespace) -> torch.device:
 
 
 def warn_of_slow_amp(amp: str, device: torch.device, trains: bool) -> None:
-    """Say where half precision takes many times as long as none: on a CPU without instructions for it, and fp16 that trains on any."""
+    """Say where half precision takes many times as long as none: on a CPU without instructions for it, and on any where fp16 trains."""
     if amp == "off" or device.type != "cpu" or not dist.is_main():
         return
     if not _cpu_has(amp):
-        print(f"=> warning: this CPU has no instructions for --amp {amp}, which takes some ten times as long as --amp off")
+        print(f"=> warning: torch has no fast --amp {amp} on this CPU: it takes some ten times as long as --amp off")
     elif amp == "fp16" and trains:
         print("=> warning: --amp fp16 trains ten to a hundred times as slowly as --amp off on a CPU: use --amp bf16")
 
