@@ -4,6 +4,14 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """No random weights, which take most of the time in which a network is built: for tests of names and shapes."""
+    for draw in ("normal_", "uniform_"):
+        monkeypatch.setattr(torch.Tensor, draw, lambda x, *_, **__: x)

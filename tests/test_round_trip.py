@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
 import main_knn
@@ -29,9 +30,17 @@ def two_classes(tmp_path_factory):
     return str(folder)
 
 
+def thin_regnets(monkeypatch):
+    """torchvision's RegNets of four blocks, for the time that they take."""
+    params = torchvision.models.regnet.BlockParams
+    whole, thin = params.from_init_params, {"depth": 4, "w_0": 16, "w_a": 16.0, "w_m": 2.0}
+    monkeypatch.setattr(params, "from_init_params", lambda **options: whole(**{**options, **thin}))
+
+
 @pytest.mark.parametrize("arch, to", [("regnet_y_400mf", "torchvision"), ("vit_b_16", "safetensors")])
 def test_a_regnet_and_a_transformer_go_all_the_way(two_classes, tmp_path, monkeypatch, capsys, arch, to):
     thin_transformers(monkeypatch)
+    thin_regnets(monkeypatch)
     out = tmp_path / "run"
     assert main_moco_isl.main([two_classes, "-a", arch, "--mlp", *SMALL, "--out", str(out)]) == 0
     warned = f"=> warning: torchvision has no {arch} of this shape (--stem auto, side 32)" in capsys.readouterr().out

@@ -36,6 +36,7 @@ _GROUPED = {  # (depth, groups, width of the first block's 3x3 convolution) -> t
     (101, 1, 128): "wide_resnet101_2",
 }
 _STEMMED = ("resnet", "resnext", "wide_resnet", "alexnet")  # names of the architectures that come with either stem
+LARGEST_SIDE = 4096  # of images, as --image-size has it
 _AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # extra classifiers of torchvision's Inceptions, which no one probes
 
 
@@ -137,7 +138,7 @@ def _side(said: object) -> int | None:
     if isinstance(said, str):
         numbers = [word for word in re.split(r"[\sx×,()\[\]]+", said) if word]
         return _side([float(n) for n in numbers]) if all(re.fullmatch(r"\d{1,5}(\.0*)?", n) for n in numbers) else None
-    if isinstance(said, (int, float)) and not isinstance(said, bool) and 0 < said < 2**31 and said == int(said):
+    if isinstance(said, (int, float)) and not isinstance(said, bool) and 0 < said <= LARGEST_SIDE and said == int(said):
         return int(said)
     return None
 
@@ -269,7 +270,7 @@ def _side_shown(state: Tensors) -> int | None:
         if positions in state and patches in state and state[positions].dim() == 3 and state[patches].dim() == 4:
             n = state[positions].shape[1]  # a few of them may be of no patch, but of the class
             sides = [math.isqrt(n - others) for others in range(min(n, 3)) if math.isqrt(n - others) ** 2 == n - others]
-            return sides[0] * state[patches].shape[-1] if sides else None
+            return _side(sides[0] * state[patches].shape[-1]) if sides else None
     return None
 
 
