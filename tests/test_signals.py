@@ -129,20 +129,22 @@ def test_a_hangup_that_nohup_ignores_stays_ignored():
 
 def test_what_is_said_to_a_terminal_that_has_gone_goes_nowhere():
     master, slave = pty.openpty()
+    waits, gone = os.pipe()
     child = os.fork()
     if not child:
         with contextlib.suppress(BaseException):
+            os.close(gone)
+            os.close(master)
+            os.read(waits, 1)  # until the parent has closed the other end of the terminal too: writing raises EIO from then on
             os.dup2(slave, 1)
             os.dup2(slave, 2)
-            os.close(slave)
-            os.close(master)  # the last end of the terminal: writing to it raises EIO from here on
             signals.say("=> SIGHUP")
             os.write(1, b"more")
             os.write(2, b"more")
             os._exit(0)
         os._exit(1)
-    os.close(slave)
-    os.close(master)
+    for descriptor in (slave, master, waits, gone):
+        os.close(descriptor)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
