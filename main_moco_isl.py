@@ -317,9 +317,9 @@ class Run:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.isl.turn, self.isl.active = epoch, args.miner != "none" and epoch >= args.isl_start
-            rounds_due = 1 + (epoch - args.isl_start) // args.isl_every if self.isl.active else 0
-            if position.step == 0 and self.isl.round < rounds_due:
-                self.mine(epoch)
+            number = engine.rounds_until(epoch, args.isl_start, args.isl_every) if self.isl.active else 0
+            if position.step == 0 and self.isl.round < number:  # of rounds that a late start has missed, the last one is mined
+                self.mine(epoch, number)
             with fast.numerics(args.fast, self.device):
                 finished = engine.train_one_epoch(
                     self.isl, self.loader, self.optimizer, self.scaler, position, device=self.device, stop=self.stop, progress=self.progress, log=self.log,
@@ -330,14 +330,17 @@ class Run:
                 break
             self.end_of_epoch(epoch)
 
-    def mine(self, epoch: int) -> None:
+    def mine(self, epoch: int, number: int) -> None:
+        """The round of this number in the schedule, before an epoch."""
         before, miner, generators = self.isl.positives, copy.deepcopy(self.miner.state_dict()), resume.rng_of_ranks(self.device)
         if self.args.isl_grow:
-            self.miner.rules.budget = self.args.isl_budget * (self.isl.round + 1)
+            self.miner.rules.budget = self.args.isl_budget * number
+        if isinstance(self.miner, EntropyMiner):
+            self.miner.rounds = number - 1  # its share grows with the number
         try:
             encoder = self.model.encoder_k if self.isl.queue_objective else self.model.encoder_q
             features, views = self.features(encoder), self.views(encoder, epoch) if self.args.isl_views else None
-            report = engine.mine_round(self.isl, self.miner, features, self.labels, self.args.seed, self.stop, views)
+            report = engine.mine_round(self.isl, self.miner, features, self.labels, self.args.seed, self.stop, views, number=number)
         except Interrupted:  # as if this round had not begun
             self.miner.load_state_dict(miner)
             resume.restore_rng(generators, self.device)
@@ -399,8 +402,7 @@ def build_model(args: argparse.Namespace, size: int) -> torch.nn.Module:
 def build_miner(args: argparse.Namespace, labels: torch.Tensor | None):
     """labels [M]: of the training images, for the one miner that is allowed to see them."""
     rules = {"budget": args.isl_budget, "keep": args.isl_keep, "max_share": args.isl_max_share, "trust": options.trust(args.isl_trust), "index": args.isl_index}
-    rounds = 1 + (args.epochs - 1 - args.isl_start) // args.isl_every if args.isl_grow else 1
-    most = max(1, math.ceil(args.isl_budget * rounds))  # positives an image, in the largest of the rounds
+    most = options.most_positives(vars(args))
     if args.miner == "none":
         return NoMiner()
     if args.miner == "oracle":

@@ -75,7 +75,7 @@ class ISL:
             self.bank.fill_random(num_images, model.dim, torch.Generator().manual_seed(seed))
         self.positives = PositiveSets.empty(num_images, device)
         self.zone = PositiveSets.empty(num_images, device)  # of each image what is in between
-        self.round = 0  # how many rounds of mining have been
+        self.round = 0  # the number of the last round of mining
         self.turn = 0  # which window of a large set is looked at: the epoch
         self.parts: dict[str, torch.Tensor] = {}  # of the last step: loss, isl, hpe, acc1; scalars on the device, detached
 
@@ -198,21 +198,22 @@ class ISL:
 
     @torch.no_grad()
     def mine(self, features: torch.Tensor, miner, rng: torch.Generator | None = None, tick: Callable[[], None] | None = None,
-             views: tuple[torch.Tensor, torch.Tensor] | None = None) -> dict:
+             views: tuple[torch.Tensor, torch.Tensor] | None = None, number: int | None = None) -> dict:
         """One round: replace the positives by what `miner` makes of features [M, C] (unit rows) and of the old positives.
 
         rng: the round's draws; None: seeded by the number of the round. tick: called often, may raise to abandon the round; then nothing
         has changed. views 2 x [M, C]: unit rows of two random augmentations of every image, for an estimate of what is right
-        (`mining.estimate`). Returns the miner's report. The first round fills the bank, where it still is random, with the features.
+        (`mining.estimate`). number: of this round, from 1 on; None: the one after the last. Returns the miner's report. The first round fills the bank, where it still is random, with the features.
         """
-        rng = rng or torch.Generator().manual_seed(self.round)
+        number = self.round + 1 if number is None else number
+        rng = rng or torch.Generator().manual_seed(number - 1)
         given = {} if views is None else {"views": views}  # a miner of a user's own need not know of them
         positives = miner.mine(features, self.positives, rng, tick, **given).to(features.device)
         zone = in_between(features, positives, self.between, tick, getattr(miner, "searchable", None)) if self.between else self.zone
         if not self.bank.filled:
             self.bank.fill(features)
         self.positives, self.zone = positives.to(self.bank.device), zone.to(self.bank.device)
-        self.round += 1
+        self.round = number
         return {**miner.report, "between": zone.mean_size} if self.between else miner.report
 
     def state_dict(self) -> dict:

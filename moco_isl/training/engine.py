@@ -42,6 +42,11 @@ def learning_rate(epoch: int, *, lr: float, epochs: int, cos: bool, schedule: li
     return lr * 0.1 ** sum(epoch >= milestone for milestone in schedule)
 
 
+def rounds_until(epoch: int, start: int, every: int) -> int:
+    """How many rounds of mining the schedule has up to the beginning of an epoch: one before epoch `start`, then one every `every` epochs."""
+    return max(0, 1 + (epoch - start) // every)
+
+
 def autocast(device: torch.device, amp: str) -> torch.autocast:
     """amp: off, bf16 or fp16."""
     return torch.autocast(device.type, dtype=AMP_TYPES[amp], enabled=amp != "off")
@@ -121,16 +126,18 @@ def train_one_epoch(
 
 
 def mine_round(isl: ISL, miner, features: torch.Tensor, labels: torch.Tensor | None, seed: int, stop: Stop,
-               views: tuple[torch.Tensor, torch.Tensor] | None = None, sizes: tuple[int, ...] = (5, 50)) -> dict:
+               views: tuple[torch.Tensor, torch.Tensor] | None = None, sizes: tuple[int, ...] = (5, 50), number: int | None = None) -> dict:
     """One round of mining on features [M, C] (unit rows, equal on all ranks), and maybe on two views 2 x [M, C] of them; returns its report.
 
+    number: of the round, from 1 on; None: the one after the last.
     With labels [M] (on the features' device, -1: none) the report has the precision of the sets beside that of each image's own nearest at equal
     size and of all pairs ranked at equal total; the labels are looked at after the mining. Raises Interrupted when asked to stop:
     then nothing has changed.
     """
     start = time.perf_counter()
-    rng = torch.Generator().manual_seed((seed * 1_000_003 + isl.round) % 2**63)  # a function of seed and round: a resumed round is the same
-    report = dict(isl.mine(features, miner, rng, stop.tick, views))
+    number = isl.round + 1 if number is None else number
+    rng = torch.Generator().manual_seed((seed * 1_000_003 + number - 1) % 2**63)  # a function of seed and round: a resumed round is the same
+    report = dict(isl.mine(features, miner, rng, stop.tick, views, number))
     report |= {"round": isl.round, "seconds": time.perf_counter() - start, **_memory(features.device)}
     if labels is not None:
         report |= judge_positives(isl, features, labels, sizes, sampled="recall" in report)

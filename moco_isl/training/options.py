@@ -9,6 +9,7 @@ import torch
 from moco_isl.encoders import STEMS
 from moco_isl.mining import ivf
 from moco_isl.training import cli, fast
+from moco_isl.training.engine import rounds_until
 
 SCHEDULE = [120, 160]  # MoCo's, for its 200 epochs
 TRUST = "off"
@@ -98,7 +99,8 @@ def get_parser(description: str) -> cli.Parser:
                        "between them, as the paper (it has 4)")
     group.add_argument("--isl-start", type=int, metavar="e", help="first mining before this epoch (default: 0 with --init, else half of the epochs, or the "
                        "second of the --isl-rounds); a young encoder mines mistakes")
-    group.add_argument("--isl-every", type=int, metavar="n", help="epochs from mining to mining (20, or one of the --isl-rounds)")
+    group.add_argument("--isl-every", type=int, metavar="n", help="epochs from mining to mining (20, or one of the --isl-rounds). A run that starts late "
+                       "mines once where it starts, as the last round that it missed")
     group.add_argument("--isl-budget", type=float, default=5.0, metavar="x", help="mean positives of an image after a round, the surest first (5); raise it while the "
                        "printed precision stays above 0.9")
     cli.add_switch(group, "--isl-grow", help="the budget counts for a round: x in the first, 2x in the second, and so on, as the published code (with 0.5)")
@@ -149,6 +151,12 @@ def trust(text: str) -> float | None:
         value = -1.0
     cli.check(0 < value <= 1, f"--isl-trust {text}: expected auto, off, or a precision above 0 and at most 1")
     return value
+
+
+def most_positives(flags: dict) -> int:
+    """Positives an image in the largest of the rounds, by flags of `check_args`."""
+    rounds = rounds_until(flags["epochs"] - 1, flags["isl_start"], flags["isl_every"]) if flags["isl_grow"] else 1
+    return max(1, math.ceil(flags["isl_budget"] * rounds))
 
 
 IN_USE_ANYHOW = {"isl_loss", "isl_hpe", "isl_max_positives", "isl_bank_mix", "isl_recenter", "isl_half_bank", "isl_rounds", "isl_start", "isl_every"}
