@@ -221,7 +221,8 @@ class Run:
             cli.check(known == self.class_names, f"the classifiers of '{path}' know the classes {checkpoint.some(known)}, and here they are "
                       f"{checkpoint.some(self.class_names)}: judge them on images of the same classes, in folders of the same names")
             if not args.evaluate:
-                resume.check_same({k: v for k, v in content["args"].items() if k not in FREE}, vars(args), "choose another --out")
+                saved = {k: v for k, v in content["args"].items() if k not in FREE}
+                resume.check_same(saved, vars(args), "choose another --out", epochs=ours["epoch"] + bool(ours["step"]))
                 cli.check(same, f"'{path}' was trained on other images than those of {args.data or args.dataset}: give the same, or choose another --out")
             self.probe.model.load_state_dict(ours["model"])
             self.position, self.best = engine.Position(ours["epoch"], ours["step"], ours["total"]), ours["best"] if same else {}

@@ -57,7 +57,8 @@ def check_start(args: argparse.Namespace) -> tuple[resume.Start, dict]:
     check_args(args)
     check_folder(args.out, start.in_place)
     if start.goes_on and "isl" in content:
-        resume.check_same(content["args"], vars(args))
+        ours = content["isl"]
+        resume.check_same(content["args"], vars(args), epochs=ours["epoch"] + bool(ours["step"]), mined=ours["state"].get("round", 0) > 0)
     return start, content
 
 

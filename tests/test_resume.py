@@ -5,6 +5,7 @@ import contextlib
 import io
 import itertools
 import json
+import math
 import random
 import shutil
 from pathlib import Path
@@ -251,6 +252,40 @@ def test_what_may_change_and_what_may_not():
         resume.check_same({**saved, "cos": True}, {**saved, "cos": True, "epochs": 9})
 
 
+@pytest.mark.parametrize("flags", [
+    {"schedule": [3], "isl_rounds": 2, "cos": False}, {"schedule": [], "isl_rounds": 1, "cos": True}, {"schedule": [2, 5], "isl_rounds": 4, "cos": False},
+    {"schedule": [3, 6], "isl_rounds": 1, "cos": False}, {"schedule": [3, 6]},
+])  # fmt: skip
+def test_more_epochs_are_taken_where_those_begun_keep_their_learning_rate(flags):
+    """Written out: by the round's length, a tenth at each milestone or half a cosine. The last flags are those of a linear probe."""
+    def rate(epoch, epochs):
+        length = epochs // flags.get("isl_rounds", 1)
+        at = epoch % length
+        return 0.5 + 0.5 * math.cos(math.pi * at / length) if flags.get("cos") else 0.1 ** len([m for m in flags["schedule"] if m <= at])
+
+    first = next((e for e in range(8) if rate(e, 8) != rate(e, 16)), 8)
+    assert first == {2: 4, 4: 2}.get(flags.get("isl_rounds"), 1 if flags.get("cos") else 8)
+    for begun in range(9):
+        if begun <= first:
+            resume.check_same({**flags, "epochs": 8}, {**flags, "epochs": 16}, epochs=begun)
+            continue
+        with pytest.raises(BadInput, match=f"--epochs was 8 and is now 16 .epoch {first} would have been trained at .* its learning rate"):
+            resume.check_same({**flags, "epochs": 8}, {**flags, "epochs": 16}, epochs=begun)
+    with pytest.raises(BadInput, match="--epochs was 16 and is now 8"):
+        resume.check_same({**flags, "epochs": 16}, {**flags, "epochs": 8}, epochs=0)
+
+
+def test_more_epochs_are_refused_where_a_round_would_have_looked_at_more_images():
+    """Budget 1.5 a round, before epochs 1 and 3, and 5 too with six epochs: the nearest 3 or 5 of every image."""
+    flags = {"isl_grow": True, "isl_budget": 1.5, "isl_start": 1, "isl_every": 2, "miner": "knn", "isl_neighbors": None, "epochs": 4}
+    with pytest.raises(BadInput, match="is now 6 .with --isl-grow the rounds so far would have looked at more images"):
+        resume.check_same(flags, {**flags, "epochs": 6}, epochs=2)
+    resume.check_same(flags, {**flags, "epochs": 5}, epochs=2)
+    resume.check_same(flags, {**flags, "epochs": 6}, epochs=1, mined=False)
+    for other in ({"miner": "gan"}, {"isl_neighbors": 9}, {"isl_grow": False}):
+        resume.check_same({**flags, **other}, {**flags, **other, "epochs": 6}, epochs=2)
+
+
 def test_another_number_of_ranks_goes_on_and_says_so(finished, tmp_path):
     flags = [*FLAGS, "--out", tmp_path / "out", "--resume", "auto"]
     assert ask([*map(str, flags), "--max-steps", "3"])[0] == 0
@@ -354,6 +389,7 @@ def test_a_symmetric_run_that_began_with_the_mean_goes_on_with_it_and_is_told(tm
 
 def test_a_flag_that_a_run_did_not_know_may_not_change_it():
     resume.check_same({"seed": 3}, {"seed": 3, "isl_between": 0, "isl_views": False, "isl_recenter": False})
-    for name, value in (("isl_between", 5), ("isl_views", True), ("isl_recenter", True)):
-        with pytest.raises(BadInput, match=f"--{name.replace('_', '-')} was {resume.BEFORE[name]} and is now {value}"):
+    for name, value in (("isl_between", 5), ("isl_views", True), ("isl_recenter", True), ("isl_rounds", 2), ("isl_trust", "auto"), ("isl_grow", True),
+                        ("isl_half_bank", True), ("fast", True), ("on_device", True)):
+        with pytest.raises(BadInput, match=f"--{name.replace('_', '-')} was {resume.BEFORE[name]!r} and is now {value!r}"):
             resume.check_same({"seed": 3}, {"seed": 3, name: value})

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -60,3 +61,14 @@ def test_a_file_of_moco_with_an_epoch_is_a_late_start_too(late, tmp_path):
     checkpoint.save({"epoch": 7, "arch": "digits", "state_dict": content["state_dict"]}, tmp_path / "moco.pth.tar")
     assert ask([*LATE, "--resume", str(tmp_path / "moco.pth.tar"), "--out", str(tmp_path / "out")])[0] == 0
     assert [(line["epoch"], line["round"]) for line in rounds(tmp_path / "out")] == [(7, 4), (8, 5)]
+
+
+def test_a_run_of_two_rounds_takes_more_epochs_until_they_would_change_its_past(tmp_path):
+    """A tenth from the fourth epoch of a round on: of 8 epochs 3 and 7 train slowly, of 16 epochs 3 to 7 do, so that 4 is the first to differ."""
+    flags = [*SMALL[: SMALL.index("--miner")], "--isl-rounds", "2", "--schedule", "3", "--out", str(tmp_path / "out")]
+    for steps, code, epochs in ((8, 0, "8"), (9, 0, "8"), (16, 2, "16")):
+        found = ask([*flags, "--epochs", epochs, "--max-steps", str(steps), "--resume", "auto"])
+        assert found[0] == code
+    assert "--epochs was 8 and is now 16 (epoch 4 would have been trained at 0.1 times its learning rate)" in found[2]
+    shutil.copy(tmp_path / "out" / "checkpoint_0003.pth.tar", tmp_path / "early.pth.tar")
+    assert ask([*flags[:-1], str(tmp_path / "other"), "--epochs", "16", "--max-steps", "9", "--resume", str(tmp_path / "early.pth.tar")])[0] == 0

@@ -10,9 +10,10 @@ import torch
 from moco_isl import checkpoint, data, dist
 from moco_isl.errors import BadInput
 from moco_isl.isl import ISL
-from moco_isl.training.engine import Position
+from moco_isl.training.engine import Position, learning_rate
 from moco_isl.training.fast import load_optimizer
 from moco_isl.training.meters import Averages
+from moco_isl.training.options import most_positives
 from moco_isl.training.run_folder import newest
 
 # everything that changes neither what is computed nor in which order
@@ -24,19 +25,52 @@ MAY_CHANGE = {
 
 
 # what came later, as runs without it did
-BEFORE = {"isl_recenter": False, "isl_views": False, "isl_between": 0, "isl_index": "exact", "bn_shuffle": False,
-          "symmetric_sum": False}  # fmt: skip
+BEFORE = {
+    "isl_recenter": False, "isl_views": False, "isl_between": 0, "isl_index": "exact", "isl_trust": "off", "isl_rounds": 1, "isl_grow": False,
+    "isl_half_bank": False, "fast": False, "on_device": False, "bn_shuffle": False, "symmetric_sum": False,
+}  # fmt: skip
 
 
-def check_same(saved: dict, now: dict, otherwise: str = "start a new run with --init and another --out") -> None:
-    """Raise BadInput that names both values of each flag that differs between the saved run and this one, and may not, and what to do `otherwise`."""
+def check_same(saved: dict, now: dict, otherwise: str = "start a new run with --init and another --out", *, epochs: int | None = None,
+               mined: bool = True) -> None:
+    """Raise BadInput that names both values of each flag that differs between the saved run and this one, and may not, and what to do `otherwise`.
+
+    --epochs may grow where what the saved run has done stays as it was. epochs: how many it has begun (None: all); mined: it has had a round of mining.
+    """
     saved = {**BEFORE, **saved}
     changed = [name for name in saved if name not in MAY_CHANGE and name in now and saved[name] != now[name]]
-    if "epochs" in changed and not now.get("cos") and now["epochs"] > saved["epochs"]:
-        changed.remove("epochs")  # a stepwise schedule is the same one, longer
+    why = ""
+    if "epochs" in changed and now["epochs"] > saved["epochs"]:
+        why = _what_more_epochs_change(saved, now, saved["epochs"] if epochs is None else epochs, mined)
+        if not why:
+            changed.remove("epochs")
     if changed:
         pairs = ", ".join(f"--{name.replace('_', '-')} was {saved[name]!r} and is now {now[name]!r}" for name in changed)
-        raise BadInput(f"cannot resume with other settings: {pairs}. Give the same flags, or {otherwise}")
+        raise BadInput(f"cannot resume with other settings: {pairs}{why and f' ({why})'}. Give the same flags, or {otherwise}")
+
+
+def _what_more_epochs_change(saved: dict, now: dict, epochs: int, mined: bool) -> str:
+    """What of the first `epochs` epochs and of the rounds mined would have been otherwise with the --epochs of now; '' where nothing."""
+    for epoch in range(epochs):
+        before, after = (_relative_rate(epoch, flags) for flags in (saved, now))
+        if before != after:
+            return f"epoch {epoch} would have been trained at {after / before:.3g} times its learning rate"
+    if mined and _looked_at(saved) != _looked_at(now):
+        return "with --isl-grow the rounds so far would have looked at more images"
+    return ""
+
+
+def _relative_rate(epoch: int, flags: dict) -> float:
+    """The learning rate of an epoch as a share of --lr."""
+    return learning_rate(epoch, lr=1.0, epochs=flags["epochs"], cos=flags.get("cos", False), schedule=flags.get("schedule", []),
+                         rounds=flags.get("isl_rounds", 1))  # fmt: skip
+
+
+def _looked_at(flags: dict) -> int:
+    """How many images the miner looks at, where that grows with the number of rounds; else 0."""
+    own_number = flags.get("isl_neighbors") and flags.get("miner") in ("knn", "entropy")
+    grows = flags.get("isl_grow") and flags.get("miner") in ("knn", "entropy", "average", "diffusion", "cluster")
+    return most_positives(flags) if grows and not own_number else 0
 
 
 @dataclass(frozen=True)
