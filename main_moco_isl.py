@@ -223,6 +223,8 @@ class Run:
         if not self.start.goes_on and getattr(content.get("args"), "get", {}.get)("research_labels"):
             self.say(f"=> warning: labels were used in the training of '{files.shown(path)}' (--research-labels), and so in what is made of it here")
         if not self.start.goes_on:
+            if args.objective == "queue" and "queue" not in filled:
+                self._know_queue(content)
             if args.objective == "bank":  # of features: random rows would undo what the encoder has learned
                 self.isl.bank.fill(self.features(self.model.encoder_q))
             return 0
@@ -235,6 +237,16 @@ class Run:
         if not same:
             self.say(f"=> '{files.shown(path)}' was saved by {len(content['isl']['rng'])} ranks, here are {dist.world_size()}: going on, but not bit for bit")
         return content["isl"]["metrics_size"] if self.start.in_place else 0
+
+    def _know_queue(self, content: dict) -> None:
+        """What a file of ours says of the keys in its queue: how many there are and, where it is of the same images, whose they are."""
+        ours, flags = content.get("isl", {}), content.get("args", {})
+        slots = ours.get("state", {}).get("slots")
+        if slots is None:
+            return
+        if flags.get("dataset") == self.args.dataset and ours.get("images") == self.images:
+            self.isl.slots.take_over(slots["owner"], oldest=int(self.model.queue_ptr))
+        self.isl.slots.held = slots.get("held")
 
     def _go_on_from_moco(self, content: dict) -> None:
         self.position.epoch = resume.epoch_of(content) or self.args.start_epoch

@@ -55,6 +55,8 @@ class QueueSlots:
 
     An image is remembered in its S latest slots; S is chosen such that none is forgotten while the epochs visit every image once:
     within K consecutive keys an image then comes at most ceil(K / M) + 1 times a view.
+
+    held: how many slots, from the first on, hold keys and not the random rows that a new queue begins with; None: nobody has counted yet.
     """
 
     def __init__(self, num_images: int, K: int, views: int = 1, device: torch.device | str = "cpu"):
@@ -62,12 +64,28 @@ class QueueSlots:
         self.slots = torch.zeros(num_images, S, dtype=torch.int32, device=device)  # [M, S], the latest slots, round robin
         self.visits = torch.zeros(num_images, dtype=torch.int64, device=device)  # [M]
         self.owner = torch.full((K,), -1, dtype=torch.int64, device=device)  # [K], -1: a key of no known image
+        self.held: int | None = None
 
     def write(self, slots: torch.Tensor, index: torch.Tensor) -> None:
         """The keys of images index [n] were just written to slots [n]; no image twice in one call."""
         self.owner[slots] = index
         self.slots[index, self.visits[index] % self.slots.shape[1]] = slots.to(torch.int32)
         self.visits[index] += 1
+        if self.held is not None:
+            self.held = min(self.held + len(slots), len(self.owner))
+
+    def take_over(self, owner: torch.Tensor, oldest: int) -> None:
+        """Of a queue that was written elsewhere: whose key each slot holds, owner [K] (-1: unknown). The next key goes into slot `oldest`."""
+        owner = owner.to(self.owner.device)
+        slots = (torch.arange(len(owner), device=owner.device) + oldest) % len(owner)  # [K], the oldest first
+        slots = slots[owner[slots] >= 0]  # [n]
+        images, order = owner[slots].sort(stable=True)  # [n] each
+        turn = torch.arange(len(images), device=owner.device) - torch.searchsorted(images, images)  # [n], 0: an image's oldest key
+        most = int(turn.max()) + 1 if len(turn) else 0
+        if most > self.slots.shape[1]:  # of a run with two keys a visit
+            self.slots = self.slots.new_zeros(len(self.slots), most)
+        for number in range(most):
+            self.write(slots[order][turn == number], images[turn == number])
 
     def absent(self, images: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
         """[N, (1 + P) S] int64: the slots that hold one of the row's images, K where there is none to name.
@@ -79,8 +97,9 @@ class QueueSlots:
         return torch.where(holds, slots, len(self.owner)).flatten(1)
 
     def state_dict(self) -> dict:
-        return {"slots": self.slots, "visits": self.visits, "owner": self.owner}
+        return {"slots": self.slots, "visits": self.visits, "owner": self.owner, "held": self.held}
 
     def load_state_dict(self, state: dict) -> None:
-        for name, value in self.state_dict().items():
-            value.copy_(state[name])
+        for name in ("slots", "visits", "owner"):
+            setattr(self, name, state[name].to(self.owner.device, copy=True))
+        self.held = state.get("held")  # older files do not say

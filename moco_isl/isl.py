@@ -50,7 +50,7 @@ class ISL:
         bank_mix: mu of Eq. 8; None: 1 around a MoCo (its key encoder averages already), 0.5 around an Instance.
         symmetric: each view is query once and key once, and the loss is the sum of both directions, as in MoCo's CIFAR
         notebook (queue objective). symmetric_sum: False for a run that began with their mean, which is half of it.
-        recenter: positives are bank rows moved from the bank's mean to the queue's (queue objective).
+        recenter: positives are bank rows moved from the bank's mean to that of the queue's keys (queue objective).
         between: of so many nearest images of each, those that are not in its set are neither positive nor negative (queue objective, needs `mask`).
         bank_dtype: torch.float16 halves the bank's memory and, around an Instance, takes the softmax by half-precision products.
         fast: fused kernels where they work (CUDA; tried out here, and a warning says where they do not), and ranks, which must then have equal batches, exchange features once a step in float16.
@@ -142,11 +142,30 @@ class ISL:
         """[N, P, C]: rows of the bank with the queue's mean instead of the bank's, unit again.
 
         Rows are up to an epoch older than the keys of the queue. What all images have moved by since tells every positive from every
-        negative: a query then follows the old mean instead of its positives, and the keys follow it.
+        negative: a query then follows the old mean instead of its positives, and the keys follow it. Before the queue holds keys they
+        stay as they are.
         """
-        if not self.recenter:
+        held = self._keys_held() if self.recenter else 0
+        if not held:
             return rows
-        return F.normalize(rows + (self.model.queue.mean(1) - self.bank.mean()), dim=-1)
+        keys = self.model.queue[:, :held]  # [C, n]
+        return F.normalize(rows + (keys.mean(1) - self.bank.mean()), dim=-1)
+
+    @torch.no_grad()
+    def _keys_held(self) -> int:
+        """How many slots of the queue, from the first on, hold keys: all, or those before its pointer, where the others are as random as they began.
+
+        Waits for the device when asked for the first time; from then on the slots count what is written. The mean of n random unit rows has a
+        squared length of 1 / n or so, and of keys, which have a direction in common, a longer one. (Of a few rows that is not sure: they
+        may be left out though they hold keys, which changes a mean over all others little.)
+        """
+        if self.slots.held is None:
+            start = int(self.model.queue_ptr)
+            rest = self.model.queue[:, start:].float()  # [C, n]
+            known = bool((self.slots.owner[start:] >= 0).all())
+            keys = known or float(rest.mean(1).square().sum()) > 6 / rest.shape[1]
+            self.slots.held = self.model.K if keys else start
+        return self.slots.held
 
     def _hard_positive(self, index: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor, other: torch.Tensor, seen: torch.Tensor | None = None) -> torch.Tensor:
         """[N, C]: the member of each set whose bank row is the least similar to the image's own; the other view's feature for an empty set.

@@ -92,6 +92,78 @@ def test_positives_move_with_the_keys_that_the_bank_has_not_yet_followed():
         assert away < 0.4 * before if recenter else away == before
 
 
+def shift_of(isl):
+    """By how much positives are moved before they are made unit again, seen at a row of zeros."""
+    bank, isl.bank.rows = isl.bank.rows, torch.zeros(M, C)
+    moved = isl._recentered(torch.zeros(1, 1, C))[0, 0]
+    isl.bank.rows = bank
+    return moved
+
+
+def keys_alike(n, seed):
+    """[n, C]: keys as a network makes them, with a direction in common."""
+    return F.normalize(unit(n, seed) + 2 * torch.eye(C)[0], dim=1)
+
+
+def test_only_rows_that_hold_keys_count_for_the_queues_mean():
+    """On a new queue positives stay as they are; then the mean is over what was written, until all is. K is 24."""
+    isl, written = with_sets(), []
+    assert torch.equal(isl._recentered(isl.bank.rows[None])[0], isl.bank.rows)
+    for number, n in enumerate((5, 5, 10, 4, 7)):
+        keys = keys_alike(n, number)
+        isl.slots.write(isl.model.enqueue(keys), torch.arange(n))
+        written += [*keys]
+        mean = sum(written[-K:]) / len(written[-K:])
+        assert torch.allclose(shift_of(isl), mean / mean.norm(), atol=1e-6)
+    assert isl.slots.held == K
+
+
+@pytest.mark.parametrize("ptr", [0, 5, 12])
+@pytest.mark.parametrize("written", [True, False])
+def test_of_a_queue_from_elsewhere_all_keys_count_and_no_random_row(ptr, written):
+    """MoCo's files do not say how far a queue was written; a network's keys have a direction in common, random rows have none."""
+    isl, state = with_sets(), moco().state_dict()
+    rows = keys_alike(K, 1) if written else torch.cat([keys_alike(ptr, 1), state["queue"].t()[ptr:]])
+    isl.model.load_state_dict({**state, "queue": rows.t(), "queue_ptr": torch.tensor([ptr])})
+    keys = K if written else ptr
+    assert torch.allclose(shift_of(isl), F.normalize(sum(rows[:keys], torch.zeros(C)), dim=0), atol=1e-6)
+    assert isl.slots.held == keys
+
+
+@pytest.mark.parametrize("steps", [0, 2, 5])
+def test_a_state_of_before_tells_keys_by_their_owners(steps):
+    """Such a state does not say how many slots hold keys. With five steps of five the queue has gone round, by one slot."""
+    isl, other = with_sets(), with_sets()
+    for step in range(steps):
+        isl.slots.write(isl.model.enqueue(unit(5, step)), torch.arange(5) + step % 4 * 5)
+    shift = shift_of(isl)
+    state = isl.state_dict()
+    del state["slots"]["held"]
+    other.model.load_state_dict(isl.model.state_dict())
+    other.load_state_dict(state)
+    assert torch.equal(shift_of(other), shift) and other.slots.held == isl.slots.held == min(5 * steps, K)
+
+
+@pytest.mark.parametrize("views", [1, 2])
+def test_owners_of_another_run_are_masked_as_its_own(views):
+    """Whose each slot is can be read off a file; more keys of an image than a visit leaves are all remembered."""
+    g = torch.Generator().manual_seed(0)
+    owner = torch.randint(-1, M, (K,), generator=g)
+    owner[:5] = 3
+    slots = QueueSlots(M, K, views)
+    slots.take_over(owner, oldest=7)
+    for round_ in range(3):
+        mask = torch.zeros(M, K + 1, dtype=torch.bool)
+        mask.scatter_(1, slots.absent(torch.arange(M)[:, None], torch.ones(M, 1, dtype=torch.bool)), True)
+        assert all(mask[i, j] == (owner[j] == i) for i in range(M) for j in range(K))
+        where, index = (torch.arange(6) + 7 + 6 * round_) % K, torch.randperm(M, generator=g)[:6]
+        slots.write(where, index)
+        owner[where] = index
+    again = QueueSlots(M, K, views)
+    again.load_state_dict(slots.state_dict())
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in slots.state_dict().items() if name != "held")
+
+
 def test_the_mean_of_many_rows_is_of_some_of_them():
     bank = FeatureBank()
     bank.fill(unit(M, 0))

@@ -120,6 +120,19 @@ def test_a_stripped_moco_file_is_filled_in(tmp_path, capsys):
             assert torch.equal(after[name], value) and torch.allclose(after[name.replace("encoder_q", "encoder_k")], value)
 
 
+def test_a_start_from_a_file_of_the_same_images_knows_whose_the_keys_are(tmp_path):
+    """The queue has 256 slots, of which one step writes 128; of other images nothing is known."""
+    run(tmp_path / "moco", "--epochs", 1)
+    file = tmp_path / "moco" / "checkpoint_last.pth.tar"
+    before, ptr = checkpoint.load(file)["isl"]["state"]["slots"], int(weights(tmp_path / "moco")["module.queue_ptr"])
+    kept = (torch.arange(128) + ptr + 128) % 256
+    for name, flags in (("same", []), ("other", ["--knn-holdout", 1])):
+        run(tmp_path / name, "--init", file, "--epochs", 1, "--max-steps", 1, *flags)
+        after = checkpoint.load(tmp_path / name / "checkpoint_last.pth.tar")["isl"]["state"]["slots"]
+        wanted = before["owner"][kept] if name == "same" else torch.full((128,), -1)
+        assert torch.equal(after["owner"][kept], wanted) and after["held"] in (None, 256)
+
+
 # ---- real photos, where they are at hand ---------------------------------------------------------------------------
 
 
