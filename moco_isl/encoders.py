@@ -21,6 +21,7 @@ from torch.nn.modules.module import register_module_buffer_registration_hook, re
 
 from moco_isl import dist
 from moco_isl.errors import BadInput, RunFailed
+from moco_isl.loader import check_index
 
 STEMS = ("auto", "imagenet", "cifar")
 AMP_TYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -543,7 +544,8 @@ def extract_features(
 
     loader yields (images [n, 3, S, S], index [n]); each rank brings its share. normalize: unit rows. amp: run the
     encoder under autocast of this type. An encoder that answers with a dict (`Taps`) gives a dict of [M, ...] tensors.
-    Eval mode, and the mode of before restored. Raises RunFailed unless every image comes exactly once.
+    Eval mode, and the mode of before restored. Raises BadInput for an index that cannot be one (its values are looked at where it is on the
+    CPU), and RunFailed unless every image comes exactly once.
     """
     device = torch.device(device)
     autocast = torch.autocast(device.type, dtype=amp) if amp is not None else nullcontext()
@@ -551,6 +553,7 @@ def extract_features(
     bank, parts, indices = {}, {}, [torch.empty(0, dtype=torch.int64, device=device)]
     with evaluating(encoder):
         for images, index in loader:
+            check_index(index, len(images), M, values=getattr(index, "device", device).type == "cpu")
             index = index.to(device)
             indices.append(index)
             with torch.no_grad(), autocast:  # around no more than this: a loader may augment on the device

@@ -11,6 +11,7 @@ Letters: N batch, C feature dimension, K queue length, M images, P positives of 
 """
 
 from collections.abc import Callable
+from numbers import Integral
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +22,15 @@ from moco_isl.bank import FeatureBank, QueueSlots
 from moco_isl.builder import Encode, Instance, MoCo
 from moco_isl.encoders import evaluating
 from moco_isl.errors import BadInput
+from moco_isl.loader import check_index, check_once
 from moco_isl.losses import bank_loss, linear_kl, multi_positive_mean_log, multi_positive_nce, softmax_over
 from moco_isl.mining import fused
 from moco_isl.mining.between import in_between
 from moco_isl.mining.positives import PositiveSets
+from moco_isl.mining.rounds import check_features
 
 FORMS = {"logsum": multi_positive_nce, "meanlog": multi_positive_mean_log}
+CPU = torch.device("cpu")
 
 
 class ISL:
@@ -55,7 +59,13 @@ class ISL:
         bank_dtype: torch.float16 halves the bank's memory and, around an Instance, takes the softmax by half-precision products.
         fast: fused kernels where they work (CUDA; tried out here, and a warning says where they do not), and ranks, which must then have equal batches, exchange features once a step in float16.
         encode: the model's `encode` if it has been wrapped already; None wraps it here where ranks need it.
+        Raises BadInput for what cannot work.
         """
+        require_bare(model)
+        if not isinstance(num_images, Integral) or num_images < 1:
+            raise BadInput(f"num_images is {num_images!r}: expected how many images there are, len(dataset)")
+        if form not in FORMS:
+            raise BadInput(f"form {form!r} is unknown: use {' or '.join(FORMS)}")
         self.model, self.queue_objective = model, isinstance(model, MoCo)
         self.P, self.form, self.hpe, self.mask, self.symmetric, self.active = P, form, hpe, mask, symmetric, active
         self.symmetric_sum = symmetric_sum
@@ -78,18 +88,47 @@ class ISL:
         self.round = 0  # the number of the last round of mining
         self.turn = 0  # which window of a large set is looked at: the epoch
         self.parts: dict[str, torch.Tensor] = {}  # of the last step: loss, isl, hpe, acc1; scalars on the device, detached
+        self.begun = False  # a first step has been taken
 
     def __call__(self, *batch: torch.Tensor) -> torch.Tensor:
         """loss = isl(im_q, im_k, index): the scalar to call backward on; queue, slots and bank take the step's keys up.
         It is a mean over the batch; where `symmetric`, the sum of the means of both directions.
 
-        im_q, im_k: [N, 3, S, S], index: [N] int64, all on the model's device. Around an `Instance` without hard positives, isl(im_q, index)
-        will do.
+        im_q, im_k: [N, 3, S, S] on the model's device, index: [N] int64, there or on the CPU, an image at most once in a step of all ranks and
+        once an epoch. Around an `Instance` without hard positives, isl(im_q, index) will do.
+
+        Raises BadInput for a batch that is none, before anything of it is remembered. An index on the CPU is looked at in every step. One on a
+        GPU is looked at in the first step alone, because reading it waits for the device; a wrong data set shows there.
         """
-        return (self._queue_step if self.queue_objective else self._bank_step)(*batch)
+        batch = self._checked(*batch)
+        loss = (self._queue_step if self.queue_objective else self._bank_step)(*batch)
+        self.begun = True
+        return loss
+
+    def _checked(self, *batch: torch.Tensor) -> list[torch.Tensor]:
+        """The batch with its index on the model's device. Raises BadInput."""
+        *views, index = batch
+        if len(views) != 2 and (self.queue_objective or self.hpe or len(views) != 1):
+            raise BadInput(f"isl(...) was given {len(batch)} arguments: expected isl(im_q, im_k, index){'' if self.queue_objective or self.hpe else ' or isl(im_q, index)'}")
+        N = len(views[0])
+        if len(views[-1]) != N:
+            raise BadInput(f"{N} images and {len(views[-1])} second views of them: expected equally many")
+        looked_at = not self.begun or getattr(index, "device", CPU) == CPU
+        check_index(index, N, self.positives.num_images, values=looked_at)
+        if looked_at:
+            check_once(index)
+        if self.queue_objective:
+            self.model.require_room(N * dist.world_size() * (2 if self.symmetric else 1))
+        return [*views, index.to(self.bank.device, torch.int64, non_blocking=True)]
+
+    def _check_features(self, *features: torch.Tensor) -> None:
+        """Raise BadInput where the very first step has features that are not finite. Later ones are the training's own: its loss says so."""
+        if not self.begun and not all(bool(x.isfinite().all()) for x in features):
+            raise BadInput("the features of the first step hold NaN or infinity: expected finite images, and weights of a training that did not diverge")
 
     def _queue_step(self, im_q: torch.Tensor, im_k: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         q, k = self.encode(im_q, im_k, symmetric=self.symmetric)  # [N, C], or [2N, C] each when symmetric
+        self._check_features(q, k)
         views = 2 if self.symmetric else 1
         loss = self._queue_loss(q, k, index.repeat(views))  # of 2N queries it is the mean over both directions
         if self.symmetric and self.symmetric_sum:
@@ -104,8 +143,12 @@ class ISL:
 
     def _of_all_ranks(self, index: torch.Tensor, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self.fast:
-            return dist.all_gather_features(index, features)
-        return dist.all_gather_rows(index), dist.all_gather_rows(features)
+            everyone, features = dist.all_gather_features(index, features)
+        else:
+            everyone, features = dist.all_gather_rows(index), dist.all_gather_rows(features)
+        if dist.world_size() > 1 and (not self.begun or everyone.device == CPU):
+            check_once(everyone)
+        return everyone, features
 
     def _queue_loss(self, q: torch.Tensor, k: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """Loss of q [N, C] with keys k [N, C] of images index [N]; changes no state but `parts`."""
@@ -184,6 +227,7 @@ class ISL:
         without = (weight == 0).all(dim=1)  # [N]
         count = Coming(without.sum()) if self.hpe and self.positives.num_edges else None
         f = self.encode(im_1)  # [N, C]
+        self._check_features(f)
         hard = None
         if self.hpe:
             other = self._second_views(*second, without, count)
@@ -224,6 +268,7 @@ class ISL:
         has changed. views 2 x [M, C]: unit rows of two random augmentations of every image, for an estimate of what is right
         (`mining.estimate`). number: of this round, from 1 on; None: the one after the last. Returns the miner's report. The first round fills the bank, where it still is random, with the features.
         """
+        check_features(features, self.positives.num_images, views)
         number = self.round + 1 if number is None else number
         rng = rng or torch.Generator().manual_seed(number - 1)
         given = {} if views is None else {"views": views}  # a miner of a user's own need not know of them
@@ -272,6 +317,20 @@ class Coming:
         if self.arrived is not None:
             self.arrived.synchronize()
         return int(self.number)
+
+
+def require_bare(model: torch.nn.Module) -> None:
+    """Raise BadInput unless model is a MoCo or an Instance itself, and say how what is around it is had."""
+    if isinstance(model, (MoCo, Instance)):
+        return
+    inner = model
+    while not isinstance(inner, (MoCo, Instance)) and (below := getattr(inner, "module", getattr(inner, "_orig_mod", None))) is not None:
+        inner = below
+    if inner is model:
+        hint = "moco_isl.builder.MoCo takes the same arguments and state dict" if type(model).__name__ == "MoCo" else "make one around your encoder"
+        raise BadInput(f"ISL was given a {type(model).__module__}.{type(model).__name__}: expected a MoCo or an Instance of moco_isl.builder; {hint}")
+    raise BadInput(f"ISL was given a {type(model).__name__} around a {type(inner).__name__}: expected the bare {type(inner).__name__}. ISL wraps it in "
+                   "DistributedDataParallel itself where there are ranks; to compile, give its encoders to moco_isl.training.fast.compile_encoders")  # fmt: skip
 
 
 def distributed_encode(model: torch.nn.Module) -> Callable:

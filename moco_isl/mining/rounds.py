@@ -75,11 +75,7 @@ class RoundMiner:
         fit, Interrupted on every rank where tick raised it on one.
         """
         started = time.perf_counter()
-        if features.ndim != 2 or len(features) != positives.num_images:
-            raise BadInput(f"features of shape {tuple(features.shape)} do not fit positive sets of {positives.num_images} "
-                           "images: one row an image is expected")
-        if views is not None and any(view.shape != features.shape for view in views):
-            raise BadInput(f"views of shape {' and '.join(str(tuple(view.shape)) for view in views)} do not fit features of shape {tuple(features.shape)}: equal ones are expected")
+        check_features(features, positives.num_images, views)
         seed = dist.broadcast_object(int(torch.randint(2 ** 62, (1,), generator=rng)))
         if features.device.type == "cpu":  # which multiplies half precision slowly
             features, views = features.float(), views and tuple(view.float() for view in views)
@@ -143,6 +139,20 @@ class RoundMiner:
 
     def load_state_dict(self, state: dict) -> None:
         pass
+
+
+def check_features(features: Tensor, M: int, views: Views | None = None) -> None:
+    """Raise BadInput unless features are [M, C], views 2 x [M, C] if there are any, and all finite. Waits for the device."""
+    if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != M or not features.is_floating_point():
+        found = f"shape {tuple(features.shape)}, {features.dtype}," if isinstance(features, Tensor) else f"type {type(features).__name__}"
+        raise BadInput(f"features of {found} do not fit positive sets of {M} images: one row of real numbers an image is expected")
+    if views is not None and any(view.shape != features.shape for view in views):
+        raise BadInput(f"views of shape {' and '.join(str(tuple(view.shape)) for view in views)} do not fit features of shape {tuple(features.shape)}: equal ones are expected")
+    for name, rows in {"features": features, **({} if views is None else {"views": views[0], "second views": views[1]})}.items():
+        bad = torch.cat([~part.isfinite().all(dim=1) for part in rows.split(1 << 16)])  # [M]
+        if bad.any():
+            raise BadInput(f"{name} of {int(bad.sum())} of {M} images hold NaN or infinity, image {int(bad.int().argmax())} for one: expected finite rows; "
+                           "look at these images, and whether the encoder's loss was finite")  # fmt: skip
 
 
 def block_size(M: int) -> int:

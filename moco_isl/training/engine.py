@@ -12,7 +12,7 @@ import torch
 
 from moco_isl import dist
 from moco_isl.encoders import AMP_TYPES
-from moco_isl.errors import Interrupted
+from moco_isl.errors import Interrupted, RunFailed
 from moco_isl.isl import ISL
 from moco_isl.mining.baselines import baselines
 from moco_isl.training.meters import Averages, Clock, Progress, require_finite
@@ -131,12 +131,15 @@ def mine_round(isl: ISL, miner, features: torch.Tensor, labels: torch.Tensor | N
 
     number: of the round, from 1 on; None: the one after the last.
     With labels [M] (on the features' device, -1: none) the report has the precision of the sets beside that of each image's own nearest at equal
-    size and of all pairs ranked at equal total; the labels are looked at after the mining. Raises Interrupted when asked to stop:
-    then nothing has changed.
+    size and of all pairs ranked at equal total; the labels are looked at after the mining. Raises Interrupted when asked to stop,
+    and RunFailed where features are not finite: then nothing has changed.
     """
     start = time.perf_counter()
     number = isl.round + 1 if number is None else number
     rng = torch.Generator().manual_seed((seed * 1_000_003 + number - 1) % 2**63)  # a function of seed and round: a resumed round is the same
+    if not all(bool(rows.isfinite().all()) for rows in (features, *(views or ()))):
+        raise RunFailed(f"the features from which round {number} was to be mined hold NaN or infinity: the encoder has diverged, or the file it started "
+                        "from had; start anew with a lower --lr or without --amp" if dist.is_main() else "")  # fmt: skip
     report = dict(isl.mine(features, miner, rng, stop.tick, views, number))
     report |= {"round": isl.round, "seconds": time.perf_counter() - start, **_memory(features.device)}
     if labels is not None:

@@ -1,0 +1,188 @@
+"""A training loop of a user's own around `ISL`: what it may not hand in is refused in a line."""
+
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from moco_isl import isl as isl_module
+from moco_isl.builder import Instance
+from moco_isl.encoders import extract_features
+from moco_isl.errors import BadInput, RunFailed
+from moco_isl.isl import ISL
+from moco_isl.loader import WithIndex
+from moco_isl.mining.miners import KNNMiner, NoMiner
+from moco_isl.training import engine
+from moco_isl.training.signals import Stop
+from tests.test_builder import C, K, M, images, moco, tiny
+
+
+def around(name, **options):
+    return ISL(moco() if name == "queue" else Instance(tiny, C), M, **options)
+
+
+def memory(isl):
+    """All that a step leaves behind, but the networks."""
+    state = isl.state_dict()
+    tensors = [state["bank"]["rows"], *(state.get("slots") or {}).values()]
+    queue = [isl.model.queue, isl.model.queue_ptr] if isl.queue_objective else []
+    return [x.clone() for x in (*tensors, *queue) if isinstance(x, torch.Tensor)]
+
+
+WRONG = [
+    ("labels", torch.tensor([3, 1, 3, 3]), "image 3 comes 3 times in one step"),
+    ("an image twice", torch.tensor([0, 7, 2, 7]), "image 7 comes 2 times in one step: expected each at most once"),
+    ("-1", torch.tensor([0, -1, 2, 3]), "index -1 is none of 20 images: expected 0 to 19"),
+    ("M", torch.tensor([0, M, 2, 3]), "index 20 is none of 20 images"),
+    ("real numbers", torch.arange(4.0), "index of a batch is of type torch.float32: expected an int64 tensor"),
+    ("a mask", torch.tensor([True, False, True, True]), "is of type torch.bool"),
+    ("a list", [0, 1, 2, 3], "is of type list"),
+    ("a column", torch.arange(4)[:, None], r"index of a batch of 4 images has shape \[4, 1\]: expected \[4\]"),
+    ("too few", torch.arange(3), r"has shape \[3\]: expected \[4\]"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("objective", ["queue", "bank"])
+@pytest.mark.parametrize(("index", "said"), [row[1:] for row in WRONG], ids=[row[0] for row in WRONG])
+def test_a_wrong_index_is_refused_in_any_step_and_nothing_of_it_stays(objective, index, said):
+    isl = around(objective)
+    for _ in range(2):
+        before = memory(isl)
+        with pytest.raises(BadInput, match=said):
+            isl(images(4, 0), images(4, 1), index)
+        assert all(torch.equal(x, y) for x, y in zip(memory(isl), before))
+        isl(images(4, 0), images(4, 1), torch.arange(4))
+
+
+def test_on_a_gpu_values_are_looked_at_in_the_first_step_alone(monkeypatch):
+    """A CPU stands for it here: reading an index back would make the host wait in every step. Types and shapes cost nothing."""
+    monkeypatch.setattr(isl_module, "CPU", torch.device("meta"))
+    isl, twice = around("queue"), torch.tensor([0, 7, 2, 7])
+    with pytest.raises(BadInput, match="image 7 comes 2 times"):
+        isl(images(4, 0), images(4, 1), twice)
+    isl(images(4, 0), images(4, 1), torch.arange(4))
+    isl(images(4, 0), images(4, 1), twice)
+    with pytest.raises(BadInput, match="float32"):
+        isl(images(4, 0), images(4, 1), torch.arange(4.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_other_whole_numbers_are_the_same_index(dtype):
+    losses = []
+    for kind in (dtype, torch.int64):
+        isl = around("queue")
+        for step in range(2):
+            losses.append(isl(images(4, 0), images(4, 1), torch.tensor([5, 1, 0, 9], dtype=kind)).item())
+    assert losses[:2] == losses[2:]
+
+
+class Pictures(Dataset):
+    def __init__(self, views=2):
+        self.views = views
+
+    def __len__(self):
+        return M
+
+    def __getitem__(self, i):
+        views = [images(1, self.views * i + view)[0] for view in range(self.views)]
+        return views if self.views == 2 else views[0], i % 2
+
+
+def test_a_part_of_a_data_set_counts_its_own_images():
+    """WithIndex around the part counts in it; a part of WithIndex counts in the whole, which is refused unless the whole is meant."""
+    part = [3, 19, 8, 12]
+    (im_q, im_k), index = next(iter(DataLoader(Subset(WithIndex(Pictures()), part), batch_size=4)))
+    with pytest.raises(BadInput, match=r"index 19 is none of 4 images.*WithIndex\(Subset"):
+        ISL(moco(), len(part))(im_q, im_k, index)
+    ISL(moco(), M)(im_q, im_k, index)
+    loader = DataLoader(WithIndex(Subset(Pictures(), part)), batch_size=4)
+    (im_q, im_k), index = next(iter(loader))
+    ISL(moco(), len(part))(im_q, im_k, index)
+    assert index.tolist() == [0, 1, 2, 3]
+    ordered = DataLoader(Subset(WithIndex(Pictures(views=1)), part), batch_size=2)
+    with pytest.raises(BadInput, match="index 19 is none of 4 images"):
+        extract_features(tiny(), ordered, len(part), "cpu")
+    with pytest.raises(BadInput, match="is of type torch.float64"):
+        extract_features(tiny(), [(images(2, 0), torch.tensor([0.0, 1.0]).double())], 2, "cpu")
+
+
+@pytest.mark.parametrize(("n", "symmetric"), [(K + 1, False), (K // 2 + 1, True)])
+def test_a_step_that_brings_more_keys_than_the_queue_has_slots_is_refused(n, symmetric):
+    keys = n * (2 if symmetric else 1)
+    isl = ISL(moco(), 100, symmetric=symmetric)
+    with pytest.raises(BadInput, match=f"a step brings {keys} keys, and the queue has K = 24 slots: use a smaller batch"):
+        isl(images(n, 0), images(n, 1), torch.arange(n))
+    if not symmetric:
+        with pytest.raises(BadInput, match=f"a step brings {keys} keys"):
+            moco()(images(n, 0), images(n, 1))
+    isl(images(n - 1, 0), images(n - 1, 1), torch.arange(n - 1))
+
+
+def test_batches_of_another_form_are_refused():
+    with pytest.raises(BadInput, match=r"was given 2 arguments: expected isl\(im_q, im_k, index\)"):
+        around("queue")(images(4, 0), torch.arange(4))
+    with pytest.raises(BadInput, match=r"was given 2 arguments: expected isl\(im_q, im_k, index\)"):
+        around("bank")(images(4, 0), torch.arange(4))
+    assert around("bank", hpe=0)(images(4, 0), torch.arange(4)).isfinite()
+    with pytest.raises(BadInput, match="4 images and 3 second views"):
+        around("queue")(images(4, 0), images(3, 1), torch.arange(4))
+
+
+@pytest.mark.parametrize("objective", ["queue", "bank"])
+def test_a_first_step_of_nan_is_refused_and_later_ones_are_the_trainings(objective):
+    isl, broken = around(objective), images(4, 0)
+    broken[2] = torch.nan
+    before = memory(isl)
+    with pytest.raises(BadInput, match="features of the first step hold NaN or infinity"):
+        isl(broken, images(4, 1), torch.arange(4))
+    assert all(torch.equal(x, y) for x, y in zip(memory(isl), before))
+    isl(images(4, 0), images(4, 1), torch.arange(4))
+    assert isl(broken, images(4, 1), torch.arange(4)).isnan(), "a training that diverges says so by its loss"
+
+
+@pytest.mark.parametrize("miner", [NoMiner, KNNMiner])
+def test_features_that_are_not_finite_are_not_mined(miner):
+    isl, good = ISL(moco(), M), F.normalize(torch.randn(M, C, generator=torch.Generator().manual_seed(0)), dim=1)
+    for value, row in ((torch.nan, 7), (torch.inf, 0)):
+        bad = good.clone()
+        bad[row, 3] = value
+        with pytest.raises(BadInput, match=f"features of 1 of 20 images hold NaN or infinity, image {row} for one"):
+            isl.mine(bad, miner())
+        with pytest.raises(BadInput, match="second views of 1 of 20 images"):
+            isl.mine(good, miner(), views=(good, bad))
+        with pytest.raises(RunFailed, match="features from which round 1 was to be mined hold NaN or infinity"):
+            engine.mine_round(isl, miner(), bad, None, 0, Stop(lambda: False))
+    for shape in ((M - 1, C), (M,)):
+        with pytest.raises(BadInput, match="do not fit positive sets of 20 images"):
+            isl.mine(torch.ones(shape), miner())
+    with pytest.raises(BadInput, match="features of type list"):
+        isl.mine([[1.0]], miner())
+    assert isl.round == 0 and not isl.bank.filled
+
+
+def test_a_wrapped_model_is_refused_with_what_to_do():
+    class Parallel(nn.Module):
+        """As DistributedDataParallel and DataParallel name what they wrap."""
+
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+    for model, name in ((Parallel(moco()), "Parallel"), (torch.compile(moco()), "OptimizedModule"), (torch.compile(Parallel(moco())), "OptimizedModule")):
+        with pytest.raises(BadInput, match=f"ISL was given a {name} around a MoCo: expected the bare MoCo. ISL wraps it in DistributedDataParallel itself"):
+            ISL(model, M)
+    with pytest.raises(BadInput, match="given a torch.nn.modules.linear.Linear: expected a MoCo or an Instance of moco_isl.builder"):
+        ISL(nn.Linear(2, 2), M)
+
+
+@pytest.mark.parametrize("num_images", [0, -1, 2.5, [1, 2], None])
+def test_num_images_is_a_number_of_images(num_images):
+    with pytest.raises(BadInput, match="expected how many images there are, len.dataset."):
+        ISL(moco(), num_images)
+
+
+def test_an_unknown_form_is_refused():
+    with pytest.raises(BadInput, match="form 'sum' is unknown: use logsum or meanlog"):
+        ISL(moco(), M, form="sum")
