@@ -59,7 +59,7 @@ class ISL:
         bank_dtype: torch.float16 halves the bank's memory and, around an Instance, takes the softmax by half-precision products.
         fast: fused kernels where they work (CUDA; tried out here, and a warning says where they do not), and ranks, which must then have equal batches, exchange features once a step in float16.
         encode: the model's `encode` if it has been wrapped already; None wraps it here where ranks need it.
-        Raises BadInput for what cannot work.
+        Raises BadInput for what cannot work. In a process group a MoCo's queue and the bank become those of rank 0.
         """
         require_bare(model)
         if not isinstance(num_images, Integral) or num_images < 1:
@@ -89,6 +89,22 @@ class ISL:
         self.turn = 0  # which window of a large set is looked at: the epoch
         self.parts: dict[str, torch.Tensor] = {}  # of the last step: loss, isl, hpe, acc1; scalars on the device, detached
         self.begun = False  # a first step has been taken
+        self._equal_on_all_ranks()
+
+    @torch.no_grad()
+    def _equal_on_all_ranks(self) -> None:
+        """What begins at random and is never sent again: equal writes keep it equal, whatever seed a rank was given. Raises BadInput."""
+        if dist.world_size() == 1:
+            return
+        counts = dist.gather_objects(self.positives.num_images)
+        if len(set(counts)) > 1:
+            raise BadInput(f"num_images is {', '.join(map(str, counts))} on the ranks: expected the number of all images on each of them")
+        if self.queue_objective:
+            keys = self.model.queue.t().contiguous()  # [K, C]
+            self.model.queue.copy_(dist.broadcast(keys).t())
+            dist.broadcast(self.model.queue_ptr)
+        if self.bank.filled:
+            dist.broadcast(self.bank.rows)
 
     def __call__(self, *batch: torch.Tensor) -> torch.Tensor:
         """loss = isl(im_q, im_k, index): the scalar to call backward on; queue, slots and bank take the step's keys up.

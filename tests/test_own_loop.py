@@ -1,4 +1,4 @@
-"""A training loop of a user's own around `ISL`: what it may not hand in is refused in a line."""
+"""A training loop of a user's own around `ISL`: what it may not hand in is refused in a line, and ranks agree whatever their seeds are."""
 
 
 import pytest
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from moco_isl import isl as isl_module
-from moco_isl.builder import Instance
+from moco_isl.builder import Instance, MoCo
 from moco_isl.encoders import extract_features
 from moco_isl.errors import BadInput, RunFailed
 from moco_isl.isl import ISL
@@ -16,6 +16,7 @@ from moco_isl.loader import WithIndex
 from moco_isl.mining.miners import KNNMiner, NoMiner
 from moco_isl.training import engine
 from moco_isl.training.signals import Stop
+from tests.ranks import run_ranks
 from tests.test_builder import C, K, M, images, moco, tiny
 
 
@@ -186,3 +187,54 @@ def test_num_images_is_a_number_of_images(num_images):
 def test_an_unknown_form_is_refused():
     with pytest.raises(BadInput, match="form 'sum' is unknown: use logsum or meanlog"):
         ISL(moco(), M, form="sum")
+
+
+# ---- ranks -----------------------------------------------------------------------------------------------------------
+
+
+def _seeded_by_rank(rank, world, objective):
+    torch.manual_seed(rank)
+    model = MoCo(tiny, C, 64, m=0.9, T=0.2) if objective == "queue" else Instance(tiny, C, T=0.2)
+    isl = ISL(model, 60, seed=rank)
+    optimizer = torch.optim.SGD(model.encoder_q.parameters(), 0.1)
+    for step in range(3):  # 48 keys of two ranks: 16 slots stay as they began
+        loss = isl(images(8, 10 * step + rank), images(8, 100 + 10 * step + rank), torch.arange(8) + 16 * step + 8 * rank)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.state_dict(), isl.bank.rows, isl.slots and isl.slots.owner
+
+
+@pytest.mark.parametrize("objective", ["queue", "bank"])
+def test_ranks_of_different_seeds_hold_equal_queues_banks_and_weights(objective):
+    (state, *rest), (other, *others) = run_ranks(2, _seeded_by_rank, objective)
+    assert all(torch.equal(value, other[name]) for name, value in state.items())
+    assert all(x is y is None or torch.equal(x, y) for x, y in zip(rest, others))
+    if objective == "queue":
+        torch.manual_seed(0)
+        assert torch.equal(state["queue"][:, 48:], MoCo(tiny, C, 64).queue[:, 48:]), "those of rank 0"
+
+
+def _wrong_together(rank, world):
+    torch.manual_seed(0)
+    found = []
+    isl = ISL(MoCo(tiny, C, K), M)
+    for index in (torch.arange(4), torch.arange(4) + 4 * rank):
+        try:
+            isl(images(4, rank), images(4, 2 + rank), index)
+        except BadInput as error:
+            found.append(str(error))
+    for attempt in (lambda: ISL(MoCo(tiny, C, K), M + rank), lambda: isl(images(13, 0), images(13, 1), torch.arange(13))):
+        try:
+            attempt()
+        except BadInput as error:
+            found.append(str(error))
+    return found, isl.slots.owner
+
+
+def test_what_is_wrong_between_ranks_is_said_on_each():
+    for found, owner in run_ranks(2, _wrong_together):
+        assert len(found) == 3
+        assert found[0].startswith("image 0 comes 2 times in one step") and found[1].startswith("num_images is 20, 21 on the ranks")
+        assert found[2].startswith("a step brings 26 keys, and the queue has K = 24 slots")
+        assert owner[:8].tolist() == list(range(8)) and (owner[8:] == -1).all()
