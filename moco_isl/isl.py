@@ -114,7 +114,7 @@ class ISL:
         once an epoch. Around an `Instance` without hard positives, isl(im_q, index) will do.
 
         Raises BadInput for a batch that is none, before anything of it is remembered. An index on the CPU is looked at in every step. One on a
-        GPU is looked at in the first step alone, because reading it waits for the device; a wrong data set shows there.
+        GPU, and images, are looked at in the first step alone, because that waits for the device; a wrong data set shows there.
         """
         batch = self._checked(*batch)
         loss = (self._queue_step if self.queue_objective else self._bank_step)(*batch)
@@ -133,18 +133,14 @@ class ISL:
         check_index(index, N, self.positives.num_images, values=looked_at)
         if looked_at:
             check_once(index)
+        if not self.begun and not all(bool(view.isfinite().all()) for view in views):
+            raise BadInput("the images of the first step hold NaN or infinity: expected finite numbers; look at how they are read and normalised")
         if self.queue_objective:
             self.model.require_room(N * dist.world_size() * (2 if self.symmetric else 1))
         return [*views, index.to(self.bank.device, torch.int64, non_blocking=True)]
 
-    def _check_features(self, *features: torch.Tensor) -> None:
-        """Raise BadInput where the very first step has features that are not finite. Later ones are the training's own: its loss says so."""
-        if not self.begun and not all(bool(x.isfinite().all()) for x in features):
-            raise BadInput("the features of the first step hold NaN or infinity: expected finite images, and weights of a training that did not diverge")
-
     def _queue_step(self, im_q: torch.Tensor, im_k: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         q, k = self.encode(im_q, im_k, symmetric=self.symmetric)  # [N, C], or [2N, C] each when symmetric
-        self._check_features(q, k)
         views = 2 if self.symmetric else 1
         loss = self._queue_loss(q, k, index.repeat(views))  # of 2N queries it is the mean over both directions
         if self.symmetric and self.symmetric_sum:
@@ -243,7 +239,6 @@ class ISL:
         without = (weight == 0).all(dim=1)  # [N]
         count = Coming(without.sum()) if self.hpe and self.positives.num_edges else None
         f = self.encode(im_1)  # [N, C]
-        self._check_features(f)
         hard = None
         if self.hpe:
             other = self._second_views(*second, without, count)
