@@ -58,7 +58,8 @@ def check_start(args: argparse.Namespace) -> tuple[resume.Start, dict]:
     check_folder(args.out, start.in_place)
     if start.goes_on and "isl" in content:
         ours = content["isl"]
-        resume.check_same(content["args"], vars(args), epochs=ours["epoch"] + bool(ours["step"]), mined=ours["state"].get("round", 0) > 0)
+        begun, mined = ours["epoch"] + bool(ours["step"]), ours["state"].get("round", 0) > 0
+        resume.check_same(content["args"], vars(args), epochs=begun, mined=mined)
     return start, content
 
 
@@ -239,7 +240,7 @@ class Run:
         return content["isl"]["metrics_size"] if self.start.in_place else 0
 
     def _know_queue(self, content: dict) -> None:
-        """What a file of ours says of the keys in its queue: how many there are and, where it is of the same images, whose they are."""
+        """What a file of ours says of its queue's keys: how many there are and, where it is of the same images, whose."""
         ours, flags = content.get("isl", {}), content.get("args", {})
         slots = ours.get("state", {}).get("slots")
         if slots is None:
@@ -331,7 +332,7 @@ class Run:
                 group["lr"] = lr
             self.isl.turn, self.isl.active = epoch, args.miner != "none" and epoch >= args.isl_start
             number = engine.rounds_until(epoch, args.isl_start, args.isl_every) if self.isl.active else 0
-            if position.step == 0 and self.isl.round < number:  # of rounds that a late start has missed, the last one is mined
+            if position.step == 0 and self.isl.round < number:  # of those that a late start has missed, the last one
                 self.mine(epoch, number)
             with fast.numerics(args.fast, self.device):
                 finished = engine.train_one_epoch(
@@ -353,7 +354,8 @@ class Run:
         try:
             encoder = self.model.encoder_k if self.isl.queue_objective else self.model.encoder_q
             features, views = self.features(encoder), self.views(encoder, epoch) if self.args.isl_views else None
-            report = engine.mine_round(self.isl, self.miner, features, self.labels, self.args.seed, self.stop, views, number=number)
+            report = engine.mine_round(self.isl, self.miner, features, self.labels, self.args.seed, self.stop, views,
+                                       number=number)  # fmt: skip
         except Interrupted:  # as if this round had not begun
             self.miner.load_state_dict(miner)
             resume.restore_rng(generators, self.device)

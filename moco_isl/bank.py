@@ -56,7 +56,8 @@ class QueueSlots:
     An image is remembered in its S latest slots; S is chosen such that none is forgotten while the epochs visit every image once:
     within K consecutive keys an image then comes at most ceil(K / M) + 1 times a view.
 
-    held: how many slots, from the first on, hold keys and not the random rows that a new queue begins with; None: nobody has counted yet.
+    held: how many slots, from the first on, hold keys and not the random rows that a new queue begins with;
+    None: nobody has counted yet.
     """
 
     def __init__(self, num_images: int, K: int, views: int = 1, device: torch.device | str = "cpu"):
@@ -75,12 +76,16 @@ class QueueSlots:
             self.held = min(self.held + len(slots), len(self.owner))
 
     def take_over(self, owner: torch.Tensor, oldest: int) -> None:
-        """Of a queue that was written elsewhere: whose key each slot holds, owner [K] (-1: unknown). The next key goes into slot `oldest`."""
+        """Of a queue that was written elsewhere: whose key each slot holds, owner [K] (-1: unknown).
+
+        The next key goes into slot `oldest`.
+        """
         owner = owner.to(self.owner.device)
         slots = (torch.arange(len(owner), device=owner.device) + oldest) % len(owner)  # [K], the oldest first
         slots = slots[owner[slots] >= 0]  # [n]
         images, order = owner[slots].sort(stable=True)  # [n] each
-        turn = torch.arange(len(images), device=owner.device) - torch.searchsorted(images, images)  # [n], 0: an image's oldest key
+        first = torch.searchsorted(images, images)  # [n], where an image's keys begin
+        turn = torch.arange(len(images), device=owner.device) - first  # [n], 0: an image's oldest key
         most = int(turn.max()) + 1 if len(turn) else 0
         if most > self.slots.shape[1]:  # of a run with two keys a visit
             self.slots = self.slots.new_zeros(len(self.slots), most)

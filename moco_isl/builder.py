@@ -86,7 +86,10 @@ class MoCo(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, keys: torch.Tensor) -> torch.Tensor:
-        """Write keys [n, C] (those of all ranks) over the oldest slots; returns the slots [n]. Raises BadInput where n > K."""
+        """Write keys [n, C] (those of all ranks) over the oldest slots; returns the slots [n].
+
+        Raises BadInput where n > K.
+        """
         self.require_room(len(keys))
         slots = (self.queue_ptr + torch.arange(len(keys), device=keys.device)) % self.K
         self.queue.index_copy_(1, slots, keys.t().to(self.queue.dtype))
@@ -96,7 +99,8 @@ class MoCo(nn.Module):
     def require_room(self, keys: int) -> None:
         """Raise BadInput where so many keys of one step do not fit into the queue."""
         if keys > self.K:
-            raise BadInput(f"a step brings {keys} keys, and the queue has K = {self.K} slots: use a smaller batch (of all ranks), or a larger K")
+            raise BadInput(f"a step brings {keys} keys, and the queue has K = {self.K} slots: use a smaller batch (of all "
+                           "ranks), or a larger K")  # fmt: skip
 
     @torch.no_grad()
     def _encode_keys(self, im_k: torch.Tensor) -> torch.Tensor:

@@ -544,8 +544,8 @@ def extract_features(
 
     loader yields (images [n, 3, S, S], index [n]); each rank brings its share. normalize: unit rows. amp: run the
     encoder under autocast of this type. An encoder that answers with a dict (`Taps`) gives a dict of [M, ...] tensors.
-    Eval mode, and the mode of before restored. Raises BadInput for an index that cannot be one (its values are looked at where it is on the
-    CPU), and RunFailed unless every image comes exactly once.
+    Eval mode, and the mode of before restored. Raises BadInput for an index that cannot be one (its values are looked
+    at where it is on the CPU), and RunFailed unless every image comes exactly once.
     """
     device = torch.device(device)
     autocast = torch.autocast(device.type, dtype=amp) if amp is not None else nullcontext()

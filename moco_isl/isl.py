@@ -93,12 +93,16 @@ class ISL:
 
     @torch.no_grad()
     def _equal_on_all_ranks(self) -> None:
-        """What begins at random and is never sent again: equal writes keep it equal, whatever seed a rank was given. Raises BadInput."""
+        """What begins at random and is never sent again: equal writes keep it equal, whatever seed a rank was given.
+
+        Raises BadInput where ranks count different images.
+        """
         if dist.world_size() == 1:
             return
         counts = dist.gather_objects(self.positives.num_images)
         if len(set(counts)) > 1:
-            raise BadInput(f"num_images is {', '.join(map(str, counts))} on the ranks: expected the number of all images on each of them")
+            different = ", ".join(map(str, counts))
+            raise BadInput(f"num_images is {different} on the ranks: expected the number of all images on each of them")
         if self.queue_objective:
             keys = self.model.queue.t().contiguous()  # [K, C]
             self.model.queue.copy_(dist.broadcast(keys).t())
@@ -110,11 +114,13 @@ class ISL:
         """loss = isl(im_q, im_k, index): the scalar to call backward on; queue, slots and bank take the step's keys up.
         It is a mean over the batch; where `symmetric`, the sum of the means of both directions.
 
-        im_q, im_k: [N, 3, S, S] on the model's device, index: [N] int64, there or on the CPU, an image at most once in a step of all ranks and
-        once an epoch. Around an `Instance` without hard positives, isl(im_q, index) will do.
+        im_q, im_k: [N, 3, S, S] on the model's device, index: [N] int64, there or on the CPU. An image comes at most
+        once in a step of all ranks, and once an epoch. Around an `Instance` without hard positives, isl(im_q, index)
+        will do.
 
-        Raises BadInput for a batch that is none, before anything of it is remembered. An index on the CPU is looked at in every step. One on a
-        GPU, and images, are looked at in the first step alone, because that waits for the device; a wrong data set shows there.
+        Raises BadInput for a batch that is none, before anything of it is remembered. An index on the CPU is looked at
+        in every step. One on a GPU, and images, are looked at in the first step alone, because that waits for the
+        device; a wrong data set shows there.
         """
         batch = self._checked(*batch)
         loss = (self._queue_step if self.queue_objective else self._bank_step)(*batch)
@@ -124,8 +130,10 @@ class ISL:
     def _checked(self, *batch: torch.Tensor) -> list[torch.Tensor]:
         """The batch with its index on the model's device. Raises BadInput."""
         *views, index = batch
-        if len(views) != 2 and (self.queue_objective or self.hpe or len(views) != 1):
-            raise BadInput(f"isl(...) was given {len(batch)} arguments: expected isl(im_q, im_k, index){'' if self.queue_objective or self.hpe else ' or isl(im_q, index)'}")
+        one_will_do = not self.queue_objective and not self.hpe
+        if len(views) != 2 and not (one_will_do and len(views) == 1):
+            alternative = " or isl(im_q, index)" if one_will_do else ""
+            raise BadInput(f"isl(...) was given {len(batch)} arguments: expected isl(im_q, im_k, index){alternative}")
         N = len(views[0])
         if len(views[-1]) != N:
             raise BadInput(f"{N} images and {len(views[-1])} second views of them: expected equally many")
@@ -134,7 +142,8 @@ class ISL:
         if looked_at:
             check_once(index)
         if not self.begun and not all(bool(view.isfinite().all()) for view in views):
-            raise BadInput("the images of the first step hold NaN or infinity: expected finite numbers; look at how they are read and normalised")
+            raise BadInput("the images of the first step hold NaN or infinity: expected finite numbers; look at how they "
+                           "are read and normalised")  # fmt: skip
         if self.queue_objective:
             self.model.require_room(N * dist.world_size() * (2 if self.symmetric else 1))
         return [*views, index.to(self.bank.device, torch.int64, non_blocking=True)]
@@ -197,8 +206,8 @@ class ISL:
         """[N, P, C]: rows of the bank with the queue's mean instead of the bank's, unit again.
 
         Rows are up to an epoch older than the keys of the queue. What all images have moved by since tells every positive from every
-        negative: a query then follows the old mean instead of its positives, and the keys follow it. Before the queue holds keys they
-        stay as they are.
+        negative: a query then follows the old mean instead of its positives, and the keys follow it.
+        Before the queue holds any keys they stay as they are.
         """
         held = self._keys_held() if self.recenter else 0
         if not held:
@@ -208,11 +217,13 @@ class ISL:
 
     @torch.no_grad()
     def _keys_held(self) -> int:
-        """How many slots of the queue, from the first on, hold keys: all, or those before its pointer, where the others are as random as they began.
+        """How many slots of the queue, from the first on, hold keys.
 
-        Waits for the device when asked for the first time; from then on the slots count what is written. The mean of n random unit rows has a
-        squared length of 1 / n or so, and of keys, which have a direction in common, a longer one. (Of a few rows that is not sure: they
-        may be left out though they hold keys, which changes a mean over all others little.)
+        All do, or, where the slots from the pointer on are as random as they began, those before it. The mean of n
+        random unit rows has a squared length of 1 / n or so, and that of keys, which have a direction in common, a
+        larger one. (Of a few rows that is not sure: they may be left out though they hold keys, which changes a mean
+        over all others little.) Waits for the device when asked for the first time; from then on the slots count what
+        is written.
         """
         if self.slots.held is None:
             start = int(self.model.queue_ptr)
@@ -277,7 +288,8 @@ class ISL:
 
         rng: the round's draws; None: seeded by the number of the round. tick: called often, may raise to abandon the round; then nothing
         has changed. views 2 x [M, C]: unit rows of two random augmentations of every image, for an estimate of what is right
-        (`mining.estimate`). number: of this round, from 1 on; None: the one after the last. Returns the miner's report. The first round fills the bank, where it still is random, with the features.
+        (`mining.estimate`). number: of this round, from 1 on; None: the one after the last.
+        Returns the miner's report. The first round fills the bank, where it still is random, with the features.
         """
         check_features(features, self.positives.num_images, views)
         number = self.round + 1 if number is None else number
@@ -334,14 +346,18 @@ def require_bare(model: torch.nn.Module) -> None:
     """Raise BadInput unless model is a MoCo or an Instance itself, and say how what is around it is had."""
     if isinstance(model, (MoCo, Instance)):
         return
-    inner = model
-    while not isinstance(inner, (MoCo, Instance)) and (below := getattr(inner, "module", getattr(inner, "_orig_mod", None))) is not None:
-        inner = below
-    if inner is model:
-        hint = "moco_isl.builder.MoCo takes the same arguments and state dict" if type(model).__name__ == "MoCo" else "make one around your encoder"
-        raise BadInput(f"ISL was given a {type(model).__module__}.{type(model).__name__}: expected a MoCo or an Instance of moco_isl.builder; {hint}")
-    raise BadInput(f"ISL was given a {type(model).__name__} around a {type(inner).__name__}: expected the bare {type(inner).__name__}. ISL wraps it in "
-                   "DistributedDataParallel itself where there are ranks; to compile, give its encoders to moco_isl.training.fast.compile_encoders")  # fmt: skip
+    name, inner = type(model).__name__, model
+    while hasattr(inner, "module") or hasattr(inner, "_orig_mod"):  # of DistributedDataParallel, of torch.compile
+        inner = inner.module if hasattr(inner, "module") else inner._orig_mod
+    if isinstance(inner, (MoCo, Instance)):
+        bare = type(inner).__name__
+        raise BadInput(f"ISL was given a {name} around a {bare}: expected the bare {bare}. ISL wraps it in "
+                       "DistributedDataParallel itself where there are ranks; to compile, give the bare model to "
+                       "moco_isl.training.fast.compile_encoders")  # fmt: skip
+    same = "moco_isl.builder.MoCo takes the same arguments and state dict"
+    hint = same if type(inner).__name__ == "MoCo" else "make one around your encoder"
+    raise BadInput(f"ISL was given a {type(model).__module__}.{name}: expected a MoCo or an Instance of "
+                   f"moco_isl.builder; {hint}")  # fmt: skip
 
 
 def distributed_encode(model: torch.nn.Module) -> Callable:

@@ -11,6 +11,8 @@ from torch.utils.data import Dataset
 
 from moco_isl.errors import BadInput
 
+WHOLE_NUMBERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
 
 class TwoCropsTransform:
     """Take two random crops of one image as the query and key."""
@@ -57,20 +59,23 @@ class WithIndex(Dataset):
 def check_index(index: torch.Tensor, n: int, M: int, values: bool = True) -> None:
     """Raise BadInput unless index says of n images which of M each of them is.
 
-    It has to be a tensor of whole numbers of shape [n], and with `values` each of them lies in 0 .. M - 1. Reading the values of a tensor
-    that is not on the CPU waits for its device.
+    It has to be a tensor of whole numbers of shape [n], and with `values` each of them lies in 0 .. M - 1. Reading the
+    values of a tensor that is not on the CPU waits for its device.
     """
-    if not isinstance(index, torch.Tensor) or index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
-        kind = index.dtype if isinstance(index, torch.Tensor) else type(index).__name__
-        raise BadInput(f"the index of a batch is of type {kind}: expected an int64 tensor, each image's place in the data set; WithIndex gives it")
+    place = "each image's place in the data set"
+    kind = index.dtype if isinstance(index, torch.Tensor) else type(index).__name__
+    if kind not in WHOLE_NUMBERS:
+        raise BadInput(f"the index of a batch is of type {kind}: expected an int64 tensor, {place}; WithIndex gives it")
     if index.shape != (n,):
-        raise BadInput(f"the index of a batch of {n} images has shape {list(index.shape)}: expected [{n}], each image's place in the data set")
+        raise BadInput(f"the index of {n} images has shape {list(index.shape)}: expected [{n}], {place}")
     if not values or not n:
         return
     places = index.cpu().numpy()
-    if places.min() < 0 or places.max() >= M:
-        raise BadInput(f"index {min(places.min(), 0) or places.max()} is none of {M} images: expected 0 to {M - 1}, places in the data set that "
-                       "num_images counts; of a part of one they are those in the part, WithIndex(Subset(...)) and not Subset(WithIndex(...))")  # fmt: skip
+    low, high = places.min(), places.max()
+    if low < 0 or high >= M:
+        raise BadInput(f"index {low if low < 0 else high} is none of {M} images: expected 0 to {M - 1}, places in the data "
+                       "set that num_images counts; of a part of one they are those in the part, "
+                       "WithIndex(Subset(...)) and not Subset(WithIndex(...))")  # fmt: skip
 
 
 def check_once(index: torch.Tensor) -> None:
@@ -78,6 +83,6 @@ def check_once(index: torch.Tensor) -> None:
     images, counts = np.unique(index.cpu().numpy(), return_counts=True)
     if len(images) < len(index):
         worst = counts.argmax()
-        raise BadInput(f"image {images[worst]} comes {counts[worst]} times in one step: expected each at most once, and once an epoch, so that none "
-                       "of its keys is among its negatives; give its place in the data set as index, not its label, and draw images without "
-                       "replacement")  # fmt: skip
+        raise BadInput(f"image {images[worst]} comes {counts[worst]} times in one step: expected each at most once, and "
+                       "once an epoch, so that none of its keys is among its negatives; give its place in the data set "
+                       "as index, not its label, and draw images without replacement")  # fmt: skip

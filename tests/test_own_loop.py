@@ -1,6 +1,5 @@
 """A training loop of a user's own around `ISL`: what it may not hand in is refused in a line, and ranks agree whatever their seeds are."""
 
-
 import pytest
 import torch
 import torch.nn as nn
@@ -40,7 +39,7 @@ WRONG = [
     ("real numbers", torch.arange(4.0), "index of a batch is of type torch.float32: expected an int64 tensor"),
     ("a mask", torch.tensor([True, False, True, True]), "is of type torch.bool"),
     ("a list", [0, 1, 2, 3], "is of type list"),
-    ("a column", torch.arange(4)[:, None], r"index of a batch of 4 images has shape \[4, 1\]: expected \[4\]"),
+    ("a column", torch.arange(4)[:, None], r"index of 4 images has shape \[4, 1\]: expected \[4\]"),
     ("too few", torch.arange(3), r"has shape \[3\]: expected \[4\]"),
 ]  # fmt: skip
 
@@ -113,7 +112,9 @@ def test_a_part_of_a_data_set_counts_its_own_images():
 def test_a_step_that_brings_more_keys_than_the_queue_has_slots_is_refused(n, symmetric):
     keys = n * (2 if symmetric else 1)
     isl = ISL(moco(), 100, symmetric=symmetric)
-    with pytest.raises(BadInput, match=f"a step brings {keys} keys, and the queue has K = 24 slots: use a smaller batch"):
+    with pytest.raises(
+        BadInput, match=f"a step brings {keys} keys, and the queue has K = 24 slots: use a smaller batch"
+    ):
         isl(images(n, 0), images(n, 1), torch.arange(n))
     if not symmetric:
         with pytest.raises(BadInput, match=f"a step brings {keys} keys"):
@@ -172,10 +173,19 @@ def test_a_wrapped_model_is_refused_with_what_to_do():
             super().__init__()
             self.module = module
 
-    for model, name in ((Parallel(moco()), "Parallel"), (torch.compile(moco()), "OptimizedModule"), (torch.compile(Parallel(moco())), "OptimizedModule")):
-        with pytest.raises(BadInput, match=f"ISL was given a {name} around a MoCo: expected the bare MoCo. ISL wraps it in DistributedDataParallel itself"):
+    for model, name in (
+        (Parallel(moco()), "Parallel"),
+        (torch.compile(moco()), "OptimizedModule"),
+        (torch.compile(Parallel(moco())), "OptimizedModule"),
+    ):
+        with pytest.raises(
+            BadInput,
+            match=f"ISL was given a {name} around a MoCo: expected the bare MoCo. ISL wraps it in DistributedDataParallel itself",
+        ):
             ISL(model, M)
-    with pytest.raises(BadInput, match="given a torch.nn.modules.linear.Linear: expected a MoCo or an Instance of moco_isl.builder"):
+    with pytest.raises(
+        BadInput, match="given a torch.nn.modules.linear.Linear: expected a MoCo or an Instance of moco_isl.builder"
+    ):
         ISL(nn.Linear(2, 2), M)
 
 
@@ -199,7 +209,9 @@ def _seeded_by_rank(rank, world, objective):
     isl = ISL(model, 60, seed=rank)
     optimizer = torch.optim.SGD(model.encoder_q.parameters(), 0.1)
     for step in range(3):  # 48 keys of two ranks: 16 slots stay as they began
-        loss = isl(images(8, 10 * step + rank), images(8, 100 + 10 * step + rank), torch.arange(8) + 16 * step + 8 * rank)
+        loss = isl(
+            images(8, 10 * step + rank), images(8, 100 + 10 * step + rank), torch.arange(8) + 16 * step + 8 * rank
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -225,7 +237,10 @@ def _wrong_together(rank, world):
             isl(images(4, rank), images(4, 2 + rank), index)
         except BadInput as error:
             found.append(str(error))
-    for attempt in (lambda: ISL(MoCo(tiny, C, K), M + rank), lambda: isl(images(13, 0), images(13, 1), torch.arange(13))):
+    for attempt in (
+        lambda: ISL(MoCo(tiny, C, K), M + rank),
+        lambda: isl(images(13, 0), images(13, 1), torch.arange(13)),
+    ):
         try:
             attempt()
         except BadInput as error:
@@ -236,6 +251,8 @@ def _wrong_together(rank, world):
 def test_what_is_wrong_between_ranks_is_said_on_each():
     for found, owner in run_ranks(2, _wrong_together):
         assert len(found) == 3
-        assert found[0].startswith("image 0 comes 2 times in one step") and found[1].startswith("num_images is 20, 21 on the ranks")
+        assert found[0].startswith("image 0 comes 2 times in one step") and found[1].startswith(
+            "num_images is 20, 21 on the ranks"
+        )
         assert found[2].startswith("a step brings 26 keys, and the queue has K = 24 slots")
         assert owner[:8].tolist() == list(range(8)) and (owner[8:] == -1).all()

@@ -71,4 +71,18 @@ def test_a_run_of_two_rounds_takes_more_epochs_until_they_would_change_its_past(
         assert found[0] == code
     assert "--epochs was 8 and is now 16 (epoch 4 would have been trained at 0.1 times its learning rate)" in found[2]
     shutil.copy(tmp_path / "out" / "checkpoint_0003.pth.tar", tmp_path / "early.pth.tar")
-    assert ask([*flags[:-1], str(tmp_path / "other"), "--epochs", "16", "--max-steps", "9", "--resume", str(tmp_path / "early.pth.tar")])[0] == 0
+    assert (
+        ask(
+            [
+                *flags[:-1],
+                str(tmp_path / "other"),
+                "--epochs",
+                "16",
+                "--max-steps",
+                "9",
+                "--resume",
+                str(tmp_path / "early.pth.tar"),
+            ]
+        )[0]
+        == 0
+    )

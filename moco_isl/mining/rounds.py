@@ -142,17 +142,28 @@ class RoundMiner:
 
 
 def check_features(features: Tensor, M: int, views: Views | None = None) -> None:
-    """Raise BadInput unless features are [M, C], views 2 x [M, C] if there are any, and all finite. Waits for the device."""
-    if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != M or not features.is_floating_point():
-        found = f"shape {tuple(features.shape)}, {features.dtype}," if isinstance(features, Tensor) else f"type {type(features).__name__}"
-        raise BadInput(f"features of {found} do not fit positive sets of {M} images: one row of real numbers an image is expected")
-    if views is not None and any(view.shape != features.shape for view in views):
-        raise BadInput(f"views of shape {' and '.join(str(tuple(view.shape)) for view in views)} do not fit features of shape {tuple(features.shape)}: equal ones are expected")
-    for name, rows in {"features": features, **({} if views is None else {"views": views[0], "second views": views[1]})}.items():
+    """Raise BadInput unless features are [M, C], views 2 x [M, C] if there are any, and all finite.
+
+    Waits for the device.
+    """
+    real = isinstance(features, Tensor) and features.is_floating_point()
+    if not real or features.ndim != 2 or len(features) != M:
+        found = f"shape {tuple(features.shape)}" if real else f"type {getattr(features, 'dtype', type(features).__name__)}"
+        raise BadInput(f"features of {found} do not fit positive sets of {M} images: one row of real numbers an image is "
+                       "expected")  # fmt: skip
+    given = {"features": features}
+    if views is not None:
+        given |= {"views": views[0], "second views": views[1]}
+    if any(rows.shape != features.shape for rows in given.values()):
+        shapes = " and ".join(str(tuple(view.shape)) for view in views)
+        raise BadInput(f"views of shape {shapes} do not fit features of shape {tuple(features.shape)}: equal ones are "
+                       "expected")  # fmt: skip
+    for name, rows in given.items():
         bad = torch.cat([~part.isfinite().all(dim=1) for part in rows.split(1 << 16)])  # [M]
         if bad.any():
-            raise BadInput(f"{name} of {int(bad.sum())} of {M} images hold NaN or infinity, image {int(bad.int().argmax())} for one: expected finite rows; "
-                           "look at these images, and whether the encoder's loss was finite")  # fmt: skip
+            raise BadInput(f"{name} of {int(bad.sum())} of {M} images hold NaN or infinity, image {int(bad.int().argmax())} "
+                           "for one: expected finite rows; look at these images, and whether the encoder's loss was "
+                           "finite")  # fmt: skip
 
 
 def block_size(M: int) -> int:

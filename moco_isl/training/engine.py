@@ -43,7 +43,10 @@ def learning_rate(epoch: int, *, lr: float, epochs: int, cos: bool, schedule: li
 
 
 def rounds_until(epoch: int, start: int, every: int) -> int:
-    """How many rounds of mining the schedule has up to the beginning of an epoch: one before epoch `start`, then one every `every` epochs."""
+    """How many rounds of mining the schedule has up to the beginning of an epoch.
+
+    One is before epoch `start`, and then one every `every` epochs.
+    """
     return max(0, 1 + (epoch - start) // every)
 
 
@@ -126,7 +129,8 @@ def train_one_epoch(
 
 
 def mine_round(isl: ISL, miner, features: torch.Tensor, labels: torch.Tensor | None, seed: int, stop: Stop,
-               views: tuple[torch.Tensor, torch.Tensor] | None = None, sizes: tuple[int, ...] = (5, 50), number: int | None = None) -> dict:
+               views: tuple[torch.Tensor, torch.Tensor] | None = None, sizes: tuple[int, ...] = (5, 50),
+               number: int | None = None) -> dict:
     """One round of mining on features [M, C] (unit rows, equal on all ranks), and maybe on two views 2 x [M, C] of them; returns its report.
 
     number: of the round, from 1 on; None: the one after the last.
@@ -136,10 +140,12 @@ def mine_round(isl: ISL, miner, features: torch.Tensor, labels: torch.Tensor | N
     """
     start = time.perf_counter()
     number = isl.round + 1 if number is None else number
-    rng = torch.Generator().manual_seed((seed * 1_000_003 + number - 1) % 2**63)  # a function of seed and round: a resumed round is the same
+    # a function of seed and round: a resumed round is the same
+    rng = torch.Generator().manual_seed((seed * 1_000_003 + number - 1) % 2**63)
     if not all(bool(rows.isfinite().all()) for rows in (features, *(views or ()))):
-        raise RunFailed(f"the features from which round {number} was to be mined hold NaN or infinity: the encoder has diverged, or the file it started "
-                        "from had; start anew with a lower --lr or without --amp" if dist.is_main() else "")  # fmt: skip
+        raise RunFailed(f"the features from which round {number} was to be mined hold NaN or infinity: the encoder has "
+                        "diverged, or the file it started from had; start anew with a lower --lr or without --amp"
+                        if dist.is_main() else "")  # fmt: skip
     report = dict(isl.mine(features, miner, rng, stop.tick, views, number))
     report |= {"round": isl.round, "seconds": time.perf_counter() - start, **_memory(features.device)}
     if labels is not None:

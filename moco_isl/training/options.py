@@ -99,8 +99,8 @@ def get_parser(description: str) -> cli.Parser:
                        "between them, as the paper (it has 4)")
     group.add_argument("--isl-start", type=int, metavar="e", help="first mining before this epoch (default: 0 with --init, else half of the epochs, or the "
                        "second of the --isl-rounds); a young encoder mines mistakes")
-    group.add_argument("--isl-every", type=int, metavar="n", help="epochs from mining to mining (20, or one of the --isl-rounds). A run that starts late "
-                       "mines once where it starts, as the last round that it missed")
+    group.add_argument("--isl-every", type=int, metavar="n", help="epochs from mining to mining (20, or one of the "
+                       "--isl-rounds). A run that starts late mines once where it starts, as the last round that it missed")
     group.add_argument("--isl-budget", type=float, default=5.0, metavar="x", help="mean positives of an image after a round, the surest first (5); raise it while the "
                        "printed precision stays above 0.9")
     cli.add_switch(group, "--isl-grow", help="the budget counts for a round: x in the first, 2x in the second, and so on, as the published code (with 0.5)")

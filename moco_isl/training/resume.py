@@ -26,16 +26,18 @@ MAY_CHANGE = {
 
 # what came later, as runs without it did
 BEFORE = {
-    "isl_recenter": False, "isl_views": False, "isl_between": 0, "isl_index": "exact", "isl_trust": "off", "isl_rounds": 1, "isl_grow": False,
-    "isl_half_bank": False, "fast": False, "on_device": False, "bn_shuffle": False, "symmetric_sum": False,
+    "isl_recenter": False, "isl_views": False, "isl_between": 0, "isl_index": "exact", "isl_trust": "off", "isl_rounds": 1,
+    "isl_grow": False, "isl_half_bank": False, "fast": False, "on_device": False, "bn_shuffle": False,
+    "symmetric_sum": False,
 }  # fmt: skip
 
 
-def check_same(saved: dict, now: dict, otherwise: str = "start a new run with --init and another --out", *, epochs: int | None = None,
-               mined: bool = True) -> None:
-    """Raise BadInput that names both values of each flag that differs between the saved run and this one, and may not, and what to do `otherwise`.
+def check_same(saved: dict, now: dict, otherwise: str = "start a new run with --init and another --out", *,
+               epochs: int | None = None, mined: bool = True) -> None:
+    """Raise BadInput where flags of the saved run and of this one differ and may not.
 
-    --epochs may grow where what the saved run has done stays as it was. epochs: how many it has begun (None: all); mined: it has had a round of mining.
+    It names both values of each, and what to do `otherwise`. --epochs may grow where what the saved run has done stays
+    as it was. epochs: how many it has begun (None: all); mined: it has had a round of mining.
     """
     saved = {**BEFORE, **saved}
     changed = [name for name in saved if name not in MAY_CHANGE and name in now and saved[name] != now[name]]
@@ -46,11 +48,12 @@ def check_same(saved: dict, now: dict, otherwise: str = "start a new run with --
             changed.remove("epochs")
     if changed:
         pairs = ", ".join(f"--{name.replace('_', '-')} was {saved[name]!r} and is now {now[name]!r}" for name in changed)
-        raise BadInput(f"cannot resume with other settings: {pairs}{why and f' ({why})'}. Give the same flags, or {otherwise}")
+        pairs += f" ({why})" if why else ""
+        raise BadInput(f"cannot resume with other settings: {pairs}. Give the same flags, or {otherwise}")
 
 
 def _what_more_epochs_change(saved: dict, now: dict, epochs: int, mined: bool) -> str:
-    """What of the first `epochs` epochs and of the rounds mined would have been otherwise with the --epochs of now; '' where nothing."""
+    """What of the first `epochs` epochs and of the rounds mined the --epochs of now would have changed; '' for nothing."""
     for epoch in range(epochs):
         before, after = (_relative_rate(epoch, flags) for flags in (saved, now))
         if before != after:
@@ -62,8 +65,8 @@ def _what_more_epochs_change(saved: dict, now: dict, epochs: int, mined: bool) -
 
 def _relative_rate(epoch: int, flags: dict) -> float:
     """The learning rate of an epoch as a share of --lr."""
-    return learning_rate(epoch, lr=1.0, epochs=flags["epochs"], cos=flags.get("cos", False), schedule=flags.get("schedule", []),
-                         rounds=flags.get("isl_rounds", 1))  # fmt: skip
+    return learning_rate(epoch, lr=1.0, epochs=flags["epochs"], cos=flags.get("cos", False),
+                         schedule=flags.get("schedule", []), rounds=flags.get("isl_rounds", 1))  # fmt: skip
 
 
 def _looked_at(flags: dict) -> int:
