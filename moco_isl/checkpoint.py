@@ -5,6 +5,7 @@ them `args` (plain values) and `isl` (what an exact resume needs). Tensors and p
 """
 
 import contextlib
+import errno
 import os
 import re
 import shutil
@@ -19,10 +20,11 @@ import torch.nn as nn
 
 from moco_isl import files, plain
 from moco_isl.errors import BadInput, RunFailed
-from moco_isl.files import TEMPORARY
+from moco_isl.files import TEMPORARY, shown
 
 PREFIX = "module."
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # names that DDP, torch.compile, FSDP and checkpointing put in
+FOLDER = 0x10  # the bit of a zip entry's attributes that says so
 
 
 def save(state: dict, path: str | Path) -> None:
@@ -101,7 +103,10 @@ def remove_stale(folder: Path) -> None:
 def load(path: str | Path, map_location: torch.device | str = "cpu", mmap: bool = False) -> dict:
     """The dict in a checkpoint file. Never executes a pickle; of plain data see `plain`. Raises BadInput with what is wrong with the file.
 
-    mmap: tensors are read from the file when they are looked at; for a look at names, shapes and plain values.
+    The check sums that torch.save has written are compared, so that no damaged value is taken. Files of torch before
+    1.6, and those written with torch.serialization.set_crc32_options(False), have none: damage to them may not be seen.
+    mmap: tensors are read from the file when they are looked at, and not checked; for a look at names, shapes and plain
+    values, which are.
     """
     path = Path(path)
     if not path.exists():
@@ -110,6 +115,9 @@ def load(path: str | Path, map_location: torch.device | str = "cpu", mmap: bool 
         inside = sorted(p.name for p in path.glob("*.pth*"))
         hint = f"; it holds {', '.join(inside[-3:])}: name one of them" if inside else ""
         raise BadInput(f"'{path}' is a folder: expected a checkpoint file{hint}")
+    if damage := _damage(path, whole=not mmap):
+        raise BadInput(f"cannot read '{path}': it is damaged ({damage}); expected a file as torch.save wrote it; "
+                       "copy it anew, or use an older one")
     try:
         with warnings.catch_warnings(), plain.allowed(), files.utf8_name(path) as name:
             warnings.simplefilter("ignore")  # about pickles of unusual protocols: what is wrong is said below, in a line
@@ -197,13 +205,42 @@ def some(names) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
+def _damage(path: Path, whole: bool) -> str:
+    """What contradicts the check sums in a zip file of torch.save; '' for nothing, and for a file that has none.
+
+    whole: read the tensors too, not only what is beside them.
+    """
+    try:
+        if not zipfile.is_zipfile(path):
+            return ""
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            if not any(entry.CRC for entry in entries):
+                return ""
+            for entry in entries:
+                name = shown(entry.filename)
+                if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
+                    return f"{name} is compressed, which torch.save does not do"
+                if entry.external_attr & FOLDER:  # torch would leave the memory of its tensor as it is
+                    return f"{name} is called a folder"
+                if whole or "/data/" not in entry.filename:
+                    with archive.open(entry) as file:  # reading to the end compares the check sum
+                        while file.read(1 << 20):
+                            pass
+    except Exception as error:  # a damaged archive may raise anything here
+        return shown(str(error) or type(error).__name__)
+    return ""
+
+
 def _what_is_wrong(path: Path, error: Exception) -> str:
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and error.errno != errno.EINVAL:
         return error.strerror or str(error)
     with open(path, "rb") as file:
         start = file.read(8)
     if not start:
         return "it is empty"
+    if "reading zip archive" in str(error) or isinstance(error, OSError):  # places in the file that are not there
+        return "it is cut off or damaged"
     if is_safetensors(path):
         return "it is a safetensors file, which holds weights alone"
     if start.startswith(b"PK\x03\x04") and not zipfile.is_zipfile(path):

@@ -134,7 +134,7 @@ def write(content: dict, path: Path, temporary: Path) -> None:
     import torch  # here: the launcher's commands need the rest of this file, and not the seconds that this takes
 
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "wb") as file, _check_sums():
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
@@ -147,6 +147,21 @@ def write(content: dict, path: Path, temporary: Path) -> None:
         if not isinstance(error, OSError) and isinstance(error.__context__, OSError):
             raise error.__context__ from error
         raise
+
+
+@contextlib.contextmanager
+def _check_sums() -> Iterator[None]:
+    """torch.save writes the check sum of every part, as it does by default, even where this process has set that off."""
+    import torch
+
+    before = getattr(torch.serialization, "get_crc32_options", lambda: True)()  # older torch always writes them
+    if not before:
+        torch.serialization.set_crc32_options(True)
+    try:
+        yield
+    finally:
+        if not before:
+            torch.serialization.set_crc32_options(False)
 
 
 def sync_folder(folder: Path) -> None:

@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import random
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from moco_isl import builder, checkpoint
 from moco_isl.encoders import build_encoder
 from moco_isl.errors import BadInput, RunFailed
-from tests.runs import DIGITS
+from tests.runs import DIGITS, _same
 from tests.test_bad_input import Evil, ask
 
 
@@ -98,6 +100,66 @@ def test_no_pickle_is_executed(tmp_path, monkeypatch, how):
     with open("x", "rb") as file:
         pickle.load(file) if how == "pickle" else torch.load(file, weights_only=False)
     assert Path("executed").exists()  # the trap was armed
+
+
+def damages(whole: bytes):
+    """The file with a bit flipped, or a page of zeros: drawn at random, and each bit of the directory that calls an entry a folder."""
+    draw = random.Random(0)
+    for _ in range(60):
+        place = draw.randrange(len(whole))
+        yield whole[:place] + bytes([whole[place] ^ 1 << draw.randrange(8)]) + whole[place + 1 :]
+    for _ in range(20):
+        place = draw.randrange(0, len(whole), 512)
+        yield whole[:place] + bytes(len(whole[place : place + 512])) + whole[place + 512 :]
+    start = 0
+    while (start := whole.find(b"PK\x01\x02", start + 1)) > 0:  # a line of the directory; the attributes are its bytes 38 to 41
+        yield whole[: start + 38] + b"\x10" + whole[start + 39 :]
+
+
+@pytest.mark.parametrize("sums", [True, False])
+def test_a_damaged_file_is_refused_or_what_it_was(tmp_path, sums):
+    """Whatever a process has set: a checkpoint of ours has its check sums."""
+    content = {"epoch": 3, "state_dict": {f"layer{i}": torch.randn(40, 40) for i in range(3)}, "args": {"lr": 0.1}}
+    before = getattr(torch.serialization, "get_crc32_options", lambda: True)()
+    set_sums = getattr(torch.serialization, "set_crc32_options", lambda _: None)
+    set_sums(sums)
+    try:
+        checkpoint.save(content, tmp_path / "whole")
+    finally:
+        set_sums(before)
+    assert all(entry.CRC for entry in zipfile.ZipFile(tmp_path / "whole").infolist())
+    refused = 0
+    for harmed in damages((tmp_path / "whole").read_bytes()):
+        (tmp_path / "x").write_bytes(harmed)
+        try:
+            assert _same(checkpoint.load(tmp_path / "x"), content, "") == []
+        except BadInput as error:
+            refused += 1
+            assert "damaged" in str(error) and "\n" not in str(error)
+    assert refused > 70
+
+
+def test_files_without_check_sums_are_read(tmp_path):
+    if not hasattr(torch.serialization, "set_crc32_options"):
+        pytest.skip("this torch always writes them")
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"a": torch.arange(3.0)}, tmp_path / "x")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert torch.equal(checkpoint.load(tmp_path / "x")["a"], torch.arange(3.0))
+
+
+def test_a_look_at_a_file_checks_all_but_the_tensors(tmp_path):
+    checkpoint.save({"epoch": 3, "a": torch.full((100,), 7.0)}, tmp_path / "x")
+    whole = (tmp_path / "x").read_bytes()
+    (tmp_path / "x").write_bytes(whole.replace(torch.full((1,), 7.0).numpy().tobytes(), b"abcd", 1))
+    assert checkpoint.load(tmp_path / "x", mmap=True)["epoch"] == 3
+    with pytest.raises(BadInput, match="it is damaged .Bad CRC-32 for file 'x/data/0'|it is damaged .Bad CRC-32"):
+        checkpoint.load(tmp_path / "x")
+    (tmp_path / "x").write_bytes(whole.replace(b"epoch", b"eqoch"))
+    with pytest.raises(BadInput, match="it is damaged"):
+        checkpoint.load(tmp_path / "x", mmap=True)
 
 
 def test_files_of_old_torch_are_read(tmp_path):
