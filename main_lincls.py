@@ -237,6 +237,7 @@ class Run:
         ranks, position = resume.rng_of_ranks(self.device, self.position.averages), self.position
 
         def write() -> None:
+            self.folder.require_sound(self.probe.exploded(), position.epoch, position.step)
             ours = {"model": self.probe.model.state_dict(), "best": self.best, "rng": ranks, "epoch": position.epoch, "step": position.step,
                     "total": position.total, "sha256": self.sha, "classes": self.class_names, "data_sha256": self.data_sha,
                     "metrics_size": self.folder.metrics_size()}

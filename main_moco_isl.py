@@ -279,6 +279,7 @@ class Run:
 
         def write() -> None:
             state = self.parts.state(self.position, vars(self.args), ranks, self.folder.metrics_size())
+            self.folder.require_sound(checkpoint.exploded(state), self.position.epoch, self.position.step)
             self.folder.save({**state, "image_size": self.size}, number)
 
         cli.on_main(write)

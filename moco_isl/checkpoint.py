@@ -6,13 +6,14 @@ them `args` (plain values) and `isl` (what an exact resume needs). Tensors and p
 
 import contextlib
 import errno
+import math
 import os
 import re
 import shutil
 import struct
 import warnings
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -37,6 +38,34 @@ def save(state: dict, path: str | Path) -> None:
         files.write(state, path, path.with_name(path.name + TEMPORARY))
     except OSError as error:
         raise RunFailed(f"cannot write {path}: {error.strerror or error}") from error
+
+
+@torch.no_grad()
+def exploded(state) -> list[str]:
+    """The names of the tensors in a state (dicts and lists of tensors and plain values) that no training can go on from.
+
+    Those with a value that is not finite, or (not in half precision) so large that the sum of their squares is not.
+    One reduction over all tensors of a device and type, and one wait for each.
+    """
+    groups: dict[tuple, dict[str, torch.Tensor]] = {}
+    for name, tensor in _floats(state, ""):
+        groups.setdefault((tensor.device, tensor.dtype), {})[name] = tensor
+    found = []
+    for (_, dtype), tensors in groups.items():
+        order = math.inf if dtype.itemsize < 4 else 2  # of finite halves the norm may be none
+        norms = torch.stack(torch._foreach_norm(list(tensors.values()), order))  # [tensors]
+        if not norms.sum().isfinite():
+            found += [name for name, norm in zip(tensors, norms.tolist()) if not math.isfinite(norm)]
+    return found
+
+
+def _floats(value, name: str) -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(value, torch.Tensor):
+        if value.is_floating_point() and value.numel():
+            yield name, value
+    elif isinstance(value, (dict, list, tuple)):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _floats(inner, f"{name}.{key}" if name else str(key))
 
 
 def copy(source: Path, target: Path) -> None:

@@ -216,7 +216,32 @@ def test_what_does_not_fit_is_named_and_not_loaded(other, words):
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
 
 
+# ---- what is called good ---------------------------------------------------------------------------------------------
+
+
+def test_what_has_exploded_is_named():
+    nan, inf = float("nan"), float("inf")
+    state = {
+        "sound": torch.full((4,), 1e18), "none": torch.zeros(0), "int": torch.tensor([2**62]), "half": torch.full((9,), 6e4).half(), "plain": inf,
+        "nan": torch.tensor([[1.0, nan]]), "nested": [{"inf": torch.tensor(-inf)}, {"large": torch.full((2,), 1e20)}],
+    }  # fmt: skip
+    assert checkpoint.exploded(state) == ["nan", "nested.0.inf", "nested.1.large"]
+    assert checkpoint.exploded({name: state[name] for name in ("sound", "none", "int", "half", "plain")}) == []
+
+
 # ---- through the main script -----------------------------------------------------------------------------------------
+
+
+def test_an_exploded_state_is_not_written_over_the_last_good_file(tmp_path):
+    """At this rate the first step is large and sound, the second too large for any network."""
+    argv = [*DIGITS, "--epochs", "2", "--save-every", "1", "--lr", "1e10", "--out", str(tmp_path)]
+    code, _, err = ask(argv)
+    last = tmp_path / "checkpoint_last.pth.tar"
+    assert code == 3 and err.count("\n") == 1 and f"exploded at epoch 0, step 2 (state_dict.module.encoder_q.conv1.1.running_var" in err
+    assert f"the last good file is {last}" in err
+    content = checkpoint.load(last)
+    assert content["isl"]["step"] == 1 and checkpoint.exploded(content) == []
+
 
 
 def mocos_file(path):

@@ -160,6 +160,20 @@ def test_a_loss_that_is_nowhere_finite_ends_the_run():
         train_heads(linear.Heads({"backbone": 4}, [1e38], 2), split, 5, 5, seed=0)
 
 
+def test_a_classifier_that_has_exploded_is_saved_beside_a_sound_one():
+    encoder = build_encoder("digits", 4)
+    options = {"classes": 3, "size": 16, "device": torch.device("cpu"), "amp": None, "momentum": 0.9, "weight_decay": 0.0, "reading": {}}
+    several = probe.Probe(encoder, ["backbone"], lrs=[1.0, 3.0], **options)
+    several.model.linear[1].weight.data.fill_(float("nan"))
+    assert several.exploded() == []
+    several.optimizer.state[several.model.linear[0].bias]["momentum_buffer"] = torch.full((3,), torch.inf)
+    assert several.exploded() == ["backbone@1.1.momentum_buffer", "backbone@3.0.weight"]
+    whole = probe.Probe(encoder, None, lrs=[1.0], **options)
+    assert whole.exploded() == []
+    encoder.conv2[1].running_var.fill_(float("nan"))
+    assert whole.exploded() == ["buffers.encoder.conv2.1.running_var"]
+
+
 def test_judging_is_counting():
     torch.manual_seed(0)
     split = Split({"backbone": torch.randn(101, 7)}, torch.randint(0, 12, (101,)))

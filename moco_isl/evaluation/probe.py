@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from moco_isl import dist
+from moco_isl import checkpoint, dist
 from moco_isl.checkpoint import PREFIX
 from moco_isl.encoders import BACKBONE, evaluating, get_head, head_name, stage_names
 from moco_isl.errors import BadInput
@@ -130,6 +130,19 @@ class Probe:
         if self.layers is not None and [layer for layer, _ in self.model.keys] == [BACKBONE]:
             state |= {place + n: t for n, t in self.model.linear[0].state_dict().items()}
         return {PREFIX + n: t for n, t in state.items()}
+
+    def exploded(self) -> list[str]:
+        """The names of what no training can go on from (see `checkpoint.exploded`); none while any classifier is sound,
+        for a classifier that fails harms no other."""
+        moved = self.optimizer.state
+        found = []
+        for name, group in zip(self.model.names, self.optimizer.param_groups):
+            params = {str(i): {"weight": p.detach(), **moved.get(p, {})} for i, p in enumerate(group["params"])}
+            broken = checkpoint.exploded({name: params, "buffers": dict(self.model.named_buffers())})
+            if not broken:
+                return []
+            found += broken
+        return found
 
     def take_over_head(self, head: nn.Linear | None, path: str) -> None:
         """Use the classifier of a file that MoCo's own probe (or a supervised training) wrote. Raises BadInput."""

@@ -117,6 +117,13 @@ class RunFolder:
             os.fsync(self._metrics.fileno())
             return os.fstat(self._metrics.fileno()).st_size
 
+    def require_sound(self, broken: list[str], epoch: int, step: int) -> None:
+        """Raise RunFailed where some of what is to be saved has exploded (`checkpoint.exploded`), so that the last good file stays."""
+        if broken:
+            good = f"the last good file is {self.last}: start anew from it with --init, a lower --lr" if self.last.exists() else "nothing had been saved yet: start anew with a lower --lr"
+            raise RunFailed(f"the weights have exploded at epoch {epoch}, step {step} ({checkpoint.some(broken)} not finite, or too large to be "
+                            f"squared), and are not saved; {good} or without --amp")
+
     def save(self, state: dict, number: int | None) -> None:
         """Write the last checkpoint; with a number (an epoch's end) under MoCo's name for that epoch as well."""
         with self._writing():
