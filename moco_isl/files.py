@@ -6,7 +6,7 @@ import os
 import stat
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -110,6 +110,26 @@ def write_text(text: str, path: str | os.PathLike) -> None:
         raise
 
 
+def require_ours(path: str | os.PathLike, is_ours: Callable[[Path], bool], flag: str = "") -> None:
+    """Raise BadInput unless there is nothing at `path`, or a regular file that `is_ours` knows as one of ours, to be written over.
+
+    Whoever writes a file asks this before the work, and again when it is about to write.
+    """
+    found = kind(path, flag)
+    if found == "folder":
+        raise BadInput(f"{named(flag, path)} is a folder: expected the name of a file to write")
+    if found == "other":
+        raise BadInput(f"{named(flag, path)} is a pipe or a device, which is not written over: name a file")
+    try:
+        ours = not found or is_ours(Path(path))
+    except OSError as error:
+        raise BadInput(f"{named(flag, path)} is there already and cannot be read ({error.strerror}), so it is not written over: "
+                       "choose another name") from error
+    if not ours:
+        raise BadInput(f"{named(flag, path)} is there already and is none of this command's files, so it is not written over: "
+                       "choose another name, or remove it first")
+
+
 def named(flag: str, path: str | os.PathLike) -> str:
     """A path in a message, with the flag that gave it, if any."""
     return f"{flag} '{shown(path)}'".strip()
@@ -162,6 +182,17 @@ def _check_sums() -> Iterator[None]:
     finally:
         if not before:
             torch.serialization.set_crc32_options(False)
+
+
+def put_in_place(temporary: Path, path: Path) -> None:
+    """Give a file that is written the name `path`, when it is on the disk and not before. Raises OSError."""
+    descriptor = os.open(temporary, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    os.replace(temporary, path)
+    sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:

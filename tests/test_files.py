@@ -81,6 +81,23 @@ def test_text_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert path.read_text() == "b\\udcff\n.txt" and len(os.listdir(tmp_path)) == 1
 
 
+def test_only_a_file_of_ours_is_written_over(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "file").write_text("ours")
+
+    def begins(path):
+        return path.read_text().startswith("our")
+
+    for path in (tmp_path / "file", tmp_path / "none", tmp_path / "none" / "below"):
+        files.require_ours(path, begins)
+    (tmp_path / "file").write_text("theirs")
+    assert "--out" in line(files.require_ours, tmp_path / "file", begins, "--out")
+    assert "none of this command's files, so it is not written over: choose" in line(files.require_ours, tmp_path / "file", begins)
+    for name, said in ((".", "is a folder"), ("pipe", "is a pipe or a device"), ("/dev/null", "is a pipe or a device")):
+        assert said in line(files.require_ours, tmp_path / name, begins)
+    assert "cannot be read (Permission denied)" in line(files.require_ours, tmp_path / "file", refuse)
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
