@@ -19,7 +19,6 @@ from moco_isl.evaluation import features, probe
 from moco_isl.evaluation.backbone import describe, load_backbone
 from moco_isl.evaluation.knn import knn_grid
 from moco_isl.training import cli
-from moco_isl.training.run_folder import check_folder
 from moco_isl.training.signals import Stop
 
 
@@ -81,7 +80,7 @@ def check_args(args) -> None:
         f"--features '{args.features}' is a folder: expected a file name",
     )
     if args.out:
-        check_folder(args.out, resume=True)  # nothing of a run that may be in it is touched
+        files.require_folder(args.out, "--out")  # nothing of a run that may be in it is touched
         features.require_own(args.out, "results")
     if args.data is not None or args.dataset != "folder" or not kept:
         cli.check_data_options(args)

@@ -23,7 +23,7 @@ from moco_isl.evaluation import features, linear, probe
 from moco_isl.evaluation.backbone import describe, load_backbone
 from moco_isl.evaluation.knn import require_shots
 from moco_isl.training import cli, engine, resume
-from moco_isl.training.run_folder import RunFolder, check_folder, held
+from moco_isl.training.run_folder import RunFolder, check_folder, flags_of_unsaved, held
 from moco_isl.training.signals import Stop
 
 MOCO_LR, FINETUNE_LR = 30.0, 0.01
@@ -83,9 +83,9 @@ def _shots(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"'{cli.short(text)}' is no list of whole numbers: expected such as 1,5,10") from None
 
 
-def file_to_resume(args) -> str:
-    """Raises BadInput where it cannot be read, and where going on from it would overwrite what came after it."""
-    return args.resume if args.evaluate else resume.find_start(args.resume, None, args.out)[0].path or ""
+def find_start(args) -> resume.Start:
+    """Raises BadInput where the file to resume cannot be read, and where going on from it would overwrite what came after it."""
+    return resume.Start(args.resume) if args.evaluate else resume.find_start(args.resume, None, args.out)[0]
 
 
 def check_args(args) -> None:
@@ -94,11 +94,14 @@ def check_args(args) -> None:
     cli.check(args.resume != "auto" or (args.out and args.pretrained), "--resume auto needs --out, where to go on, and --pretrained")
     cli.check(not args.evaluate or args.resume not in ("", "auto"), "-e evaluates trained classifiers: name their file with --resume FILE")
     if args.evaluate and args.out:
-        check_folder(args.out, resume=True)
+        files.require_folder(args.out, "--out")
         cli.check(not held(Path(args.out)), f"-e writes over no run's results, and --out '{args.out}' holds a run: choose another --out")
     args.out = args.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-lincls"
-    path = file_to_resume(args)
-    resumed = checkpoint.load(path) if path else {}
+    start = find_start(args)
+    resumed = checkpoint.load(start.path) if start.path else {}
+    cli.check("isl" not in resumed, f"'{start.path}' is a pretraining file of main_moco_isl.py: judge it with --pretrained, and another --out")
+    if args.seed is None and not args.evaluate and start.in_place:
+        args.seed = flags_of_unsaved(args.out).get("seed")
     if "probe" in resumed:
         for name in OF_THE_RUN if args.evaluate else ("seed",) if args.seed is None else ():
             setattr(args, name, resumed["args"][name])
@@ -107,6 +110,9 @@ def check_args(args) -> None:
     if "all" in args.layers:
         args.layers = ["all"]
     args.lr = sorted(set(args.lr or [FINETUNE_LR if args.finetune else MOCO_LR]))
+    if not args.evaluate:
+        check_folder(args.out, start.in_place)
+        resume.check_unsaved(start, args.out, vars(args), FREE)
     for name in ("epochs", "batch_size", "print_freq", "draws", "shots"):
         cli.check_range(args, name, 1)
     for name in ("workers", "start_epoch", "schedule", "lr", "weight_decay", "holdout"):
@@ -150,7 +156,8 @@ def worker(args, stop) -> None:
     cli.warn_of_slow_amp(args.amp, device, trains=args.finetune)
     args.seed, args.out = dist.broadcast_object((args.seed, args.out))
     torch.manual_seed(args.seed)
-    folder = None if args.evaluate else cli.on_main(lambda: RunFolder(args.out, bool(args.resume)))
+    # looked for again in Run: what is there then stays, for the folder is held
+    folder = None if args.evaluate else cli.on_main(lambda: RunFolder(args.out, find_start(args).in_place))
     try:
         with Stop(stop) as stop:
             run = cli.together(lambda: Run(args, device, folder, stop))
@@ -165,7 +172,8 @@ class Run:
 
     def __init__(self, args, device: torch.device, folder: RunFolder | None, stop: Stop):
         self.args, self.device, self.folder, self.stop = args, device, folder, stop
-        path = file_to_resume(args)
+        start = find_start(args)
+        path = start.path
         content = checkpoint.load(path) if path else {}
         self.source = path if path and "probe" not in content else args.pretrained or path  # MoCo's own hold all in one
         encoder, self.info = load_backbone(self.source, args.arch, args.stem, args.key and self.source != path, args.image_size or None)
@@ -196,6 +204,7 @@ class Run:
         self.position, self.best, metrics_size = engine.Position(epoch=args.start_epoch), {}, 0
         if path:
             metrics_size = self.resume(content, path, head)
+        resume.check_unsaved(start, args.out, vars(args), FREE)
         if folder is not None:
             folder.write_args(vars(args))
             folder.open_metrics(metrics_size)
@@ -208,8 +217,8 @@ class Run:
         if self.folder is not None:
             self.folder.log(**values)
 
-    def resume(self, content: dict, path: str, head) -> int:
-        """Go on from a file of this script, or of MoCo's; returns how much of metrics.jsonl is to be kept."""
+    def resume(self, content: dict, path: str, head) -> int | None:
+        """Go on from a file of this script, or of MoCo's; returns how much of metrics.jsonl is to be kept (None: all)."""
         args, ours = self.args, content.get("probe")
         if ours is None:
             self.probe.take_over_head(head, path)
@@ -229,8 +238,11 @@ class Run:
             resume.restore_rng(ours["rng"], self.device, self.position.averages)
         if "optimizer" in content and not args.evaluate:
             self.probe.optimizer.load_state_dict(content["optimizer"])
+        cli.check(not self.probe.exploded(), f"'{files.shown(path)}' holds classifiers that are not finite: give an older file, or start anew with a lower --lr")
         self.say(f"=> loaded '{files.shown(path)}' (epoch {self.position.epoch}, step {self.position.step})")
-        return ours["metrics_size"] if ours and Path(path).parent.resolve() == Path(args.out).resolve() else 0
+        if ours is None:
+            return None
+        return ours["metrics_size"] if Path(path).parent.resolve() == Path(args.out).resolve() else 0
 
     def save(self) -> None:
         """checkpoint_last: MoCo's keys, and what an exact resume needs. Every rank has to call it."""
@@ -303,6 +315,8 @@ class Run:
                  "batch_size": self.trained["batch_size"], "seed": args.seed, "train_images": len(self.rest), "held_out": len(self.held or ()),
                  "val_images": len(self.val), "seconds": seconds, "backbone_unchanged": bool(self.probe.frozen),
                  "classifiers": rows, "few_labels": few}
+        if self.folder is not None:
+            self.folder.require_held()
         if dist.is_main():
             print(f"=> written to {files.shown(features.write_json(Path(args.out) / 'results.json', facts))}")
 

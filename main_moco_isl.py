@@ -35,7 +35,7 @@ from moco_isl.training import cli, engine, fast, options, resume
 from moco_isl.training.meters import Progress
 from moco_isl.training.options import check_args
 from moco_isl.training.round_record import precision_of_ranking, round_record
-from moco_isl.training.run_folder import RunFolder, check_folder
+from moco_isl.training.run_folder import RunFolder, check_folder, flags_of_unsaved
 from moco_isl.training.signals import Stop
 
 ALIKE = 0.99  # mean cosine from which features have collapsed
@@ -54,8 +54,11 @@ def check_start(args: argparse.Namespace) -> tuple[resume.Start, dict]:
     cli.check("probe" not in content, f"'{start.path}' is a linear probe of main_lincls.py: expected a pretraining file, such as the one it was trained on")
     if start.goes_on and "isl" in content:
         resume.take_over(args, content["args"])
+    elif start.in_place and (unsaved := flags_of_unsaved(args.out)):
+        resume.take_over(args, unsaved)
     check_args(args)
     check_folder(args.out, start.in_place)
+    resume.check_unsaved(start, args.out, vars(args))
     if start.goes_on and "isl" in content:
         ours = content["isl"]
         begun, mined = ours["epoch"] + bool(ours["step"]), ours["state"].get("round", 0) > 0
@@ -160,6 +163,7 @@ class Run:
         """Take the folder, load what the run starts from, open the files. The ranks do this side by side."""
         args = self.args
         self.folder = cli.on_main(lambda: RunFolder(args.out, self.start.in_place, args.keep))
+        cli.on_main(self.look_again)
         self.fused = args.fast and self.device.type == "cuda"
         self.optimizer = fast.sgd(self.model.parameters(), args.lr, args.momentum, args.weight_decay, self.fused)  # all parameters, as MoCo's file has it
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.amp == "fp16")
@@ -183,6 +187,11 @@ class Run:
         if self.folder is not None and args.tensorboard:
             self.writer = tensorboard_writer()(args.out, purge_step=self.position.total)
         self._warn()
+
+    def look_again(self) -> None:
+        """Raise BadInput where another run was in the folder between the first look and the lock."""
+        resume.require_unchanged(self.start, self.args.out)
+        resume.check_unsaved(self.start, self.args.out, vars(self.args))
 
     def close(self) -> None:
         self.loader.close()
@@ -213,9 +222,12 @@ class Run:
         finally:
             loader.close()
 
-    def _load(self) -> int:
-        """Resume or initialise; returns how much of metrics.jsonl is to be kept."""
+    def _load(self) -> int | None:
+        """Resume or initialise; returns how much of metrics.jsonl is to be kept (None: all)."""
         args, path, content = self.args, self.start.path, checkpoint.load(self.start.path)
+        if broken := checkpoint.exploded(content):
+            raise BadInput(f"'{path}' holds values that are not finite, or too large to be squared ({checkpoint.some(broken)}): "
+                           "give an older file, or start anew with a lower --lr")
         filled = checkpoint.load_model(self.model, content, path)
         fills = {"encoder_k": "copied from encoder_q", "queue": "filled anew by one feature pass"}
         self.say(f"=> loaded '{files.shown(path)}' (epoch {content.get('epoch', 'unknown')})" + "".join(f"; it has no {part}, which is {fills[part]}" for part in filled))
@@ -231,7 +243,7 @@ class Run:
             return 0
         if "isl" not in content:
             self._go_on_from_moco(content)
-            return 0
+            return None
         self.position, same = self.parts.restore(content, self.device)
         if len(set(dist.gather_objects((self.position.epoch, self.position.step)))) > 1:
             raise RunFailed(f"the ranks read different states out of '{path}': a shared file system that lags behind? Start again")

@@ -5,6 +5,7 @@
 
 import contextlib
 import io
+import itertools
 import os
 import pickle
 import re
@@ -21,6 +22,7 @@ from PIL import Image
 import main_moco_isl
 from moco_isl import builder, checkpoint
 from moco_isl.encoders import build_encoder
+from moco_isl.training import engine
 from moco_isl.training.run_folder import RunFolder
 from tests.runs import DIGITS, SERVER, Running, photos
 
@@ -55,6 +57,12 @@ def make_place() -> None:
     torch.save({"state_dict": Evil()}, "code.pth")
     whole = Path("run/checkpoint_last.pth.tar").read_bytes()
     Path("cut.pth").write_bytes(whole[: len(whole) // 2])
+    Path("damaged.pth").write_bytes(whole[:9999] + bytes([whole[9999] ^ 1]) + whole[10_000:])
+    for folder in ("gone", "begun", "theirs"):
+        shutil.copytree("run", folder, ignore=shutil.ignore_patterns("checkpoint_*"))
+    Path("begun/.lock").write_text("")  # as if nothing had been saved yet
+    Path("theirs/metrics.jsonl").unlink()
+    Path("theirs/args.json").write_text("{}")
     torch.save(torch.zeros(3), "tensor.pth")
     checkpoint.save({"epoch": 1, "arch": "digits", "state_dict": {}, "probe": {"total": 3}}, "probe.pth")
     torch.save({"state_dict": torch.nn.Conv2d(3, 4, 3).state_dict()}, "bare.pth")
@@ -145,7 +153,7 @@ FILES = [
         ("to nothing", "nowhere.pth"), ("to a folder", "run"), ("to an empty folder", "empty"), ("to text", "text.txt"), ("to a pickle", "pickle.pth"),
         ("to a file with code in it", "code.pth"), ("to an empty file", "nothing.pth"), ("to half a file", "cut.pth"), ("to a tensor", "tensor.pth"),
         ("to bare encoder weights", "bare.pth"), ("to another architecture", "resnet.pth"),
-        ("to a linear probe", "probe.pth"),
+        ("to a linear probe", "probe.pth"), ("to a file with a bit flipped", "damaged.pth"),
     ]
 ] + [
     ("another architecture than the file's", [*RUN, *OUT, "--init", "run/checkpoint_last.pth.tar", "-a", "resnet18w16"]),
@@ -166,16 +174,19 @@ FOLDERS = [
     ("the file is older than its run", [*RUN, "--out", "run", "--resume", "run/checkpoint_0000.pth.tar"]),
     ("--out is a file", [*RUN, "--out", "text.txt"]),
     ("--out is in a file", [*RUN, "--out", "text.txt/new"]),
+    ("--out holds a run whose checkpoints are gone", [*RUN, "--out", "gone", "--resume", "auto"]),
+    ("--out holds another run, of which nothing was saved yet", [*RUN, "--out", "begun", "--resume", "auto", "--seed", "5"]),
+    ("--out holds an args.json of somebody else", [*RUN, "--out", "theirs"]),
     ("--out is in use", [*RUN, "--out", "busy", "--resume", "auto"]),
 ]
 CASES = {"Data": DATA, "Numbers": NUMBERS, "Numbers that do not go together": TOGETHER, "Flags": FLAGS, "Files to start from": FILES, "The run's folder": FOLDERS}
 CPU_ONLY = ("a GPU that is not there", [*RUN, *OUT, "--device", "cuda"])  # in no list: elsewhere it is there
 
 
-def ask(argv: list[str]) -> tuple[int, str, str]:
+def ask(argv: list[str], stop=None) -> tuple[int, str, str]:
     """(exit code, stdout, stderr) of the main script in this process."""
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
-        code = main_moco_isl.main(argv)
+        code = main_moco_isl.main(argv, stop)
     return code, out.getvalue(), err.getvalue()
 
 
@@ -377,18 +388,23 @@ def test_what_ends_a_run_from_outside(place, what, argv):
     hold_to_list(what, argv, code, err)
 
 
-def test_the_last_good_file_is_named_and_stays(place, tmp_path):
+def test_the_last_good_file_is_named_and_stays(place, tmp_path, monkeypatch):
     """A loss that turns bad in a run that has saved: the file named is the one to go on from."""
-    argv = [*RUN, "--out", str(tmp_path)]
+    argv, last = [*RUN, "--out", str(tmp_path)], tmp_path / "checkpoint_last.pth.tar"
     ask([*argv, "--max-steps", "5"])
-    good = (tmp_path / "checkpoint_last.pth.tar").read_bytes()
-    content = checkpoint.load(tmp_path / "checkpoint_last.pth.tar")
+    good = last.read_bytes()
+    views = itertools.count()  # two a step; those of the first are looked at
+    with monkeypatch.context() as patched:
+        patched.setattr(engine, "to_network", lambda image, *_: image * torch.nan if next(views) > 1 else image)
+        code, _, err = ask([*argv, "--resume", "auto"])
+    assert code == 3 and "not finite at epoch 0, step 6" in err and f"the last good file is {last}" in err
+    assert last.read_bytes() == good
+    content = checkpoint.load(last)
     content["state_dict"]["module.encoder_q.fc.0.weight"].fill_(torch.nan)
-    checkpoint.save(content, tmp_path / "checkpoint_last.pth.tar")
-    bad = (tmp_path / "checkpoint_last.pth.tar").read_bytes()
+    checkpoint.save(content, last)  # as files were saved before that was looked at
+    bad = last.read_bytes()
     code, _, err = ask([*argv, "--resume", "auto"])
-    assert code == 3 and "not finite at epoch 0, step 5" in err and f"the last good file is {tmp_path}/checkpoint_last.pth.tar" in err
-    assert (tmp_path / "checkpoint_last.pth.tar").read_bytes() == bad != good
+    assert code == 2 and f"'{last}' holds values that are not finite" in err and "encoder_q.fc.0.weight" in err and last.read_bytes() == bad
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])

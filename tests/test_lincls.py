@@ -596,6 +596,45 @@ def test_other_images_and_other_classes_are_refused(moco_file, tmp_path, capsys)
     assert "--batch-size was 256 and is now 8" in said and "--init" not in said  # which this script has not
 
 
+def test_a_run_in_the_folder_is_not_overwritten_by_another(moco_file, cached_run, tmp_path, capsys, monkeypatch):
+    """By one that goes on from a file elsewhere, that finds no checkpoint any more, or that has lost its folder."""
+    same = "--cache-features --lr 0.3 30 --epochs 6 --schedule 4 5 --layers all".split()
+    out = tmp_path / "out"
+    shutil.copytree(cached_run, out)
+    before = contents(out)
+    assert run(moco_file, out, *same, "--resume", cached_run / "checkpoint_last.pth.tar") == 2
+    assert "holds a run already" in capsys.readouterr().err and contents(out) == before
+
+    def moved(*_):
+        out.rename(tmp_path / "moved")
+        shutil.copytree(cached_run, out)
+        return "the table"
+
+    with monkeypatch.context() as patched:
+        patched.setattr(probe, "table", moved)
+        assert run(moco_file, out, *same, "--resume", "auto") == 3
+    assert "is no longer the folder of this run" in capsys.readouterr().err and contents(out) == before
+    (out / "checkpoint_last.pth.tar").unlink()
+    before = contents(out)
+    assert run(moco_file, out, *same, "--resume", "auto", "--seed", 5) == 2
+    assert "whose checkpoints are gone" in capsys.readouterr().err and contents(out) == before
+    (out / ".lock").unlink()  # as if none had been saved yet
+    assert run(moco_file, out, *same, "--resume", "auto", "--seed", 5) == 2
+    assert "--seed was 0 and is now 5" in capsys.readouterr().err and contents(out).items() <= before.items()
+
+
+def contents(path):
+    return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+
+
+def test_a_pretraining_file_is_not_gone_on_with(moco_file, tmp_path, capsys):
+    content = torch.load(moco_file, weights_only=True)
+    torch.save({**content, "isl": {}}, tmp_path / "checkpoint_last.pth.tar")
+    assert run(moco_file, tmp_path, "--resume", "auto") == 2
+    assert "is a pretraining file of main_moco_isl.py: judge it with --pretrained" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint_last.pth.tar"]
+
+
 def test_an_older_file_of_the_same_folder_is_refused(moco_file, tmp_path, capsys):
     """Going on from it would overwrite what came after."""
     assert run(moco_file, tmp_path, "--cache-features", "--epochs", 1) == 0

@@ -154,6 +154,7 @@ def test_steps_that_were_all_taken_are_enough(tmp_path):
 def test_killed_before_the_first_checkpoint_it_starts_anew(finished, tmp_path):
     """A folder with lines of metrics and nothing else."""
     (tmp_path / "metrics.jsonl").write_bytes((finished / "metrics.jsonl").read_bytes()[:500])
+    shutil.copy(finished / "args.json", tmp_path)
     assert ask([*FLAGS, "--out", str(tmp_path)])[0] == 2
     assert ask([*FLAGS, "--out", str(tmp_path), "--resume", "auto"])[0] == 0
     assert differences(finished, tmp_path) == []

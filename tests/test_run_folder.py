@@ -1,20 +1,32 @@
 """The folder of a run: one run at a time, nothing overwritten, nothing left of a start that failed, whole files on a full disk."""
 
 import ctypes
+import itertools
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 
+import main_moco_isl
 from moco_isl import checkpoint
 from moco_isl.errors import BadInput, RunFailed
-from moco_isl.training.run_folder import RunFolder, held, newest, numbered
+from moco_isl.training.run_folder import RunFolder, check_folder, flags_of_unsaved, held, newest, numbered
 from tests.runs import DIGITS, Running, differences, run
 from tests.test_bad_input import ask, somebody_else_in
 
 STATE = {"epoch": 1, "x": torch.zeros(3)}
+FLAGS = [*DIGITS, "--epochs", "2"]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    out = tmp_path_factory.mktemp("unbroken")
+    assert ask([*FLAGS, "--out", str(out)])[0] == 0
+    return out
 
 
 def names(path):
@@ -37,6 +49,19 @@ def test_a_second_run_is_refused_and_leaves_the_first_alone(tmp_path, monkeypatc
                 RunFolder("busy", resume=resume)
         assert names(tmp_path / "busy") == [".lock"]
     RunFolder("busy", resume=True).close()
+
+
+def test_the_lock_is_held_through_all_that_a_run_does(tmp_path):
+    """A process that closes any descriptor of the file would let go of it."""
+    try_lock = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'a'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    folder = begun(tmp_path)
+    folder.log(kind="step")
+    look = (lambda: flags_of_unsaved(tmp_path), lambda: folder.save(STATE, 0), lambda: check_folder(tmp_path, True), lambda: folder.open_metrics(0))
+    for act in look:
+        act()
+        tried = subprocess.run([sys.executable, "-S", "-c", try_lock, str(tmp_path / ".lock")], capture_output=True, text=True)
+        assert tried.returncode and "BlockingIOError" in tried.stderr
+    folder.close()
 
 
 def test_a_failed_start_takes_away_only_what_it_made(tmp_path):
@@ -132,17 +157,167 @@ def test_a_refused_line_of_metrics_is_a_failed_run(tmp_path, monkeypatch):
     folder.close()
 
 
+# ---- two runs and one name -------------------------------------------------------------------------------------------
+
+
+def contents(path):
+    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
+
+
+def another_run_takes(path, how):
+    """The folder is moved or removed, and a run that saves and logs may begin under its name."""
+    path.rename(path.with_name("moved")) if how.startswith("moved") else shutil.rmtree(path)
+    if not how.endswith("another run's"):
+        return None
+    other = begun(path)
+    other.save({**STATE, "epoch": 7}, 6)
+    other.log(kind="step", loss=1.0)
+    return other
+
+
+WRITES = {
+    "args.json": lambda folder: folder.write_args({"lr": 2}),
+    "metrics.jsonl": lambda folder: folder.log(kind="step"),
+    "their start": lambda folder: folder.open_metrics(0),
+    "the last checkpoint": lambda folder: folder.save(STATE, None),
+    "a numbered checkpoint": lambda folder: folder.save(STATE, 6),
+    "a round": lambda folder: folder.save_round(1, STATE),
+}
+
+
+@pytest.mark.parametrize("how", ["moved", "removed", "moved, another run's", "removed, another run's"])
+def test_a_folder_that_another_run_may_have_is_not_written_into(tmp_path, how):
+    out = tmp_path / "out"
+    folder = begun(out)
+    folder.save(STATE, 0)
+    other = another_run_takes(out, how)
+    before = contents(tmp_path)
+    for what, write in WRITES.items():
+        with pytest.raises(RunFailed, match="out is no longer the folder of this run: it was moved, removed or made anew") as error:
+            write(folder)
+        assert contents(tmp_path) == before and "\n" not in str(error.value), what
+    folder.close()
+    assert contents(tmp_path) == before
+    if other:
+        other.log(kind="step", loss=2.0)
+        other.close()
+
+
+def test_a_start_whose_folder_was_taken_removes_nothing_of_the_other_run(tmp_path):
+    folder = RunFolder(tmp_path / "out", resume=False)
+    other = another_run_takes(tmp_path / "out", "removed, another run's")
+    before = contents(tmp_path)
+    folder.close()
+    other.close()
+    assert contents(tmp_path) == before
+
+
+def test_a_live_run_whose_folder_was_moved_ends_in_one_line(tmp_path):
+    """Every file it writes: checkpoints, lines, rounds, TensorBoard's events."""
+    out, asked = tmp_path / "out", itertools.count()
+
+    def stop():
+        if next(asked) == 4:
+            another_run_takes(out, "moved, another run's").close()
+            before.update(contents(out))
+        return False
+
+    before = {}
+    code, _, err = ask([*FLAGS, "--save-every", "1", "-p", "1", "--tensorboard", "--out", str(out)], stop)
+    assert code == 3 and err.count("\n") == 1 and f"{out} is no longer the folder of this run" in err
+    assert contents(out) == before and checkpoint.load(tmp_path / "moved" / "checkpoint_last.pth.tar")["isl"]["total"] == 4
+
+
+@pytest.mark.parametrize("there", ["nothing", "an older file"])
+def test_what_another_run_has_saved_since_the_first_look_is_not_overwritten(tmp_path, monkeypatch, unbroken, there):
+    """Another run had the folder between the look for its checkpoint and the lock, and has ended."""
+    out = tmp_path / "out"
+    if there != "nothing":
+        out.mkdir()
+        shutil.copy(unbroken / "checkpoint_0000.pth.tar", out / "checkpoint_last.pth.tar")
+
+    def late(*args):
+        shutil.copytree(unbroken, out, dirs_exist_ok=True)
+        return RunFolder(*args)
+
+    monkeypatch.setattr(main_moco_isl, "RunFolder", late)
+    code, _, err = ask([*FLAGS, "--out", str(out), "--resume", "auto"])
+    assert code == 2 and err.count("\n") == 1 and "checkpoint_last.pth.tar while this one was starting: give the same command again" in err
+    assert contents(out) == contents(unbroken)
+
+
+@pytest.mark.parametrize("flags", [[], ["--seed", "2"], ["--init", "{}/checkpoint_last.pth.tar"]])
+def test_metrics_whose_checkpoints_are_gone_are_not_started_over(tmp_path, unbroken, flags):
+    out = tmp_path / "out"
+    shutil.copytree(unbroken, out)
+    for path in out.glob("checkpoint_*"):
+        path.unlink()
+    before = contents(out)
+    argv = [*FLAGS, *(flag.format(unbroken) for flag in flags), "--out", str(out), "--resume", "auto"]
+    code, _, err = ask(argv)
+    assert code == 2 and err.count("\n") == 1 and "holds a run (metrics.jsonl) whose checkpoints are gone" in err and contents(out) == before
+    if not flags:  # and what is said to help does
+        (out / "metrics.jsonl").unlink()
+        assert ask([*argv, "--max-steps", "1"])[0] == 0
+
+
+def test_a_run_without_a_checkpoint_yet_is_started_over_by_the_same_flags_only(tmp_path, unbroken):
+    for name in ("metrics.jsonl", "args.json"):
+        shutil.copy(unbroken / name, tmp_path)
+    before = contents(tmp_path)
+    argv = [*FLAGS, "--out", str(tmp_path), "--resume", "auto", "--max-steps", "1"]
+    code, _, err = ask([*argv, "--seed", "2"])
+    assert code == 2 and "--seed was 1 and is now 2" in err and "would overwrite its metrics.jsonl" in err and contents(tmp_path) == before
+    seed = argv.index("--seed")
+    assert ask(argv[:seed] + argv[seed + 2 :])[0] == 0  # the seed that was drawn is taken over
+    assert json.loads((tmp_path / "args.json").read_text())["args"]["seed"] == 1
+    for name in ("checkpoint_last.pth.tar", ".lock", "args.json"):
+        (tmp_path / name).unlink()
+    shutil.copy(unbroken / "metrics.jsonl", tmp_path)
+    before = contents(tmp_path)
+    code, _, err = ask(argv)
+    assert code == 2 and "without the args.json that says which run it is" in err and contents(tmp_path) == before
+
+
+def test_an_args_json_of_somebody_else_stays(tmp_path):
+    (tmp_path / "args.json").write_text('{"args": [1]}')
+    for resume in (False, True):
+        with pytest.raises(BadInput, match="args.json' is there already and is none of this command's files"):
+            RunFolder(tmp_path, resume)
+    assert names(tmp_path) == ["args.json"] and (tmp_path / "args.json").read_text() == '{"args": [1]}'
+
+
+def test_a_lock_file_of_somebody_else_keeps_what_is_in_it(tmp_path):
+    (tmp_path / ".lock").write_text("theirs")
+    folder = begun(tmp_path)
+    folder.save(STATE, 0)
+    folder.close()
+    assert (tmp_path / ".lock").read_text() == "theirs"
+
+
+@pytest.mark.parametrize("flags", [[], ["--resume", "auto"]])
+def test_a_name_that_no_folder_can_have_is_one_line(tmp_path, flags):
+    code, _, err = ask([*FLAGS, *flags, "--out", str(tmp_path / ("x" * 300))])
+    assert code == 2 and "File name too long; choose a shorter name" in err and err.count("\n") == 1
+
+
+def test_rounds_are_a_run_too(tmp_path):
+    begun(tmp_path).save_round(1, STATE)
+    with pytest.raises(BadInput, match="holds a run already .rounds/round_0001.pt"):
+        RunFolder(tmp_path, resume=False)
+
+
+def test_a_file_of_mocos_keeps_the_metrics_beside_it(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    checkpoint.save(STATE, tmp_path / "checkpoint_0000.pth.tar")
+    folder = RunFolder(tmp_path, resume=True)
+    folder.begin({}, None)
+    folder.log(kind="step")
+    folder.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == '{}\n{"kind": "step"}\n'
+
+
 # ---- full disks, by real runs ----------------------------------------------------------------------------------------
-
-FLAGS = [*DIGITS, "--epochs", "2"]
-
-
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory):
-    out = tmp_path_factory.mktemp("unbroken")
-    assert ask([*FLAGS, "--out", str(out)])[0] == 0
-    return out
-
 
 def test_a_limit_on_files_leaves_the_last_checkpoint_whole(tmp_path, unbroken):
     out, log = tmp_path / "out", tmp_path / "log"

@@ -2,19 +2,20 @@
 
 import hashlib
 import random
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from moco_isl import checkpoint, data, dist
+from moco_isl import checkpoint, data, dist, files
 from moco_isl.errors import BadInput
 from moco_isl.isl import ISL
 from moco_isl.training.engine import Position, learning_rate
 from moco_isl.training.fast import load_optimizer
 from moco_isl.training.meters import Averages
 from moco_isl.training.options import most_positives
-from moco_isl.training.run_folder import newest
+from moco_isl.training.run_folder import flags_of_unsaved, newest
 
 # everything that changes neither what is computed nor in which order
 MAY_CHANGE = {
@@ -79,22 +80,26 @@ def _looked_at(flags: dict) -> int:
 @dataclass(frozen=True)
 class Start:
     """What a run starts from. path: a file, None: nothing. goes_on: it is resumed, not only initialised. in_place: what is in the run's folder is
-    this very run."""
+    this very run. seen: what tells the newest checkpoint that was in that folder from any that is saved later."""
 
     path: str | None = None
     goes_on: bool = False
     in_place: bool = False
+    seen: tuple = ()
 
 
 def find_start(resume: str, init: str | None, out: str) -> tuple[Start, dict]:
     """The file that --resume (a path, "auto" or "") or --init names, and what is in it, tensors not yet read.
 
-    Raises BadInput where it cannot be read, and where going on from it would overwrite what the run in `out` has reached since.
+    Raises BadInput where it cannot be read, and where going on from it would overwrite what the run in `out` has reached since. What is found
+    is to be looked at again when the folder is held: see `require_unchanged`.
     """
-    auto, found = resume == "auto", None
-    if auto:
-        found = newest(out)
-        if found is None and not init:
+    files.require_folder(out, "--out")
+    auto, seen = resume == "auto", _stamp(newest(out))
+    found = newest(out) if auto else None
+    if auto and found is None:
+        flags_of_unsaved(out)
+        if not init:
             return Start(in_place=True), {}
     path = str(found) if found else init if auto else resume or init
     if not path:
@@ -107,7 +112,30 @@ def find_start(resume: str, init: str | None, out: str) -> tuple[Start, dict]:
             at = "epoch {}, {} steps".format
             raise BadInput(f"--resume '{path}' ({at(*_reached(content))}) is older than {last} ({at(*there)}), and going on from it would overwrite "
                            "what came after: use --resume auto, or choose another --out")
-    return Start(path, goes_on, in_place), content
+    return Start(path, goes_on, in_place, seen), content
+
+
+def _stamp(path: Path | None) -> tuple:
+    if path is None:
+        return ()
+    found = path.stat()
+    return path.name, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def check_unsaved(start: Start, out: str, now: dict, free: Container[str] = ()) -> None:
+    """Raise BadInput where `out` holds a run without a checkpoint that this one would overwrite, and that is another one: gone checkpoints,
+    other flags than those of `now` that may not change (but for `free`)."""
+    saved = flags_of_unsaved(out) if start.in_place else {}
+    if saved:
+        otherwise = "choose another --out: that run ended before its first checkpoint, and starting anew would overwrite its metrics.jsonl"
+        check_same({name: value for name, value in saved.items() if name not in free}, now, otherwise)
+
+
+def require_unchanged(start: Start, out: str) -> None:
+    """Raise BadInput where another run has saved in `out` since `find_start` looked. To be asked when the folder is held."""
+    if start.in_place and _stamp(newest(out)) != start.seen:
+        raise BadInput(f"--out '{out}': another run has saved {newest(out) or 'and removed checkpoints'} while this one was starting: give the "
+                       "same command again")
 
 
 def _look(path: str, flag: str) -> dict:

@@ -18,12 +18,14 @@ from moco_isl import __version__, checkpoint, files
 from moco_isl.errors import BadInput, RunFailed
 
 LAST = "checkpoint_last.pth.tar"
+SAVED = "a checkpoint was saved here\n"  # what .lock says from then on
 
 
 class RunFolder:
     """Files of a run under `path`: checkpoint_0199.pth.tar, checkpoint_last.pth.tar, metrics.jsonl, args.json, rounds/round_0001.pt.
 
     Opened by rank 0 alone. Raises BadInput where the folder cannot be written, holds a run that is not to be resumed, or is in use.
+    The file .lock is held while the run lives; it says whether a checkpoint has been saved in the folder (SAVED).
     """
 
     def __init__(self, path: str | Path, resume: bool, keep: int | None = None):
@@ -40,7 +42,7 @@ class RunFolder:
         try:
             # a record lock belongs to the process: forked loading workers do not inherit it, and it ends with the process however that dies
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not lock.exists() or not os.path.samestat(os.fstat(self._lock.fileno()), lock.stat()):
+            if not self._is_held():
                 raise BlockingIOError  # its owner has just taken it away
         except OSError as error:
             self._lock.close()
@@ -59,14 +61,27 @@ class RunFolder:
 
     def close(self) -> None:
         """Let the next run in. A folder of which nothing came goes again."""
-        for path in self._made:
+        for path in self._made if self._is_held() else []:
             with contextlib.suppress(OSError):
                 path.rmdir() if path.is_dir() else path.unlink()
         if self._metrics is not None:
             self._metrics.close()
         self._lock.close()
 
-    def begin(self, args: dict, metrics_size: int) -> None:
+    def _is_held(self) -> bool:
+        """Whether the lock that this run holds is the one in the folder: not where that was moved, removed, or made anew."""
+        try:
+            return os.path.samestat(os.fstat(self._lock.fileno()), os.stat(self.path / ".lock"))
+        except OSError:
+            return False
+
+    def require_held(self) -> None:
+        """Raise RunFailed where the folder is no longer this run's, before anything is written there."""
+        if not self._is_held():
+            raise RunFailed(f"{self.path} is no longer the folder of this run: it was moved, removed or made anew meanwhile, and another run may "
+                            "write there now. Nothing more is written; what was saved is where the folder went, and --resume goes on from it")
+
+    def begin(self, args: dict, metrics_size: int | None) -> None:
         """The run is to be written from here on: see `write_args` and `open_metrics`."""
         self.write_args(args)
         self.open_metrics(metrics_size)
@@ -89,19 +104,19 @@ class RunFolder:
         with self._writing(path.name):
             if path.exists() and held(self.path):
                 facts["earlier"] = _starts_before(path)
-            temporary = path.with_name(path.name + checkpoint.TEMPORARY)
-            temporary.write_text(json.dumps(facts, indent=1, default=str) + "\n")
-            os.replace(temporary, path)
+            files.write_text(json.dumps(facts, indent=1, default=str) + "\n", path)
 
-    def open_metrics(self, size: int) -> None:
-        """Go on with metrics.jsonl after its first `size` bytes: what was logged after the checkpoint will be logged again."""
+    def open_metrics(self, size: int | None) -> None:
+        """Go on with metrics.jsonl after its first `size` bytes (None: all): what was logged after the checkpoint will be logged again."""
         path, self._made = self.path / "metrics.jsonl", []
         with self._writing(path.name):
+            if newest(self.path) is None and _was_saved(self.path):
+                self._lock.truncate(0)  # what was saved here before is gone
             self._metrics = open(path, "ab", buffering=0)  # what a full disk refuses must not be written again at the end
             there = self._metrics.tell()
-            if there > size:
+            if size is not None and there > size:
                 self._metrics.truncate(size)
-        if there < size:
+        if size is not None and there < size:
             print(f"=> warning: {path} is shorter than it was when the checkpoint was saved ({there} of {size} bytes): lines are missing")
 
     def log(self, **values) -> None:
@@ -126,17 +141,27 @@ class RunFolder:
 
     def save(self, state: dict, number: int | None) -> None:
         """Write the last checkpoint; with a number (an epoch's end) under MoCo's name for that epoch as well."""
-        with self._writing():
-            if number is None:
+        if number is None:
+            with self._writing():
                 checkpoint.save(state, self.last)
-                return
-            # the numbered one first: whoever goes on with the last one may rely on those before it
-            path = self.path / f"checkpoint_{number:04d}.pth.tar"
+                self._note_saved()
+            return
+        # the numbered one first: whoever goes on with the last one may rely on those before it
+        path = self.path / f"checkpoint_{number:04d}.pth.tar"
+        with self._writing():
             checkpoint.save(state, path)
+            self._note_saved()
+        with self._writing():
             checkpoint.copy(path, self.last)
         if self.keep is not None:
             for old in numbered(self.path)[: -self.keep]:
-                old.unlink()
+                with self._writing(old.name):
+                    old.unlink()
+
+    def _note_saved(self) -> None:
+        if not os.fstat(self._lock.fileno()).st_size:
+            self._lock.write(SAVED)
+            self._lock.flush()
 
     def save_round(self, number: int, record: dict) -> None:
         """Write what a round of mining leaves; one that is mined again writes the same over it."""
@@ -147,7 +172,8 @@ class RunFolder:
 
     @contextlib.contextmanager
     def _writing(self, name: str = ""):
-        """What cannot be written inside is a RunFailed that says what stands."""
+        """Everything in the folder is written inside this: into the folder of this run, and what cannot be is a RunFailed that says what stands."""
+        self.require_held()
         try:
             yield
         except (OSError, RunFailed) as error:
@@ -160,8 +186,29 @@ def check_folder(path: str | Path, resume: bool) -> None:
     """Raise BadInput where no run can have its files in `path`: it cannot be written, or (without `resume`) holds one already."""
     path = Path(path)
     files.require_folder(path, "--out")
-    if not resume and (found := held(path)):
+    found = held(path)
+    if found and not resume:
         raise BadInput(f"--out '{path}' holds a run already ({found}): add --resume auto to go on with it, or choose another --out")
+    if not found:
+        files.require_ours(path / "args.json", _is_args, "--out")
+
+
+def flags_of_unsaved(path: str | Path) -> dict:
+    """The flags of the run in `path` that ended before its first checkpoint; {} where there is no such run.
+
+    Raises BadInput where its checkpoints were there and are gone, and where nothing says what run it was: whoever started
+    anew there would overwrite what it has logged.
+    """
+    path = Path(path)
+    found = held(path)
+    if not found or newest(path):
+        return {}
+    cure = f"choose another --out (and --init to start from a file), or remove {found} and what else is left of that run"
+    if _was_saved(path):
+        raise BadInput(f"--out '{path}' holds a run ({found}) whose checkpoints are gone, so that nothing can be resumed: {cure}")
+    if not _is_args(path / "args.json"):
+        raise BadInput(f"--out '{path}' holds a run ({found}) without a checkpoint and without the args.json that says which run it is: {cure}")
+    return json.loads((path / "args.json").read_text())["args"]
 
 
 def numbered(path: Path) -> list[Path]:
@@ -180,7 +227,22 @@ def held(path: Path) -> str:
     """A file that shows that a run is in a folder; '' if none is."""
     metrics = path / "metrics.jsonl"
     found = newest(path) or (metrics if metrics.is_file() and metrics.stat().st_size else None)
-    return found.name if found else ""
+    return found.name if found else next((f"rounds/{p.name}" for p in sorted(path.glob("rounds/round_*.pt"))), "")
+
+
+def _was_saved(path: Path) -> bool:
+    """Whether .lock has the length of SAVED. It is not opened: a process that closes a file lets go of every lock it has on it."""
+    lock = path / ".lock"
+    return lock.is_file() and lock.stat().st_size == len(SAVED)
+
+
+def _is_args(path: Path) -> bool:
+    """Whether a file is an args.json as `RunFolder.write_args` writes it."""
+    try:
+        facts = json.loads(files.read_text(path))
+        return isinstance(facts["args"], dict) and isinstance(facts["version"], str)
+    except (BadInput, ValueError, KeyError, TypeError):
+        return False
 
 
 def _starts_before(path: Path) -> list[dict]:
