@@ -52,7 +52,11 @@ def get_parser() -> cli.Parser:
     )
     group = parser.add_argument_group("run")
     group.add_argument("--config", metavar="FILE.yaml", help="flags by name, values as they would be typed, switches true or false; the command line wins")
-    group.add_argument("--out", metavar="DIR", help="folder to write results.json into (default: only print)")
+    group.add_argument(
+        "--out",
+        metavar="DIR",
+        help="folder to write results.json into (default: only print); those of other checkpoints in it are kept",
+    )
     group.add_argument(
         "--features", metavar="FILE.safetensors", help="keep the features in this file, or use those that are in it"
     )
@@ -131,7 +135,7 @@ def worker(args, stop) -> None:
     say(f"=> {Q} queries ({protocol}) against {M} images in {time.perf_counter() - start:.1f} s")
     if args.out and dist.is_main():
         facts = {**facts, "protocol": protocol, "M": M, "queries": Q, "results": results}
-        print(f"=> written to {files.shown(features.write_json(Path(args.out) / 'results.json', facts))}")
+        print("\n".join(features.write_results(args.out, "results", facts)))
 
 
 def get_features(args, device: torch.device, asked: Stop) -> tuple[dict[str, features.Split], dict[str, str]]:

@@ -318,7 +318,7 @@ class Run:
         if self.folder is not None:
             self.folder.require_held()
         if dist.is_main():
-            print(f"=> written to {files.shown(features.write_json(Path(args.out) / 'results.json', facts))}")
+            print("\n".join(features.write_results(args.out, "classifiers", facts)))
 
 
 if __name__ == "__main__":

@@ -99,7 +99,10 @@ def require_writable(path: str | Path, flag: str) -> None:
 
 
 def save_safetensors(tensors: dict[str, torch.Tensor], path: str | Path, metadata: dict[str, str]) -> None:
-    """Write tensors in the form of safetensors, whole or not at all, readable by whom other new files are. Raises RunFailed."""
+    """Write tensors in the form of safetensors, whole or not at all, readable by whom other new files are. Raises RunFailed.
+
+    Such a file has no check sums of its own: damage to it may not be seen when it is read.
+    """
     from safetensors.torch import save_file
 
     path = Path(path)
@@ -109,7 +112,7 @@ def save_safetensors(tensors: dict[str, torch.Tensor], path: str | Path, metadat
         mode = temporary.stat().st_mode
         save_file(tensors, temporary, metadata={key: files.encodable(value) for key, value in metadata.items()})
         temporary.chmod(mode)  # the library makes files that only their owner may read
-        temporary.replace(path)
+        files.put_in_place(temporary, path)
     except Exception as error:  # safetensors has an error of its own for a full disk
         with contextlib.suppress(OSError):
             temporary.unlink()

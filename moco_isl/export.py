@@ -197,7 +197,7 @@ def model_card(path: Path, info: dict, results: list[str]) -> dict[str, str]:
     }
     judged = {}
     for name in results:
-        found = _json(Path(name))
+        found = _of_checkpoint(_json(Path(name)), card["source_sha256"])
         rows = found.get("classifiers", found.get("results"))
         if rows is None or found.get("sha256") not in (None, card["source_sha256"]):
             raise BadInput(f"--results '{name}' is not of main_knn.py or main_lincls.py on '{path}'")
@@ -209,6 +209,13 @@ def model_card(path: Path, info: dict, results: list[str]) -> dict[str, str]:
     card |= {key: json.dumps(rows) for key, rows in judged.items()}
     card |= {key: value for key, value in read_file(path)[1].items() if key in ("knn", "linear") and key not in card}
     return {key: str(value) for key, value in card.items() if value is not None}
+
+
+def _of_checkpoint(results: dict, sha256: str) -> dict:
+    """Of what a results.json holds, newest and earlier ones, those of this checkpoint; otherwise the newest."""
+    earlier = results.get("earlier")
+    earlier = [found for found in earlier if isinstance(found, dict)] if isinstance(earlier, list) else []
+    return next((found for found in [results, *reversed(earlier)] if found.get("sha256") == sha256), results)
 
 
 def _json(path: Path) -> dict:

@@ -13,6 +13,7 @@ from moco_isl import export
 from moco_isl.builder import MoCo
 from moco_isl.encoders import build_encoder
 from moco_isl.evaluation.backbone import load_backbone
+from moco_isl.evaluation.features import fingerprint
 
 
 def write_moco(path, arch, stem="imagenet", mlp=True):
@@ -201,6 +202,16 @@ def test_a_place_that_cannot_be_written_is_said(moco_file, tmp_path, capsys, to)
 def test_a_name_by_which_the_file_would_be_misread_is_refused(moco_file, tmp_path, capsys, to):
     assert run(moco_file[0], "--to", to, "--out", tmp_path / "x.safetensors") == 2
     assert "name it .pth" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_results_of_the_file_are_found_among_earlier_ones(moco_file, tmp_path):
+    ours = {"sha256": fingerprint(moco_file[0]), "encoder": "query", "dataset": "digits", "results": [{"top1": 50.0}]}
+    newer = {"sha256": "0" * 64, "encoder": "query", "dataset": "digits", "results": [{"top1": 99.0}], "earlier": [{}, ours]}
+    (tmp_path / "r.json").write_text(json.dumps(newer))
+    out = tmp_path / "x.safetensors"
+    assert run(moco_file[0], "--to", "safetensors", "--out", out, "--results", tmp_path / "r.json") == 0
+    with safe_open(out, framework="pt") as file:
+        assert json.loads(file.metadata()["knn"]) == [{"dataset": "digits", "top1": 50.0}]
 
 
 def test_results_that_would_go_nowhere_are_refused(moco_file, tmp_path, capsys):

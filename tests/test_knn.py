@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
+import random
 import re
+import sys
 from functools import partial
 
 import pytest
@@ -16,8 +19,10 @@ from moco_isl import data
 from moco_isl.builder import MoCo
 from moco_isl.encoders import build_encoder
 from moco_isl.errors import BadInput
+from moco_isl.evaluation import features as features_file
 from moco_isl.evaluation import knn
 from tests.ranks import run_ranks
+from tests.runs import _same
 
 
 def features(n, dim, seed):
@@ -309,12 +314,85 @@ def test_what_cannot_be_written_and_what_another_script_wrote_is_said_before_the
     for flags, said in [
         (["--features", tmp_path / "file" / "x"], "cannot be written"),
         (["--out", tmp_path / "file"], "is a file"),
-        (["--out", tmp_path / "probe"], "results.json of another script"),
+        (["--out", tmp_path / "probe"], "is none of this command's files, so it is not written over"),
     ]:
         assert run_main("--pretrained", moco_file[0], "--dataset", "digits", *flags) == 2
         caught = capsys.readouterr()
         assert said in caught.err and caught.err.count("\n") == 1 and "used all" not in caught.out
     assert (tmp_path / "probe" / "results.json").read_text() == '{"classifiers": []}'
+
+
+@pytest.fixture(scope="module")
+def two_kept(moco_file, tmp_path_factory):
+    """Features of two checkpoints on the same few digits, as files."""
+    folder = tmp_path_factory.mktemp("kept")
+    root = folder_of_digits(folder / "images", n=10)
+    content = torch.load(moco_file[0], weights_only=True)
+    torch.save({**content, "epoch": 9}, folder / "two.pth.tar")
+    for name, path in (("one", moco_file[0]), ("two", folder / "two.pth.tar")):
+        assert run_main("--pretrained", path, root, "--k", 1, "--features", folder / f"{name}.safetensors") == 0
+    return folder
+
+
+def test_results_of_another_checkpoint_or_command_are_kept(two_kept, tmp_path, monkeypatch, capsys):
+    def judged(name, *flags):
+        monkeypatch.setattr(sys, "argv", ["main_knn.py", name, *map(str, flags)])
+        capsys.readouterr()
+        assert run_main("--features", two_kept / f"{name}.safetensors", *flags, "--out", tmp_path) == 0
+        return results(tmp_path), capsys.readouterr().out
+
+    first, said = judged("one", "--k", 1)
+    assert "earlier" not in first and "kept" not in said.splitlines()[-1]
+    assert judged("one", "--k", 1)[0] == first  # the same again
+    second, said = judged("two", "--k", 1)
+    assert second["epoch"] == "9" and second["earlier"] == [first]
+    assert f"=> the results of '{first['pretrained']}' that '{tmp_path}/results.json' held are kept in it, under \"earlier\"" in said
+    third, _ = judged("two", "--k", 1, 5)
+    assert len(third["results"]) == 2 * len(second["results"])
+    assert third["earlier"] == [first, {name: value for name, value in second.items() if name != "earlier"}]
+
+
+def test_results_are_written_whole_and_a_torn_file_does_not_block(two_kept, tmp_path, monkeypatch, capsys):
+    flags = ["--features", two_kept / "one.safetensors", "--k", 1, "--out", tmp_path]
+    path = tmp_path / "results.json"
+    assert run_main(*flags) == 0
+    whole = path.read_text()
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        assert run_main(*flags) == 3
+    assert "No space left on device" in capsys.readouterr().err and path.read_text() == whole and os.listdir(tmp_path) == ["results.json"]
+    for torn in ("", whole[:3], whole[: len(whole) // 2]):  # as an older version left it on a full disk
+        path.write_text(torn)
+        assert run_main(*flags) == 0
+        assert f"'{path}' had been cut off and cannot be read; it is now 'results.json.torn'" in capsys.readouterr().out
+        assert results(tmp_path) == json.loads(whole) and (tmp_path / "results.json.torn").read_text() == torn
+    for other in ("[1]", "{}", "somebody's notes", '{"results": {}}', '{"results": [], "earlier": 3}'):
+        path.write_text(other)
+        assert run_main(*flags) == 2
+        assert "none of this command's files" in capsys.readouterr().err and path.read_text() == other
+
+
+def test_damaged_features_are_refused(two_kept, tmp_path, capsys):
+    whole, draw = (two_kept / "one.safetensors").read_bytes(), random.Random(0)
+    kept = tmp_path / "kept.safetensors"
+    for place in [draw.randrange(len(whole)) for _ in range(40)]:
+        kept.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << draw.randrange(8)]) + whole[place + 1 :])
+        with pytest.raises(BadInput, match="damaged|cannot read features|holds no features"):
+            features_file.load(kept, {}, torch.device("cpu"))
+
+
+def test_features_are_kept_over_nothing_but_the_same(two_kept, tmp_path):
+    path = tmp_path / "kept.safetensors"
+    splits, facts = features_file.load(two_kept / "one.safetensors", {}, torch.device("cpu"))
+    for _ in range(2):
+        features_file.save(path, splits, facts)
+        assert _same(load_file(path), load_file(two_kept / "one.safetensors"), "") == []
+        assert features_file.load(path, {}, torch.device("cpu"))[1] == facts
+    for there in ((two_kept / "two.safetensors").read_bytes(), b"notes"):
+        path.write_bytes(there)
+        with pytest.raises(BadInput, match="is not written over"):
+            features_file.save(path, splits, facts)
+        assert path.read_bytes() == there
 
 
 def test_images_that_do_not_fit_the_network_are_said(tmp_path, capsys):

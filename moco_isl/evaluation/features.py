@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import sys
+import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,10 +148,34 @@ def _sha256(file) -> str:
 
 
 def save(path: str | Path, splits: dict[str, Split], metadata: dict[str, str]) -> None:
-    """Keep the features of all splits in one safetensors file, whole or not at all. Raises RunFailed."""
+    """Keep the features of all splits in one safetensors file, whole or not at all, with a check sum of all that is in it.
+
+    Raises RunFailed, and BadInput where meanwhile another file has come to `path` that is not of the same features.
+    """
     tensors = {f"{name}.{layer}": t.cpu().contiguous() for name, s in splits.items() for layer, t in s.features.items()}
     tensors |= {f"{name}.labels": s.labels.cpu() for name, s in splits.items()}
+    metadata = {name: files.encodable(value) for name, value in metadata.items()}
+    metadata |= {"crc32": _check_sum(tensors, metadata)}
+    files.require_ours(path, lambda there: _metadata(there) == metadata, "--features")
     checkpoint.save_safetensors(tensors, path, metadata)
+
+
+def _check_sum(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> str:
+    """Of names, values and metadata; safetensors has none."""
+    found = zlib.crc32(json.dumps(metadata, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        found = zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy(), zlib.crc32(name.encode(), found))
+    return str(found)
+
+
+def _metadata(path: Path) -> dict[str, str] | None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with files.utf8_name(path) as known, safe_open(known, framework="pt") as file:
+            return file.metadata()
+    except (SafetensorError, OSError):
+        return None
 
 
 def load(path: str | Path, expected: dict[str, str], device: torch.device) -> tuple[dict[str, Split], dict[str, str]]:
@@ -166,6 +191,10 @@ def load(path: str | Path, expected: dict[str, str], device: torch.device) -> tu
             f"cannot read features from '{path}': {error}; if they were cut off, remove it to have them taken anew, else "
             "give --features another name"
         ) from error
+    check_sum = metadata.pop("crc32", None)  # files of earlier versions have none
+    if check_sum is not None and check_sum != _check_sum(tensors, metadata):
+        raise BadInput(f"'{path}' is damaged: its check sum is not that of its features; remove it to have them taken anew, "
+                       "or give --features another name")
     splits: dict[str, Split] = {}
     for name in sorted({name.partition(".")[0] for name in tensors}):
         rows = {n.removeprefix(f"{name}."): t for n, t in tensors.items() if n.startswith(f"{name}.")}
@@ -198,26 +227,63 @@ def _whole(split: Split, train: Split) -> bool:
     return shapes and all(x.is_floating_point() and finite(x) for x in of.values())
 
 
+# ---- results.json --------------------------------------------------------------------------------------------------
+
+RESULTS = "results.json"
+HEAD = '{\n "command": ['  # how the file begins, also one that an older version left half-written
+MEASURED = ("results", "classifiers", "few_labels", "seconds", "earlier")
+
+
 def require_own(folder: str | Path, rows: str) -> None:
-    """Raise BadInput where `folder` holds a results.json whose results are not under `rows`: those of another script."""
-    path = Path(folder) / "results.json"
+    """Raise BadInput where the results.json of `folder` is not one with results under `rows`: another script's, or anybody's."""
+    files.require_ours(Path(folder) / RESULTS, lambda path: _read(path, rows) is not None, "--out")
+
+
+def _read(path: Path, rows: str) -> dict | None:
+    """What is in a results.json of ours; {} if it was cut off, None for any other file."""
     try:
-        own = not path.exists() or rows in json.loads(path.read_text())
-    except (OSError, ValueError):
-        own = False
-    if not own:
-        raise BadInput(f"--out '{folder}' holds a results.json of another script, which is not written over: choose another --out")
+        text = files.read_text(path)
+        found = json.loads(text)
+    except BadInput:
+        return None
+    except (ValueError, RecursionError):
+        return {} if text[: len(HEAD)] == HEAD[: len(text)] else None
+    earlier = found.get("earlier", []) if isinstance(found, dict) else None
+    return found if isinstance(earlier, list) and isinstance(found.get(rows), list) else None
 
 
-def write_json(path: str | Path, results: dict) -> Path:
-    """Write results, with the command that made them; returns the path. Raises RunFailed."""
-    path = Path(path)
+def write_results(folder: str | Path, rows: str, results: dict) -> list[str]:
+    """Write results.json, whole or not at all, with the command that made it; returns what is to be said.
+
+    rows: the name in `results` under which the figures are. Figures that are there already are replaced where all else is
+    the same (command, checkpoint, data); the others are kept under `earlier`, the first ones first. A file that was cut off
+    is kept as results.json.torn. Raises BadInput for a results.json of somebody else, RunFailed where it cannot be written.
+    """
+    path, said = Path(folder) / RESULTS, []
+    results = {"command": sys.argv, **results}
+    require_own(folder, rows)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"command": sys.argv, **results}, indent=1) + "\n")
+        before = _read(path, rows) if path.exists() else None
+        if before == {}:
+            torn = path.with_name(f"{RESULTS}.torn")
+            os.replace(path, torn)
+            said.append(f"=> warning: '{path}' had been cut off and cannot be read; it is now '{torn.name}'")
+        elif before is not None:
+            earlier = before.pop("earlier", [])
+            if _setting(before) != _setting(json.loads(json.dumps(results))):
+                earlier.append(before)
+                said.append(f"=> the results of '{before.get('pretrained')}' that '{path}' held are kept in it, under \"earlier\"")
+            results |= {"earlier": earlier} if earlier else {}
+        files.write_text(json.dumps(results, indent=1) + "\n", path)
     except OSError as error:
         raise RunFailed(f"cannot write '{path}': {error.strerror}") from error
-    return path
+    return [files.shown(line) for line in (*said, f"=> written to {path}")]
+
+
+def _setting(results: dict) -> dict:
+    """All but what was measured."""
+    return {name: value for name, value in results.items() if name not in MEASURED}
 
 
 def accuracy(predictions: torch.Tensor, labels: torch.Tensor) -> float:
