@@ -54,7 +54,11 @@ def export(
         state = {name: t for name, t in state.items() if not name.endswith("num_batches_tracked")}
     write, note = _FORMS[to](state, info, out, model_card(path, info, results) if has_card else {})
     checkpoint.require_writable(out, "--out")
-    _compare(encoder, info, write())
+    try:
+        _compare(encoder, info, write())
+    except BaseException:  # what is not proven does not stay
+        out.unlink(missing_ok=True)
+        raise
     proof = "names mapped back: equal tensors" if to == "detectron2" else "same output on a fixed tensor"
     return [describe(info), f"=> wrote '{out}' for {to}: {len(state)} tensors, without the head; {proof}", *note]
 

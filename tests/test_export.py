@@ -214,6 +214,12 @@ def test_results_of_the_file_are_found_among_earlier_ones(moco_file, tmp_path):
         assert json.loads(file.metadata()["knn"]) == [{"dataset": "digits", "top1": 50.0}]
 
 
+def test_a_file_that_is_not_what_it_should_be_does_not_stay(moco_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(export, "TOLERANCE", -1.0)
+    assert run(moco_file[0], "--to", "torchvision", "--out", tmp_path / "tv.pth") == 3
+    assert "differs from the checkpoint" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 def test_results_that_would_go_nowhere_are_refused(moco_file, tmp_path, capsys):
     (tmp_path / "r.json").write_text(json.dumps({"results": []}))
     assert run(moco_file[0], "--to", "torchvision", "--out", tmp_path / "x.pth", "--results", tmp_path / "r.json") == 2
