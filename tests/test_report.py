@@ -492,6 +492,10 @@ def test_bad_input_is_one_line_and_exit_code_2(knn, tmp_path, capsys):
     assert "metrics.jsonl is missing" in refused(tmp_path / "empty")
     assert "named twice" in refused(knn, knn)
     assert "is a folder" in refused(knn, "--out", tmp_path)
+    (tmp_path / "notes.html").write_text("<!DOCTYPE html><title>moco_isl</title>")
+    for theirs in (tmp_path / "notes.html", knn / "metrics.jsonl", knn / "checkpoint_last.pth.tar", "/dev/null"):
+        before = Path(theirs).read_bytes()
+        assert "not written over" in refused(knn, "--out", theirs) and Path(theirs).read_bytes() == before
     assert "break-even" in refused(knn, "--breakeven", tmp_path / "none.json")
     moved = tmp_path / "moved"
     shutil.copytree(knn, moved)

@@ -18,7 +18,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser = cli.Parser(prog="python -m moco_isl.report", description=__doc__)
     parser.add_argument("runs", metavar="RUN", nargs="+", help="the --out folder of a run")
     cli.add_switch(parser, "--labels", help="look the labels of the images up: precision of the mined sets, mistakes, confused classes")
-    parser.add_argument("--out", metavar="FILE", help="the page (default: RUN/report.html)")
+    parser.add_argument("--out", metavar="FILE", help="the page (default: RUN/report.html); over nothing but such a page")
     parser.add_argument("--data", metavar="DIR", help="where the images lie now, if not where the run read them")
     parser.add_argument(
         "--breakeven",
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(argv: list[str] | None, stop) -> None:
     args = get_parser().parse_args(argv)
     try:
-        from moco_isl.report.page import write_report
+        from moco_isl.report.page import is_report, write_report
     except ImportError as error:
         raise BadInput(f"the report needs matplotlib and jinja2 ({error}): pip install 'moco_isl[report]'") from error
     from moco_isl.report.runs import read_runs
@@ -45,7 +45,7 @@ def _run(argv: list[str] | None, stop) -> None:
 
     runs = read_runs(args.runs)
     out = Path(args.out or runs[0].path / "report.html")
-    cli.check(not out.is_dir(), f"--out '{out}' is a folder: expected the name of a file in it")
+    files.require_ours(out, is_report, "--out")
     cli.check(out.parent.is_dir(), f"no folder '{out.parent}' for --out '{out}': make it first")
     breakeven = Path(args.breakeven or runs[0].path / "breakeven.json")
     table = read_breakeven(breakeven) if args.breakeven or breakeven.exists() else None

@@ -1,8 +1,7 @@
 """The page itself: what each part of the template is handed, and the file, written whole or not at all."""
 
-import contextlib
 import itertools
-import os
+import re
 import statistics
 import sys
 from collections.abc import Sequence
@@ -53,7 +52,8 @@ def write_report(runs: Sequence[Run], out: Path, labels: bool = False, root: str
     """Write the page about these runs to `out`.
 
     labels: look up the labels of the data sets, for precision; they are never stored. root: where the images lie now, if they moved.
-    breakeven: see `verdict.read_breakeven`. Raises BadInput where images with --labels are gone, RunFailed where `out` cannot be written.
+    breakeven: see `verdict.read_breakeven`. Raises BadInput where images with --labels are gone and where `out` is there and is no such
+    page, RunFailed where it cannot be written.
     """
     albums = _albums(runs, labels, root)
     parts, measured = [], []
@@ -205,12 +205,15 @@ def _grids(runs: Sequence[Run], albums: dict[tuple, Album]) -> list[Grid]:
     return grids
 
 
+def is_report(path: Path) -> bool:
+    """Whether a file is a page that `write_report` wrote, this version's or an earlier one's."""
+    with open(path, "rb") as file:
+        return bool(re.search(r'<meta name="generator" content="moco_isl|· moco_isl</title>'.encode(), file.read(1 << 16)))
+
+
 def _write(out: Path, text: str) -> None:
-    temporary = out.with_name(out.name + ".tmp")
+    files.require_ours(out, is_report, "--out")
     try:
-        temporary.write_text(files.encodable(text), encoding="utf-8")
-        os.replace(temporary, out)
+        files.write_text(text, out)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         raise RunFailed(f"cannot write {out}: {error.strerror}; give another file with --out") from error
