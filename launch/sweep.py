@@ -31,9 +31,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from launch import executors, options, watch  # noqa: E402
 from launch.job import SCRIPTS, Run  # noqa: E402
-from launch.tables import write_table  # noqa: E402
+from launch.tables import require_ours, write_table  # noqa: E402
 from moco_isl import files, plain_yaml, schema  # noqa: E402
-from moco_isl.errors import BadInput, Interrupted  # noqa: E402
+from moco_isl.errors import BadInput, Interrupted, RunFailed  # noqa: E402
 from moco_isl.training import cli  # noqa: E402
 
 SETTING = (None, str, [str])  # null, a value or a list of them
@@ -81,9 +81,9 @@ def main(argv: list[str] | None = None) -> int:
     files.print_any_name()
     try:
         return _main(get_parser().parse_args(argv))
-    except BadInput as error:
+    except (BadInput, RunFailed) as error:
         print(f"error: {files.shown(str(error))}", file=sys.stderr)
-        return BadInput.exit_code
+        return error.exit_code
     except KeyboardInterrupt:
         print("\n=> interrupted: the same command goes on where this one was", file=sys.stderr)
         return Interrupted.exit_code
@@ -101,6 +101,7 @@ def _main(opts: argparse.Namespace) -> int:
         options.parse_script(script, flags, *tasks, check=not opts.table)
     if opts.dry_run:
         return dry_run(script, points, folder, opts)
+    require_ours(plan, folder)
     code = 0
     if not opts.table:
         make_folders([folder / name for name in points])

@@ -1,13 +1,16 @@
 """What a sweep has to show: a row a point, and curves of a result over a setting."""
 
 import contextlib
+import io
 import json
 import statistics
 from pathlib import Path
 
 from launch import report
 from moco_isl import files, schema
-from moco_isl.errors import BadInput
+from moco_isl.errors import BadInput, RunFailed
+
+CREATOR = "moco_isl"  # how a curve is known again
 
 
 def write_table(plan: dict, folder: Path) -> None:
@@ -23,14 +26,39 @@ def write_table(plan: dict, folder: Path) -> None:
     cells = [columns, ["---"] * len(columns), *([_shown(row.get(c)) for c in columns] for row in rows)]
     text = "\n".join("| " + " | ".join(line) + " |" for line in cells)
     print(text)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        files.write_text(text + "\n", folder / "table.md")
-        files.write_text(json.dumps(rows, indent=1) + "\n", folder / "table.json")
-    except OSError as error:
-        raise BadInput(f"cannot write into '{folder}': {error.strerror}; {files.cure(error)}") from error
+    require_ours(plan, folder)
+    _write(text + "\n", folder / "table.md")
+    _write(json.dumps(rows, indent=1) + "\n", folder / "table.json")
     if plan["figures"]:
         write_curves(plan["figures"], rows, folder)
+
+
+def require_ours(plan: dict, folder: Path) -> None:
+    """Raise BadInput where a file that `write_table` is to write is there and is not one that it wrote."""
+    curves = [curve_name(number, wanted) for number, wanted in enumerate(plan["figures"] or [])]
+    begins = {"table.md": "| point ", "table.json": '[\n {\n  "point": ', **dict.fromkeys(curves, "<?xml")}
+    for name, start in begins.items():
+        creator = CREATOR if name in curves else ""
+        files.require_ours(folder / name, lambda path: _is_written(path, start, creator), "--job-dir")
+
+
+def _is_written(path: Path, start: str, creator: str) -> bool:
+    with open(path, encoding="utf-8", errors="replace") as file:
+        head = file.read(4096)
+    return head.startswith(start) and creator in head
+
+
+def curve_name(number: int, wanted: dict) -> str:
+    """The file of the curve {x: a setting, y: a column}."""
+    return f"curve_{number}_{wanted['x']}.svg"
+
+
+def _write(text: str, path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_text(text, path)
+    except OSError as error:
+        raise RunFailed(f"cannot write '{path}': {error.strerror}; {files.cure(error)}, and give --table") from error
 
 
 def _number(value):
@@ -96,8 +124,9 @@ def write_curves(figures: list[dict], rows: list[dict], folder: Path) -> list[Pa
         )
         axes.set(xlabel=x, ylabel=y)
         axes.grid(alpha=0.3)
-        written.append(folder / f"curve_{number}_{x}.svg")
-        figure.savefig(written[-1])
+        written.append(folder / curve_name(number, wanted))
+        figure.savefig(buffer := io.StringIO(), format="svg", metadata={"Creator": CREATOR, "Date": None})
+        _write(buffer.getvalue(), written[-1])
         print(f"=> {written[-1]}")
     return written
 

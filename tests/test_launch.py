@@ -972,6 +972,25 @@ def test_a_sweep_on_this_machine_writes_a_folder_a_point_and_one_table(tmp_path,
     assert (tmp_path / "all" / "curve_0_moco-t.svg").stat().st_size > 1000
 
 
+def test_a_table_is_written_over_tables_only_and_whole(tmp_path, monkeypatch, capsys):
+    file = write(tmp_path, points=[{"name": "a", "lr": 1}], base={"dataset": "digits"}, figures=[{"x": "lr", "y": "loss"}])
+    (tmp_path / "all" / "a").mkdir(parents=True)
+    (tmp_path / "all" / "a" / "metrics.jsonl").write_text('{"kind": "epoch", "epoch": 0, "loss": 0.5}\n')
+    argv = [str(file), "--job-dir", str(tmp_path / "all"), "--table"]
+    assert sweep.main(argv) == sweep.main(argv) == 0
+    written = {path.name: path.read_bytes() for path in (tmp_path / "all").iterdir() if path.is_file()}
+    assert set(written) == {"table.md", "table.json", "curve_0_lr.svg"}
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        assert sweep.main(argv) == 3 and "No space left on device" in capsys.readouterr().err
+    assert written == {path.name: path.read_bytes() for path in (tmp_path / "all").iterdir() if path.is_file()}
+    monkeypatch.setattr(sweep, "run_here", lambda *_: pytest.fail("it has begun"))
+    for name in written:
+        (tmp_path / "all" / name).write_text("<?xml the user's own")
+        assert sweep.main(argv[:-1]) == 2 and f"{name}' is there already and is none of this command's" in capsys.readouterr().err
+        (tmp_path / "all" / name).write_bytes(written[name])
+
+
 def test_a_curve_has_the_mean_and_spread_of_equal_settings():
     rows = [{"r": 1, "y": 2.0}, {"r": 1, "y": 4.0}, {"r": 0.5, "y": 1.0}, {"y": 9.0}, {"r": 2, "y": None}]
     assert tables.points_of(rows, "r", "y") == [(0.5, 1.0, 0.0), (1, 3.0, pytest.approx(2**0.5))]
