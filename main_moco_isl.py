@@ -224,10 +224,7 @@ class Run:
 
     def _load(self) -> int | None:
         """Resume or initialise; returns how much of metrics.jsonl is to be kept (None: all)."""
-        args, path, content = self.args, self.start.path, checkpoint.load(self.start.path)
-        if broken := checkpoint.exploded(content):
-            raise BadInput(f"'{path}' holds values that are not finite, or too large to be squared ({checkpoint.some(broken)}): "
-                           "give an older file, or start anew with a lower --lr")
+        args, path, content = self.args, self.start.path, cli.together(lambda: read_sound(self.start.path))
         filled = checkpoint.load_model(self.model, content, path)
         fills = {"encoder_k": "copied from encoder_q", "queue": "filled anew by one feature pass"}
         self.say(f"=> loaded '{files.shown(path)}' (epoch {content.get('epoch', 'unknown')})" + "".join(f"; it has no {part}, which is {fills[part]}" for part in filled))
@@ -413,6 +410,15 @@ class Run:
             queries, truth = self.features(self.model.encoder_q, self.held_out), self.held_out.labels.to(self.device)
         found = weighted_knn(queries, bank, self.labels, k=min(200, self.M - 1), T=0.1, leave_one_out=self.held_out is None)
         return (found == truth).float().mean().item() * 100
+
+
+def read_sound(path: str) -> dict:
+    """A checkpoint, whole. Raises BadInput where it is damaged, or holds what no training can go on from."""
+    content = checkpoint.load(path)
+    if broken := checkpoint.exploded(content):
+        raise BadInput(f"'{path}' holds values that are not finite, or too large to be squared ({checkpoint.some(broken)}): "
+                       "give an older file, or start anew with a lower --lr")
+    return content
 
 
 def build_model(args: argparse.Namespace, size: int) -> torch.nn.Module:

@@ -261,6 +261,17 @@ def test_metrics_whose_checkpoints_are_gone_are_not_started_over(tmp_path, unbro
         assert ask([*argv, "--max-steps", "1"])[0] == 0
 
 
+def test_a_damaged_tensor_is_found_before_anything_is_written(tmp_path, unbroken):
+    """A first look checks no tensors: the file is read when the folder is held."""
+    path = unbroken / "checkpoint_last.pth.tar"
+    weight = checkpoint.load(path)["state_dict"]["module.encoder_q.fc.0.weight"]
+    whole = path.read_bytes()
+    place = whole.index(weight.numpy().tobytes())
+    (tmp_path / "damaged").write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    code, _, err = ask([*FLAGS, "--init", str(tmp_path / "damaged"), "--out", str(tmp_path / "out")])
+    assert code == 2 and err.count("\n") == 1 and "it is damaged (Bad CRC-32" in err and not (tmp_path / "out").exists()
+
+
 def test_a_run_without_a_checkpoint_yet_is_started_over_by_the_same_flags_only(tmp_path, unbroken):
     for name in ("metrics.jsonl", "args.json"):
         shutil.copy(unbroken / name, tmp_path)
