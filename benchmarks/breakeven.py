@@ -16,10 +16,10 @@ and breakeven.json, which `python -m moco_isl.report --breakeven` takes, holds t
 
 import argparse
 import contextlib
+import io
 import itertools
 import json
 import math
-import os
 import random
 import shlex
 import shutil
@@ -33,7 +33,7 @@ import torch
 
 import main_moco_isl
 from benchmarks import common, demo
-from moco_isl import data
+from moco_isl import data, files
 from moco_isl.encoders import extract_features
 from moco_isl.errors import BadInput, Interrupted
 from moco_isl.evaluation.backbone import load_backbone
@@ -143,9 +143,7 @@ class Runs:
         lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
         rounds = [{key: line.get(key) for key in IN_ROUNDS} for line in lines if line["kind"] == "round"]
         found = {"flags": flags, **self.judge(out / "checkpoint_last.pth.tar"), "rounds": rounds, "seconds": time.perf_counter() - began}
-        temporary = done.with_suffix(".tmp")
-        temporary.write_text(json.dumps(found, indent=1) + "\n")
-        os.replace(temporary, done)
+        files.write_text(json.dumps(found, indent=1) + "\n", done)
         if not keep:
             shutil.rmtree(out)
         (self.folder / f"{name}.log").unlink()
@@ -342,7 +340,8 @@ def draw(study: Study, path: Path) -> None:
             axes.set(title=FORMS[form][0], xlabel="precision of the positives", ylabel=f"points of {METRICS[args.metric]} over no positives")
             axes.label_outer()
             axes.legend(frameon=False)
-        figure.savefig(path, format="svg", metadata={"Date": None})
+        figure.savefig(page := io.StringIO(), format="svg", metadata={"Date": None})
+    files.write_text(page.getvalue(), path)
 
 
 def name_of(args: argparse.Namespace) -> str:
@@ -401,7 +400,7 @@ def main(argv: list[str] | None = None) -> int:
     if not whole:
         results[0].note("Not all runs had ended.")
     written = folder / ("breakeven" if args.right == "near" else f"breakeven-right-{args.right}")
-    written.with_suffix(".json").write_text(json.dumps(study.table()) + "\n")
+    files.write_text(json.dumps(study.table()) + "\n", written.with_suffix(".json"))
     draw(study, written.with_suffix(".svg"))
     print(f"  written: {written}.json (for the report), {written}.svg")
     common.end(args, *results)

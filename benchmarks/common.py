@@ -31,6 +31,8 @@ from pathlib import Path
 
 import torch
 
+from moco_isl import files
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -217,7 +219,7 @@ class Result:
                  **({} if self.columns is None else {"columns": self.columns}), "rows": self.rows, "notes": self.notes}  # fmt: skip
         path = Path(folder or RESULTS) / f"{self.name}-{slug(self.device)}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(facts, indent=1) + "\n")
+        files.write_text(json.dumps(facts, indent=1) + "\n", path)
         return path
 
 

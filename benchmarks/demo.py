@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 import main_moco_isl
 from benchmarks import common
-from moco_isl import checkpoint, data
+from moco_isl import checkpoint, data, files
 from moco_isl.builder import add_mlp
 from moco_isl.encoders import build_encoder, extract_features
 from moco_isl.evaluation.knn import few_shot, weighted_knn
@@ -117,7 +117,7 @@ def main() -> None:
     text = table(seeds)
     seconds = time.time() - start
     facts = {"command": f"make demo SEEDS={args.seeds}", "seconds": seconds, "cores": os.cpu_count(), "torch": torch.__version__, "seeds": seeds}
-    (OUT / "table.json").write_text(json.dumps(facts, indent=1) + "\n")
+    files.write_text(json.dumps(facts, indent=1) + "\n", OUT / "table.json")
     spread = f"mean ± standard deviation of n = {args.seeds} seeds" if args.seeds > 1 else "n = 1 seed; make demo SEEDS=3 shows the spread"
     print(f"\nUCI digits, 1,437 images to train on, 360 held out; {spread}; {seconds:.0f} s. Files in {OUT}/\n\n{text}\n")
     print("kNN: weighted, k 50. 1-shot: one labelled image a class, mean of 20 draws. Last round of mining: set size, share of true labels in the sets,\n"

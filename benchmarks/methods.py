@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import common, demo
-from moco_isl import data
+from moco_isl import data, files
 
 OUT = Path("runs/methods")
 BANK = ["--objective", "bank", "--no-mlp", "--isl-loss", "logsum", "--momentum", "0"]
@@ -56,7 +56,7 @@ def one_run(family: str, miner: str | None, seed: int) -> dict:
     with open(OUT / f"{name}-{seed}.log", "w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         encoder, rounds = demo.pretrain(name, seed, *flags, folder=OUT)
     figures = demo.judge(encoder, train, val) | demo.mined(rounds) | {"seconds": time.time() - start, "cpu_seconds": time.process_time() - cpu}
-    done.write_text(json.dumps(figures))
+    files.write_text(json.dumps(figures), done)
     return figures
 
 

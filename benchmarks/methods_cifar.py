@@ -18,7 +18,7 @@ import torch
 
 import main_moco_isl
 from benchmarks import common
-from moco_isl import data
+from moco_isl import data, files
 
 RECIPES = Path(__file__).parent.parent / "launch" / "recipes"
 BANK, QUEUE = (["--config", str(RECIPES / name)] for name in ("bank_cifar10.yaml", "queue_cifar10_mocov2.yaml"))
@@ -69,7 +69,7 @@ def one_run(args: argparse.Namespace, name: str, flags: list[str], more: list[st
     if code:
         sys.exit(code)
     if not known.exists():
-        known.write_text(json.dumps(time.perf_counter() - start))
+        files.write_text(json.dumps(time.perf_counter() - start), known)
     lines = list(map(json.loads, (out / "metrics.jsonl").read_text().splitlines()))
     last = next((line for line in reversed(lines) if line["kind"] == "round"), {})
     figures = {"knn": next(line["knn"] for line in reversed(lines) if "knn" in line), "seconds": json.loads(known.read_text())}

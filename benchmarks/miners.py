@@ -38,7 +38,7 @@ import torch
 
 from benchmarks import breakeven, common, gans
 from benchmarks.mining import load_features
-from moco_isl import data
+from moco_isl import data, files
 from moco_isl.encoders import extract_features, extract_views
 from moco_isl.errors import BadInput
 from moco_isl.evaluation.backbone import load_backbone
@@ -246,8 +246,7 @@ def _seed(source: Source, lists: Lists, seed: int, iters: int | None, folder: Pa
     pairs, near, worst = with_gan(lists, seed, iters)
     figures = {"GAN, published": directed(near, source.labels), **{name: undirected(*p, labels=source.labels) for name, p in pairs.items()}}
     folder.mkdir(parents=True, exist_ok=True)
-    torch.save({"key": key, "figures": json.dumps(figures), "worst": worst.half().cpu()}, done.with_suffix(".tmp"))
-    done.with_suffix(".tmp").replace(done)
+    files.write({"key": key, "figures": json.dumps(figures), "worst": worst.half().cpu()}, done, done.with_suffix(".tmp"))
     return figures, worst
 
 

@@ -27,12 +27,14 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import common
-from moco_isl import dist
+from moco_isl import dist, files
 from moco_isl.errors import BadInput
 from moco_isl.mining import GANMiner, PositiveSets, baselines, one_line, topk
 from moco_isl.mining.edges import Edges, Rules, settle
 from moco_isl.mining.gan import Discriminator, GANFit, Generator
 from moco_isl.mining.miners import best_proxies
+
+OURS = b'{\n "command": "python -m benchmarks.mining'  # how the file of --out begins
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -192,6 +194,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     try:
+        if args.out:
+            files.require_ours(args.out, lambda path: path.read_bytes().startswith(OURS), "--out")
         features, labels = load(args)
         kind = GANMiner if args.worst is None else partial(WorstCase, args.worst)
         miner = kind(budget=args.budget, iters=args.iters, min_iters=args.min_iters, lam=args.lam, threshold=args.threshold, radius=args.radius)
@@ -213,7 +217,7 @@ def main(argv: list[str] | None = None) -> int:
                  "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__,
                  "python": platform.python_version(), "M": len(features), "C": features.shape[1], "sizes": args.sizes,
                  "rounds": reports, "table": rows, "seconds": seconds, "cpu_seconds": cpu, **page(args, reports, rows)}  # fmt: skip
-        Path(args.out).write_text(json.dumps(facts, indent=1) + "\n")
+        files.write_text(json.dumps(facts, indent=1) + "\n", args.out)
     return 0
 
 

@@ -5,9 +5,12 @@ The schema of those files is that of benchmarks/common.py. A file that is not in
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from benchmarks.common import RESULTS, cell, short
+from moco_isl import files
+from moco_isl.errors import BadInput
 
 PAGE = Path(__file__).parent / "RESULTS.md"
 HEAD = """# What was measured
@@ -79,7 +82,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="where the JSONs are (default: benchmarks/results)")
     parser.add_argument("--page", type=Path, default=PAGE, metavar="FILE.md", help="what to write (default: benchmarks/RESULTS.md)")
     args = parser.parse_args(argv)
-    args.page.write_text(page(args.results))
+    try:
+        files.require_ours(args.page, lambda path: path.read_bytes().startswith(HEAD.partition("\n")[0].encode()), "--page")
+    except BadInput as error:
+        sys.exit(f"benchmarks.results: {error}")
+    files.write_text(page(args.results), args.page)
     print(f"written: {args.page}, of {len(list(args.results.glob('*.json')))} files")
 
 

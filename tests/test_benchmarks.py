@@ -186,6 +186,9 @@ def test_table_of_mining(tmp_path):
     assert mining.main(["--size", "600", "--iters", "40", "--min-iters", "20", "--device", "cpu", "--sizes", "1", "5", "--out", str(out)]) == 0
     page = results.section(json.loads(out.read_text()))
     assert "| round 0 |" in page and "| own nearest |" in page and "precision at 5" in page
+    assert out.read_bytes().startswith(mining.OURS)
+    out.write_text("notes")
+    assert mining.main(["--size", "600", "--out", str(out)]) == 2 and out.read_text() == "notes"
 
 
 def test_fast_and_plain_paths_are_run_alike(tmp_path):
@@ -265,6 +268,11 @@ def test_page_of_timings_and_of_any_columns(tmp_path):
 def test_the_page_is_what_the_command_writes(tmp_path):
     results.main(["--page", str(tmp_path / "page.md")])
     assert results.PAGE.read_text() == (tmp_path / "page.md").read_text(), "run python -m benchmarks.results"
+    (tmp_path / "notes.md").write_text("# What was said")
+    results.main(["--page", str(tmp_path / "page.md")])
+    with pytest.raises(SystemExit, match="notes.md' is there already and is none of this command's files"):
+        results.main(["--page", str(tmp_path / "notes.md")])
+    assert (tmp_path / "notes.md").read_text() == "# What was said"
 
 
 def test_the_command_says_what_was_typed_but_not_where_things_lie(monkeypatch):
