@@ -149,7 +149,7 @@ def load(path: str | Path, map_location: torch.device | str = "cpu", mmap: bool 
         raise BadInput(f"'{path}' is a folder: expected a checkpoint file{hint}")
     if damage := _damage(path, whole=not mmap):
         raise BadInput(f"cannot read '{path}': it is damaged ({damage}); expected a file as torch.save wrote it; "
-                       "copy it anew, or use an older one")
+                       "copy it anew, or remove it and go on from an older one")
     try:
         with warnings.catch_warnings(), plain.allowed(), files.utf8_name(path) as name:
             warnings.simplefilter("ignore")  # about pickles of unusual protocols: what is wrong is said below, in a line

@@ -614,6 +614,12 @@ def test_a_run_in_the_folder_is_not_overwritten_by_another(moco_file, cached_run
         patched.setattr(probe, "table", moved)
         assert run(moco_file, out, *same, "--resume", "auto") == 3
     assert "is no longer the folder of this run" in capsys.readouterr().err and contents(out) == before
+    content = last(out)
+    for name, tensor in content["probe"]["model"].items():
+        tensor.fill_(float("nan"))
+    torch.save(content, out / "checkpoint_last.pth.tar")  # as such files were saved before that was looked at
+    assert run(moco_file, out, *same, "--resume", "auto") == 2
+    assert "holds classifiers that are not finite" in capsys.readouterr().err
     (out / "checkpoint_last.pth.tar").unlink()
     before = contents(out)
     assert run(moco_file, out, *same, "--resume", "auto", "--seed", 5) == 2
