@@ -78,8 +78,7 @@ def copy(source: Path, target: Path) -> None:
             os.link(source, temporary)
         except OSError:
             shutil.copyfile(source, temporary)
-        os.replace(temporary, target)
-        files.sync_folder(target.parent)
+        files.put_in_place(temporary, target)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
