@@ -75,12 +75,12 @@ def check_args(args) -> None:
     args.k, args.T = sorted(set(args.k)), sorted(set(args.T))
     for name, low, low_open in (("k", 1, False), ("T", 0, True), ("batch_size", 1, False), ("workers", 0, False)):
         cli.check_range(args, name, low, low_open=low_open)
-    kept = args.features is not None and Path(args.features).exists()
+    kept = args.features is not None and files.kind(args.features, "--features") not in ("", "folder")
     cli.check(
         args.pretrained or kept, "no encoder: give --pretrained FILE (or --features FILE with features kept before)"
     )
     cli.check(
-        args.features is None or not Path(args.features).is_dir(),
+        args.features is None or files.kind(args.features) != "folder",
         f"--features '{args.features}' is a folder: expected a file name",
     )
     if args.out:
@@ -95,10 +95,9 @@ def check_args(args) -> None:
         if args.features:
             checkpoint.require_writable(args.features, "--features")
     else:
-        cli.check(
-            not args.pretrained or Path(args.pretrained).is_file(),
-            f"no file at --pretrained '{args.pretrained}': check the path",
-        )
+        files.require_file(args.features, "--features", "features kept before")
+        if args.pretrained:
+            files.require_file(args.pretrained, "--pretrained", "a checkpoint")
 
 
 def main(argv: list[str] | None = None, stop=None) -> int:

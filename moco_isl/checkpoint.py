@@ -131,6 +131,19 @@ def remove_stale(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def require_file(path: str | Path) -> Path:
+    """`path`, where a file is that may be read. Raises BadInput, for a folder with the checkpoints in it."""
+    path = Path(path)
+    found = files.kind(path)
+    if not found:
+        raise BadInput(f"no file at '{path}': expected a checkpoint; check the path")
+    if found == "folder":
+        inside = sorted(p.name for p in path.glob("*.pth*"))
+        hint = f"; it holds {', '.join(inside[-3:])}: name one of them" if inside else ""
+        raise BadInput(f"'{path}' is a folder: expected a checkpoint file{hint}")
+    return files.require_file(path, expected="a checkpoint")
+
+
 def load(path: str | Path, map_location: torch.device | str = "cpu", mmap: bool = False) -> dict:
     """The dict in a checkpoint file. Never executes a pickle; of plain data see `plain`. Raises BadInput with what is wrong with the file.
 
@@ -139,13 +152,7 @@ def load(path: str | Path, map_location: torch.device | str = "cpu", mmap: bool 
     mmap: tensors are read from the file when they are looked at, and not checked; for a look at names, shapes and plain
     values, which are.
     """
-    path = Path(path)
-    if not path.exists():
-        raise BadInput(f"no file at '{path}': expected a checkpoint; check the path")
-    if path.is_dir():
-        inside = sorted(p.name for p in path.glob("*.pth*"))
-        hint = f"; it holds {', '.join(inside[-3:])}: name one of them" if inside else ""
-        raise BadInput(f"'{path}' is a folder: expected a checkpoint file{hint}")
+    path = require_file(path)
     if damage := _damage(path, whole=not mmap):
         raise BadInput(f"cannot read '{path}': it is damaged ({damage}); expected a file as torch.save wrote it; "
                        "copy it anew, or remove it and go on from an older one")

@@ -65,11 +65,12 @@ def export(
 
 def _check_out(path: Path, to: str, out: Path) -> None:
     """Raise BadInput where `out` is there already, or has a name by which its reader would take it for another kind of file."""
-    if out.is_dir():
+    found = files.kind(out, "--out")
+    if found == "folder":
         raise BadInput(f"--out '{out}' is a folder: name the file to write")
-    if out.exists() and path.exists() and out.samefile(path):
+    if found and files.kind(path) and out.samefile(path):
         raise BadInput(f"--out '{out}' is the file to read: name the file to write")
-    if out.exists():
+    if found:
         raise BadInput(f"--out '{out}' is there already and is not written over: name another file, or remove that one first")
     if out.suffix == ".pkl" and to == "detectron2":
         raise BadInput(f"--out '{out}': detectron2 would open .pkl as a pickle, this is none; name it .pth")

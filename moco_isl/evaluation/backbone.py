@@ -109,8 +109,8 @@ def describe(info: dict) -> str:
 
 def read_file(path: str | Path) -> tuple[dict, dict[str, str]]:
     """(content, safetensors' metadata) of a file of tensors. Raises BadInput."""
-    path = Path(path)
-    if path.is_file() and (path.suffix == ".safetensors" or checkpoint.is_safetensors(path)):
+    path = checkpoint.require_file(path)
+    if path.suffix == ".safetensors" or checkpoint.is_safetensors(path):
         from safetensors import SafetensorError, safe_open
 
         try:

@@ -6,6 +6,7 @@ The page is one file that works offline. Several runs are compared; it then lies
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -46,9 +47,12 @@ def _run(argv: list[str] | None, stop) -> None:
     runs = read_runs(args.runs)
     out = Path(args.out or runs[0].path / "report.html")
     files.require_ours(out, is_report, "--out")
-    cli.check(out.parent.is_dir(), f"no folder '{out.parent}' for --out '{out}': make it first")
+    cli.check(files.kind(out.parent, "--out") == "folder", f"no folder '{out.parent}' for --out '{out}': make it first")
+    files.require_folder(out.parent, "--out")
+    if args.breakeven:
+        files.require_file(args.breakeven, "--breakeven", "a JSON file")
     breakeven = Path(args.breakeven or runs[0].path / "breakeven.json")
-    table = read_breakeven(breakeven) if args.breakeven or breakeven.exists() else None
+    table = read_breakeven(breakeven) if args.breakeven or os.path.exists(breakeven) else None
     write_report(runs, out, args.labels, args.data, table)
     print(f"=> {files.shown(out)} ({out.stat().st_size / 2**20:.1f} MiB)")
 

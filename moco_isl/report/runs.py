@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from moco_isl import checkpoint, data
+from moco_isl import checkpoint, data, files
 from moco_isl.errors import BadInput
 from moco_isl.mining.positives import PositiveSets
 from moco_isl.training.round_record import nearest_of_sample, sample_anchors
@@ -71,7 +71,7 @@ class Round:
 
     def load(self) -> Record | None:
         """The record; None where the round left none. Large: load it, use it, let it go."""
-        if not self.path.exists():
+        if not files.kind(self.path):
             return None
         content = checkpoint.load(self.path)
         if missing := {"offsets", "members", "sureness", "cosine"} - content.keys():
@@ -100,7 +100,7 @@ class Run:
 
     def num_images(self) -> int | None:
         """M, as the last round that left a record says."""
-        record = next((round_.load() for round_ in reversed(self.rounds) if round_.path.exists()), None)
+        record = next((round_.load() for round_ in reversed(self.rounds) if files.kind(round_.path)), None)
         return record.M if record else None
 
     def dataset(self, root: str | None = None, M: int | None = None):
@@ -127,16 +127,19 @@ class Run:
 def read_runs(paths: Sequence[str | Path]) -> list[Run]:
     """The runs in these folders, each with a name of its own. Raises BadInput."""
     paths = [Path(path) for path in paths]
+    for path in paths:
+        files.kind(path, "RUN")  # raises where nobody can look at it
     return [read_run(path, name) for path, name in zip(paths, _names(paths))]
 
 
 def read_run(path: Path, name: str) -> Run:
     expected = "expected the --out folder of a run of main_moco_isl.py, with args.json and metrics.jsonl"
-    if not path.is_dir():
+    if files.kind(path, "RUN") != "folder":
         raise BadInput(f"no such run: '{path}'; {expected}")
     for file in ("metrics.jsonl", "args.json"):
-        if not (path / file).is_file():
+        if not files.kind(path / file):
             raise BadInput(f"'{path}' holds no run: {file} is missing; {expected}")
+        files.require_file(path / file)
     facts = _read_json(path / "args.json", (path / "args.json").read_text())
     lines = _read_lines(path / "metrics.jsonl")
     if not lines or not isinstance(facts, dict) or not isinstance(facts.get("args"), dict):

@@ -208,6 +208,9 @@ def add_distributed_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", default="auto", metavar="auto|cpu|cuda|cuda:i", help="default: CUDA where there is any")
 
 
+LARGEST = 2**31 - 1  # what a flag that counts something takes
+
+
 def check(ok: bool, message: str) -> None:
     """Raise BadInput(message) unless ok."""
     if not ok:
@@ -215,16 +218,24 @@ def check(ok: bool, message: str) -> None:
 
 
 def check_range(args: argparse.Namespace, name: str, low: float, high: float = float("inf"), low_open: bool = False) -> None:
-    """The value(s) of flag `name` lie in [low, high], or (low, high]; infinity and NaN never do."""
+    """The value(s) of flag `name` lie in [low, high], or (low, high]; infinity and NaN never do, nor whole numbers above LARGEST without `high`."""
     value = getattr(args, name)
     for v in value if isinstance(value, list) else [value]:
-        inside = v is None or ((low < v if low_open else low <= v) and v <= high and math.isfinite(v))
-        bounds = f"{'more than' if low_open else 'at least'} {low:g}" + (f" and at most {high:g}" if high < float("inf") else "")
-        bounds += "" if v is None or math.isfinite(v) else ", and finite"
-        check(inside, f"--{name.replace('_', '-')} {v} is out of range: expected {bounds}")
+        if v is None:
+            continue
+        most = LARGEST if isinstance(v, int) and high == math.inf else high
+        finite = isinstance(v, int) or math.isfinite(v)
+        inside = (low < v if low_open else low <= v) and v <= most and finite
+        bounds = f"{'more than' if low_open else 'at least'} {low:g}" + (f" and at most {high:g}" if high < math.inf else "")
+        bounds += f" and at most {LARGEST}" if most < v and high == math.inf else "" if finite else ", and finite"
+        check(inside, f"--{name.replace('_', '-')} {short(str(v))} is out of range: expected {bounds}")
 
 
 def check_data_options(args: argparse.Namespace) -> None:
+    for flag, path in (("DIR", args.data), ("--cache", args.cache)):
+        check(path != "", f"{flag} is an empty text: expected a folder; '.' is the one this is started in")
+    if args.data is not None:
+        files.kind(args.data, "DIR")  # raises where nobody can look at it
     if args.cache is not None:
         check(args.dataset == "folder", f"--cache keeps images of a folder decoded, and those of --dataset {args.dataset} need no decoding: leave it off")
         files.require_folder(args.cache, "--cache", may_be_read_only=True)  # a full cache is only read
@@ -255,18 +266,15 @@ def resolve_device(args: argparse.Namespace) -> torch.device:
     check(name != "auto" or args.gpu is None or torch.cuda.is_available(), f"--gpu {args.gpu}, but no CUDA device is visible; leave it off to run on the CPU")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise BadInput(f"--device '{name}' is no device: expected auto, cpu, cuda or cuda:i") from error
-    if device.type == "cuda":
-        check(torch.cuda.is_available(), f"--device {name}, but no CUDA device is visible; use --device cpu or auto")
-        if device.index is None:
-            place = environment.ranks()
-            index = args.gpu if args.gpu is not None else (place.local_rank if place else 0) % torch.cuda.device_count()
-            device = torch.device("cuda", index)
-        check(device.index < torch.cuda.device_count(), f"GPU {device.index} was asked for, but there are {torch.cuda.device_count()}")
-        torch.cuda.set_device(device)
+    if name == "cpu":
+        return torch.device("cpu")
+    check(torch.cuda.is_available(), f"--device {short(name)}, but no CUDA device is visible; use --device cpu or auto")
+    count, named = torch.cuda.device_count(), name.removeprefix("cuda").removeprefix(":")
+    place = environment.ranks()
+    index = int(named[:9]) if named else args.gpu if args.gpu is not None else (place.local_rank if place else 0) % count
+    check(index < count, f"GPU {index} was asked for, but there are {count}")
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)
     return device
 
 
@@ -306,6 +314,9 @@ def check_distributed_options(args: argparse.Namespace) -> None:
     check_range(args, "nproc_per_node", 0)
     check_range(args, "dist_timeout", 1)
     check_range(args, "gpu", 0)
+    check_range(args, "world_size", -1)
+    check_range(args, "rank", -1)
+    check(re.fullmatch(r"auto|cpu|cuda(:\d+)?", args.device) is not None, f"--device '{short(args.device)}' is no device: expected auto, cpu, cuda or cuda:i")
     check(not args.nproc_per_node or args.multiprocessing_distributed, "--nproc-per-node says how many processes --multiprocessing-distributed starts: add that flag")
     place = environment.ranks()  # first of all whether it makes sense
     if args.world_size > 1 and not place:
@@ -527,13 +538,21 @@ def _lost_a_rank(error: Exception) -> bool:
                               or "gloo" in text)  # fmt: skip
 
 
+OF_A_PATH = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE, errno.ELOOP, errno.ENAMETOOLONG}
+
+
 def _in_words(error: Exception) -> str:
     """What befell the machine, and not the program, in a line; '' for anything else, which deserves its traceback."""
     text = (str(error).strip().splitlines() or [""])[0]
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return f"the GPU's memory is full ({text}): use a smaller --batch-size, --amp bf16, or more GPUs"
+    if isinstance(error, MemoryError) or "t allocate memory" in text or "Storage size calculation overflowed" in text:
+        return f"the memory is full ({short(text, 200)}): use a smaller --batch-size, --moco-k or --moco-dim"
     if words := workers.befell(error):
         return words
+    if isinstance(error, OSError) and error.errno in OF_A_PATH:
+        where = f" '{files.shown(error.filename)}'" if error.filename else ""
+        return f"a file or folder{where} cannot be used: {error.strerror}; {files.cure(error)}"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"{error.strerror}; the last checkpoint is whole. Free some space, then resume with --resume auto"
     return ""

@@ -139,7 +139,7 @@ def require_unchanged(start: Start, out: str) -> None:
 
 
 def _look(path: str, flag: str) -> dict:
-    if not Path(path).exists():
+    if not files.kind(path, f"--{flag}"):
         raise BadInput(f"no file at --{flag} '{path}': expected a checkpoint; check the path (nothing was started)")
     return checkpoint.load(path, mmap=True)
 
