@@ -168,7 +168,7 @@ class Run:
         self.optimizer = fast.sgd(self.model.parameters(), args.lr, args.momentum, args.weight_decay, self.fused)  # all parameters, as MoCo's file has it
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.amp == "fp16")
         self.isl = Rotations(self.model, self.M) if args.objective == "rotnet" else ISL(
-            self.model, self.M, P=args.isl_max_positives, form=args.isl_loss, hpe=args.isl_hpe, bank_mix=args.isl_bank_mix, recenter=args.isl_recenter, between=args.isl_between,
+            self.model, self.M, P=min(args.isl_max_positives, self.M), form=args.isl_loss, hpe=args.isl_hpe, bank_mix=args.isl_bank_mix, recenter=args.isl_recenter, between=args.isl_between,
             symmetric=args.symmetric, symmetric_sum=args.symmetric_sum, seed=args.seed, bank_dtype=torch.float16 if args.isl_half_bank else torch.float32, fast=args.fast)
         if args.fast:
             fast.count_batches_at_once(self.model)

@@ -53,6 +53,7 @@ def make_place() -> None:
     Path("text.txt").write_text("not a checkpoint\n")
     Path("unreadable/a.jpg").write_text("no image")
     Path("nothing.pth").touch()
+    os.mkfifo("pipe")
     Path("pickle.pth").write_bytes(pickle.dumps({"state_dict": Evil()}))
     torch.save({"state_dict": Evil()}, "code.pth")
     whole = Path("run/checkpoint_last.pth.tar").read_bytes()
@@ -68,12 +69,13 @@ def make_place() -> None:
     torch.save({"state_dict": torch.nn.Conv2d(3, 4, 3).state_dict()}, "bare.pth")
     other = builder.MoCo(lambda num_classes: build_encoder("resnet18w16", num_classes, "cifar"), 16, 128, mlp=True)
     checkpoint.save({"epoch": 1, "arch": "resnet18w16", "state_dict": checkpoint.model_state(other)}, "resnet.pth")
-    for name, text in {"unknown": "lerning-rate: 1", "list": "- a", "broken": "a: b: c", "switch": "cos: very", "choice": "miner: gam"}.items():
+    for name, text in {"unknown": "lerning-rate: 1", "list": "- a", "broken": "a: b: c", "switch": "cos: very", "choice": "miner: gam", "aliases": "arch: &a digits\nout: *a", "twice": "lr: 1\nlr: 2"}.items():
         Path(f"{name}.yaml").write_text(text)
 
 
 DATA = [
     ("no data set named", [*SMALL, *OUT]),
+    ("an empty text", ["", *SMALL, *OUT]),
     ("no such folder", ["nowhere", *SMALL, *OUT]),
     ("a file for a folder", ["text.txt", *SMALL, *OUT]),
     ("a folder without images", ["empty", *SMALL, *OUT]),
@@ -140,8 +142,11 @@ FLAGS = [
     ("a config that is no text", [*RUN, *OUT, "--config", "code.pth"]),
     ("a config with a wrong switch", [*RUN, *OUT, "--config", "switch.yaml"]),
     ("a config with a wrong choice", [*RUN, *OUT, "--config", "choice.yaml"]),
+    ("a config with aliases", [*RUN, *OUT, "--config", "aliases.yaml"]),
+    ("a config that names a flag twice", [*RUN, *OUT, "--config", "twice.yaml"]),
     ("an architecture that images this small cannot pass", [*RUN, *OUT, "-a", "alexnet", "--stem", "imagenet"]),
     ("an unknown device", [*RUN, *OUT, "--device", "gpu"]),
+    ("a device that torch knows", [*RUN, *OUT, "--device", "meta"]),
     ("processes for one process", [*RUN, *OUT, "--nproc-per-node", "2"]),
     ("nodes without a rank", [*RUN, *OUT, "--world-size", "2"]),
     ("nodes without a place to meet", [*RUN, *OUT, "--world-size", "2", "--rank", "0"]),
@@ -153,7 +158,7 @@ FILES = [
         ("to nothing", "nowhere.pth"), ("to a folder", "run"), ("to an empty folder", "empty"), ("to text", "text.txt"), ("to a pickle", "pickle.pth"),
         ("to a file with code in it", "code.pth"), ("to an empty file", "nothing.pth"), ("to half a file", "cut.pth"), ("to a tensor", "tensor.pth"),
         ("to bare encoder weights", "bare.pth"), ("to another architecture", "resnet.pth"),
-        ("to a linear probe", "probe.pth"), ("to a file with a bit flipped", "damaged.pth"),
+        ("to a linear probe", "probe.pth"), ("to a file with a bit flipped", "damaged.pth"), ("to a pipe", "pipe"),
     ]
 ] + [
     ("another architecture than the file's", [*RUN, *OUT, "--init", "run/checkpoint_last.pth.tar", "-a", "resnet18w16"]),

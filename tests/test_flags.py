@@ -1,13 +1,16 @@
 """The command line: MoCo's own, config files, and ours."""
 
+import argparse
 import os
 
 import pytest
+import torch
 
 import main_knn
 import main_lincls
 import main_moco_isl
-from moco_isl import export
+from moco_isl import builder, checkpoint, export
+from moco_isl.encoders import build_encoder
 from moco_isl.errors import BadInput
 from moco_isl.report import __main__ as report
 from moco_isl.training import cli
@@ -150,6 +153,70 @@ def test_a_list_in_a_config_takes_nothing_of_the_command_line(tmp_path):
     for line in (["2024", *argv], [*argv, "2024"]):
         args = parse(line)
         assert (args.data, args.schedule) == ("2024", [3, 4])
+
+
+HUGE = "1" + "0" * 400  # a whole number that no float can hold
+NO_NUMBERS = {int: (HUGE, "-" + HUGE, "1" + "0" * 5000, "1.5", ""), float: (HUGE + "0", "1e400", "-inf", "nan", "1" + "0" * 5000, "")}
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory):
+    """The flags of a judgement of an encoder."""
+    path = tmp_path_factory.mktemp("judged") / "moco.pth"
+    model = builder.MoCo(lambda num_classes: build_encoder("digits", num_classes), 8, 16, mlp=True)
+    checkpoint.save({"epoch": 1, "arch": "digits", "state_dict": checkpoint.model_state(model)}, path)
+    return ["--dataset", "digits", "-j", "0", "--device", "cpu", "--pretrained", str(path)]
+
+
+@pytest.mark.parametrize("script", [main_moco_isl, main_knn, main_lincls])
+def test_no_flag_takes_a_number_without_bounds(script, judged, tmp_path, monkeypatch, capsys):
+    """Numbers of hundreds of digits, infinite ones and those that are none: one short line each, from the command line and from a config."""
+    monkeypatch.chdir(tmp_path)
+    base = "--dataset digits -a digits -j 0 --device cpu --max-steps 1".split() if script is main_moco_isl else judged
+    tried = 0
+    for action in script.get_parser()._actions:
+        for value in NO_NUMBERS.get(action.type, ()):
+            flag = max(action.option_strings, key=len)
+            assert script.main([*base, f"{flag}={value}"]) == 2, (flag, value[:9])
+            said = capsys.readouterr().err
+            assert said.count("\n") == 1 and len(said) < 300 and any(name in said for name in action.option_strings), said
+            tried += 1
+    assert tried > (250 if script is main_moco_isl else 50)
+    assert script.main([*base, *config(tmp_path, f"batch-size: {HUGE}")]) == 2
+    assert "--batch-size 1000" in capsys.readouterr().err
+
+
+def test_the_largest_numbers_end_in_a_line(tmp_path, monkeypatch, capsys):
+    """A queue that no memory holds; and sizes above that of the data set, which stand for all of it."""
+    monkeypatch.chdir(tmp_path)
+    base = "--dataset digits -a digits -j 0 --device cpu --mlp --moco-dim 16 --knn-holdout 1300 -b 16 --moco-k 64 --epochs 1 --max-steps 2".split()
+    assert main_moco_isl.main([*base, "--moco-k", str(cli.LARGEST), "--moco-dim", str(cli.LARGEST), "--out", "a"]) == 3
+    said = capsys.readouterr().err
+    assert said.startswith("error: the memory is full") and said.count("\n") == 1 and not os.path.exists("a")
+    most = str(cli.LARGEST)
+    for name, flags in {"knn": ["--isl-neighbors", most], "diffusion": ["--isl-budget", most], "entropy": ["--isl-budget", most, "--isl-grow"]}.items():
+        argv = [*base, "--miner", name, "--isl-start", "0", "--isl-max-positives", most, "--out", name]
+        assert main_moco_isl.main([*argv, *flags]) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["mps", "meta", "xla", "cuda:-1", "cpu:3", "", "CUDA", "cuda:", "cpu\n", "auto:1"])
+def test_a_device_that_is_none(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main_moco_isl.main(["--dataset", "digits", "-a", "digits", f"--device={name}", "--max-steps", "1"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "is no device: expected auto, cpu, cuda or cuda:i" in said
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name, words", [("cuda:2", "GPU 2 was asked for, but there are 2"), ("cuda:99999999999999999999", "was asked for, but there are 2")])
+def test_a_gpu_that_is_not_there(name, words, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    of = lambda device, gpu=None: cli.resolve_device(argparse.Namespace(device=device, gpu=gpu))
+    with pytest.raises(BadInput, match=words):
+        of(name)
+    assert (of("cuda:1"), of("cuda", 1), of("auto"), of("cpu")) == (torch.device("cuda:1"), torch.device("cuda:1"), torch.device("cuda:0"), torch.device("cpu"))
 
 
 def test_every_flag_is_used():

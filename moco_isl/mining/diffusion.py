@@ -49,7 +49,7 @@ class DiffusionMiner(RoundMiner):
 
         def walk(anchors: Tensor, number: int) -> tuple[Tensor, Tensor]:
             pieces = anchors.split(max(1, _TOGETHER // (min(_REACH, k ** (self.steps - 1)) * k)))
-            return tuple(torch.cat(x) for x in zip(*(diffuse(p, near, S, self.steps, self.decay, self.candidates) for p in pieces)))
+            return tuple(torch.cat(x) for x in zip(*(diffuse(p, near, S, self.steps, self.decay, min(self.candidates, M)) for p in pieces)))
 
         anchors, reached, F = over_blocks(M, device, walk, tick)  # [n], [n, candidates], [n, candidates]
         found = F > 0

@@ -226,8 +226,10 @@ def check_range(args: argparse.Namespace, name: str, low: float, high: float = f
         most = LARGEST if isinstance(v, int) and high == math.inf else high
         finite = isinstance(v, int) or math.isfinite(v)
         inside = (low < v if low_open else low <= v) and v <= most and finite
-        bounds = f"{'more than' if low_open else 'at least'} {low:g}" + (f" and at most {high:g}" if high < math.inf else "")
-        bounds += f" and at most {LARGEST}" if most < v and high == math.inf else "" if finite else ", and finite"
+        bounds = f"{'more than' if low_open else 'at least'} {low:g}"
+        if most < LARGEST or v > most:  # of LARGEST only who is above it needs to hear
+            bounds += f" and at most {LARGEST if most == LARGEST else format(most, 'g')}"
+        bounds += "" if finite else ", and finite"
         check(inside, f"--{name.replace('_', '-')} {short(str(v))} is out of range: expected {bounds}")
 
 
@@ -305,6 +307,7 @@ def processes_here(args: argparse.Namespace) -> int:
 
 
 def total_ranks(args: argparse.Namespace) -> int:
+    check_distributed_options(args)
     if place := environment.ranks():
         return place.world
     return processes_here(args) * max(args.world_size, 1)

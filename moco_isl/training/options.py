@@ -180,9 +180,9 @@ def check_args(args: argparse.Namespace) -> None:
                       "knn_every": 0, "knn_holdout": 0, "lr": 0, "weight_decay": 0, "isl_hpe": 0, "isl_lambda": 0, "keep": 1, "isl_start": 0, "isl_between": 0}.items():  # fmt: skip
         cli.check_range(args, name, low)
     cli.check_range(args, "seed", -(2**63), 2**63 - 1)
-    for name, low, high, low_open in [("moco_t", 0, float("inf"), True), ("isl_budget", 0, float("inf"), True), ("moco_m", 0, 1, False), ("momentum", 0, 1, False),
+    for name, low, high, low_open in [("moco_t", 0, float("inf"), True), ("isl_budget", 0, cli.LARGEST, True), ("moco_m", 0, 1, False), ("momentum", 0, 1, False),
                                       ("isl_threshold", 0, 1, False), ("isl_radius", 0, 2, False), ("isl_bank_mix", 0, 1, True), ("isl_max_share", 0, 1, True),
-                                      ("isl_share", 0, 1, True), ("oracle_precision", 0, 1, False), ("oracle_size", 0, float("inf"), True)]:  # fmt: skip
+                                      ("isl_share", 0, 1, True), ("oracle_precision", 0, 1, False), ("oracle_size", 0, cli.LARGEST, True)]:  # fmt: skip
         cli.check_range(args, name, low, high, low_open)
     cli.check(args.start_epoch < args.epochs, f"--start-epoch {args.start_epoch} leaves nothing of --epochs {args.epochs}: give a smaller one, or more epochs")
     ranks = cli.total_ranks(args)
