@@ -75,7 +75,7 @@ def check_args(args) -> None:
     args.k, args.T = sorted(set(args.k)), sorted(set(args.T))
     for name, low, low_open in (("k", 1, False), ("T", 0, True), ("batch_size", 1, False), ("workers", 0, False)):
         cli.check_range(args, name, low, low_open=low_open)
-    kept = args.features is not None and files.kind(args.features, "--features") not in ("", "folder")
+    kept = args.features is not None and files.kind(args.features, "--features") != ""
     cli.check(
         args.pretrained or kept, "no encoder: give --pretrained FILE (or --features FILE with features kept before)"
     )
