@@ -1,7 +1,9 @@
 """One thread a process: the tests' tensors are small, and ranks and workers share the cores."""
 
 import os
+import signal
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests send it, and under nohup it would be ignored
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 
 import pytest  # noqa: E402
