@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moco_isl.errors import BadInput
-from moco_isl.schema import Number, Tensor, require
+from moco_isl.schema import Holds, Number, Tensor, like, require
 
 SETS = {"offsets": Tensor("int", ("n",), low=0), "members": Tensor("int", ("E",), low=0, high="M"), "sureness?": Tensor("float", ("E",))}
 
@@ -36,6 +36,12 @@ def fault(value, shape, sizes=None):
         (10**400, int),
         (torch.zeros(2, 3), Tensor("float", (2, None))),
         (torch.zeros(0), Tensor("float", ("E",), low=1)),
+        ({3: [], "x": 1}, {3: list, "x?": int}),
+        (math.nan, Number(0, finite=False)),
+        (torch.full((2,), math.inf), Tensor("float", (2,), finite=False)),
+        (torch.zeros(2).half(), Tensor("float", (2,))),
+        ({"a": torch.zeros(5), "b": 3}, {"a": Tensor("float", ("M+1",)), "b": Number(0, 4)}),
+        ([1, 2], Holds([int], lambda x: sum(x) == 3, "a sum of 3")),
     ],
 )
 def test_what_fits_passes(value, shape):
@@ -63,7 +69,20 @@ def test_what_fits_passes(value, shape):
         ("x" * 99, int, f"it is '{'x' * 56}...: expected a whole number"),
         (torch.zeros(2, 4), Tensor("float", (2, 3)), "it is a tensor of float32 [2, 4]: expected a tensor of floats [2, 3]"),
         (torch.zeros(2).int(), Tensor("float", (2,)), "it is a tensor of int32 [2]: expected a tensor of floats [2]"),
-        (torch.zeros(2).to_sparse(), Tensor("float", (2,)), "it is a tensor of float32 [2]: expected a tensor of floats [2]"),
+        (torch.zeros(2).to_sparse(), Tensor("float", (2,)), "it is a tensor of float32 [2] that is not dense: expected a tensor of floats [2]"),
+        (torch.zeros(2, device="meta"), Tensor("float", (2,)), "it is a tensor of float32 [2] without its numbers: expected a tensor of floats [2]"),
+        (torch.zeros(2).cfloat(), Tensor("float", (2,)), "it is a tensor of complex64 [2]: expected a tensor of floats [2]"),
+        (torch.nested.nested_tensor([torch.zeros(2)], layout=torch.jagged), Tensor("float", (2,)), "it is a nested tensor: expected a tensor of floats [2]"),
+        (torch.zeros(1).expand(10**12), Tensor("float", ("E",)), "it repeats 4 bytes as [1000000000000]: expected all values"),
+        (torch.zeros(0), Tensor("float", ("M+1",)), "it is a tensor of float32 [0]: expected a tensor of floats [M+1], with M = -1"),
+        (10**400, float, f"it is 1{'0' * 56}...: expected a number"),
+        pytest.param(10**5000, float, "it is a value of type int: expected a number", id="more digits than Python writes"),
+        ({"x?": 1}, {"x?": int}, "x? is unknown: expected x"),
+        ({"3": 1}, {3: int}, "it has no 3"),
+        ([1, "x"], Holds([int], sum, "a sum"), "[1] is 'x': expected a whole number"),
+        ([], Holds([int], len, "one or more"), "it is damaged: expected one or more"),
+        (None, Holds(object, len, "one or more"), "it is damaged: expected one or more"),
+        ({"a": "x"}, ({"a": int}, None), "a is 'x': expected a whole number"),
         (None, Tensor("float", (None,)), "it is None: expected a tensor of floats [any]"),
     ],
 )
@@ -89,3 +108,17 @@ def test_what_never_ends_has_an_end():
     shape = []
     shape.append(shape)
     assert fault(endless, shape).endswith("goes deeper than 50 levels")
+
+
+def test_a_shape_that_did_not_fit_leaves_no_size_behind():
+    require(torch.zeros(3), (Tensor("int", ("n",)), Tensor("float", ("n", None)), Tensor("float", ("n",))), "x", sizes := {})
+    assert sizes == {"n": 3}
+    require({"b": torch.zeros(2), "a": torch.zeros(3)}, {"a": (Tensor("int", ("n",)), Tensor("float", (None,))), "b": Tensor("float", ("n",))}, "x")
+
+
+def test_a_state_dict_is_like_that_of_an_equal_module():
+    shape, state = like(torch.nn.BatchNorm1d(3).state_dict()), torch.nn.BatchNorm1d(3).state_dict()
+    require(state, shape, "x")
+    assert fault({**state, "running_var": torch.tensor([1.0, -1.0, 0.0])}, shape) == "running_var holds -1: expected at least 0"
+    assert fault({**state, "weight": torch.ones(3).int()}, shape) == "weight is a tensor of int32 [3]: expected a tensor of floats [3]"
+    assert fault({**state, "num_batches_tracked": torch.zeros(())}, shape).startswith("num_batches_tracked is a tensor of float32 []")
