@@ -22,7 +22,7 @@ from moco_isl.encoders import AMP_TYPES, BACKBONE, OUTPUT, STEMS, Taps, get_head
 from moco_isl.evaluation import features, linear, probe
 from moco_isl.evaluation.backbone import describe, load_backbone
 from moco_isl.evaluation.knn import require_shots
-from moco_isl.training import cli, engine, resume
+from moco_isl.training import cli, engine, fast, resume, state
 from moco_isl.training.run_folder import RunFolder, check_folder, flags_of_unsaved, held
 from moco_isl.training.signals import Stop
 
@@ -88,6 +88,17 @@ def find_start(args) -> resume.Start:
     return resume.Start(args.resume) if args.evaluate else resume.find_start(args.resume, None, args.out)[0]
 
 
+def load_resumed(path: str | None) -> dict:
+    """What is in the file to go on with, {} for none; the flags in a file of this script are as its parser has them. Raises BadInput."""
+    if not path:
+        return {}
+    content = checkpoint.load(path)
+    state.require_start(content, path, resume=True)
+    if "probe" in content:
+        state.require_flags(content, path, get_parser(), resume.MAY_CHANGE | {*FREE}, OF_THE_RUN)
+    return content
+
+
 def check_args(args) -> None:
     """Everything that can be known before any rank is started; fills in what depends on others."""
     cli.check_data_options(args)
@@ -98,7 +109,7 @@ def check_args(args) -> None:
         cli.check(not held(Path(args.out)), f"-e writes over no run's results, and --out '{args.out}' holds a run: choose another --out")
     args.out = args.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-lincls"
     start = find_start(args)
-    resumed = checkpoint.load(start.path) if start.path else {}
+    resumed = load_resumed(start.path)
     cli.check("isl" not in resumed, f"'{start.path}' is a pretraining file of main_moco_isl.py: judge it with --pretrained, and another --out")
     if args.seed is None and not args.evaluate and start.in_place:
         args.seed = flags_of_unsaved(args.out).get("seed")
@@ -174,7 +185,7 @@ class Run:
         self.args, self.device, self.folder, self.stop = args, device, folder, stop
         start = find_start(args)
         path = start.path
-        content = checkpoint.load(path) if path else {}
+        content = load_resumed(path)
         self.source = path if path and "probe" not in content else args.pretrained or path  # MoCo's own hold all in one
         encoder, self.info = load_backbone(self.source, args.arch, args.stem, args.key and self.source != path, args.image_size or None)
         self.say(describe(self.info))
@@ -223,9 +234,11 @@ class Run:
         if ours is None:
             self.probe.take_over_head(head, path)
             self.position.epoch = content.get("epoch", args.start_epoch)
+            if "optimizer" in content:
+                state.require_optimizer(content["optimizer"], path, self.probe.parameters())
         else:
             other = f"'{path}' probes another file than --pretrained '{args.pretrained}': give that one, or choose another --out"
-            cli.check(not args.pretrained or ours["sha256"] == self.sha, other)
+            cli.check(not args.pretrained or ours.get("sha256") == self.sha, other)
             known, same = ours.get("classes", self.class_names), ours.get("data_sha256", self.data_sha) == self.data_sha  # older files do not say
             cli.check(known == self.class_names, f"the classifiers of '{path}' know the classes {checkpoint.some(known)}, and here they are "
                       f"{checkpoint.some(self.class_names)}: judge them on images of the same classes, in folders of the same names")
@@ -233,11 +246,12 @@ class Run:
                 saved = {k: v for k, v in content["args"].items() if k not in FREE}
                 resume.check_same(saved, vars(args), "choose another --out", epochs=ours["epoch"] + bool(ours["step"]))
                 cli.check(same, f"'{path}' was trained on other images than those of {args.data or args.dataset}: give the same, or choose another --out")
+            state.require_probe(content, path, self.probe.model, self.probe.parameters(), len(self.rest) if same else None, self.trained["batch_size"])
             self.probe.model.load_state_dict(ours["model"])
             self.position, self.best = engine.Position(ours["epoch"], ours["step"], ours["total"]), ours["best"] if same else {}
             resume.restore_rng(ours["rng"], self.device, self.position.averages)
         if "optimizer" in content and not args.evaluate:
-            self.probe.optimizer.load_state_dict(content["optimizer"])
+            fast.load_optimizer(self.probe.optimizer, content["optimizer"])
         cli.check(not self.probe.exploded(), f"'{files.shown(path)}' holds classifiers that are not finite: give an older file, or start anew with a lower --lr")
         self.say(f"=> loaded '{files.shown(path)}' (epoch {self.position.epoch}, step {self.position.step})")
         if ours is None:

@@ -13,6 +13,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
 
@@ -31,7 +32,7 @@ from moco_isl.mining.miners import GANMiner, KNNMiner, NoMiner, one_line
 from moco_isl.mining.oracle import OracleMiner
 from moco_isl.mining.positives import PositiveSets
 from moco_isl.rotation import Rotations
-from moco_isl.training import cli, engine, fast, options, resume
+from moco_isl.training import cli, engine, fast, options, resume, run_files, state
 from moco_isl.training.meters import Progress
 from moco_isl.training.options import check_args
 from moco_isl.training.round_record import precision_of_ranking, round_record
@@ -52,6 +53,8 @@ def check_start(args: argparse.Namespace) -> tuple[resume.Start, dict]:
     args.out = args.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{args.arch.replace(':', '-').replace('/', '-')}"
     start, content = resume.find_start(args.resume, args.init, args.out)
     cli.check("probe" not in content, f"'{start.path}' is a linear probe of main_lincls.py: expected a pretraining file, such as the one it was trained on")
+    if "isl" in content:
+        state.require_flags(content, start.path, get_parser(), resume.OPTIONAL)
     if start.goes_on and "isl" in content:
         resume.take_over(args, content["args"])
     elif start.in_place and (unsaved := flags_of_unsaved(args.out)):
@@ -89,7 +92,7 @@ def prepare(args: argparse.Namespace, start: resume.Start, device: str = "cpu") 
     dataset, _ = split(args, whole)
     size = args.image_size or data.native_size(dataset)
     cli.check(args.miner != "oracle" or dataset.labels is not None, f"--miner oracle needs labels, and {args.data} has none: expected a folder a class")
-    build_miner(args, dataset.labels)
+    miner = build_miner(args, dataset.labels)
     model = on_meta(lambda: build_model(args, size)) if device == "meta" else build_model(args, size)
     most = min(len(dataset), args.moco_k)
     cli.check(2 * args.isl_between < most, f"--isl-between {args.isl_between} leaves too few negatives of {most} (images, or keys of the queue): expected less than half of them")
@@ -104,6 +107,16 @@ def prepare(args: argparse.Namespace, start: resume.Start, device: str = "cpu") 
                   "with --init and another --out")
         cli.check(names is None or names == resume.images_of(dataset), f"'{start.path}' was trained on as many images of other names, or in another order: what was mined "
                   "belongs to images by their place; give it the same ones, or start a new run with --init and another --out")
+        if saved and start.in_place:
+            run_files.require_lines_after(Path(args.out), saved["metrics_size"], saved["total"], start.path)
+        if saved:
+            shapes = {"isl": isl_shape(args, model), "miner": miner.state_shape(args.moco_dim)}
+            state.require_state(content, start.path, model=model, **shapes, M=len(dataset), batch_size=args.batch_size, momentum=args.momentum, fp16=args.amp == "fp16")
+        elif "isl" in content and args.objective == "queue":
+            known = content["isl"].get("images") == resume.images_of(dataset)
+            state.require_queue(content, start.path, model, len(dataset) if known else None)
+        elif start.goes_on and "optimizer" in content:
+            state.require_optimizer(content["optimizer"], start.path, [list(model.parameters())])
     return whole, size, model
 
 
@@ -227,10 +240,12 @@ class Run:
         args, path, content = self.args, self.start.path, cli.together(lambda: read_sound(self.start.path))
         filled = checkpoint.load_model(self.model, content, path)
         fills = {"encoder_k": "copied from encoder_q", "queue": "filled anew by one feature pass"}
-        self.say(f"=> loaded '{files.shown(path)}' (epoch {content.get('epoch', 'unknown')})" + "".join(f"; it has no {part}, which is {fills[part]}" for part in filled))
+        epoch = resume.epoch_of(content)
+        self.say(f"=> loaded '{files.shown(path)}' (epoch {'unknown' if epoch is None else epoch})" + "".join(f"; it has no {part}, which is {fills[part]}" for part in filled))
         if "queue" in filled:
             self.refill_queue()
-        if not self.start.goes_on and getattr(content.get("args"), "get", {}.get)("research_labels"):
+        flags = content.get("args")
+        if not self.start.goes_on and isinstance(flags, dict) and flags.get("research_labels") is True:
             self.say(f"=> warning: labels were used in the training of '{files.shown(path)}' (--research-labels), and so in what is made of it here")
         if not self.start.goes_on:
             if args.objective == "queue" and "queue" not in filled:
@@ -264,8 +279,6 @@ class Run:
             self.say("=> it has no optimizer either: that one starts fresh")
             return
         fast.load_optimizer(self.optimizer, content["optimizer"])
-        for group in self.optimizer.param_groups:
-            group.update(momentum=self.args.momentum, weight_decay=self.args.weight_decay, fused=self.fused or None)
 
     @torch.no_grad()
     def refill_queue(self) -> None:
@@ -408,7 +421,7 @@ class Run:
         queries, truth = bank, self.labels
         if self.held_out is not None:
             queries, truth = self.features(self.model.encoder_q, self.held_out), self.held_out.labels.to(self.device)
-        found = weighted_knn(queries, bank, self.labels, k=min(200, self.M - 1), T=0.1, leave_one_out=self.held_out is None)
+        found = weighted_knn(queries, bank, self.labels, k=min(200, self.M - (self.held_out is None)), T=0.1, leave_one_out=self.held_out is None)
         return (found == truth).float().mean().item() * 100
 
 
@@ -431,6 +444,13 @@ def build_model(args: argparse.Namespace, size: int) -> torch.nn.Module:
     if args.objective == "rotnet":
         return builder.Rotation(base_encoder, args.moco_dim, args.mlp)
     return builder.Instance(base_encoder, args.moco_dim, args.moco_t, args.mlp)
+
+
+def isl_shape(args: argparse.Namespace, model: torch.nn.Module):
+    """What the file of such a run holds of its `ISL`, or of what stands where one stands."""
+    if args.objective == "rotnet":
+        return Rotations.state_shape()
+    return ISL.state_shape(model, args.moco_dim, args.isl_between)
 
 
 def build_miner(args: argparse.Namespace, labels: torch.Tensor | None):

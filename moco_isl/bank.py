@@ -8,6 +8,8 @@ Every rank is given the rows of all ranks, so all ranks hold equal copies.
 import torch
 import torch.nn.functional as F
 
+from moco_isl.schema import Holds, Number, Tensor
+
 
 class FeatureBank:
     """One unit row an image: none before the first `fill`, or random ones to start from."""
@@ -48,6 +50,10 @@ class FeatureBank:
 
     def load_state_dict(self, state: dict) -> None:
         self.rows = None if state["rows"] is None else state["rows"].to(self.device, self.dtype, copy=True)
+
+    @staticmethod
+    def state_shape(dim: int) -> dict:
+        return {"rows": (Tensor("float", ("M", dim)), None)}
 
 
 class QueueSlots:
@@ -106,5 +112,15 @@ class QueueSlots:
 
     def load_state_dict(self, state: dict) -> None:
         for name in ("slots", "visits", "owner"):
-            setattr(self, name, state[name].to(self.owner.device, copy=True))
+            setattr(self, name, state[name].to(getattr(self, name), copy=True))
         self.held = state.get("held")  # older files do not say
+
+    @staticmethod
+    def state_shape(K: int) -> dict:
+        slots = Tensor("int", ("M", "S"), low=0, high=K - 1)
+        return {
+            "slots": Holds(slots, lambda x: x.shape[1] > 0, "a slot or more of each image"),
+            "visits": Tensor("int", ("M",), low=0),
+            "owner": Tensor("int", (K,), low=-1, high="M"),
+            "held?": (Number(0, K, whole=True), None),
+        }

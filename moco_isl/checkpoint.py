@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from moco_isl import files, plain
+from moco_isl import files, plain, schema
 from moco_isl.errors import BadInput, RunFailed
 from moco_isl.files import TEMPORARY, shown
 
@@ -218,6 +218,13 @@ def match(model: nn.Module, content: dict, path: str | Path) -> tuple[dict, list
         parts = [f"missing {some(missing)}" if missing else "", f"unknown {some(extra)}" if extra else "", f"other shapes: {some(shapes)}" if shapes else ""]
         cure = "give its --moco-k" if queue and len(shapes) == 1 and not missing and not extra else "give the -a, --stem, --moco-dim and --mlp it was trained with"
         raise BadInput(f"'{path}'{_said(content)} does not fit this model: {'; '.join(p for p in parts if p)}; {cure}")
+    for name in filled:  # a stray pointer into a queue that is not there
+        wanted.pop(f"{name}_ptr", None)
+        state.pop(f"{name}_ptr", None)
+    shape = {f"{name}?": tensor for name, tensor in schema.like(wanted).items()}
+    if "queue_ptr?" in shape:
+        shape["queue_ptr?"] = schema.Tensor("int", (1,), low=0, high=model.K - 1)
+    schema.require(state, shape, f"cannot use the weights in {files.named('', path)}", cure=schema.EARLIER)
     return state, filled
 
 
@@ -234,12 +241,12 @@ def load_model(model: nn.Module, content: dict, path: str | Path) -> list[str]:
 
 
 def _said(content: dict) -> str:
-    return f" (arch {content['arch']})" if isinstance(content.get("arch"), str) else ""
+    return f" (arch {files.shown(content['arch'])})" if isinstance(content.get("arch"), str) else ""
 
 
 def some(names) -> str:
     """The first three of some names, and how many more there are."""
-    names = [str(name) for name in names]
+    names = [files.shown(str(name)) for name in names]
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 

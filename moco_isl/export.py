@@ -17,8 +17,9 @@ from moco_isl import __version__, checkpoint, files
 from moco_isl.encoders import BACKBONE, STEMS, Taps, backbone_shapes, evaluating, head_name, on_meta
 from moco_isl.errors import BadInput, RunFailed
 from moco_isl.evaluation.backbone import describe, from_detectron2, load_backbone, read_file, to_detectron2
-from moco_isl.evaluation.features import fingerprint
+from moco_isl.evaluation.features import fingerprint, read_results
 from moco_isl.training import cli
+from moco_isl.training.run_files import read_facts
 
 Tensors = dict[str, torch.Tensor]
 TOLERANCE = 1e-5
@@ -185,7 +186,7 @@ def model_card(path: Path, info: dict, results: list[str]) -> dict[str, str]:
     args, beside = info["args"], path.parent / "args.json"
     command = None
     if beside.is_file():
-        command = " ".join(_json(beside).get("command", [])[1:])
+        command = " ".join(read_facts(path.parent).get("command", [])[1:])
     card = {
         "format": "pt",
         "library": f"moco_isl {__version__}",
@@ -202,7 +203,7 @@ def model_card(path: Path, info: dict, results: list[str]) -> dict[str, str]:
     }
     judged = {}
     for name in results:
-        found = _of_checkpoint(_json(Path(name)), card["source_sha256"])
+        found = _of_checkpoint(read_results(name, "--results"), card["source_sha256"])
         rows = found.get("classifiers", found.get("results"))
         if rows is None or found.get("sha256") not in (None, card["source_sha256"]):
             raise BadInput(f"--results '{name}' is not of main_knn.py or main_lincls.py on '{path}'")
@@ -218,17 +219,7 @@ def model_card(path: Path, info: dict, results: list[str]) -> dict[str, str]:
 
 def _of_checkpoint(results: dict, sha256: str) -> dict:
     """Of what a results.json holds, newest and earlier ones, those of this checkpoint; otherwise the newest."""
-    earlier = results.get("earlier")
-    earlier = [found for found in earlier if isinstance(found, dict)] if isinstance(earlier, list) else []
-    return next((found for found in [results, *reversed(earlier)] if found.get("sha256") == sha256), results)
-
-
-def _json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise BadInput(f"cannot read '{path}': {error}") from error
-    return content if isinstance(content, dict) else {}
+    return next((found for found in [results, *reversed(results.get("earlier", []))] if found.get("sha256") == sha256), results)
 
 
 # ---- the command ---------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from moco_isl.mining import fused
 from moco_isl.mining.between import in_between
 from moco_isl.mining.positives import PositiveSets
 from moco_isl.mining.rounds import check_features
+from moco_isl.schema import COUNT, Holds
 
 FORMS = {"logsum": multi_positive_nce, "meanlog": multi_positive_mean_log}
 CPU = torch.device("cpu")
@@ -320,7 +321,23 @@ class ISL:
             self.slots.load_state_dict(state["slots"])
         if self.between:
             nothing = torch.ones(len(state["zone"]["members"]))
-            self.zone = PositiveSets(**state["zone"], weights=nothing, sureness=nothing).to(self.bank.device)
+            self.zone = PositiveSets.from_state({**state["zone"], "weights": nothing, "sureness": nothing}).to(self.bank.device)
+
+    @staticmethod
+    def state_shape(model: MoCo | Instance, dim: int, between: int = 0) -> Holds:
+        """What `load_state_dict` takes, as a shape of `schema`, for an ISL put together so. dim: C; the letter M stands for num_images."""
+        queue_objective = isinstance(model, MoCo)
+        shape = {"bank": FeatureBank.state_shape(dim), "positives": PositiveSets.state_shape("weights", "sureness"), "round": COUNT}
+        if queue_objective:
+            shape["slots"] = QueueSlots.state_shape(model.K)
+        if between:
+            shape["zone"] = PositiveSets.state_shape(edges="Z")
+
+        def as_mined(state: dict) -> bool:
+            filled, edges = state["bank"]["rows"] is not None, len(state["positives"]["members"])
+            return (bool(state["round"]) or not edges) and filled == (bool(state["round"]) or not queue_objective)
+
+        return Holds(shape, as_mined, "a bank and sets as the rounds leave them")
 
 
 class Coming:

@@ -36,3 +36,7 @@ class Rotations:
 
     def load_state_dict(self, state: dict) -> None:
         pass
+
+    @staticmethod
+    def state_shape() -> dict:
+        return {}

@@ -18,6 +18,8 @@ from moco_isl import checkpoint, files
 from moco_isl.builder import add_mlp
 from moco_isl.encoders import backbone_shapes, build_encoder, feature_dim, head_name, on_meta, set_head
 from moco_isl.errors import BadInput
+from moco_isl.schema import COUNT, EARLIER, like, require
+from moco_isl.training.resume import epoch_of
 
 Tensors = dict[str, torch.Tensor]
 
@@ -59,7 +61,10 @@ def load_backbone(
     """
     content, metadata = read_file(path)
     state, left = _state_dict(content, path)
+    if "isl" in content or "probe" in content:  # ours, in which they say what it was trained on
+        require(content, {"epoch": COUNT, "args": _TRAINED_ON, ...: object}, f"cannot read {files.named('', path)}", cure=EARLIER)
     args = _args(content, metadata)
+    args = {name: files.shown(value) if isinstance(value, str) else value for name, value in args.items() if _says(name, value)}
     said = metadata.get("arch") or content.get("arch")
     known = arch or (said if isinstance(said, str) else None)
     state, part, more = _one_encoder(state, known, key_encoder, path)
@@ -85,18 +90,32 @@ def load_backbone(
         "part": part,
         "used": used,
         "left": left + more + extra,
-        "epoch": content.get("epoch") if isinstance(content.get("epoch"), int) else None,
+        "epoch": epoch_of(content),
         "args": args,
         "results": content.get("results", {}),
     }
     return encoder, info
 
 
+# flags in a file that are looked at, and what they are in ours; in others' they may be anything, and count where they are this
+_TRAINED_ON = {
+    "dataset?": (str, None), "mlp?": (bool, None), "objective?": str, "miner?": str, "epochs?": COUNT, "research_labels?": bool, "image_size?": (COUNT, None), ...: object
+}  # fmt: skip
+
+
+def _says(name, value) -> bool:
+    try:
+        require({name: value}, _TRAINED_ON, "")
+    except BadInput:
+        return False
+    return True
+
+
 def describe(info: dict) -> str:
     """What was loaded, in one line: tensors used, tensors left."""
     head = f"{info['head']} head to {info['dim']}" if info["head"] else "no head"
     epoch = f", epoch {info['epoch']}" if info["epoch"] is not None else ""
-    left = Counter(re.split(r"[.:]", name)[0] for name in info["left"])
+    left = Counter(re.split(r"[.:]", files.shown(str(name)))[0] for name in info["left"])
     left = "; left " + ", ".join(f"{n} of {part}" if n > 1 else part for part, n in left.items()) if left else ""
     return (
         f"=> loaded '{files.shown(info['path'])}' ({info['arch']}, stem {info['stem']}, {head}{epoch}): "
@@ -330,9 +349,8 @@ def _load(
             + "; ".join(f"{len(names)} {kind}: {checkpoint.some(names)}" for kind, names in kinds if names)
             + f"{looks}; give the -a and --stem it was trained with"
         )
-    broken = [name for name in own if name in state and not state[name].float().isfinite().all()]
-    if broken:
-        raise BadInput(f"'{path}' holds weights that are not finite: {checkpoint.some(broken)}; take an earlier checkpoint")
     used = [name for name in own if name in state]
+    shape = like({name: own[name] for name in used})
+    require({name: state[name] for name in used}, shape, f"cannot use the weights in {files.named('', path)}", cure=EARLIER)
     encoder.load_state_dict({name: state[name] for name in used}, strict=False)
     return used, auxiliary

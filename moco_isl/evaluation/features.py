@@ -20,6 +20,9 @@ from moco_isl.data.datasets import ImagesInMemory
 from moco_isl.data.loaders import refuse
 from moco_isl.encoders import evaluating, extract_features
 from moco_isl.errors import BadInput, RunFailed
+from moco_isl.files import named, shown
+from moco_isl.schema import COUNT, Number, read_json, require
+from moco_isl.schema import Tensor as TensorOf
 
 LOOKED_AT = 10_000  # files of a data set whose sizes tell it from another with the same names
 
@@ -196,35 +199,52 @@ def load(path: str | Path, expected: dict[str, str], device: torch.device) -> tu
         raise BadInput(f"'{path}' is damaged: its check sum is not that of its features; remove it to have them taken anew, "
                        "or give --features another name")
     splits: dict[str, Split] = {}
+    where = f"{named('--features', path)} holds no labels and finite features of this project's (remove it, or give another name)"
     for name in sorted({name.partition(".")[0] for name in tensors}):
         rows = {n.removeprefix(f"{name}."): t for n, t in tensors.items() if n.startswith(f"{name}.")}
         splits[name] = Split(labels=rows.pop("labels", None), features=rows)
-    if "train" not in splits or not all(_whole(split, splits["train"]) for split in splits.values()):
-        raise BadInput(
-            f"'{path}' holds no features of this project's: expected labels and finite features of each split; remove it, "
-            "or give --features another name"
-        )
+    _require_splits(splits, where)
     for key, value in expected.items():
         if metadata.get(key) != value:
             raise BadInput(
-                f"'{path}' holds features {_NAMES.get(key, f'with {key}')} {str(metadata.get(key))[:12]}, here it is {value[:12]}: "
+                f"'{path}' holds features {_NAMES.get(key, f'with {key}')} {shown(str(metadata.get(key)))[:12]}, here it is {value[:12]}: "
                 "remove it to have them taken anew, or give --features another name"
             )
     for split in splits.values():
-        split.labels, split.features = split.labels.to(device), {n: t.to(device) for n, t in split.features.items()}
+        split.labels, split.features = split.labels.to(device), {n: t.to(device, torch.float32) for n, t in split.features.items()}
     return splits, metadata
 
 
 _NAMES = {"sha256": "of a checkpoint with sha256", "data_sha256": "of other data, with fingerprint", "encoder": "of the encoder"}  # words for keys
 
 
-def _whole(split: Split, train: Split) -> bool:
-    """Whether a split's tensors belong together, and to those of train."""
-    labels, of = split.labels, split.features
-    if labels is None or labels.dim() != 1 or labels.dtype != torch.int64 or of.keys() != train.features.keys() or not of:
-        return False
-    shapes = all(x.dim() == 2 and len(x) == len(labels) and x.shape[1:] == train.features[n].shape[1:] for n, x in of.items())
-    return shapes and all(x.is_floating_point() and finite(x) for x in of.values())
+def _require_splits(splits: dict[str, Split], where: str) -> None:
+    """Labels of each split, and the same layers of as many finite rows of the same numbers in all. Raises BadInput."""
+    dims = {}  # what the letter of a layer stands for: the same in all splits
+    layers = sorted(splits["train"].features) if "train" in splits else []
+    letters = {layer: chr(ord("a") + i) for i, layer in enumerate(layers)}
+    rows = lambda split, letter: TensorOf("float", (split, letter), low=-1.01, high=1.01)  # of unit length
+    split = lambda name: {"labels": TensorOf("int", (name,), low=0, high=10**6), **{layer: rows(name, c) for layer, c in letters.items()}}
+    held = {name: {"labels": s.labels, **s.features} for name, s in splits.items()}
+    require(held, {"train": split("M"), "val?": split("Q")}, where, dims)
+    if not layers or not len(splits["train"].labels):
+        raise BadInput(f"{where}: it is empty")
+
+
+_PERCENT = Number(0, 100)
+_ROW = {"dim?": (COUNT, None), "top1": _PERCENT}
+_KNN = {"feature?": str, "k?": COUNT, "T?": float, **_ROW}
+_LINEAR = {
+    "layer?": str, "lr?": float, "top5?": _PERCENT, "held_out_top1?": (_PERCENT, None), "best_top1_of_all_epochs?": (_PERCENT, None), "chosen?": bool, **_ROW
+}  # fmt: skip
+_SHAPE = {
+    "results?": [_KNN], "classifiers?": [_LINEAR], "sha256?": str, "encoder?": {"key", "query"}, "dataset?": str, "protocol?": str, "earlier?": [dict], ...: object
+}  # fmt: skip
+
+
+def read_results(path: str | Path, flag: str = "") -> dict:
+    """results.json of main_knn.py or main_lincls.py. Raises BadInput."""
+    return read_json(path, _SHAPE, flag, "results.json of main_knn.py or main_lincls.py")
 
 
 # ---- results.json --------------------------------------------------------------------------------------------------

@@ -73,6 +73,10 @@ class Probe:
             logits = model(x)
         return {name: z.float() for name, z in logits.items()}
 
+    def parameters(self) -> list[list[nn.Parameter]]:
+        """What is trained, in the groups of the optimizer."""
+        return [group["params"] for group in self.optimizer.param_groups]
+
     def start_epoch(self, epoch: int, epochs: int, schedule: list[int]) -> None:
         for group, (_, lr) in zip(self.optimizer.param_groups, self.model.keys):
             group["lr"] = learning_rate(epoch, lr=lr, epochs=epochs, cos=False, schedule=schedule)

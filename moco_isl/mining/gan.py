@@ -22,6 +22,8 @@ from moco_isl.errors import Interrupted, RunFailed
 from moco_isl.mining.neighbors import Tick, topk
 from moco_isl.mining.positives import PositiveSets
 from moco_isl.mining.triplets import TripletSampler, training_search
+from moco_isl.schema import Tensor as TensorOf
+from moco_isl.schema import like
 
 Tensor = torch.Tensor
 
@@ -316,6 +318,19 @@ class Trainer:
             if name in state:
                 # a copy: Adam would go on writing into the tensors it is given
                 optimizer.load_state_dict({"state": copy.deepcopy(state[name]), "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def networks_shape(C: int) -> dict:
+    """What `Trainer.load` takes, as a shape of `schema`: a `Trainer.state`, whose moments may be missing."""
+    with torch.device("meta"):
+        G, D = Generator(C), Discriminator(C)
+
+    def moments(network: nn.Module) -> dict:
+        dims = [tuple(p.shape) for p in network.parameters()]
+        one = lambda d: {"step": TensorOf("float", (), low=0), "exp_avg": TensorOf("float", d), "exp_avg_sq": TensorOf("float", d, low=0)}
+        return {number: one(d) for number, d in enumerate(dims)}
+
+    return {"G": like(G.state_dict()), "D": like(D.state_dict()), "adam_G?": moments(G), "adam_D?": moments(D)}
 
 
 @functools.cache

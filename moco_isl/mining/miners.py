@@ -10,7 +10,7 @@ from moco_isl import dist
 from moco_isl.errors import BadInput, Interrupted, RunFailed
 from moco_isl.mining.edges import Edges
 from moco_isl.mining.estimate import Views
-from moco_isl.mining.gan import Discriminator, GANFit, GANSettings, Generator, collapse, fit_gan
+from moco_isl.mining.gan import Discriminator, GANFit, GANSettings, Generator, collapse, fit_gan, networks_shape
 from moco_isl.mining.ivf import IVF
 from moco_isl.mining.neighbors import Tick, topk
 from moco_isl.mining.positives import PositiveSets
@@ -35,6 +35,9 @@ class NoMiner:
 
     def load_state_dict(self, state: dict) -> None:
         pass
+
+    def state_shape(self, dim: int) -> dict:
+        return {}
 
 
 class KNNMiner(RoundMiner):
@@ -157,6 +160,9 @@ class GANMiner(RoundMiner):
 
     def load_state_dict(self, state: dict) -> None:
         self.networks = state["networks"]
+
+    def state_shape(self, dim: int) -> dict:
+        return {"networks": (networks_shape(dim), None)}
 
 
 @torch.no_grad()

@@ -76,6 +76,9 @@ class OracleMiner(RoundMiner):
     def state_dict(self) -> dict:
         return {"labels_used": True}
 
+    def state_shape(self, dim: int) -> dict:
+        return {"labels_used?": {True}}
+
 
 def _pairs_there(labels: Tensor) -> tuple[int, int]:
     """How many undirected pairs of known labels are right, and how many wrong."""

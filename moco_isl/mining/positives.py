@@ -5,6 +5,8 @@ Letters: M images in the data set, E directed edges, N batch, P positives of an 
 
 import torch
 
+from moco_isl import schema
+
 Tensor = torch.Tensor
 
 
@@ -123,7 +125,19 @@ class PositiveSets:
 
     @classmethod
     def from_state(cls, state: dict[str, Tensor]) -> "PositiveSets":
-        return cls(state["offsets"], state["members"], state["weights"], state["sureness"])
+        return cls(state["offsets"].long(), state["members"].int(), state["weights"].float(), state["sureness"].float())
+
+    @staticmethod
+    def state_shape(*names: str, edges: str = "E") -> schema.Holds:
+        """What a file may hold of sets: offsets, members and the values of edges so named. edges: the letter of their number in the file."""
+        shape = {"offsets": schema.Tensor("int", ("M+1",), low=0), "members": schema.Tensor("int", (edges,), low=0, high="M")}
+        shape |= {name: schema.Tensor("float", (edges,)) for name in names}
+        return schema.Holds(shape, _is_csr, "offsets that rise from 0 to the number of members")
+
+
+def _is_csr(state: dict[str, Tensor]) -> bool:
+    offsets = state["offsets"].long()
+    return int(offsets[0]) == 0 and int(offsets[-1]) == len(state["members"]) and bool((offsets.diff() >= 0).all())
 
 
 def same_label(labels: Tensor, a: Tensor, b: Tensor) -> Tensor:

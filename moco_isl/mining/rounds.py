@@ -26,7 +26,8 @@ NOTHING_SURE = "nothing sure enough to add this round"
 class Miner(Protocol):
     """What the training engine and ISL ask of a miner.
 
-    report: JSON-able figures of the last round. state_dict: tensors and plain values, what the next round starts from.
+    report: JSON-able figures of the last round. state_dict: tensors and plain values, what the next round starts from;
+    state_shape(C): what load_state_dict takes, for features of C numbers, as a shape of `schema`.
     """
 
     report: dict
@@ -37,6 +38,8 @@ class Miner(Protocol):
     def state_dict(self) -> dict: ...
 
     def load_state_dict(self, state: dict) -> None: ...
+
+    def state_shape(self, dim: int) -> dict: ...
 
 
 class RoundMiner:
@@ -139,6 +142,9 @@ class RoundMiner:
 
     def load_state_dict(self, state: dict) -> None:
         pass
+
+    def state_shape(self, dim: int) -> dict:
+        return {}
 
 
 def check_features(features: Tensor, M: int, views: Views | None = None) -> None:

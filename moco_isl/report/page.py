@@ -105,9 +105,14 @@ def _albums(runs: Sequence[Run], labels: bool, root: str | None) -> dict[tuple, 
     """By `Run.images`, the images of every data set that can be had; without labels those that are gone cost no more than the grids."""
     albums = {}
     for run in runs:
-        if run.images in albums or not (labels or run.rounds):
+        if not (labels or run.rounds):
             continue
         M = run.num_images()
+        if run.images in albums:
+            others = len(albums[run.images].dataset)
+            if M not in (None, others):
+                raise BadInput(f"run '{files.shown(run.path)}' mined {M} images, and another run of the same data {others}: give runs of the same images")
+            continue
         try:
             dataset = run.dataset(root, M)
         except BadInput as error:

@@ -3,7 +3,6 @@
 Letters: M images, E directed edges of the sets, A anchors looked at, k neighbours.
 """
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +14,10 @@ import torch
 from moco_isl import checkpoint, data, files
 from moco_isl.errors import BadInput
 from moco_isl.mining.positives import PositiveSets
-from moco_isl.training.round_record import nearest_of_sample, sample_anchors
+from moco_isl.training.options import get_parser
+from moco_isl.training.round_record import nearest_of_sample, require_record, sample_anchors
+from moco_isl.training.run_files import read_facts, read_metrics
+from moco_isl.training.state import flags_shape
 
 Tensor = torch.Tensor
 
@@ -25,7 +27,7 @@ class Record:
 
     def __init__(self, content: dict[str, Tensor]):
         members = content["members"]
-        self.sets = PositiveSets(content["offsets"].long(), members, torch.ones(len(members)), content["sureness"])
+        self.sets = PositiveSets.from_state({**content, "weights": torch.ones(len(members))})
         self.cosine = content["cosine"].float()  # [E] similarity of an edge's ends
         self.ranked = content["ranked"].long() if "ranked" in content else None  # [A, k] the miner's own ranking of `anchors`
         self.score = content["score"].float() if "score" in content else None  # [A]
@@ -55,6 +57,7 @@ class Round:
 
     report: dict
     path: Path
+    M: int | None = None  # images, where it is known from elsewhere
 
     @property
     def number(self) -> int:
@@ -74,8 +77,7 @@ class Round:
         if not files.kind(self.path):
             return None
         content = checkpoint.load(self.path)
-        if missing := {"offsets", "members", "sureness", "cosine"} - content.keys():
-            raise BadInput(f"'{self.path}' is not the record of a round: it lacks {', '.join(sorted(missing))}; run the mining again")
+        require_record(content, self.path, self.M)
         return Record(content)
 
 
@@ -99,8 +101,10 @@ class Run:
         return (self.flags.get("dataset"), root and os.path.realpath(root), held_out, self.flags.get("seed") if held_out else None)
 
     def num_images(self) -> int | None:
-        """M, as the last round that left a record says."""
+        """M, as the last round that left a record says; the others must say the same when they are loaded."""
         record = next((round_.load() for round_ in reversed(self.rounds) if files.kind(round_.path)), None)
+        for round_ in self.rounds:
+            round_.M = record.M if record else None
         return record.M if record else None
 
     def dataset(self, root: str | None = None, M: int | None = None):
@@ -140,27 +144,14 @@ def read_run(path: Path, name: str) -> Run:
         if not files.kind(path / file):
             raise BadInput(f"'{path}' holds no run: {file} is missing; {expected}")
         files.require_file(path / file)
-    facts = _read_json(path / "args.json", (path / "args.json").read_text())
-    lines = _read_lines(path / "metrics.jsonl")
-    if not lines or not isinstance(facts, dict) or not isinstance(facts.get("args"), dict):
-        raise BadInput(f"'{path}' holds a run that has logged nothing yet: let it run for --print-freq steps at least")
-    of_kind = lambda kind: [line for line in lines if line.get("kind") == kind]
+    parser = get_parser("")
+    optional = {action.dest for action in parser._actions} - {"dataset"}
+    facts, lines = read_facts(path, flags_shape(parser, optional)), read_metrics(path)
+    if not lines or "args" not in facts:
+        raise BadInput(f"{files.named('', path)} holds a run that has logged nothing yet: let it run for --print-freq steps at least")
+    of_kind = lambda kind: [line for line in lines if line["kind"] == kind]
     rounds = [Round(line, path / "rounds" / f"round_{line['round']:04d}.pt") for line in of_kind("round")]
     return Run(path, name, facts.pop("args"), facts, of_kind("step"), of_kind("epoch"), rounds)
-
-
-def _read_lines(path: Path) -> list[dict]:
-    """The objects of a JSON-lines file; a last line that a kill has torn is left out."""
-    text = path.read_text().split("\n")
-    whole = text[:-1]  # what follows the last line's end is empty, or torn
-    return [_read_json(f"{path}, line {number}", line) for number, line in enumerate(whole, 1) if line]
-
-
-def _read_json(where: str | Path, text: str):
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise BadInput(f"cannot read {where}: {error.msg}; expected JSON as main_moco_isl.py writes it") from error
 
 
 def _names(paths: list[Path]) -> list[str]:

@@ -224,16 +224,16 @@ def gan_charts(run: Run) -> list[Chart | None]:
     figures_of, x, starts = {}, [], []
     for round_ in run.rounds:
         history = round_.report.get("history")
-        if not history or not history.get("iteration"):
+        if not history or not history["iteration"]:
             continue
         start = x[-1] if x else 0
         starts.append((start, not round_.accepted))
         x += [start + i for i in history["iteration"]]
-        for name, y in history.items():
-            figures_of.setdefault(name, []).extend(y)
+        for name in ("loss_D", "loss_G", "cos_anchor", "cos_positive", "cos_negative", "distinct", "hub"):
+            figures_of.setdefault(name, []).extend(history.get(name, [None] * len(history["iteration"])))
     if not x:
         return []
-    line = lambda name, label, colour: Line(x, figures_of.get(name, [None] * len(x)), label, colour, dots=False)  # noqa: E731
+    line = lambda name, label, colour: Line(x, figures_of[name], label, colour, dots=False)  # noqa: E731
     return [
         line_chart(
             "GAN losses",

@@ -1,18 +1,18 @@
 """What a user wants to know first, in plain words: does the mining of this run help or hurt?"""
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from moco_isl.errors import BadInput
 from moco_isl.mining.rounds import NOTHING_SURE
 from moco_isl.report.runs import Run
+from moco_isl.schema import Holds, Number, read_json
 
 # Measured on CIFAR-10 and on the digits: a third of the positives wrong cost 2 to 5 points of kNN, one in ten wrong paid.
 HURTS, HELPS = 0.70, 0.90
 NEAR = 0.02  # precisions this close to a bound are not told from it
 LABELS_USED = "labels were used"
+_PRECISION = Number(0, 1)
 
 
 @dataclass
@@ -23,19 +23,10 @@ class Verdict:
 
 def read_breakeven(path: Path) -> dict:
     """{loss form: precision, or {mean set size: precision}}: the precision from which mined positives help. Raises BadInput."""
-    try:
-        content = json.loads(path.read_text())
-        table = {
-            form: {float(size): float(p) for size, p in v.items()} if isinstance(v, dict) else {1.0: float(v)}
-            for form, v in content.items()
-        }
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise BadInput(
-            f'cannot read the break-even \'{path}\' ({error}): expected JSON like {{"meanlog": {{"5": 0.84}}, "logsum": 0.7}}'
-        ) from error
-    if not all(0 <= p <= 1 for sizes in table.values() for p in sizes.values()):
-        raise BadInput(f"the break-even '{path}' holds a precision outside 0 to 1")
-    return table
+    sizes = Holds({...: _PRECISION}, lambda sizes: all(0 < float(size) < math.inf for size in sizes), "set sizes above 0")
+    example = 'JSON like {"meanlog": {"5": 0.84}, "logsum": 0.7}'
+    content = read_json(path, {...: (_PRECISION, sizes)}, "--breakeven", example)
+    return {form: {float(size): p for size, p in v.items()} if isinstance(v, dict) else {1.0: v} for form, v in content.items()}
 
 
 def breakeven_of(table: dict | None, form: str, size: float) -> float | None:
@@ -137,7 +128,7 @@ def _without_labels(last: dict, breakeven: float | None) -> tuple[str, str]:
 
 def estimates(report: dict) -> tuple[float | None, float | None]:
     """What share of a round's pairs is right without labels: by two views, and at most; None where it was not asked. Older runs knew the latter alone."""
-    return (report["precision_estimate"], report["precision_at_most"]) if "precision_at_most" in report else (None, report.get("precision_estimate"))
+    return (report.get("precision_estimate"), report["precision_at_most"]) if "precision_at_most" in report else (None, report.get("precision_estimate"))
 
 
 def gains(runs: list[Run]) -> list[str]:

@@ -48,12 +48,14 @@ def sgd(parameters, lr: float, momentum: float, weight_decay: float, fused: bool
 
 @torch.no_grad()
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """`optimizer.load_state_dict(state)`, with what is remembered of a parameter laid out as the parameter is.
+    """Take over what an optimizer's state (`training.state.require_optimizer` has looked at it) remembers of parameters, laid out as the parameters
+    are. Rates and the like stay as they are here: they are the flags'.
 
     A file of MoCo's holds contiguous moments. A fused kernel goes through the memory of both side by side: of a channels-last parameter it would
     take other entries' moments, or refuse.
     """
-    optimizer.load_state_dict(state)
+    groups = zip(optimizer.state_dict()["param_groups"], state["param_groups"])
+    optimizer.load_state_dict({"state": state["state"], "param_groups": [{**own, "params": saved["params"]} for own, saved in groups]})
     for parameter, remembered in optimizer.state.items():
         for name, value in remembered.items():
             if isinstance(value, torch.Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():

@@ -16,6 +16,7 @@ from moco_isl.training.fast import load_optimizer
 from moco_isl.training.meters import Averages
 from moco_isl.training.options import most_positives
 from moco_isl.training.run_folder import flags_of_unsaved, newest
+from moco_isl.training.state import require_start
 
 # everything that changes neither what is computed nor in which order
 MAY_CHANGE = {
@@ -29,8 +30,11 @@ MAY_CHANGE = {
 BEFORE = {
     "isl_recenter": False, "isl_views": False, "isl_between": 0, "isl_index": "exact", "isl_trust": "off", "isl_rounds": 1,
     "isl_grow": False, "isl_half_bank": False, "fast": False, "on_device": False, "bn_shuffle": False,
-    "symmetric_sum": False,
+    "symmetric_sum": False, "isl_neighbors": None, "isl_share": 0.25, "isl_walk": 2, "isl_clusters": None,
+    "isl_clusterings": 5, "isl_background": 100, "oracle_precision": 1.0, "oracle_size": 5.0, "oracle_wrong": "uniform",
+    "oracle_right": "uniform",
 }  # fmt: skip
+OPTIONAL = MAY_CHANGE | BEFORE.keys()  # flags that a file need not have
 
 
 def check_same(saved: dict, now: dict, otherwise: str = "start a new run with --init and another --out", *,
@@ -108,7 +112,7 @@ def find_start(resume: str, init: str | None, out: str) -> tuple[Start, dict]:
     goes_on, in_place = bool(found or resume and not auto), auto
     if resume and not auto and Path(out).exists() and Path(path).resolve().parent.samefile(out):
         in_place, last = True, newest(out)
-        if last and _reached(content) < (there := _reached(checkpoint.load(last, mmap=True))):
+        if last and _reached(content) < (there := _reached(_look(str(last), "resume"))):
             at = "epoch {}, {} steps".format
             raise BadInput(f"--resume '{path}' ({at(*_reached(content))}) is older than {last} ({at(*there)}), and going on from it would overwrite "
                            "what came after: use --resume auto, or choose another --out")
@@ -141,12 +145,15 @@ def require_unchanged(start: Start, out: str) -> None:
 def _look(path: str, flag: str) -> dict:
     if not files.kind(path, f"--{flag}"):
         raise BadInput(f"no file at --{flag} '{path}': expected a checkpoint; check the path (nothing was started)")
-    return checkpoint.load(path, mmap=True)
+    content = checkpoint.load(path, mmap=True)
+    require_start(content, path, flag == "resume")
+    return content
 
 
 def epoch_of(content: dict) -> int | None:
     """The epoch a file was saved before, where it says that."""
-    return content.get("epoch") if isinstance(content.get("epoch"), int) else None
+    epoch = content.get("epoch")
+    return epoch if isinstance(epoch, int) and not isinstance(epoch, bool) else None
 
 
 def _reached(content: dict) -> tuple[int, int]:

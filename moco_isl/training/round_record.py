@@ -5,9 +5,12 @@ Letters: M images, C feature dimension, E directed edges of the sets, A anchors 
 
 import torch
 
+from moco_isl.files import named
 from moco_isl.mining.edges import pair_cosines
 from moco_isl.mining.neighbors import topk
 from moco_isl.mining.positives import PositiveSets, same_label
+from moco_isl.schema import Holds, require
+from moco_isl.schema import Tensor as TensorOf
 
 Tensor = torch.Tensor
 
@@ -67,6 +70,33 @@ def round_record(features: Tensor, positives: PositiveSets, miner, before: Posit
     if getattr(miner, "report", {}).get("labels_used"):
         record["labels_used"] = torch.tensor(True)
     return {name: x.detach().cpu().contiguous() for name, x in record.items()}
+
+
+def require_record(content: dict, path, M: int | None = None) -> None:
+    """Hold what a file says of a round against the form that `round_record` gives it. M: images, if known. Raises BadInput."""
+    sets = PositiveSets.state_shape("sureness", "cosine")
+    rest = {
+        "features?": TensorOf("float", ("M", None)),
+        "anchors?": TensorOf("int", ("A",), low=0, high="M"),
+        "near?": TensorOf("int", ("A", "k"), low=0, high="M"),
+        "near_cosine?": TensorOf("float", ("A", "k")),
+        "ranked?": TensorOf("int", ("R", None), low=0, high="M"),
+        "score?": TensorOf("float", ("R",)),
+        "labels_used?": TensorOf("bool", ()),
+    }
+    whole = Holds(sets._replace(shape={**sets.shape, **rest}), _goes_together, "features or the nearest of a sample, and a score for each ranking")
+    require(content, whole, f"cannot read the round in {named('', path)}", {} if M is None else {"M": M})
+
+
+def _goes_together(content: dict) -> bool:
+    sample = sample_anchors(len(content["offsets"]) - 1)
+    lists = [name in content for name in ("anchors", "near", "near_cosine")]
+    if all(lists):
+        known = "features" not in content and torch.equal(content["anchors"].long(), sample)
+    else:
+        known = "features" in content and not any(lists)
+    ranked = ("ranked" in content) == ("score" in content)
+    return known and ranked and len(content.get("score", sample)) == len(sample)
 
 
 def precision_of_ranking(record: dict[str, Tensor], labels: Tensor, sizes: tuple[int, ...] = (5, 50)) -> dict[str, dict[str, float]]:

@@ -16,6 +16,7 @@ import torchvision
 
 from moco_isl import __version__, checkpoint, files
 from moco_isl.errors import BadInput, RunFailed
+from moco_isl.training.run_files import read_facts
 
 LAST = "checkpoint_last.pth.tar"
 SAVED = "a checkpoint was saved here\n"  # what .lock says from then on
@@ -248,9 +249,9 @@ def _is_args(path: Path) -> bool:
 def _starts_before(path: Path) -> list[dict]:
     """What args.json tells of the starts so far, the first one first; a broken file tells nothing."""
     try:
-        facts = json.loads(path.read_text())
+        facts = read_facts(path.parent)
         return [*facts.pop("earlier", []), facts]
-    except (ValueError, AttributeError):
+    except BadInput:
         return []
 
 
