@@ -45,6 +45,7 @@ def make_place() -> None:
     main_moco_isl.main([*RUN, "--out", "run", "--seed", "1"])
     main_moco_isl.main([*RUN, "--out", "busy", "--max-steps", "3"])
     photos(Path("photos"), 6)
+    photos(Path("one"), 1)
     for folder in ("empty", "only_val/val/a", "unreadable"):
         Path(folder).mkdir(parents=True)
     for folder in ("splits/Training", "splits/Testing", "twice/train/cat"):
@@ -65,12 +66,41 @@ def make_place() -> None:
     Path("theirs/metrics.jsonl").unlink()
     Path("theirs/args.json").write_text("{}")
     torch.save(torch.zeros(3), "tensor.pth")
-    checkpoint.save({"epoch": 1, "arch": "digits", "state_dict": {}, "probe": {"total": 3}}, "probe.pth")
+    checkpoint.save({"epoch": 1, "arch": "digits", "state_dict": {}, "args": {}, "probe": {"epoch": 1, "step": 0, "total": 3, "metrics_size": 0}}, "probe.pth")
     torch.save({"state_dict": torch.nn.Conv2d(3, 4, 3).state_dict()}, "bare.pth")
+    damage_states(Path("run/checkpoint_0000.pth.tar"))
     other = builder.MoCo(lambda num_classes: build_encoder("resnet18w16", num_classes, "cifar"), 16, 128, mlp=True)
     checkpoint.save({"epoch": 1, "arch": "resnet18w16", "state_dict": checkpoint.model_state(other)}, "resnet.pth")
     for name, text in {"unknown": "lerning-rate: 1", "list": "- a", "broken": "a: b: c", "switch": "cos: very", "choice": "miner: gam", "aliases": "arch: &a digits\nout: *a", "twice": "lr: 1\nlr: 2"}.items():
         Path(f"{name}.yaml").write_text(text)
+
+
+def damage_states(whole: Path) -> None:
+    """Files like a run's, each with one thing in it that is wrong; and a folder whose metrics are not those of its checkpoint."""
+
+    def save(name: str, at: str, value) -> None:
+        content = inside = checkpoint.load(whole)
+        *way, last = at.split("/")
+        for key in way:
+            inside = inside[key]
+        inside.pop(last) if value is None else inside.update({last: value})
+        checkpoint.save(content, f"{name}.pth")
+
+    save("no_bank", "isl/state/bank", None)
+    save("no_flags", "args", None)
+    save("odd_flag", "args/seed", "one")
+    save("far", "isl/step", 999)
+    save("no_state", "isl/rng", [])
+    save("pointer", "state_dict/module.queue_ptr", torch.tensor([128]))
+    save("whole", "state_dict/module.encoder_q.fc.2.bias", torch.zeros(16, dtype=torch.int64))
+    save("nan", "state_dict/module.encoder_q.fc.2.bias", torch.full((16,), torch.nan))
+    save("momentum", "optimizer/param_groups", [{"params": [0]}])
+    save("owner", "isl/state/slots/owner", torch.full((128,), 437))
+    shutil.copytree("run", "mixed")
+    save("mixed", "isl/metrics_size", 0)
+    for name in ("checkpoint_0001.pth.tar", "checkpoint_0000.pth.tar"):
+        Path("mixed", name).unlink()
+    Path("mixed.pth").replace("mixed/checkpoint_last.pth.tar")
 
 
 DATA = [
@@ -91,6 +121,8 @@ DATA = [
     ("a cache for images that need no decoding", [*RUN, *OUT, "--cache", "cache"]),
     ("a cache that is a file", ["photos", *PHOTOS, *OUT, "--cache", "text.txt"]),
     ("a cache in a file", ["photos", *PHOTOS, *OUT, "--cache", "text.txt/cache"]),
+    ("one image, and a miner", ["one", *PHOTOS, *OUT, "--miner", "knn"]),
+    ("one image left, and a miner", ["photos", *PHOTOS, *OUT, "--miner", "knn", "--knn-holdout", "5"]),
     ("all images held out", [*RUN, *OUT, "--knn-holdout", "1437"]),
 ]
 NUMBERS = [
@@ -164,6 +196,18 @@ FILES = [
     ("another architecture than the file's", [*RUN, *OUT, "--init", "run/checkpoint_last.pth.tar", "-a", "resnet18w16"]),
     ("another K than the file's", [*RUN, *OUT, "--init", "run/checkpoint_last.pth.tar", "--moco-k", "256"]),
     ("another dimension than the file's", [*RUN, *OUT, "--init", "run/checkpoint_last.pth.tar", "--moco-dim", "32"]),
+    *[
+        (f"--{flag} to {what}", [*RUN, *OUT, f"--{flag}", f"{name}.pth"])
+        for what, name, flags in [
+            ("a state without its bank", "no_bank", ["resume"]), ("a file without its flags", "no_flags", ["resume", "init"]),
+            ("a flag of another kind", "odd_flag", ["resume"]), ("a step past the end of its epoch", "far", ["resume"]),
+            ("no state of a generator", "no_state", ["resume"]), ("a pointer past the queue", "pointer", ["resume", "init"]),
+            ("weights that are whole numbers", "whole", ["resume", "init"]), ("weights that are not finite", "nan", ["resume", "init"]),
+            ("an optimizer of another network", "momentum", ["resume"]), ("a queue of other images", "owner", ["resume"]),
+        ]
+        for flag in flags
+    ],
+    ("metrics of another run", [*RUN, "--out", "mixed", "--resume", "auto"]),
     ("--resume and --init", [*RUN, *OUT, "--resume", "run/checkpoint_last.pth.tar", "--init", "run/checkpoint_last.pth.tar"]),
     ("--resume auto without --out", [*RUN, "--resume", "auto"]),
     ("a resumed file with nothing left to do", [*RUN, *OUT, "--resume", "run/checkpoint_last.pth.tar"]),
@@ -409,7 +453,7 @@ def test_the_last_good_file_is_named_and_stays(place, tmp_path, monkeypatch):
     checkpoint.save(content, last)  # as files were saved before that was looked at
     bad = last.read_bytes()
     code, _, err = ask([*argv, "--resume", "auto"])
-    assert code == 2 and f"'{last}' holds values that are not finite" in err and "encoder_q.fc.0.weight" in err and last.read_bytes() == bad
+    assert code == 2 and f"'{last}': encoder_q.fc.0.weight holds values that are not finite" in err and last.read_bytes() == bad
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])

@@ -268,7 +268,7 @@ def test_features_that_do_not_belong_together_are_refused(moco_file, tmp_path, c
     save_file(tensors, kept)
     capsys.readouterr()
     assert run_main("--features", kept, "--k", 1) == 2
-    assert "expected labels and finite features" in capsys.readouterr().err
+    assert "holds no labels and finite features of this project's" in capsys.readouterr().err
 
 
 def test_an_image_that_cannot_be_read_ends_it_or_is_left_out(moco_file, tmp_path, capsys):

@@ -335,7 +335,7 @@ def test_weights_that_are_not_finite_are_an_error(tmp_path):
     state = build_encoder("digits", 10).state_dict()
     state["conv2.0.weight"][0, 0, 0, 0] = torch.nan
     torch.save(state, tmp_path / "nan.pth")
-    with pytest.raises(BadInput, match="not finite: conv2.0.weight"):
+    with pytest.raises(BadInput, match="conv2.0.weight holds values that are not finite"):
         load_backbone(tmp_path / "nan.pth")
 
 

@@ -340,7 +340,7 @@ def test_breakeven_files(tmp_path):
     assert verdict.breakeven_of(table, "logsum", 15) == 0.7 and verdict.breakeven_of(table, "other", 15) is None
     for broken in ('{"meanlog": "high"}', "[1]", "{", '{"meanlog": 84}'):
         file.write_text(broken)
-        with pytest.raises(BadInput, match="break-even"):
+        with pytest.raises(BadInput, match="cannot read --breakeven"):
             verdict.read_breakeven(file)
 
 
@@ -496,7 +496,7 @@ def test_bad_input_is_one_line_and_exit_code_2(knn, tmp_path, capsys):
     for theirs in (tmp_path / "notes.html", knn / "metrics.jsonl", knn / "checkpoint_last.pth.tar", "/dev/null"):
         before = Path(theirs).read_bytes()
         assert "not written over" in refused(knn, "--out", theirs) and Path(theirs).read_bytes() == before
-    assert "break-even" in refused(knn, "--breakeven", tmp_path / "none.json")
+    assert "no such file; expected JSON like" in refused(knn, "--breakeven", tmp_path / "none.json")
     moved = tmp_path / "moved"
     shutil.copytree(knn, moved)
     facts = json.loads((moved / "args.json").read_text())
