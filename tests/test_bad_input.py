@@ -340,7 +340,7 @@ SAID = {  # what is named: the wrong thing, what was expected, what to do
     "splits that do not divide the batch": "--batch-size 64 does not divide into 1 ranks x 3",
     "ranks that do not divide the batch": "--batch-size 64 does not divide into 3 ranks",
     "a batch of one image a rank": "leaves one image to each of 2 ranks, and batch norm needs two: use at least 4",
-    "a single image": "1 images are too few for 1 (ranks x splits): expected at least 2; use more images",
+    "a single image": "too few images (1) for 1 (ranks x splits): expected at least 2; use more images",
     "a queue smaller than the batch": "--moco-k 32 is smaller than the 64 keys",
     "a queue smaller than the keys of a symmetric step": "--moco-k 64 is smaller than the 128 keys",
     "an oracle that was not allowed the labels": "add --research-labels",

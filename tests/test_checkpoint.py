@@ -237,7 +237,7 @@ def test_an_exploded_state_is_not_written_over_the_last_good_file(tmp_path):
     argv = [*DIGITS, "--epochs", "2", "--save-every", "1", "--lr", "1e10", "--out", str(tmp_path)]
     code, _, err = ask(argv)
     last = tmp_path / "checkpoint_last.pth.tar"
-    assert code == 3 and err.count("\n") == 1 and f"exploded at epoch 0, step 2 (state_dict.module.encoder_q.conv1.1.running_var" in err
+    assert code == 3 and err.count("\n") == 1 and "exploded at epoch 0, step 2 (state_dict.module.encoder_q.conv1.1.running_var" in err
     assert f"the last good file is {last}" in err
     content = checkpoint.load(last)
     assert content["isl"]["step"] == 1 and checkpoint.exploded(content) == []

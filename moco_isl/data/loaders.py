@@ -136,8 +136,8 @@ class _Plan:
         self.steps = M // batch_size + (M % batch_size >= least)
         if not self.steps:
             raise BadInput(
-                f"{M} images are too few for {self.unit} (ranks x splits): expected at least {least}; use more images, "
-                "or fewer ranks or splits"
+                f"too few images ({M}) for {self.unit} (ranks x splits): expected at least {least}; use more images, or "
+                "fewer ranks or splits"
             )
         self.epoch, self.start_step = 0, 0
 
