@@ -245,7 +245,7 @@ def read_probe(place: Place, draw: random.Random) -> None:
 def read_backbone(place: Place, draw: random.Random) -> None:
     content = damaged(draw.choice([place.content, place.probe, place.content["state_dict"]]), draw)
     with in_place_of_files(content):
-        encoder, info = load_backbone(place.folder / "x.pth", key_encoder=draw.random() < 0.2)
+        encoder, info = load_backbone(place.run / "checkpoint_last.pth.tar", key_encoder=draw.random() < 0.2)
         encoder(torch.zeros(2, 3, 16, 16))
         one_line(describe(info))
         for line in probe.strange({**info, "args": {**info["args"], "image_size": 16}}, dataset="digits", size=16):
