@@ -1,5 +1,6 @@
 # make demo     pretrain on the embedded digits, go on with and without mining, print the table
-# make test     the whole suite but the tests marked slurm
+# make test     the whole suite but the tests marked slurm or long
+# make test-long   those that are long: the GPU pack's rehearsal, and what has to be compiled for long
 # make test-slurm   those: on a SLURM of two nodes that it installs (Debian, as root) and starts on this host
 # make bench    measure what this machine can (CPU: some minutes; GPU: everything, 8 minutes) and write benchmarks/RESULTS.md
 # make gpu IMAGES=cifar10.tar.gz OUT=dir   nine minutes on a GPU: proof, figures, training (GPU_FLAGS=--quick rehearses it on a CPU)
@@ -16,7 +17,10 @@ demo: $(VENV)/.installed
 	$(PY) -m benchmarks.demo --seeds $(SEEDS)
 
 test: $(VENV)/.installed
-	$(PY) -m pytest -q -m "not slurm" tests
+	$(PY) -m pytest -q -m "not slurm and not long" tests
+
+test-long: $(VENV)/.installed
+	$(PY) -m pytest -q -m long tests
 
 test-slurm: $(VENV)/.installed
 	$(PY) -m pytest -q -m slurm tests/slurm
@@ -34,4 +38,4 @@ $(VENV)/.installed: setup.py
 	$(PY) -m pip install --quiet --editable '.[test]'
 	touch $@
 
-.PHONY: demo test test-slurm bench gpu install
+.PHONY: demo test test-long test-slurm bench gpu install

@@ -281,6 +281,7 @@ def test_compiles_to_one_graph(name):
     torch.testing.assert_close(compiled(image, u), augmentation.apply(image, u), atol=1e-6, rtol=0)
 
 
+@pytest.mark.long
 def test_colour_compiles_to_three_passes():
     """Each pass is a launch on a GPU. The code for a CPU stands for it here: the compiler joins its loops alike."""
     augmentation = BatchAugmentation(*IDENTITY, size=16, aug_plus=True, blur=True)

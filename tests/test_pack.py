@@ -226,6 +226,7 @@ def test_the_shell_says_what_it_expects(tmp_path):
 # ---------------------------------------------------------------- the rehearsal
 
 
+@pytest.mark.long
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here is a GPU: run the pack itself")
 def test_a_rehearsal_does_all_of_it(tmp_path):
     """Every planned row comes, none fails, and the four files are whole. Without the suite, whose tests run here anyway, and
