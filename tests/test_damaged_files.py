@@ -31,6 +31,10 @@ from moco_isl.evaluation.backbone import describe, load_backbone
 from moco_isl.export import main as export_main
 from moco_isl.isl import ISL
 from moco_isl.mining import gan, miners
+from moco_isl.mining.entropy import EntropyMiner
+from moco_isl.mining.miners import GANMiner, NoMiner
+from moco_isl.mining.oracle import OracleMiner
+from moco_isl.mining.rounds import RoundMiner
 from moco_isl.report import grids, page, runs, sections, verdict
 from moco_isl.report.__main__ import main as report_main
 from moco_isl.training import fast, resume, state
@@ -399,7 +403,7 @@ def test_one_image_is_refused_whatever_the_miner(place, tmp_path, miner):
 @pytest.mark.parametrize(
     "flags",
     ["--objective bank --miner gan --isl-between 0", "--objective rotnet --miner none --isl-between 0", "--symmetric --miner cluster --isl-half-bank --moco-k 32",
-     "--miner oracle --research-labels --momentum 0"],
+     "--miner oracle --research-labels --momentum 0", "--miner entropy"],
 )  # fmt: skip
 def test_what_a_run_saves_it_can_go_on_from(place, tmp_path, flags):
     """After a round and in the middle of an epoch: the shapes are those of what is written, whatever the run keeps."""
@@ -407,6 +411,16 @@ def test_what_a_run_saves_it_can_go_on_from(place, tmp_path, flags):
     for steps in (4, 5):
         assert quietly(main_moco_isl.main, [*argv, "--max-steps", str(steps), "--resume", "auto"]) == 0
     assert checkpoint.load(tmp_path / "checkpoint_last.pth.tar")["isl"]["total"] == 5
+
+
+def test_a_miner_that_keeps_a_state_says_its_shape():
+    kinds = {NoMiner, *subclasses(RoundMiner)}
+    assert {EntropyMiner, GANMiner, OracleMiner} <= kinds
+    assert [kind for kind in kinds if ("state_dict" in vars(kind)) != ("state_shape" in vars(kind))] == []
+
+
+def subclasses(kind: type) -> set[type]:
+    return {one for below in kind.__subclasses__() for one in {below, *subclasses(below)}}
 
 
 FIRST = """arch aug_plus batch_size bn_splits channels_last compile cos data dataset device amp epochs image_size init isl_bank_mix isl_budget isl_candidates isl_every

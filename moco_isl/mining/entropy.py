@@ -12,6 +12,7 @@ from moco_isl.mining.neighbors import Tick, topk
 from moco_isl.mining.positives import PositiveSets
 from moco_isl.mining.rounds import RoundMiner, over_blocks
 from moco_isl.mining.softmax import entropy
+from moco_isl.schema import COUNT
 
 Tensor = torch.Tensor
 
@@ -60,3 +61,6 @@ class EntropyMiner(RoundMiner):
 
     def load_state_dict(self, state: dict) -> None:
         self.rounds = state["rounds"]
+
+    def state_shape(self, dim: int) -> dict:
+        return {"rounds": COUNT}
