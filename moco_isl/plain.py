@@ -113,5 +113,6 @@ _STAND_INS = {
 _KNOWN = [
     argparse.Namespace,
     types.SimpleNamespace,
+    set,  # which torch 2.4 does not know of itself
     *(_known_as(module, name, x) for modules, names in _STAND_INS.items() for module in modules for name, x in names.items()),
 ]

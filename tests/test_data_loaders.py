@@ -172,7 +172,7 @@ def test_every_rank_has_two_images_in_every_step(monkeypatch, world):
                 share = max(s for s in range(0, M % B + 1, multiple) if s * world <= M % B)
                 kept = [B // world] * (M // B) + [share] * (share >= min(2, B // world) and share > 0)
                 if not kept:
-                    with pytest.raises(BadInput, match=f"{M} images are too few"):
+                    with pytest.raises(BadInput, match=rf"too few images \({M}\)"):
                         loaders._Plan(M, B, 0, multiple)
                     continue
                 plan, seen = loaders._Plan(M, B, 0, multiple), []

@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import traceback
+from collections.abc import Callable
 
 from torch.utils.data import DataLoader
 
@@ -107,14 +108,20 @@ def end(holder: list[DataLoader]) -> None:
         iterator = getattr(holder.pop(), "_iterator", None)  # torch has no public way to end workers kept over epochs
         if iterator is not None:
             workers = list(iterator._workers)
-            try:
-                iterator._shutdown_workers()
-            except RuntimeError as error:  # the news that one was ended from outside may arrive as late as here
-                if not befell(error):
-                    raise
+            _past_news(iterator._shutdown_workers)
             for worker in workers:
                 if worker.is_alive():
                     worker.kill()
+                _past_news(worker.join)
+
+
+def _past_news(end: Callable[[], None]) -> None:
+    """end(), whatever torch tells meanwhile: the news that a worker was ended may arrive as late as here."""
+    try:
+        end()
+    except RuntimeError as error:
+        if not befell(error):
+            raise
 
 
 def exit_codes(loader: DataLoader) -> tuple[int | None, ...]:
