@@ -221,8 +221,8 @@ def layout_of(found: Found, numbered_by: list[str] | None = None) -> Layout:
     Raises BadInput where all folders look like splits.
     """
     counts, parts = found.counts(), found.parts()
-    beside = counts.pop(_ROOT, 0)
-    names = [found.classes[owner] for owner in sorted(counts)]
+    beside = counts[_ROOT]
+    names = [found.classes[owner] for owner in sorted(counts) if owner != _ROOT]
     merged = {
         found.classes[owner]: sorted(inner) for owner, inner in parts.items() if "" not in inner and len(inner) > 1
     }
@@ -233,11 +233,11 @@ def layout_of(found: Found, numbered_by: list[str] | None = None) -> Layout:
             f"{found.root!r} holds {some(names)}, which look like splits, not classes: expected train/ and val/ with a "
             f"folder a class; rename them, or give one alone, such as {os.path.join(found.root, train)!r}"
         )
-    layout = Layout(_summary(found, len(names)))
+    layout = Layout(_summary(found, counts))
     if not names:
         layout.unlabelled = "they lie in no class folders"
     elif beside:
-        layout.unlabelled = f"{beside} of {beside + counts.total()} lie beside the class folders"
+        layout.unlabelled = f"{beside} of {counts.total()} lie beside the class folders"
         layout.warnings.append(
             f"{layout.unlabelled}: all are used, and none has a label; {expected} where there are classes"
         )
@@ -269,9 +269,10 @@ def layout_of(found: Found, numbered_by: list[str] | None = None) -> Layout:
     return layout
 
 
-def _summary(found: Found, classes: int) -> str:
-    text = f"{_many(sum(found.counts().values()), 'image')}, {_many(classes, 'class')}"
-    empty = [name for i, name in enumerate(found.classes) if i not in found.counts()]
+def _summary(found: Found, counts: Counter) -> str:
+    empty = [name for i, name in enumerate(found.classes) if i not in counts]
+    classes = len(found.classes) - len(empty)
+    text = f"{_many(counts.total(), 'image')}, {_many(classes, 'class')}"
     if classes and empty:
         text += f" and {_many(len(empty), 'class folder')} without images ({some(empty)})"
     return text + skipped_words(found.skipped)
