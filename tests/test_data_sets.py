@@ -260,6 +260,23 @@ def test_splits_that_would_be_classes_are_refused(tmp_path):
         build_dataset("folder", tmp_path, "val")
 
 
+def test_classes_beside_one_that_is_named_train_are_said_not_to_be_read(tmp_path):
+    for name in ("bus", "car", "train"):
+        save(tmp_path / "all" / name / "1.png")
+    (tmp_path / "all" / "notes").mkdir()
+    assert "'bus', 'car' beside train/ in " in describe(train=build_dataset("folder", tmp_path / "all"))
+    (tmp_path / "all").rename(tmp_path / "train")
+    dataset = build_dataset("folder", tmp_path)
+    assert dataset.classes == ["bus", "car", "notes", "train"] and "not read" not in describe(train=dataset)
+
+
+def test_a_val_that_is_train_is_named(tree):
+    shutil.rmtree(tree / "val")
+    (tree / "val").symlink_to("train")
+    said = describe(train=build_dataset("folder", tree), val=build_dataset("folder", tree, "val"))
+    assert said.count("warning") == 1 and "=> warning: val: val/ is a link to train/, so each image" in said
+
+
 def test_splits_among_or_inside_of_classes_are_named(tree):
     save(tree / "train" / "Test" / "1.png")
     save(tree / "train" / "owl" / "valid" / "1.png")

@@ -332,10 +332,10 @@ def _folder(root: Path, split: str) -> ImageFiles:
         # val is numbered by the classes of train: with a class missing there, its own numbering would shift all labels
         names = folders.class_names(str(train)) or None if split == "val" and os.path.isdir(train) else None
         images = _image_files(root / split, names)
-        if split == "train" and not os.path.isdir(val) and (others := _other_splits(root)):
-            images.layout.warnings.append(
-                f"{folders.some(others)} beside train/ in {str(root)!r} is not read: a val split is named val"
-            )
+        if split == "train" and not os.path.isdir(val):
+            images.layout.warnings += _not_read(root)
+        if split == "val" and os.path.isdir(train) and os.path.samefile(train, val):
+            images.layout.warnings.append("val/ is a link to train/, so each image is judged by its own training image")
         return images
     if split == "val":
         found = f", and it holds {folders.some(others)}" if (others := _other_splits(root)) else ""
@@ -348,6 +348,20 @@ def _folder(root: Path, split: str) -> ImageFiles:
             f"no training images: {root} has val/ but not train/; expected both; add {train} or give {val} itself"
         )
     return _image_files(root, None)
+
+
+def _not_read(root: Path) -> list[str]:
+    """What lies beside train/, where there is no val/, that somebody may expect to be read; in words."""
+    splits, said = _other_splits(root), []
+    if splits:
+        said.append(f"{folders.some(splits)} beside train/ in {str(root)!r} is not read: a val split is named val")
+    others = [name for name in sorted(os.listdir(root)) if name not in ("train", *splits) and not name.startswith(".")]
+    if others := [name for name in others if os.path.isdir(root / name) and folders.has_image(root / name)]:
+        said.append(
+            f"{folders.some(others)} beside train/ in {str(root)!r} hold images that are not read: expected all training "
+            "images in train/; if train is one of the classes, move all of them into a folder"
+        )
+    return said
 
 
 def _other_splits(root: Path) -> list[str]:

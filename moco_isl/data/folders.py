@@ -80,6 +80,15 @@ def is_split_name(name: str) -> bool:
     return _SPLIT.fullmatch(name) is not None
 
 
+def has_image(folder: str | os.PathLike) -> bool:
+    """Whether an image lies directly in a folder; False where it may not be read."""
+    try:
+        with os.scandir(folder) as entries:
+            return any(entry.name.lower().endswith(ENDINGS) and not entry.name.startswith(".") for entry in entries)
+    except OSError:
+        return False
+
+
 def class_names(root: str) -> list[str]:
     """The names of the class folders in a folder, sorted. Raises BadInput."""
     return [name for name, _, _ in _Reading(root).class_folders()]
