@@ -10,6 +10,7 @@
 Letters: N batch, C feature dimension, K queue length, M images, P positives of an image after padding, T temperature.
 """
 
+import math
 from collections.abc import Callable
 from numbers import Integral
 
@@ -67,6 +68,10 @@ class ISL:
             raise BadInput(f"num_images is {num_images!r}: expected how many images there are, len(dataset)")
         if form not in FORMS:
             raise BadInput(f"form {form!r} is unknown: use {' or '.join(FORMS)}")
+        check_at_least(1, P=P)
+        check_at_least(0, hpe=hpe, between=between)
+        if bank_mix is not None and not 0 <= bank_mix <= 1:
+            raise BadInput(f"bank_mix is {bank_mix}: expected 0 to 1, the share of a new feature in its row")
         self.model, self.queue_objective = model, isinstance(model, MoCo)
         self.P, self.form, self.hpe, self.mask, self.symmetric, self.active = P, form, hpe, mask, symmetric, active
         self.symmetric_sum = symmetric_sum
@@ -138,6 +143,8 @@ class ISL:
         N = len(views[0])
         if len(views[-1]) != N:
             raise BadInput(f"{N} images and {len(views[-1])} second views of them: expected equally many")
+        if not N:
+            raise BadInput("isl(...) was given a batch of no images: expected one at least")
         looked_at = not self.begun or getattr(index, "device", CPU) == CPU
         check_index(index, N, self.positives.num_images, values=looked_at)
         if looked_at:
@@ -290,9 +297,11 @@ class ISL:
         rng: the round's draws; None: seeded by the number of the round. tick: called often, may raise to abandon the round; then nothing
         has changed. views 2 x [M, C]: unit rows of two random augmentations of every image, for an estimate of what is right
         (`mining.estimate`). number: of this round, from 1 on; None: the one after the last.
-        Returns the miner's report. The first round fills the bank, where it still is random, with the features.
+        Returns the miner's report. The first round of a MoCo fills the bank with the features: they have its C numbers.
+        Raises BadInput for features that are not finite, are no unit rows, or do not fit.
         """
         check_features(features, self.positives.num_images, views)
+        self._check_rows(features)
         number = self.round + 1 if number is None else number
         rng = rng or torch.Generator().manual_seed(number - 1)
         given = {} if views is None else {"views": views}  # a miner of a user's own need not know of them
@@ -303,6 +312,19 @@ class ISL:
         self.positives, self.zone = positives.to(self.bank.device), zone.to(self.bank.device)
         self.round = number
         return {**miner.report, "between": zone.mean_size} if self.between else miner.report
+
+    def _check_rows(self, features: torch.Tensor) -> None:
+        """Raise BadInput unless the rows of features [M, C] have the length 1 and, where they fill the bank, its width."""
+        C = self.model.queue.shape[0] if self.queue_objective else self.model.dim
+        if not self.bank.filled and features.shape[1] != C:
+            raise BadInput(f"features have {features.shape[1]} numbers an image: expected {C}, as the encoder with its "
+                           "head gives them, for they fill the bank; take extract_features of the encoder as it is")
+        lengths = torch.cat([part.float().norm(dim=1) for part in features.split(1 << 16)])  # [M]
+        odd = (lengths - 1).abs().gt(0.02) & lengths.ne(0)  # an encoder that has died gives rows of zeros
+        if odd.any():
+            raise BadInput(f"features of {int(odd.sum())} of {len(features)} images are no unit rows, one has length "
+                           f"{float(lengths[odd].max()):.3g}: expected F.normalize(features, dim=1), for miners take "
+                           "products of rows as cosines")  # fmt: skip
 
     def state_dict(self) -> dict:
         """Everything beside the model that a resumed run needs: tensors and plain values. The miner keeps its own."""
@@ -357,6 +379,13 @@ class Coming:
         if self.arrived is not None:
             self.arrived.synchronize()
         return int(self.number)
+
+
+def check_at_least(least: int, **options: float) -> None:
+    """Raise BadInput where one of the options is less, infinite or NaN."""
+    for name, value in options.items():
+        if not (value >= least and math.isfinite(value)):
+            raise BadInput(f"{name} is {value}: expected a finite number of at least {least}")
 
 
 def require_bare(model: torch.nn.Module) -> None:

@@ -132,6 +132,11 @@ def test_batches_of_another_form_are_refused():
         around("queue")(images(4, 0), images(3, 1), torch.arange(4))
 
 
+def test_a_batch_of_no_images_is_refused():
+    with pytest.raises(BadInput, match="batch of no images"):
+        around("queue")(images(4, 0)[:0], images(4, 1)[:0], torch.arange(0))
+
+
 @pytest.mark.parametrize("objective", ["queue", "bank"])
 def test_first_images_of_nan_are_refused_and_later_ones_show_in_the_loss(objective):
     isl, broken = around(objective), images(4, 0)
@@ -193,6 +198,33 @@ def test_a_wrapped_model_is_refused_with_what_to_do():
 def test_num_images_is_a_number_of_images(num_images):
     with pytest.raises(BadInput, match="expected how many images there are, len.dataset."):
         ISL(moco(), num_images)
+
+
+@pytest.mark.parametrize("option", [{"P": 0}, {"hpe": -0.5}, {"hpe": float("nan")}, {"between": -1}, {"bank_mix": 1.5}])
+def test_options_out_of_range_are_refused(option):
+    with pytest.raises(BadInput, match=f"^{next(iter(option))} is .*: expected"):
+        ISL(moco(), M, **option)
+
+
+def test_features_that_the_bank_cannot_hold_are_not_mined():
+    """Such as those of the backbone: the bank took them, and the next step ended in a traceback."""
+    isl, rows = around("queue"), torch.randn(M, C + 1, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(BadInput, match=f"features have {C + 1} numbers an image: expected {C}"):
+        isl.mine(F.normalize(rows, dim=1), KNNMiner())
+    assert not isl.bank.filled and isl.round == 0
+    isl.mine(F.normalize(rows[:, :C], dim=1), KNNMiner())
+    isl.mine(F.normalize(rows, dim=1), KNNMiner())  # the bank is full: only neighbours are looked for
+
+
+@pytest.mark.parametrize("objective", ["queue", "bank"])
+def test_features_that_are_no_unit_rows_are_not_mined(objective):
+    """Products of such rows are no cosines: the longest would be everybody's nearest."""
+    isl, rows = around(objective), F.normalize(torch.randn(M, C, generator=torch.Generator().manual_seed(0)), dim=1)
+    rows[3] *= 5
+    with pytest.raises(BadInput, match=f"features of 1 of {M} images are no unit rows, one has length 5: expected"):
+        isl.mine(rows, KNNMiner())
+    rows[3] = 0  # of an encoder that has died
+    isl.mine(rows.half(), KNNMiner())
 
 
 def test_an_unknown_form_is_refused():
