@@ -276,6 +276,15 @@ def test_more_epochs_are_taken_where_those_begun_keep_their_learning_rate(flags)
         resume.check_same({**flags, "epochs": 16}, {**flags, "epochs": 8}, epochs=0)
 
 
+def test_more_epochs_are_refused_where_mining_would_no_longer_lie_between_rounds():
+    """Every 4 epochs, of a schedule that would begin anew every 6."""
+    flags = {"isl_rounds": 2, "isl_start": 4, "isl_every": 4, "miner": "knn", "schedule": [3], "epochs": 8}
+    with pytest.raises(BadInput, match="is now 12 .it mines every 4 epochs, between its rounds .* would have 6 epochs"):
+        resume.check_same(flags, {**flags, "epochs": 12}, epochs=1, mined=False)
+    for other in ({"miner": "none"}, {"isl_every": 3}, {"isl_rounds": 1}):
+        resume.check_same({**flags, **other}, {**flags, **other, "epochs": 12}, epochs=1, mined=False)
+
+
 def test_more_epochs_are_refused_where_a_round_would_have_looked_at_more_images():
     """Budget 1.5 a round, before epochs 1 and 3, and 5 too with six epochs: the nearest 3 or 5 of every image."""
     flags = {"isl_grow": True, "isl_budget": 1.5, "isl_start": 1, "isl_every": 2, "miner": "knn", "isl_neighbors": None, "epochs": 4}
