@@ -276,6 +276,17 @@ def test_more_epochs_are_taken_where_those_begun_keep_their_learning_rate(flags)
         resume.check_same({**flags, "epochs": 16}, {**flags, "epochs": 8}, epochs=0)
 
 
+def test_a_run_whose_scaler_has_left_out_all_steps_goes_on(tmp_path):
+    """As those of float16 often do at first: there is no momentum yet."""
+    flags = [*DIGITS, "--knn-holdout", "1421", "-b", "8", "--amp", "fp16", "--epochs", "1", "--out", str(tmp_path), "--resume", "auto",
+             "--max-steps"]  # fmt: skip
+    assert ask([*flags, "1"])[0] == 0
+    content = checkpoint.load(tmp_path / "checkpoint_last.pth.tar")
+    content["optimizer"]["state"] = {}
+    checkpoint.save(content, tmp_path / "checkpoint_last.pth.tar")
+    assert ask([*flags, "2"])[0] == 0
+
+
 def test_more_epochs_are_refused_where_mining_would_no_longer_lie_between_rounds():
     """Every 4 epochs, of a schedule that would begin anew every 6."""
     flags = {"isl_rounds": 2, "isl_start": 4, "isl_every": 4, "miner": "knn", "schedule": [3], "epochs": 8}

@@ -144,7 +144,8 @@ def require_state(content: dict, path, *, model: nn.Module, isl, miner: dict, M:
     mined = lambda ours: ours["state"].get("round", 0) <= epoch + 1  # at most once before each epoch
     ours = Holds(Holds(ours, _steps_agree, "means of an epoch that has begun, and no more steps in it than in all"), mined, "a round an epoch at most")
     require(content, {**OURS, "state_dict": dict, "optimizer": dict, "isl": ours}, where(path), {"M": M}, EARLIER)
-    require_optimizer(content["optimizer"], path, [list(model.parameters())], bool(momentum and content["isl"]["total"]))
+    moved = bool(momentum and content["isl"]["total"] and not fp16)  # a scaler leaves out the first steps until its scale fits
+    require_optimizer(content["optimizer"], path, [list(model.parameters())], moved)
 
 
 def require_queue(content: dict, path, model: nn.Module, M: int | None) -> None:
