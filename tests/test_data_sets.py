@@ -435,6 +435,14 @@ def test_one_pixel_does_not_decide_on_the_range_of_floats(tmp_path, top, value, 
     )
 
 
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_values_of_twelve_bits_are_said_to_come_out_dark(tmp_path, kind):
+    values = (GREY16 // 16).astype(kind)
+    got, said = decoded(values, tmp_path / "x.tif")
+    assert got.max() <= 16 and len(said) == 1 and "0..65535 is taken as black to white" in said[0]
+    assert decoded(np.zeros((10, 12), kind), tmp_path / "x.tif")[1] == []
+
+
 @pytest.mark.parametrize("top, value", [(255, 100_000), (65535, 2**31 - 1), (65535, -(2**31))])
 def test_one_pixel_does_not_decide_on_the_range_of_integers(tmp_path, top, value):
     values = np.linspace(0, top, 120).astype(np.int32).reshape(10, 12)

@@ -105,7 +105,8 @@ def value_range(values: np.ndarray, tops: Sequence[float]) -> tuple[float, float
     The highest and the lowest 1 % of the values do not decide, nor do those that are not finite. Where the others lie
     between 0 and one of `tops`, the range is 0 to the first such top; else it is that of the others, from 0 where none
     of them is negative. What lies 5 % beyond a bound, as sharpening leaves it, counts as within. It is a sure thing
-    where all finite values lie between 0 and the top. Raises ValueError where no value is finite.
+    where all finite values lie between 0 and the top, and some above an eighth of it, or all are 0. Raises ValueError
+    where no value is finite.
     """
     values = values[np.isfinite(values)]
     if not len(values):
@@ -117,7 +118,8 @@ def value_range(values: np.ndarray, tops: Sequence[float]) -> tuple[float, float
     low, high, least, most = ordered[first], ordered[last], values.min(), values.max()
     top = next((top for top in tops if high <= 1.05 * top), None)
     if top is not None and low >= -0.05 * max(high, 0):
-        sure = least >= -0.05 * top and most <= 1.05 * top
+        dark = 0 < most < top / 8  # black on all of that range: of 12 bits, perhaps
+        sure = least >= -0.05 * top and most <= 1.05 * top and not dark
         return 0.0, float(top), "" if sure else f"values reach from {least:g} to {most:g}"
     low = min(low, 0.0)
     return float(low), float(high if high > low else low + 1), f"values reach from {least:g} to {most:g}"
