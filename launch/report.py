@@ -50,7 +50,7 @@ CONSEQUENCE = re.compile(
     r"NCCL|[Ww]atchdog|DistNetworkError|DistStoreError|DistBackendError|"
     r"could not join the others|rank 0 ended while|lost another rank|was ended with the others"
 )
-SRUN_SAYS = re.compile(r"^srun: error: (\S+): tasks? ([\d,-]+): (.+)$")
+SRUN_SAYS = re.compile(r"^srun: error: (\S+): tasks? ((?:[0-9]{1,7}[,-])*[0-9]{1,7}): (.+)$")
 # what submitit says in the log of a rank; of jobs of an earlier version, all that there is to tell success by
 STARTS = re.compile(r"^submitit INFO \(.*\) - Starting with JobEnvironment\(", re.M)
 SUCCESS = re.compile(r"^submitit INFO \(.*\) - Job completed successfully$", re.M)
@@ -112,9 +112,18 @@ def _entry(line: str, where: str) -> Entry:
         job = files.shown(facts["job"])[:40]
         raise BadInput(f"{where}: job is '{job}': expected the number that {facts['cluster']} gave it")
     for name in ("folder", "out"):
-        if "\0" in facts[name]:
+        if "\0" in facts[name] or not _is_name(facts[name]):
             raise BadInput(f"{where}: {name} is '{files.shown(facts[name])[:40]}': expected the path of a folder")
     return Entry(**facts)
+
+
+def _is_name(text: str) -> bool:
+    """Whether the system can have a file of this name: JSON can also write halves of characters."""
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def parse(text: str, where: str):
@@ -143,7 +152,7 @@ def restarts(entry: Entry, job: JobState) -> int:
     """How often the job has been started again: SLURM's count, else as the first rank's log has it."""
     if job.restarts is not None:
         return job.restarts
-    lives = re.findall(rf"life (\d+) of job {re.escape(entry.job)}", _text(entry.log(0, "out")))
+    lives = re.findall(rf"life ([0-9]{{1,9}}) of job {re.escape(entry.job)}", _text(entry.log(0, "out")))
     return int(lives[-1]) - 1 if lives else 0
 
 
@@ -221,7 +230,7 @@ def _srun_says(entry: Entry) -> list[tuple[int, str, str]]:
                 words = "was ended with the others"
             elif words.startswith("Killed"):
                 words = "was killed: exit code 137, signal 9 (by the kernel for want of memory, or by hand)"
-            told += [(rank, match[1], words) for rank in _numbers(match[2])]
+            told += [(rank, match[1], words) for rank in _numbers(match[2], entry.tasks)]
     return told
 
 
@@ -232,10 +241,10 @@ def _this_life(log: Path) -> list[str]:
     return lines[starts[-1] :] if starts else lines
 
 
-def _numbers(text: str) -> list[int]:
-    """'0,2-4' -> [0, 2, 3, 4]"""
+def _numbers(text: str, most: int) -> list[int]:
+    """'0,2-4' -> [0, 2, 3, 4], those below `most`"""
     ranges = [part.split("-") for part in text.split(",")]
-    return [n for r in ranges for n in range(int(r[0]), int(r[-1]) + 1)]
+    return [n for r in ranges for n in range(int(r[0]), min(int(r[-1]) + 1, most))]
 
 
 def _last_error(log: Path) -> str:

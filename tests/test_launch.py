@@ -490,6 +490,7 @@ BAD_RECORDS = {
     record(folder=None): "folder is None",
     record(folder="a\0"): "folder is 'a\\x00'",
     record(out="a\0"): "out is 'a\\x00'",
+    record(out="a\ud800"): "out is 'a\\ud800'",
     record(command="c"): "command is 'c'",
     record(command=[1]): "command[0] is 1",
     record(more=1): "more is unknown",
@@ -504,6 +505,19 @@ def test_a_record_of_submissions_that_is_not_ours_is_one_line(line, tmp_path, ca
     said = capsys.readouterr()
     assert said.err.startswith("error: ") and said.err.count("\n") == 1 and said.out == ""
     assert "launch.jsonl', line 2" in said.err and BAD_RECORDS[line] in said.err
+
+
+@pytest.mark.parametrize("ranks", ["0-,", "--", ",", "0-30000000000", "0-9" + "9" * 5000])
+def test_a_log_that_names_impossible_ranks_does_not_end_the_status(forgotten, ranks):
+    forgotten.log(0).write_text(f"srun: error: n1: tasks {ranks}: Exited with exit code 1\n")
+    forgotten.log(0, "out").write_text(f"life {'9' * 5000} of job 7\n")
+    assert report.state(forgotten).state == "UNKNOWN" and report.failures(forgotten) == []
+    assert report.restarts(forgotten, JobState("UNKNOWN")) == 0
+
+
+def test_a_log_tells_only_of_ranks_that_the_job_has(forgotten):
+    forgotten.log(0).write_text("srun: error: n1: tasks 0,2-999999: Exited with exit code 1\n")
+    assert [failure.rank for failure in report.failures(forgotten)] == [0, 2]
 
 
 def test_records_that_are_no_files_do_not_hold_the_status_up(forgotten, tmp_path, capsys):
