@@ -191,7 +191,7 @@ def _object_fault(value, shape: dict, name: str, sizes: dict[str, int], depth: i
     rest = [key for key in value if key not in known]
     if rest and ... not in shape:
         names = ", ".join(str(key).removesuffix("?") for key in shape)
-        return f"{_short(_inner(name, rest[0]))} is unknown: expected {_short(names)}"
+        return f"{_short(_inner(name, rest[0]))} is unknown: expected {_short(names) or 'nothing here'}"
     known |= {key: shape[...] for key in rest}
     return _first(_fault(value[key], one, _inner(name, key), sizes, depth + 1) for key, one in known.items())
 

@@ -65,6 +65,7 @@ def test_what_fits_passes(value, shape):
         ({"a": {"b": "x"}}, {"a": {"b": int}}, "a.b is 'x': expected a whole number"),
         ({"a": {}}, {"a": {"b": int}}, "a has no 'b'"),
         ({"a": 1, "z\n": 1}, {"a": int}, "z\\n is unknown: expected a"),
+        ({"a": 1}, {}, "a is unknown: expected nothing here"),
         ([], {"a": int}, "it is []: expected names with values"),
         ("x" * 99, int, f"it is '{'x' * 56}...: expected a whole number"),
         (torch.zeros(2, 4), Tensor("float", (2, 3)), "it is a tensor of float32 [2, 4]: expected a tensor of floats [2, 3]"),
