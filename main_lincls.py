@@ -112,7 +112,7 @@ def check_args(args) -> None:
     resumed = load_resumed(start.path)
     cli.check("isl" not in resumed, f"'{start.path}' is a pretraining file of main_moco_isl.py: judge it with --pretrained, and another --out")
     if args.seed is None and not args.evaluate and start.in_place:
-        args.seed = flags_of_unsaved(args.out).get("seed")
+        args.seed = flags_of_unsaved(args.out, state.flags_shape(get_parser())).get("seed")
     if "probe" in resumed:
         for name in OF_THE_RUN if args.evaluate else ("seed",) if args.seed is None else ():
             setattr(args, name, resumed["args"][name])

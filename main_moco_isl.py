@@ -57,7 +57,7 @@ def check_start(args: argparse.Namespace) -> tuple[resume.Start, dict]:
         state.require_flags(content, start.path, get_parser(), resume.OPTIONAL)
     if start.goes_on and "isl" in content:
         resume.take_over(args, content["args"])
-    elif start.in_place and (unsaved := flags_of_unsaved(args.out)):
+    elif start.in_place and (unsaved := flags_of_unsaved(args.out, state.flags_shape(get_parser()))):
         resume.take_over(args, unsaved)
     check_args(args)
     check_folder(args.out, start.in_place)

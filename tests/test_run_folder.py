@@ -273,8 +273,9 @@ def test_a_damaged_tensor_is_found_before_anything_is_written(tmp_path, unbroken
 
 
 def test_a_run_without_a_checkpoint_yet_is_started_over_by_the_same_flags_only(tmp_path, unbroken):
-    for name in ("metrics.jsonl", "args.json"):
-        shutil.copy(unbroken / name, tmp_path)
+    shutil.copy(unbroken / "args.json", tmp_path)
+    lines = (unbroken / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["epoch"] == 0))
     before = contents(tmp_path)
     argv = [*FLAGS, "--out", str(tmp_path), "--resume", "auto", "--max-steps", "1"]
     code, _, err = ask([*argv, "--seed", "2"])
@@ -382,3 +383,28 @@ def test_a_folder_that_may_not_be_written(tmp_path):
     finally:
         libc.umount2(str(path).encode(), 2)
         path.chmod(0o700)
+
+
+def test_checkpoints_that_an_earlier_version_saved_are_missed_too(tmp_path, unbroken):
+    """Its .lock said nothing: that metrics.jsonl goes on after an epoch's end does."""
+    out = tmp_path / "out"
+    shutil.copytree(unbroken, out)
+    for path in out.glob("checkpoint_*"):
+        path.unlink()
+    (out / ".lock").write_text("")
+    before = contents(out)
+    code, _, err = ask([*FLAGS, "--out", str(out), "--resume", "auto"])
+    assert code == 2 and "whose checkpoints are gone" in err and contents(out) == before
+    lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (out / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["epoch"] == 0))
+    assert flags_of_unsaved(out)["epochs"] == 2, "it may have ended before its first checkpoint"
+
+
+@pytest.mark.parametrize("args", [{"epochs": "x"}, {"epochs": None, "cos": False}, {"epochs": 0.5}, {"schedule": {"a": 1}}, {"seed": "x"}, "["])
+def test_odd_flags_of_a_run_without_a_checkpoint_are_one_line(tmp_path, args):
+    text = json.dumps({"version": "0.1.0", "args": args}) if isinstance(args, dict) else args * 100_000
+    (tmp_path / "args.json").write_text(text)
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "step", "epoch": 0}\n')
+    before = contents(tmp_path)
+    code, _, err = ask([*FLAGS, "--out", str(tmp_path), "--resume", "auto"])
+    assert code == 2 and err.count("\n") == 1 and contents(tmp_path) == before

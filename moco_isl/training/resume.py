@@ -47,8 +47,8 @@ def check_same(saved: dict, now: dict, otherwise: str = "start a new run with --
     saved = {**BEFORE, **saved}
     changed = [name for name in saved if name not in MAY_CHANGE and name in now and saved[name] != now[name]]
     why = ""
-    if "epochs" in changed and now["epochs"] > saved["epochs"]:
-        why = _what_more_epochs_change(saved, now, saved["epochs"] if epochs is None else epochs, mined)
+    if "epochs" in changed and now["epochs"] > (saved["epochs"] or 0):
+        why = _what_more_epochs_change(saved, now, saved["epochs"] or 0 if epochs is None else epochs, mined)
         if not why:
             changed.remove("epochs")
     if changed:
@@ -76,7 +76,7 @@ def _what_more_epochs_change(saved: dict, now: dict, epochs: int, mined: bool) -
 def _relative_rate(epoch: int, flags: dict) -> float:
     """The learning rate of an epoch as a share of --lr."""
     return learning_rate(epoch, lr=1.0, epochs=flags["epochs"], cos=flags.get("cos", False),
-                         schedule=flags.get("schedule", []), rounds=flags.get("isl_rounds", 1))  # fmt: skip
+                         schedule=flags.get("schedule") or [], rounds=flags.get("isl_rounds") or 1)  # fmt: skip
 
 
 def _looked_at(flags: dict) -> int:

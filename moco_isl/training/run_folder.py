@@ -16,7 +16,8 @@ import torchvision
 
 from moco_isl import __version__, checkpoint, files
 from moco_isl.errors import BadInput, RunFailed
-from moco_isl.training.run_files import read_facts
+from moco_isl.schema import COUNT, parse_json, require
+from moco_isl.training.run_files import MOST, read_facts
 
 LAST = "checkpoint_last.pth.tar"
 SAVED = "a checkpoint was saved here\n"  # what .lock says from then on
@@ -194,10 +195,10 @@ def check_folder(path: str | Path, resume: bool) -> None:
         files.require_ours(path / "args.json", _is_args, "--out")
 
 
-def flags_of_unsaved(path: str | Path) -> dict:
+def flags_of_unsaved(path: str | Path, shape: dict | None = None) -> dict:
     """The flags of the run in `path` that ended before its first checkpoint; {} where there is no such run.
 
-    Raises BadInput where its checkpoints were there and are gone, and where nothing says what run it was: whoever started
+    shape: of the flags, see `state.flags_shape`; None: any. Raises BadInput where they are of another, and where its checkpoints were there and are gone, and where nothing says what run it was: whoever started
     anew there would overwrite what it has logged.
     """
     path = Path(path)
@@ -205,11 +206,12 @@ def flags_of_unsaved(path: str | Path) -> dict:
     if not found or newest(path):
         return {}
     cure = f"choose another --out (and --init to start from a file), or remove {found} and what else is left of that run"
-    if _was_saved(path):
+    known = _is_args(path / "args.json")
+    if _was_saved(path) or known and _must_have_been_saved(path, read_facts(path)["args"]):
         raise BadInput(f"--out '{path}' holds a run ({found}) whose checkpoints are gone, so that nothing can be resumed: {cure}")
-    if not _is_args(path / "args.json"):
+    if not known:
         raise BadInput(f"--out '{path}' holds a run ({found}) without a checkpoint and without the args.json that says which run it is: {cure}")
-    return json.loads((path / "args.json").read_text())["args"]
+    return read_facts(path, shape)["args"]
 
 
 def numbered(path: Path) -> list[Path]:
@@ -237,13 +239,33 @@ def _was_saved(path: Path) -> bool:
     return lock.is_file() and lock.stat().st_size == len(SAVED)
 
 
+def _must_have_been_saved(path: Path, args: dict) -> bool:
+    """Whether metrics.jsonl goes on after an epoch at whose end a checkpoint was due: the .lock of earlier versions does not say."""
+    if not files.kind(path / "metrics.jsonl"):
+        return False
+    start, every = (args.get(name) if type(args.get(name)) is int else 0 for name in ("start_epoch", "save_epochs"))
+    every = max(every, 1)
+    logged = files.read_text(path / "metrics.jsonl", most=MOST).splitlines()
+    return any(epoch // every > start // every for epoch in map(_epoch_of, logged))
+
+
+def _epoch_of(text: str) -> int:
+    """The epoch that a line of metrics.jsonl is of; 0 for a line that does not say."""
+    try:
+        line = parse_json(text, "")
+        require(line, {"epoch": COUNT, ...: object}, "")
+    except BadInput:
+        return 0
+    return line["epoch"]
+
+
 def _is_args(path: Path) -> bool:
     """Whether a file is an args.json as `RunFolder.write_args` writes it."""
     try:
-        facts = json.loads(files.read_text(path))
-        return isinstance(facts["args"], dict) and isinstance(facts["version"], str)
-    except (BadInput, ValueError, KeyError, TypeError):
+        facts = read_facts(path.parent)
+    except BadInput:
         return False
+    return "args" in facts and "version" in facts
 
 
 def _starts_before(path: Path) -> list[dict]:

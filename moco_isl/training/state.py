@@ -54,8 +54,11 @@ def require_flags(content: dict, path, parser: argparse.ArgumentParser, optional
         raise BadInput(f"{where(path)}: epoch is {epoch}, and its own --epochs are {epochs}; {EARLIER}")
 
 
-def flags_shape(parser: argparse.ArgumentParser, optional: set[str]) -> dict:
-    """The shape of `vars` of a parser's flags. What is not said is None; flags that the parser does not know may be there."""
+def flags_shape(parser: argparse.ArgumentParser, optional: set[str] | None = None) -> dict:
+    """The shape of `vars` of a parser's flags. What is not said is None; flags that the parser does not know may be there.
+
+    optional: flags that need not be there; None: all of them.
+    """
 
     def one(action: argparse.Action):
         if action.nargs == 0:
@@ -71,6 +74,7 @@ def flags_shape(parser: argparse.ArgumentParser, optional: set[str]) -> dict:
         return [str] if several else str
 
     actions = [a for a in parser._actions if a.default is not argparse.SUPPRESS]
+    optional = {a.dest for a in actions} if optional is None else optional
     return {a.dest + "?" * (a.dest in optional): (one(a), None) for a in actions} | {...: object}
 
 
