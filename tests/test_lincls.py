@@ -635,7 +635,9 @@ def contents(path):
 
 def test_a_pretraining_file_is_not_gone_on_with(moco_file, tmp_path, capsys):
     content = torch.load(moco_file, weights_only=True)
-    torch.save({**content, "isl": {}}, tmp_path / "checkpoint_last.pth.tar")
+    ours = {"epoch": 0, "step": 0, "total": 0, "metrics_size": 0, "state": {}}
+    content |= {"epoch": 0, "arch": "digits", "args": {}, "isl": ours}
+    torch.save(content, tmp_path / "checkpoint_last.pth.tar")
     assert run(moco_file, tmp_path, "--resume", "auto") == 2
     assert "is a pretraining file of main_moco_isl.py: judge it with --pretrained" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint_last.pth.tar"]
