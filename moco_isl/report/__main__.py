@@ -49,8 +49,6 @@ def _run(argv: list[str] | None, stop) -> None:
     files.require_ours(out, is_report, "--out")
     cli.check(files.kind(out.parent, "--out") == "folder", f"no folder '{out.parent}' for --out '{out}': make it first")
     files.require_folder(out.parent, "--out")
-    if args.breakeven:
-        files.require_file(args.breakeven, "--breakeven", "the break-even as JSON")
     breakeven = Path(args.breakeven or runs[0].path / "breakeven.json")
     table = read_breakeven(breakeven) if args.breakeven or os.path.exists(breakeven) else None
     write_report(runs, out, args.labels, args.data, table)
