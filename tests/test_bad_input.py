@@ -62,6 +62,8 @@ def make_place() -> None:
     Path("damaged.pth").write_bytes(whole[:9999] + bytes([whole[9999] ^ 1]) + whole[10_000:])
     for folder in ("gone", "begun", "theirs"):
         shutil.copytree("run", folder, ignore=shutil.ignore_patterns("checkpoint_*"))
+    first = Path("begun/metrics.jsonl").read_text().splitlines(keepends=True)[0]
+    Path("begun/metrics.jsonl").write_text(first)
     Path("begun/.lock").write_text("")  # as if nothing had been saved yet
     Path("theirs/metrics.jsonl").unlink()
     Path("theirs/args.json").write_text("{}")

@@ -64,7 +64,7 @@ def _what_more_epochs_change(saved: dict, now: dict, epochs: int, mined: bool) -
         if before != after:
             return f"epoch {epoch} would have been trained at {after / before:.3g} times its learning rate"
     rounds = saved.get("isl_rounds", 1)
-    length, longer = saved["epochs"] // rounds, now["epochs"] // rounds
+    length, longer = (saved["epochs"] or 0) // rounds, now["epochs"] // rounds
     mines = saved.get("miner", "none") != "none"
     if rounds > 1 and mines and saved.get("isl_every") == length != longer:
         return f"it mines every {length} epochs, between its rounds of training, which would have {longer} epochs"
