@@ -4,11 +4,13 @@
 # make test-slurm   those: on a SLURM of two nodes that it installs (Debian, as root) and starts on this host
 # make bench    measure what this machine can (CPU: some minutes; GPU: everything, 8 minutes) and write benchmarks/RESULTS.md
 # make gpu IMAGES=cifar10.tar.gz OUT=dir   nine minutes on a GPU: proof, figures, training (GPU_FLAGS=--quick rehearses it on a CPU)
+# TEST_PROCESSES=n   how many files of tests make test runs side by side (2)
 # VENV=dir      use (or make) this virtual environment instead of .venv;  PYTHON=python3.12 to make it with another one
 
 VENV ?= .venv
 PYTHON ?= python3
 SEEDS ?= 1
+TEST_PROCESSES ?= 2
 MINUTES ?= 60
 OUT ?= runs/gpu
 PY := $(VENV)/bin/python
@@ -17,7 +19,7 @@ demo: $(VENV)/.installed
 	$(PY) -m benchmarks.demo --seeds $(SEEDS)
 
 test: $(VENV)/.installed
-	$(PY) -m pytest -q -m "not slurm and not long" tests
+	$(PY) -m pytest -q -n $(TEST_PROCESSES) --dist loadfile -m "not slurm and not long" tests
 
 test-long: $(VENV)/.installed
 	$(PY) -m pytest -q -m long tests

@@ -37,6 +37,6 @@ setup(
         "heif": ["pillow-heif"],
         "report": ["matplotlib", "jinja2"],
         "tensorboard": ["tensorboard"],
-        "test": ["pytest", "setuptools>=70.1", "scipy", "matplotlib", "jinja2", "tensorboard", "lightly", "faiss-cpu"],
+        "test": ["pytest", "pytest-xdist", "setuptools>=70.1", "scipy", "matplotlib", "jinja2", "tensorboard", "lightly", "faiss-cpu"],
     },
 )
