@@ -443,7 +443,7 @@ def c16_sweep(lab: Lab, board: Board):
         "sweep", file, "--cluster", "slurm", *TWO_NODES, "--wait", "--poll", "1", "--job-dir", folder, faults=[fault]
     )
     lab.until(lambda: call.text.count("\n  logs") == 3, "three elements", call=call)
-    ids = re.findall(r"^job (\d+_\d): (\S+)$", call.text, re.M)
+    ids = re.findall(r"^job (\d+_\d): (\S+)\n  logs", call.text, re.M)
     assert [name for _, name in ids] == ["as_it_is", "moco-t=0.2", "isl-budget=2"] and {
         i.split("_")[1] for i, _ in ids
     } == {"0", "1", "2"}
