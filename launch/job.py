@@ -22,6 +22,7 @@ from pathlib import Path
 import submitit
 
 from launch import slurm
+from moco_isl import files
 from moco_isl.errors import BadInput, Interrupted
 
 SUCCEEDED, FAILED, INTERRUPTED = "succeeded", "failed", "interrupted"  # how a life of a rank ends
@@ -210,13 +211,9 @@ def _record(env: submitit.JobEnvironment, state: str, code: int, error: str) -> 
         "error": error,
     }
     file = end_file(env.paths.folder, env.job_id, env.global_rank)
-    half = file.with_name(file.name + ".half-written")  # no other rank's: the name has job and rank
+    half = file.with_name(file.name + files.TEMPORARY)  # no other rank's: the name has job and rank
     with contextlib.suppress(OSError):
-        with open(half, "w") as stream:
-            json.dump(facts, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(half, file)
+        files.write_text(json.dumps(facts), file, half)
 
 
 def _say(env: submitit.JobEnvironment, line: str) -> None:

@@ -74,14 +74,12 @@ def copy(source: Path, target: Path) -> None:
     with contextlib.suppress(FileNotFoundError):
         temporary.unlink()
     try:
-        try:
-            os.link(source, temporary)
-        except OSError:
-            shutil.copyfile(source, temporary)
-        files.put_in_place(temporary, target)
+        with files.replacing(target, temporary):
+            try:
+                os.link(source, temporary)
+            except OSError:
+                shutil.copyfile(source, temporary)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         raise RunFailed(f"cannot write {target}: {error.strerror or error}; {source} is whole") from error
 
 
@@ -107,14 +105,12 @@ def save_safetensors(tensors: dict[str, torch.Tensor], path: str | Path, metadat
     path = Path(path)
     temporary = path.with_name(path.name + TEMPORARY)
     try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        save_file(tensors, temporary, metadata={key: files.encodable(value) for key, value in metadata.items()})
-        temporary.chmod(mode)  # the library makes files that only their owner may read
-        files.put_in_place(temporary, path)
+        with files.replacing(path, temporary):
+            temporary.touch()
+            mode = temporary.stat().st_mode
+            save_file(tensors, temporary, metadata={key: files.encodable(value) for key, value in metadata.items()})
+            temporary.chmod(mode)  # the library makes files that only their owner may read
     except Exception as error:  # safetensors has an error of its own for a full disk
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         raise RunFailed(f"cannot write '{path}': {error}") from error
 
 

@@ -90,24 +90,16 @@ def read_text(path: str | os.PathLike, flag: str = "", expected: str = "a text f
         raise BadInput(f"{named(flag, path)} cannot be read: {error.strerror}; expected {expected}") from error
 
 
-def write_text(text: str, path: str | os.PathLike) -> None:
+def write_text(text: str, path: str | os.PathLike, temporary: Path | None = None) -> None:
     """Write a UTF-8 file, whole or not at all: an older `path` stays until the new one is on the disk. Raises OSError.
 
-    What is no UTF-8 (parts of file names) is escaped.
+    What is no UTF-8 (parts of file names) is escaped. temporary: see `replacing`; None: a short name, of this process.
     """
     path = Path(path)
-    temporary = path.with_name(f".{os.getpid()}{TEMPORARY}")  # short: the name itself may be as long as a name can be
-    try:
+    temporary = temporary or path.with_name(f".{os.getpid()}{TEMPORARY}")  # the name itself may be as long as a name can be
+    with replacing(path, temporary):
         with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
 
 
 def require_ours(path: str | os.PathLike, is_ours: Callable[[Path], bool], flag: str = "") -> None:
@@ -154,15 +146,10 @@ def write(content: dict, path: Path, temporary: Path) -> None:
     import torch  # here: the launcher's commands need the rest of this file, and not the seconds that this takes
 
     try:
-        with open(temporary, "wb") as file, _check_sums():
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
+        with replacing(path, temporary):
+            with open(temporary, "wb") as file, _check_sums():
+                torch.save(content, file)
     except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         # torch's writer of zip files hides it behind a RuntimeError
         if not isinstance(error, OSError) and isinstance(error.__context__, OSError):
             raise error.__context__ from error
@@ -184,19 +171,27 @@ def _check_sums() -> Iterator[None]:
             torch.serialization.set_crc32_options(False)
 
 
-def put_in_place(temporary: Path, path: Path) -> None:
-    """Give a file that is written the name `path`, when it is on the disk and not before. Raises OSError."""
-    descriptor = os.open(temporary, os.O_RDONLY)
+@contextlib.contextmanager
+def replacing(path: Path, temporary: Path) -> Iterator[None]:
+    """Inside, `temporary` is written; behind it, that file has the name `path`, when it is on the disk and not before.
+
+    temporary: a name in the same folder, that no other process uses. Where anything is raised it is gone, and an older
+    `path` is untouched. Raises OSError.
+    """
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    os.replace(temporary, path)
-    sync_folder(path.parent)
+        yield
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
 
 
-def sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Wait until a file, or what names a folder holds, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
