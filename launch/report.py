@@ -13,7 +13,6 @@ import os
 import re
 import shlex
 import shutil
-import stat
 from pathlib import Path
 
 from launch import slurm
@@ -254,11 +253,9 @@ def _last_error(log: Path) -> str:
 
 
 def _text(file: Path, most: int = 2**20) -> str:
-    """The last `most` bytes of a file; '' if there is none, or something else (to open a pipe would wait for ever)."""
+    """The last `most` bytes of a file; '' if there is none, or something else than a file."""
     try:
-        if not stat.S_ISREG(os.stat(file).st_mode):
-            return ""
-        with open(file, "rb") as stream:
+        with files.open_regular(file) as stream:
             stream.seek(max(0, os.fstat(stream.fileno()).st_size - most))
             return stream.read().decode(errors="replace")
     except OSError:

@@ -17,13 +17,15 @@ import json
 import math
 import os
 import reprlib
+import sys
 from collections.abc import Callable
-from typing import NamedTuple
-
-import torch
+from typing import TYPE_CHECKING, NamedTuple
 
 from moco_isl import files
 from moco_isl.errors import BadInput
+
+if TYPE_CHECKING:
+    import torch
 
 WORDS = {
     int: "a whole number",
@@ -35,9 +37,9 @@ WORDS = {
     None: "nothing",
 }
 DTYPES = {
-    "float": {torch.float16, torch.bfloat16, torch.float32, torch.float64},
-    "int": {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64},
-    "bool": {torch.bool},
+    "float": {"float16", "bfloat16", "float32", "float64"},
+    "int": {"uint8", "int8", "int16", "int32", "int64"},
+    "bool": {"bool"},
 }
 LARGEST = 2**63 - 1  # of a count in a file
 EARLIER = "take another file, such as an earlier checkpoint"  # what to do about a damaged one
@@ -86,11 +88,11 @@ class Holds(NamedTuple):
     expected: str
 
 
-def like(state: dict[str, torch.Tensor]) -> dict[str, Tensor]:
+def like(state: "dict[str, torch.Tensor]") -> dict[str, Tensor]:
     """The shape of a state dict with the names, kinds and sizes of this one; a variance is not negative."""
 
-    def one(name: str, tensor: torch.Tensor) -> Tensor:
-        kind = next(kind for kind, dtypes in DTYPES.items() if tensor.dtype in dtypes)
+    def one(name: str, tensor: "torch.Tensor") -> Tensor:
+        kind = next(kind for kind, dtypes in DTYPES.items() if _dtype(tensor) in dtypes)
         return Tensor(kind, tuple(tensor.shape), low=0 if name.endswith("running_var") else None)
 
     return {name: one(name, tensor) for name, tensor in state.items()}
@@ -197,7 +199,7 @@ def _object_fault(value, shape: dict, name: str, sizes: dict[str, int], depth: i
 
 
 def _tensor_fault(value, shape: Tensor, name: str, sizes: dict[str, int]) -> str:
-    if not _is_dense(value) or value.dtype not in DTYPES[shape.kind] or value.ndim != len(shape.dims):
+    if not _is_dense(value) or _dtype(value) not in DTYPES[shape.kind] or value.ndim != len(shape.dims):
         return _wrong(value, name, str(shape))
     for size, dim in zip(value.shape, shape.dims):
         letter, more = (dim.removesuffix("+1"), dim.endswith("+1")) if isinstance(dim, str) else (None, 0)
@@ -220,9 +222,20 @@ def _tensor_fault(value, shape: Tensor, name: str, sizes: dict[str, int]) -> str
 
 def _is_dense(value) -> bool:
     """Whether a value is a plain tensor with its numbers in memory."""
-    if type(value) not in (torch.Tensor, torch.nn.Parameter) or value.is_nested or value.is_quantized or value.is_meta:
+    if not _is_tensor(value) or value.is_nested or value.is_quantized or value.is_meta:
         return False
-    return value.layout == torch.strided
+    torch = sys.modules["torch"]
+    return type(value) in (torch.Tensor, torch.nn.Parameter) and value.layout == torch.strided
+
+
+def _is_tensor(value) -> bool:
+    """Where nobody has loaded torch nothing is a tensor: the launcher's commands are spared the seconds that loading it takes."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
+def _dtype(tensor: "torch.Tensor") -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _first(faults) -> str:
@@ -265,18 +278,18 @@ def _words(shape) -> str:
 
 
 def _wrong(value, name: str, expected: str) -> str:
-    if isinstance(value, torch.Tensor):
+    if _is_tensor(value):
         given = _tensor_words(value)
     else:
         given = _shown(value)
     return f"{_short(name) or 'it'} is {_short(given)}: expected {expected}"
 
 
-def _tensor_words(value: torch.Tensor) -> str:
+def _tensor_words(value: "torch.Tensor") -> str:
     if value.is_nested:
         return "a nested tensor"
     odd = "" if _is_dense(value) else " without its numbers" if value.is_meta else " that is not dense"
-    return f"a tensor of {str(value.dtype).removeprefix('torch.')} {list(value.shape)}{odd}"
+    return f"a tensor of {_dtype(value)} {list(value.shape)}{odd}"
 
 
 def _inner(name: str, key) -> str:

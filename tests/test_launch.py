@@ -1103,3 +1103,10 @@ def test_nothing_imports_the_launcher():
             names |= {alias.name for alias in node.names} if isinstance(node, ast.Import) else set()
             names |= {node.module or ""} if isinstance(node, ast.ImportFrom) else set()
         assert not {name for name in names if name.split(".")[0] == "launch"}, file
+
+
+@pytest.mark.parametrize("command", ["status", "submit"])
+def test_a_command_for_the_head_node_does_not_load_torch(command):
+    """It takes seconds. What reads records and checks shapes has to do without."""
+    code = f"import sys, launch.{command}, launch.report; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent).returncode == 0
