@@ -372,8 +372,7 @@ class Run:
         before, miner, generators = self.isl.positives, copy.deepcopy(self.miner.state_dict()), resume.rng_of_ranks(self.device)
         if self.args.isl_grow:
             self.miner.rules.budget = self.args.isl_budget * number
-        if isinstance(self.miner, EntropyMiner):
-            self.miner.rounds = number - 1  # its share grows with the number
+        self.miner.begin(number)
         try:
             encoder = self.model.encoder_k if self.isl.queue_objective else self.model.encoder_q
             features, views = self.features(encoder), self.views(encoder, epoch) if self.args.isl_views else None

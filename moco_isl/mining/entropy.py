@@ -36,6 +36,9 @@ class EntropyMiner(RoundMiner):
         self.k, self.share, self.T = k, share, T
         self.rounds = 0
 
+    def begin(self, number: int) -> None:
+        self.rounds = number - 1  # `find` counts its own
+
     def find(self, features: Tensor, positives: PositiveSets, seed: int, tick: Tick | None) -> tuple[Edges, str]:
         M = len(features)
         k = min(self.k, M - 1)

@@ -137,6 +137,9 @@ class RoundMiner:
         self.report["precision_at_most"] = max(self.report["precision_at_most"], self.report["precision_estimate"] or 0)
         return number
 
+    def begin(self, number: int) -> None:
+        """The next round is that of this number in the schedule: for a miner whose rounds differ by their number."""
+
     def state_dict(self) -> dict:
         return {}
 
