@@ -206,10 +206,10 @@ def flags_of_unsaved(path: str | Path, shape: dict | None = None) -> dict:
     if not found or newest(path):
         return {}
     cure = f"choose another --out (and --init to start from a file), or remove {found} and what else is left of that run"
-    known = _is_args(path / "args.json")
-    if _was_saved(path) or known and _must_have_been_saved(path, read_facts(path)["args"]):
+    facts = _facts(path)
+    if _was_saved(path) or facts and _must_have_been_saved(path, facts["args"]):
         raise BadInput(f"--out '{path}' holds a run ({found}) whose checkpoints are gone, so that nothing can be resumed: {cure}")
-    if not known:
+    if not facts:
         raise BadInput(f"--out '{path}' holds a run ({found}) without a checkpoint and without the args.json that says which run it is: {cure}")
     return read_facts(path, shape)["args"]
 
@@ -261,11 +261,16 @@ def _epoch_of(text: str) -> int:
 
 def _is_args(path: Path) -> bool:
     """Whether a file is an args.json as `RunFolder.write_args` writes it."""
+    return bool(_facts(path.parent))
+
+
+def _facts(folder: Path) -> dict:
+    """What args.json in a folder says; {} where it is none as `RunFolder.write_args` writes it."""
     try:
-        facts = read_facts(path.parent)
+        facts = read_facts(folder)
     except BadInput:
-        return False
-    return "args" in facts and "version" in facts
+        return {}
+    return facts if "args" in facts and "version" in facts else {}
 
 
 def _starts_before(path: Path) -> list[dict]:
