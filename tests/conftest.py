@@ -17,3 +17,13 @@ def undrawn(monkeypatch):
     """No random weights, which take most of the time in which a network is built: for tests of names and shapes."""
     for draw in ("normal_", "uniform_"):
         monkeypatch.setattr(torch.Tensor, draw, lambda x, *_, **__: x)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """The folder of a run of two epochs on the digits that has ended. Nothing may write there."""
+    from tests.test_bad_input import RUN, ask
+
+    out = tmp_path_factory.mktemp("finished") / "out"
+    assert ask([*RUN, "--out", str(out)])[0] == 0
+    return out

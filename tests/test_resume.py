@@ -23,6 +23,7 @@ from moco_isl.training.run_folder import numbered
 from tests.kill_and_resume import SETTINGS, setting
 from tests.ranks import run_ranks
 from tests.runs import DIGITS, Kill, Running, differences, metrics, photos, random_kill, run
+from tests.test_bad_input import RUN as FLAGS
 from tests.test_bad_input import ask
 
 # ---- killed ----------------------------------------------------------------------------------------------------------
@@ -120,16 +121,6 @@ def _main(argv, stop):
 
 
 # ---- where nothing may be lost ---------------------------------------------------------------------------------------
-
-FLAGS = [*DIGITS, "--epochs", "2"]
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    out = tmp_path_factory.mktemp("finished")
-    assert ask([*FLAGS, "--out", str(out)])[0] == 0
-    return out
-
 
 def files(path):
     return {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in Path(path).iterdir() if p.is_file()}

@@ -15,18 +15,11 @@ import main_moco_isl
 from moco_isl import checkpoint
 from moco_isl.errors import BadInput, RunFailed
 from moco_isl.training.run_folder import RunFolder, check_folder, flags_of_unsaved, held, newest, numbered
-from tests.runs import DIGITS, Running, differences, run
+from tests.runs import Running, differences, run
+from tests.test_bad_input import RUN as FLAGS
 from tests.test_bad_input import ask, somebody_else_in
 
 STATE = {"epoch": 1, "x": torch.zeros(3)}
-FLAGS = [*DIGITS, "--epochs", "2"]
-
-
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory):
-    out = tmp_path_factory.mktemp("unbroken")
-    assert ask([*FLAGS, "--out", str(out)])[0] == 0
-    return out
 
 
 def names(path):
@@ -229,31 +222,31 @@ def test_a_live_run_whose_folder_was_moved_ends_in_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("there", ["nothing", "an older file"])
-def test_what_another_run_has_saved_since_the_first_look_is_not_overwritten(tmp_path, monkeypatch, unbroken, there):
+def test_what_another_run_has_saved_since_the_first_look_is_not_overwritten(tmp_path, monkeypatch, finished, there):
     """Another run had the folder between the look for its checkpoint and the lock, and has ended."""
     out = tmp_path / "out"
     if there != "nothing":
         out.mkdir()
-        shutil.copy(unbroken / "checkpoint_0000.pth.tar", out / "checkpoint_last.pth.tar")
+        shutil.copy(finished / "checkpoint_0000.pth.tar", out / "checkpoint_last.pth.tar")
 
     def late(*args):
-        shutil.copytree(unbroken, out, dirs_exist_ok=True)
+        shutil.copytree(finished, out, dirs_exist_ok=True)
         return RunFolder(*args)
 
     monkeypatch.setattr(main_moco_isl, "RunFolder", late)
     code, _, err = ask([*FLAGS, "--out", str(out), "--resume", "auto"])
     assert code == 2 and err.count("\n") == 1 and "checkpoint_last.pth.tar while this one was starting: give the same command again" in err
-    assert contents(out) == contents(unbroken)
+    assert contents(out) == contents(finished)
 
 
 @pytest.mark.parametrize("flags", [[], ["--seed", "2"], ["--init", "{}/checkpoint_last.pth.tar"]])
-def test_metrics_whose_checkpoints_are_gone_are_not_started_over(tmp_path, unbroken, flags):
+def test_metrics_whose_checkpoints_are_gone_are_not_started_over(tmp_path, finished, flags):
     out = tmp_path / "out"
-    shutil.copytree(unbroken, out)
+    shutil.copytree(finished, out)
     for path in out.glob("checkpoint_*"):
         path.unlink()
     before = contents(out)
-    argv = [*FLAGS, *(flag.format(unbroken) for flag in flags), "--out", str(out), "--resume", "auto"]
+    argv = [*FLAGS, *(flag.format(finished) for flag in flags), "--out", str(out), "--resume", "auto"]
     code, _, err = ask(argv)
     assert code == 2 and err.count("\n") == 1 and "holds a run (metrics.jsonl) whose checkpoints are gone" in err and contents(out) == before
     if not flags:  # and what is said to help does
@@ -261,9 +254,9 @@ def test_metrics_whose_checkpoints_are_gone_are_not_started_over(tmp_path, unbro
         assert ask([*argv, "--max-steps", "1"])[0] == 0
 
 
-def test_a_damaged_tensor_is_found_before_anything_is_written(tmp_path, unbroken):
+def test_a_damaged_tensor_is_found_before_anything_is_written(tmp_path, finished):
     """A first look checks no tensors: the file is read when the folder is held."""
-    path = unbroken / "checkpoint_last.pth.tar"
+    path = finished / "checkpoint_last.pth.tar"
     weight = checkpoint.load(path)["state_dict"]["module.encoder_q.fc.0.weight"]
     whole = path.read_bytes()
     place = whole.index(weight.numpy().tobytes())
@@ -272,9 +265,9 @@ def test_a_damaged_tensor_is_found_before_anything_is_written(tmp_path, unbroken
     assert code == 2 and err.count("\n") == 1 and "it is damaged (Bad CRC-32" in err and not (tmp_path / "out").exists()
 
 
-def test_a_run_without_a_checkpoint_yet_is_started_over_by_the_same_flags_only(tmp_path, unbroken):
-    shutil.copy(unbroken / "args.json", tmp_path)
-    lines = (unbroken / "metrics.jsonl").read_text().splitlines(keepends=True)
+def test_a_run_without_a_checkpoint_yet_is_started_over_by_the_same_flags_only(tmp_path, finished):
+    shutil.copy(finished / "args.json", tmp_path)
+    lines = (finished / "metrics.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["epoch"] == 0))
     before = contents(tmp_path)
     argv = [*FLAGS, "--out", str(tmp_path), "--resume", "auto", "--max-steps", "1"]
@@ -285,7 +278,7 @@ def test_a_run_without_a_checkpoint_yet_is_started_over_by_the_same_flags_only(t
     assert json.loads((tmp_path / "args.json").read_text())["args"]["seed"] == 1
     for name in ("checkpoint_last.pth.tar", ".lock", "args.json"):
         (tmp_path / name).unlink()
-    shutil.copy(unbroken / "metrics.jsonl", tmp_path)
+    shutil.copy(finished / "metrics.jsonl", tmp_path)
     before = contents(tmp_path)
     code, _, err = ask(argv)
     assert code == 2 and "without the args.json that says which run it is" in err and contents(tmp_path) == before
@@ -331,7 +324,7 @@ def test_a_file_of_mocos_keeps_the_metrics_beside_it(tmp_path):
 
 # ---- full disks, by real runs ----------------------------------------------------------------------------------------
 
-def test_a_limit_on_files_leaves_the_last_checkpoint_whole(tmp_path, unbroken):
+def test_a_limit_on_files_leaves_the_last_checkpoint_whole(tmp_path, finished):
     out, log = tmp_path / "out", tmp_path / "log"
     assert ask([*FLAGS, "--out", str(out), "--max-steps", "3"])[0] == 0
     before = (out / "checkpoint_last.pth.tar").read_bytes()
@@ -339,7 +332,7 @@ def test_a_limit_on_files_leaves_the_last_checkpoint_whole(tmp_path, unbroken):
     assert full.codes() == [3] and f"File too large; the last whole checkpoint is {out}/checkpoint_last.pth.tar" in full.said()
     assert (out / "checkpoint_last.pth.tar").read_bytes() == before and not list(out.glob("*" + checkpoint.TEMPORARY))
     run([*FLAGS, "--out", out, "--resume", "auto"], log)
-    assert differences(unbroken, out) == []
+    assert differences(finished, out) == []
 
 
 @pytest.fixture
@@ -354,7 +347,7 @@ def small_disk(tmp_path):
     libc.umount2(str(path).encode(), 2)
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_whole(small_disk, tmp_path, unbroken):
+def test_a_full_disk_leaves_the_last_checkpoint_whole(small_disk, tmp_path, finished):
     out = small_disk / "out"
     assert ask([*FLAGS, "--out", str(out), "--max-steps", "3"])[0] == 0
     free = shutil.disk_usage(small_disk).free
@@ -365,7 +358,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(small_disk, tmp_path, unbr
     assert (out / "checkpoint_last.pth.tar").read_bytes() == before
     (small_disk / "other").unlink()
     assert ask([*FLAGS, "--out", str(out), "--resume", "auto"])[0] == 0
-    assert differences(unbroken, out) == []
+    assert differences(finished, out) == []
 
 
 def test_a_folder_that_may_not_be_written(tmp_path):
@@ -385,10 +378,10 @@ def test_a_folder_that_may_not_be_written(tmp_path):
         path.chmod(0o700)
 
 
-def test_checkpoints_that_an_earlier_version_saved_are_missed_too(tmp_path, unbroken):
+def test_checkpoints_that_an_earlier_version_saved_are_missed_too(tmp_path, finished):
     """Its .lock said nothing: that metrics.jsonl goes on after an epoch's end does."""
     out = tmp_path / "out"
-    shutil.copytree(unbroken, out)
+    shutil.copytree(finished, out)
     for path in out.glob("checkpoint_*"):
         path.unlink()
     (out / ".lock").write_text("")
