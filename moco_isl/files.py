@@ -3,9 +3,11 @@
 import contextlib
 import errno
 import os
+import signal
 import stat
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -147,13 +149,37 @@ def write(content: dict, path: Path, temporary: Path) -> None:
 
     try:
         with replacing(path, temporary):
-            with open(temporary, "wb") as file, _check_sums():
+            with undisturbed(), open(temporary, "wb") as file, _check_sums():
                 torch.save(content, file)
     except BaseException as error:
         # torch's writer of zip files hides it behind a RuntimeError
         if not isinstance(error, OSError) and isinstance(error.__context__, OSError):
             raise error.__context__ from error
         raise
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Inside, no handler of a signal runs: those of the signals that came run behind it, once each.
+
+    torch's writer of zip files ends the whole process where it is torn out of its work by what a handler raises, such as the
+    news that a worker has ended.
+    """
+    came: dict[int, None] = {}  # in their order
+    if threading.current_thread() is not threading.main_thread():  # where no handler runs anyway
+        yield
+        return
+    handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
+    try:
+        for number in handlers:
+            signal.signal(number, lambda number, _frame: came.setdefault(number))
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    for number in came:
+        signal.raise_signal(number)
 
 
 @contextlib.contextmanager

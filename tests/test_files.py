@@ -2,6 +2,8 @@
 
 import os
 import stat
+import subprocess
+import sys
 
 import pytest
 
@@ -102,3 +104,35 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+TORN = """
+import signal, sys, torch
+from pathlib import Path
+from moco_isl import files
+
+def news(*_):
+    raise RuntimeError("news")
+
+signal.signal(signal.SIGALRM, news)
+path, temporary = Path("file.pth"), Path("file.tmp")
+content = {str(i): torch.arange(3000.0) for i in range(20)}
+files.write(content, path, temporary)
+torn = 0
+for i in range(150):
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 1e-4 + 2e-5 * i)
+        files.write(content, path, temporary)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    except RuntimeError as error:
+        assert str(error) == "news", error
+        torn += 1
+    assert len(torch.load(path)) == 20 and not temporary.exists()
+assert torn
+"""
+
+
+def test_a_write_is_not_torn_by_what_a_handler_of_a_signal_raises(tmp_path):
+    """As the news of a worker's end does, at any moment: torch's writer would end the process, or raise an error of its own."""
+    done = subprocess.run([sys.executable, "-c", TORN], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
