@@ -1,4 +1,5 @@
 # make demo     pretrain on the embedded digits, go on with and without mining, print the table
+# make lint     the form of the code: ruff check, ruff format (make format mends what it can)
 # make test     the whole suite but the tests marked slurm or long
 # make test-long   those that are long: the GPU pack's rehearsal, and what has to be compiled for long
 # make test-slurm   those: on a SLURM of two nodes that it installs (Debian, as root) and starts on this host
@@ -33,6 +34,14 @@ bench: $(VENV)/.installed
 gpu: $(VENV)/.installed
 	PYTHON=$(PY) benchmarks/gpu.sh $(IMAGES) $(OUT) $(GPU_FLAGS)
 
+lint: $(VENV)/.installed
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+format: $(VENV)/.installed
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
 install: $(VENV)/.installed
 
 $(VENV)/.installed: setup.py
@@ -40,4 +49,4 @@ $(VENV)/.installed: setup.py
 	$(PY) -m pip install --quiet --editable '.[test]'
 	touch $@
 
-.PHONY: demo test test-long test-slurm bench gpu install
+.PHONY: lint format demo test test-long test-slurm bench gpu install

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Judge features by weighted nearest neighbours: no training, no knob that matters much.
 
-From a checkpoint to a number:     python main_knn.py --pretrained runs/x/checkpoint_last.pth.tar DIR
-Several k and T in one pass:       ... --k 20 50 200 --T 0.07 0.1
+From a checkpoint to a number:     python main_knn.py --pretrained runs/x/checkpoint_last.pth.tar
+DIR Several k and T in one pass:       ... --k 20 50 200 --T 0.07 0.1
 Keep the features, use them again: ... --features x.safetensors
 """
 
@@ -30,11 +30,22 @@ def get_parser() -> cli.Parser:
         "--pretrained",
         default="",
         metavar="FILE",
-        help="checkpoint of ours or MoCo's, or a state dict of torchvision or timm (.safetensors too)",
+        help=(
+            "checkpoint of ours or MoCo's, or a state dict of torchvision or timm (.safetensors"
+            " too)"
+        ),
     )
-    group.add_argument("-a", "--arch", help="architecture (default: as the file says or its tensors show)")
-    group.add_argument("--stem", choices=STEMS, default="auto", help="auto: as the tensors of the file show")
-    group.add_argument("--key", action="store_true", help="judge the key encoder of a MoCo file, not the query encoder")
+    group.add_argument(
+        "-a", "--arch", help="architecture (default: as the file says or its tensors show)"
+    )
+    group.add_argument(
+        "--stem", choices=STEMS, default="auto", help="auto: as the tensors of the file show"
+    )
+    group.add_argument(
+        "--key",
+        action="store_true",
+        help="judge the key encoder of a MoCo file, not the query encoder",
+    )
     group = parser.add_argument_group("neighbours")
     group.add_argument(
         "--k",
@@ -51,21 +62,46 @@ def get_parser() -> cli.Parser:
         help="temperature of a vote's weight exp(similarity / T) (default: 0.1)",
     )
     group = parser.add_argument_group("run")
-    group.add_argument("--config", metavar="FILE.yaml", help="flags by name, values as they would be typed, switches true or false; the command line wins")
+    group.add_argument(
+        "--config",
+        metavar="FILE.yaml",
+        help=(
+            "flags by name, values as they would be typed, switches true or false; the command line"
+            " wins"
+        ),
+    )
     group.add_argument(
         "--out",
         metavar="DIR",
-        help="folder to write results.json into (default: only print); those of other checkpoints in it are kept",
+        help=(
+            "folder to write results.json into (default: only print); those of other checkpoints in"
+            " it are kept"
+        ),
     )
     group.add_argument(
-        "--features", metavar="FILE.safetensors", help="keep the features in this file, or use those that are in it"
-    )
-    group.add_argument("-b", "--batch-size", type=int, default=256, help="images at a time on each rank (default: 256)")
-    group.add_argument(
-        "-j", "--workers", type=int, default=32, help="number of data loading workers (default: 32), at most one a core"
+        "--features",
+        metavar="FILE.safetensors",
+        help="keep the features in this file, or use those that are in it",
     )
     group.add_argument(
-        "--amp", choices=AMP_TYPES, default="off", help="half precision in the network; bf16 on any recent GPU"
+        "-b",
+        "--batch-size",
+        type=int,
+        default=256,
+        help="images at a time on each rank (default: 256)",
+    )
+    group.add_argument(
+        "-j",
+        "--workers",
+        type=int,
+        default=32,
+        help="number of data loading workers (default: 32), at most one a core",
+    )
+    group.add_argument(
+        "--amp",
+        choices=AMP_TYPES,
+        default="off",
+        help="half precision in the network; bf16 on any recent GPU",
     )
     cli.add_distributed_options(parser)
     return parser
@@ -73,11 +109,17 @@ def get_parser() -> cli.Parser:
 
 def check_args(args) -> None:
     args.k, args.T = sorted(set(args.k)), sorted(set(args.T))
-    for name, low, low_open in (("k", 1, False), ("T", 0, True), ("batch_size", 1, False), ("workers", 0, False)):
+    for name, low, low_open in (
+        ("k", 1, False),
+        ("T", 0, True),
+        ("batch_size", 1, False),
+        ("workers", 0, False),
+    ):
         cli.check_range(args, name, low, low_open=low_open)
     kept = args.features is not None and files.kind(args.features, "--features") != ""
     cli.check(
-        args.pretrained or kept, "no encoder: give --pretrained FILE (or --features FILE with features kept before)"
+        args.pretrained or kept,
+        "no encoder: give --pretrained FILE (or --features FILE with features kept before)",
     )
     cli.check(
         args.features is None or files.kind(args.features) != "folder",
@@ -90,7 +132,9 @@ def check_args(args) -> None:
         cli.check_data_options(args)
         train = labelled_splits(args)["train"]
     if not kept:  # what does not fit shows here, before any rank starts
-        encoder, info = load_backbone(args.pretrained, args.arch, args.stem, args.key, args.image_size or None)
+        encoder, info = load_backbone(
+            args.pretrained, args.arch, args.stem, args.key, args.image_size or None
+        )
         features.require_side(encoder, info["arch"], features.side(args.image_size, info, train))
         if args.features:
             checkpoint.require_writable(args.features, "--features")
@@ -117,7 +161,9 @@ def say(line: str) -> None:
 
 
 def worker(args, stop) -> None:
-    """One rank: features of both splits, neighbours of its share of the queries, the results of all."""
+    """One rank: features of both splits, neighbours of its share of the queries, the results of
+    all.
+    """
     device = cli.resolve_device(args)
     with Stop(stop) as asked:
         splits, facts = get_features(args, device, asked)
@@ -130,15 +176,20 @@ def worker(args, stop) -> None:
             [(r["feature"], r["dim"], r["k"], f"{r['T']:g}", r["top1"]) for r in results],
         )
     )
-    M, Q = len(splits["train"].labels), len(splits["val" if "val" in splits else "train"].labels)
+    M = len(splits["train"].labels)
+    Q = len(splits["val" if "val" in splits else "train"].labels)
     say(f"=> {Q} queries ({protocol}) against {M} images in {time.perf_counter() - start:.1f} s")
     if args.out and dist.is_main():
         facts = {**facts, "protocol": protocol, "M": M, "queries": Q, "results": results}
         print("\n".join(features.write_results(args.out, "results", facts)))
 
 
-def get_features(args, device: torch.device, asked: Stop) -> tuple[dict[str, features.Split], dict[str, str]]:
-    """Features of train and, where there is one, val: from --features if they are there, else from the encoder."""
+def get_features(
+    args, device: torch.device, asked: Stop
+) -> tuple[dict[str, features.Split], dict[str, str]]:
+    """Features of train and, where there is one, val: from --features if they are there, else from
+    the encoder.
+    """
     kept = dist.broadcast_object(args.features is not None and Path(args.features).exists())
     named = args.data is not None or args.dataset != "folder"
     sources = labelled_splits(args) if named or not kept else {}
@@ -147,16 +198,23 @@ def get_features(args, device: torch.device, asked: Stop) -> tuple[dict[str, fea
     expected = expectations(args, sources)
     if kept:
         splits, facts = features.load(args.features, expected, device)
-        source, on, kept_in = (files.shown(str(x)) for x in (facts.get("pretrained"), facts.get("data"), args.features))
+        source, on, kept_in = (
+            files.shown(str(x)) for x in (facts.get("pretrained"), facts.get("data"), args.features)
+        )
         say(f"=> features of '{source}' on '{on}' from '{kept_in}'")
         if args.cache is not None:
             say("=> --cache: no image is read")
         return splits, facts
-    encoder, info = load_backbone(args.pretrained, args.arch, args.stem, args.key, args.image_size or None)
+    encoder, info = load_backbone(
+        args.pretrained, args.arch, args.stem, args.key, args.image_size or None
+    )
     say(describe(info))
     cli.warn_of_slow_amp(args.amp, device, trains=False)
     if "val" not in sources:
-        say(f"=> no val split in '{files.shown(args.data)}': each image of train is judged by all others (leave-one-out)")
+        say(
+            f"=> no val split in '{files.shown(args.data)}': each image of train is judged by all"
+            " others (leave-one-out)"
+        )
     size = features.side(args.image_size, info, sources["train"])
     for line in probe.strange(info, dataset=args.dataset, size=size):
         say(f"=> warning: {line}")
@@ -165,7 +223,10 @@ def get_features(args, device: torch.device, asked: Stop) -> tuple[dict[str, fea
     workers = cli.usable_workers(args.workers, cli.processes_here(args))
     if args.cache is not None:
         sources = cli.together(
-            lambda: {name: data.hold_cached(dataset, args.cache, workers, say) for name, dataset in sources.items()}
+            lambda: {
+                name: data.hold_cached(dataset, args.cache, workers, say)
+                for name, dataset in sources.items()
+            }
         )
     options = {
         "transform": data.get_eval_transform(args.dataset, size),
@@ -181,7 +242,10 @@ def get_features(args, device: torch.device, asked: Stop) -> tuple[dict[str, fea
     splits = {name: features.take(taps, dataset, **options) for name, dataset in sources.items()}
     seconds = time.perf_counter() - start
     images = sum(len(split.labels) for split in splits.values())
-    say(f"=> features of {images} images of side {size} in {seconds:.1f} s ({images / seconds:.0f} img/s)")
+    say(
+        f"=> features of {images} images of side {size} in {seconds:.1f} s ({images / seconds:.0f}"
+        " img/s)"
+    )
     facts = {
         **expected,
         "image_size": str(size),
@@ -199,7 +263,11 @@ def get_features(args, device: torch.device, asked: Stop) -> tuple[dict[str, fea
 
 def labelled_splits(args) -> dict:
     """train and, where there is one, val."""
-    names = ["train", "val"] if args.dataset != "folder" or os.path.isdir(Path(args.data) / "val") else ["train"]
+    names = (
+        ["train", "val"]
+        if args.dataset != "folder" or os.path.isdir(Path(args.data) / "val")
+        else ["train"]
+    )
     return {name: features.labelled(args.dataset, args.data, name, args.download) for name in names}
 
 
@@ -226,7 +294,10 @@ def judge(splits: dict[str, features.Split], ks: list[int], Ts: list[float]) -> 
     train, leave_one_out = splits["train"], "val" not in splits
     queries = train if leave_one_out else splits["val"]
     most = len(train.labels) - leave_one_out
-    cli.check(most > 0, "there is one image and no other to judge it by: expected more of them, or a val split")
+    cli.check(
+        most > 0,
+        "there is one image and no other to judge it by: expected more of them, or a val split",
+    )
     if max(ks) > most:
         say(f"=> k {max(ks)} is more than the {most} images there are: {most} instead")
         ks = sorted({min(k, most) for k in ks})
@@ -236,7 +307,9 @@ def judge(splits: dict[str, features.Split], ks: list[int], Ts: list[float]) -> 
     results = []
     for layer in sorted(train.features, reverse=True):  # output, then backbone
         bank = train.features[layer]
-        grid = knn_grid(queries.features[layer][start:stop], bank, train.labels, ks, Ts, classes, exclude=own)
+        grid = knn_grid(
+            queries.features[layer][start:stop], bank, train.labels, ks, Ts, classes, exclude=own
+        )
         for (k, T), found in grid.items():
             found = dist.all_gather_rows(found)
             results.append(

@@ -1,15 +1,19 @@
-"""The bank objective's loss at the size of ImageNet: forward and backward, seconds and peak memory, the streamed form beside whole matrices.
+"""The bank objective's loss at the size of ImageNet: forward and backward, seconds and peak memory,
+the streamed form beside whole matrices.
 
-    python -m benchmarks.bank_loss                  batch 256, 32 positives, hard positives, M = 10,000 to 1,281,167
-    python -m benchmarks.bank_loss --device cpu --images 10000 100000 --threads 2
+    python -m benchmarks.bank_loss                  batch 256, 32 positives, hard positives, M =
+    10,000 to 1,281,167 python -m benchmarks.bank_loss --device cpu --images 10000 100000 --threads
+    2
 
-  streamed    `losses.bank_loss`: the bank in pieces, the gradient found by the pass forward. fused: the same by the kernel (CUDA)
-  half whole  logits of the batch and of the hard positives stored in float16, two [N, M] matrices; sums in float32; backward overwrites them
-  plain       log_softmax of whole float32 matrices, by autograd (left out where it would need more than --plain-gib)
+  streamed    `losses.bank_loss`: the bank in pieces, the gradient found by the pass forward. fused:
+  the same by the kernel (CUDA) half whole  logits of the batch and of the hard positives stored in
+  float16, two [N, M] matrices; sums in float32; backward overwrites them plain       log_softmax of
+  whole float32 matrices, by autograd (left out where it would need more than --plain-gib)
 
-On a CPU, where half precision is slow, forms that use it need --half; CPU time stands beside the seconds, which others on the machine
-lengthen. The error is that of the gradient against float64 on the first 16 images, relative to the longest of their gradients. Memory is what
-a step adds at most to bank and batch.
+On a CPU, where half precision is slow, forms that use it need --half; CPU time stands beside the
+seconds, which others on the machine lengthen. The error is that of the gradient against float64 on
+the first 16 images, relative to the longest of their gradients. Memory is what a step adds at most
+to bank and batch.
 """
 
 import argparse
@@ -27,11 +31,21 @@ from moco_isl.losses import bank_loss
 from moco_isl.mining.fused import kernels_for
 
 T = 0.07
-COLUMNS = [("form", "form"), ("images", "M"), ("ms", "ms, median"), ("cpu_ms", "CPU ms, median"), ("n", "n"), ("peak_mib", "MiB"), ("error", "error of gradient")]
+COLUMNS = [
+    ("form", "form"),
+    ("images", "M"),
+    ("ms", "ms, median"),
+    ("cpu_ms", "CPU ms, median"),
+    ("n", "n"),
+    ("peak_mib", "MiB"),
+    ("error", "error of gradient"),
+]
 
 
 class WholeSoftmax(torch.autograd.Function):
-    """lse [N] and mean row [N, C] under p, from one [N, M] float16 matrix of logits that becomes p in place."""
+    """lse [N] and mean row [N, C] under p, from one [N, M] float16 matrix of logits that becomes p
+    in place.
+    """
 
     ROWS = 16  # of it in float32 at a time
 
@@ -81,7 +95,9 @@ def gradient(loss, f, *rest) -> torch.Tensor:
 
 
 def measure(loss, bank: torch.Tensor, batch: tuple, repeat: int, device: torch.device) -> dict:
-    """Seconds of forward and backward (all repeats), peak memory beyond what is there before, error on 16 images."""
+    """Seconds of forward and backward (all repeats), peak memory beyond what is there before, error
+    on 16 images.
+    """
     before = peak_bytes(device, reset=True)
     f, *rest = batch
     gradient(loss, f, bank, *rest)
@@ -94,23 +110,47 @@ def measure(loss, bank: torch.Tensor, batch: tuple, repeat: int, device: torch.d
     peak = peak_bytes(device)
     few = [x[:16] for x in batch]
     truth = gradient(plain, few[0].double(), bank.double(), *few[1:])
-    error = (gradient(loss, few[0], bank, *few[1:]) - truth).norm(dim=1).max() / truth.norm(dim=1).max()
-    return {"seconds": statistics.median(seconds), "cpu_seconds": statistics.median(cpu), "all_seconds": seconds, "all_cpu_seconds": cpu, "peak_mib": (peak - before) / 2**20, "error": error.item()}
+    error = (gradient(loss, few[0], bank, *few[1:]) - truth).norm(dim=1).max() / truth.norm(
+        dim=1
+    ).max()
+    return {
+        "seconds": statistics.median(seconds),
+        "cpu_seconds": statistics.median(cpu),
+        "all_seconds": seconds,
+        "all_cpu_seconds": cpu,
+        "peak_mib": (peak - before) / 2**20,
+        "error": error.item(),
+    }
 
 
-def rows_of(M: int, args: argparse.Namespace, device: torch.device, failed: list[str]) -> Iterator[dict]:
-    """One row a form that this device and its memory can run, as soon as it is measured; why there is none of another goes to `failed`."""
+def rows_of(
+    M: int, args: argparse.Namespace, device: torch.device, failed: list[str]
+) -> Iterator[dict]:
+    """One row a form that this device and its memory can run, as soon as it is measured; why there
+    is none of another goes to `failed`.
+    """
     bank = unit_rows(M, args.dim, device, torch.float32, 0)
     g = torch.Generator(device).manual_seed(1)
     index = torch.randint(M, (args.batch,), device=device, generator=g)
-    near = lambda noise: F.normalize(bank[index] + noise * unit_rows(args.batch, args.dim, device, torch.float32, 2), dim=1)
-    positives = torch.cat([index[:, None], torch.randint(M, (args.batch, args.positives), device=device, generator=g)], 1)
+    near = lambda noise: F.normalize(
+        bank[index] + noise * unit_rows(args.batch, args.dim, device, torch.float32, 2), dim=1
+    )
+    positives = torch.cat(
+        [
+            index[:, None],
+            torch.randint(M, (args.batch, args.positives), device=device, generator=g),
+        ],
+        1,
+    )
     weight = torch.ones_like(positives, dtype=torch.float32)
     batch = near(0.5), positives, weight, near(1.0)
     half = bank.half()
     forms = [("streamed", bank, streamed(False))]
     if device.type == "cuda" or args.half:
-        forms += [("streamed, float16 bank", half, streamed(False)), ("half whole", half, half_whole)]
+        forms += [
+            ("streamed, float16 bank", half, streamed(False)),
+            ("half whole", half, half_whole),
+        ]
     if device.type == "cuda" and kernels_for(half) is not None:
         forms.append(("fused, float16 bank", half, streamed(True)))
     if 6 * 4 * args.batch * M < args.plain_gib * 2**30:
@@ -118,8 +158,12 @@ def rows_of(M: int, args: argparse.Namespace, device: torch.device, failed: list
     for name, rows, loss in forms:
         try:
             yield {"form": name, "images": M, **measure(loss, rows, batch, args.repeats, device)}
-        except Exception as error:  # of memory, a compiler, a driver: the other forms can still be measured
-            failed.append(f"{name}, M = {M:,}, is left out, {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}")
+        # of memory, a compiler, a driver: the other forms can still be measured
+        except Exception as error:
+            failed.append(
+                f"{name}, M = {M:,}, is left out, {type(error).__name__}:"
+                f" {(str(error).strip().splitlines() or [''])[0]}"
+            )
 
 
 def growth(rows: list[dict], name: str) -> float | None:
@@ -130,22 +174,37 @@ def growth(rows: list[dict], name: str) -> float | None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = common.parser(__doc__)
-    parser.add_argument("--images", type=int, nargs="+", default=[10_000, 100_000, 1_281_167], metavar="M")
+    parser.add_argument(
+        "--images", type=int, nargs="+", default=[10_000, 100_000, 1_281_167], metavar="M"
+    )
     parser.add_argument("--batch", type=int, default=256, metavar="N")
     parser.add_argument("--dim", type=int, default=128, metavar="C")
     parser.add_argument("--positives", type=int, default=32, metavar="P")
-    parser.add_argument("--plain-gib", type=float, default=8.0, help="memory that the plain form may take (8)")
+    parser.add_argument(
+        "--plain-gib", type=float, default=8.0, help="memory that the plain form may take (8)"
+    )
     parser.add_argument("--half", action="store_true", help="forms in half precision on a CPU too")
     args = parser.parse_args(argv)
     common.begin(args)
     if args.quick:
         args.images, args.batch = [300, 600], 16
-    title = f"Exact bank loss, its forms, forward and backward: batch {args.batch}, C {args.dim}, {args.positives} positives and hard positives"
+    title = (
+        f"Exact bank loss, its forms, forward and backward: batch {args.batch}, C {args.dim},"
+        f" {args.positives} positives and hard positives"
+    )
     result = common.Result("bank-loss", title, args.device, COLUMNS)
     failed = []
     for M in args.images:
         for row in rows_of(M, args, args.device, failed):
-            result.add({**row, "ms": row["seconds"] * 1e3, "cpu_ms": row["cpu_seconds"] * 1e3, "n": args.repeats, "error": f"{row['error']:.1e}"})
+            result.add(
+                {
+                    **row,
+                    "ms": row["seconds"] * 1e3,
+                    "cpu_ms": row["cpu_seconds"] * 1e3,
+                    "n": args.repeats,
+                    "error": f"{row['error']:.1e}",
+                }
+            )
     for name in dict.fromkeys(row["form"] for row in result.rows):
         if (b := growth(result.rows, name)) is not None:
             result.note(f"{name}: seconds ~ M^b, b = {b:.2f}")

@@ -1,8 +1,10 @@
-"""All measurements that this machine can make, the most important first: python -m benchmarks.bench [--minutes 8]
+"""All measurements that this machine can make, the most important first: python -m benchmarks.bench
+[--minutes 8]
 
-Each part is a process of its own, with a limit of its own: one that fails or hangs costs no other, and its JSON is there when it ends. With
---minutes, parts that no longer fit are left out and named. On a GPU the compilers run first, all of them side by side, so that the parts find
-their work done. At the end RESULTS.md is written. Exit code 1 where a part failed.
+Each part is a process of its own, with a limit of its own: one that fails or hangs costs no other,
+and its JSON is there when it ends. With --minutes, parts that no longer fit are left out and named.
+On a GPU the compilers run first, all of them side by side, so that the parts find their work done.
+At the end RESULTS.md is written. Exit code 1 where a part failed.
 """
 
 import argparse
@@ -31,8 +33,13 @@ GPU = {
     "start": ("benchmarks.start --repeats 1", 120),
     "equal": ("benchmarks.equal", 150),
     "kNN": ("benchmarks.knn --repeats 3", 100),
-}  # fmt: skip
-WARM = ("benchmarks.step --rows photos --warm", "benchmarks.step --rows w64 --warm", "benchmarks.step --rows w32 --warm", "benchmarks.step --rows bank --warm")
+}
+WARM = (
+    "benchmarks.step --rows photos --warm",
+    "benchmarks.step --rows w64 --warm",
+    "benchmarks.step --rows w32 --warm",
+    "benchmarks.step --rows bank --warm",
+)
 GRACE = 10  # seconds from the interrupt to the end
 CPU = {
     "step, photos": ("benchmarks.step --rows photos --profile", 300),
@@ -44,16 +51,22 @@ CPU = {
     "start": ("benchmarks.start --repeats 3", 200),
     "equal": ("benchmarks.equal", 300),
     "kNN": ("benchmarks.knn --images 20000 --queries 1000 --dims 128 --repeats 3", 200),
-}  # fmt: skip
+}
 
 
 def start(part: str, more: list[str]) -> subprocess.Popen:
     """In a process group of its own, with what it will start."""
-    return subprocess.Popen([sys.executable, "-m", *part.split(), *more], cwd=Path(__file__).parent.parent, preexec_fn=os.setpgrp)  # noqa: PLW1509
+    return subprocess.Popen(
+        [sys.executable, "-m", *part.split(), *more],
+        cwd=Path(__file__).parent.parent,
+        preexec_fn=os.setpgrp,
+    )
 
 
 def end(process: subprocess.Popen, seconds: float) -> str:
-    """Waits at most so long, then interrupts, so that what was measured by then is written; empty where the part ended well."""
+    """Waits at most so long, then interrupts, so that what was measured by then is written; empty
+    where the part ended well.
+    """
     try:
         code = process.wait(timeout=max(1.0, seconds))
         return f"exit code {code}" if code else ""
@@ -62,26 +75,51 @@ def end(process: subprocess.Popen, seconds: float) -> str:
             os.killpg(process.pid, signal.SIGINT)
             process.wait(timeout=GRACE)
         return f"not done after {seconds:.0f} s"
-    finally:  # a part that ended leaves nothing behind either, and Ctrl-C has to end compilers and workers
+    # a part that ended leaves nothing behind either, and Ctrl-C has to end compilers and workers
+    finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--minutes", type=float, default=60, help="that all of it may take (60)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", nargs="+", metavar="PART", help=f"of {', '.join(GPU)}")
     parser.add_argument("--quick", action="store_true", help="smallest sizes: to see that it runs")
-    parser.add_argument("--out", type=Path, default=common.RESULTS, metavar="DIR", help="where the JSONs go (default: benchmarks/results)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=common.RESULTS,
+        metavar="DIR",
+        help="where the JSONs go (default: benchmarks/results)",
+    )
     args = parser.parse_args(argv)
-    gpu, began = args.device.startswith("cuda"), time.perf_counter()
+    gpu = args.device.startswith("cuda")
+    began = time.perf_counter()
     left = lambda: args.minutes * 60 - (time.perf_counter() - began)
-    more = ["--device", args.device, "--out", str(args.out.absolute()), *([] if gpu else ["--threads", "1"]), *(["--quick"] if args.quick else [])]
-    parts = {name: part for name, part in (GPU if gpu else CPU).items() if not args.only or any(name.startswith(only) for only in args.only)}
+    more = [
+        "--device",
+        args.device,
+        "--out",
+        str(args.out.absolute()),
+        *([] if gpu else ["--threads", "1"]),
+        *(["--quick"] if args.quick else []),
+    ]
+    parts = {
+        name: part
+        for name, part in (GPU if gpu else CPU).items()
+        if not args.only or any(name.startswith(only) for only in args.only)
+    }
     if gpu:
-        compilers = [start(part, more) for part in WARM if not args.only or any(part.split()[2] in flags for flags, _ in parts.values())]
+        compilers = [
+            start(part, more)
+            for part in WARM
+            if not args.only or any(part.split()[2] in flags for flags, _ in parts.values())
+        ]
         limit = time.perf_counter() + min(180.0, left() / 3)
         for process in compilers:
             end(process, limit - time.perf_counter())
@@ -92,7 +130,10 @@ def main(argv: list[str] | None = None) -> int:
             said[name] = "left out: no time was left"
             continue
         since = time.perf_counter()
-        said[name] = end(start(part, more), min(most, left())) or f"done in {time.perf_counter() - since:.0f} s"
+        said[name] = (
+            end(start(part, more), min(most, left()))
+            or f"done in {time.perf_counter() - since:.0f} s"
+        )
     print(f"\n{(time.perf_counter() - began) / 60:.1f} minutes")
     for name, text in said.items():
         print(f"  {name}: {text}", flush=True)

@@ -1,16 +1,23 @@
-"""What every benchmark shares: timing, the machine's own ceilings, the table on the screen and the file beside it.
+"""What every benchmark shares: timing, the machine's own ceilings, the table on the screen and the
+file beside it.
 
-A benchmark writes benchmarks/results/<name>-<device>.json; `python -m benchmarks.results` makes RESULTS.md of them all. The schema:
+A benchmark writes benchmarks/results/<name>-<device>.json; `python -m benchmarks.results` makes
+RESULTS.md of them all. The schema:
 
-    title, command, date, device, versions     text; device may be {name, kind, cores, threads, load, ...}, versions {python, torch, ...}
-    rows: [{column: value, ...}, ...]          values are numbers, text or None; or lists, in the order of `columns`
+    title, command, date, device, versions     text; device may be {name, kind, cores, threads,
+    load, ...}, versions {python, torch, ...}
+    rows: [{column: value, ...}, ...]          values are numbers, text or None; or lists, in the
+    order of `columns`
     notes: [text, ...]                         what a reader has to know
-    columns: [[key, heading], ...]             what the page shows of a row and in which order; or just [key, ...]
-    name, commit, n, and anything else         kept, not shown but for n: how often each was repeated
+    columns: [[key, heading], ...]             what the page shows of a row and in which order; or
+    just [key, ...]
+    name, commit, n, and anything else         kept, not shown but for n: how often each was
+    repeated
 
-Without `columns` the rows are timings: {what, value, unit, low, high, n}, `value` the median of n repeats, low and high their extremes,
-warm-up excluded. Of such a row may also be said: bar, goal (in its unit, what is to be reached), ratio and of (how many times as fast as
-the row named), images_per_s, memory_gib, floor.
+Without `columns` the rows are timings: {what, value, unit, low, high, n}, `value` the median of n
+repeats, low and high their extremes, warm-up excluded. Of such a row may also be said: bar, goal
+(in its unit, what is to be reached), ratio and of (how many times as fast as the row named),
+images_per_s, memory_gib, floor.
 """
 
 import argparse
@@ -55,12 +62,21 @@ class Timing:
 
     def row(self, what: str, unit: str = "ms", **more) -> dict:
         scale = {"ms": 1e3, "s": 1.0, "us": 1e6}[unit]
-        return {"what": what, "value": self.median * scale, "unit": unit, "low": min(self.seconds) * scale, "high": max(self.seconds) * scale,
-                "n": len(self.seconds), **more}  # fmt: skip
+        return {
+            "what": what,
+            "value": self.median * scale,
+            "unit": unit,
+            "low": min(self.seconds) * scale,
+            "high": max(self.seconds) * scale,
+            "n": len(self.seconds),
+            **more,
+        }
 
 
 def by_cpu_time(device: torch.device) -> bool:
-    """Whether a table of this device counts CPU time (of all threads): a GPU is ours alone, a CPU mostly is not."""
+    """Whether a table of this device counts CPU time (of all threads): a GPU is ours alone, a CPU
+    mostly is not.
+    """
     return device.type == "cpu"
 
 
@@ -72,8 +88,12 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def once(fn: Callable[[], object], device: torch.device, inner: int = 1, cpu_time: bool = False) -> float:
-    """Seconds of one of `inner` calls in a row; cpu_time: of all threads of this process instead of the wall's."""
+def once(
+    fn: Callable[[], object], device: torch.device, inner: int = 1, cpu_time: bool = False
+) -> float:
+    """Seconds of one of `inner` calls in a row; cpu_time: of all threads of this process instead of
+    the wall's.
+    """
     clock = time.process_time if cpu_time else time.perf_counter
     synchronize(device)
     start = clock()
@@ -83,24 +103,45 @@ def once(fn: Callable[[], object], device: torch.device, inner: int = 1, cpu_tim
     return (clock() - start) / inner
 
 
-def timed(fn: Callable[[], object], device: torch.device, repeats: int = 5, warmup: int = 2, inner: int = 1, cpu_time: bool = False) -> Timing:
+def timed(
+    fn: Callable[[], object],
+    device: torch.device,
+    repeats: int = 5,
+    warmup: int = 2,
+    inner: int = 1,
+    cpu_time: bool = False,
+) -> Timing:
     for _ in range(warmup):
         fn()
     return Timing([once(fn, device, inner, cpu_time) for _ in range(repeats)])
 
 
-def in_turns(fns: dict[str, Callable[[], object]], device: torch.device, repeats: int = 5, warmup: int = 1, cpu_time: bool = False) -> dict[str, Timing]:
-    """Side by side: each once, then each again. What else the machine does then falls on all of them alike; the i-th seconds belong together."""
+def in_turns(
+    fns: dict[str, Callable[[], object]],
+    device: torch.device,
+    repeats: int = 5,
+    warmup: int = 1,
+    cpu_time: bool = False,
+) -> dict[str, Timing]:
+    """Side by side: each once, then each again.
+
+    What else the machine does then falls on all of them alike; the i-th seconds belong together.
+    """
     for fn in fns.values():
         for _ in range(warmup):
             fn()
-    rounds = [{name: once(fn, device, cpu_time=cpu_time) for name, fn in fns.items()} for _ in range(repeats)]
+    rounds = [
+        {name: once(fn, device, cpu_time=cpu_time) for name, fn in fns.items()}
+        for _ in range(repeats)
+    ]
     return {name: Timing([r[name] for r in rounds]) for name in fns}
 
 
 def exponent(sizes: list[int], seconds: list[float]) -> float:
     """b of seconds ~ size^b, least squares."""
-    return statistics.linear_regression([math.log(x) for x in sizes], [math.log(x) for x in seconds]).slope
+    return statistics.linear_regression(
+        [math.log(x) for x in sizes], [math.log(x) for x in seconds]
+    ).slope
 
 
 # ---------------------------------------------------------------- ceilings
@@ -110,22 +151,58 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, side: int = 8192) -> f
     """FLOP/s of a product of square matrices of random numbers; a ceiling, so the best of five."""
     side = side if device.type == "cuda" else 1024
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    return 2 * side**3 / timed(lambda: a @ b, device, repeats=5, warmup=3, inner=5 if device.type == "cuda" else 2, cpu_time=by_cpu_time(device)).best
+    return (
+        2
+        * side**3
+        / timed(
+            lambda: a @ b,
+            device,
+            repeats=5,
+            warmup=3,
+            inner=5 if device.type == "cuda" else 2,
+            cpu_time=by_cpu_time(device),
+        ).best
+    )
 
 
 def convolution_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a 3x3 convolution of 256 channels in the layout that suits the device: on some CPUs twice those of the product."""
-    N, side, layout = (256, 56, torch.channels_last) if device.type == "cuda" else (32, 8, torch.contiguous_format)
-    x, w = (torch.randn(shape, device=device).to(dtype=dtype, memory_format=layout) for shape in ((N, 256, side, side), (256, 256, 3, 3)))
+    """FLOP/s of a 3x3 convolution of 256 channels in the layout that suits the device: on some CPUs
+    twice those of the product.
+    """
+    N, side, layout = (
+        (256, 56, torch.channels_last)
+        if device.type == "cuda"
+        else (32, 8, torch.contiguous_format)
+    )
+    x, w = (
+        torch.randn(shape, device=device).to(dtype=dtype, memory_format=layout)
+        for shape in ((N, 256, side, side), (256, 256, 3, 3))
+    )
     flops = 2 * 256 * 256 * 9 * N * side**2
-    return flops / timed(lambda: torch.conv2d(x, w, padding=1), device, repeats=5, warmup=3, inner=5, cpu_time=by_cpu_time(device)).best
+    return (
+        flops
+        / timed(
+            lambda: torch.conv2d(x, w, padding=1),
+            device,
+            repeats=5,
+            warmup=3,
+            inner=5,
+            cpu_time=by_cpu_time(device),
+        ).best
+    )
 
 
 def copy_rate(device: torch.device) -> float:
     """Bytes/s, read and written, of a copy far larger than any cache."""
-    x = torch.empty(2**30 if device.type == "cuda" else 2**27, dtype=torch.uint8, device=device).random_()
+    x = torch.empty(
+        2**30 if device.type == "cuda" else 2**27, dtype=torch.uint8, device=device
+    ).random_()
     y = torch.empty_like(x)
-    return 2 * x.numel() / timed(lambda: y.copy_(x), device, repeats=5, warmup=2, cpu_time=by_cpu_time(device)).best
+    return (
+        2
+        * x.numel()
+        / timed(lambda: y.copy_(x), device, repeats=5, warmup=2, cpu_time=by_cpu_time(device)).best
+    )
 
 
 def peak_gib(device: torch.device, reset: bool = False) -> float | None:
@@ -144,19 +221,35 @@ def peak_gib(device: torch.device, reset: bool = False) -> float | None:
 
 def slug(device: torch.device) -> str:
     """h200, cpu, ... : what result files are named after."""
-    return torch.cuda.get_device_name(device).lower().removeprefix("nvidia ").replace(" ", "-") if device.type == "cuda" else "cpu"
+    return (
+        torch.cuda.get_device_name(device).lower().removeprefix("nvidia ").replace(" ", "-")
+        if device.type == "cuda"
+        else "cpu"
+    )
 
 
 def is_h200(device: torch.device) -> bool:
-    """Bars and goals in seconds were set for this GPU; beside another one's figures they would say nothing."""
+    """Bars and goals in seconds were set for this GPU; beside another one's figures they would say
+    nothing.
+    """
     return device.type == "cuda" and "H200" in torch.cuda.get_device_name(device)
 
 
 def machine(device: torch.device) -> dict:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    facts = {"kind": device.type, "name": _cpu_name(), "cores": cores, "threads": torch.get_num_threads(), "load": round(os.getloadavg()[0], 1)}
+    facts = {
+        "kind": device.type,
+        "name": _cpu_name(),
+        "cores": cores,
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 1),
+    }
     if device.type == "cuda":
-        facts |= {"name": torch.cuda.get_device_name(device), "cpu": _cpu_name(), "memory_gib": torch.cuda.get_device_properties(device).total_memory / 2**30}
+        facts |= {
+            "name": torch.cuda.get_device_name(device),
+            "cpu": _cpu_name(),
+            "memory_gib": torch.cuda.get_device_properties(device).total_memory / 2**30,
+        }
     return facts
 
 
@@ -179,10 +272,22 @@ def versions() -> dict:
 
 
 def commit() -> str | None:
-    """The commit, and whether a tracked file is other than in it; results of the benchmark before are no such file."""
-    git = lambda *words: subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()  # noqa: E731
+    """The commit, and whether a tracked file is other than in it; results of the benchmark before
+    are no such file.
+    """
+    git = lambda *words: subprocess.run(
+        ["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True
+    ).stdout.strip()
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude,top)benchmarks/results", ":(exclude,top)benchmarks/RESULTS.md")
+        changed = git(
+            "status",
+            "--porcelain",
+            "--untracked-files=no",
+            "--",
+            ":/",
+            ":(exclude,top)benchmarks/results",
+            ":(exclude,top)benchmarks/RESULTS.md",
+        )
         name = git("rev-parse", "--short=12", "HEAD")
     except FileNotFoundError:
         return None
@@ -190,10 +295,22 @@ def commit() -> str | None:
 
 
 class Result:
-    """Rows of one benchmark, shown as they come and written at the end. columns: [(key, heading), ...] of rows that are no timings."""
+    """Rows of one benchmark, shown as they come and written at the end.
 
-    def __init__(self, name: str, title: str, device: torch.device, columns: list[tuple[str, str]] | None = None):
-        self.name, self.title, self.device, self.columns = name, title, device, columns
+    columns: [(key, heading), ...] of rows that are no timings.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        title: str,
+        device: torch.device,
+        columns: list[tuple[str, str]] | None = None,
+    ):
+        self.name = name
+        self.title = title
+        self.device = device
+        self.columns = columns
         self.rows: list[dict] = []
         self.notes: list[str] = []
         print(f"\n{title}, on {machine(device)['name']}", flush=True)
@@ -203,7 +320,15 @@ class Result:
         if of is not None:
             row |= {"ratio": self[of]["value"] / row["value"], "of": of}
         self.rows.append(row)
-        print("  " + (in_words(row) if self.columns is None else "  ".join(f"{cell(row.get(key)):<12}" for key, _ in self.columns)), flush=True)
+        print(
+            "  "
+            + (
+                in_words(row)
+                if self.columns is None
+                else "  ".join(f"{cell(row.get(key)):<12}" for key, _ in self.columns)
+            ),
+            flush=True,
+        )
         return row
 
     def note(self, text: str) -> None:
@@ -214,9 +339,18 @@ class Result:
         return next(row for row in self.rows if row["what"] == what)
 
     def write(self, folder: Path | str | None = None) -> Path:
-        facts = {"name": self.name, "title": self.title, "command": _command(),
-                 "date": datetime.date.today().isoformat(), "commit": commit(), "device": machine(self.device), "versions": versions(),
-                 **({} if self.columns is None else {"columns": self.columns}), "rows": self.rows, "notes": self.notes}  # fmt: skip
+        facts = {
+            "name": self.name,
+            "title": self.title,
+            "command": _command(),
+            "date": datetime.date.today().isoformat(),
+            "commit": commit(),
+            "device": machine(self.device),
+            "versions": versions(),
+            **({} if self.columns is None else {"columns": self.columns}),
+            "rows": self.rows,
+            "notes": self.notes,
+        }
         path = Path(folder or RESULTS) / f"{self.name}-{slug(self.device)}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         files.write_text(json.dumps(facts, indent=1) + "\n", path)
@@ -226,11 +360,19 @@ class Result:
 def _command() -> str:
     """What was typed, but for where the file was to go."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    given = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]  # where things lie here is nobody else's business
+    # where things lie here is nobody else's business
+    given = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
     if "--out" in given:
         at = given.index("--out")
         del given[at : at + 2]
-    return shlex.join(["python", "-m", spec.name.removesuffix(".__main__") if spec else Path(sys.argv[0]).stem, *given])
+    return shlex.join(
+        [
+            "python",
+            "-m",
+            spec.name.removesuffix(".__main__") if spec else Path(sys.argv[0]).stem,
+            *given,
+        ]
+    )
 
 
 def in_words(row: dict) -> str:
@@ -238,7 +380,13 @@ def in_words(row: dict) -> str:
     text = f"{row['what']:<46}{short(row['value']):>9} {row['unit']:<9}"
     if row.get("n", 1) > 1:
         text += f" ({short(row['low'])} to {short(row['high'])}, n = {row['n']})"
-    for name, words in (("images_per_s", "{} img/s"), ("memory_gib", "{} GiB"), ("floor", "floor {}"), ("bar", "bar {}"), ("goal", "goal {}")):
+    for name, words in (
+        ("images_per_s", "{} img/s"),
+        ("memory_gib", "{} GiB"),
+        ("floor", "floor {}"),
+        ("bar", "bar {}"),
+        ("goal", "goal {}"),
+    ):
         if row.get(name) is not None:
             text += "; " + words.format(short(row[name]))
     return text + (f"; {row['ratio']:.2f}x {row['of']}" if row.get("ratio") else "")
@@ -246,7 +394,9 @@ def in_words(row: dict) -> str:
 
 def spread(values: list[float], sign: str = "", digits: int = 1) -> str:
     """Mean ± standard deviation; of one value the value. sign "+": always with one."""
-    return f"{statistics.fmean(values):{sign}.{digits}f}" + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+    return f"{statistics.fmean(values):{sign}.{digits}f}" + (
+        f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    )
 
 
 def short(x: float) -> str:
@@ -262,12 +412,28 @@ def cell(x) -> str:
 
 def parser(description: str) -> argparse.ArgumentParser:
     """With the flags that all benchmarks have."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", type=torch.device)
-    parser.add_argument("--repeats", type=int, default=5, metavar="n", help="timings of each row; their median counts (5)")
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", type=torch.device
+    )
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=5,
+        metavar="n",
+        help="timings of each row; their median counts (5)",
+    )
     parser.add_argument("--threads", type=int, help="CPU threads (default: as torch sees fit)")
-    parser.add_argument("--quick", action="store_true", help="the smallest sizes: to see that it runs")
-    parser.add_argument("--out", metavar="DIR", help="where the JSON goes (default: benchmarks/results; quick runs write none unless told)")
+    parser.add_argument(
+        "--quick", action="store_true", help="the smallest sizes: to see that it runs"
+    )
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        help="where the JSON goes (default: benchmarks/results; quick runs write none unless told)",
+    )
     return parser
 
 

@@ -1,11 +1,15 @@
-"""How far off are the estimates without labels (moco_isl/mining/estimate.py)? Beside the truth, over sets of 1 to 50 positives an image by four rules.
+"""How far off are the estimates without labels (moco_isl/mining/estimate.py)? Beside the truth,
+over sets of 1 to 50 positives an image by four rules.
 
-    python -m benchmarks.estimate digits FILE.safetensors ...      features [M, C] and labels [M]; digits: a converged MoCo v2 a seed
-    python -m benchmarks.estimate --run FILE.pth.tar cifar10 DIR   a checkpoint and its images, for which there are views too; may be given often
+    python -m benchmarks.estimate digits FILE.safetensors ...      features [M, C] and labels [M];
+    digits: a converged MoCo v2 a seed python -m benchmarks.estimate --run FILE.pth.tar cifar10 DIR
+    a checkpoint and its images, for which there are views too; may be given often
 
-Rules: each image's own nearest, all pairs by cosine, shared neighbours, neighbourhood means (see benchmarks.miners). An error is of one set of
-pairs, in points: the estimate's mean over 2,000 of them less the share of them that is right. By halves of the features (a bound from above), and
-where there are images by two augmented views of each. Labels judge and choose nothing.
+Rules: each image's own nearest, all pairs by cosine, shared neighbours, neighbourhood means (see
+benchmarks.miners). An error is of one set of
+pairs, in points: the estimate's mean over 2,000 of them less the share of them that is right. By
+halves of the features (a bound from above), and where there are images by two augmented views of
+each. Labels judge and choose nothing.
 """
 
 import statistics
@@ -26,10 +30,15 @@ def sets(features: torch.Tensor) -> dict[str, miners.Pairs]:
     """Name of a set -> pairs a, b: up to SAMPLE of it, drawn."""
     lists = miners.Lists(features)
     M, K = lists.near.shape
-    ranked = {"all pairs": lists.by_cosine(), "shared neighbours": lists.by_shared(), "neighbourhood means": lists.by_means(50)}
+    ranked = {
+        "all pairs": lists.by_cosine(),
+        "shared neighbours": lists.by_shared(),
+        "neighbourhood means": lists.by_means(50),
+    }
     draw, found = torch.Generator().manual_seed(0), {}
     for size in (size for size in SIZES if size <= K):
-        a, place = torch.randint(M, (SAMPLE,), generator=draw), torch.randint(size, (SAMPLE,), generator=draw)
+        a = torch.randint(M, (SAMPLE,), generator=draw)
+        place = torch.randint(size, (SAMPLE,), generator=draw)
         found[f"own nearest, {size}"] = lists.anchors[a], lists.near[a, place]
         for name, (a, b) in ranked.items():
             if (n := round(size * M / 2)) <= len(a):
@@ -38,13 +47,23 @@ def sets(features: torch.Tensor) -> dict[str, miners.Pairs]:
     return found
 
 
-def errors(features: torch.Tensor, labels: torch.Tensor, views: Views | None = None) -> dict[str, dict[str, float]]:
-    """Name of a set -> what is right of it ("truth"), and less that each estimate of it ("halves", "views"), all in per cent."""
+def errors(
+    features: torch.Tensor, labels: torch.Tensor, views: Views | None = None
+) -> dict[str, dict[str, float]]:
+    """Name of a set -> what is right of it ("truth"), and less that each estimate of it ("halves",
+    "views"), all in per cent.
+    """
     found = {}
     for name, (a, b) in sets(features).items():
         truth = float(same_label(labels, a, b).nanmean())
-        guesses = {"halves": by_halves(features, a, b), **({} if views is None else {"views": by_views(views, a, b)})}
-        found[name] = {"truth": 100 * truth, **{by: 100 * (float(guess.mean()) - truth) for by, guess in guesses.items()}}
+        guesses = {
+            "halves": by_halves(features, a, b),
+            **({} if views is None else {"views": by_views(views, a, b)}),
+        }
+        found[name] = {
+            "truth": 100 * truth,
+            **{by: 100 * (float(guess.mean()) - truth) for by, guess in guesses.items()},
+        }
     return found
 
 
@@ -52,41 +71,97 @@ def sources(args) -> dict[str, miners.Source]:
     found = {}
     for file in args.files:
         if file == "digits":
-            digits = miners.of_digits(1 if args.quick else args.seeds, args.device, args.starts, args.quick)
+            digits = miners.of_digits(
+                1 if args.quick else args.seeds, args.device, args.starts, args.quick
+            )
             found |= {f"digits, seed {seed}": source for seed, source in enumerate(digits)}
         else:
-            found[Path(file).stem.removeprefix("features_")] = miners.from_file(file, args.device, 1000 if args.quick else None)[0]
+            found[Path(file).stem.removeprefix("features_")] = miners.from_file(
+                file, args.device, 1000 if args.quick else None
+            )[0]
     for file, dataset, *root in args.run:
-        found[f"{Path(file).resolve().parent.name}, {dataset}"] = miners.of_checkpoint(Path(file), dataset, *root or [None], args.device)
+        found[f"{Path(file).resolve().parent.name}, {dataset}"] = miners.of_checkpoint(
+            Path(file), dataset, *root or [None], args.device
+        )
     return found
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = common.parser(__doc__)
-    parser.add_argument("files", metavar="FILE|digits", nargs="*", help="safetensors files with features [M, C] and labels [M]")
-    parser.add_argument("--run", nargs="+", action="append", default=[], metavar="X", help="a checkpoint, the name of its data set and where that is")
+    parser.add_argument(
+        "files",
+        metavar="FILE|digits",
+        nargs="*",
+        help="safetensors files with features [M, C] and labels [M]",
+    )
+    parser.add_argument(
+        "--run",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar="X",
+        help="a checkpoint, the name of its data set and where that is",
+    )
     parser.add_argument("--seeds", type=int, default=3, help="of the digits (3)")
-    parser.add_argument("--starts", type=Path, default=Path("runs/breakeven/digits-20"), help="folder with the digits' converged runs, made where they are not there")
+    parser.add_argument(
+        "--starts",
+        type=Path,
+        default=Path("runs/breakeven/digits-20"),
+        help="folder with the digits' converged runs, made where they are not there",
+    )
     args = parser.parse_args(argv)
     common.begin(args)
-    result = common.Result("estimate", "The estimates without labels, less the truth, in points", args.device, [
-        ("of", "features"), ("M", "images"), ("truth", "truth, %"), *((f"{by}_{key}", f"by {by}: {title}") for by in ("views", "halves")
-        for key, title in (("mean", "mean error"), ("size", "of |error|"), ("range", "least to most"))), ("n", "sets")])  # fmt: skip
+    result = common.Result(
+        "estimate",
+        "The estimates without labels, less the truth, in points",
+        args.device,
+        [
+            ("of", "features"),
+            ("M", "images"),
+            ("truth", "truth, %"),
+            *(
+                (f"{by}_{key}", f"by {by}: {title}")
+                for by in ("views", "halves")
+                for key, title in (
+                    ("mean", "mean error"),
+                    ("size", "of |error|"),
+                    ("range", "least to most"),
+                )
+            ),
+            ("n", "sets"),
+        ],
+    )
     try:
         if wrong := [run for run in args.run if not 2 <= len(run) <= 3]:
-            raise BadInput(f"--run {' '.join(wrong[0])}: expected a checkpoint, the name of its data set and, but for digits, where that is")
+            raise BadInput(
+                f"--run {' '.join(wrong[0])}: expected a checkpoint, the name of its data set and,"
+                " but for digits, where that is"
+            )
         for name, source in sources(args).items():
             found = errors(source.features, source.labels, source.views)
             truth = [x["truth"] for x in found.values()]
-            row = {"of": name, "M": len(source.labels), "truth": f"{min(truth):.0f} to {max(truth):.0f}", "n": len(found), "sets": found}
+            row = {
+                "of": name,
+                "M": len(source.labels),
+                "truth": f"{min(truth):.0f} to {max(truth):.0f}",
+                "n": len(found),
+                "sets": found,
+            }
             for by in ("views", "halves"):
                 if off := [x[by] for x in found.values() if by in x]:
-                    row |= {f"{by}_mean": f"{statistics.fmean(off):+.1f}", f"{by}_size": f"{statistics.fmean(map(abs, off)):.1f}", f"{by}_range": f"{min(off):+.1f} to {max(off):+.1f}"}
+                    row |= {
+                        f"{by}_mean": f"{statistics.fmean(off):+.1f}",
+                        f"{by}_size": f"{statistics.fmean(map(abs, off)):.1f}",
+                        f"{by}_range": f"{min(off):+.1f} to {max(off):+.1f}",
+                    }
             result.add(row)
     except BadInput as error:
         print(f"benchmarks.estimate: {error}", file=sys.stderr)
         return error.exit_code
-    result.note("The constants were fitted to labels: by views on seed 0 of the digits, by halves there and on moco_resnet18w32; the others had no part in it. Files of features have no views.")
+    result.note(
+        "The constants were fitted to labels: by views on seed 0 of the digits, by halves there and"
+        " on moco_resnet18w32; the others had no part in it. Files of features have no views."
+    )
     common.end(args, result)
     return 0
 

@@ -1,5 +1,7 @@
-"""What no implementation of a training step can be faster than: its products at the rate of a large one (of matrices or a
-convolution, whichever is faster), its bytes at the rate of a copy; both measured in the same process."""
+"""What no implementation of a training step can be faster than: its products at the rate of a large
+one (of matrices or a convolution, whichever is faster), its bytes at the rate of a copy; both
+measured in the same process.
+"""
 
 from collections.abc import Callable
 
@@ -11,13 +13,23 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.common import convolution_rate, copy_rate, matmul_rate
 
 aten = torch.ops.aten
-PRODUCTS = (aten.convolution, aten.convolution_backward, aten.mm, aten.addmm, aten.bmm, aten.baddbmm)
-# of a parameter in float32: SGD reads it, its gradient and its momentum and writes two of them, the key's average reads two and writes one
+PRODUCTS = (
+    aten.convolution,
+    aten.convolution_backward,
+    aten.mm,
+    aten.addmm,
+    aten.bmm,
+    aten.baddbmm,
+)
+# of a parameter in float32: SGD reads it, its gradient and its momentum and writes two of them, the
+# key's average reads two and writes one
 BYTES_OF_PARAMETER = 4 * (5 + 3)
 
 
 class Elements(TorchDispatchMode):
-    """How many elements the convolutions and matrix products inside read and write, each operand once."""
+    """How many elements the convolutions and matrix products inside read and write, each operand
+    once.
+    """
 
     def __init__(self):
         super().__init__()
@@ -26,24 +38,40 @@ class Elements(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if func.overloadpacket in PRODUCTS:
-            self.count += sum(x.numel() for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor))
+            self.count += sum(
+                x.numel() for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)
+            )
         return out
 
 
 def work_of(step: Callable[[], object]) -> tuple[int, int]:
-    """FLOPs of one call, and elements that its products read and write. What lies between products (batch norm, ReLU, augmentation) is
-    counted as free."""
+    """FLOPs of one call, and elements that its products read and write. What lies between products
+    (batch norm, ReLU, augmentation) is counted as free.
+    """
     elements = Elements()
     with FlopCounterMode(display=False) as flops, elements:
         step()
     return flops.get_total_flops(), elements.count
 
 
-def floor_rows(step: Callable[[], object], parameters: int, dtype: torch.dtype, device: torch.device) -> list[dict]:
+def floor_rows(
+    step: Callable[[], object], parameters: int, dtype: torch.dtype, device: torch.device
+) -> list[dict]:
     """Two rows in ms. parameters: of one encoder. dtype: in which the products are taken."""
     flops, elements = work_of(step)
     moved = elements * dtype.itemsize + parameters * BYTES_OF_PARAMETER
-    rate, copied = max(matmul_rate(device, dtype), convolution_rate(device, dtype)), copy_rate(device)
+    rate = max(matmul_rate(device, dtype), convolution_rate(device, dtype))
+    copied = copy_rate(device)
     name = str(dtype).removeprefix("torch.")
-    return [{"what": f"floor: {flops / 1e12:.3g} TFLOP at {rate / 1e12:.3g} TFLOP/s ({name})", "value": flops / rate * 1e3, "unit": "ms"},
-            {"what": f"floor: {moved / 1e9:.3g} GB at {copied / 1e9:.3g} GB/s", "value": moved / copied * 1e3, "unit": "ms"}]  # fmt: skip
+    return [
+        {
+            "what": f"floor: {flops / 1e12:.3g} TFLOP at {rate / 1e12:.3g} TFLOP/s ({name})",
+            "value": flops / rate * 1e3,
+            "unit": "ms",
+        },
+        {
+            "what": f"floor: {moved / 1e9:.3g} GB at {copied / 1e9:.3g} GB/s",
+            "value": moved / copied * 1e3,
+            "unit": "ms",
+        },
+    ]

@@ -1,4 +1,5 @@
-"""Other GANs on the same features, each one small change of ISL's (Eq. 1): is a proxy or a score of theirs better? For benchmarks.miners.
+"""Other GANs on the same features, each one small change of ISL's (Eq. 1): is a proxy or a score of
+theirs better? For benchmarks.miners.
 
 Letters: N anchors of a batch, C feature dimension, S candidates of a draw.
 """
@@ -16,7 +17,9 @@ Tensor = torch.Tensor
 
 
 class SpectralNorm(Trainer):
-    """D's layers have the spectral norm 1 (Miyato et al., 2018): its logit moves no faster than the triplet."""
+    """D's layers have the spectral norm 1 (Miyato et al., 2018): its logit moves no faster than the
+    triplet.
+    """
 
     def networks(self, C: int) -> tuple[Generator, Discriminator]:
         G, D = super().networks(C)
@@ -26,25 +29,36 @@ class SpectralNorm(Trainer):
 
 
 class GradientPenalty(Trainer):
-    """D pays half of `gamma` times the squared gradient of its logit at real triplets (R1; Mescheder et al., 2018)."""
+    """D pays half of `gamma` times the squared gradient of its logit at real triplets (R1;
+    Mescheder et al., 2018).
+    """
 
     gamma = 1.0
 
     def loss_of_D(self, a: Tensor, p: Tensor, n: Tensor, proxy: Tensor) -> Tensor:
         real = [x.detach().requires_grad_() for x in (a, p, n)]
         grads = torch.autograd.grad(self.D(*real).sum(), real, create_graph=True)
-        return super().loss_of_D(a, p, n, proxy) + self.gamma / 2 * sum((grad**2).sum(1) for grad in grads).mean()
+        return (
+            super().loss_of_D(a, p, n, proxy)
+            + self.gamma / 2 * sum((grad**2).sum(1) for grad in grads).mean()
+        )
 
 
 class GradedSampler(TripletSampler):
-    """The negative is the most similar of the first g candidates of a draw, g between `fewest` and all of them, uniform in its logarithm."""
+    """The negative is the most similar of the first g candidates of a draw, g between `fewest` and
+    all of them, uniform in its logarithm.
+    """
 
-    fewest = 16  # more than an anchor may strike out: itself and the five positives that it has at most here
+    # more than an anchor may strike out: itself and the five positives that it has at most here
+    fewest = 16
 
     def draw_negatives(self, anchors: Tensor, offset: Tensor | int) -> Tensor:
         candidates, scores = self.score_candidates(anchors, offset)
-        u = torch.rand(anchors.shape, generator=self.generator, device=self.generator.device).to(scores.device)
-        g = (self.fewest * torch.exp(u * math.log(self.pool / self.fewest))).long()  # [N], or [B, N]
+        u = torch.rand(anchors.shape, generator=self.generator, device=self.generator.device).to(
+            scores.device
+        )
+        # [N], or [B, N]
+        g = (self.fewest * torch.exp(u * math.log(self.pool / self.fewest))).long()
         scores.masked_fill_(self.slots >= g[..., None], -torch.inf)
         return candidates.gather(-1, scores.max(-1).indices)
 
@@ -56,12 +70,16 @@ class GradedNegatives(Trainer):
 
 
 class MatchedFalse(Trainer):
-    """D has to tell a third false triplet too: a real image in the positive's place that belongs to another anchor (as Reed et al., 2016, do with
-    texts). Its score then speaks of whether anchor and positive match, and not only of whether the positive looks real."""
+    """D has to tell a third false triplet too: a real image in the positive's place that belongs to
+    another anchor (as Reed et al., 2016, do with texts). Its score then speaks of whether anchor
+    and positive match, and not only of whether the positive looks real.
+    """
 
     def loss_of_D(self, a: Tensor, p: Tensor, n: Tensor, proxy: Tensor) -> Tensor:
         lam = self.s.lam
         real, as_p, as_n = self.D.with_proxy(a, p, n, proxy)
         unmatched = self.D(a, p.roll(1, 0), n)
-        false = (F.softplus(as_p).mean() + lam * F.softplus(as_n).mean() + F.softplus(unmatched).mean()) / (2 + lam)
+        false = (
+            F.softplus(as_p).mean() + lam * F.softplus(as_n).mean() + F.softplus(unmatched).mean()
+        ) / (2 + lam)
         return F.softplus(-real).mean() + false

@@ -1,15 +1,20 @@
-"""How mining and the bank loss grow with the number of images M, and the GAN's training: seconds, memory, fitted exponents.
+"""How mining and the bank loss grow with the number of images M, and the GAN's training: seconds,
+memory, fitted exponents.
 
-    python -m benchmarks.growth                           GAN of 20,000 iterations, M = 10,000, 100,000 and 1,281,167
-    python -m benchmarks.growth --device cpu              fewer iterations, M = 2,000 to 20,000 (mining) and 100,000 (loss)
-    python -m benchmarks.growth --parts gan|mining|loss
+    python -m benchmarks.growth                           GAN of 20,000 iterations, M = 10,000,
+    100,000 and 1,281,167 python -m benchmarks.growth --device cpu              fewer iterations, M
+    = 2,000 to 20,000 (mining) and 100,000 (loss) python -m benchmarks.growth --parts
+    gan|mining|loss
 
-  gan      its iterations at batch 256 with the hardest of 4,096 candidates and own draws for the five triplets, M = 50,000; no early end;
-           on a GPU with compiled losses, as fits of 50,000 iterations and more have them, and without
-  mining   a round without the GAN's training: five triplets an anchor, the best proxy's ten nearest, joined by the radius, made into sets
-  loss     the exact softmax over all M, batch 256, P 32, hard positives, forward and backward (benchmarks/bank_loss.py, which has all its forms)
+  gan      its iterations at batch 256 with the hardest of 4,096 candidates and own draws for the
+           five triplets, M = 50,000; no early end; on a GPU with compiled losses, as fits of 50,000
+           iterations and more have them, and without mining   a round without the GAN's training:
+           five triplets an anchor, the best proxy's ten nearest, joined by the radius, made into
+           sets loss     the exact softmax over all M, batch 256, P 32, hard positives, forward and
+           backward (benchmarks/bank_loss.py, which has all its forms)
 
-Proxies of the mining pass lie near their anchors, as those of a trained GAN do. Memory is what the work adds at most to features, bank and batch.
+Proxies of the mining pass lie near their anchors, as those of a trained GAN do. Memory is what the
+work adds at most to features, bank and batch.
 """
 
 import argparse
@@ -26,7 +31,8 @@ from moco_isl.mining.miners import GANMiner
 from moco_isl.mining.positives import PositiveSets
 
 C = 128
-BARS = {"gan": (20, 6), "mining": (30, 10), "loss": (20, 10)}  # s, s, ms on an H200 at the issue's sizes: to be reached, hoped for
+# s, s, ms on an H200 at the issue's sizes: to be reached, hoped for
+BARS = {"gan": (20, 6), "mining": (30, 10), "loss": (20, 10)}
 SIZES = {"cuda": [10_000, 100_000, 1_281_167], "cpu": [2000, 6000, 20_000]}
 LOSS_SIZES = {"cuda": [10_000, 100_000, 1_281_167], "cpu": [10_000, 30_000, 100_000]}
 
@@ -39,12 +45,18 @@ class NearAnchor(Generator):
 
 
 class FittedMiner(GANMiner):
-    """A round after the GAN's training: every proxy scores enough, and most of what is near to it joins."""
+    """A round after the GAN's training: every proxy scores enough, and most of what is near to it
+    joins.
+    """
 
     def __init__(self, device: torch.device):
         super().__init__(budget=10.0, threshold=-1.0, radius=0.0)
         torch.manual_seed(0)
-        self.fitted = GANFit(NearAnchor(C).to(device), Discriminator(C).to(device), {"natural_hub": 0.1, "probe_bank": 8192})
+        self.fitted = GANFit(
+            NearAnchor(C).to(device),
+            Discriminator(C).to(device),
+            {"natural_hub": 0.1, "probe_bank": 8192},
+        )
 
     def fit(self, features, positives, seed, tick=None) -> GANFit:
         return self.fitted
@@ -63,37 +75,56 @@ def features_of(M: int, device: torch.device) -> torch.Tensor:
 
 
 def time_gan(args: argparse.Namespace, compiled: bool) -> tuple[common.Timing, float]:
-    """Seconds of a fit of args.iters iterations on args.gan_images features, and of the first few, which compile."""
+    """Seconds of a fit of args.iters iterations on args.gan_images features, and of the first few,
+    which compile.
+    """
     device, M = args.device, args.gan_images
-    features, empty = features_of(M, device), PositiveSets.empty(M, device)
+    features = features_of(M, device)
+    empty = PositiveSets.empty(M, device)
     run = lambda iters: fit_gan(features, empty, GANSettings(iters, iters, compile=compiled), 0)
     first = common.once(lambda: run(min(20, args.iters)), device)
     return repeated(lambda: run(args.iters), device, args.repeats), first
 
 
 def measure_gan(args: argparse.Namespace, result: common.Result) -> None:
-    more = {"bar": BARS["gan"][0], "goal": BARS["gan"][1]} if common.is_h200(args.device) and args.iters == 20_000 else {}
+    more = (
+        {"bar": BARS["gan"][0], "goal": BARS["gan"][1]}
+        if common.is_h200(args.device) and args.iters == 20_000
+        else {}
+    )
     for compiled in (True, False) if args.device.type == "cuda" else (False,):
         timing, first = time_gan(args, compiled)
         how = ", compiled" if compiled else ""
-        result.add(timing.row(f"GAN{how}, {args.iters:,} iterations, M = {args.gan_images:,}", "s", **more))
+        result.add(
+            timing.row(f"GAN{how}, {args.iters:,} iterations, M = {args.gan_images:,}", "s", **more)
+        )
         result.add(common.Timing([s / args.iters for s in timing.seconds]).row("  of them each"))
         if compiled:
             result.add(common.Timing([first]).row("  compiling, once a process", "s"))
 
 
 def measure_mining(args: argparse.Namespace, result: common.Result) -> None:
-    device, miner, done = args.device, FittedMiner(args.device), []
+    device = args.device
+    miner = FittedMiner(args.device)
+    done = []
     for M in args.images or SIZES[device.type]:
-        features, empty = features_of(M, device), PositiveSets.empty(M, device)
-        mine = lambda: miner.mine(features, empty, torch.Generator().manual_seed(0))  # noqa: B023
+        features = features_of(M, device)
+        empty = PositiveSets.empty(M, device)
+        mine = lambda: miner.mine(features, empty, torch.Generator().manual_seed(0))
         before = peak_bytes(device, reset=True)
-        if not done:  # compilers and caches: at the smallest size, which the largest need not wait for
+        # compilers and caches: at the smallest size, which the largest need not wait for
+        if not done:
             mine()
         timing = repeated(mine, device, args.repeats)
         done.append((M, timing.median, peak_bytes(device) - before))
-        more = {"bar": BARS["mining"][0], "goal": BARS["mining"][1]} if common.is_h200(device) and M == 1_281_167 else {}
-        result.add(timing.row(f"mining pass, M = {M:,}", "s", memory_gib=done[-1][2] / 2**30, **more))
+        more = (
+            {"bar": BARS["mining"][0], "goal": BARS["mining"][1]}
+            if common.is_h200(device) and M == 1_281_167
+            else {}
+        )
+        result.add(
+            timing.row(f"mining pass, M = {M:,}", "s", memory_gib=done[-1][2] / 2**30, **more)
+        )
         report = miner.report
         if report["why"] or not report["edges"]:
             raise RuntimeError(f"the pass joined nothing, so it measured nothing: {report['why']}")
@@ -101,16 +132,25 @@ def measure_mining(args: argparse.Namespace, result: common.Result) -> None:
 
 
 def measure_loss(args: argparse.Namespace, result: common.Result) -> None:
-    flags = argparse.Namespace(dim=C, batch=args.batch, positives=32, half=False, plain_gib=0.0, repeats=args.repeats)
+    flags = argparse.Namespace(
+        dim=C, batch=args.batch, positives=32, half=False, plain_gib=0.0, repeats=args.repeats
+    )
     found: dict[str, list] = {}
     failed: list[str] = []
     for M in args.images or LOSS_SIZES[args.device.type]:
         for row in bank_loss.rows_of(M, flags, args.device, failed):
-            issues = common.is_h200(args.device) and row["form"].startswith("fused") and M == 1_281_167
+            issues = (
+                common.is_h200(args.device) and row["form"].startswith("fused") and M == 1_281_167
+            )
             more = {"bar": BARS["loss"][0], "goal": BARS["loss"][1]} if issues else {}
-            timing = common.Timing(row["all_cpu_seconds" if common.by_cpu_time(args.device) else "all_seconds"])
-            peak = row["peak_mib"] / 1024 if args.device.type == "cuda" else 0.0  # too little to be seen in a process's memory
-            result.add(timing.row(f"bank loss, {row['form']}, M = {M:,}", memory_gib=peak or None, **more))
+            timing = common.Timing(
+                row["all_cpu_seconds" if common.by_cpu_time(args.device) else "all_seconds"]
+            )
+            # too little to be seen in a process's memory
+            peak = row["peak_mib"] / 1024 if args.device.type == "cuda" else 0.0
+            result.add(
+                timing.row(f"bank loss, {row['form']}, M = {M:,}", memory_gib=peak or None, **more)
+            )
             found.setdefault(row["form"], []).append((M, timing.median, peak))
     for form, points in found.items():
         add_exponents(result, f"bank loss, {form}", points)
@@ -121,27 +161,56 @@ def measure_loss(args: argparse.Namespace, result: common.Result) -> None:
 
 
 def add_exponents(result: common.Result, what: str, points: list[tuple[int, float, float]]) -> None:
-    """points: (M, seconds, memory). Memory only where all of it could be seen (a CPU's high-water mark moves in steps)."""
+    """points: (M, seconds, memory).
+
+    Memory only where all of it could be seen (a CPU's high-water mark moves in steps).
+    """
     if len(points) < 2:
         return
     sizes, seconds, memory = zip(*points)
-    result.add({"what": f"{what}: seconds ~ M^b, b", "value": common.exponent(sizes, seconds), "unit": ""})
+    result.add(
+        {"what": f"{what}: seconds ~ M^b, b", "value": common.exponent(sizes, seconds), "unit": ""}
+    )
     if min(memory) > 0:
-        result.add({"what": f"{what}: memory ~ M^b, b", "value": common.exponent(sizes, memory), "unit": ""})
+        result.add(
+            {
+                "what": f"{what}: memory ~ M^b, b",
+                "value": common.exponent(sizes, memory),
+                "unit": "",
+            }
+        )
 
 
-PARTS = {"gan": (measure_gan, "GAN training: batch 256, hardest of 4,096, five triplets an anchor"),
-         "mining": (measure_mining, "Mining pass: five triplets an anchor, top 10 within the radius, C = 128"),
-         "loss": (measure_loss, "Exact bank loss, forward and backward: C = 128, P 32, hard positives")}  # fmt: skip
+PARTS = {
+    "gan": (measure_gan, "GAN training: batch 256, hardest of 4,096, five triplets an anchor"),
+    "mining": (
+        measure_mining,
+        "Mining pass: five triplets an anchor, top 10 within the radius, C = 128",
+    ),
+    "loss": (measure_loss, "Exact bank loss, forward and backward: C = 128, P 32, hard positives"),
+}
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--images", type=int, nargs="+", metavar="M", help="of mining and loss (default: by part and device)")
+    parser.add_argument(
+        "--images",
+        type=int,
+        nargs="+",
+        metavar="M",
+        help="of mining and loss (default: by part and device)",
+    )
     parser.add_argument("--iters", type=int, help="of the GAN (20,000; 500 on a CPU)")
-    parser.add_argument("--gan-images", type=int, metavar="M", help="that the GAN is trained on (50,000; 20,000 on a CPU)")
-    parser.add_argument("--batch", type=int, default=256, metavar="N", help="of the bank loss (256)")
+    parser.add_argument(
+        "--gan-images",
+        type=int,
+        metavar="M",
+        help="that the GAN is trained on (50,000; 20,000 on a CPU)",
+    )
+    parser.add_argument(
+        "--batch", type=int, default=256, metavar="N", help="of the bank loss (256)"
+    )
     args = parser.parse_args(argv)
     common.begin(args)
     gpu = args.device.type == "cuda"
@@ -151,7 +220,11 @@ def main(argv: list[str] | None = None) -> None:
         args.images, args.batch = args.images or [300, 600], 16
     for part in args.parts:
         measure, title = PARTS[part]
-        result = common.Result(f"growth-{part}", title if part != "loss" else f"{title}, batch {args.batch}", args.device)
+        result = common.Result(
+            f"growth-{part}",
+            title if part != "loss" else f"{title}, batch {args.batch}",
+            args.device,
+        )
         try:
             measure(args, result)
         finally:  # what was measured before an error is not lost

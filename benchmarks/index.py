@@ -1,13 +1,16 @@
-"""The 10 nearest of every image, exactly and by the approximate index of --isl-index ivf: seconds, memory, recall.
+"""The 10 nearest of every image, exactly and by the approximate index of --isl-index ivf: seconds,
+memory, recall.
 
-    python -m benchmarks.index                          100,000 and 1,000,000 unit rows of a mixture, C = 128
-    python -m benchmarks.index features.safetensors     and as many grown from the features [n, C] of real images
+    python -m benchmarks.index                          100,000 and 1,000,000 unit rows of a
+    mixture, C = 128 python -m benchmarks.index features.safetensors     and as many grown from the
+    features [n, C] of real images
 
-Mixture: 100 rows around each of M / 100 random centres (`benchmarks.mining.synthetic`). Grown: a row is a point between
-a real row and one of its 10 nearest, with noise of length 0.3; so it has the crowds of real features at any size.
-Seconds of ivf are those of all M queries: building (k-means, lists, the choice of nprobe) and searching, in blocks as a
-round does it. Exact search is timed on a sample of queries and multiplied. Recall is that of the same sample, which is
-not the one that chose nprobe. Memory is the most that is held beyond the features.
+Mixture: 100 rows around each of M / 100 random centres (`benchmarks.mining.synthetic`). Grown: a
+row is a point between a real row and one of its 10 nearest, with noise of length 0.3; so it has the
+crowds of real features at any size. Seconds of ivf are those of all M queries: building (k-means,
+lists, the choice of nprobe) and searching, in blocks as a round does it. Exact search is timed on a
+sample of queries and multiplied. Recall is that of the same sample, which is not the one that chose
+nprobe. Memory is the most that is held beyond the features.
 """
 
 import statistics
@@ -27,8 +30,20 @@ from moco_isl.mining.ivf import IVF, installed
 from moco_isl.mining.rounds import block_size
 
 K, DIM = 10, 128
-COLUMNS = [("features", "features"), ("M", "M"), ("search", "search"), ("cpu", "CPU s"), ("wall", "wall s"), ("build", "of it building, CPU s"), ("recall", "recall at 10"),
-           ("lists", "lists"), ("nprobe", "nprobe"), ("memory_gib", "GiB"), ("queries", "queries timed"), ("n", "n")]  # fmt: skip
+COLUMNS = [
+    ("features", "features"),
+    ("M", "M"),
+    ("search", "search"),
+    ("cpu", "CPU s"),
+    ("wall", "wall s"),
+    ("build", "of it building, CPU s"),
+    ("recall", "recall at 10"),
+    ("lists", "lists"),
+    ("nprobe", "nprobe"),
+    ("memory_gib", "GiB"),
+    ("queries", "queries timed"),
+    ("n", "n"),
+]
 
 
 def grown(features: torch.Tensor, M: int) -> torch.Tensor:
@@ -42,7 +57,9 @@ def grown(features: torch.Tensor, M: int) -> torch.Tensor:
         other = near[own, torch.randint(K, (len(own),), generator=g)]
         weight = torch.rand(len(own), 1, generator=g)
         noise = 0.3 / C**0.5 * torch.randn(len(own), C, generator=g)
-        rows[i : i + len(own)] = F.normalize(torch.lerp(features[own], features[other], weight) + noise, dim=1)
+        rows[i : i + len(own)] = F.normalize(
+            torch.lerp(features[own], features[other], weight) + noise, dim=1
+        )
     return rows
 
 
@@ -58,10 +75,14 @@ def seconds(fn: Callable[[], object], device: torch.device) -> tuple[object, flo
 def in_blocks(rows: torch.Tensor, bank: torch.Tensor | IVF, number: int) -> torch.Tensor:
     """The nearest [number, K] of the first rows, asked for in blocks as a round does."""
     anchors = torch.arange(number, device=rows.device)
-    return torch.cat([topk(rows[part], bank, K, part)[1] for part in anchors.split(block_size(len(rows)))])
+    return torch.cat(
+        [topk(rows[part], bank, K, part)[1] for part in anchors.split(block_size(len(rows)))]
+    )
 
 
-def measure(result: common.Result, name: str, rows: torch.Tensor, sample: int, repeats: int) -> None:
+def measure(
+    result: common.Result, name: str, rows: torch.Tensor, sample: int, repeats: int
+) -> None:
     """Two rows of the table: exact and ivf."""
     M, device = len(rows), rows.device
     generator = torch.Generator().manual_seed(1)  # the index draws by 0
@@ -72,21 +93,46 @@ def measure(result: common.Result, name: str, rows: torch.Tensor, sample: int, r
         (least, _), cpu, wall = seconds(lambda: topk(rows[chosen], rows, K, chosen), device)
         times.append((cpu * M / sample, wall * M / sample))
     cpu, wall = map(statistics.median, zip(*times))
-    result.add({"features": name, "M": M, "search": "exact", "cpu": cpu, "wall": wall, "recall": 1.0,
-                "memory_gib": held(device, before), "queries": f"{sample:,}, multiplied", "n": repeats})  # fmt: skip
+    result.add(
+        {
+            "features": name,
+            "M": M,
+            "search": "exact",
+            "cpu": cpu,
+            "wall": wall,
+            "recall": 1.0,
+            "memory_gib": held(device, before),
+            "queries": f"{sample:,}, multiplied",
+            "n": repeats,
+        }
+    )
 
     before = peak_bytes(device, reset=True)
     times, index = [], None
     for _ in range(repeats):
         index = None  # two at a time would be two copies
         index, build_cpu, build_wall = seconds(lambda: IVF(rows), device)
-        near, cpu, wall = seconds(lambda: in_blocks(rows, index, M), device)  # noqa: B023
+        near, cpu, wall = seconds(lambda: in_blocks(rows, index, M), device)
         times.append((build_cpu + cpu, build_wall + wall, build_cpu))
     cpu, wall, build = map(statistics.median, zip(*times))
     cosine = (rows[chosen, None] * rows[near[chosen]]).sum(2)
     recall = float((cosine >= least[:, -1:] - 1e-6).double().mean())
-    result.add({"features": name, "M": M, "search": "ivf", "cpu": cpu, "wall": wall, "build": build, "recall": round(recall, 3),
-                "lists": index.lists, "nprobe": index.nprobe, "memory_gib": held(device, before), "queries": f"{M:,}", "n": repeats})  # fmt: skip
+    result.add(
+        {
+            "features": name,
+            "M": M,
+            "search": "ivf",
+            "cpu": cpu,
+            "wall": wall,
+            "build": build,
+            "recall": round(recall, 3),
+            "lists": index.lists,
+            "nprobe": index.nprobe,
+            "memory_gib": held(device, before),
+            "queries": f"{M:,}",
+            "n": repeats,
+        }
+    )
 
 
 def held(device: torch.device, before: int | None) -> float | None:
@@ -97,9 +143,13 @@ def held(device: torch.device, before: int | None) -> float | None:
 def main(argv: list[str] | None = None) -> int:
     parser = common.parser(__doc__)
     parser.set_defaults(repeats=1)
-    parser.add_argument("file", nargs="?", help="safetensors file with features [n, C] of real images")
+    parser.add_argument(
+        "file", nargs="?", help="safetensors file with features [n, C] of real images"
+    )
     parser.add_argument("--sizes", type=int, nargs="+", default=[100_000, 1_000_000], metavar="M")
-    parser.add_argument("--queries", type=int, default=2000, metavar="n", help="sample of the exact search (2,000)")
+    parser.add_argument(
+        "--queries", type=int, default=2000, metavar="n", help="sample of the exact search (2,000)"
+    )
     args = parser.parse_args(argv)
     common.begin(args)
     if args.quick:
@@ -111,15 +161,29 @@ def main(argv: list[str] | None = None) -> int:
     except BadInput as error:
         print(f"benchmarks.index: {error}", file=sys.stderr)
         return error.exit_code
-    result = common.Result("index", "The 10 nearest of every image, exactly and by an approximate index", args.device, COLUMNS)
+    result = common.Result(
+        "index",
+        "The 10 nearest of every image, exactly and by an approximate index",
+        args.device,
+        COLUMNS,
+    )
     try:
         for M in args.sizes:
             rows, _ = synthetic(M, DIM, "cpu", torch.float32, 0)
             measure(result, "mixture", rows.to(args.device), min(args.queries, M), args.repeats)
             if real is not None:
-                measure(result, "grown from real ones", grown(real, M).to(args.device), min(args.queries, M), args.repeats)
+                measure(
+                    result,
+                    "grown from real ones",
+                    grown(real, M).to(args.device),
+                    min(args.queries, M),
+                    args.repeats,
+                )
     finally:  # what was measured before an error is not lost
-        result.note("CPU s: of all threads. The wall's seconds depend on what else the machine did; the two columns of the exact search are of a sample of queries, multiplied.")
+        result.note(
+            "CPU s: of all threads. The wall's seconds depend on what else the machine did; the two"
+            " columns of the exact search are of a sample of queries, multiplied."
+        )
         common.end(args, result)
     return 0
 

@@ -1,9 +1,12 @@
-"""Photos from JPEG files to two views: images a second and core, the published PIL pipeline and others in turns in one process.
+"""Photos from JPEG files to two views: images a second and core, the published PIL pipeline and
+others in turns in one process.
 
-    python -m benchmarks.input [--photos DIR]        DIR: any folder of JPEGs; default: imagenette_mini in MOCO_ISL_DATA, else drawn pictures
+    python -m benchmarks.input [--photos DIR]        DIR: any folder of JPEGs; default:
+    imagenette_mini in MOCO_ISL_DATA, else drawn pictures
 
-One thread, no workers: CPU time of everything, so that images/s are those of a core. "worker's part" is what is left on the CPU where a GPU
-finishes the views. Photos of 224 px as they are, and the same enlarged to about 500 px.
+One thread, no workers: CPU time of everything, so that images/s are those of a core. "worker's
+part" is what is left on the CPU where a GPU finishes the views. Photos of 224 px as they are, and
+the same enlarged to about 500 px.
 """
 
 import os
@@ -29,7 +32,9 @@ BATCH = 32
 
 
 def find_photos(given: str | None, folder: Path, n: int) -> list[Path]:
-    """n JPEGs: of the folder given, of MOCO_ISL_DATA, or drawn, with the spectrum that photos have."""
+    """n JPEGs: of the folder given, of MOCO_ISL_DATA, or drawn, with the spectrum that photos
+    have.
+    """
     root = Path(given) if given else Path(os.environ.get("MOCO_ISL_DATA", "/nonexistent"))
     packed = root / "imagenette_mini.tar.gz"
     if packed.is_file():
@@ -37,14 +42,27 @@ def find_photos(given: str | None, folder: Path, n: int) -> list[Path]:
             tar.extractall(folder / "unpacked", filter="data")
         root = folder / "unpacked"
     root = root / "imagenette_mini" if (root / "imagenette_mini").is_dir() else root
-    found = sorted(p for p in root.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg")) if root.is_dir() else []
+    found = (
+        sorted(p for p in root.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg"))
+        if root.is_dir()
+        else []
+    )
     if found:
         return [found[i * len(found) // n] for i in range(min(n, len(found)))]
-    rng, frequency = np.random.default_rng(0), np.fft.fftfreq(224)
+    rng = np.random.default_rng(0)
+    frequency = np.fft.fftfreq(224)
     falling = 1 / np.maximum(np.hypot(frequency[:, None], frequency[None]), 1 / 224)
     for i in range(n):
-        x = np.stack([np.fft.ifft2(np.fft.fft2(rng.standard_normal((224, 224))) * falling).real for _ in range(3)], 2)
-        Image.fromarray((128 + 50 * (x - x.mean()) / x.std()).clip(0, 255).astype(np.uint8)).save(folder / f"{i:03}.jpg", quality=85)
+        x = np.stack(
+            [
+                np.fft.ifft2(np.fft.fft2(rng.standard_normal((224, 224))) * falling).real
+                for _ in range(3)
+            ],
+            2,
+        )
+        Image.fromarray((128 + 50 * (x - x.mean()) / x.std()).clip(0, 255).astype(np.uint8)).save(
+            folder / f"{i:03}.jpg", quality=85
+        )
     return sorted(folder.glob("*.jpg"))
 
 
@@ -52,13 +70,20 @@ def enlarged(photos: list[Path], folder: Path) -> list[Path]:
     """The same photos with 500 x 375 pixels, upright or not."""
     folder.mkdir()
     for i, path in enumerate(photos):
-        image = Image.open(path).convert("RGB").resize((500, 375) if i % 2 else (375, 500), Image.BICUBIC)
+        image = (
+            Image.open(path)
+            .convert("RGB")
+            .resize((500, 375) if i % 2 else (375, 500), Image.BICUBIC)
+        )
         image.save(folder / f"{i:03}.jpg", quality=90)
     return sorted(folder.glob("*.jpg"))
 
 
 def candidates(photos: list[Path], note: Callable[[str], None], compiles: bool) -> dict:
-    """Name -> a call that makes two views of every photo. compiles: with the compiled form, whose first call takes a minute."""
+    """Name -> a call that makes two views of every photo.
+
+    compiles: with the compiled form, whose first call takes a minute.
+    """
     pil = published_pipeline()
 
     def by_files(read, transform) -> None:
@@ -74,14 +99,22 @@ def candidates(photos: list[Path], note: Callable[[str], None], compiles: bool) 
         with Image.open(path) as image:
             return image.convert("RGB")
 
-    tensors = v2.Compose([
-        v2.RandomResizedCrop(224, scale=(0.2, 1.0), antialias=True), v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
-        v2.RandomGrayscale(p=0.2), v2.RandomApply([v2.GaussianBlur(13, (0.1, 2.0))], p=0.5), v2.RandomHorizontalFlip(),
-        v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD),
-    ])  # fmt: skip
+    tensors = v2.Compose(
+        [
+            v2.RandomResizedCrop(224, scale=(0.2, 1.0), antialias=True),
+            v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+            v2.RandomGrayscale(p=0.2),
+            v2.RandomApply([v2.GaussianBlur(13, (0.1, 2.0))], p=0.5),
+            v2.RandomHorizontalFlip(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(MEAN, STD),
+        ]
+    )
 
     def read_tensor(path: Path) -> torch.Tensor:
-        return torchvision.io.decode_jpeg(torchvision.io.read_file(str(path)), torchvision.io.ImageReadMode.RGB)
+        return torchvision.io.decode_jpeg(
+            torchvision.io.read_file(str(path)), torchvision.io.ImageReadMode.RGB
+        )
 
     plain, fast, compiled = (_loader(photos, on_device) for on_device in (False, True, True))
     compile_augmentation(compiled.augmentation, 2, CPU)
@@ -90,9 +123,15 @@ def candidates(photos: list[Path], note: Callable[[str], None], compiles: bool) 
         for _ in loader.epoch(0):
             pass
 
-    calls = {"published: PIL": lambda: by_files(read_pil, pil), "torchvision v2 on tensors": lambda: by_files(read_tensor, tensors),
-             "ours, plain: PIL": lambda: run(plain), "ours, fast, all on the CPU": lambda: run(fast),
-             "ours, fast, worker's part": lambda: [torch.utils.data.default_collate(crops) for crops in _crops(fast, len(photos))]}  # fmt: skip
+    calls = {
+        "published: PIL": lambda: by_files(read_pil, pil),
+        "torchvision v2 on tensors": lambda: by_files(read_tensor, tensors),
+        "ours, plain: PIL": lambda: run(plain),
+        "ours, fast, all on the CPU": lambda: run(fast),
+        "ours, fast, worker's part": lambda: [
+            torch.utils.data.default_collate(crops) for crops in _crops(fast, len(photos))
+        ],
+    }
     if compiles:
         try:
             run(compiled)
@@ -107,12 +146,17 @@ def candidates(photos: list[Path], note: Callable[[str], None], compiles: bool) 
 def _loader(photos: list[Path], on_device: bool):
     dataset = data.ImageFiles([str(path) for path in photos], None, None)
     augmentation = data.get_augmentation("folder", aug_plus=True, size=224, on_device=on_device)
-    return data.train_loader(dataset, augmentation=augmentation, batch_size=min(BATCH, len(photos)), seed=0)
+    return data.train_loader(
+        dataset, augmentation=augmentation, batch_size=min(BATCH, len(photos)), seed=0
+    )
 
 
 def _crops(loader, n: int):
     """Batches of what a worker makes of photos."""
-    return ([loader._loader.dataset[0, i] for i in range(start, min(start + BATCH, n))] for start in range(0, n, BATCH))
+    return (
+        [loader._loader.dataset[0, i] for i in range(start, min(start + BATCH, n))]
+        for start in range(0, n, BATCH)
+    )
 
 
 def _kornia(loader, n: int):
@@ -121,8 +165,11 @@ def _kornia(loader, n: int):
     except ImportError:
         return None
     rest = K.AugmentationSequential(
-        K.ColorJiggle(0.4, 0.4, 0.4, 0.1, p=0.8), K.RandomGrayscale(p=0.2), K.RandomGaussianBlur((13, 13), (0.1, 2.0), p=0.5),
-        K.Normalize(torch.tensor(MEAN), torch.tensor(STD)))  # fmt: skip
+        K.ColorJiggle(0.4, 0.4, 0.4, 0.1, p=0.8),
+        K.RandomGrayscale(p=0.2),
+        K.RandomGaussianBlur((13, 13), (0.1, 2.0), p=0.5),
+        K.Normalize(torch.tensor(MEAN), torch.tensor(STD)),
+    )
 
     def run() -> None:
         for crops in _crops(loader, n):
@@ -137,40 +184,67 @@ def on_gpu(result: common.Result, photos: list[Path], device: torch.device, repe
     augmentation = data.get_augmentation("folder", aug_plus=True, size=224, on_device=True)
     crops = torch.randint(0, 256, (512, 3, 224, 224), dtype=torch.uint8, device=device)
     u = uniforms(0, 0, torch.arange(512, device=device), 0, augmentation.draws)
-    result.add(common.timed(lambda: augmentation.finish(crops, u), device, repeats, inner=5).row("finish 2 x 256 views on the device"))
+    result.add(
+        common.timed(lambda: augmentation.finish(crops, u), device, repeats, inner=5).row(
+            "finish 2 x 256 views on the device"
+        )
+    )
     compile_augmentation(augmentation, 512, device)
-    result.add(common.timed(lambda: augmentation.finish(crops, u), device, repeats, warmup=3, inner=20).row("the same, compiled"))
+    result.add(
+        common.timed(
+            lambda: augmentation.finish(crops, u), device, repeats, warmup=3, inner=20
+        ).row("the same, compiled")
+    )
     files = [torchvision.io.read_file(str(path)) for path in photos]
     try:
         torchvision.io.decode_jpeg(files[:2], device=device)
     except (RuntimeError, TypeError) as error:
         result.note(f"no decoding on the device: {str(error).splitlines()[0]}")
         return
-    row = common.timed(lambda: torchvision.io.decode_jpeg(files, device=device), device, repeats).row(f"decode {len(files)} photos on the device")
+    row = common.timed(
+        lambda: torchvision.io.decode_jpeg(files, device=device), device, repeats
+    ).row(f"decode {len(files)} photos on the device")
     result.add(row | {"images_per_s": len(files) / row["value"] * 1e3})
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--photos", metavar="DIR")
-    parser.add_argument("--images", type=int, default=64, metavar="n", help="photos of each size (64)")
+    parser.add_argument(
+        "--images", type=int, default=64, metavar="n", help="photos of each size (64)"
+    )
     args = parser.parse_args(argv)
     common.begin(args)
     torch.set_num_threads(1)
     n = 2 if args.quick else args.images
     on_host = args.device.type == "cuda"  # a CPU beside a GPU has a file of its own
-    result = common.Result("input-host" if on_host else "input", "JPEG photos to two views of 224 px, CPU time an image, one core", CPU)
+    result = common.Result(
+        "input-host" if on_host else "input",
+        "JPEG photos to two views of 224 px, CPU time an image, one core",
+        CPU,
+    )
     with tempfile.TemporaryDirectory() as folder:
         small = find_photos(args.photos, Path(folder), n)
         for size, photos in (("224 px", small), ("500 px", enlarged(small, Path(folder) / "500"))):
-            calls = candidates(photos, result.note, not args.quick and not on_host)  # beside a GPU nobody finishes views on the CPU
+            # beside a GPU nobody finishes views on the CPU
+            calls = candidates(photos, result.note, not args.quick and not on_host)
             for name, timing in common.in_turns(calls, CPU, args.repeats, cpu_time=True).items():
                 timing = common.Timing([seconds / len(photos) for seconds in timing.seconds])
                 first = name.startswith("published")
-                bar = {"bar": result[f"{size}, published: PIL"]["value"] / 3} if name.startswith("ours, fast") else {}
-                result.add(timing.row(f"{size}, {name}", images_per_s=1 / timing.median, **bar), of=None if first else f"{size}, published: PIL")
+                bar = (
+                    {"bar": result[f"{size}, published: PIL"]["value"] / 3}
+                    if name.startswith("ours, fast")
+                    else {}
+                )
+                result.add(
+                    timing.row(f"{size}, {name}", images_per_s=1 / timing.median, **bar),
+                    of=None if first else f"{size}, published: PIL",
+                )
         what = "drawn pictures" if small[0].parent == Path(folder) else "photos"
-        result.note(f"{len(small)} {what} of each size; all calls in turns in one process, one thread; bar: a third of the published time")
+        result.note(
+            f"{len(small)} {what} of each size; all calls in turns in one process, one thread; bar:"
+            " a third of the published time"
+        )
         common.end(args, result)
         if on_host:
             result = common.Result("input", "Views finished on the device", args.device)

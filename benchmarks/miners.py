@@ -1,27 +1,37 @@
-"""Every way to rank pairs, beside both Euclidean baselines: precision, coverage and the worst hub at mean set sizes 0.5 to 50.
+"""Every way to rank pairs, beside both Euclidean baselines: precision, coverage and the worst hub
+at mean set sizes 0.5 to 50.
 
-    python -m benchmarks.miners FILE.safetensors           features [M, C] and labels [M] of real images; no GAN: minutes on a CPU
-    python -m benchmarks.miners FILE --gan 3               with the rows of the GANs, three seeds each (half an hour of CPU a seed at 50,000 images)
-    python -m benchmarks.miners digits --gan 3             the digits: a converged MoCo v2 a seed, those of benchmarks.breakeven
-    python -m benchmarks.miners FILE.pth.tar --of cifar10 DIR   the features that a checkpoint makes of these images
+    python -m benchmarks.miners FILE.safetensors           features [M, C] and labels [M] of real
+    images; no GAN: minutes on a CPU python -m benchmarks.miners FILE --gan 3               with the
+    rows of the GANs, three seeds each (half an hour of CPU a seed at 50,000 images) python -m
+    benchmarks.miners digits --gan 3             the digits: a converged MoCo v2 a seed, those of
+    benchmarks.breakeven python -m benchmarks.miners FILE.pth.tar --of cifar10 DIR   the features
+    that a checkpoint makes of these images
 
 Rows: own nearest (directed edges), then pairs of the whole data set, the surest first:
   all pairs                  by cosine
   shared neighbours          by how many of the 20 nearest they share, then by cosine
   mutual rank                by the worse of the two places that they have in each other's lists
   CSLS                       by twice the cosine less each image's mean cosine to its 10 nearest
-  neighbourhood means        by the cosine of the means over their nearest (--miner average), 20 and 50 of them; with an in-degree cap; and
-                             weighed: a pair counts by how right the estimate without labels holds it for
-  with two views             neighbourhood means of 50 of what an image and two augmented views of it have in common, where there are images
-  two snapshots              by the worse cosine of two snapshots of the encoder, where the features of an earlier one are there (the digits)
-  GAN, published             each anchor's images nearest to its best proxy (directed edges, Eq. 3 without a radius)
-  GAN, surest pairs          the same pairs, those nearest to their proxy first
-  GAN, five proxies agree    the anchor's nearest by the worst cosine to any of its five proxies
-  GAN, five and shared       the same plus the share of their 20 nearest that they share
-  GAN, all seeds agree       the anchor's nearest by the worst cosine to any of the proxies of n GANs
-and surest pairs of other GANs (benchmarks/gans.py): positives from sets (drawn from the 5 nearest and not the anchor's own row), spectral norm,
-gradient penalty, graded negatives; and, matched false triplets: the anchor's nearest by D's score of them, as positives drawn from sets.
-Candidates are each image's 100 nearest. Labels judge and choose nothing. Each seed leaves a file in --folder and is not run again.
+  neighbourhood means        by the cosine of the means over their nearest (--miner average), 20 and
+                             50 of them; with an in-degree cap; and weighed: a pair counts by how
+                             right the estimate without labels holds it for with two views
+                             neighbourhood means of 50 of what an image and two augmented views of
+                             it have in common, where there are images two snapshots              by
+                             the worse cosine of two snapshots of the encoder, where the features of
+                             an earlier one are there (the digits) GAN, published             each
+                             anchor's images nearest to its best proxy (directed edges, Eq. 3
+                             without a radius) GAN, surest pairs          the same pairs, those
+                             nearest to their proxy first GAN, five proxies agree    the anchor's
+                             nearest by the worst cosine to any of its five proxies GAN, five and
+                             shared       the same plus the share of their 20 nearest that they
+                             share GAN, all seeds agree       the anchor's nearest by the worst
+                             cosine to any of the proxies of n GANs
+and surest pairs of other GANs (benchmarks/gans.py): positives from sets (drawn from the 5 nearest
+and not the anchor's own row), spectral norm, gradient penalty, graded negatives; and, matched false
+triplets: the anchor's nearest by D's score of them, as positives drawn from sets. Candidates are
+each image's 100 nearest. Labels judge and choose nothing. Each seed leaves a file in --folder and
+is not run again.
 
 Letters: M images, C feature dimension, k neighbours.
 """
@@ -52,15 +62,25 @@ from moco_isl.mining.positives import PositiveSets, distinct_edges, same_label
 from moco_isl.mining.triplets import TripletSampler
 
 Tensor = torch.Tensor
-Pairs = tuple[Tensor, ...]  # images a [U], b [U], surest first; and where pairs do not count alike their weights [U]
+# images a [U], b [U], surest first; and where pairs do not count alike their weights [U]
+Pairs = tuple[Tensor, ...]
 SIZES = [0.5, 1, 2, 5, 10, 20, 50]
-K, SHARED, CAP, TRIPLETS = 100, 20, 100, 5
-KINDS = {"spectral norm": gans.SpectralNorm, "gradient penalty": gans.GradientPenalty, "graded negatives": gans.GradedNegatives}
+K = 100
+SHARED = 20
+CAP = 100
+TRIPLETS = 5
+KINDS = {
+    "spectral norm": gans.SpectralNorm,
+    "gradient penalty": gans.GradientPenalty,
+    "graded negatives": gans.GradedNegatives,
+}
 
 
 @dataclass
 class Source:
-    """Features [M, C] and labels [M]; before [M, C]: of an earlier snapshot of the encoder; views 2 x [M, C]: of augmented views."""
+    """Features [M, C] and labels [M]; before [M, C]: of an earlier snapshot of the encoder; views 2
+    x [M, C]: of augmented views.
+    """
 
     features: Tensor
     labels: Tensor
@@ -77,17 +97,32 @@ class Lists:
         self.cosine, self.near = topk(features, features, min(K, self.M - 1), self.anchors)
 
     def pairs(self, score: Tensor, near: Tensor | None = None) -> Pairs:
-        """Distinct undirected pairs, the highest score first; score [M, k] of the images near [M, k]."""
+        """Distinct undirected pairs, the highest score first; score [M, k] of the images near [M,
+        k].
+        """
         near = self.near if near is None else near
-        a, b, (value,) = distinct_edges(self.M, self.anchors.repeat_interleave(near.shape[1]), near.flatten(), [score.flatten()], undirected=True)
+        a, b, (value,) = distinct_edges(
+            self.M,
+            self.anchors.repeat_interleave(near.shape[1]),
+            near.flatten(),
+            [score.flatten()],
+            undirected=True,
+        )
         order = value.sort(descending=True, stable=True).indices
         return a[order], b[order]
 
     @functools.cached_property
     def shared(self) -> Tensor:
-        """[M, K]: how many of the SHARED nearest an image and each of its nearest have in common."""
+        """[M, K]: how many of the SHARED nearest an image and each of its nearest have in
+        common.
+        """
         first = self.near[:, :SHARED].int()
-        return torch.cat([(first[rows][:, None, :, None] == first[self.near[rows]][:, :, None]).sum((2, 3)) for rows in self.anchors.split(128)]).float()
+        return torch.cat(
+            [
+                (first[rows][:, None, :, None] == first[self.near[rows]][:, :, None]).sum((2, 3))
+                for rows in self.anchors.split(128)
+            ]
+        ).float()
 
     def by_cosine(self) -> Pairs:
         return self.pairs(self.cosine)
@@ -101,7 +136,9 @@ class Lists:
         return means.pairs(means.cosine)
 
     def worst_rank(self) -> Tensor:
-        """[M, K]: the larger of the places that an image and each of its nearest have in each other's lists."""
+        """[M, K]: the larger of the places that an image and each of its nearest have in each
+        other's lists.
+        """
         place = torch.arange(self.near.shape[1], device=self.near.device)
         back = []
         for rows in self.anchors.split(512):
@@ -111,13 +148,20 @@ class Lists:
 
     def cosine_in(self, features: Tensor) -> Tensor:
         """[M, K]: cosine of an image to each of its nearest, by other features [M, C]."""
-        return torch.cat([(features[self.near[rows]] @ features[rows][:, :, None]).squeeze(2) for rows in self.anchors.split(1024)])
+        return torch.cat(
+            [
+                (features[self.near[rows]] @ features[rows][:, :, None]).squeeze(2)
+                for rows in self.anchors.split(1024)
+            ]
+        )
 
 
 # ---------------------------------------------------------------- the rows
 
 
-def without_gan(lists: Lists, before: Tensor | None = None, views: Views | None = None) -> dict[str, Pairs]:
+def without_gan(
+    lists: Lists, before: Tensor | None = None, views: Views | None = None
+) -> dict[str, Pairs]:
     """Row -> pairs, surest first."""
     cosine, near = lists.cosine, lists.near
     local = cosine[:, :10].mean(1)
@@ -144,10 +188,14 @@ def without_gan(lists: Lists, before: Tensor | None = None, views: Views | None 
 
 @torch.no_grad()
 def with_gan(lists: Lists, seed: int, iters: int | None) -> tuple[dict[str, Pairs], Tensor, Tensor]:
-    """Row -> pairs, surest first; the images nearest to each anchor's best proxy [M, K]; the worst cosine of an anchor's nearest to its proxies [M, K]."""
+    """Row -> pairs, surest first; the images nearest to each anchor's best proxy [M, K]; the worst
+    cosine of an anchor's nearest to its proxies [M, K].
+    """
     x, M = lists.features, lists.M
     alone = PositiveSets.empty(M, x.device)
-    nearest = PositiveSets.from_edges(M, lists.anchors.repeat_interleave(5), lists.near[:, :5].flatten(), symmetric=False)
+    nearest = PositiveSets.from_edges(
+        M, lists.anchors.repeat_interleave(5), lists.near[:, :5].flatten(), symmetric=False
+    )
     fit_of = lambda sets, kind=Trainer: fit_gan(x, sets, GANSettings(iters), seed, kind=kind)
 
     def surest(fit: GANFit, sets: PositiveSets) -> tuple[Pairs, Tensor]:
@@ -169,13 +217,27 @@ def with_gan(lists: Lists, seed: int, iters: int | None) -> tuple[dict[str, Pair
 
 def _negatives(lists: Lists, seed: int):
     """Anchors [N] at a time, with a negative of each of their triplets: (rows [N], [n [N, C]])."""
-    sampler = TripletSampler(lists.features, PositiveSets.empty(lists.M, lists.features.device), lists.M, torch.Generator().manual_seed(seed), TRIPLETS)
+    sampler = TripletSampler(
+        lists.features,
+        PositiveSets.empty(lists.M, lists.features.device),
+        lists.M,
+        torch.Generator().manual_seed(seed),
+        TRIPLETS,
+    )
     for rows in lists.anchors.split(512):
-        yield rows, [lists.features[sampler.draw_negatives(rows, window)].float() for window in sampler.spread(0)]
+        yield (
+            rows,
+            [
+                lists.features[sampler.draw_negatives(rows, window)].float()
+                for window in sampler.spread(0)
+            ],
+        )
 
 
 def _of_five(proxy, lists: Lists, seed: int) -> Tensor:
-    """[M, K, 5]: cosine of each of an anchor's proxies, proxy(a, n) [N, C], to each of its nearest."""
+    """[M, K, 5]: cosine of each of an anchor's proxies, proxy(a, n) [N, C], to each of its
+    nearest.
+    """
     x, parts = lists.features, []
     for rows, negatives in _negatives(lists, seed):
         proxies = torch.stack([proxy(x[rows].float(), n) for n in negatives], 2)  # [N, C, 5]
@@ -184,11 +246,19 @@ def _of_five(proxy, lists: Lists, seed: int) -> Tensor:
 
 
 def _scores(fit: GANFit, lists: Lists, seed: int) -> Tensor:
-    """[M, K, 5]: D's logit of each of an anchor's nearest in the positive's place, with each of its negatives."""
-    x, k, parts = lists.features, lists.near.shape[1], []
+    """[M, K, 5]: D's logit of each of an anchor's nearest in the positive's place, with each of its
+    negatives.
+    """
+    x = lists.features
+    k = lists.near.shape[1]
+    parts = []
     for rows, negatives in _negatives(lists, seed):
-        a, p = x[rows].float().repeat_interleave(k, 0), x[lists.near[rows]].float().flatten(0, 1)  # [N k, C]
-        parts.append(torch.stack([fit.D(a, p, n.repeat_interleave(k, 0)).view(-1, k) for n in negatives], 2))
+        # [N k, C]
+        a = x[rows].float().repeat_interleave(k, 0)
+        p = x[lists.near[rows]].float().flatten(0, 1)
+        parts.append(
+            torch.stack([fit.D(a, p, n.repeat_interleave(k, 0)).view(-1, k) for n in negatives], 2)
+        )
     return torch.cat(parts)
 
 
@@ -198,26 +268,46 @@ def _scores(fit: GANFit, lists: Lists, seed: int) -> Tensor:
 def directed(near: Tensor, labels: Tensor) -> dict[str, dict]:
     """Figures of each image's first s images of near [M, k], by whole sizes s."""
     same = same_label(labels, near, torch.arange(len(near), device=near.device)[:, None])
-    return {f"{s}": {"precision": float(same[:, :s].nanmean()), "coverage": 1.0, "hub": int(near[:, :s].flatten().bincount().max())}
-            for s in map(int, SIZES) if 1 <= s <= near.shape[1]}  # fmt: skip
+    return {
+        f"{s}": {
+            "precision": float(same[:, :s].nanmean()),
+            "coverage": 1.0,
+            "hub": int(near[:, :s].flatten().bincount().max()),
+        }
+        for s in map(int, SIZES)
+        if 1 <= s <= near.shape[1]
+    }
 
 
-def undirected(a: Tensor, b: Tensor, weight: Tensor | None = None, *, labels: Tensor) -> dict[str, dict]:
+def undirected(
+    a: Tensor, b: Tensor, weight: Tensor | None = None, *, labels: Tensor
+) -> dict[str, dict]:
     """Figures of the first s M / 2 of some pairs, where there are as many."""
-    M, same, found = len(labels), same_label(labels, a, b), {}
+    M = len(labels)
+    same = same_label(labels, a, b)
+    found = {}
     weight = torch.where(same.isnan(), 0, torch.ones_like(same) if weight is None else weight)
     right = same.nan_to_num() * weight
     for size in SIZES:
         if (n := round(size * M / 2)) <= len(a):
             degree = torch.bincount(torch.cat([a[:n], b[:n]]), minlength=M)
-            found[f"{size:g}"] = {"precision": float(right[:n].sum() / weight[:n].sum()), "coverage": float((degree > 0).float().mean()), "hub": int(degree.max())}
+            found[f"{size:g}"] = {
+                "precision": float(right[:n].sum() / weight[:n].sum()),
+                "coverage": float((degree > 0).float().mean()),
+                "hub": int(degree.max()),
+            }
     return found
 
 
-def study(sources: list[Source], seeds: int, iters: int | None, folder: Path) -> dict[str, list[dict]]:
-    """Row -> its figures by size, one dict a source (rows without a GAN) or a seed (of source seed % len(sources))."""
+def study(
+    sources: list[Source], seeds: int, iters: int | None, folder: Path
+) -> dict[str, list[dict]]:
+    """Row -> its figures by size, one dict a source (rows without a GAN) or a seed (of source seed
+    % len(sources)).
+    """
     rows: dict[str, list[dict]] = {}
-    worst, all_lists = [], [Lists(source.features) for source in sources]
+    worst = []
+    all_lists = [Lists(source.features) for source in sources]
     for source, lists in zip(sources, all_lists):
         rows.setdefault("own nearest", []).append(directed(lists.near, source.labels))
         for name, pairs in without_gan(lists, source.before, source.views).items():
@@ -228,40 +318,82 @@ def study(sources: list[Source], seeds: int, iters: int | None, folder: Path) ->
         worst.append(least)
         for name, figures in found.items():
             rows.setdefault(name, []).append(figures)
-            print(f"  seed {seed}: {name}", *(f"{100 * f['precision']:.1f}" for f in figures.values()), flush=True)
+            print(
+                f"  seed {seed}: {name}",
+                *(f"{100 * f['precision']:.1f}" for f in figures.values()),
+                flush=True,
+            )
     if seeds > 1 and len(sources) == 1:
-        rows["GAN, all seeds agree"] = [undirected(*all_lists[0].pairs(torch.stack(worst).amin(0)), labels=sources[0].labels)]
+        rows["GAN, all seeds agree"] = [
+            undirected(*all_lists[0].pairs(torch.stack(worst).amin(0)), labels=sources[0].labels)
+        ]
     return rows
 
 
-def _seed(source: Source, lists: Lists, seed: int, iters: int | None, folder: Path) -> tuple[dict[str, dict], Tensor]:
-    """Figures of a seed's rows of the GANs, and the worst cosines [M, K]: from its file, or made and written."""
+def _seed(
+    source: Source, lists: Lists, seed: int, iters: int | None, folder: Path
+) -> tuple[dict[str, dict], Tensor]:
+    """Figures of a seed's rows of the GANs, and the worst cosines [M, K]: from its file, or made
+    and written.
+    """
     done = folder / f"seed-{seed}.pt"
     key = {"iters": iters, "images": lists.M, "sum": round(float(lists.cosine.double().sum()), 2)}
     if done.exists():
         kept = torch.load(done, weights_only=True)
         if kept["key"] != key:
-            raise BadInput(f"{done} is of other features or iterations: expected {key}, it has {kept['key']}; choose another --folder, or remove it")
+            raise BadInput(
+                f"{done} is of other features or iterations: expected {key}, it has {kept['key']};"
+                " choose another --folder, or remove it"
+            )
         return json.loads(kept["figures"]), kept["worst"].float().to(lists.near.device)
     pairs, near, worst = with_gan(lists, seed, iters)
-    figures = {"GAN, published": directed(near, source.labels), **{name: undirected(*p, labels=source.labels) for name, p in pairs.items()}}
+    figures = {
+        "GAN, published": directed(near, source.labels),
+        **{name: undirected(*p, labels=source.labels) for name, p in pairs.items()},
+    }
     folder.mkdir(parents=True, exist_ok=True)
-    files.write({"key": key, "figures": json.dumps(figures), "worst": worst.half().cpu()}, done, done.with_suffix(".tmp"))
+    files.write(
+        {"key": key, "figures": json.dumps(figures), "worst": worst.half().cpu()},
+        done,
+        done.with_suffix(".tmp"),
+    )
     return figures, worst
 
 
 def show(rows: dict[str, list[dict]], result: common.Result) -> None:
-    """A row each; the last columns: by how many points it is at least above the better of both baselines, over all sizes and at 5 and 50."""
-    mean = {name: {s: statistics.fmean(f[s]["precision"] for f in seeds) for s in seeds[0]} for name, seeds in rows.items()}
-    best = {f"{s:g}": max(mean[name].get(f"{s:g}", 0) for name in ("own nearest", "all pairs")) for s in SIZES}
+    """A row each; the last columns: by how many points it is at least above the better of both
+    baselines, over all sizes and at 5 and 50.
+    """
+    mean = {
+        name: {s: statistics.fmean(f[s]["precision"] for f in seeds) for s in seeds[0]}
+        for name, seeds in rows.items()
+    }
+    best = {
+        f"{s:g}": max(mean[name].get(f"{s:g}", 0) for name in ("own nearest", "all pairs"))
+        for s in SIZES
+    }
     for name, seeds in rows.items():
-        at = lambda s: common.spread([100 * f[s]["precision"] for f in seeds]) if s in seeds[0] else None  # noqa: B023
+        at = lambda s: (
+            common.spread([100 * f[s]["precision"] for f in seeds]) if s in seeds[0] else None
+        )
         over = {s: 100 * (mean[name][s] - best[s]) for s in mean[name]}
         middle = {key: statistics.fmean(f["5"][key] for f in seeds) for key in ("coverage", "hub")}
         gain = {"least": min(over.values()), "over_5": over.get("5"), "over_50": over.get("50")}
-        result.add({"row": name, **{f"at_{s:g}": at(f"{s:g}") for s in SIZES}, "coverage": round(100 * middle["coverage"]), "hub": round(middle["hub"]),
-                    **({} if name in ("own nearest", "all pairs") else {key: f"{x:+.1f}" for key, x in gain.items() if x is not None}),
-                    "n": len(seeds), "figures": seeds})  # fmt: skip
+        result.add(
+            {
+                "row": name,
+                **{f"at_{s:g}": at(f"{s:g}") for s in SIZES},
+                "coverage": round(100 * middle["coverage"]),
+                "hub": round(middle["hub"]),
+                **(
+                    {}
+                    if name in ("own nearest", "all pairs")
+                    else {key: f"{x:+.1f}" for key, x in gain.items() if x is not None}
+                ),
+                "n": len(seeds),
+                "figures": seeds,
+            }
+        )
 
 
 # ---------------------------------------------------------------- the features
@@ -271,28 +403,53 @@ def from_file(file: str, device: torch.device, images: int | None) -> list[Sourc
     """All of the file's images, or so many of them, drawn."""
     features, labels, before = load_features(file, device)
     if images and images < len(features):
-        chosen = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:images].sort().values.to(features.device)
-        features, labels, before = features[chosen], labels[chosen], None if before is None else before[chosen]
+        chosen = (
+            torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:images]
+            .sort()
+            .values.to(features.device)
+        )
+        features = features[chosen]
+        labels = labels[chosen]
+        before = None if before is None else before[chosen]
     return [Source(features, labels, before)]
 
 
 def of_checkpoint(file: Path, dataset: str, root: str | None, device: torch.device) -> Source:
-    """What the query encoder of a checkpoint makes of a data set's train images and of two MoCo v2 views of each."""
+    """What the query encoder of a checkpoint makes of a data set's train images and of two MoCo v2
+    views of each.
+    """
     images = data.build_dataset(dataset, root, "train")
     if images.labels is None:
         raise BadInput(f"{root} has no labels to judge by: expected a folder a class")
     size, M = data.native_size(images), len(images)
     encoder, _ = load_backbone(file, image_size=size)
     encoder.to(device)
-    plain = data.eval_loader(images, transform=data.get_eval_transform(dataset, size), batch_size=256, device=device)
-    seen = data.view_loader(images, augmentation=data.get_augmentation(dataset, aug_plus=True, size=size), batch_size=256, seed=0, device=device)
-    return Source(extract_features(encoder, plain, M, device), images.labels.to(device), views=extract_views(encoder, seen.epoch(0), M, device))
+    plain = data.eval_loader(
+        images, transform=data.get_eval_transform(dataset, size), batch_size=256, device=device
+    )
+    seen = data.view_loader(
+        images,
+        augmentation=data.get_augmentation(dataset, aug_plus=True, size=size),
+        batch_size=256,
+        seed=0,
+        device=device,
+    )
+    return Source(
+        extract_features(encoder, plain, M, device),
+        images.labels.to(device),
+        views=extract_views(encoder, seen.epoch(0), M, device),
+    )
 
 
 def of_digits(seeds: int, device: torch.device, starts: Path, quick: bool) -> list[Source]:
-    """The train images by the converged MoCo v2 of each seed after 20 more epochs, with the features before those."""
-    flags = breakeven.shared_parser("").parse_args(["--device", str(device), "--epochs", "20", *(["--quick"] if quick else [])])
-    runs, sources = breakeven.Runs(starts, breakeven.setting(flags), device), []
+    """The train images by the converged MoCo v2 of each seed after 20 more epochs, with the
+    features before those.
+    """
+    flags = breakeven.shared_parser("").parse_args(
+        ["--device", str(device), "--epochs", "20", *(["--quick"] if quick else [])]
+    )
+    runs = breakeven.Runs(starts, breakeven.setting(flags), device)
+    sources = []
     for seed in range(seeds):
         start = runs.start(seed)
         runs.go_on(f"gain0-{seed}", seed, ["--miner", "none"], keep=True)
@@ -305,13 +462,29 @@ def of_digits(seeds: int, device: torch.device, starts: Path, quick: bool) -> li
 
 def get_parser() -> argparse.ArgumentParser:
     parser = common.parser(__doc__)
-    parser.add_argument("file", metavar="FILE|digits", help="safetensors file with features [M, C] and labels [M], or a checkpoint")
-    parser.add_argument("--of", nargs="+", metavar="X", help="of a checkpoint: the name of the data set and, but for digits, where it is")
+    parser.add_argument(
+        "file",
+        metavar="FILE|digits",
+        help="safetensors file with features [M, C] and labels [M], or a checkpoint",
+    )
+    parser.add_argument(
+        "--of",
+        nargs="+",
+        metavar="X",
+        help="of a checkpoint: the name of the data set and, but for digits, where it is",
+    )
     parser.add_argument("--images", type=int, metavar="M", help="draw so many of the file's (all)")
-    parser.add_argument("--gan", type=int, default=0, metavar="n", help="seeds of the GANs' rows (0: none of them)")
+    parser.add_argument(
+        "--gan", type=int, default=0, metavar="n", help="seeds of the GANs' rows (0: none of them)"
+    )
     parser.add_argument("--iters", type=int, help="cap of the GAN's iterations (90 sqrt(M))")
     parser.add_argument("--folder", type=Path, help="where a seed's figures go (runs/miners/NAME)")
-    parser.add_argument("--starts", type=Path, default=Path("runs/breakeven/digits-20"), help="folder with the digits' converged runs, made where they are not there")
+    parser.add_argument(
+        "--starts",
+        type=Path,
+        default=Path("runs/breakeven/digits-20"),
+        help="folder with the digits' converged runs, made where they are not there",
+    )
     return parser
 
 
@@ -320,24 +493,53 @@ def main(argv: list[str] | None = None) -> int:
     common.begin(args)
     if args.quick:
         args.images, args.iters = args.images or 1000, 50
-    name = Path(args.file).stem.removeprefix("features_") + (f"-{args.images}" if args.images and args.file != "digits" else "")
-    columns = [("row", "ranked by"), *((f"at_{s:g}", f"{s:g}") for s in SIZES), ("coverage", "coverage at 5, %"), ("hub", "worst hub at 5"),
-               ("least", "least over both baselines"), ("over_5", "at 5"), ("over_50", "at 50"), ("n", "n")]  # fmt: skip
+    name = Path(args.file).stem.removeprefix("features_") + (
+        f"-{args.images}" if args.images and args.file != "digits" else ""
+    )
+    columns = [
+        ("row", "ranked by"),
+        *((f"at_{s:g}", f"{s:g}") for s in SIZES),
+        ("coverage", "coverage at 5, %"),
+        ("hub", "worst hub at 5"),
+        ("least", "least over both baselines"),
+        ("over_5", "at 5"),
+        ("over_50", "at 50"),
+        ("n", "n"),
+    ]
     try:
         digits = args.file == "digits"
         if args.of:
             name = Path(args.file).resolve().parent.name
-            sources = [of_checkpoint(Path(args.file), args.of[0], *args.of[1:2] or [None], args.device)]
+            sources = [
+                of_checkpoint(Path(args.file), args.of[0], *args.of[1:2] or [None], args.device)
+            ]
         else:
-            sources = of_digits(max(1, args.gan), args.device, args.starts, args.quick) if digits else from_file(args.file, args.device, args.images)
-        rows = study(sources, args.gan, args.iters, args.folder or Path("runs/miners") / (name + ("-quick" if args.quick else "")))
+            sources = (
+                of_digits(max(1, args.gan), args.device, args.starts, args.quick)
+                if digits
+                else from_file(args.file, args.device, args.images)
+            )
+        rows = study(
+            sources,
+            args.gan,
+            args.iters,
+            args.folder or Path("runs/miners") / (name + ("-quick" if args.quick else "")),
+        )
     except BadInput as error:
         print(f"benchmarks.miners: {error}", file=sys.stderr)
         return error.exit_code
-    result = common.Result(f"miners-{name}", f"Precision of mined pairs, {name}, {len(sources[0].labels):,} images", args.device, columns)
+    result = common.Result(
+        f"miners-{name}",
+        f"Precision of mined pairs, {name}, {len(sources[0].labels):,} images",
+        args.device,
+        columns,
+    )
     show(rows, result)
-    result.note("Precision in per cent at mean set sizes 0.5 to 50 (mean ± standard deviation of n seeds), of each image's 100 nearest as candidates. Own nearest and GAN, "
-                "published: directed edges; all others: undirected pairs of the whole data set, surest first.")  # fmt: skip
+    result.note(
+        "Precision in per cent at mean set sizes 0.5 to 50 (mean ± standard deviation of n seeds),"
+        " of each image's 100 nearest as candidates. Own nearest and GAN, published: directed"
+        " edges; all others: undirected pairs of the whole data set, surest first."
+    )
     common.end(args, result)
     return 0
 

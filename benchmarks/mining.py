@@ -1,14 +1,17 @@
-"""One round of mining measured: precision beside both Euclidean baselines, hubs, coverage, seconds, memory.
+"""One round of mining measured: precision beside both Euclidean baselines, hubs, coverage, seconds,
+memory.
 
-    python -m benchmarks.mining features.safetensors               features [M, C] and labels [M] of real images
-    python -m benchmarks.mining --size 1281167 --iters 200 --worst 1 --no-table     the memory and seconds of that many
+    python -m benchmarks.mining features.safetensors               features [M, C] and labels [M] of
+    real images python -m benchmarks.mining --size 1281167 --iters 200 --worst 1 --no-table     the
+    memory and seconds of that many
 
 Rows of the table, precision at mean set sizes 1, 5, 10, 50:
   own nearest       each image's nearest by cosine
   all pairs         the most similar pairs of the whole data set, equally many
-  GAN proxies       the images nearest to each anchor's best proxy, whatever its score (Eq. 3, no radius)
-  GAN surest pairs  the pairs of the row above most similar to their proxy, over the whole data set, under the in-degree cap
-Below it the round itself, as a run does it. Memory is what the process (or the GPU) held at most beyond the features.
+  GAN proxies       the images nearest to each anchor's best proxy, whatever its score (Eq. 3, no
+radius) GAN surest pairs  the pairs of the row above most similar to their proxy, over the whole
+data set, under the in-degree cap Below it the round itself, as a run does it. Memory is what the
+process (or the GPU) held at most beyond the features.
 """
 
 import argparse
@@ -38,25 +41,58 @@ OURS = b'{\n "command": "python -m benchmarks.mining'  # how the file of --out b
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", nargs="?", help="safetensors file with features [M, C] and labels [M]")
-    parser.add_argument("--size", type=int, metavar="M", help="instead of a file: synthetic features of M images, 100 a cluster")
-    parser.add_argument("--dim", type=int, default=128, metavar="C", help="of synthetic features (128)")
-    parser.add_argument("--half", action="store_true", help="keep features in half precision (a GPU mines them so)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "file", nargs="?", help="safetensors file with features [M, C] and labels [M]"
+    )
+    parser.add_argument(
+        "--size",
+        type=int,
+        metavar="M",
+        help="instead of a file: synthetic features of M images, 100 a cluster",
+    )
+    parser.add_argument(
+        "--dim", type=int, default=128, metavar="C", help="of synthetic features (128)"
+    )
+    parser.add_argument(
+        "--half", action="store_true", help="keep features in half precision (a GPU mines them so)"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="CPU threads (default: as torch sees fit)")
-    parser.add_argument("--iters", type=int, help="cap of the GAN's iterations (default: 90 sqrt(M), 20,000 at 50,000 images)")
+    parser.add_argument(
+        "--iters",
+        type=int,
+        help="cap of the GAN's iterations (default: 90 sqrt(M), 20,000 at 50,000 images)",
+    )
     parser.add_argument("--min-iters", type=int, help="(default: a quarter of the cap)")
     parser.add_argument("--lam", type=float, default=1.0, help="lambda of Eq. 1 (1)")
-    parser.add_argument("--threshold", type=float, default=0.5, help="score above which a proxy adds images (0.5)")
+    parser.add_argument(
+        "--threshold", type=float, default=0.5, help="score above which a proxy adds images (0.5)"
+    )
     parser.add_argument("--radius", type=float, default=0.6, help="R of Eq. 2 (0.6)")
-    parser.add_argument("--budget", type=float, default=10.0, help="of the round: positives an image (10)")
-    parser.add_argument("--rounds", type=int, default=1, help="rounds one after the other, on the same features (1)")
+    parser.add_argument(
+        "--budget", type=float, default=10.0, help="of the round: positives an image (10)"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=1, help="rounds one after the other, on the same features (1)"
+    )
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 5, 10, 50])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--no-table", action="store_true", help="the round alone: no baselines, no second search")
-    parser.add_argument("--worst", type=int, metavar="W", help="the most work and memory a round can be: every candidate of every "
-                        "anchor joins, whatever GAN and watchdog say; one of W shares of the anchors is mined, copies stand for the others")
+    parser.add_argument(
+        "--no-table", action="store_true", help="the round alone: no baselines, no second search"
+    )
+    parser.add_argument(
+        "--worst",
+        type=int,
+        metavar="W",
+        help=(
+            "the most work and memory a round can be: every candidate of every anchor joins,"
+            " whatever GAN and watchdog say; one of W shares of the anchors is mined, copies stand"
+            " for the others"
+        ),
+    )
     parser.add_argument("--out", metavar="FILE.json", help="where to write all figures")
     return parser
 
@@ -71,27 +107,43 @@ def load(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
     return load_features(args.file, args.device, dtype)[:2]
 
 
-def load_features(file: str, device: str | torch.device, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """features [M, C] unit rows, labels [M] and, where the file has them, the features of an earlier snapshot `before` [M, C]."""
+def load_features(
+    file: str, device: str | torch.device, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """features [M, C] unit rows, labels [M] and, where the file has them, the features of an
+    earlier snapshot `before` [M, C].
+    """
     from safetensors.torch import load_file
 
     if not Path(file).is_file():
-        raise BadInput(f"no feature file at {file}: a safetensors file with features and labels is expected")
+        raise BadInput(
+            f"no feature file at {file}: a safetensors file with features and labels is expected"
+        )
     tensors = load_file(file)
     if not {"features", "labels"} <= tensors.keys():
         raise BadInput(f"{file} holds {', '.join(tensors)}: features and labels are expected")
     unit = lambda name: F.normalize(tensors[name].float(), dim=1).to(device, dtype)
-    return unit("features"), tensors["labels"].to(device), unit("before") if "before" in tensors else None
+    return (
+        unit("features"),
+        tensors["labels"].to(device),
+        unit("before") if "before" in tensors else None,
+    )
 
 
-def synthetic(M: int, C: int, device: str, dtype: torch.dtype, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def synthetic(
+    M: int, C: int, device: str, dtype: torch.dtype, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Unit rows around M / 100 random centres; the labels are the centres."""
     g = torch.Generator(device).manual_seed(seed)
     centres = torch.randn(max(2, M // 100), C, generator=g, device=device)
     labels = torch.randint(len(centres), (M,), generator=g, device=device)
     features = torch.empty(M, C, dtype=dtype, device=device)
     for part, label in zip(features.split(65536), labels.split(65536)):
-        part.copy_(F.normalize(centres[label] + 0.8 * torch.randn(len(label), C, generator=g, device=device), dim=1))
+        part.copy_(
+            F.normalize(
+                centres[label] + 0.8 * torch.randn(len(label), C, generator=g, device=device), dim=1
+            )
+        )
     return features, labels
 
 
@@ -110,7 +162,9 @@ def held_gib(device: str) -> float:
 
 
 class WorstCase(GANMiner):
-    """Mines the first of W shares of the anchors; everything joins, and shifted copies of its edges stand for the other shares."""
+    """Mines the first of W shares of the anchors; everything joins, and shifted copies of its edges
+    stand for the other shares.
+    """
 
     def __init__(self, shares: int, **kwargs):
         super().__init__(**{**kwargs, "threshold": -1.0, "radius": 10.0, "radius_mode": "fixed"})
@@ -118,40 +172,62 @@ class WorstCase(GANMiner):
         self.shares = shares
 
     def find(self, features, positives, seed, tick):
-        own, dist.shard = dist.shard, lambda n: (0, -(-n // self.shares))
+        own = dist.shard
+        dist.shard = lambda n: (0, -(-n // self.shares))
         try:
             found, why = super().find(features, positives, seed, tick)
         finally:
             dist.shard = own
         M, step = len(features), int(found.src.max()) + 1
         shifted = lambda x: torch.cat([((x + i * step) % M).int() for i in range(self.shares)])
-        return Edges(shifted(found.src), shifted(found.dst), found.sureness.repeat(self.shares)), why
+        return (
+            Edges(shifted(found.src), shifted(found.dst), found.sureness.repeat(self.shares)),
+            why,
+        )
 
 
-def rounds(args: argparse.Namespace, miner: GANMiner, features: torch.Tensor, labels: torch.Tensor) -> tuple[PositiveSets, list[dict]]:
+def rounds(
+    args: argparse.Namespace, miner: GANMiner, features: torch.Tensor, labels: torch.Tensor
+) -> tuple[PositiveSets, list[dict]]:
     """The rounds of a run, each reported in a line, with the precision of its sets."""
-    sets, reports = PositiveSets.empty(len(features), features.device), []
+    sets = PositiveSets.empty(len(features), features.device)
+    reports = []
     for number in range(args.rounds):
         before = held_gib(args.device)
         sets = miner.mine(features, sets, torch.Generator().manual_seed(args.seed + number))
         precision = sets.precision(labels) if sets.num_edges else None
-        reports.append({**miner.report, "precision": precision, "memory_gib": peak_gib(args.device) - before})
-        print(f"round {number}: {one_line(reports[-1])}; {reports[-1]['memory_gib']:.2f} GiB beyond the features", flush=True)
+        reports.append(
+            {**miner.report, "precision": precision, "memory_gib": peak_gib(args.device) - before}
+        )
+        print(
+            f"round {number}: {one_line(reports[-1])}; {reports[-1]['memory_gib']:.2f} GiB beyond"
+            " the features",
+            flush=True,
+        )
     return sets, reports
 
 
-def table(args: argparse.Namespace, miner: GANMiner, features: torch.Tensor, labels: torch.Tensor) -> dict[str, dict]:
-    """Row -> precision at each size, coverage at each, hub, seconds. GAN rows: of the last round's networks, empty sets."""
+def table(
+    args: argparse.Namespace, miner: GANMiner, features: torch.Tensor, labels: torch.Tensor
+) -> dict[str, dict]:
+    """Row -> precision at each size, coverage at each, hub, seconds.
+
+    GAN rows: of the last round's networks, empty sets.
+    """
     M, k = len(features), max(args.sizes)
     start = time.perf_counter()
     found = baselines(features, labels, args.sizes)
-    rows = {"own nearest": {"precision": found["own_nearest"]}, "all pairs": {"precision": found["all_pairs"]}}
+    rows = {
+        "own nearest": {"precision": found["own_nearest"]},
+        "all pairs": {"precision": found["all_pairs"]},
+    }
     rows["own nearest"]["seconds"] = time.perf_counter() - start
     _, near = topk(features, features, 10, torch.arange(M, device=features.device))
     rows["own nearest"]["hub"] = int(near.flatten().bincount().max())
     if miner.networks is None:
         return rows
-    G, D = Generator(features.shape[1]), Discriminator(features.shape[1])
+    G = Generator(features.shape[1])
+    D = Discriminator(features.shape[1])
     G.load_state_dict(miner.networks["G"])
     D.load_state_dict(miner.networks["D"])
     fit = GANFit(G.to(features.device), D.to(features.device), {})
@@ -159,34 +235,84 @@ def table(args: argparse.Namespace, miner: GANMiner, features: torch.Tensor, lab
     empty = PositiveSets.empty(M, features.device)
     _, score, near, cosine, _ = best_proxies(fit, features, empty, args.seed, k)
     correct = labels[near] == labels[:, None]
-    rows["GAN proxies"] = {"precision": [float(correct[:, :size].double().mean()) for size in args.sizes],
-                           "seconds": time.perf_counter() - start, "hub": int(near[:, :10].flatten().bincount().max())}  # fmt: skip
+    rows["GAN proxies"] = {
+        "precision": [float(correct[:, :size].double().mean()) for size in args.sizes],
+        "seconds": time.perf_counter() - start,
+        "hub": int(near[:, :10].flatten().bincount().max()),
+    }
     upper = score > score.median()
-    rows["  upper half of scores"] = {"precision": [float(correct[upper, :size].double().mean()) for size in args.sizes]}
+    rows["  upper half of scores"] = {
+        "precision": [float(correct[upper, :size].double().mean()) for size in args.sizes]
+    }
     anchors = torch.arange(M, device=features.device)[:, None].expand_as(near)
     edges = Edges(anchors.flatten(), near.flatten(), cosine.flatten())
     sets = [settle(features, edges, empty, Rules(size))[0] for size in args.sizes]
-    rows["GAN surest pairs"] = {"precision": [s.precision(labels) for s in sets], "coverage": [s.coverage for s in sets],
-                                "size": [s.mean_size for s in sets], "hub": int(sets[-1].in_degree().max())}  # fmt: skip
+    rows["GAN surest pairs"] = {
+        "precision": [s.precision(labels) for s in sets],
+        "coverage": [s.coverage for s in sets],
+        "size": [s.mean_size for s in sets],
+        "hub": int(sets[-1].in_degree().max()),
+    }
     return rows
 
 
 def show(rows: dict[str, dict], sizes: list[int]) -> None:
-    print(f"\n{'precision at':24}" + "".join(f"{size:>9}" for size in sizes) + f"{'worst hub':>12}{'seconds':>10}")
+    print(
+        f"\n{'precision at':24}"
+        + "".join(f"{size:>9}" for size in sizes)
+        + f"{'worst hub':>12}{'seconds':>10}"
+    )
     for name, row in rows.items():
         cells = "".join(f"{p:9.3f}" for p in row["precision"])
-        print(f"{name:24}{cells}{row.get('hub', ''):>12}" + (f"{row['seconds']:10.1f}" if "seconds" in row else ""))
-    print("worst hub: how many images the most frequent one is near to, ten nearest each (surest pairs: its positives at the largest size)")
+        print(
+            f"{name:24}{cells}{row.get('hub', ''):>12}"
+            + (f"{row['seconds']:10.1f}" if "seconds" in row else "")
+        )
+    print(
+        "worst hub: how many images the most frequent one is near to, ten nearest each (surest"
+        " pairs: its positives at the largest size)"
+    )
 
 
 def page(args: argparse.Namespace, reports: list[dict], rows: dict[str, dict]) -> dict:
     """Rounds and table in the form that benchmarks/common.py describes."""
-    columns = [("what", ""), *((f"at {size}", f"precision at {size}") for size in args.sizes), ("size", "set size"), ("hub", "worst hub"), ("seconds", "s"), ("memory_gib", "GiB")]
-    found = [{"what": f"round {i}", "size": r["mean_size"], "seconds": r["seconds"], "memory_gib": r["memory_gib"], "hub": r["worst_in_degree"]} for i, r in enumerate(reports)]
-    found += [{"what": name.strip(), **{f"at {size}": p for size, p in zip(args.sizes, row["precision"])}, "hub": row.get("hub"), "seconds": row.get("seconds")}
-              for name, row in rows.items()]  # fmt: skip
-    return {"name": "mining", "title": "Rounds of mining, and the precision of what they could have taken", "date": datetime.date.today().isoformat(),
-            "commit": common.commit(), "versions": common.versions(), "columns": columns, "rows": found, "notes": [one_line(report) for report in reports]}  # fmt: skip
+    columns = [
+        ("what", ""),
+        *((f"at {size}", f"precision at {size}") for size in args.sizes),
+        ("size", "set size"),
+        ("hub", "worst hub"),
+        ("seconds", "s"),
+        ("memory_gib", "GiB"),
+    ]
+    found = [
+        {
+            "what": f"round {i}",
+            "size": r["mean_size"],
+            "seconds": r["seconds"],
+            "memory_gib": r["memory_gib"],
+            "hub": r["worst_in_degree"],
+        }
+        for i, r in enumerate(reports)
+    ]
+    found += [
+        {
+            "what": name.strip(),
+            **{f"at {size}": p for size, p in zip(args.sizes, row["precision"])},
+            "hub": row.get("hub"),
+            "seconds": row.get("seconds"),
+        }
+        for name, row in rows.items()
+    ]
+    return {
+        "name": "mining",
+        "title": "Rounds of mining, and the precision of what they could have taken",
+        "date": datetime.date.today().isoformat(),
+        "commit": common.commit(),
+        "versions": common.versions(),
+        "columns": columns,
+        "rows": found,
+        "notes": [one_line(report) for report in reports],
+    }
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -198,25 +324,51 @@ def main(argv: list[str] | None = None) -> int:
             files.require_ours(args.out, lambda path: path.read_bytes().startswith(OURS), "--out")
         features, labels = load(args)
         kind = GANMiner if args.worst is None else partial(WorstCase, args.worst)
-        miner = kind(budget=args.budget, iters=args.iters, min_iters=args.min_iters, lam=args.lam, threshold=args.threshold, radius=args.radius)
-        name = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{platform.machine()}, {os.cpu_count()} cores"
-        print(f"M = {len(features):,}, C = {features.shape[1]}, {features.dtype}, on {name}, {torch.get_num_threads()} threads, "
-              f"torch {torch.__version__}")  # fmt: skip
+        miner = kind(
+            budget=args.budget,
+            iters=args.iters,
+            min_iters=args.min_iters,
+            lam=args.lam,
+            threshold=args.threshold,
+            radius=args.radius,
+        )
+        name = (
+            torch.cuda.get_device_name()
+            if args.device.startswith("cuda")
+            else f"{platform.machine()}, {os.cpu_count()} cores"
+        )
+        print(
+            f"M = {len(features):,}, C = {features.shape[1]}, {features.dtype}, on {name},"
+            f" {torch.get_num_threads()} threads, torch {torch.__version__}"
+        )
         start, cpu = time.perf_counter(), time.process_time()
         _, reports = rounds(args, miner, features, labels)
         rows = {} if args.no_table else table(args, miner, features, labels)
     except BadInput as error:
         print(f"benchmarks.mining: {error}", file=sys.stderr)
         return error.exit_code
-    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+    seconds = time.perf_counter() - start
+    cpu = time.process_time() - cpu
     if rows:
         show(rows, args.sizes)
     print(f"all in {seconds:.0f} s ({cpu:.0f} s of CPU time)")
     if args.out:
-        facts = {"command": shlex.join(["python", "-m", "benchmarks.mining", *sys.argv[1:]]), "device": name,
-                 "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__,
-                 "python": platform.python_version(), "M": len(features), "C": features.shape[1], "sizes": args.sizes,
-                 "rounds": reports, "table": rows, "seconds": seconds, "cpu_seconds": cpu, **page(args, reports, rows)}  # fmt: skip
+        facts = {
+            "command": shlex.join(["python", "-m", "benchmarks.mining", *sys.argv[1:]]),
+            "device": name,
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "M": len(features),
+            "C": features.shape[1],
+            "sizes": args.sizes,
+            "rounds": reports,
+            "table": rows,
+            "seconds": seconds,
+            "cpu_seconds": cpu,
+            **page(args, reports, rows),
+        }
         files.write_text(json.dumps(facts, indent=1) + "\n", args.out)
     return 0
 

@@ -1,4 +1,6 @@
-"""lightly's MoCo and NNCLR as training steps, put together from its modules as its documentation does. Of use to benchmarks only."""
+"""lightly's MoCo and NNCLR as training steps, put together from its modules as its documentation
+does. Of use to benchmarks only.
+"""
 
 from collections.abc import Callable
 
@@ -19,10 +21,17 @@ def backbone(arch: str, size: int) -> tuple[nn.Module, int]:
 
 
 def sgd(*modules: nn.Module) -> torch.optim.SGD:
-    return torch.optim.SGD([p for module in modules for p in module.parameters()], 0.03, momentum=0.9, weight_decay=1e-4)
+    return torch.optim.SGD(
+        [p for module in modules for p in module.parameters()],
+        0.03,
+        momentum=0.9,
+        weight_decay=1e-4,
+    )
 
 
-def moco_step(arch: str, size: int, dim: int, K: int, device: torch.device, m: float = 0.999, T: float = 0.2) -> Step:
+def moco_step(
+    arch: str, size: int, dim: int, K: int, device: torch.device, m: float = 0.999, T: float = 0.2
+) -> Step:
     """MoCo v2 by lightly: its projection head, its momentum update, its loss with a memory bank."""
     from lightly.loss import NTXentLoss
     from lightly.models.modules import MoCoProjectionHead
@@ -54,14 +63,20 @@ def moco_step(arch: str, size: int, dim: int, K: int, device: torch.device, m: f
     return step
 
 
-def nnclr_step(arch: str, size: int, dim: int, K: int, device: torch.device, T: float = 0.1) -> Step:
-    """NNCLR by lightly: both views through one encoder, with gradient; nearest neighbours out of a memory bank of K."""
+def nnclr_step(
+    arch: str, size: int, dim: int, K: int, device: torch.device, T: float = 0.1
+) -> Step:
+    """NNCLR by lightly: both views through one encoder, with gradient; nearest neighbours out of a
+    memory bank of K.
+    """
     from lightly.loss import NTXentLoss
     from lightly.models.modules import NNCLRPredictionHead, NNCLRProjectionHead, NNMemoryBankModule
 
     encoder, width = backbone(arch, size)
-    project, predict = NNCLRProjectionHead(width, 2048, dim), NNCLRPredictionHead(dim, 4096, dim)
-    nearest, criterion = NNMemoryBankModule(size=(K, dim)), NTXentLoss(temperature=T)
+    project = NNCLRProjectionHead(width, 2048, dim)
+    predict = NNCLRPredictionHead(dim, 4096, dim)
+    nearest = NNMemoryBankModule(size=(K, dim))
+    criterion = NTXentLoss(temperature=T)
     for module in (encoder, project, predict, nearest, criterion):
         module.to(device)
     optimizer = sgd(encoder, project, predict)
@@ -69,7 +84,8 @@ def nnclr_step(arch: str, size: int, dim: int, K: int, device: torch.device, T: 
     def step(im_1: torch.Tensor, im_2: torch.Tensor) -> float:
         z_1, z_2 = (project(encoder(image).flatten(1)) for image in (im_1, im_2))
         p_1, p_2 = predict(z_1), predict(z_2)
-        n_1, n_2 = nearest(z_1.detach(), update=False), nearest(z_2.detach(), update=True)
+        n_1 = nearest(z_1.detach(), update=False)
+        n_2 = nearest(z_2.detach(), update=True)
         loss = 0.5 * (criterion(n_1, p_2) + criterion(n_2, p_1))
         optimizer.zero_grad()
         loss.backward()

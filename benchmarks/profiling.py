@@ -1,4 +1,6 @@
-"""Where the time of a step goes: the three largest kinds of work, of a CPU its operations, of a GPU its kernels put together by what they do."""
+"""Where the time of a step goes: the three largest kinds of work, of a CPU its operations, of a GPU
+its kernels put together by what they do.
+"""
 
 import re
 from collections import defaultdict
@@ -9,16 +11,29 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import common
 
-COLUMNS = [("form", "form"), ("what", "what"), ("ms", "ms a step"), ("share", "% of all"), ("largest", "largest of them")]
+COLUMNS = [
+    ("form", "form"),
+    ("what", "what"),
+    ("ms", "ms a step"),
+    ("share", "% of all"),
+    ("largest", "largest of them"),
+]
 # kernels by name, the first that fits; those of a compiler carry the operations they join
-KINDS = [("joined by the compiler", r"^triton_"), ("our fused kernels", r"_softmax_kernel|_bits_kernel|_maxima_kernel"),
-         ("copies and layouts", r"nchw|nhwc|[Cc]opy|Mem(cpy|set)|transpose"), ("batch norm", r"[Bb]atch_?[Nn]orm|\bbn_"),
-         ("optimizer and averages", r"multi_tensor|foreach|[Ff]used_?(sgd|adam)"), ("sorting and top k", r"[Ss]ort|[Tt]op_?[Kk]|bitonic"),
-         ("softmax and loss", r"[Ss]oft_?[Mm]ax|nll_loss|logsumexp"),
-         ("convolutions and products", r"conv|gemm|cutlass|xmma|wgrad|dgrad|fprop|nvjet|cudnn|implicit"), ("sums", r"reduce"),
-         ("one operation an element", r"elementwise|vectorized|pool")]  # fmt: skip
+KINDS = [
+    ("joined by the compiler", r"^triton_"),
+    ("our fused kernels", r"_softmax_kernel|_bits_kernel|_maxima_kernel"),
+    ("copies and layouts", r"nchw|nhwc|[Cc]opy|Mem(cpy|set)|transpose"),
+    ("batch norm", r"[Bb]atch_?[Nn]orm|\bbn_"),
+    ("optimizer and averages", r"multi_tensor|foreach|[Ff]used_?(sgd|adam)"),
+    ("sorting and top k", r"[Ss]ort|[Tt]op_?[Kk]|bitonic"),
+    ("softmax and loss", r"[Ss]oft_?[Mm]ax|nll_loss|logsumexp"),
+    ("convolutions and products", r"conv|gemm|cutlass|xmma|wgrad|dgrad|fprop|nvjet|cudnn|implicit"),
+    ("sums", r"reduce"),
+    ("one operation an element", r"elementwise|vectorized|pool"),
+]
 
-RANGE = re.compile(r"ProfilerStep|## |Torch-Compiled|CompiledFunction|Optimizer\.")  # of the timeline, with kernels of their own inside
+# of the timeline, with kernels of their own inside
+RANGE = re.compile(r"ProfilerStep|## |Torch-Compiled|CompiledFunction|Optimizer\.")
 
 
 def kind_of(kernel: str) -> str:
@@ -28,7 +43,9 @@ def kind_of(kernel: str) -> str:
 def costs(turn: Callable[[], object], device: torch.device) -> dict[str, dict[str, float]]:
     """Kind -> name -> ms of one turn."""
     gpu = device.type == "cuda"
-    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]) as seen:
+    with profile(
+        activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
+    ) as seen:
         turn()
         common.synchronize(device)
     kinds = defaultdict(dict)
@@ -42,13 +59,36 @@ def costs(turn: Callable[[], object], device: torch.device) -> dict[str, dict[st
     return kinds
 
 
-def result_of(name: str, title: str, turns: dict[str, Callable], steps: int, device: torch.device, most: int = 3) -> common.Result:
+def result_of(
+    name: str,
+    title: str,
+    turns: dict[str, Callable],
+    steps: int,
+    device: torch.device,
+    most: int = 3,
+) -> common.Result:
     result = common.Result(f"profile-{name}", f"Largest costs of a step: {title}", device, COLUMNS)
     for form, turn in turns.items():
         kinds = costs(turn, device)
         total = sum(sum(parts.values()) for parts in kinds.values())
         for kind, parts in sorted(kinds.items(), key=lambda item: -sum(item[1].values()))[:most]:
-            spent, largest = sum(parts.values()), max(parts, key=parts.get)
-            result.add({"form": form, "what": kind, "ms": spent / steps, "share": 100 * spent / total, "largest": largest[:70] if len(parts) > 1 else None})
-    result.note("torch.profiler over one turn; " + ("time of kernels on the GPU, put together by their names" if device.type == "cuda" else "CPU time of operations by themselves"))
+            spent = sum(parts.values())
+            largest = max(parts, key=parts.get)
+            result.add(
+                {
+                    "form": form,
+                    "what": kind,
+                    "ms": spent / steps,
+                    "share": 100 * spent / total,
+                    "largest": largest[:70] if len(parts) > 1 else None,
+                }
+            )
+    result.note(
+        "torch.profiler over one turn; "
+        + (
+            "time of kernels on the GPU, put together by their names"
+            if device.type == "cuda"
+            else "CPU time of operations by themselves"
+        )
+    )
     return result

@@ -1,7 +1,8 @@
-"""MoCo v2 as it was published, restated in plain words of our own: what the field runs today, and what the others are measured against.
+"""MoCo v2 as it was published, restated in plain words of our own: what the field runs today, and
+what the others are measured against.
 
-Full-precision parameters, contiguous images, no compiler, one momentum update a parameter, logits of own key and queue joined in one tensor,
-and a pipeline of PIL operations for the images.
+Full-precision parameters, contiguous images, no compiler, one momentum update a parameter, logits
+of own key and queue joined in one tensor, and a pipeline of PIL operations for the images.
 """
 
 import torch
@@ -26,10 +27,15 @@ def encoder_with_mlp(arch: str, dim: int, size: int) -> nn.Module:
 class PublishedMoCo(nn.Module):
     """The published model on one GPU: logits [N, 1 + K] of im_q, im_k [N, 3, S, S]."""
 
-    def __init__(self, arch: str, size: int, dim: int = 128, K: int = 65536, m: float = 0.999, T: float = 0.2):
+    def __init__(
+        self, arch: str, size: int, dim: int = 128, K: int = 65536, m: float = 0.999, T: float = 0.2
+    ):
         super().__init__()
-        self.K, self.m, self.T = K, m, T
-        self.query, self.key = encoder_with_mlp(arch, dim, size), encoder_with_mlp(arch, dim, size)
+        self.K = K
+        self.m = m
+        self.T = T
+        self.query = encoder_with_mlp(arch, dim, size)
+        self.key = encoder_with_mlp(arch, dim, size)
         for mine, theirs in zip(self.key.parameters(), self.query.parameters()):
             mine.data.copy_(theirs.data)
             mine.requires_grad = False
@@ -55,13 +61,17 @@ class PublishedMoCo(nn.Module):
 
 
 def published_step(model: PublishedMoCo, lr: float = 0.03):
-    """step(im_q, im_k): forward, cross-entropy, accuracy, backward, SGD; and, as it does, the loss read back every step."""
+    """step(im_q, im_k): forward, cross-entropy, accuracy, backward, SGD; and, as it does, the loss
+    read back every step.
+    """
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=1e-4)
 
     def step(im_q: torch.Tensor, im_k: torch.Tensor, amp: torch.dtype | None = None) -> float:
         with torch.autocast(im_q.device.type, dtype=amp, enabled=amp is not None):
             logits = model(im_q, im_k)
-            loss = F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device))
+            loss = F.cross_entropy(
+                logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device)
+            )
         logits.topk(5, dim=1).indices.t().eq(0).float().sum(1).cumsum(0)  # Acc@1 to Acc@5
         value = loss.item()
         optimizer.zero_grad()
@@ -74,12 +84,14 @@ def published_step(model: PublishedMoCo, lr: float = 0.03):
 
 def published_pipeline(size: int = 224) -> transforms.Compose:
     """MoCo v2's augmentation of one PIL image to one normalised view."""
-    return transforms.Compose([
-        transforms.RandomResizedCrop(size, scale=(0.2, 1.0)),
-        transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
-        transforms.RandomGrayscale(p=0.2),
-        transforms.RandomApply([GaussianBlur((0.1, 2.0))], p=0.5),
-        transforms.RandomHorizontalFlip(),
-        transforms.ToTensor(),
-        transforms.Normalize(MEAN, STD),
-    ])  # fmt: skip
+    return transforms.Compose(
+        [
+            transforms.RandomResizedCrop(size, scale=(0.2, 1.0)),
+            transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+            transforms.RandomGrayscale(p=0.2),
+            transforms.RandomApply([GaussianBlur((0.1, 2.0))], p=0.5),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(MEAN, STD),
+        ]
+    )

@@ -1,11 +1,13 @@
-"""From the command to the end of the first step, in seconds: main_moco_isl.py in a process of its own, each time a new one.
+"""From the command to the end of the first step, in seconds: main_moco_isl.py in a process of its
+own, each time a new one.
 
-    python -m benchmarks.start              ResNet-50, photos of 224 px, batch 256, --fast --no-compile; on a CPU ResNet-18, 64 px, batch 16
-    python -m benchmarks.start --compile    on a GPU: with the compiler, too, whose cache may be warm
-    python -m benchmarks.start --small DIR  a folder of small images, as CIFAR's JPEGs: without --cache, with an empty one, with a full one
+    python -m benchmarks.start              ResNet-50, photos of 224 px, batch 256, --fast
+    --no-compile; on a CPU ResNet-18, 64 px, batch 16 python -m benchmarks.start --compile    on a
+    GPU: with the compiler, too, whose cache may be warm python -m benchmarks.start --small DIR  a
+    folder of small images, as CIFAR's JPEGs: without --cache, with an empty one, with a full one
 
-The photos are drawn and lie in a folder of JPEGs. Counted is everything: Python, imports, data set, workers, model, first batch, first step, until
-the line that reports it.
+The photos are drawn and lie in a folder of JPEGs. Counted is everything: Python, imports, data set,
+workers, model, first batch, first step, until the line that reports it.
 """
 
 import re
@@ -25,10 +27,28 @@ BAR = 20  # s without the compiler, on an H200
 
 
 def seconds_to_first_step(flags: list[str], out: Path) -> float:
-    """Runs the script until its first step is reported. Raises RuntimeError with what it said where it never was."""
-    command = [sys.executable, "-u", str(ROOT / "main_moco_isl.py"), *flags, "-p", "1", "--max-steps", "1", "--out", str(out)]
-    start, seconds, said = time.perf_counter(), None, []
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run:
+    """Runs the script until its first step is reported.
+
+    Raises RuntimeError with what it said where it never was.
+    """
+    command = [
+        sys.executable,
+        "-u",
+        str(ROOT / "main_moco_isl.py"),
+        *flags,
+        "-p",
+        "1",
+        "--max-steps",
+        "1",
+        "--out",
+        str(out),
+    ]
+    start = time.perf_counter()
+    seconds = None
+    said = []
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as run:
         for line in run.stdout:
             said.append(line)
             if seconds is None and re.match(r"Epoch: \[0\]\[ *1/", line):
@@ -45,33 +65,68 @@ def cpu_seconds() -> float:
 
 
 def measure_cache(args) -> None:
-    """Small images held on the device: seconds, and CPU seconds of the whole run of one step, by what is in the cache."""
+    """Small images held on the device: seconds, and CPU seconds of the whole run of one step, by
+    what is in the cache.
+    """
     arch = "digits" if args.quick else "resnet18w32"
-    flags = [args.small, "-a", arch, "-b", "64", "-j", "8", "--fast", "--no-compile", "--mlp", "--aug-plus", "--cos", "--seed", "0", "--moco-k", "512"]
+    flags = [
+        args.small,
+        "-a",
+        arch,
+        "-b",
+        "64",
+        "-j",
+        "8",
+        "--fast",
+        "--no-compile",
+        "--mlp",
+        "--aug-plus",
+        "--cos",
+        "--seed",
+        "0",
+        "--moco-k",
+        "512",
+    ]
     flags += [] if args.device.type == "cuda" else ["--device", "cpu"]
     forms = ("without --cache", "empty cache", "full cache")
-    seconds, used = {form: [] for form in forms}, {form: [] for form in forms}
-    result = common.Result("start-cache", f"From the command to the first step: small images held on the device, {arch}, batch 64", args.device)
+    seconds = {form: [] for form in forms}
+    used = {form: [] for form in forms}
+    result = common.Result(
+        "start-cache",
+        f"From the command to the first step: small images held on the device, {arch}, batch 64",
+        args.device,
+    )
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(1 if args.quick else args.repeats):
             for form in forms:
                 if form == "empty cache":
                     shutil.rmtree(Path(folder) / "cache", ignore_errors=True)
-                given = [] if form == "without --cache" else ["--cache", str(Path(folder) / "cache")]
+                given = (
+                    [] if form == "without --cache" else ["--cache", str(Path(folder) / "cache")]
+                )
                 before = cpu_seconds()
-                seconds[form].append(seconds_to_first_step([*flags, *given], Path(tempfile.mkdtemp(dir=folder))))
+                seconds[form].append(
+                    seconds_to_first_step([*flags, *given], Path(tempfile.mkdtemp(dir=folder)))
+                )
                 used[form].append(cpu_seconds() - before)
     for form in forms:
         result.add(common.Timing(seconds[form]).row(form, "s"))
         result.add(common.Timing(used[form]).row(f"{form}: CPU time of the run", "s"))
-    result.note(f"{sum(1 for _ in Path(args.small).glob('train/**/*.*')):,} images; a new process each time; their files lie in the system's cache")
+    result.note(
+        f"{sum(1 for _ in Path(args.small).glob('train/**/*.*')):,} images; a new process each"
+        " time; their files lie in the system's cache"
+    )
     common.end(args, result)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = common.parser(__doc__)
-    parser.add_argument("--compile", action="store_true", help="measure --fast with the compiler as well")
-    parser.add_argument("--small", metavar="DIR", help="measure --cache on this folder of small images")
+    parser.add_argument(
+        "--compile", action="store_true", help="measure --fast with the compiler as well"
+    )
+    parser.add_argument(
+        "--small", metavar="DIR", help="measure --cache on this folder of small images"
+    )
     args = parser.parse_args(argv)
     common.begin(args)
     if args.small:
@@ -80,11 +135,38 @@ def main(argv: list[str] | None = None) -> None:
     gpu = args.device.type == "cuda"
     batch, arch, side = (256, "resnet50", 224) if gpu else (16, "resnet18", 64)
     if args.quick:
-        batch, arch, side = 4, "digits", 16
-    flags = ["-a", arch, "--image-size", str(side), "-b", str(batch), "-j", "8" if gpu else "0", "--mlp", "--aug-plus", "--cos", "--moco-t", "0.2", "--seed", "0",
-             *(["--moco-k", "64"] if args.quick else []), *([] if gpu else ["--device", "cpu"])]  # fmt: skip
-    result = common.Result("start", f"From the command to the first step: {arch}, {side} px, batch {batch}", args.device)
-    forms = {"--fast --no-compile": ["--fast", "--no-compile"], "--no-fast": ["--no-fast"], **({"--fast": ["--fast"]} if args.compile else {})}
+        batch = 4
+        arch = "digits"
+        side = 16
+    flags = [
+        "-a",
+        arch,
+        "--image-size",
+        str(side),
+        "-b",
+        str(batch),
+        "-j",
+        "8" if gpu else "0",
+        "--mlp",
+        "--aug-plus",
+        "--cos",
+        "--moco-t",
+        "0.2",
+        "--seed",
+        "0",
+        *(["--moco-k", "64"] if args.quick else []),
+        *([] if gpu else ["--device", "cpu"]),
+    ]
+    result = common.Result(
+        "start",
+        f"From the command to the first step: {arch}, {side} px, batch {batch}",
+        args.device,
+    )
+    forms = {
+        "--fast --no-compile": ["--fast", "--no-compile"],
+        "--no-fast": ["--no-fast"],
+        **({"--fast": ["--fast"]} if args.compile else {}),
+    }
     if args.quick:
         del forms["--no-fast"]
     with tempfile.TemporaryDirectory() as folder:
@@ -93,12 +175,32 @@ def main(argv: list[str] | None = None) -> None:
         drawn = find_photos("/nonexistent", photos / "train", 8)
         for i in range(len(drawn), 2 * batch):
             shutil.copy(drawn[i % len(drawn)], photos / "train" / f"{i:03}.jpg")
-        calls = {name: lambda extra=extra, name=name: seconds_to_first_step([str(photos), *flags, *extra], Path(tempfile.mkdtemp(dir=folder))) for name, extra in forms.items()}
-        rounds = [{name: call() for name, call in calls.items()} for _ in range(1 if args.quick else args.repeats)]
+        calls = {
+            name: lambda extra=extra, name=name: seconds_to_first_step(
+                [str(photos), *flags, *extra], Path(tempfile.mkdtemp(dir=folder))
+            )
+            for name, extra in forms.items()
+        }
+        rounds = [
+            {name: call() for name, call in calls.items()}
+            for _ in range(1 if args.quick else args.repeats)
+        ]
     for name in forms:
         timing = common.Timing([seconds[name] for seconds in rounds])
-        result.add(timing.row(name, "s", **({"bar": BAR} if common.is_h200(args.device) and name == "--fast --no-compile" else {})))
-    result.note("a new process each time; the first finds files that may not lie in the system's cache yet")
+        result.add(
+            timing.row(
+                name,
+                "s",
+                **(
+                    {"bar": BAR}
+                    if common.is_h200(args.device) and name == "--fast --no-compile"
+                    else {}
+                ),
+            )
+        )
+    result.note(
+        "a new process each time; the first finds files that may not lie in the system's cache yet"
+    )
     common.end(args, result)
 
 

@@ -1,13 +1,17 @@
-"""One training step, side by side in one process: as published, as lightly has it, our plain path, our fast path, with ISL on, and the floor.
+"""One training step, side by side in one process: as published, as lightly has it, our plain path,
+our fast path, with ISL on, and the floor.
 
-    python -m benchmarks.step --rows photos          ResNet-50, 224 px, batch 256, K 65,536, and what ISL adds at M = 1,281,167
-    python -m benchmarks.step --rows w64 w32         CIFAR-size ResNet-18, batch 512, images on the device, augmentation included
-    python -m benchmarks.step --rows bank            CIFAR-size AlexNet, bank objective
-    python -m benchmarks.step --forms combo_kernels coordinate_descent     on a GPU: the fast form by other ways of compiling, too
-    python -m benchmarks.step --profile              and the three largest costs of a step before (published) and after (fast)
+    python -m benchmarks.step --rows photos          ResNet-50, 224 px, batch 256, K 65,536, and
+    what ISL adds at M = 1,281,167 python -m benchmarks.step --rows w64 w32         CIFAR-size
+    ResNet-18, batch 512, images on the device, augmentation included python -m benchmarks.step
+    --rows bank            CIFAR-size AlexNet, bank objective python -m benchmarks.step --forms
+    combo_kernels coordinate_descent     on a GPU: the fast form by other ways of compiling, too
+    python -m benchmarks.step --profile              and the three largest costs of a step before
+    (published) and after (fast)
 
-On a CPU the sizes are small ones: to see the forms beside each other and that all of it runs. A turn is some steps of each form; turns alternate.
-Our forms run `engine.train_one_epoch`, as the script does, and read their losses once a turn; the others read theirs every step, as they do.
+On a CPU the sizes are small ones: to see the forms beside each other and that all of it runs. A
+turn is some steps of each form; turns alternate. Our forms run `engine.train_one_epoch`, as the
+script does, and read their losses once a turn; the others read theirs every step, as they do.
 """
 
 import argparse
@@ -32,13 +36,23 @@ from moco_isl.training.meters import Progress
 from moco_isl.training.signals import Stop
 
 DIM, P = 128, 16
-OPTIONS = {"combo_kernels": {"combo_kernels": True}, "coordinate_descent": {"coordinate_descent_tuning": True}}  # of inductor
-PUBLISHED, FAST, WITH_ISL = "as published", "ours, fast", "ours, fast, ISL on"
+# of inductor
+OPTIONS = {
+    "combo_kernels": {"combo_kernels": True},
+    "coordinate_descent": {"coordinate_descent_tuning": True},
+}
+PUBLISHED = "as published"
+FAST = "ours, fast"
+WITH_ISL = "ours, fast, ISL on"
 
 
 @dataclass(frozen=True)
 class Work:
-    """A row's sizes. N: batch, K: queue, M: images, steps: of a turn; photos are the same two views at every step, others augmented anew."""
+    """A row's sizes.
+
+    N: batch, K: queue, M: images, steps: of a turn; photos are the same two views at every step,
+    others augmented anew.
+    """
 
     title: str
     arch: str
@@ -51,26 +65,48 @@ class Work:
     bank: bool = False
 
 
-ROWS = {"photos": Work("MoCo v2 step, photos", "resnet50", 224, 256, 65536, 1_281_167, 10, photos=True),
-        "w64": Work("MoCo v2 step, CIFAR size, ResNet-18 of width 64", "resnet18w64", 32, 512, 4096, 50_000, 20),
-        "w32": Work("MoCo v2 step, CIFAR size, ResNet-18 of width 32", "resnet18w32", 32, 512, 4096, 50_000, 20),
-        "bank": Work("bank objective, CIFAR size, AlexNet", "alexnet", 32, 512, 0, 50_000, 20, bank=True)}  # fmt: skip
-ON_CPU = {"photos": {"size": 96, "N": 8, "M": 100_000, "steps": 1, "arch": "resnet18"}, "w64": {"N": 32, "M": 2000, "steps": 1},
-          "w32": {"N": 32, "M": 2000, "steps": 1}, "bank": {"N": 128, "M": 20_000, "steps": 1}}  # fmt: skip
+ROWS = {
+    "photos": Work("MoCo v2 step, photos", "resnet50", 224, 256, 65536, 1_281_167, 10, photos=True),
+    "w64": Work(
+        "MoCo v2 step, CIFAR size, ResNet-18 of width 64", "resnet18w64", 32, 512, 4096, 50_000, 20
+    ),
+    "w32": Work(
+        "MoCo v2 step, CIFAR size, ResNet-18 of width 32", "resnet18w32", 32, 512, 4096, 50_000, 20
+    ),
+    "bank": Work(
+        "bank objective, CIFAR size, AlexNet", "alexnet", 32, 512, 0, 50_000, 20, bank=True
+    ),
+}
+ON_CPU = {
+    "photos": {"size": 96, "N": 8, "M": 100_000, "steps": 1, "arch": "resnet18"},
+    "w64": {"N": 32, "M": 2000, "steps": 1},
+    "w32": {"N": 32, "M": 2000, "steps": 1},
+    "bank": {"N": 128, "M": 20_000, "steps": 1},
+}
 QUICK = {"size": 32, "N": 4, "K": 64, "M": 200, "steps": 1, "arch": "resnet18w16"}
 # ms a step at the issue's sizes on an H200: what is to be reached, and what is hoped for
-BARS = {"photos": (55, 45), "w64": (512 / 20_000 * 1e3, 512 / 31_000 * 1e3), "w32": (512 / 50_000 * 1e3, 512 / 80_000 * 1e3), "bank": (512 / 120_000 * 1e3, None)}
+BARS = {
+    "photos": (55, 45),
+    "w64": (512 / 20_000 * 1e3, 512 / 31_000 * 1e3),
+    "w32": (512 / 50_000 * 1e3, 512 / 80_000 * 1e3),
+    "bank": (512 / 120_000 * 1e3, None),
+}
 
 
 # ---------------------------------------------------------------- batches
 
 
 class SameViews:
-    """A loader of photos on the device: the same two views at every step, with indices of their own."""
+    """A loader of photos on the device: the same two views at every step, with indices of their
+    own.
+    """
 
     def __init__(self, work: Work, device: torch.device):
         g = torch.Generator(device).manual_seed(0)
-        self.views = tuple(torch.randn(work.N, 3, work.size, work.size, device=device, generator=g) for _ in range(2))
+        self.views = tuple(
+            torch.randn(work.N, 3, work.size, work.size, device=device, generator=g)
+            for _ in range(2)
+        )
         self.index = torch.randperm(work.M, device=device, generator=g)[: work.N * 64].split(work.N)
 
     def __len__(self) -> int:
@@ -85,15 +121,31 @@ class SameViews:
 
 def random_images(work: Work) -> ImagesInMemory:
     g = torch.Generator().manual_seed(0)
-    return ImagesInMemory(torch.randint(0, 256, (work.M, 3, work.size, work.size), dtype=torch.uint8, generator=g), None, None, "random")
+    return ImagesInMemory(
+        torch.randint(0, 256, (work.M, 3, work.size, work.size), dtype=torch.uint8, generator=g),
+        None,
+        None,
+        "random",
+    )
 
 
-def small_images(work: Work, dataset: ImagesInMemory, device: torch.device, compiled: bool, views: int, options: dict | None = None):
-    """Our loader of images held on the device; compiled: its augmentation too, with inductor's options."""
+def small_images(
+    work: Work,
+    dataset: ImagesInMemory,
+    device: torch.device,
+    compiled: bool,
+    views: int,
+    options: dict | None = None,
+):
+    """Our loader of images held on the device; compiled: its augmentation too, with inductor's
+    options.
+    """
     augmentation = data.get_augmentation("cifar10", aug_plus=True, size=work.size, on_device=True)
     if compiled:
         fast.compile_augmentation(augmentation, views * work.N, device, options)
-    return data.train_loader(dataset, augmentation=augmentation, batch_size=work.N, seed=0, device=device, views=views)
+    return data.train_loader(
+        dataset, augmentation=augmentation, batch_size=work.N, seed=0, device=device, views=views
+    )
 
 
 # ---------------------------------------------------------------- forms: calls that take some steps
@@ -110,7 +162,8 @@ def turn_of(step: Callable, loader, work: Work) -> Turn:
     """Convolutions are chosen by trial, as MoCo's script has it."""
 
     def turn() -> None:
-        before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+        before = torch.backends.cudnn.benchmark
+        torch.backends.cudnn.benchmark = True
         for (im_q, im_k), _ in itertools.islice(loader.epoch(0), work.steps):
             step(im_q, im_k)
         torch.backends.cudnn.benchmark = before
@@ -118,7 +171,14 @@ def turn_of(step: Callable, loader, work: Work) -> Turn:
     return turn
 
 
-def ours(isl: ISL, optimizer: torch.optim.Optimizer, loader, work: Work, device: torch.device, is_fast: bool) -> Turn:
+def ours(
+    isl: ISL,
+    optimizer: torch.optim.Optimizer,
+    loader,
+    work: Work,
+    device: torch.device,
+    is_fast: bool,
+) -> Turn:
     """`steps` steps of the training loop, from a loader's beginning; losses are read at the end."""
     flags = fast.defaults(is_fast, device.type == "cuda")
     scaler = torch.amp.GradScaler(device.type, enabled=False)
@@ -126,19 +186,41 @@ def ours(isl: ISL, optimizer: torch.optim.Optimizer, loader, work: Work, device:
     def turn() -> None:
         with fast.numerics(is_fast, device):
             engine.train_one_epoch(
-                isl, loader, optimizer, scaler, engine.Position(), device=device, stop=Stop(lambda: False), progress=Silent("lines", 1, work.steps),
-                log=lambda **_: None, save=lambda: None, last_good=lambda: "", amp=flags["amp"], channels_last=flags["channels_last"],
-                print_freq=work.steps, max_steps=work.steps)  # fmt: skip
+                isl,
+                loader,
+                optimizer,
+                scaler,
+                engine.Position(),
+                device=device,
+                stop=Stop(lambda: False),
+                progress=Silent("lines", 1, work.steps),
+                log=lambda **_: None,
+                save=lambda: None,
+                last_good=lambda: "",
+                amp=flags["amp"],
+                channels_last=flags["channels_last"],
+                print_freq=work.steps,
+                max_steps=work.steps,
+            )
 
     return turn
 
 
-def our_model(work: Work, device: torch.device, is_fast: bool, options: dict | None = None) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+def our_model(
+    work: Work, device: torch.device, is_fast: bool, options: dict | None = None
+) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     flags = fast.defaults(is_fast, device.type == "cuda")
     encoder = lambda num_classes: build_encoder(work.arch, num_classes, image_size=work.size)
     torch.manual_seed(0)
-    model = builder.Instance(encoder, DIM, 0.1) if work.bank else builder.MoCo(encoder, DIM, work.K, 0.999, 0.2, mlp=True)
-    model.to(device, memory_format=torch.channels_last if flags["channels_last"] else torch.preserve_format)
+    model = (
+        builder.Instance(encoder, DIM, 0.1)
+        if work.bank
+        else builder.MoCo(encoder, DIM, work.K, 0.999, 0.2, mlp=True)
+    )
+    model.to(
+        device,
+        memory_format=torch.channels_last if flags["channels_last"] else torch.preserve_format,
+    )
     optimizer = fast.sgd(model.parameters(), 0.03, 0.9, 1e-4, is_fast and device.type == "cuda")
     if is_fast:
         fast.count_batches_at_once(model)
@@ -150,7 +232,9 @@ def our_model(work: Work, device: torch.device, is_fast: bool, options: dict | N
 def give_positives(isl: ISL, work: Work, device: torch.device) -> ISL:
     """As after a round of mining: sets of P on average, and a bank of features."""
     src = torch.arange(work.M, device=device).repeat_interleave(P // 2)
-    dst = torch.randint(work.M, (len(src),), device=device, generator=torch.Generator(device).manual_seed(1))
+    dst = torch.randint(
+        work.M, (len(src),), device=device, generator=torch.Generator(device).manual_seed(1)
+    )
     isl.positives = PositiveSets.from_edges(work.M, src, dst)
     if not isl.bank.filled:
         isl.bank.fill(F.normalize(torch.randn(work.M, DIM, device=device), dim=1))
@@ -158,21 +242,39 @@ def give_positives(isl: ISL, work: Work, device: torch.device) -> ISL:
 
 
 def loaders_of(work: Work, device: torch.device) -> tuple:
-    """For the plain forms, the fast one and that with ISL on, of the same images. Without hard positives the bank objective has one view."""
+    """For the plain forms, the fast one and that with ISL on, of the same images.
+
+    Without hard positives the bank objective has one view.
+    """
     if work.photos:
         return (SameViews(work, device),) * 3
     images, few = random_images(work), 1 if work.bank else 2
     compiled = fast.defaults(True, device.type == "cuda")["compile"]
-    return tuple(small_images(work, images, device, *how) for how in ((False, few), (compiled, few), (compiled, 2)))
+    return tuple(
+        small_images(work, images, device, *how)
+        for how in ((False, few), (compiled, few), (compiled, 2))
+    )
 
 
-def forms(work: Work, device: torch.device, note: Callable[[str], None], more: Sequence[str] = ()) -> Iterator[tuple[str, Callable[[], Turn]]]:
-    """Name -> what builds the form and returns its turn. The last two share model and compiler's work. more: of OPTIONS."""
+def forms(
+    work: Work, device: torch.device, note: Callable[[str], None], more: Sequence[str] = ()
+) -> Iterator[tuple[str, Callable[[], Turn]]]:
+    """Name -> what builds the form and returns its turn.
+
+    The last two share model and compiler's work. more: of OPTIONS.
+    """
     plain, quick, with_isl = loaders_of(work, device)
     if not work.bank:
-        yield PUBLISHED, lambda: turn_of(published_step(PublishedMoCo(work.arch, work.size, DIM, work.K).to(device)), plain, work)
+        yield (
+            PUBLISHED,
+            lambda: turn_of(
+                published_step(PublishedMoCo(work.arch, work.size, DIM, work.K).to(device)),
+                plain,
+                work,
+            ),
+        )
         try:
-            import lightly  # noqa: F401
+            import lightly  # noqa: F401 (is it installed?)
 
             sizes = work.arch, work.size, DIM, work.K, device
             yield "lightly, MoCo", lambda: turn_of(peers.moco_step(*sizes), plain, work)
@@ -184,12 +286,16 @@ def forms(work: Work, device: torch.device, note: Callable[[str], None], more: S
 
     def build(is_fast: bool, loader, options: dict | None = None) -> Turn:
         model, optimizer = shared[is_fast] = our_model(work, device, is_fast, options)
-        return ours(ISL(model, work.M, fast=is_fast, **plainly), optimizer, loader, work, device, is_fast)
+        return ours(
+            ISL(model, work.M, fast=is_fast, **plainly), optimizer, loader, work, device, is_fast
+        )
 
     def build_otherwise(options: dict) -> Turn:
         if work.photos:
             return build(True, quick, options)
-        return build(True, small_images(work, quick.dataset, device, True, quick.views, options), options)
+        return build(
+            True, small_images(work, quick.dataset, device, True, quick.views, options), options
+        )
 
     def build_isl() -> Turn:
         model, optimizer = shared[True]
@@ -206,9 +312,20 @@ def forms(work: Work, device: torch.device, note: Callable[[str], None], more: S
 # ---------------------------------------------------------------- the table
 
 
-def build_all(work: Work, device: torch.device, result: common.Result, only: set[str] | None = None, more: Sequence[str] = ()) -> tuple[dict[str, Turn], dict[str, float | None], list[str]]:
-    """The forms, warmed up by two turns each; GiB that each needs at most beside the others; and those that could not be had."""
-    turns, memory, failed, before = {}, {}, [], 0
+def build_all(
+    work: Work,
+    device: torch.device,
+    result: common.Result,
+    only: set[str] | None = None,
+    more: Sequence[str] = (),
+) -> tuple[dict[str, Turn], dict[str, float | None], list[str]]:
+    """The forms, warmed up by two turns each; GiB that each needs at most beside the others; and
+    those that could not be had.
+    """
+    turns = {}
+    memory = {}
+    failed = []
+    before = 0
     for name, build in forms(work, device, result.note, more):
         if only is not None and name not in only:
             continue
@@ -220,40 +337,77 @@ def build_all(work: Work, device: torch.device, result: common.Result, only: set
             common.peak_gib(device, reset=True)
             turn()
             common.synchronize(device)
-        except Exception as error:  # a compiler's, a driver's, a library's: the other forms can still be measured
+        # a compiler's, a driver's, a library's: the other forms can still be measured
+        except Exception as error:
             failed.append(name)
-            result.note(f"{name} is left out, {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}")
+            result.note(
+                f"{name} is left out, {type(error).__name__}:"
+                f" {(str(error).strip().splitlines() or [''])[0]}"
+            )
             continue
         turns[name], peak = turn, common.peak_gib(device)
         memory[name] = None if peak is None else peak - before / 2**30
     return turns, memory, failed
 
 
-def measure(name: str, work: Work, device: torch.device, args: argparse.Namespace) -> Iterator[common.Result]:
-    """The table, once more with the floor, and with --profile a second one; each as soon as it is done. Raises RuntimeError at the end where a
-    form is missing."""
-    title = f"{work.title}: {work.arch}, {work.size} px, batch {work.N}, " + (f"M {work.M:,}" if work.bank else f"K {work.K:,}")
+def measure(
+    name: str, work: Work, device: torch.device, args: argparse.Namespace
+) -> Iterator[common.Result]:
+    """The table, once more with the floor, and with --profile a second one; each as soon as it is
+    done. Raises RuntimeError at the end where a form is missing.
+    """
+    title = f"{work.title}: {work.arch}, {work.size} px, batch {work.N}, " + (
+        f"M {work.M:,}" if work.bank else f"K {work.K:,}"
+    )
     result = common.Result(f"step-{name}", title, device)
     turns, memory, failed = build_all(work, device, result, more=args.forms)
     if not turns:
         raise RuntimeError(f"could not be had: {', '.join(failed)}")
-    timings = common.in_turns(turns, device, args.repeats, warmup=0, cpu_time=common.by_cpu_time(device))
+    timings = common.in_turns(
+        turns, device, args.repeats, warmup=0, cpu_time=common.by_cpu_time(device)
+    )
     first = next(iter(turns))
-    bar, goal = BARS[name] if common.is_h200(device) and replace(work, steps=0) == replace(ROWS[name], steps=0) else (None, None)
+    bar, goal = (
+        BARS[name]
+        if common.is_h200(device) and replace(work, steps=0) == replace(ROWS[name], steps=0)
+        else (None, None)
+    )
     for form, timing in timings.items():
         timing = common.Timing([seconds / work.steps for seconds in timing.seconds])
         more = {"bar": bar, "goal": goal} if form == FAST or form == WITH_ISL and work.bank else {}
-        result.add(timing.row(form, images_per_s=work.N / timing.median, memory_gib=memory[form], **more), of=None if form == first else first)
+        result.add(
+            timing.row(form, images_per_s=work.N / timing.median, memory_gib=memory[form], **more),
+            of=None if form == first else first,
+        )
     if {FAST, WITH_ISL} <= timings.keys():
         add_overhead(result, timings)
-    result.note(f"a turn is {work.steps} step{'s' * (work.steps > 1)}; all forms in turns in one process; "
-                + ("the same two random views at every step" if work.photos else "random images on the device, augmentation included")
-                + ("" if work.bank else f"; ISL on: sets of {P} on average, P {P}, hard positives, bank update, queue mask, M = {work.M:,}"))  # fmt: skip
+    result.note(
+        f"a turn is {work.steps} step{'s' * (work.steps > 1)}; all forms in turns in one process; "
+        + (
+            "the same two random views at every step"
+            if work.photos
+            else "random images on the device, augmentation included"
+        )
+        + (
+            ""
+            if work.bank
+            else (
+                f"; ISL on: sets of {P} on average, P {P}, hard positives, bank update, queue mask,"
+                f" M = {work.M:,}"
+            )
+        )
+    )
     if work.bank:
-        result.note(f"ISL on: sets of {P} on average, P {P}, hard positives, and a second view of every image made; without: Instance, which has no use for one")
+        result.note(
+            f"ISL on: sets of {P} on average, P {P}, hard positives, and a second view of every"
+            " image made; without: Instance, which has no use for one"
+        )
     if common.by_cpu_time(device):
         result.note(common.BY_CPU_TIME)
-        result.note("on a CPU --fast stands for augmentation on the device alone, which all forms have here: the two rows differ by noise")
+        result.note(
+            "on a CPU --fast stands for augmentation on the device alone, which all forms have"
+            " here: the two rows differ by noise"
+        )
     yield result
     if not args.no_floor:
         one = replace(work, steps=1)
@@ -262,14 +416,22 @@ def measure(name: str, work: Work, device: torch.device, args: argparse.Namespac
         step = ours(isl, optimizer, loaders_of(one, device)[0], one, device, False)
         step()
         parameters = sum(p.numel() for p in model.encoder_q.parameters())
-        rows = floor_rows(step, parameters, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
+        rows = floor_rows(
+            step, parameters, torch.bfloat16 if device.type == "cuda" else torch.float32, device
+        )
         if FAST in timings:
             result[FAST]["floor"] = max(row["value"] for row in rows)
         for row in rows:
             result.add(row)
         yield result
     if args.profile:
-        yield profiling.result_of(name, title, {form: turns[form] for form in (first, FAST) if form in turns}, work.steps, device)
+        yield profiling.result_of(
+            name,
+            title,
+            {form: turns[form] for form in (first, FAST) if form in turns},
+            work.steps,
+            device,
+        )
     if failed:
         raise RuntimeError(f"could not be had: {', '.join(failed)}")
 
@@ -278,8 +440,21 @@ def add_overhead(result: common.Result, timings: dict[str, common.Timing]) -> No
     """What ISL adds to the step, by pairs of turns."""
     pairs = zip(timings[WITH_ISL].seconds, timings[FAST].seconds)
     extra = [100 * (on / off - 1) for on, off in pairs]
-    result.add({"what": "what ISL adds", "value": statistics.median(extra), "unit": "%", "low": min(extra), "high": max(extra), "n": len(extra),
-                **({"bar": 3, "goal": 1} if result.name == "step-photos" and result.device.type == "cuda" else {})})  # fmt: skip
+    result.add(
+        {
+            "what": "what ISL adds",
+            "value": statistics.median(extra),
+            "unit": "%",
+            "low": min(extra),
+            "high": max(extra),
+            "n": len(extra),
+            **(
+                {"bar": 3, "goal": 1}
+                if result.name == "step-photos" and result.device.type == "cuda"
+                else {}
+            ),
+        }
+    )
 
 
 def sizes(args: argparse.Namespace, name: str) -> Work:
@@ -288,21 +463,49 @@ def sizes(args: argparse.Namespace, name: str) -> Work:
         work = replace(work, **ON_CPU[name])
     if args.quick:
         work = replace(work, **{**QUICK, **({"arch": work.arch} if work.bank else {})})
-    given = {"arch": args.arch, "size": args.size, "N": args.batch, "K": args.queue, "M": args.images, "steps": args.steps}
+    given = {
+        "arch": args.arch,
+        "size": args.size,
+        "N": args.batch,
+        "K": args.queue,
+        "M": args.images,
+        "steps": args.steps,
+    }
     return replace(work, **{key: value for key, value in given.items() if value is not None})
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
-    for flag, metavar, text in (("--size", "S", "side of an image"), ("--batch", "N", "images of a step"), ("--queue", "K", "keys"), ("--images", "M", "of the data set"),
-                                ("--steps", "n", "of a turn")):  # fmt: skip
-        parser.add_argument(flag, type=int, metavar=metavar, help=f"{text} (default: by row and device)")
+    for flag, metavar, text in (
+        ("--size", "S", "side of an image"),
+        ("--batch", "N", "images of a step"),
+        ("--queue", "K", "keys"),
+        ("--images", "M", "of the data set"),
+        ("--steps", "n", "of a turn"),
+    ):
+        parser.add_argument(
+            flag, type=int, metavar=metavar, help=f"{text} (default: by row and device)"
+        )
     parser.add_argument("--arch", help="encoder (default: by row)")
-    parser.add_argument("--forms", nargs="+", choices=OPTIONS, default=[], help="the fast form compiled with more of inductor's options, too (a GPU)")
+    parser.add_argument(
+        "--forms",
+        nargs="+",
+        choices=OPTIONS,
+        default=[],
+        help="the fast form compiled with more of inductor's options, too (a GPU)",
+    )
     parser.add_argument("--no-floor", action="store_true", help="leave the floor out")
-    parser.add_argument("--profile", action="store_true", help="the three largest costs of a step before (published) and after (fast)")
-    parser.add_argument("--warm", action="store_true", help="only compile what the fast forms need, so that it lies in the compiler's cache")
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="the three largest costs of a step before (published) and after (fast)",
+    )
+    parser.add_argument(
+        "--warm",
+        action="store_true",
+        help="only compile what the fast forms need, so that it lies in the compiler's cache",
+    )
     args = parser.parse_args(argv)
     if args.forms and args.device.type != "cuda":
         parser.error("--forms needs a GPU: elsewhere the fast form is not compiled")
@@ -310,7 +513,12 @@ def main(argv: list[str] | None = None) -> None:
     for name in args.rows:
         work = sizes(args, name)
         if args.warm:
-            build_all(work, args.device, common.Result(f"step-{name}", f"warming up: {work.title}", args.device), only={FAST, WITH_ISL})
+            build_all(
+                work,
+                args.device,
+                common.Result(f"step-{name}", f"warming up: {work.title}", args.device),
+                only={FAST, WITH_ISL},
+            )
             continue
         for result in measure(name, work, args.device, args):
             common.end(args, result)

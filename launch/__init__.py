@@ -1,3 +1,3 @@
-"""Pretraining, probe and kNN on a SLURM cluster, through submitit. Imports the scripts' parsers and mains; nothing
-imports this.
+"""Pretraining, probe and kNN on a SLURM cluster, through submitit. Imports the scripts' parsers and
+mains; nothing imports this.
 """

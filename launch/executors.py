@@ -1,4 +1,6 @@
-"""From options to submitit: what sbatch is given, and a submission to SLURM, to this machine, or into this process."""
+"""From options to submitit: what sbatch is given, and a submission to SLURM, to this machine, or
+into this process.
+"""
 
 import argparse
 import contextlib
@@ -25,7 +27,10 @@ from moco_isl.errors import BadInput
 # pending for a reason that time alone will not cure
 STUCK = {
     "PartitionNodeLimit": "the partition has not that many nodes, or they are down",
-    "PartitionConfig": "the partition has no such nodes: too many of them, too many cores or GPUs, or too much memory",
+    "PartitionConfig": (
+        "the partition has no such nodes: too many of them, too many cores or GPUs, or too much"
+        " memory"
+    ),
     "PartitionTimeLimit": "--timeout is longer than the partition allows",
     "BadConstraints": "no node has these features",
     "InvalidAccount": "the account does not exist",
@@ -44,11 +49,12 @@ class SlurmText(submitit.SlurmExecutor):
 
 
 def python_command(opts: argparse.Namespace) -> str:
-    """How a node starts Python. USR2 is ignored until the run listens to it: by default it would end an interpreter
-    that is still importing.
+    """How a node starts Python. USR2 is ignored until the run listens to it: by default it would
+    end an interpreter that is still importing.
     """
     python = opts.python or (shlex.quote(sys.executable) if not opts.container else "python")
-    return f"""sh -c 'trap "" USR2; exec "$@"' sh {opts.container + " " if opts.container else ""}{python}"""
+    container = opts.container + " " if opts.container else ""
+    return f"""sh -c 'trap "" USR2; exec "$@"' sh {container}{python}"""
 
 
 def setup_lines(opts: argparse.Namespace) -> list[str]:
@@ -64,39 +70,44 @@ def setup_lines(opts: argparse.Namespace) -> list[str]:
 
 def slurm_parameters(opts: argparse.Namespace, name: str, after: str | None = None) -> dict:
     """submitit's parameters; after: id of the job whose success this one waits for."""
-    free = {key: value if equals else True for key, equals, value in (pair.partition("=") for pair in opts.sbatch)}
+    free = {
+        key: value if equals else True
+        for key, equals, value in (pair.partition("=") for pair in opts.sbatch)
+    }
     always = {"requeue": True}  # whatever the cluster's default is
     if after:
         always["kill-on-invalid-dep"] = "yes"  # or it would pend for ever once the other has failed
-    asked = dict(
-        job_name=name,
-        time=opts.timeout,
-        nodes=opts.nodes,
-        ntasks_per_node=opts.tasks_per_node,
-        cpus_per_task=opts.cpus_per_task,
-        gpus_per_node=opts.gpus_per_node or None,
-        mem=f"{round(opts.mem_gb * 1024)}MB" if opts.mem_gb else None,
-        partition=opts.partition,
-        account=opts.account,
-        qos=opts.qos,
-        constraint=opts.constraint,
-        comment=opts.comment,
-        exclude=opts.exclude,
-        dependency=f"afterok:{after}" if after else None,
-    )
-    return {k: v for k, v in asked.items() if v is not None} | dict(
-        wckey=None,  # submitit would put its own name, which clusters that keep wckeys refuse
-        array_parallelism=opts.array_parallelism,
-        signal_delay_s=opts.signal_delay,
-        setup=setup_lines(opts),
-        additional_parameters=always | free,
-        # since 22.05 srun no longer inherits the cores of a task; and a rank that fails must not leave the others
-        # waiting for it
-        srun_args=[f"--cpus-per-task={opts.cpus_per_task}", "--kill-on-bad-exit=1", *opts.srun],
-    )
+    asked = {
+        "job_name": name,
+        "time": opts.timeout,
+        "nodes": opts.nodes,
+        "ntasks_per_node": opts.tasks_per_node,
+        "cpus_per_task": opts.cpus_per_task,
+        "gpus_per_node": opts.gpus_per_node or None,
+        "mem": f"{round(opts.mem_gb * 1024)}MB" if opts.mem_gb else None,
+        "partition": opts.partition,
+        "account": opts.account,
+        "qos": opts.qos,
+        "constraint": opts.constraint,
+        "comment": opts.comment,
+        "exclude": opts.exclude,
+        "dependency": f"afterok:{after}" if after else None,
+    }
+    return {k: v for k, v in asked.items() if v is not None} | {
+        "wckey": None,  # submitit would put its own name, which clusters that keep wckeys refuse
+        "array_parallelism": opts.array_parallelism,
+        "signal_delay_s": opts.signal_delay,
+        "setup": setup_lines(opts),
+        "additional_parameters": always | free,
+        # since 22.05 srun no longer inherits the cores of a task; and a rank that fails must not
+        # leave the others waiting for it
+        "srun_args": [f"--cpus-per-task={opts.cpus_per_task}", "--kill-on-bad-exit=1", *opts.srun],
+    }
 
 
-def sbatch_text(opts: argparse.Namespace, folder: str, name: str, count: int = 1, after: str | None = None) -> str:
+def sbatch_text(
+    opts: argparse.Namespace, folder: str, name: str, count: int = 1, after: str | None = None
+) -> str:
     """The file that sbatch would be given, for one job or for an array of `count`."""
     executor = SlurmText(folder, max_num_timeout=opts.max_restarts, python=python_command(opts))
     executor.update_parameters(**slurm_parameters(opts, name, after))
@@ -106,21 +117,32 @@ def sbatch_text(opts: argparse.Namespace, folder: str, name: str, count: int = 1
 
 
 def submit(
-    opts: argparse.Namespace, runs: list[Run], folder: str, name: str, command: list[str], after: str | None = None
+    opts: argparse.Namespace,
+    runs: list[Run],
+    folder: str,
+    name: str,
+    command: list[str],
+    after: str | None = None,
 ) -> list[Entry]:
-    """Submit runs, several as one array, with logs in `folder` (%j: the job's id); writes launch.jsonl there.
-    BadInput with SLURM's reason if refused.
+    """Submit runs, several as one array, with logs in `folder` (%j: the job's id); writes
+    launch.jsonl there. BadInput with SLURM's reason if refused.
     """
     ticket = uuid.uuid4().hex
     runs = [dataclasses.replace(run, ticket=ticket) for run in runs]
     before = _half_submitted(folder)
     with clean_environment() if opts.cluster == "slurm" else contextlib.nullcontext():
         try:
-            executor = _slurm(opts, folder, name, after) if opts.cluster == "slurm" else _local(opts, folder)
+            executor = (
+                _slurm(opts, folder, name, after)
+                if opts.cluster == "slurm"
+                else _local(opts, folder)
+            )
             with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it raises
                 jobs = [executor.submit(runs[0])] if len(runs) == 1 else executor.submit_array(runs)
         except OSError as error:
-            raise BadInput(f"cannot write into '{folder}': {error.strerror}; nothing was submitted") from error
+            raise BadInput(
+                f"cannot write into '{folder}': {error.strerror}; nothing was submitted"
+            ) from error
         except submitit.core.utils.FailedJobError as error:
             for file in _half_submitted(folder) - before:
                 if _is_of(file, ticket, name):
@@ -145,22 +167,32 @@ def submit(
 
 
 def note(entry: Entry, folder: str) -> None:
-    """Write a submission into a folder's record. Where that fails the job runs nevertheless: a warning says it."""
+    """Write a submission into a folder's record.
+
+    Where that fails the job runs nevertheless: a warning says it.
+    """
     try:
         write_entry(entry, folder)
     except OSError as error:
-        line = f"warning: job {entry.job} is submitted, but not noted in '{folder}': {error.strerror}"
+        line = (
+            f"warning: job {entry.job} is submitted, but not noted in '{folder}': {error.strerror}"
+        )
         print(files.shown(f"{line}; status.py will not know of it"), file=sys.stderr)
 
 
 def _half_submitted(folder: str) -> set[Path]:
-    """The files that submitit writes before it knows whether sbatch takes the job; others may have theirs there too."""
+    """The files that submitit writes before it knows whether sbatch takes the job; others may have
+    theirs there too.
+    """
     fixed = submitit.core.utils.JobPaths.get_first_id_independent_folder(folder)
     return {*fixed.glob(".submission_file_*.sh"), *fixed.glob("*.pkl")} if fixed.is_dir() else set()
 
 
 def _is_of(file: Path, ticket: str, name: str) -> bool:
-    """Whether this submission wrote such a file. A pickle is searched for the ticket as it lies there, never loaded."""
+    """Whether this submission wrote such a file.
+
+    A pickle is searched for the ticket as it lies there, never loaded.
+    """
     mark = ticket if file.suffix == ".pkl" else f"--job-name={shlex.quote(name)}\n"
     try:
         return files.kind(file) == "file" and mark.encode() in file.read_bytes()
@@ -168,26 +200,43 @@ def _is_of(file: Path, ticket: str, name: str) -> bool:
         return False
 
 
-def _slurm(opts: argparse.Namespace, folder: str, name: str, after: str | None) -> submitit.SlurmExecutor:
+def _slurm(
+    opts: argparse.Namespace, folder: str, name: str, after: str | None
+) -> submitit.SlurmExecutor:
     if not shutil.which("sbatch"):
         raise BadInput(
-            "no sbatch here: submit from a login node of the cluster, or run on this machine with --cluster local"
+            "no sbatch here: submit from a login node of the cluster, or run on this machine with"
+            " --cluster local"
         )
-    executor = submitit.SlurmExecutor(folder, max_num_timeout=opts.max_restarts, python=python_command(opts))
+    executor = submitit.SlurmExecutor(
+        folder, max_num_timeout=opts.max_restarts, python=python_command(opts)
+    )
     executor.update_parameters(**slurm_parameters(opts, name, after))
     return executor
 
 
 def _local(opts: argparse.Namespace, folder: str) -> submitit.LocalExecutor:
-    """This machine. A job inherits this process's environment, so that is where its variables go."""
+    """This machine.
+
+    A job inherits this process's environment, so that is where its variables go.
+    """
     os.environ.update(pair.split("=", 1) for pair in opts.env)
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
     os.environ.setdefault("OMP_NUM_THREADS", str(opts.cpus_per_task))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    visible = [int(v) for v in visible] if all(re.fullmatch("[0-9]{1,4}", v) for v in visible) else []
+    visible = (
+        [int(v) for v in visible] if all(re.fullmatch("[0-9]{1,4}", v) for v in visible) else []
+    )
     if visible and opts.gpus_per_node > len(visible):
-        raise BadInput(f"--gpus-per-node {opts.gpus_per_node}, but CUDA_VISIBLE_DEVICES shows {len(visible)} here")
-    executor = submitit.LocalExecutor(folder, max_num_timeout=opts.max_restarts, python=python_command(opts))
+        raise BadInput(
+            f"--gpus-per-node {opts.gpus_per_node}, but CUDA_VISIBLE_DEVICES shows {len(visible)}"
+            " here"
+        )
+    executor = submitit.LocalExecutor(
+        folder, max_num_timeout=opts.max_restarts, python=python_command(opts)
+    )
     executor.update_parameters(
         timeout_min=opts.timeout,
         signal_delay_s=opts.signal_delay,
@@ -200,7 +249,9 @@ def _local(opts: argparse.Namespace, folder: str) -> submitit.LocalExecutor:
 
 
 def why_stuck(job_id: str, seconds: float = 2) -> str:
-    """Why a job that was just submitted will not start, if SLURM says so within a moment; '' otherwise."""
+    """Why a job that was just submitted will not start, if SLURM says so within a moment; ''
+    otherwise.
+    """
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         job = slurm.ask(job_id)

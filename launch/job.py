@@ -1,9 +1,11 @@
-"""What runs on the nodes: one `Run` a task, which submitit pickles, starts, and after an interruption starts again.
+"""What runs on the nodes: one `Run` a task, which submitit pickles, starts, and after an
+interruption starts again.
 
-Life of a task: forget what the last life left, meet the other ranks, run the script's main with a `stop` that signals
-set. When main has saved and comes back with 75, all ranks came back together: rank 0 lets submitit requeue the job,
-and all wait to be ended. However a life ends, each rank leaves a record beside the logs (`end_file`): that the job
-succeeded, or which rank failed first, is read from there. The pickles of submitit are for submitit alone.
+Life of a task: forget what the last life left, meet the other ranks, run the script's main with a
+`stop` that signals set. When main has saved and comes back with 75, all ranks came back together:
+rank 0 lets submitit requeue the job, and all wait to be ended. However a life ends, each rank
+leaves a record beside the logs (`end_file`): that the job succeeded, or which rank failed first, is
+read from there. The pickles of submitit are for submitit alone.
 """
 
 import contextlib
@@ -25,15 +27,19 @@ from launch import slurm
 from moco_isl import files
 from moco_isl.errors import BadInput, Interrupted
 
-SUCCEEDED, FAILED, INTERRUPTED = "succeeded", "failed", "interrupted"  # how a life of a rank ends
+# how a life of a rank ends
+SUCCEEDED = "succeeded"
+FAILED = "failed"
+INTERRUPTED = "interrupted"
 SCRIPTS = {"pretrain": "main_moco_isl", "lincls": "main_lincls", "knn": "main_knn"}
 NEW_LIFE = "=> life "  # begins the line in the error log that parts a life from the one before
 LOCAL_RESTARTS = 5  # submitit's controller of local jobs starts a job six times
 
 
 class Stop:
-    """The `stop` that main polls: true once SLURM asked for the node. USR2 is sent ahead of a preemption and of the
-    time limit; TERM comes when a job is cancelled or requeued, and is the only notice of preemption on clusters
+    """The `stop` that main polls: true once SLURM asked for the node. USR2 is sent ahead of a
+    preemption and of the time limit; TERM comes when a job is cancelled or requeued, and is the
+    only notice of preemption on clusters
     without preempt_send_user_signal: saving is right for all.
     """
 
@@ -56,23 +62,34 @@ class Stop:
 
 @dataclasses.dataclass
 class Run:
-    """A script with its flags in its run folder. `restarts` counts the lives that ended by saving and requeueing."""
+    """A script with its flags in its run folder.
+
+    `restarts` counts the lives that ended by saving and requeueing.
+    """
 
     script: str  # a key of SCRIPTS
     flags: list[str]  # the script's own, without --out and --resume
     out: str  # run folder; %j is the job's id
-    resume: str | None = "auto"  # a file: until there is a checkpoint of its own; None: the script cannot resume
+    # a file: until there is a checkpoint of its own; None: the script cannot resume
+    resume: str | None = "auto"
     max_restarts: int = 30
     join_timeout: float = 300  # seconds
     restarts: int = 0
-    ticket: str = dataclasses.field(default="", compare=False)  # of the submission, to know its files by
+    # of the submission, to know its files by
+    ticket: str = dataclasses.field(default="", compare=False)
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
-        """The next life, for submitit; made of what the constructor set, as it may be asked for before __call__."""
-        return submitit.helpers.DelayedSubmission(dataclasses.replace(self, restarts=self.restarts + 1))
+        """The next life, for submitit; made of what the constructor set, as it may be asked for
+        before __call__.
+        """
+        return submitit.helpers.DelayedSubmission(
+            dataclasses.replace(self, restarts=self.restarts + 1)
+        )
 
     def __call__(self) -> dict:
-        stop = Stop()  # first of all: until here a signal goes to submitit's handler, as good as long as nothing runs
+        # first of all: until here a signal goes to submitit's handler, as good as long as nothing
+        # runs
+        stop = Stop()
         env = submitit.JobEnvironment()
         _forget_last_life(env)
         out = self.out.replace("%j", env.job_id)
@@ -112,8 +129,9 @@ class Run:
             first_node=env.hostnames[0] if nodes > 1 else "127.0.0.1",
         )
         print(
-            f"=> rank {place.rank} of {place.world} on {place.node}, local rank {place.local_rank}, "
-            f"CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', '')}, life {life + 1} of job {env.job_id}",
+            f"=> rank {place.rank} of {place.world} on {place.node}, local rank {place.local_rank},"
+            f" CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', '')}, life {life + 1}"
+            f" of job {env.job_id}",
             flush=True,
         )
         if life:
@@ -124,20 +142,38 @@ class Run:
         if store is None:  # asked to stop before anything ran: there is nothing to save
             return Interrupted.exit_code
         if place.rank == 0:
-            print(f"=> {place.world} ranks met at {place.first_node}:{os.environ['MASTER_PORT']}", flush=True)
+            print(
+                f"=> {place.world} ranks met at {place.first_node}:{os.environ['MASTER_PORT']}",
+                flush=True,
+            )
         flags = [*self.flags, "--out", out]
         if self.resume is not None:
-            if place.rank == 0:  # it alone looks, for a shared file system may show the others an older state
-                store.set("launch/resume", "auto" if any(Path(out).glob("checkpoint_*.pth.tar")) else self.resume)
+            # it alone looks, for a shared file system may show the others an older state
+            if place.rank == 0:
+                store.set(
+                    "launch/resume",
+                    "auto" if any(Path(out).glob("checkpoint_*.pth.tar")) else self.resume,
+                )
             flags += ["--resume", store.get("launch/resume").decode()]
         return importlib.import_module(SCRIPTS[self.script]).main(flags, stop)
 
     def _leave(self, env: submitit.JobEnvironment, out: str, stop: Stop) -> None:
-        """Everything is saved: have the job requeued, and wait for the end. Comes back if there is no next life."""
-        most = self.max_restarts if env.cluster == "slurm" else min(self.max_restarts, LOCAL_RESTARTS)
-        go_on = f"The run is saved: the same command with --job-dir {shlex.quote(out)} goes on with it"
+        """Everything is saved: have the job requeued, and wait for the end.
+
+        Comes back if there is no next life.
+        """
+        most = (
+            self.max_restarts if env.cluster == "slurm" else min(self.max_restarts, LOCAL_RESTARTS)
+        )
+        go_on = (
+            f"The run is saved: the same command with --job-dir {shlex.quote(out)} goes on with it"
+        )
         if self.restarts >= most:
-            _say(env, f"=> not requeued: restarted {self.restarts} times already (--max-restarts). {go_on}")
+            _say(
+                env,
+                f"=> not requeued: restarted {self.restarts} times already (--max-restarts)."
+                f" {go_on}",
+            )
             return
         if env.cluster == "slurm":
             self._requeue(env, stop)
@@ -149,21 +185,22 @@ class Run:
     def _requeue(self, env: submitit.JobEnvironment, stop: Stop, patience: float = 120) -> None:
         if env.global_rank == 0:
             job = slurm.ask(env.job_id)
-            # a job that SLURM itself is taking down (cancelled, preempted without grace, requeued by the admin) goes
-            # where SLURM sends it
+            # a job that SLURM itself is taking down (cancelled, preempted without grace, requeued
+            # by the admin) goes where SLURM sends it
             if job is None or not job.leaving:
                 try:
                     stop.requeue(signal.SIGUSR2, None)
                 except SystemExit:
                     pass  # done; to exit now would look like a failure to srun
-                except (subprocess.SubprocessError, OSError) as error:  # SLURM may have begun to requeue this moment
+                # SLURM may have begun to requeue this moment
+                except (subprocess.SubprocessError, OSError) as error:
                     _say(env, f"=> {error}")
         time.sleep(patience)  # SLURM ends all tasks, at most KillWait (30 s by default) from now
 
 
 def _forget_last_life(env: submitit.JobEnvironment) -> None:
-    """Remove what this rank left when it was ended: a stale error would be taken for this life's, and submitit
-    stumbles over half-written files.
+    """Remove what this rank left when it was ended: a stale error would be taken for this life's,
+    and submitit stumbles over half-written files.
     """
     paths = env.paths
     rank = (paths.folder, env.job_id, env.global_rank)
@@ -175,8 +212,10 @@ def _forget_last_life(env: submitit.JobEnvironment) -> None:
 
 
 def _wait_for_lock(out: Path, stop: Stop, seconds: float = 180) -> None:
-    """After a node failed, rank 0's last life may breathe on where SLURM cannot reach it, or a dead node's lock may
-    outlive it: a restart waits for the run folder for a while, where a second run would be refused at once.
+    """After a node failed, rank 0's last life may breathe on where SLURM cannot reach it, or a dead
+    node's lock may
+    outlive it: a restart waits for the run folder for a while, where a second run would be refused
+    at once.
     """
     lock, end = out / ".lock", time.monotonic() + seconds
     while lock.exists() and time.monotonic() < end and not stop():
@@ -199,8 +238,8 @@ def earlier_end_file(folder: Path, job_id: str, rank: int) -> Path:
 
 
 def _record(env: submitit.JobEnvironment, state: str, code: int, error: str) -> None:
-    """How, when and where this rank ended, in a file that is whole or not there. A full disk may refuse it: the logs
-    and the exit code remain.
+    """How, when and where this rank ended, in a file that is whole or not there. A full disk may
+    refuse it: the logs and the exit code remain.
     """
     facts = {
         "state": state,

@@ -1,5 +1,5 @@
-"""The command lines of submit.py and sweep.py: what is asked of the cluster, and the flags of the script, parsed by
-the script's own parser.
+"""The command lines of submit.py and sweep.py: what is asked of the cluster, and the flags of the
+script, parsed by the script's own parser.
 """
 
 import argparse
@@ -14,11 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [p for p in [str(ROOT)] if p not in sys.path]  # `python launch/submit.py` puts only launch/ there
+# `python launch/submit.py` puts only launch/ there
+sys.path[:0] = [p for p in [str(ROOT)] if p not in sys.path]
 
-from launch.job import SCRIPTS  # noqa: E402
-from moco_isl import __version__, files  # noqa: E402
-from moco_isl.errors import BadInput  # noqa: E402
+from launch.job import SCRIPTS
+from moco_isl import __version__, files
+from moco_isl.errors import BadInput
 
 # names that would reach the job through sbatch and mean something else there
 FOREIGN = (
@@ -33,10 +34,11 @@ FOREIGN = (
     "ROLE_RANK",
 )
 FOREIGN_PREFIXES = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_", "TORCHELASTIC_", "PMI", "OMPI_")
-FAMILIAR = {"SLURM_CONF"}  # without it neither sbatch nor the job's own scontrol finds a cluster of this name
+# without it neither sbatch nor the job's own scontrol finds a cluster of this name
+FAMILIAR = {"SLURM_CONF"}
 
-# What stands in the sbatch file, or in a command: of a line that ended early the rest would run as a command.
-# --setup, --container and --python are shell by what they are for.
+# What stands in the sbatch file, or in a command: of a line that ended early the rest would run as
+# a command. --setup, --container and --python are shell by what they are for.
 ONE_LINE = (
     *("job_dir", "name", "partition", "account", "qos", "comment", "constraint", "exclude"),
     *("container", "python", "sbatch", "srun", "env"),
@@ -76,7 +78,11 @@ def add_cluster_options(parser: argparse.ArgumentParser, clusters: tuple[str, ..
         default=clusters[0],
         help="; ".join(
             {
-                "slurm": "slurm: submit (default)" if clusters[0] == "slurm" else "slurm: submit a job array",
+                "slurm": (
+                    "slurm: submit (default)"
+                    if clusters[0] == "slurm"
+                    else "slurm: submit a job array"
+                ),
                 "local": "local: processes of this machine, in the background",
                 "debug": "debug: one task in this very process",
                 "none": "none: one after another on this machine (default)",
@@ -84,7 +90,9 @@ def add_cluster_options(parser: argparse.ArgumentParser, clusters: tuple[str, ..
             for c in clusters
         ),
     )
-    group.add_argument("--nodes", "--nnodes", type=int, default=1, metavar="n", help="nodes of a job (1)")
+    group.add_argument(
+        "--nodes", "--nnodes", type=int, default=1, metavar="n", help="nodes of a job (1)"
+    )
     group.add_argument(
         "--gpus-per-node",
         "--ngpus",
@@ -106,7 +114,9 @@ def add_cluster_options(parser: argparse.ArgumentParser, clusters: tuple[str, ..
         metavar="n",
         help="cores of a process (10 with GPUs, else 1): its loading workers run there",
     )
-    group.add_argument("--mem-gb", type=float, metavar="x", help="memory of a node (default: the cluster's)")
+    group.add_argument(
+        "--mem-gb", type=float, metavar="x", help="memory of a node (default: the cluster's)"
+    )
     group.add_argument(
         "--timeout",
         type=int,
@@ -126,8 +136,10 @@ def add_cluster_options(parser: argparse.ArgumentParser, clusters: tuple[str, ..
         type=int,
         default=30,
         metavar="n",
-        help="how often a run may save and be requeued (30), by time limit or preemption; what "
-        "the admin or a failed node requeues is not counted",
+        help=(
+            "how often a run may save and be requeued (30), by time limit or preemption; what "
+            "the admin or a failed node requeues is not counted"
+        ),
     )
     group.add_argument(
         "--join-timeout",
@@ -179,8 +191,10 @@ def add_cluster_options(parser: argparse.ArgumentParser, clusters: tuple[str, ..
         action="append",
         default=[],
         metavar="CMD",
-        help="shell command that runs as it stands on the first node before the job, such as 'module load cuda'; "
-        "repeatable",
+        help=(
+            "shell command that runs as it stands on the first node before the job, such as 'module"
+            " load cuda'; repeatable"
+        ),
     )
     group.add_argument(
         "--env",
@@ -193,13 +207,18 @@ def add_cluster_options(parser: argparse.ArgumentParser, clusters: tuple[str, ..
         "--container",
         default="",
         metavar="CMD",
-        help="shell command that runs what follows it in a container, such as 'apptainer exec --nv moco.sif'; "
-        "scontrol has to work inside, for the requeueing",
+        help=(
+            "shell command that runs what follows it in a container, such as 'apptainer exec --nv"
+            " moco.sif'; scontrol has to work inside, for the requeueing"
+        ),
     )
     group.add_argument(
         "--python",
         metavar="CMD",
-        help="shell command that starts Python on the nodes (default: this one, in a container: python)",
+        help=(
+            "shell command that starts Python on the nodes (default: this one, in a container:"
+            " python)"
+        ),
     )
 
 
@@ -213,8 +232,8 @@ def check_cluster_options(opts: argparse.Namespace) -> None:
         opts.cpus_per_task = 10 if opts.gpus_per_node else 1
     _check(
         opts.gpus_per_node in (0, opts.tasks_per_node),
-        f"--tasks-per-node {opts.tasks_per_node} with --gpus-per-node {opts.gpus_per_node}: expected "
-        "one process a GPU, or --gpus-per-node 0",
+        f"--tasks-per-node {opts.tasks_per_node} with --gpus-per-node {opts.gpus_per_node}:"
+        " expected one process a GPU, or --gpus-per-node 0",
     )
     _check(
         opts.signal_delay < 60 * opts.timeout,
@@ -240,7 +259,9 @@ def check_numbers(opts: argparse.Namespace) -> None:
 
 
 def _check_texts(opts: argparse.Namespace) -> None:
-    """Raise BadInput for a text that would not stand in the sbatch file as what it is meant to be."""
+    """Raise BadInput for a text that would not stand in the sbatch file as what it is meant to
+    be.
+    """
     for name in ONE_LINE:
         value = getattr(opts, name)
         for text in value if isinstance(value, list) else [value or ""]:
@@ -252,8 +273,13 @@ def _check_texts(opts: argparse.Namespace) -> None:
         expected = "NAME=VALUE, with a name of letters, digits and _ that begins with no digit"
         _check(bool(equals and ENV_NAME.fullmatch(name)), f"--env '{pair}': expected {expected}")
     for pair in opts.sbatch:
-        expected = "an option of sbatch with or without a value, such as gres=gpu:a100:8 or exclusive"
-        _check(bool(SBATCH_KEY.fullmatch(pair.partition("=")[0])), f"--sbatch '{pair}': expected {expected}")
+        expected = (
+            "an option of sbatch with or without a value, such as gres=gpu:a100:8 or exclusive"
+        )
+        _check(
+            bool(SBATCH_KEY.fullmatch(pair.partition("=")[0])),
+            f"--sbatch '{pair}': expected {expected}",
+        )
 
 
 def require_one_line(text: str, what: str, but: str = "", utf8: bool = False) -> None:
@@ -265,7 +291,10 @@ def require_one_line(text: str, what: str, but: str = "", utf8: bool = False) ->
     bad = [c for c in text if c not in but and unicodedata.category(c) in kinds]
     if bad:
         text = text if len(text) < 100 else f"{text[:100]}..."
-        raise BadInput(f"{what} '{text}' holds {files.shown(bad[0])}: expected UTF-8 text in one line, leave it out")
+        raise BadInput(
+            f"{what} '{text}' holds {files.shown(bad[0])}: expected UTF-8 text in one line, leave"
+            " it out"
+        )
 
 
 def folder_of(job_dir: str, cluster: str) -> str:
@@ -274,7 +303,8 @@ def folder_of(job_dir: str, cluster: str) -> str:
         folder = str(Path(job_dir).expanduser().absolute())
     except RuntimeError as error:  # ~name of a user who is not there
         raise BadInput(f"--job-dir '{job_dir}': {error}; write the path out") from error
-    require_one_line(folder, "--job-dir", utf8=cluster == "slurm")  # it may lie in a folder whose name has a line end
+    # it may lie in a folder whose name has a line end
+    require_one_line(folder, "--job-dir", utf8=cluster == "slurm")
     return folder
 
 
@@ -282,15 +312,20 @@ def flag_of(name: str) -> str:
     return name.replace("_", "-")
 
 
-def split_flags(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The launcher's options, and the script's flags: all after `--`, and before it what the launcher does not know."""
+def split_flags(
+    parser: argparse.ArgumentParser, argv: list[str]
+) -> tuple[argparse.Namespace, list[str]]:
+    """The launcher's options, and the script's flags: all after `--`, and before it what the
+    launcher does not know.
+    """
     cut = argv.index("--") if "--" in argv else len(argv)
     opts, flags = parser.parse_known_args(argv[:cut])
     return opts, flags + argv[cut + 1 :]
 
 
 def take_run_flags(flags: list[str]) -> tuple[list[str], str]:
-    """The flags without --resume, and its value ('auto' if it was not there). The run folder is the launcher's
+    """The flags without --resume, and its value ('auto' if it was not there). The run folder is the
+    launcher's
     business: --out raises BadInput.
     """
     mine = LauncherParser(add_help=False, allow_abbrev=False)
@@ -298,7 +333,9 @@ def take_run_flags(flags: list[str]) -> tuple[list[str], str]:
     mine.add_argument("--out")
     taken, flags = mine.parse_known_args(flags)
     _check(
-        taken.out is None, f"--out {taken.out}: the launcher gives the script its run folder; say --job-dir {taken.out}"
+        taken.out is None,
+        f"--out {taken.out}: the launcher gives the script its run folder; say --job-dir"
+        f" {taken.out}",
     )
     _check(
         taken.resume in ("auto", "") or files.kind(taken.resume, "--resume") == "file",
@@ -319,7 +356,8 @@ def takes(script: str, flag: str) -> bool:
 def parse_script(
     script: str, flags: list[str], nodes: int, tasks_per_node: int, check: bool = True
 ) -> argparse.Namespace:
-    """The script's own reading of its flags, and with `check` its own checks, as if it were one of its ranks. Raises
+    """The script's own reading of its flags, and with `check` its own checks, as if it were one of
+    its ranks. Raises
     what it raises: BadInput.
     """
     module = importlib.import_module(SCRIPTS[script])
@@ -348,7 +386,9 @@ def words(text: str, option: str) -> list[str]:
 def clean_environment() -> Iterator[None]:
     """Without what a shell inside another job, or under torchrun, has set."""
     foreign = {
-        k: v for k, v in os.environ.items() if (k in FOREIGN or k.startswith(FOREIGN_PREFIXES)) and k not in FAMILIAR
+        k: v
+        for k, v in os.environ.items()
+        if (k in FOREIGN or k.startswith(FOREIGN_PREFIXES)) and k not in FAMILIAR
     }
     for name in foreign:
         del os.environ[name]

@@ -1,9 +1,10 @@
 """How the ranks of a job find each other, from what SLURM says about the job alone.
 
-Rank 0 opens torch's key-value store on its node, at the first free port of a short list that every rank can work out:
-a function of the job's id and of how often it was restarted, so that two jobs on a node differ, and no restart meets
-what its last life left behind. The others look through the same list for the store that answers with this job's name.
-Then every rank signs in, and waits until all have, or gives up.
+Rank 0 opens torch's key-value store on its node, at the first free port of a short list that every
+rank can work out: a function of the job's id and of how often it was restarted, so that two jobs on
+a node differ, and no restart meets what its last life left behind. The others look through the same
+list for the store that answers with this job's name. Then every rank signs in, and waits until all
+have, or gives up.
 """
 
 import os
@@ -17,7 +18,10 @@ from datetime import timedelta
 
 from torch.distributed import DistError, TCPStore
 
-FIRST_PORT, PORTS, CANDIDATES = 10_000, 22_000, 8  # below 32768, where Linux begins to hand out ports of its own accord
+# below 32768, where Linux begins to hand out ports of its own accord
+FIRST_PORT = 10_000
+PORTS = 22_000
+CANDIDATES = 8
 
 
 class CannotJoin(RuntimeError):
@@ -26,7 +30,9 @@ class CannotJoin(RuntimeError):
 
 @dataclass
 class Place:
-    """Where a rank stands: its number among all and among those of its node, and the node of rank 0."""
+    """Where a rank stands: its number among all and among those of its node, and the node of rank
+    0.
+    """
 
     job: str  # unique among the jobs that run
     life: int  # 0, then one more with every restart
@@ -43,14 +49,17 @@ class Place:
 
     @property
     def ports(self) -> list[int]:
-        return [FIRST_PORT + zlib.crc32(f"{self.name}/{i}".encode()) % PORTS for i in range(CANDIDATES)]
+        return [
+            FIRST_PORT + zlib.crc32(f"{self.name}/{i}".encode()) % PORTS for i in range(CANDIDATES)
+        ]
 
 
 def join(place: Place, seconds: float, stop: Callable[[], bool]) -> TCPStore | None:
-    """Meet the other ranks; returns the store, with MASTER_ADDR, RANK and the like in the environment.
+    """Meet the other ranks; returns the store, with MASTER_ADDR, RANK and the like in the
+    environment.
 
-    The store has to be kept as long as ranks may want to talk. None if stop() came first. Raises CannotJoin after
-    `seconds`, naming who is missing.
+    The store has to be kept as long as ranks may want to talk. None if stop() came first. Raises
+    CannotJoin after `seconds`, naming who is missing.
     """
     end = time.monotonic() + seconds
     found = _open(place) if place.rank == 0 else _find(place, end, stop)
@@ -65,8 +74,9 @@ def join(place: Place, seconds: float, stop: Callable[[], bool]) -> TCPStore | N
         if time.monotonic() > end:
             missing = [r for r, signature in enumerate(signatures) if not _has(store, [signature])]
             raise CannotJoin(
-                f"{len(missing)} of {place.world} ranks did not join within {seconds:.0f} s: {_ranks(missing)}. "
-                "Their logs say why, if they started; --join-timeout gives slow nodes longer"
+                f"{len(missing)} of {place.world} ranks did not join within {seconds:.0f} s:"
+                f" {_ranks(missing)}. Their logs say why, if they started; --join-timeout gives"
+                " slow nodes longer"
             )
         time.sleep(0.1)
     os.environ.update(
@@ -82,7 +92,8 @@ def join(place: Place, seconds: float, stop: Callable[[], bool]) -> TCPStore | N
 
 def _open(place: Place) -> tuple[TCPStore, int]:
     for port in place.ports:
-        try:  # multi_tenant: init_process_group("env://") of this process then uses this very server
+        # multi_tenant: init_process_group("env://") of this process then uses this very server
+        try:
             store = TCPStore(
                 place.first_node,
                 port,
@@ -109,8 +120,9 @@ def _find(place: Place, end: float, stop: Callable[[], bool]) -> tuple[TCPStore,
                 return store, port
         time.sleep(0.2)
     raise CannotJoin(
-        f"rank {place.rank} on {place.node} did not find rank 0 at {place.first_node} (ports {place.ports}): "
-        "it did not start in time, its log says why, or a firewall stands between the nodes"
+        f"rank {place.rank} on {place.node} did not find rank 0 at {place.first_node} (ports"
+        f" {place.ports}): it did not start in time, its log says why, or a firewall stands between"
+        " the nodes"
     )
 
 
@@ -118,7 +130,9 @@ def _has(store: TCPStore, keys: list[str]) -> bool:
     try:
         return store.check(keys)
     except DistError as error:
-        raise CannotJoin("rank 0 ended while the others were still joining; its log says why") from error
+        raise CannotJoin(
+            "rank 0 ended while the others were still joining; its log says why"
+        ) from error
 
 
 def _listens(host: str, port: int) -> bool:
@@ -130,14 +144,22 @@ def _listens(host: str, port: int) -> bool:
 
 
 def _client(host: str, port: int, seconds: float = 5) -> TCPStore | None:
-    """The store at host:port; None if what listens there is no store. In a thread: the constructor waits for ever on
-    a listener that is mute.
+    """The store at host:port; None if what listens there is no store. In a thread: the constructor
+    waits for ever on a listener that is mute.
     """
     found = []
 
     def connect() -> None:
         try:
-            found.append(TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=60)))
+            found.append(
+                TCPStore(
+                    host,
+                    port,
+                    is_master=False,
+                    wait_for_workers=False,
+                    timeout=timedelta(seconds=60),
+                )
+            )
         except (DistError, RuntimeError):
             pass
 

@@ -1,9 +1,10 @@
-"""What became of a job, in words: from SLURM, from the records and logs that its ranks left, and from the run's own
-metrics.
+"""What became of a job, in words: from SLURM, from the records and logs that its ranks left, and
+from the run's own metrics.
 
-A job's folder holds launch.jsonl (a line a submission), and per job J and rank R: J_R_log.out, J_R_log.err and, of a
-rank that has ended, J_R_end.json. Whoever may write into the folder may have written them: they are checked as they
-are read, and what submitit has pickled beside them is never loaded.
+A job's folder holds launch.jsonl (a line a submission), and per job J and rank R: J_R_log.out,
+J_R_log.err and, of a rank that has ended, J_R_end.json. Whoever may write into the folder may have
+written them: they are checked as they are read, and what submitit has pickled beside them is never
+loaded.
 """
 
 import contextlib
@@ -33,7 +34,10 @@ ENTRY = {
     "command": [str],
 }
 # an array's element is A_i; on this machine a process id
-JOB_ID = {"slurm": re.compile(r"[0-9]{1,18}(_[0-9]{1,9})?"), "local": re.compile(r"[1-9][0-9]{0,8}")}
+JOB_ID = {
+    "slurm": re.compile(r"[0-9]{1,18}(_[0-9]{1,9})?"),
+    "local": re.compile(r"[1-9][0-9]{0,8}"),
+}
 EARLIER_END = {
     "time": float,
     "rank": Number(0, 1_000_000, whole=True),
@@ -45,15 +49,18 @@ END = {"state": {SUCCEEDED, FAILED, INTERRUPTED}, **EARLIER_END}
 
 # what a rank says whose partner has gone: a consequence, not a cause
 CONSEQUENCE = re.compile(
-    r"closed by peer|[Cc]onnection (reset|refused|closed)|[Bb]roken pipe|[Tt]imed out waiting|Interrupted system call|"
+    r"closed by peer|[Cc]onnection (reset|refused|closed)|[Bb]roken pipe|[Tt]imed out"
+    r" waiting|Interrupted system call|"
     r"NCCL|[Ww]atchdog|DistNetworkError|DistStoreError|DistBackendError|"
     r"could not join the others|rank 0 ended while|lost another rank|was ended with the others"
 )
 SRUN_SAYS = re.compile(r"^srun: error: (\S+): tasks? ((?:[0-9]{1,7}[,-])*[0-9]{1,7}): (.+)$")
-# what submitit says in the log of a rank; of jobs of an earlier version, all that there is to tell success by
+# what submitit says in the log of a rank; of jobs of an earlier version, all that there is to tell
+# success by
 STARTS = re.compile(r"^submitit INFO \(.*\) - Starting with JobEnvironment\(", re.M)
 SUCCESS = re.compile(r"^submitit INFO \(.*\) - Job completed successfully$", re.M)
-TAKEN_DOWN = re.compile(r"CANCELLED AT .* DUE TO")  # after this line ranks are killed because SLURM ends the job
+# after this line ranks are killed because SLURM ends the job
+TAKEN_DOWN = re.compile(r"CANCELLED AT .* DUE TO")
 
 
 @dataclasses.dataclass
@@ -83,7 +90,11 @@ class Failure:
     @property
     def word(self) -> str:
         """What it said last, or with which code it ended."""
-        return self.error.strip().splitlines()[0] if self.error.strip() else f"ended with exit code {self.code}"
+        return (
+            self.error.strip().splitlines()[0]
+            if self.error.strip()
+            else f"ended with exit code {self.code}"
+        )
 
     @property
     def consequence(self) -> bool:
@@ -97,10 +108,16 @@ def write_entry(entry: Entry, folder: str | Path) -> None:
 
 
 def read_entries(folder: Path) -> list[Entry]:
-    """The submissions into a folder, oldest first. Raises BadInput for a record that is not as we write it."""
+    """The submissions into a folder, oldest first.
+
+    Raises BadInput for a record that is not as we write it.
+    """
     file = folder / RECORDS
     lines = files.read_text(file, expected=f"the {RECORDS} of submit.py or sweep.py").splitlines()
-    return [_entry(line, f"'{files.shown(file)}', line {number}") for number, line in enumerate(lines, 1)]
+    return [
+        _entry(line, f"'{files.shown(file)}', line {number}")
+        for number, line in enumerate(lines, 1)
+    ]
 
 
 def _entry(line: str, where: str) -> Entry:
@@ -109,10 +126,15 @@ def _entry(line: str, where: str) -> Entry:
     pattern = JOB_ID[facts["cluster"]]
     if not pattern.fullmatch(facts["job"]):
         job = files.shown(facts["job"])[:40]
-        raise BadInput(f"{where}: job is '{job}': expected the number that {facts['cluster']} gave it")
+        raise BadInput(
+            f"{where}: job is '{job}': expected the number that {facts['cluster']} gave it"
+        )
     for name in ("folder", "out"):
         if "\0" in facts[name] or not _is_name(facts[name]):
-            raise BadInput(f"{where}: {name} is '{files.shown(facts[name])[:40]}': expected the path of a folder")
+            raise BadInput(
+                f"{where}: {name} is '{files.shown(facts[name])[:40]}': expected the path of a"
+                " folder"
+            )
     return Entry(**facts)
 
 
@@ -129,12 +151,17 @@ def parse(text: str, where: str):
     """What JSON text says. Raises BadInput."""
     try:
         return json.loads(text)
-    except (ValueError, RecursionError) as error:  # ValueError: also a number of more digits than Python takes
-        raise BadInput(f"{where} is no JSON: it was cut short, or changed by hand; remove it") from error
+    # ValueError: also a number of more digits than Python takes
+    except (ValueError, RecursionError) as error:
+        raise BadInput(
+            f"{where} is no JSON: it was cut short, or changed by hand; remove it"
+        ) from error
 
 
 def state(entry: Entry) -> JobState:
-    """From SLURM; from the files of the ranks where SLURM has forgotten the job or has no part in it."""
+    """From SLURM; from the files of the ranks where SLURM has forgotten the job or has no part in
+    it.
+    """
     if entry.cluster == "slurm" and (job := slurm.ask(entry.job)):
         return job
     if entry.cluster == "local" and _alive(entry):
@@ -148,10 +175,14 @@ def state(entry: Entry) -> JobState:
 
 
 def restarts(entry: Entry, job: JobState) -> int:
-    """How often the job has been started again: SLURM's count, else as the first rank's log has it."""
+    """How often the job has been started again: SLURM's count, else as the first rank's log has
+    it.
+    """
     if job.restarts is not None:
         return job.restarts
-    lives = re.findall(rf"life ([0-9]{{1,9}}) of job {re.escape(entry.job)}", _text(entry.log(0, "out")))
+    lives = re.findall(
+        rf"life ([0-9]{{1,9}}) of job {re.escape(entry.job)}", _text(entry.log(0, "out"))
+    )
     return int(lives[-1]) - 1 if lives else 0
 
 
@@ -172,7 +203,9 @@ def _alive(entry: Entry) -> bool:
 
 
 def succeeded(entry: Entry, rank: int) -> bool:
-    """Whether a rank's last life ended well, by its record, or by its log if it left none (an earlier version)."""
+    """Whether a rank's last life ended well, by its record, or by its log if it left none (an
+    earlier version).
+    """
     try:
         end = _end(entry, rank)
     except BadInput:
@@ -183,7 +216,10 @@ def succeeded(entry: Entry, rank: int) -> bool:
 
 
 def _end(entry: Entry, rank: int) -> dict | None:
-    """The record that a rank left when it ended; None if there is none. Raises BadInput for one that is damaged."""
+    """The record that a rank left when it ended; None if there is none.
+
+    Raises BadInput for one that is damaged.
+    """
     of = (Path(entry.folder), entry.job, rank)
     for file, shape in ((end_file(*of), END), (earlier_end_file(*of), EARLIER_END)):
         if files.kind(file):
@@ -195,8 +231,8 @@ def _end(entry: Entry, rank: int) -> dict | None:
 
 
 def failures(entry: Entry) -> list[Failure]:
-    """The ranks that failed, the one that began it first: causes before consequences, those with a word before those
-    without, then by time.
+    """The ranks that failed, the one that began it first: causes before consequences, those with a
+    word before those without, then by time.
     """
     found = {}
     for rank in range(entry.tasks):
@@ -215,8 +251,8 @@ def failures(entry: Entry) -> list[Failure]:
 
 
 def _srun_says(entry: Entry) -> list[tuple[int, str, str]]:
-    """(rank, node, how it ended) as srun tells it at the end of rank 0's log: of ranks that were killed, all that
-    there is.
+    """(rank, node, how it ended) as srun tells it at the end of rank 0's log: of ranks that were
+    killed, all that there is.
     """
     told, over = [], False
     for line in _this_life(entry.log(0)):
@@ -228,7 +264,10 @@ def _srun_says(entry: Entry) -> list[tuple[int, str, str]]:
             if over:
                 words = "was ended with the others"
             elif words.startswith("Killed"):
-                words = "was killed: exit code 137, signal 9 (by the kernel for want of memory, or by hand)"
+                words = (
+                    "was killed: exit code 137, signal 9 (by the kernel for want of memory, or by"
+                    " hand)"
+                )
             told += [(rank, match[1], words) for rank in _numbers(match[2], entry.tasks)]
     return told
 
@@ -263,12 +302,16 @@ def _text(file: Path, most: int = 2**20) -> str:
 
 
 def progress(out: str) -> dict:
-    """The last epoch, step, loss, images_per_s and kNN that a run logged; {} if it logged nothing."""
+    """The last epoch, step, loss, images_per_s and kNN that a run logged; {} if it logged
+    nothing.
+    """
     return _last(out, ("step", "epoch"), ("epoch", "step", "loss", "images_per_s", "knn", "total"))
 
 
 def last_round(out: str) -> dict:
-    """The last mining round: mean size of the sets, and their precision if there were labels; {} if there was none."""
+    """The last mining round: mean size of the sets, and their precision if there were labels; {} if
+    there was none.
+    """
     return _last(out, ("round",), ("mean_size", "precision", "precision_own_nearest"))
 
 
@@ -285,32 +328,48 @@ def _last(out: str, kinds: tuple[str, ...], names: tuple[str, ...]) -> dict:
 
 
 def is_number(value) -> bool:
-    """Whether a value from a file is a number that can be shown and drawn: finite, and no thousand digits."""
+    """Whether a value from a file is a number that can be shown and drawn: finite, and no thousand
+    digits.
+    """
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 ADVICE = {
     slurm.INTERRUPTED: "it saved and left, and nothing started it again",
     "CANCELLED": "it was cancelled; what was saved stays",
-    "TIMEOUT": "it reached its time limit before it had saved and left: a longer --signal-delay gives it more time",
+    "TIMEOUT": (
+        "it reached its time limit before it had saved and left: a longer --signal-delay gives it"
+        " more time"
+    ),
     "NODE_FAIL": "a node failed, and SLURM did not requeue the job",
     "OUT_OF_MEMORY": "it needed more memory than it had: raise --mem-gb, or lower --workers",
-    "UNKNOWN": "SLURM has forgotten it, and it left neither a result nor an error: it was cancelled or killed",
+    "UNKNOWN": (
+        "SLURM has forgotten it, and it left neither a result nor an error: it was cancelled or"
+        " killed"
+    ),
 }
 
 
 def explain(entry: Entry, job: JobState, lines: int = 12) -> list[str]:
-    """Why a job ended without success: the first cause with its log and the end of it, then the ranks that only
-    followed.
+    """Why a job ended without success: the first cause with its log and the end of it, then the
+    ranks that only followed.
     """
     exit_code = f" (exit code {job.exit_code})" if job.exit_code not in ("", "0:0") else ""
-    text = [f"job {entry.job} {job.state}{exit_code}" + (f": {ADVICE[job.state]}" if job.state in ADVICE else "")]
+    text = [
+        f"job {entry.job} {job.state}{exit_code}"
+        + (f": {ADVICE[job.state]}" if job.state in ADVICE else "")
+    ]
     found = failures(entry)
     if found:
         first = found[0]
-        text += [f"rank {first.rank} on {first.node}: {first.word}", f"log: {entry.log(first.rank)}"]
+        text += [
+            f"rank {first.rank} on {first.node}: {first.word}",
+            f"log: {entry.log(first.rank)}",
+        ]
         text += ["  | " + line for line in _this_life(entry.log(first.rank))[-lines:]]
-        text += [f"then rank {other.rank} on {other.node}: {other.word[:160]}" for other in found[1:4]]
+        text += [
+            f"then rank {other.rank} on {other.node}: {other.word[:160]}" for other in found[1:4]
+        ]
         text += [f"then {len(found) - 4} more"] if len(found) > 4 else []
     elif job.state not in ("CANCELLED", "COMPLETED"):
         text.append(f"log: {entry.log(0)}")

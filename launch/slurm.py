@@ -1,12 +1,13 @@
-"""What SLURM knows about a job: from slurmctld while it remembers (MinJobAge, 5 minutes after the end), then from the
-accounting if there is one.
+"""What SLURM knows about a job: from slurmctld while it remembers (MinJobAge, 5 minutes after the
+end), then from the accounting if there is one.
 """
 
 import re
 import subprocess
 from dataclasses import dataclass
 
-INTERRUPTED = "INTERRUPTED"  # ours, of a job that SLURM does not know: all its ranks have saved and left
+# ours, of a job that SLURM does not know: all its ranks have saved and left
+INTERRUPTED = "INTERRUPTED"
 FINAL = {
     INTERRUPTED,
     "COMPLETED",
@@ -21,7 +22,8 @@ FINAL = {
     "REVOKED",
 }
 LEAVING = {"COMPLETING", "PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT"}
-PASSING = {"NODE_FAIL", "PREEMPTED", "BOOT_FAIL"}  # shown for a moment by jobs that are about to be requeued
+# shown for a moment by jobs that are about to be requeued
+PASSING = {"NODE_FAIL", "PREEMPTED", "BOOT_FAIL"}
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,9 @@ class JobState:
 
 
 def ask(job_id: str) -> JobState | None:
-    """The state of a job, or of an array's element A_i; None where SLURM knows nothing of it or cannot be asked."""
+    """The state of a job, or of an array's element A_i; None where SLURM knows nothing of it or
+    cannot be asked.
+    """
     return _from_controller(job_id) or _from_accounting(job_id)
 
 
@@ -65,9 +69,11 @@ def _run(*command: str) -> str:
 def _from_controller(job_id: str) -> JobState | None:
     text = _run("scontrol", "show", "job", job_id, "-o")
     facts = re.findall(
-        r"(?:^|\s)(JobState|Reason|Restarts|ExitCode|NodeList|Requeue)=(\S*)", text.splitlines()[0] if text else ""
+        r"(?:^|\s)(JobState|Reason|Restarts|ExitCode|NodeList|Requeue)=(\S*)",
+        text.splitlines()[0] if text else "",
     )
-    found = dict(reversed(facts))  # the first of a name: a comment that follows may hold another one
+    # the first of a name: a comment that follows may hold another one
+    found = dict(reversed(facts))
     if "JobState" not in found:
         return None
     nothing = ("None", "(null)")
@@ -82,10 +88,14 @@ def _from_controller(job_id: str) -> JobState | None:
 
 
 def _from_accounting(job_id: str) -> JobState | None:
-    for line in _run("sacct", "-X", "-n", "-P", "-o", "JobID,State,ExitCode,NodeList", "-j", job_id).splitlines():
+    for line in _run(
+        "sacct", "-X", "-n", "-P", "-o", "JobID,State,ExitCode,NodeList", "-j", job_id
+    ).splitlines():
         name, state, exit_code, nodes = line.split("|")
         if name == job_id:
             return JobState(
-                state=state.split()[0], exit_code=exit_code, nodes="" if nodes == "None assigned" else nodes
+                state=state.split()[0],
+                exit_code=exit_code,
+                nodes="" if nodes == "None assigned" else nodes,
             )
     return None

@@ -1,5 +1,6 @@
 #!/usr/bin/env python
-"""What a job is doing: state, restarts, last epoch and loss, images/s; and why it failed, if it did.
+"""What a job is doing: state, restarts, last epoch and loss, images/s; and why it failed, if it
+did.
 
 python launch/status.py runs/4711            the last submission into this folder
 python launch/status.py runs/4711 --all      all of them, and those that follow the pretraining
@@ -12,21 +13,36 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from launch import report, watch  # noqa: E402
-from launch.options import LauncherParser, check_numbers  # noqa: E402
-from launch.report import Entry  # noqa: E402
-from moco_isl import files  # noqa: E402
-from moco_isl.errors import BadInput  # noqa: E402
+from launch import report, watch
+from launch.options import LauncherParser, check_numbers
+from launch.report import Entry
+from moco_isl import files
+from moco_isl.errors import BadInput
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = LauncherParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = LauncherParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_version()
-    parser.add_argument("job_dir", metavar="JOB_DIR", type=Path, help="the folder that submit.py or sweep.py printed")
-    parser.add_argument("--all", action="store_true", help="every submission into the folder, and into those below it")
+    parser.add_argument(
+        "job_dir",
+        metavar="JOB_DIR",
+        type=Path,
+        help="the folder that submit.py or sweep.py printed",
+    )
+    parser.add_argument(
+        "--all",
+        action="store_true",
+        help="every submission into the folder, and into those below it",
+    )
     parser.add_argument("--wait", action="store_true", help="until the job has ended")
     parser.add_argument(
-        "--poll", type=float, default=5, metavar="s", help="seconds between two looks while waiting (5)"
+        "--poll",
+        type=float,
+        default=5,
+        metavar="s",
+        help="seconds between two looks while waiting (5)",
     )
     return parser
 
@@ -45,7 +61,11 @@ def main(argv: list[str] | None = None) -> int:
     states = {entry.job: report.state(entry) for entry in entries}
     for entry in entries:
         print("\n".join(describe(entry, states[entry.job])), flush=True)
-    return int(any(job.final and not job.may_return and job.state != "COMPLETED" for job in states.values()))
+    return int(
+        any(
+            job.final and not job.may_return and job.state != "COMPLETED" for job in states.values()
+        )
+    )
 
 
 def find(folder: Path, everything: bool) -> list[Entry]:
@@ -56,11 +76,16 @@ def find(folder: Path, everything: bool) -> list[Entry]:
         else sorted(folder.rglob(report.RECORDS), key=lambda f: (len(f.parts), f))
     )
     if not records:
-        raise BadInput(f"no {report.RECORDS} in '{folder}': expected the folder that submit.py or sweep.py printed")
+        raise BadInput(
+            f"no {report.RECORDS} in '{folder}': expected the folder that submit.py or sweep.py"
+            " printed"
+        )
     found = [
         entry
         for file in records
-        for entry in report.read_entries(file.parent)[slice(None) if everything else slice(-1, None)]
+        for entry in report.read_entries(file.parent)[
+            slice(None) if everything else slice(-1, None)
+        ]
     ]
     # a sweep notes a job twice: with its logs, and in its point
     return list({entry.job: entry for entry in found}.values())

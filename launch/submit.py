@@ -1,15 +1,16 @@
 #!/usr/bin/env python
-"""Run a script of this repository on a SLURM cluster; it comes back by itself after preemption, time limit and node
-failure.
+"""Run a script of this repository on a SLURM cluster; it comes back by itself after preemption,
+time limit and node failure.
 
-    python launch/submit.py pretrain --nodes 4 --gpus-per-node 8 --partition gpu --job-dir runs/%j -- --config FILE DIR
-    python launch/submit.py lincls|knn ... -- --pretrained FILE DIR
-    python launch/submit.py pretrain ... --then lincls,knn --lincls "DIR --lr 30"     and when it is done, evaluate
-    python launch/submit.py pretrain --cluster local --gpus-per-node 2 ...             the same without SLURM
+    python launch/submit.py pretrain --nodes 4 --gpus-per-node 8 --partition gpu --job-dir runs/%j
+    -- --config FILE DIR python launch/submit.py lincls|knn ... -- --pretrained FILE DIR
+    python launch/submit.py pretrain ... --then lincls,knn --lincls "DIR --lr 30"     and when it is
+    done, evaluate python launch/submit.py pretrain --cluster local --gpus-per-node 2 ...
+    the same without SLURM
 
-After `--` come the script's own flags (--help shows them too), but --out and --resume: the run folder is --job-dir,
-and a run goes on where its last checkpoint is. The same command with --job-dir naming that folder continues a run
-that was ended. The code is read anew at every restart.
+After `--` come the script's own flags (--help shows them too), but --out and --resume: the run
+folder is --job-dir, and a run goes on where its last checkpoint is. The same command with --job-dir
+naming that folder continues a run that was ended. The code is read anew at every restart.
 """
 
 import argparse
@@ -25,11 +26,11 @@ import submitit
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from launch import executors, options, watch  # noqa: E402
-from launch.job import SCRIPTS, Run  # noqa: E402
-from launch.report import Entry  # noqa: E402
-from moco_isl import files  # noqa: E402
-from moco_isl.errors import BadInput  # noqa: E402
+from launch import executors, options, watch
+from launch.job import SCRIPTS, Run
+from launch.report import Entry
+from moco_isl import files
+from moco_isl.errors import BadInput
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -40,37 +41,56 @@ def get_parser() -> argparse.ArgumentParser:
         add_help=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("-h", "--help", action="store_true", help="show this, and the script's flags")
+    parser.add_argument(
+        "-h", "--help", action="store_true", help="show this, and the script's flags"
+    )
     parser.add_argument(
         "--job-dir",
         "--job_dir",
         default="runs/%j",
         metavar="DIR",
-        help="run folder and logs; %%j is the job's id, on this machine the time (default: runs/%%j)",
-    )
-    parser.add_argument("--name", metavar="NAME", help="name of the job (default: moco_isl-<script>)")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="show the sbatch file and the resolved flags, and touch nothing"
+        help=(
+            "run folder and logs; %%j is the job's id, on this machine the time (default: runs/%%j)"
+        ),
     )
     parser.add_argument(
-        "--wait", action="store_true", help="stay until all is done; exit code 0 if it succeeded, else why not"
+        "--name", metavar="NAME", help="name of the job (default: moco_isl-<script>)"
     )
     parser.add_argument(
-        "--poll", type=float, default=5, metavar="s", help="seconds between two looks at the job while waiting (5)"
+        "--dry-run",
+        action="store_true",
+        help="show the sbatch file and the resolved flags, and touch nothing",
+    )
+    parser.add_argument(
+        "--wait",
+        action="store_true",
+        help="stay until all is done; exit code 0 if it succeeded, else why not",
+    )
+    parser.add_argument(
+        "--poll",
+        type=float,
+        default=5,
+        metavar="s",
+        help="seconds between two looks at the job while waiting (5)",
     )
     group = parser.add_argument_group("and then (after pretrain)")
     group.add_argument(
         "--then",
         default="",
         metavar="lincls,knn",
-        help="submit these as well, to start when the pretraining has succeeded, on one node each, in "
-        "DIR/lincls and DIR/knn",
+        help=(
+            "submit these as well, to start when the pretraining has succeeded, on one node each,"
+            " in DIR/lincls and DIR/knn"
+        ),
     )
     for name in ("lincls", "knn"):
         group.add_argument(
             f"--{name}",
             metavar="FLAGS",
-            help=f"flags of main_{name}.py in quotes (default: the pretraining's data set); --pretrained is given",
+            help=(
+                f"flags of main_{name}.py in quotes (default: the pretraining's data set);"
+                " --pretrained is given"
+            ),
         )
     options.add_cluster_options(parser, ("slurm", "local", "debug"))
     return parser
@@ -94,14 +114,19 @@ def _main(argv: list[str]) -> int:
         get_parser().parse_args(argv)
     if not argv or argv[0] not in SCRIPTS:
         if argv and argv[0] not in ("-h", "--help"):
-            raise BadInput(f"'{argv[0]}' is nothing to submit: expected pretrain, lincls or knn, and then the options")
+            raise BadInput(
+                f"'{argv[0]}' is nothing to submit: expected pretrain, lincls or knn, and then the"
+                " options"
+            )
         get_parser().print_help()
         return 0 if argv else BadInput.exit_code
     script = argv[0]
     opts, flags = options.split_flags(get_parser(), argv[1:])
     if opts.help:
         get_parser().print_help()
-        print(f"\nthe script's own flags, after --\n\n{options.script_parser(script).format_help()}")
+        print(
+            f"\nthe script's own flags, after --\n\n{options.script_parser(script).format_help()}"
+        )
         return 0
     options.check_cluster_options(opts)
     plan = make_plan(script, opts, flags)
@@ -112,7 +137,10 @@ def _main(argv: list[str]) -> int:
 
 
 def make_plan(script: str, opts: argparse.Namespace, flags: list[str]) -> list[Run]:
-    """The run, and those that follow it, with all flags checked by their scripts. Raises BadInput."""
+    """The run, and those that follow it, with all flags checked by their scripts.
+
+    Raises BadInput.
+    """
     then = [name for name in opts.then.split(",") if name]
     for name in then:
         if name not in ("lincls", "knn"):
@@ -121,16 +149,26 @@ def make_plan(script: str, opts: argparse.Namespace, flags: list[str]) -> list[R
         raise BadInput("--then follows a pretraining on --cluster slurm or local")
     for name in ("lincls", "knn"):
         if getattr(opts, name) is not None and name not in then:
-            raise BadInput(f"--{name} has flags for main_{name}.py, but --then does not name {name}")
+            raise BadInput(
+                f"--{name} has flags for main_{name}.py, but --then does not name {name}"
+            )
     job_dir = opts.job_dir
     if opts.cluster != "slurm":  # submitit's local controller would make a folder of the name %j
         job_dir = job_dir.replace(
-            "%j", "debug" if opts.cluster == "debug" else time.strftime(f"local-%Y%m%d-%H%M%S-{os.getpid()}")
+            "%j",
+            (
+                "debug"
+                if opts.cluster == "debug"
+                else time.strftime(f"local-%Y%m%d-%H%M%S-{os.getpid()}")
+            ),
         )
     folder = options.folder_of(job_dir, opts.cluster)
     flags, resume = options.take_run_flags(flags)
     args = options.parse_script(
-        script, flags + (["--resume", resume] if resume != "auto" else []), opts.nodes, opts.tasks_per_node
+        script,
+        flags + (["--resume", resume] if resume != "auto" else []),
+        opts.nodes,
+        opts.tasks_per_node,
     )
     plan = [_run(script, flags, folder, opts, resume)]
     same_data = ["--dataset", args.dataset, *([args.data] if args.data else [])]
@@ -141,14 +179,22 @@ def make_plan(script: str, opts: argparse.Namespace, flags: list[str]) -> list[R
             f"{folder}/checkpoint_last.pth.tar",
             *(same_data if given is None else options.words(given, f"--{name}")),
         ]
-        options.parse_script(name, flags, 1, opts.tasks_per_node, check=False)  # the file is yet to come
+        # the file is yet to come
+        options.parse_script(name, flags, 1, opts.tasks_per_node, check=False)
         plan.append(_run(name, flags, f"{folder}/{name}", opts))
     return plan
 
 
-def _run(script: str, flags: list[str], out: str, opts: argparse.Namespace, resume: str = "auto") -> Run:
+def _run(
+    script: str, flags: list[str], out: str, opts: argparse.Namespace, resume: str = "auto"
+) -> Run:
     return Run(
-        script, flags, out, resume if options.takes(script, "--resume") else None, opts.max_restarts, opts.join_timeout
+        script,
+        flags,
+        out,
+        resume if options.takes(script, "--resume") else None,
+        opts.max_restarts,
+        opts.join_timeout,
     )
 
 
@@ -167,29 +213,47 @@ def dry_run(plan: list[Run], opts: argparse.Namespace) -> int:
         own = _one_node(opts) if i else opts
         if opts.cluster == "slurm":
             print(f"# ---- sbatch file of {run.script}")
-            print(executors.sbatch_text(own, run.out, _name(run, opts), after="JOB_OF_PRETRAIN" if i else None).strip())
-        print(f"# ---- {SCRIPTS[run.script]}.py, {own.nodes} x {own.tasks_per_node} tasks, run folder {run.out}")
-        args = options.parse_script(run.script, run.flags, own.nodes, own.tasks_per_node, check=False)
+            print(
+                executors.sbatch_text(
+                    own, run.out, _name(run, opts), after="JOB_OF_PRETRAIN" if i else None
+                ).strip()
+            )
+        print(
+            f"# ---- {SCRIPTS[run.script]}.py, {own.nodes} x {own.tasks_per_node} tasks, run folder"
+            f" {run.out}"
+        )
+        args = options.parse_script(
+            run.script, run.flags, own.nodes, own.tasks_per_node, check=False
+        )
         given = {"out": run.out, **({"resume": run.resume} if run.resume else {})}
         # the whole may be kept as a file for sbatch: each stays in its line
-        print("\n".join(files.shown(f"# {name}: {value}") for name, value in sorted({**vars(args), **given}.items())))
+        print(
+            "\n".join(
+                files.shown(f"# {name}: {value}")
+                for name, value in sorted({**vars(args), **given}.items())
+            )
+        )
     print("# nothing was submitted")
     return 0
 
 
 def submit_all(plan: list[Run], opts: argparse.Namespace, command: list[str]) -> int:
-    """Submit the plan. SLURM holds what follows until the first has succeeded; on this machine that is waited for
-    here.
+    """Submit the plan. SLURM holds what follows until the first has succeeded; on this machine that
+    is waited for here.
     """
     first = executors.submit(opts, plan[:1], plan[0].out, _name(plan[0], opts), command)[0]
     tell(first, opts)
     entries, code = [first], 0
     for run in plan[1:]:
-        if opts.cluster == "local" and (code := watch.outcome(entries[-1:], watch.wait(entries[-1:], opts.poll))):
+        if opts.cluster == "local" and (
+            code := watch.outcome(entries[-1:], watch.wait(entries[-1:], opts.poll))
+        ):
             return code
         run.out = run.out.replace("%j", first.job)
         run.flags = [flag.replace("%j", first.job) for flag in run.flags]
-        entries += executors.submit(_one_node(opts), [run], run.out, _name(run, opts), command, after=first.job)
+        entries += executors.submit(
+            _one_node(opts), [run], run.out, _name(run, opts), command, after=first.job
+        )
         tell(entries[-1], opts)
     if opts.wait:
         waiting = entries if opts.cluster == "slurm" else entries[-1:]
@@ -215,14 +279,17 @@ def tell(entry: Entry, opts: argparse.Namespace) -> None:
         and (stuck := executors.why_stuck(entry.job))
     ):
         print(
-            f"warning: job {entry.job} will not start: {stuck}. To take it back: scancel {entry.job}",
+            f"warning: job {entry.job} will not start: {stuck}. To take it back: scancel"
+            f" {entry.job}",
             file=sys.stderr,
             flush=True,
         )
 
 
 def debug(run: Run) -> int:
-    """One task in this very process; the debugger opens where it fails if there is somebody to type."""
+    """One task in this very process; the debugger opens where it fails if there is somebody to
+    type.
+    """
     files.require_folder(run.out, "--job-dir")
     Path(run.out).mkdir(parents=True, exist_ok=True)
     os.environ["SUBMITIT_FOLDER"] = run.out

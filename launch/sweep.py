@@ -1,9 +1,10 @@
 #!/usr/bin/env python
 """Run one script at many settings: one folder a point, one table at the end.
 
-    python launch/sweep.py FILE.yaml                               one after another on this machine; again: it goes on
-    python launch/sweep.py FILE.yaml --cluster slurm --nodes 1     as one job array; each point survives as a job does
-    python launch/sweep.py FILE.yaml --table                       the table of what is there so far
+    python launch/sweep.py FILE.yaml                               one after another on this
+    machine; again: it goes on python launch/sweep.py FILE.yaml --cluster slurm --nodes 1     as one
+    job array; each point survives as a job does python launch/sweep.py FILE.yaml --table
+    the table of what is there so far
 
 FILE.yaml:
     script: pretrain                    # or lincls, knn (default: pretrain)
@@ -29,12 +30,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from launch import executors, options, watch  # noqa: E402
-from launch.job import SCRIPTS, Run  # noqa: E402
-from launch.tables import require_ours, write_table  # noqa: E402
-from moco_isl import files, plain_yaml, schema  # noqa: E402
-from moco_isl.errors import BadInput, Interrupted, RunFailed  # noqa: E402
-from moco_isl.training import cli  # noqa: E402
+from launch import executors, options, watch
+from launch.job import SCRIPTS, Run
+from launch.tables import require_ours, write_table
+from moco_isl import files, plain_yaml, schema
+from moco_isl.errors import BadInput, Interrupted, RunFailed
+from moco_isl.training import cli
 
 SETTING = (None, str, [str])  # null, a value or a list of them
 PLAN = {
@@ -52,26 +53,41 @@ OURS = {"jobs", "table.md", "table.json"}  # names in a sweep's folder that are 
 
 def get_parser() -> argparse.ArgumentParser:
     parser = options.LauncherParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("file", metavar="FILE.yaml", type=Path)
     parser.add_argument(
-        "--job-dir", "--job_dir", metavar="DIR", help="folder of the sweep (default: runs/<name of the file>)"
+        "--job-dir",
+        "--job_dir",
+        metavar="DIR",
+        help="folder of the sweep (default: runs/<name of the file>)",
     )
-    parser.add_argument("--name", metavar="NAME", help="name of the job array (default: moco_isl-<name of the file>)")
+    parser.add_argument(
+        "--name",
+        metavar="NAME",
+        help="name of the job array (default: moco_isl-<name of the file>)",
+    )
     parser.add_argument(
         "--dry-run",
         action="store_true",
         help="show the points with their commands (and the sbatch file), and touch nothing",
     )
-    parser.add_argument("--table", action="store_true", help="only print and write the table of what is there")
+    parser.add_argument(
+        "--table", action="store_true", help="only print and write the table of what is there"
+    )
     parser.add_argument(
         "--wait",
         action="store_true",
         help="with --cluster slurm or local: stay until all points are done, and print the table",
     )
     parser.add_argument(
-        "--poll", type=float, default=5, metavar="s", help="seconds between two looks at the jobs while waiting (5)"
+        "--poll",
+        type=float,
+        default=5,
+        metavar="s",
+        help="seconds between two looks at the jobs while waiting (5)",
     )
     options.add_cluster_options(parser, ("none", "slurm", "local"))
     return parser
@@ -105,29 +121,39 @@ def _main(opts: argparse.Namespace) -> int:
     code = 0
     if not opts.table:
         make_folders([folder / name for name in points])
-        code = run_here(script, points, folder) if opts.cluster == "none" else run_array(script, points, folder, opts)
+        code = (
+            run_here(script, points, folder)
+            if opts.cluster == "none"
+            else run_array(script, points, folder, opts)
+        )
     if opts.table or opts.wait or opts.cluster == "none":
         write_table(plan, folder)
     return code
 
 
 def read_plan(file: Path) -> dict:
-    """The sweep: script, points {name: all settings}, own {name: those of the point}, columns, figures. Or BadInput.
+    """The sweep: script, points {name: all settings}, own {name: those of the point}, columns,
+    figures. Or BadInput.
 
-    Settings are as `plain_yaml.read` gives them: texts, lists of texts, None. A switch's word is made true or false.
+    Settings are as `plain_yaml.read` gives them: texts, lists of texts, None. A switch's word is
+    made true or false.
     """
     where = files.named("", file)
     plan = plain_yaml.read(file, "", "a sweep: base, grid, points, ... (see --help)")
     if isinstance(plan, dict):
         plan = {part: content for part, content in plan.items() if content is not None}
     schema.require(plan, PLAN, where)
-    script, base, grid = plan.get("script", "pretrain"), plan.get("base", {}), plan.get("grid", {})
+    script = plan.get("script", "pretrain")
+    base = plan.get("base", {})
+    grid = plan.get("grid", {})
     if empty := [name for name, values in grid.items() if not values]:
         raise BadInput(f"{where}: grid.{empty[0]} is an empty list: expected values")
     many = math.prod(len(values) for values in grid.values()) if grid else 0
     if many + len(plan.get("points", [])) > MOST_POINTS:
         raise BadInput(f"{where}: grid has more than {MOST_POINTS} combinations: name fewer values")
-    settings = [dict(zip(grid, values)) for values in itertools.product(*grid.values())] if grid else []
+    settings = (
+        [dict(zip(grid, values)) for values in itertools.product(*grid.values())] if grid else []
+    )
     settings += plan.get("points", [])
     if not settings:
         raise BadInput(f"{where}: neither grid nor points: expected settings to run")
@@ -147,7 +173,10 @@ def read_plan(file: Path) -> dict:
         if name in points:
             raise BadInput(f"{where}: two points are named '{name}': give them names")
         points[name], owns[name] = {**base, **own}, own
-    for name in [*plan.get("columns", []), *(name for figure in plan.get("figures", []) for name in figure.values())]:
+    for name in [
+        *plan.get("columns", []),
+        *(name for figure in plan.get("figures", []) for name in figure.values()),
+    ]:
         _check_name(name, where)
     return {
         "script": script,
@@ -160,19 +189,31 @@ def read_plan(file: Path) -> dict:
 
 def _check_name(name: str, where: str) -> None:
     if not NAME.fullmatch(name):
-        raise BadInput(f"{where}: '{cli.short(name)}' is no name: expected letters, digits, - and _")
+        raise BadInput(
+            f"{where}: '{cli.short(name)}' is no name: expected letters, digits, - and _"
+        )
     if name in ("out", "resume"):
-        raise BadInput(f"{where}: {name} is not a setting: each point has a folder of its own, and goes on there")
+        raise BadInput(
+            f"{where}: {name} is not a setting: each point has a folder of its own, and goes on"
+            " there"
+        )
 
 
 def _switches(script: str) -> set[str]:
     """The names of the flags that are on or off."""
     actions = options.script_parser(script)._actions
-    return {flag.removeprefix("--") for action in actions if action.nargs == 0 for flag in action.option_strings}
+    return {
+        flag.removeprefix("--")
+        for action in actions
+        if action.nargs == 0
+        for flag in action.option_strings
+    }
 
 
 def _value(name: str, value, switches: set[str]):
-    """A setting's value as it is shown: True or False of a switch, and of anything else what the file says."""
+    """A setting's value as it is shown: True or False of a switch, and of anything else what the
+    file says.
+    """
     if name.replace("_", "-") not in switches or not isinstance(value, str):
         return value
     word = value.lower()
@@ -180,19 +221,34 @@ def _value(name: str, value, switches: set[str]):
 
 
 def _folder_name(name: str, where: str) -> str:
-    """A point's name as that of its folder. Raises BadInput for what would be no folder of its own."""
+    """A point's name as that of its folder.
+
+    Raises BadInput for what would be no folder of its own.
+    """
     name = re.sub(r"[^\w.=,+-]+", "_", name)
     if len(os.fsencode(name)) > 200:
-        raise BadInput(f"{where} has a name of {len(name)} characters: expected at most 200; give it one, under points")
+        raise BadInput(
+            f"{where} has a name of {len(name)} characters: expected at most 200; give it one,"
+            " under points"
+        )
     if name in OURS or not name.strip("._"):
-        raise BadInput(f"{where} is named '{name}', which is no name for a folder of its own: choose another one")
+        raise BadInput(
+            f"{where} is named '{name}', which is no name for a folder of its own: choose"
+            " another one"
+        )
     return name
 
 
 def flags_of(script: str, settings: dict, where: str = "the sweep") -> list[str]:
-    """{'dataset': 'digits', 'mlp': True, 'data': 'DIR'} -> ['DIR', '--dataset=digits', '--mlp']. Raises BadInput."""
+    """{'dataset': 'digits', 'mlp': True, 'data': 'DIR'} -> ['DIR', '--dataset=digits', '--mlp'].
+
+    Raises BadInput.
+    """
     words = {True: "true", False: "false"}
-    given = {name: words.get(value, value) if isinstance(value, bool) else value for name, value in settings.items()}
+    given = {
+        name: words.get(value, value) if isinstance(value, bool) else value
+        for name, value in settings.items()
+    }
     given = {name: value for name, value in given.items() if value is not None}
     config = given.pop("config", None)
     if config is not None and not isinstance(config, str):
@@ -200,13 +256,21 @@ def flags_of(script: str, settings: dict, where: str = "the sweep") -> list[str]
     flags, data = options.script_parser(script).argv_of(given, where)
     if data is not None and (not data or data.startswith("-")):
         given = cli.short(data)
-        raise BadInput(f"{where}: data is '{given}': expected the path of a folder, such as ./{given}")
+        raise BadInput(
+            f"{where}: data is '{given}': expected the path of a folder, such as ./{given}"
+        )
     for text in [*flags, config or "", data or ""]:
         options.require_one_line(text, f"{where}:")
-    return [*([] if data is None else [data]), *([] if config is None else [f"--config={config}"]), *flags]
+    return [
+        *([] if data is None else [data]),
+        *([] if config is None else [f"--config={config}"]),
+        *flags,
+    ]
 
 
-def _runs(script: str, points: dict[str, list[str]], folder: Path, opts: argparse.Namespace) -> list[Run]:
+def _runs(
+    script: str, points: dict[str, list[str]], folder: Path, opts: argparse.Namespace
+) -> list[Run]:
     resume = "auto" if options.takes(script, "--resume") else None
     return [
         Run(script, flags, str(folder / name), resume, opts.max_restarts, opts.join_timeout)
@@ -216,14 +280,26 @@ def _runs(script: str, points: dict[str, list[str]], folder: Path, opts: argpars
 
 def _command(script: str, flags: list[str], out: Path) -> list[str]:
     resume = ["--resume", "auto"] if options.takes(script, "--resume") else []
-    return [sys.executable, str(options.ROOT / f"{SCRIPTS[script]}.py"), *flags, "--out", str(out), *resume]
+    return [
+        sys.executable,
+        str(options.ROOT / f"{SCRIPTS[script]}.py"),
+        *flags,
+        "--out",
+        str(out),
+        *resume,
+    ]
 
 
-def dry_run(script: str, points: dict[str, list[str]], folder: Path, opts: argparse.Namespace) -> int:
+def dry_run(
+    script: str, points: dict[str, list[str]], folder: Path, opts: argparse.Namespace
+) -> int:
     if opts.cluster == "slurm":
         print(
             executors.sbatch_text(
-                opts, str(folder / "jobs" / "%j"), opts.name or f"moco_isl-{folder.name}", len(points)
+                opts,
+                str(folder / "jobs" / "%j"),
+                opts.name or f"moco_isl-{folder.name}",
+                len(points),
             ).strip()
         )
     for name, flags in points.items():
@@ -240,8 +316,8 @@ def make_folders(folders: list[Path]) -> None:
 
 
 def run_here(script: str, points: dict[str, list[str]], folder: Path) -> int:
-    """One point after another; a point that fails does not stop the others. What is finished already is left alone by
-    the script itself.
+    """One point after another; a point that fails does not stop the others. What is finished
+    already is left alone by the script itself.
     """
     failed = []
     for i, (name, flags) in enumerate(points.items()):
@@ -249,11 +325,14 @@ def run_here(script: str, points: dict[str, list[str]], folder: Path) -> int:
         print(f"=> point {i + 1} of {len(points)}: {name}", flush=True)
         start = time.monotonic()
         with open(out / "log.txt", "a") as log:
-            child = subprocess.Popen(_command(script, flags, out), stdout=log, stderr=subprocess.STDOUT)
+            child = subprocess.Popen(
+                _command(script, flags, out), stdout=log, stderr=subprocess.STDOUT
+            )
             try:
                 code = child.wait()
             except KeyboardInterrupt:
-                child.send_signal(signal.SIGTERM)  # it has had the Ctrl-C as well; either way it saves and leaves
+                # it has had the Ctrl-C as well; either way it saves and leaves
+                child.send_signal(signal.SIGTERM)
                 child.wait()
                 raise
         if code:
@@ -266,17 +345,25 @@ def run_here(script: str, points: dict[str, list[str]], folder: Path) -> int:
     return 1 if failed else 0
 
 
-def run_array(script: str, points: dict[str, list[str]], folder: Path, opts: argparse.Namespace) -> int:
+def run_array(
+    script: str, points: dict[str, list[str]], folder: Path, opts: argparse.Namespace
+) -> int:
     runs = _runs(script, points, folder, opts)
     command = ["python", "launch/sweep.py", *sys.argv[1:]]
-    logs = folder / "jobs" / ("%j" if opts.cluster == "slurm" else time.strftime("local-%Y%m%d-%H%M%S"))
-    entries = executors.submit(opts, runs, str(logs), opts.name or f"moco_isl-{folder.name}", command)
+    logs = (
+        folder
+        / "jobs"
+        / ("%j" if opts.cluster == "slurm" else time.strftime("local-%Y%m%d-%H%M%S"))
+    )
+    entries = executors.submit(
+        opts, runs, str(logs), opts.name or f"moco_isl-{folder.name}", command
+    )
     for entry in entries:
         executors.note(entry, entry.out)  # with its point too, where status.py is asked for it
         print(f"job {entry.job}: {Path(entry.out).name}\n  logs    {entry.log(0, 'out')}")
     print(
-        f"state: python launch/status.py {shlex.quote(str(folder))}\n"
-        f"table: python launch/sweep.py {shlex.quote(str(opts.file))} --job-dir {shlex.quote(str(folder))} --table",
+        f"state: python launch/status.py {shlex.quote(str(folder))}\ntable: python launch/sweep.py"
+        f" {shlex.quote(str(opts.file))} --job-dir {shlex.quote(str(folder))} --table",
         flush=True,
     )
     return watch.outcome(entries, watch.wait(entries, opts.poll)) if opts.wait else 0

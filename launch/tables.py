@@ -14,16 +14,26 @@ CREATOR = "moco_isl"  # how a curve is known again
 
 
 def write_table(plan: dict, folder: Path) -> None:
-    """Print and write table.md and table.json: a row a point, its own settings and what it logged last."""
+    """Print and write table.md and table.json: a row a point, its own settings and what it logged
+    last.
+    """
     rows = [
-        {"point": name, **{k: _number(v) for k, v in own.items()}, **results(plan["script"], folder / name)}
+        {
+            "point": name,
+            **{k: _number(v) for k, v in own.items()},
+            **results(plan["script"], folder / name),
+        }
         for name, own in plan["own"].items()
     ]
     columns = list(dict.fromkeys(k for row in rows for k in row))
     if plan["columns"]:
         own = {"point"} | {k for settings in plan["own"].values() for k in settings}
         columns = [c for c in columns if c in own] + [c for c in plan["columns"] if c in columns]
-    cells = [columns, ["---"] * len(columns), *([_shown(row.get(c)) for c in columns] for row in rows)]
+    cells = [
+        columns,
+        ["---"] * len(columns),
+        *([_shown(row.get(c)) for c in columns] for row in rows),
+    ]
     text = "\n".join("| " + " | ".join(line) + " |" for line in cells)
     print(text)
     require_ours(plan, folder)
@@ -34,12 +44,20 @@ def write_table(plan: dict, folder: Path) -> None:
 
 
 def require_ours(plan: dict, folder: Path) -> None:
-    """Raise BadInput where a file that `write_table` is to write is there and is not one that it wrote."""
+    """Raise BadInput where a file that `write_table` is to write is there and is not one that it
+    wrote.
+    """
     curves = [curve_name(number, wanted) for number, wanted in enumerate(plan["figures"] or [])]
-    begins = {"table.md": "| point ", "table.json": '[\n {\n  "point": ', **dict.fromkeys(curves, "<?xml")}
+    begins = {
+        "table.md": "| point ",
+        "table.json": '[\n {\n  "point": ',
+        **dict.fromkeys(curves, "<?xml"),
+    }
     for name, start in begins.items():
         creator = CREATOR if name in curves else ""
-        files.require_ours(folder / name, lambda path: _is_written(path, start, creator), "--job-dir")
+        files.require_ours(
+            folder / name, lambda path: _is_written(path, start, creator), "--job-dir"
+        )
 
 
 def _is_written(path: Path, start: str, creator: str) -> bool:
@@ -58,11 +76,15 @@ def _write(text: str, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         files.write_text(text, path)
     except OSError as error:
-        raise RunFailed(f"cannot write '{path}': {error.strerror}; {files.cure(error)}, and give --table") from error
+        raise RunFailed(
+            f"cannot write '{path}': {error.strerror}; {files.cure(error)}, and give --table"
+        ) from error
 
 
 def _number(value):
-    """A setting as it is written in the sweep's file; as a number, where it is one, to draw over."""
+    """A setting as it is written in the sweep's file; as a number, where it is one, to draw
+    over.
+    """
     for kind in (int, float) if isinstance(value, str) else ():
         with contextlib.suppress(ValueError):
             if report.is_number(number := kind(value)):
@@ -80,7 +102,8 @@ ROWS = {"knn": "results", "lincls": "classifiers"}  # where results.json has wha
 
 
 def results(script: str, out: Path) -> dict:
-    """What a point has to show: of a pretraining what it logged last, of an evaluation its results.json.
+    """What a point has to show: of a pretraining what it logged last, of an evaluation its
+    results.json.
 
     {} where there is none yet. Raises BadInput where the file is none of ours.
     """
@@ -93,21 +116,27 @@ def results(script: str, out: Path) -> dict:
     where = files.named("", file)
     found = report.parse(files.read_text(file, expected="the results of an evaluation"), where)
     schema.require(found, {f"{ROWS[script]}?": [{...: object}], ...: object}, where)
-    judged = [result for result in found.get(ROWS[script], []) if report.is_number(result.get("top1"))]
-    chosen = [result for result in judged if result.get("chosen", True)]  # of learning rates, on images held out
+    judged = [
+        result for result in found.get(ROWS[script], []) if report.is_number(result.get("top1"))
+    ]
+    # of learning rates, on images held out
+    chosen = [result for result in judged if result.get("chosen", True)]
     best = max(chosen, key=lambda result: result["top1"], default={})
     return {k: v for k, v in best.items() if isinstance(v, str) or report.is_number(v)}
 
 
 def write_curves(figures: list[dict], rows: list[dict], folder: Path) -> list[Path]:
-    """Draw an SVG for each {x: a setting, y: a column} into folder, from the points that name x themselves.
+    """Draw an SVG for each {x: a setting, y: a column} into folder, from the points that name x
+    themselves.
 
     Raises BadInput without matplotlib.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise BadInput("figures need matplotlib: pip install 'moco_isl[report]'; the table is written") from error
+        raise BadInput(
+            "figures need matplotlib: pip install 'moco_isl[report]'; the table is written"
+        ) from error
     written = []
     for number, wanted in enumerate(figures):
         x, y = wanted["x"], wanted["y"]
@@ -125,7 +154,9 @@ def write_curves(figures: list[dict], rows: list[dict], folder: Path) -> list[Pa
         axes.set(xlabel=x, ylabel=y)
         axes.grid(alpha=0.3)
         written.append(folder / curve_name(number, wanted))
-        figure.savefig(buffer := io.StringIO(), format="svg", metadata={"Creator": CREATOR, "Date": None})
+        figure.savefig(
+            buffer := io.StringIO(), format="svg", metadata={"Creator": CREATOR, "Date": None}
+        )
         _write(buffer.getvalue(), written[-1])
         print(f"=> {written[-1]}")
     return written

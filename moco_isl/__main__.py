@@ -1,4 +1,6 @@
-"""What there is to run: `python -m moco_isl`, or `moco-isl` where it is installed, lists the commands."""
+"""What there is to run: `python -m moco_isl`, or `moco-isl` where it is installed, lists the
+commands.
+"""
 
 import argparse
 import sys
@@ -6,11 +8,20 @@ import sys
 from moco_isl import __version__, files
 
 COMMANDS = {  # installed -> the same in a checkout, and what it does
-    "main_moco_isl": ("python main_moco_isl.py", "pretrain an encoder without labels: MoCo v2, and ISL around it"),
+    "main_moco_isl": (
+        "python main_moco_isl.py",
+        "pretrain an encoder without labels: MoCo v2, and ISL around it",
+    ),
     "main_knn": ("python main_knn.py", "judge an encoder by weighted nearest neighbours"),
-    "main_lincls": ("python main_lincls.py", "judge an encoder by linear classifiers, or train the whole network"),
+    "main_lincls": (
+        "python main_lincls.py",
+        "judge an encoder by linear classifiers, or train the whole network",
+    ),
     "moco-isl-report": ("python -m moco_isl.report", "write a page about one run or several"),
-    "moco-isl-export": ("python -m moco_isl.export", "hand the encoder to torchvision, timm, safetensors or detectron2"),
+    "moco-isl-export": (
+        "python -m moco_isl.export",
+        "hand the encoder to torchvision, timm, safetensors or detectron2",
+    ),
     "moco-isl-submit": ("python launch/submit.py", "run a script on a SLURM cluster"),
     "moco-isl-status": ("python launch/status.py", "what a submitted job is doing"),
     "moco-isl-sweep": ("python launch/sweep.py", "run a script at many settings"),
@@ -20,7 +31,10 @@ COMMANDS = {  # installed -> the same in a checkout, and what it does
 
 def get_parser() -> argparse.ArgumentParser:
     rows = [f"  {name:<16} {way:<26} {what}" for name, (way, what) in COMMANDS.items()]
-    head = ["What there is to run: as installed, and from a checkout. Each takes --help and --version.", ""]
+    head = [
+        "What there is to run: as installed, and from a checkout. Each takes --help and --version.",
+        "",
+    ]
     parser = argparse.ArgumentParser(
         prog="python -m moco_isl",
         description="\n".join(head + rows),
@@ -36,7 +50,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = get_parser()
     _, rest = parser.parse_known_args(argv)
     if rest:
-        print(f"error: '{files.shown(rest[0])}' is one argument too many: without any, the commands are listed", file=sys.stderr)
+        print(
+            f"error: '{files.shown(rest[0])}' is one argument too many: without any, the commands"
+            " are listed",
+            file=sys.stderr,
+        )
         return 2
     print(parser.description)
     return 0

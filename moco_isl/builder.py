@@ -1,6 +1,7 @@
 """MoCo as its users know it, and the query encoder alone for the bank objective.
 
-Letters: N batch, C (`dim`) feature dimension, K queue length, m momentum of the key encoder, T temperature.
+Letters: N batch, C (`dim`) feature dimension, K queue length, m momentum of the key encoder, T
+temperature.
 """
 
 from collections.abc import Callable
@@ -16,28 +17,42 @@ from moco_isl.errors import BadInput
 
 
 class MoCo(nn.Module):
-    """A query encoder, a key encoder that follows it, and a queue of keys: https://arxiv.org/abs/1911.05722.
+    """A query encoder, a key encoder that follows it, and a queue of keys:
+    https://arxiv.org/abs/1911.05722.
 
-    Drop-in for `moco.builder.MoCo`: same arguments, same `forward`, same state-dict keys and shapes.
-    It also runs on one device and on a CPU, the batch need not divide K, and `encode` gives q and k to those who bring their own loss.
-    Shuffling BN: keys are encoded in a random order, among other images than their queries. That takes several devices,
-    or on one a batch norm over parts of the batch (`encoders.split_batch_norm`, or MoCo's own SplitBatchNorm).
+    Drop-in for `moco.builder.MoCo`: same arguments, same `forward`, same state-dict keys and
+    shapes. It also runs on one device and on a CPU, the batch need not divide K, and `encode` gives
+    q and k to those who bring their own loss. Shuffling BN: keys are encoded in a random order,
+    among other images than their queries. That takes several devices, or on one a batch norm over
+    parts of the batch (`encoders.split_batch_norm`, or MoCo's own SplitBatchNorm).
     """
 
     shown_of_an_image = 1  # how many images the encoder sees at once of each in the batch
 
-    def __init__(self, base_encoder: Callable[..., nn.Module], dim: int = 128, K: int = 65536, m: float = 0.999, T: float = 0.07,
-                 mlp: bool = False, bn_shuffle: bool = True):
+    def __init__(
+        self,
+        base_encoder: Callable[..., nn.Module],
+        dim: int = 128,
+        K: int = 65536,
+        m: float = 0.999,
+        T: float = 0.07,
+        mlp: bool = False,
+        bn_shuffle: bool = True,
+    ):
         """
         dim: feature dimension (default: 128)
         K: queue size; number of negative keys (default: 65536)
         m: moco momentum of updating key encoder (default: 0.999)
         T: softmax temperature (default: 0.07)
         base_encoder: called as base_encoder(num_classes=dim)
-        bn_shuffle: on one device, shuffle keys where batch norm takes parts of a batch; False is for runs that began without
+        bn_shuffle: on one device, shuffle keys where batch norm takes parts of a batch; False is
+        for runs that began without
         """
         super().__init__()
-        self.K, self.m, self.T, self.bn_shuffle = K, m, T, bn_shuffle
+        self.K = K
+        self.m = m
+        self.T = T
+        self.bn_shuffle = bn_shuffle
         self.encoder_q = base_encoder(num_classes=dim)
         self.encoder_k = base_encoder(num_classes=dim)
         if mlp:
@@ -45,7 +60,8 @@ class MoCo(nn.Module):
             add_mlp(self.encoder_k)
         self.copy_query_to_key()
         queue = F.normalize(torch.randn(dim, K), dim=0)
-        # [C, K] to the reader and in files; in memory a key is contiguous, so that enqueuing writes whole rows
+        # [C, K] to the reader and in files; in memory a key is contiguous, so that enqueuing writes
+        # whole rows
         self.register_buffer("queue", queue.t().contiguous().t())
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
         self._forget_pairs()
@@ -64,7 +80,9 @@ class MoCo(nn.Module):
         torch._foreach_lerp_(*self._pairs, 1 - self.m)
 
     def _forget_pairs(self) -> None:
-        """Parameters and layers may have become other objects: look for them again at the next step."""
+        """Parameters and layers may have become other objects: look for them again at the next
+        step.
+        """
         self._pairs: tuple[list[nn.Parameter], list[nn.Parameter]] | None = None
         self._in_parts: bool | None = None
 
@@ -99,19 +117,25 @@ class MoCo(nn.Module):
     def require_room(self, keys: int) -> None:
         """Raise BadInput where so many keys of one step do not fit into the queue."""
         if keys > self.K:
-            raise BadInput(f"a step brings {keys} keys, and the queue has K = {self.K} slots: use a smaller batch (of all "
-                           "ranks), or a larger K")  # fmt: skip
+            raise BadInput(
+                f"a step brings {keys} keys, and the queue has K = {self.K} slots: use a smaller"
+                " batch (of all ranks), or a larger K"
+            )
 
     @torch.no_grad()
     def _encode_keys(self, im_k: torch.Tensor) -> torch.Tensor:
-        """k [N, C], each image encoded on a random rank, or on one device in a random part of the batch: shuffling BN."""
+        """k [N, C], each image encoded on a random rank, or on one device in a random part of the
+        batch: shuffling BN.
+        """
         world, n = dist.world_size(), len(im_k)
         if world == 1:
             if not (self.bn_shuffle and self._takes_parts()):
                 return F.normalize(self.encoder_k(im_k).float(), dim=1)
             order = torch.randperm(n, device=im_k.device)
             return F.normalize(self.encoder_k(im_k[order]).float(), dim=1)[order.argsort()]
-        if n % world == 0:  # an equal share of every rank's images to every rank: 1 / world of the bytes of gathering all on all
+        # an equal share of every rank's images to every rank: 1 / world of the bytes of gathering
+        # all on all
+        if n % world == 0:
             order = torch.randperm(n, device=im_k.device)
             k = F.normalize(self.encoder_k(dist.exchange_rows(im_k[order])).float(), dim=1)
             return dist.exchange_rows(k)[order.argsort()]
@@ -122,11 +146,14 @@ class MoCo(nn.Module):
         back = torch.argsort(order).view(world, n)[dist.rank()]
         return dist.all_gather_rows(k)[back]
 
-    def encode(self, im_q: torch.Tensor, im_k: torch.Tensor, symmetric: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries with gradient and keys without, unit rows; moves the key encoder one momentum step.
+    def encode(
+        self, im_q: torch.Tensor, im_k: torch.Tensor, symmetric: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries with gradient and keys without, unit rows; moves the key encoder one momentum
+        step.
 
-        im_q, im_k: [N, 3, S, S]. Returns q and k, [N, C] float32. With `symmetric` each view is query once and key once: [2N, C],
-        the second half with the roles of the views exchanged.
+        im_q, im_k: [N, 3, S, S]. Returns q and k, [N, C] float32. With `symmetric` each view is
+        query once and key once: [2N, C], the second half with the roles of the views exchanged.
         """
         q = F.normalize(self.encoder_q(im_q).float(), dim=1)
         if symmetric:
@@ -143,7 +170,8 @@ class MoCo(nn.Module):
         q, k = self.encode(im_q, im_k)
         l_pos = torch.einsum("nc,nc->n", q, k).unsqueeze(-1)  # [N, 1]
         l_neg = torch.einsum("nc,ck->nk", q, self.queue.clone().detach())  # [N, K]
-        logits = torch.cat([l_pos, l_neg], dim=1).float() / self.T  # autocast's float16 ends at 65,504
+        # autocast's float16 ends at 65,504
+        logits = torch.cat([l_pos, l_neg], dim=1).float() / self.T
         labels = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
         self.enqueue(dist.all_gather_rows(k))
         return logits, labels
@@ -154,14 +182,21 @@ def _after_loading(model: MoCo, _keys) -> None:
 
 
 class Instance(nn.Module):
-    """The query encoder alone, for the bank objective (non-parametric instance discrimination): its keys are the bank's rows.
+    """The query encoder alone, for the bank objective (non-parametric instance discrimination): its
+    keys are the bank's rows.
 
     Named `encoder_q`, so that files of both objectives are read by the same tools.
     """
 
     shown_of_an_image = 1
 
-    def __init__(self, base_encoder: Callable[..., nn.Module], dim: int = 128, T: float = 0.1, mlp: bool = False):
+    def __init__(
+        self,
+        base_encoder: Callable[..., nn.Module],
+        dim: int = 128,
+        T: float = 0.1,
+        mlp: bool = False,
+    ):
         super().__init__()
         self.dim, self.T = dim, T
         self.encoder_q = base_encoder(num_classes=dim)
@@ -188,8 +223,12 @@ class Rotation(nn.Module):
         self.classifier = nn.Linear(dim, 4)
 
     def encode(self, image: torch.Tensor) -> torch.Tensor:
-        """Images [N, 3, S, S] -> logits [4N, 4] of the N as they are, then turned by 90, 180 and 270 degrees."""
-        turned = torch.cat([torch.rot90(image, quarter, (2, 3)) for quarter in range(self.shown_of_an_image)])
+        """Images [N, 3, S, S] -> logits [4N, 4] of the N as they are, then turned by 90, 180 and
+        270 degrees.
+        """
+        turned = torch.cat(
+            [torch.rot90(image, quarter, (2, 3)) for quarter in range(self.shown_of_an_image)]
+        )
         return self.classifier(F.relu(self.encoder_q(turned)))
 
     forward = encode
@@ -207,7 +246,9 @@ class Encode(nn.Module):
 
 
 def add_mlp(encoder: nn.Module) -> None:
-    """MoCo v2's head: the last linear layer preceded by a hidden layer as wide as the features, and a ReLU."""
+    """MoCo v2's head: the last linear layer preceded by a hidden layer as wide as the features, and
+    a ReLU.
+    """
     head = get_head(encoder)
     width = head.weight.shape[1]
     set_head(encoder, nn.Sequential(nn.Linear(width, width), nn.ReLU(), head))

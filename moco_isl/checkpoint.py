@@ -1,7 +1,9 @@
-"""Files that are whole or not there: written atomically, read without executing anything, in MoCo's own form.
+"""Files that are whole or not there: written atomically, read without executing anything, in MoCo's
+own form.
 
-A file holds MoCo's keys `epoch, arch, state_dict, optimizer`, names with the `module.` prefix that MoCo's own probe expects, and beside
-them `args` (plain values) and `isl` (what an exact resume needs). Tensors and plain values only.
+A file holds MoCo's keys `epoch, arch, state_dict, optimizer`, names with the `module.` prefix that
+MoCo's own probe expects, and beside them `args` (plain values) and `isl` (what an exact resume
+needs). Tensors and plain values only.
 """
 
 import contextlib
@@ -24,14 +26,17 @@ from moco_isl.errors import BadInput, RunFailed
 from moco_isl.files import TEMPORARY, shown
 
 PREFIX = "module."
-WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # names that DDP, torch.compile, FSDP and checkpointing put in
+# names that DDP, torch.compile, FSDP and checkpointing put in
+WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 FOLDER = 0x10  # the bit of a zip entry's attributes that says so
 
 
 def save(state: dict, path: str | Path) -> None:
-    """Write `state` to `path` such that `path` is at any moment the old file or the new one, also through a kill or a full disk.
+    """Write `state` to `path` such that `path` is at any moment the old file or the new one, also
+    through a kill or a full disk.
 
-    Raises RunFailed where it cannot be written; the temporary file is gone then, and an older `path` untouched.
+    Raises RunFailed where it cannot be written; the temporary file is gone then, and an older
+    `path` untouched.
     """
     path = Path(path)
     try:
@@ -42,10 +47,11 @@ def save(state: dict, path: str | Path) -> None:
 
 @torch.no_grad()
 def exploded(state) -> list[str]:
-    """The names of the tensors in a state (dicts and lists of tensors and plain values) that no training can go on from.
+    """The names of the tensors in a state (dicts and lists of tensors and plain values) that no
+    training can go on from.
 
-    Those with a value that is not finite, or (not in half precision) so large that the sum of their squares is not.
-    One reduction over all tensors of a device and type, and one wait for each.
+    Those with a value that is not finite, or (not in half precision) so large that the sum of their
+    squares is not. One reduction over all tensors of a device and type, and one wait for each.
     """
     groups: dict[tuple, dict[str, torch.Tensor]] = {}
     for name, tensor in _floats(state, ""):
@@ -55,7 +61,9 @@ def exploded(state) -> list[str]:
         order = math.inf if dtype.itemsize < 4 else 2  # of finite halves the norm may be none
         norms = torch.stack(torch._foreach_norm(list(tensors.values()), order))  # [tensors]
         if not norms.sum().isfinite():
-            found += [name for name, norm in zip(tensors, norms.tolist()) if not math.isfinite(norm)]
+            found += [
+                name for name, norm in zip(tensors, norms.tolist()) if not math.isfinite(norm)
+            ]
     return found
 
 
@@ -69,7 +77,9 @@ def _floats(value, name: str) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def copy(source: Path, target: Path) -> None:
-    """Make `target` another name of the whole file `source`, atomically: a hard link where the file system has them."""
+    """Make `target` another name of the whole file `source`, atomically: a hard link where the file
+    system has them.
+    """
     temporary = target.with_name(target.name + TEMPORARY)
     with contextlib.suppress(FileNotFoundError):
         temporary.unlink()
@@ -80,11 +90,15 @@ def copy(source: Path, target: Path) -> None:
             except OSError:
                 shutil.copyfile(source, temporary)
     except OSError as error:
-        raise RunFailed(f"cannot write {target}: {error.strerror or error}; {source} is whole") from error
+        raise RunFailed(
+            f"cannot write {target}: {error.strerror or error}; {source} is whole"
+        ) from error
 
 
 def require_writable(path: str | Path, flag: str) -> None:
-    """Raise BadInput where no file can be written at `path`, before hours are spent on what is to go there. Makes its folder."""
+    """Raise BadInput where no file can be written at `path`, before hours are spent on what is to
+    go there. Makes its folder.
+    """
     path = Path(path)
     temporary = path.with_name(path.name + TEMPORARY)
     try:
@@ -92,11 +106,17 @@ def require_writable(path: str | Path, flag: str) -> None:
         temporary.touch()
         temporary.unlink(missing_ok=True)  # another rank may have been faster
     except OSError as error:
-        raise BadInput(f"{flag} '{path}' cannot be written: {error.strerror}; expected the name of a file, in a folder to create files in") from error
+        raise BadInput(
+            f"{flag} '{path}' cannot be written: {error.strerror}; expected the name of a file, in"
+            " a folder to create files in"
+        ) from error
 
 
-def save_safetensors(tensors: dict[str, torch.Tensor], path: str | Path, metadata: dict[str, str]) -> None:
-    """Write tensors in the form of safetensors, whole or not at all, readable by whom other new files are. Raises RunFailed.
+def save_safetensors(
+    tensors: dict[str, torch.Tensor], path: str | Path, metadata: dict[str, str]
+) -> None:
+    """Write tensors in the form of safetensors, whole or not at all, readable by whom other new
+    files are. Raises RunFailed.
 
     Such a file has no check sums of its own: damage to it may not be seen when it is read.
     """
@@ -108,17 +128,27 @@ def save_safetensors(tensors: dict[str, torch.Tensor], path: str | Path, metadat
         with files.replacing(path, temporary):
             temporary.touch()
             mode = temporary.stat().st_mode
-            save_file(tensors, temporary, metadata={key: files.encodable(value) for key, value in metadata.items()})
+            save_file(
+                tensors,
+                temporary,
+                metadata={key: files.encodable(value) for key, value in metadata.items()},
+            )
             temporary.chmod(mode)  # the library makes files that only their owner may read
     except Exception as error:  # safetensors has an error of its own for a full disk
         raise RunFailed(f"cannot write '{path}': {error}") from error
 
 
 def is_safetensors(path: str | Path) -> bool:
-    """Whether a file begins as safetensors' do: the length of a header, then the header, which is JSON."""
+    """Whether a file begins as safetensors' do: the length of a header, then the header, which is
+    JSON.
+    """
     with open(path, "rb") as file:
         start = file.read(9)
-        return len(start) == 9 and start[8:] == b"{" and struct.unpack("<Q", start[:8])[0] < os.fstat(file.fileno()).st_size
+        return (
+            len(start) == 9
+            and start[8:] == b"{"
+            and struct.unpack("<Q", start[:8])[0] < os.fstat(file.fileno()).st_size
+        )
 
 
 def remove_stale(folder: Path) -> None:
@@ -128,7 +158,10 @@ def remove_stale(folder: Path) -> None:
 
 
 def require_file(path: str | Path) -> Path:
-    """`path`, where a file is that may be read. Raises BadInput, for a folder with the checkpoints in it."""
+    """`path`, where a file is that may be read.
+
+    Raises BadInput, for a folder with the checkpoints in it.
+    """
     path = Path(path)
     found = files.kind(path)
     if not found:
@@ -141,26 +174,40 @@ def require_file(path: str | Path) -> Path:
 
 
 def load(path: str | Path, map_location: torch.device | str = "cpu", mmap: bool = False) -> dict:
-    """The dict in a checkpoint file. Never executes a pickle; of plain data see `plain`. Raises BadInput with what is wrong with the file.
+    """The dict in a checkpoint file. Never executes a pickle; of plain data see `plain`. Raises
+    BadInput with what is wrong with the file.
 
-    The check sums that torch.save has written are compared, so that no damaged value is taken. Files of torch before
-    1.6, and those written with torch.serialization.set_crc32_options(False), have none: damage to them may not be seen.
-    mmap: tensors are read from the file when they are looked at, and not checked; for a look at names, shapes and plain
-    values, which are.
+    The check sums that torch.save has written are compared, so that no damaged value is taken.
+    Files of torch before 1.6, and those written with torch.serialization.set_crc32_options(False),
+    have none: damage to them may not be seen.
+    mmap: tensors are read from the file when they are looked at, and not checked; for a look at
+    names, shapes and plain values, which are.
     """
     path = require_file(path)
     if damage := _damage(path, whole=not mmap):
-        raise BadInput(f"cannot read '{path}': it is damaged ({damage}); expected a file as torch.save wrote it; "
-                       "copy it anew, or remove it and go on from an older one")
+        raise BadInput(
+            f"cannot read '{path}': it is damaged ({damage}); expected a file as torch.save wrote"
+            " it; copy it anew, or remove it and go on from an older one"
+        )
     try:
         with warnings.catch_warnings(), plain.allowed(), files.utf8_name(path) as name:
-            warnings.simplefilter("ignore")  # about pickles of unusual protocols: what is wrong is said below, in a line
-            content = torch.load(name, map_location=map_location, weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
+            # about pickles of unusual protocols: what is wrong is said below, in a line
+            warnings.simplefilter("ignore")
+            content = torch.load(
+                name,
+                map_location=map_location,
+                weights_only=True,
+                mmap=mmap and zipfile.is_zipfile(path),
+            )
     except Exception as error:  # a file of any kind may raise anything here
-        raise BadInput(f"cannot read '{path}': {_what_is_wrong(path, error)}; expected a checkpoint of this project or of MoCo, or another torch.save of "
-                       "a state dict") from error
+        raise BadInput(
+            f"cannot read '{path}': {_what_is_wrong(path, error)}; expected a checkpoint of this"
+            " project or of MoCo, or another torch.save of a state dict"
+        ) from error
     if not isinstance(content, dict):
-        raise BadInput(f"'{path}' holds a {type(content).__name__}: expected a dict with a 'state_dict'")
+        raise BadInput(
+            f"'{path}' holds a {type(content).__name__}: expected a dict with a 'state_dict'"
+        )
     return content
 
 
@@ -169,20 +216,31 @@ def model_state(model: nn.Module) -> dict:
     return {PREFIX + name: tensor for name, tensor in model.state_dict().items()}
 
 
-def plain_names(state: dict[str, torch.Tensor], path: str | Path, own: Iterable[str] = ()) -> dict[str, torch.Tensor]:
-    """The tensors under the model's own names: without those of WRAPPERS, at any place, and without what stands before `encoder_q.`.
+def plain_names(
+    state: dict[str, torch.Tensor], path: str | Path, own: Iterable[str] = ()
+) -> dict[str, torch.Tensor]:
+    """The tensors under the model's own names: without those of WRAPPERS, at any place, and without
+    what stands before `encoder_q.`.
 
-    own: names of the model, which stay as they are. Raises BadInput where two tensors come under one name.
+    own: names of the model, which stay as they are. Raises BadInput where two tensors come under
+    one name.
     """
     own = {_without_wrappers(name): name for name in own}
-    before = {found[1] for name in state if (found := re.match(r"((?:[^.]+\.)*?)encoder_q\.", _without_wrappers(name)))}
+    before = {
+        found[1]
+        for name in state
+        if (found := re.match(r"((?:[^.]+\.)*?)encoder_q\.", _without_wrappers(name)))
+    }
     before = before.pop() if len(before) == 1 else ""  # such as Lightning's "model."
     found = {}
     for name, tensor in state.items():
         new = _without_wrappers(name).removeprefix(before)
         new = own.get(new, new)
         if new in found:
-            raise BadInput(f"'{path}' holds two tensors for {new}, one of them as {name}: expected one; take the other out of the file")
+            raise BadInput(
+                f"'{path}' holds two tensors for {new}, one of them as {name}: expected one; take"
+                " the other out of the file"
+            )
         found[new] = tensor
     return found
 
@@ -192,42 +250,85 @@ def _without_wrappers(name: str) -> str:
 
 
 def match(model: nn.Module, content: dict, path: str | Path) -> tuple[dict, list[str]]:
-    """What `load` gave, held against a `builder.MoCo` or `builder.Instance` (which may be on the meta device).
+    """What `load` gave, held against a `builder.MoCo` or `builder.Instance` (which may be on the
+    meta device).
 
-    Takes our files, MoCo's training files and MoCo's published, stripped ones, with names of wrappers in theirs or without. Returns the tensors by the
-    model's names, and which of "encoder_k" and "queue" the file lacks. Raises BadInput with the names that do not fit.
+    Takes our files, MoCo's training files and MoCo's published, stripped ones, with names of
+    wrappers in theirs or without. Returns the tensors by the model's names, and which of
+    "encoder_k" and "queue" the file lacks. Raises BadInput with the names that do not fit.
     """
     state = content.get("state_dict", content)
-    if not isinstance(state, dict) or not state or not all(isinstance(n, str) and isinstance(v, torch.Tensor) for n, v in state.items()):
-        raise BadInput(f"'{path}' holds no state_dict of tensors: expected a file of this project or of MoCo's main_moco.py")
+    if (
+        not isinstance(state, dict)
+        or not state
+        or not all(isinstance(n, str) and isinstance(v, torch.Tensor) for n, v in state.items())
+    ):
+        raise BadInput(
+            f"'{path}' holds no state_dict of tensors: expected a file of this project or of MoCo's"
+            " main_moco.py"
+        )
     wanted = model.state_dict()
     state = plain_names(state, path, wanted)
     if not any(name.startswith("encoder_q.") for name in state):
-        raise BadInput(f"'{path}' has no encoder_q.*, but {some(state)}: expected a MoCo file, not bare encoder weights")
-    filled = [part for part in ("encoder_k", "queue") if any(n.startswith(part) for n in wanted) and not any(n.startswith(part) for n in state)]
-    state = {name: tensor for name, tensor in state.items() if name in wanted or name.startswith("encoder_q.")}
-    missing = [name for name in wanted if name not in state and name.split(".")[0].removesuffix("_ptr") not in filled]
+        raise BadInput(
+            f"'{path}' has no encoder_q.*, but {some(state)}: expected a MoCo file, not bare"
+            " encoder weights"
+        )
+    filled = [
+        part
+        for part in ("encoder_k", "queue")
+        if any(n.startswith(part) for n in wanted) and not any(n.startswith(part) for n in state)
+    ]
+    state = {
+        name: tensor
+        for name, tensor in state.items()
+        if name in wanted or name.startswith("encoder_q.")
+    }
+    missing = [
+        name
+        for name in wanted
+        if name not in state and name.split(".")[0].removesuffix("_ptr") not in filled
+    ]
     extra = [name for name in state if name not in wanted]
-    shapes = [f"{name} {list(state[name].shape)} for {list(wanted[name].shape)}" for name in wanted if name in state and state[name].shape != wanted[name].shape]
+    shapes = [
+        f"{name} {list(state[name].shape)} for {list(wanted[name].shape)}"
+        for name in wanted
+        if name in state and state[name].shape != wanted[name].shape
+    ]
     queue = [line for line in shapes if line.startswith("queue ")]
     if missing or extra or shapes:
-        parts = [f"missing {some(missing)}" if missing else "", f"unknown {some(extra)}" if extra else "", f"other shapes: {some(shapes)}" if shapes else ""]
-        cure = "give its --moco-k" if queue and len(shapes) == 1 and not missing and not extra else "give the -a, --stem, --moco-dim and --mlp it was trained with"
-        raise BadInput(f"'{path}'{_said(content)} does not fit this model: {'; '.join(p for p in parts if p)}; {cure}")
+        parts = [
+            f"missing {some(missing)}" if missing else "",
+            f"unknown {some(extra)}" if extra else "",
+            f"other shapes: {some(shapes)}" if shapes else "",
+        ]
+        cure = (
+            "give its --moco-k"
+            if queue and len(shapes) == 1 and not missing and not extra
+            else "give the -a, --stem, --moco-dim and --mlp it was trained with"
+        )
+        raise BadInput(
+            f"'{path}'{_said(content)} does not fit this model: {'; '.join(p for p in parts if p)};"
+            f" {cure}"
+        )
     for name in filled:  # a stray pointer into a queue that is not there
         wanted.pop(f"{name}_ptr", None)
         state.pop(f"{name}_ptr", None)
     shape = {f"{name}?": tensor for name, tensor in schema.like(wanted).items()}
     if "queue_ptr?" in shape:
         shape["queue_ptr?"] = schema.Tensor("int", (1,), low=0, high=model.K - 1)
-    schema.require(state, shape, f"cannot use the weights in {files.named('', path)}", cure=schema.EARLIER)
+    schema.require(
+        state, shape, f"cannot use the weights in {files.named('', path)}", cure=schema.EARLIER
+    )
     return state, filled
 
 
 def load_model(model: nn.Module, content: dict, path: str | Path) -> list[str]:
-    """Load what `load` gave into a `builder.MoCo` or `builder.Instance`; see `match` for the files it takes and what it raises.
+    """Load what `load` gave into a `builder.MoCo` or `builder.Instance`; see `match` for the files
+    it takes and what it raises.
 
-    Returns what the file lacks: "encoder_k" is copied from the query encoder here, "queue" stays as it was and is the caller's to fill.
+    Returns what the file lacks: "encoder_k" is copied from the query encoder here, "queue" stays as
+    it was and is the caller's to fill.
     """
     state, filled = match(model, content, path)
     model.load_state_dict(state, strict=False)
@@ -247,7 +348,8 @@ def some(names) -> str:
 
 
 def _damage(path: Path, whole: bool) -> str:
-    """What contradicts the check sums in a zip file of torch.save; '' for nothing, and for a file that has none.
+    """What contradicts the check sums in a zip file of torch.save; '' for nothing, and for a file
+    that has none.
 
     whole: read the tensors too, not only what is beside them.
     """
@@ -260,9 +362,13 @@ def _damage(path: Path, whole: bool) -> str:
                 return ""
             for entry in entries:
                 name = shown(entry.filename)
-                if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
+                if (
+                    entry.compress_type != zipfile.ZIP_STORED
+                    or entry.compress_size != entry.file_size
+                ):
                     return f"{name} is compressed, which torch.save does not do"
-                if entry.external_attr & FOLDER:  # torch would leave the memory of its tensor as it is
+                # torch would leave the memory of its tensor as it is
+                if entry.external_attr & FOLDER:
                     return f"{name} is called a folder"
                 if whole or "/data/" not in entry.filename:
                     with archive.open(entry) as file:  # reading to the end compares the check sum
@@ -280,7 +386,8 @@ def _what_is_wrong(path: Path, error: Exception) -> str:
         start = file.read(8)
     if not start:
         return "it is empty"
-    if "reading zip archive" in str(error) or isinstance(error, OSError):  # places in the file that are not there
+    # places in the file that are not there
+    if "reading zip archive" in str(error) or isinstance(error, OSError):
         return "it is cut off or damaged"
     if is_safetensors(path):
         return "it is a safetensors file, which holds weights alone"

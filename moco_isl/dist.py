@@ -1,4 +1,6 @@
-"""Talking to the other ranks; without a process group a world of one, where every call is the identity."""
+"""Talking to the other ranks; without a process group a world of one, where every call is the
+identity.
+"""
 
 import torch
 import torch.distributed as dist
@@ -26,7 +28,9 @@ def barrier() -> None:
 
 
 def shard(n: int) -> tuple[int, int]:
-    """The contiguous share [start, stop) of n items that belongs to this rank; shares differ by at most one."""
+    """The contiguous share [start, stop) of n items that belongs to this rank; shares differ by at
+    most one.
+    """
     return n * rank() // world_size(), n * (rank() + 1) // world_size()
 
 
@@ -68,7 +72,8 @@ def all_reduce_max(x: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def exchange_rows(x: torch.Tensor) -> torch.Tensor:
-    """Part r of x [n, ...] goes to rank r, where the parts stand in the order of the ranks; done twice, all is as before.
+    """Part r of x [n, ...] goes to rank r, where the parts stand in the order of the ranks; done
+    twice, all is as before.
 
     n must be the same on all ranks and divide by their number.
     """
@@ -80,15 +85,21 @@ def exchange_rows(x: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def all_gather_features(index: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """index int64 [n] and features [n, C] of all ranks in rank order, in one message and with the features in float16.
+def all_gather_features(
+    index: torch.Tensor, rows: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """index int64 [n] and features [n, C] of all ranks in rank order, in one message and with the
+    features in float16.
 
-    n must be the same on all ranks: nothing is asked of the device. What a rank gave itself comes back rounded too, so all ranks hold equal
-    rows; in a world of one nothing is rounded.
+    n must be the same on all ranks: nothing is asked of the device. What a rank gave itself comes
+    back rounded too, so all ranks hold equal rows; in a world of one nothing is rounded.
     """
     if world_size() == 1:
         return index, rows
-    packed = torch.cat([index[:, None].view(torch.uint8), rows.to(torch.float16).view(torch.uint8)], 1)  # [n, 8 + 2 C]
+    # [n, 8 + 2 C]
+    packed = torch.cat(
+        [index[:, None].view(torch.uint8), rows.to(torch.float16).view(torch.uint8)], 1
+    )
     everything = packed.new_empty(world_size() * len(packed), packed.shape[1])
     dist.all_gather_into_tensor(everything, packed)
     index, rows = (part.contiguous() for part in everything.split([8, everything.shape[1] - 8], 1))
@@ -97,7 +108,10 @@ def all_gather_features(index: torch.Tensor, rows: torch.Tensor) -> tuple[torch.
 
 @torch.no_grad()
 def all_gather_rows(x: torch.Tensor) -> torch.Tensor:
-    """Rows of all ranks in rank order: [n_r, ...] on each -> [sum of n_r, ...] on all. Ranks may differ in n_r."""
+    """Rows of all ranks in rank order: [n_r, ...] on each -> [sum of n_r, ...] on all.
+
+    Ranks may differ in n_r.
+    """
     if world_size() == 1:
         return x
     counts = torch.zeros(world_size(), dtype=torch.int64, device=x.device)

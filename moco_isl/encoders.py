@@ -2,10 +2,11 @@
 
 Letters: N batch, C feature dimension, M images in the data set.
 
-Names: every classifier of torchvision but its SqueezeNets (which end in no linear layer), `timm:<name>`, ResNet-18/34/50
-with a narrow first stage (`resnet18w32`), `alexnet` (with batch norm, which the original lacks and every paper of this
-field adds), and `digits`, the small network of the demo. Small images get the small stem (`stem`): a 3x3 convolution
-and no pooling before the first stage.
+Names: every classifier of torchvision but its SqueezeNets (which end in no linear layer),
+`timm:<name>`, ResNet-18/34/50 with a narrow first stage (`resnet18w32`), `alexnet` (with batch
+norm, which the original lacks and every paper of this field adds), and `digits`, the small network
+of the demo. Small images get the small stem (`stem`): a 3x3 convolution and no pooling before the
+first stage.
 """
 
 import difflib
@@ -17,7 +18,10 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
-from torch.nn.modules.module import register_module_buffer_registration_hook, register_module_parameter_registration_hook
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 from moco_isl import dist
 from moco_isl.errors import BadInput, RunFailed
@@ -26,7 +30,8 @@ from moco_isl.loader import check_index
 STEMS = ("auto", "imagenet", "cifar")
 AMP_TYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 CIFAR_SIDE = 64  # up to this many pixels a side, stem "auto" means "cifar"
-NO_LINEAR_HEAD = ("squeezenet1_0", "squeezenet1_1")  # of torchvision's classifiers: they end in a convolution
+# of torchvision's classifiers: they end in a convolution
+NO_LINEAR_HEAD = ("squeezenet1_0", "squeezenet1_1")
 _NARROW = re.compile(r"resnet(18|34|50)w([1-9]\d*)")
 _NARROW_LAYERS = {
     "18": ("BasicBlock", [2, 2, 2, 2]),
@@ -35,25 +40,32 @@ _NARROW_LAYERS = {
 }
 
 
-# ---- building ------------------------------------------------------------------------------------------------------
+# ---- building ------------------------------------------------------------------------------------
 
 
-def build_encoder(name: str, num_classes: int = 128, stem: str = "auto", image_size: int | None = None) -> nn.Module:
+def build_encoder(
+    name: str, num_classes: int = 128, stem: str = "auto", image_size: int | None = None
+) -> nn.Module:
     """A freshly initialised encoder: images [N, 3, S, S] -> [N, num_classes].
 
-    stem: "imagenet" as the architecture has it, "cifar" the small one (ResNets and alexnet), "auto" the small one where
-    `image_size` is at most 64 pixels. Raises BadInput for an unknown name (naming the nearest), an unknown stem,
-    a stem or an image size the architecture does not have, and an architecture without a linear classifier.
+    stem: "imagenet" as the architecture has it, "cifar" the small one (ResNets and alexnet), "auto"
+    the small one where `image_size` is at most 64 pixels. Raises BadInput for an unknown name
+    (naming the nearest), an unknown stem, a stem or an image size the architecture does not have,
+    and an architecture without a linear classifier.
     """
     if stem not in STEMS:
         raise BadInput(f"stem {stem!r} is not one of {', '.join(STEMS)}")
-    small = stem == "cifar" or (stem == "auto" and image_size is not None and image_size <= CIFAR_SIDE)
+    small = stem == "cifar" or (
+        stem == "auto" and image_size is not None and image_size <= CIFAR_SIDE
+    )
     if name == "alexnet":
         encoder = AlexNet32(num_classes) if small else AlexNet224(num_classes)
     elif name == "digits":
         encoder, small = DigitsNet(num_classes), False
     elif narrow := _NARROW.fullmatch(name):
-        encoder = NarrowResNet(*_NARROW_LAYERS[narrow[1]], width=int(narrow[2]), num_classes=num_classes)
+        encoder = NarrowResNet(
+            *_NARROW_LAYERS[narrow[1]], width=int(narrow[2]), num_classes=num_classes
+        )
     elif library := _library_of(name):
         encoder = library(name, num_classes, image_size)
     else:
@@ -61,19 +73,27 @@ def build_encoder(name: str, num_classes: int = 128, stem: str = "auto", image_s
     if small and isinstance(encoder, torchvision.models.ResNet):
         use_cifar_stem(encoder)
     elif stem == "cifar" and not isinstance(encoder, AlexNet32):
-        raise BadInput(f"{name} has no cifar stem (ResNets and alexnet have): use --stem auto or --stem imagenet")
+        raise BadInput(
+            f"{name} has no cifar stem (ResNets and alexnet have): use --stem auto or --stem"
+            " imagenet"
+        )
     try:
         head_name(encoder)
     except BadInput:
         raise BadInput(
-            f"{name} ends in no linear classifier that a projection head could replace: choose another architecture"
+            f"{name} ends in no linear classifier that a projection head could replace: choose"
+            " another architecture"
         ) from None
     return encoder
 
 
 def encoder_names() -> list[str]:
-    """The names `build_encoder` takes, timm's aside (see `timm.list_models()`), of narrow ResNets two examples."""
-    return sorted(({*_torchvision_names(), "digits", "resnet18w16", "resnet18w32"}) - {*NO_LINEAR_HEAD})
+    """The names `build_encoder` takes, timm's aside (see `timm.list_models()`), of narrow ResNets
+    two examples.
+    """
+    return sorted(
+        ({*_torchvision_names(), "digits", "resnet18w16", "resnet18w32"}) - {*NO_LINEAR_HEAD}
+    )
 
 
 def _torchvision_names() -> list[str]:
@@ -81,7 +101,9 @@ def _torchvision_names() -> list[str]:
 
 
 def _library_of(name: str) -> Callable[[str, int, int | None], nn.Module] | None:
-    """What builds the networks of the library that a name belongs to; None where no library is known by it."""
+    """What builds the networks of the library that a name belongs to; None where no library is
+    known by it.
+    """
     if name.startswith("timm:"):
         return _build_timm
     return _build_torchvision if name in _torchvision_names() else None
@@ -92,7 +114,9 @@ def _unknown(name: str) -> BadInput:
         import timm
 
         if timm.is_model(name.lower()):
-            return BadInput(f"unknown architecture {name!r}; timm has one of this name: use timm:{name.lower()}")
+            return BadInput(
+                f"unknown architecture {name!r}; timm has one of this name: use timm:{name.lower()}"
+            )
     except ImportError:
         pass
     near = difflib.get_close_matches(name.lower(), encoder_names(), n=3, cutoff=0.5)
@@ -107,7 +131,8 @@ def _unknown(name: str) -> BadInput:
 def _build_torchvision(name: str, num_classes: int, image_size: int | None) -> nn.Module:
     extra = {}
     if name in ("googlenet", "inception_v3"):
-        extra = {"aux_logits": False, "init_weights": True}  # the auxiliary classifiers would make the output a tuple
+        # the auxiliary classifiers would make the output a tuple
+        extra = {"aux_logits": False, "init_weights": True}
     if name.startswith("vit_") and image_size is not None:
         extra = {"image_size": image_size}
     with _said_in_a_line(name, image_size):
@@ -123,55 +148,73 @@ def _build_timm(name: str, num_classes: int, image_size: int | None) -> nn.Modul
     if not timm.is_model(name):
         near = difflib.get_close_matches(name.lower(), timm.list_models(), n=3, cutoff=0.5)
         hint = f"; nearest: {', '.join('timm:' + n for n in near)}" if near else ""
-        hint = f"; torchvision has one of this name: use {name}" if name in encoder_names() else hint
+        hint = (
+            f"; torchvision has one of this name: use {name}" if name in encoder_names() else hint
+        )
         raise BadInput(f"timm has no model {name!r}{hint}")
     config = timm.models.get_pretrained_cfg(name)
     fixed = image_size is not None and config is not None and config.fixed_input_size
     with _said_in_a_line(given, image_size):
         return timm.create_model(
-            name, pretrained=False, num_classes=num_classes, **({"img_size": image_size} if fixed else {})
+            name,
+            pretrained=False,
+            num_classes=num_classes,
+            **({"img_size": image_size} if fixed else {}),
         )
 
 
 @contextmanager
 def _said_in_a_line(name: str, image_size: int | None):
-    """What a library raises for a side or a classifier that its network does not have, as BadInput."""
+    """What a library raises for a side or a classifier that its network does not have, as
+    BadInput.
+    """
     try:
         yield
     except (AssertionError, AttributeError, TypeError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        what = f" for images of side {image_size} ({reason}): give the --image-size it was made for, or"
+        what = (
+            f" for images of side {image_size} ({reason}): give the --image-size it was made"
+            " for, or"
+        )
         what = f" as a classifier ({reason}):" if image_size is None else what
         raise BadInput(f"{name} cannot be built{what} choose another architecture") from error
 
 
 def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
-    """What `build` builds, on the meta device: names and shapes, without weights or the time to draw them."""
+    """What `build` builds, on the meta device: names and shapes, without weights or the time to
+    draw them.
+    """
     try:
         with torch.device("meta"):
             return build()
-    except RuntimeError:  # torchvision's RegNets compute their widths with tensors: then nothing but weights goes there
+    # torchvision's RegNets compute their widths with tensors: then nothing but weights goes there
+    except RuntimeError:
         with ExitStack() as hooks:
             hooks.callback(register_module_parameter_registration_hook(_parameter_to_meta).remove)
             hooks.callback(register_module_buffer_registration_hook(_buffer_to_meta).remove)
             return build()
 
 
-def _parameter_to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+def _parameter_to_meta(
+    module: nn.Module, name: str, parameter: nn.Parameter | None
+) -> nn.Parameter | None:
     if parameter is None or parameter.is_meta:
         return parameter
     return nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
 
 
-def _buffer_to_meta(module: nn.Module, name: str, buffer: torch.Tensor | None) -> torch.Tensor | None:
+def _buffer_to_meta(
+    module: nn.Module, name: str, buffer: torch.Tensor | None
+) -> torch.Tensor | None:
     return None if buffer is None else buffer.to("meta")
 
 
 def as_in_library(encoder: nn.Module, name: str) -> bool:
-    """Whether the library that `name` belongs to has this very network, so that its own code can take the backbone.
+    """Whether the library that `name` belongs to has this very network, so that its own code can
+    take the backbone.
 
-    Names and shapes less the head; a small stem, or a transformer for another image size, differs. True for names that
-    no library has.
+    Names and shapes less the head; a small stem, or a transformer for another image size, differs.
+    True for names that no library has.
     """
     if not (library := _library_of(name)):
         return True
@@ -185,14 +228,21 @@ def backbone_shapes(encoder: nn.Module) -> dict[str, torch.Size]:
 
 
 def use_cifar_stem(resnet: torchvision.models.ResNet) -> None:
-    """Give a torchvision ResNet the stem for small images: a 3x3 convolution of stride 1 and no max pooling."""
-    resnet.conv1 = nn.Conv2d(3, resnet.conv1.out_channels, kernel_size=3, stride=1, padding=1, bias=False)
+    """Give a torchvision ResNet the stem for small images: a 3x3 convolution of stride 1 and no max
+    pooling.
+    """
+    resnet.conv1 = nn.Conv2d(
+        3, resnet.conv1.out_channels, kernel_size=3, stride=1, padding=1, bias=False
+    )
     nn.init.kaiming_normal_(resnet.conv1.weight, mode="fan_out", nonlinearity="relu")
     resnet.maxpool = nn.Identity()
 
 
 class NarrowResNet(torchvision.models.ResNet):
-    """A ResNet whose first stage has `width` channels in place of 64, the others in proportion. Same keys."""
+    """A ResNet whose first stage has `width` channels in place of 64, the others in proportion.
+
+    Same keys.
+    """
 
     def __init__(self, block: str, layers: list[int], width: int, num_classes: int):
         self.width = width
@@ -211,16 +261,22 @@ class NarrowResNet(torchvision.models.ResNet):
 
 def _conv(c_in: int, c_out: int, kernel: int, stride: int = 1, padding: int = 1) -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False), nn.BatchNorm2d(c_out), nn.ReLU(inplace=True)
+        nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False),
+        nn.BatchNorm2d(c_out),
+        nn.ReLU(inplace=True),
     )
 
 
 def _dense(c_in: int, c_out: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(c_in, c_out, bias=False), nn.BatchNorm1d(c_out), nn.ReLU(inplace=True))
+    return nn.Sequential(
+        nn.Linear(c_in, c_out, bias=False), nn.BatchNorm1d(c_out), nn.ReLU(inplace=True)
+    )
 
 
 class AlexNet32(nn.Module):
-    """AlexNet with batch norm for images of 32 pixels: five 3x3 convolutions and two layers of 1,024."""
+    """AlexNet with batch norm for images of 32 pixels: five 3x3 convolutions and two layers of
+    1,024.
+    """
 
     def __init__(self, num_classes: int):
         super().__init__()
@@ -244,7 +300,9 @@ class AlexNet32(nn.Module):
 
 
 class AlexNet224(nn.Module):
-    """AlexNet with batch norm for images of 224 pixels: five convolutions and two layers of 4,096."""
+    """AlexNet with batch norm for images of 224 pixels: five convolutions and two layers of
+    4,096.
+    """
 
     def __init__(self, num_classes: int):
         super().__init__()
@@ -268,7 +326,9 @@ class AlexNet224(nn.Module):
 
 
 class DigitsNet(nn.Module):
-    """The demo's network, 94 thousand weights: three 3x3 convolutions on [N, 3, 16, 16] and global average pooling."""
+    """The demo's network, 94 thousand weights: three 3x3 convolutions on [N, 3, 16, 16] and global
+    average pooling.
+    """
 
     def __init__(self, num_classes: int):
         super().__init__()
@@ -283,11 +343,12 @@ class DigitsNet(nn.Module):
         return self.fc(x.mean(dim=(2, 3)))
 
 
-# ---- the head: the last linear layer, or the MLP that MoCo v2 puts in its place -----------------------------------
+# ---- the head: the last linear layer, or the MLP that MoCo v2 puts in its place ------------------
 
 
 def head_name(encoder: nn.Module) -> str:
-    """Dotted name of the classifier: the last linear layer, or MoCo v2's Linear-ReLU-Linear in its place.
+    """Dotted name of the classifier: the last linear layer, or MoCo v2's Linear-ReLU-Linear in its
+    place.
 
     Raises BadInput where there is none.
     """
@@ -295,16 +356,27 @@ def head_name(encoder: nn.Module) -> str:
     if name is None:
         linear = [n for n, m in encoder.named_modules() if isinstance(m, nn.Linear)]
         name = linear[-1] if linear else None
-        if name and _is_mlp(parent := encoder.get_submodule(name.rpartition(".")[0])) and parent is not encoder:
+        if (
+            name
+            and _is_mlp(parent := encoder.get_submodule(name.rpartition(".")[0]))
+            and parent is not encoder
+        ):
             name = name.rpartition(".")[0]
     head = dict(encoder.named_modules()).get(name) if isinstance(name, str) else None
     if not (isinstance(head, nn.Linear) or _is_mlp(head)):
-        raise BadInput(f"{type(encoder).__name__} ends in no linear classifier that a projection head could replace")
+        raise BadInput(
+            f"{type(encoder).__name__} ends in no linear classifier that a projection head could"
+            " replace"
+        )
     return name
 
 
 def _is_mlp(module: nn.Module | None) -> bool:
-    return isinstance(module, nn.Sequential) and [type(m) for m in module] == [nn.Linear, nn.ReLU, nn.Linear]
+    return isinstance(module, nn.Sequential) and [type(m) for m in module] == [
+        nn.Linear,
+        nn.ReLU,
+        nn.Linear,
+    ]
 
 
 def get_head(encoder: nn.Module) -> nn.Linear:
@@ -325,13 +397,14 @@ def feature_dim(encoder: nn.Module) -> int:
     return (head[0] if isinstance(head, nn.Sequential) else head).in_features
 
 
-# ---- layers: named taps for the probe ------------------------------------------------------------------------------
+# ---- layers: named taps for the probe ------------------------------------------------------------
 
 OUTPUT, BACKBONE = "output", "backbone"
 
 
 def stage_names(encoder: nn.Module) -> dict[str, str]:
-    """conv1 ... conv5 -> the submodule whose output they mean; empty where an architecture has no such stages.
+    """conv1 ... conv5 -> the submodule whose output they mean; empty where an architecture has no
+    such stages.
 
     Of a ResNet conv1 is the stem (after its pooling) and conv2 to conv5 the four stages.
     """
@@ -346,8 +419,9 @@ def stage_names(encoder: nn.Module) -> dict[str, str]:
 class Taps(nn.Module):
     """An encoder that answers with several of its layers: images [N, 3, S, S] -> {layer: tensor}.
 
-    layers: "output" (what the encoder returns, [N, dim]), "backbone" (what goes into its head, [N, feature_dim]),
-    "conv1" ... "conv5" (see `stage_names`, [N, c, h, w]). Raises BadInput for a layer the encoder does not have.
+    layers: "output" (what the encoder returns, [N, dim]), "backbone" (what goes into its head, [N,
+    feature_dim]), "conv1" ... "conv5" (see `stage_names`, [N, c, h, w]). Raises BadInput for a
+    layer the encoder does not have.
     """
 
     def __init__(self, encoder: nn.Module, layers: Iterable[str]):
@@ -362,7 +436,8 @@ class Taps(nn.Module):
                 encoder.get_submodule(stages[layer]).register_forward_hook(self._after(layer))
             elif layer != OUTPUT:
                 raise BadInput(
-                    f"{type(encoder).__name__} has no layer {layer!r}; it has {', '.join([*stages, BACKBONE])}"
+                    f"{type(encoder).__name__} has no layer {layer!r}; it has"
+                    f" {', '.join([*stages, BACKBONE])}"
                 )
 
     def _before(self, module: nn.Module, inputs: tuple) -> None:
@@ -377,22 +452,26 @@ class Taps(nn.Module):
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         self._seen = {}
         self._seen[OUTPUT] = self.encoder(images)
-        seen, self._seen = self._seen, {}  # hold no activation between batches
+        # hold no activation between batches
+        seen = self._seen
+        self._seen = {}
         return {layer: seen[layer] for layer in self.layers}
 
 
-# ---- batch norm in splits ------------------------------------------------------------------------------------------
+# ---- batch norm in splits ------------------------------------------------------------------------
 
 
 class SplitBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch norm with statistics over each of `num_splits` parts of the batch, as if each sat on its own device.
+    """Batch norm with statistics over each of `num_splits` parts of the batch, as if each sat on
+    its own device.
 
-    Where a query and its key are normalised with the same images, the statistics that they share give the key away. On
-    many GPUs MoCo shuffles keys between them against that. On one GPU splits alone change nothing: a part is a matter of
-    place (the images i, i + num_splits, ... form one). `builder.MoCo` shuffles keys between the parts, as MoCo's CIFAR
-    notebook does; a loop of your own around two encoders has to do it itself. The running statistics take the mean over
-    the parts. A batch that does not divide falls back to the largest number of parts that does. State-dict keys are
-    those of BatchNorm; in eval mode it is one.
+    Where a query and its key are normalised with the same images, the statistics that they share
+    give the key away. On many GPUs MoCo shuffles keys between them against that. On one GPU splits
+    alone change nothing: a part is a matter of place (the images i, i + num_splits, ... form one).
+    `builder.MoCo` shuffles keys between the parts, as MoCo's CIFAR notebook does; a loop of your
+    own around two encoders has to do it itself. The running statistics take the mean over the
+    parts. A batch that does not divide falls back to the largest number of parts that does.
+    State-dict keys are those of BatchNorm; in eval mode it is one.
     """
 
     def __init__(self, num_features: int, num_splits: int, **kwargs):
@@ -404,8 +483,17 @@ class SplitBatchNorm(nn.modules.batchnorm._BatchNorm):
             raise ValueError(f"expected [N, C] or [N, C, H, W], got {tuple(x.shape)}")
 
     def _splits(self, x: torch.Tensor) -> int:
-        n, values = len(x), x[0, 0].numel()  # a part of a single value has no variance
-        return next((s for s in range(min(self.num_splits, n), 1, -1) if n % s == 0 and n // s * values > 1), 1)
+        # a part of a single value has no variance
+        n = len(x)
+        values = x[0, 0].numel()
+        return next(
+            (
+                s
+                for s in range(min(self.num_splits, n), 1, -1)
+                if n % s == 0 and n // s * values > 1
+            ),
+            1,
+        )
 
     def _count(self) -> None:
         """Note in `num_batches_tracked` that a batch came."""
@@ -420,18 +508,25 @@ class SplitBatchNorm(nn.modules.batchnorm._BatchNorm):
         if self.track_running_stats:
             self._count()
             momentum = 1.0 / float(self.num_batches_tracked) if momentum is None else momentum
-        # [N, C, ...] -> [N / splits, splits * C, ...]: every part gets its own channels, and so its own statistics
+        # [N, C, ...] -> [N / splits, splits * C, ...]: every part gets its own channels, and so its
+        # own statistics
         parts = x.reshape(len(x) // splits, splits * x.shape[1], *x.shape[2:])
         mean, var, weight, bias = (
             None if t is None else t.repeat(splits)
             for t in (self.running_mean, self.running_var, self.weight, self.bias)
         )
-        out = F.batch_norm(parts, mean, var, weight, bias, True, momentum or 0.0, self.eps).reshape(x.shape)
+        out = F.batch_norm(parts, mean, var, weight, bias, True, momentum or 0.0, self.eps).reshape(
+            x.shape
+        )
         if self.track_running_stats:
             with torch.no_grad():
                 self.running_mean.copy_(mean.view(splits, -1).mean(dim=0))
                 self.running_var.copy_(var.view(splits, -1).mean(dim=0))
-        channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        channels_last = (
+            x.dim() == 4
+            and x.is_contiguous(memory_format=torch.channels_last)
+            and not x.is_contiguous()
+        )
         return out.contiguous(memory_format=torch.channels_last) if channels_last else out
 
     def extra_repr(self) -> str:
@@ -439,29 +534,40 @@ class SplitBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 def split_batch_norm(module: nn.Module, num_splits: int) -> nn.Module:
-    """Replace every BatchNorm1d/2d inside by a SplitBatchNorm (keys and values unchanged). 1 changes nothing.
+    """Replace every BatchNorm1d/2d inside by a SplitBatchNorm (keys and values unchanged). 1
+    changes nothing.
 
-    Returns the module (a new one if it is itself a batch norm). Raises BadInput for a kind it does not know.
+    Returns the module (a new one if it is itself a batch norm). Raises BadInput for a kind it does
+    not know.
     """
     if num_splits == 1:
         return module
     if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d):
         options = {"eps": module.eps, "momentum": module.momentum, "affine": module.affine}
         split = SplitBatchNorm(
-            module.num_features, num_splits, track_running_stats=module.track_running_stats, **options
+            module.num_features,
+            num_splits,
+            track_running_stats=module.track_running_stats,
+            **options,
         )
-        reference = next((t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()), None)
+        reference = next(
+            (t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()), None
+        )
         split = split if reference is None else split.to(reference.device, reference.dtype)
         split.load_state_dict(module.state_dict())
         return split.train(module.training)
-    if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, SplitBatchNorm):
-        raise BadInput(f"batch norm of the kind {type(module).__name__} cannot be split: use --bn-splits 1")
+    if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(
+        module, SplitBatchNorm
+    ):
+        raise BadInput(
+            f"batch norm of the kind {type(module).__name__} cannot be split: use --bn-splits 1"
+        )
     for name, child in module.named_children():
         setattr(module, name, split_batch_norm(child, num_splits))
     return module
 
 
-# ---- batches that batch norm has seen, counted at once -------------------------------------------------------------
+# ---- batches that batch norm has seen, counted at once -------------------------------------------
 
 
 class _Uncounted:
@@ -496,10 +602,12 @@ _UNCOUNTED = {
 
 
 def count_batches_at_once(encoder: nn.Module) -> nn.Module:
-    """Let all batch norms of an encoder count a batch in one operation, before its `forward`. Returns the encoder.
+    """Let all batch norms of an encoder count a batch in one operation, before its `forward`.
+    Returns the encoder.
 
-    One by one they are 20 launches a pass of a ResNet-18, 53 of a ResNet-50. Keys and values of the state dict are as
-    before. Batch norms that use their count (momentum None) or keep no averages stay as they are.
+    One by one they are 20 launches a pass of a ResNet-18, 53 of a ResNet-50. Keys and values of the
+    state dict are as before. Batch norms that use their count (momentum None) or keep no averages
+    stay as they are.
     """
     encoder.counted = []  # the layers; a copy of the encoder has a list of its own
     for layer in encoder.modules():
@@ -517,7 +625,7 @@ def _count_batch(encoder: nn.Module, _inputs: tuple) -> None:
         torch._foreach_add_(counts, 1)
 
 
-# ---- features of a whole data set ----------------------------------------------------------------------------------
+# ---- features of a whole data set ----------------------------------------------------------------
 
 
 @contextmanager
@@ -542,21 +650,27 @@ def extract_features(
 ) -> torch.Tensor | dict[str, torch.Tensor]:
     """Features [M, C] of a data set, float32 on `device`, row i being image i, equal on all ranks.
 
-    loader yields (images [n, 3, S, S], index [n]); each rank brings its share. normalize: unit rows. amp: run the
-    encoder under autocast of this type. An encoder that answers with a dict (`Taps`) gives a dict of [M, ...] tensors.
-    Eval mode, and the mode of before restored. Raises BadInput for an index that cannot be one (its values are looked
-    at where it is on the CPU), and RunFailed unless every image comes exactly once.
+    loader yields (images [n, 3, S, S], index [n]); each rank brings its share. normalize: unit
+    rows. amp: run the encoder under autocast of this type. An encoder that answers with a dict
+    (`Taps`) gives a dict of [M, ...] tensors. Eval mode, and the mode of before restored. Raises
+    BadInput for an index that cannot be one (its values are looked at where it is on the CPU), and
+    RunFailed unless every image comes exactly once.
     """
     device = torch.device(device)
     autocast = torch.autocast(device.type, dtype=amp) if amp is not None else nullcontext()
     alone = dist.world_size() == 1  # then rows go straight to their place: the bank is held once
-    bank, parts, indices = {}, {}, [torch.empty(0, dtype=torch.int64, device=device)]
+    bank = {}
+    parts = {}
+    indices = [torch.empty(0, dtype=torch.int64, device=device)]
     with evaluating(encoder):
         for images, index in loader:
-            check_index(index, len(images), M, values=getattr(index, "device", device).type == "cpu")
+            check_index(
+                index, len(images), M, values=getattr(index, "device", device).type == "cpu"
+            )
             index = index.to(device)
             indices.append(index)
-            with torch.no_grad(), autocast:  # around no more than this: a loader may augment on the device
+            # around no more than this: a loader may augment on the device
+            with torch.no_grad(), autocast:
                 out = encoder(images.to(device, non_blocking=True))
             for layer, rows in (out if isinstance(out, dict) else {None: out}).items():
                 rows = F.normalize(rows.float(), dim=1) if normalize else rows.float()
@@ -568,7 +682,9 @@ def extract_features(
                 bank[layer].index_copy_(0, index, rows)
     index = dist.all_gather_rows(torch.cat(indices))
     if len(index) != M or not torch.equal(index.sort().values, torch.arange(M, device=device)):
-        raise RunFailed(f"features of {len(index)} images came where each of {M} was expected exactly once")
+        raise RunFailed(
+            f"features of {len(index)} images came where each of {M} was expected exactly once"
+        )
     for layer, rows in _same_on_all_ranks(parts, device).items():
         rows = dist.all_gather_rows(rows)
         bank[layer] = torch.empty_like(rows).index_copy_(0, index, rows)
@@ -576,17 +692,32 @@ def extract_features(
 
 
 def extract_views(
-    encoder: nn.Module, loader: Iterable, M: int, device: str | torch.device, amp: torch.dtype | None = None
+    encoder: nn.Module,
+    loader: Iterable,
+    M: int,
+    device: str | torch.device,
+    amp: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features of two views of every image, 2 x [M, C] unit rows: `extract_features` of what `data.view_loader` yields, ((view, view), index [n])."""
-    both = ((torch.cat(views), torch.cat([index, index + M])) for views, index in loader)  # [2n, 3, S, S], [2n]
+    """Features of two views of every image, 2 x [M, C] unit rows: `extract_features` of what
+    `data.view_loader` yields, ((view, view), index [n]).
+    """
+    # [2n, 3, S, S], [2n]
+    both = ((torch.cat(views), torch.cat([index, index + M])) for views, index in loader)
     return extract_features(encoder, both, 2 * M, device, amp=amp).chunk(2)
 
 
 def _same_on_all_ranks(parts: dict, device: torch.device) -> dict[str | None, torch.Tensor]:
-    """One tensor a layer, also on a rank whose share was empty, which takes the row shape of the others."""
-    shapes = [s for s in dist.gather_objects({layer: rows[0].shape[1:] for layer, rows in parts.items()}) if s]
+    """One tensor a layer, also on a rank whose share was empty, which takes the row shape of the
+    others.
+    """
+    shapes = [
+        s
+        for s in dist.gather_objects({layer: rows[0].shape[1:] for layer, rows in parts.items()})
+        if s
+    ]
     return {
-        layer: torch.cat(parts.pop(layer)) if layer in parts else torch.empty(0, *row, device=device)
+        layer: (
+            torch.cat(parts.pop(layer)) if layer in parts else torch.empty(0, *row, device=device)
+        )
         for layer, row in (shapes[0] if shapes else {}).items()
     }

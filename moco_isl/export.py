@@ -1,4 +1,5 @@
-"""Hand the backbone of a checkpoint to another library, in that library's own form, and prove that it arrived.
+"""Hand the backbone of a checkpoint to another library, in that library's own form, and prove that
+it arrived.
 
 python -m moco_isl.export FILE --to torchvision|timm|safetensors|detectron2 --out FILE
 """
@@ -16,7 +17,13 @@ from torch import nn
 from moco_isl import __version__, checkpoint, files
 from moco_isl.encoders import BACKBONE, STEMS, Taps, backbone_shapes, evaluating, head_name, on_meta
 from moco_isl.errors import BadInput, RunFailed
-from moco_isl.evaluation.backbone import describe, from_detectron2, load_backbone, read_file, to_detectron2
+from moco_isl.evaluation.backbone import (
+    describe,
+    from_detectron2,
+    load_backbone,
+    read_file,
+    to_detectron2,
+)
 from moco_isl.evaluation.features import fingerprint, read_results
 from moco_isl.training import cli
 from moco_isl.training.run_files import read_facts
@@ -37,20 +44,29 @@ def export(
     stem: str | None = None,
     results: list[str] = (),
 ) -> list[str]:
-    """Write the backbone in `path` (see `load_backbone`) for the library `to` into the file `out`; lines to print.
+    """Write the backbone in `path` (see `load_backbone`) for the library `to` into the file `out`;
+    lines to print.
 
-    What was written is read again the library's own way and gives the same backbone output on a fixed tensor, to 1e-5;
-    for detectron2 the names are mapped back and compared. results: results.json files of main_knn.py and main_lincls.py
-    for the model card of safetensors. Raises BadInput where the library has no such network, RunFailed on a difference.
+    What was written is read again the library's own way and gives the same backbone output on a
+    fixed tensor, to 1e-5; for detectron2 the names are mapped back and compared. results:
+    results.json files of main_knn.py and main_lincls.py for the model card of safetensors. Raises
+    BadInput where the library has no such network, RunFailed on a difference.
     """
     path, out = Path(path), Path(out)
     _check_out(path, to, out)
     has_card = to == "safetensors" or (to == "timm" and out.suffix == ".safetensors")
     if results and not has_card:
-        raise BadInput("--results go into the model card of safetensors: use --to safetensors, or --to timm with --out FILE.safetensors")
+        raise BadInput(
+            "--results go into the model card of safetensors: use --to safetensors, or --to timm"
+            " with --out FILE.safetensors"
+        )
     encoder, info = load_backbone(path, arch, stem, key_encoder)
     place = head_name(encoder) + "."
-    state = {name: t.contiguous() for name, t in encoder.state_dict().items() if not name.startswith(place)}
+    state = {
+        name: t.contiguous()
+        for name, t in encoder.state_dict().items()
+        if not name.startswith(place)
+    }
     if to == "detectron2":  # its norms do not count batches
         state = {name: t for name, t in state.items() if not name.endswith("num_batches_tracked")}
     write, note = _FORMS[to](state, info, out, model_card(path, info, results) if has_card else {})
@@ -60,33 +76,56 @@ def export(
     except BaseException:  # what is not proven does not stay
         out.unlink(missing_ok=True)
         raise
-    proof = "names mapped back: equal tensors" if to == "detectron2" else "same output on a fixed tensor"
-    return [describe(info), f"=> wrote '{out}' for {to}: {len(state)} tensors, without the head; {proof}", *note]
+    proof = (
+        "names mapped back: equal tensors"
+        if to == "detectron2"
+        else "same output on a fixed tensor"
+    )
+    return [
+        describe(info),
+        f"=> wrote '{out}' for {to}: {len(state)} tensors, without the head; {proof}",
+        *note,
+    ]
 
 
 def _check_out(path: Path, to: str, out: Path) -> None:
-    """Raise BadInput where `out` is there already, or has a name by which its reader would take it for another kind of file."""
+    """Raise BadInput where `out` is there already, or has a name by which its reader would take it
+    for another kind of file.
+    """
     found = files.kind(out, "--out")
     if found == "folder":
         raise BadInput(f"--out '{out}' is a folder: name the file to write")
     if found and files.kind(path) and out.samefile(path):
         raise BadInput(f"--out '{out}' is the file to read: name the file to write")
     if found:
-        raise BadInput(f"--out '{out}' is there already and is not written over: name another file, or remove that one first")
+        raise BadInput(
+            f"--out '{out}' is there already and is not written over: name another file, or remove"
+            " that one first"
+        )
     if out.suffix == ".pkl" and to == "detectron2":
-        raise BadInput(f"--out '{out}': detectron2 would open .pkl as a pickle, this is none; name it .pth")
+        raise BadInput(
+            f"--out '{out}': detectron2 would open .pkl as a pickle, this is none; name it .pth"
+        )
     if out.suffix == ".safetensors" and to in ("torchvision", "detectron2"):
-        raise BadInput(f"--out '{out}': what {to} reads is a file of torch.save; name it .pth, or use --to safetensors")
+        raise BadInput(
+            f"--out '{out}': what {to} reads is a file of torch.save; name it .pth, or use --to"
+            " safetensors"
+        )
 
 
-# ---- one function for each library: checks that it has the network, returns (write, notes); write() reads again ------
+# ---- one function for each library: checks that it has the network, returns (write, notes);
+# write() reads again
 
 
-def _torchvision(state: Tensors, info: dict, out: Path, card: dict[str, str]) -> tuple[Callable[[], nn.Module], list[str]]:
+def _torchvision(
+    state: Tensors, info: dict, out: Path, card: dict[str, str]
+) -> tuple[Callable[[], nn.Module], list[str]]:
     name = info["arch"].removeprefix("timm:")
     known = name in torchvision.models.list_models(module=torchvision.models)
     _require(
-        known and _same_shapes(lambda: torchvision.models.get_model(name, weights=None), state), info, "torchvision"
+        known and _same_shapes(lambda: torchvision.models.get_model(name, weights=None), state),
+        info,
+        "torchvision",
     )
 
     def write() -> nn.Module:
@@ -102,14 +141,22 @@ def _torchvision(state: Tensors, info: dict, out: Path, card: dict[str, str]) ->
     return write, [f"=> read it by {how}; it misses exactly the classifier"]
 
 
-def _timm(state: Tensors, info: dict, out: Path, card: dict[str, str]) -> tuple[Callable[[], nn.Module], list[str]]:
+def _timm(
+    state: Tensors, info: dict, out: Path, card: dict[str, str]
+) -> tuple[Callable[[], nn.Module], list[str]]:
     try:
         import timm
     except ImportError:
-        raise BadInput("--to timm needs the package timm to check what it writes: pip install timm") from None
+        raise BadInput(
+            "--to timm needs the package timm to check what it writes: pip install timm"
+        ) from None
     name = info["arch"].removeprefix("timm:")
     known = timm.is_model(name)
-    _require(known and _same_shapes(lambda: timm.create_model(name, num_classes=0), state, whole=True), info, "timm")
+    _require(
+        known and _same_shapes(lambda: timm.create_model(name, num_classes=0), state, whole=True),
+        info,
+        "timm",
+    )
 
     def write() -> nn.Module:
         if out.suffix == ".safetensors":
@@ -119,55 +166,89 @@ def _timm(state: Tensors, info: dict, out: Path, card: dict[str, str]) -> tuple[
         with files.utf8_name(out) as known:
             return timm.create_model(name, num_classes=0, checkpoint_path=str(known))
 
-    return write, [f"=> read it by timm.create_model('{name}', num_classes=0, checkpoint_path='{out}')"]
+    return write, [
+        f"=> read it by timm.create_model('{name}', num_classes=0, checkpoint_path='{out}')"
+    ]
 
 
-def _safetensors(state: Tensors, info: dict, out: Path, card: dict[str, str]) -> tuple[Callable[[], nn.Module], list[str]]:
+def _safetensors(
+    state: Tensors, info: dict, out: Path, card: dict[str, str]
+) -> tuple[Callable[[], nn.Module], list[str]]:
     def write() -> nn.Module:
         checkpoint.save_safetensors(state, out, card)
         return Taps(load_backbone(out)[0], [BACKBONE])
 
-    return write, [f"=> read it by moco_isl.evaluation.backbone.load_backbone('{out}'), or any reader of safetensors"]
+    return write, [
+        f"=> read it by moco_isl.evaluation.backbone.load_backbone('{out}'), or any reader of"
+        " safetensors"
+    ]
 
 
-def _detectron2(state: Tensors, info: dict, out: Path, card: dict[str, str]) -> tuple[Callable[[], nn.Module], list[str]]:
-    _require(info["arch"].removeprefix("timm:") in _DETECTRON2 and info["stem"] != "cifar", info, "detectron2")
+def _detectron2(
+    state: Tensors, info: dict, out: Path, card: dict[str, str]
+) -> tuple[Callable[[], nn.Module], list[str]]:
+    _require(
+        info["arch"].removeprefix("timm:") in _DETECTRON2 and info["stem"] != "cifar",
+        info,
+        "detectron2",
+    )
 
     def write() -> nn.Module:
-        content = {"model": to_detectron2(state), "__author__": "moco_isl", "matching_heuristics": True}
+        content = {
+            "model": to_detectron2(state),
+            "__author__": "moco_isl",
+            "matching_heuristics": True,
+        }
         checkpoint.save(content, out)
         back = from_detectron2(torch.load(out, weights_only=True)["model"])
-        if back.keys() != state.keys() or not all(torch.equal(back[name], t) for name, t in state.items()):
+        if back.keys() != state.keys() or not all(
+            torch.equal(back[name], t) for name, t in state.items()
+        ):
             raise RunFailed(f"the names in '{out}' do not map back to the backbone's")
         return Taps(load_backbone(out)[0], [BACKBONE])
 
     settings = (
-        "INPUT.FORMAT RGB, MODEL.PIXEL_MEAN [123.675, 116.280, 103.530], MODEL.PIXEL_STD [58.395, 57.120, 57.375]"
+        "INPUT.FORMAT RGB, MODEL.PIXEL_MEAN [123.675, 116.280, 103.530], MODEL.PIXEL_STD [58.395,"
+        " 57.120, 57.375]"
     )
     return write, [f"=> MODEL.WEIGHTS {out}, with {settings}, MODEL.RESNETS.STRIDE_IN_1X1 False"]
 
 
-_FORMS = {"torchvision": _torchvision, "timm": _timm, "safetensors": _safetensors, "detectron2": _detectron2}
+_FORMS = {
+    "torchvision": _torchvision,
+    "timm": _timm,
+    "safetensors": _safetensors,
+    "detectron2": _detectron2,
+}
 
 
 def _require(has_it: bool, info: dict, library: str) -> None:
     if not has_it:
         raise BadInput(
-            f"{library} has no network of the shape of {info['arch']} with stem {info['stem']}: {_ALTERNATIVE}"
+            f"{library} has no network of the shape of {info['arch']} with stem {info['stem']}:"
+            f" {_ALTERNATIVE}"
         )
 
 
 def _same_shapes(build: Callable[[], nn.Module], state: Tensors, whole: bool = False) -> bool:
-    """Whether the library's network (less its classifier, unless it has none: whole) has these names and shapes."""
+    """Whether the library's network (less its classifier, unless it has none: whole) has these
+    names and shapes.
+    """
     model = on_meta(build)
-    theirs = {n: t.shape for n, t in model.state_dict().items()} if whole else backbone_shapes(model)
+    theirs = (
+        {n: t.shape for n, t in model.state_dict().items()} if whole else backbone_shapes(model)
+    )
     return theirs == {n: t.shape for n, t in state.items()}
 
 
 @torch.no_grad()
 def _compare(encoder: nn.Module, info: dict, read_again: nn.Module) -> None:
-    fixed = info["image_size"] or getattr(encoder, "pretrained_cfg", {}).get("input_size", [224])[-1]
-    side = 64 if isinstance(encoder, torchvision.models.ResNet) or info["stem"] == "cifar" else fixed
+    fixed = (
+        info["image_size"] or getattr(encoder, "pretrained_cfg", {}).get("input_size", [224])[-1]
+    )
+    side = (
+        64 if isinstance(encoder, torchvision.models.ResNet) or info["stem"] == "cifar" else fixed
+    )
     images = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
     with evaluating(encoder), evaluating(read_again):
         ours = Taps(encoder, [BACKBONE])(images)[BACKBONE]
@@ -175,14 +256,19 @@ def _compare(encoder: nn.Module, info: dict, read_again: nn.Module) -> None:
         theirs = theirs[BACKBONE] if isinstance(theirs, dict) else theirs
     difference = (ours - theirs).abs().max().item()
     if not difference <= TOLERANCE * max(1.0, ours.abs().max().item()):
-        raise RunFailed(f"what was written differs from the checkpoint: output by {difference:g} on a fixed tensor")
+        raise RunFailed(
+            f"what was written differs from the checkpoint: output by {difference:g} on a fixed"
+            " tensor"
+        )
 
 
-# ---- the model card ------------------------------------------------------------------------------------------------
+# ---- the model card ------------------------------------------------------------------------------
 
 
 def model_card(path: Path, info: dict, results: list[str]) -> dict[str, str]:
-    """What is known about a checkpoint, as safetensors' metadata: strings, those that are not known left out."""
+    """What is known about a checkpoint, as safetensors' metadata: strings, those that are not known
+    left out.
+    """
     args, beside = info["args"], path.parent / "args.json"
     command = None
     if beside.is_file():
@@ -206,42 +292,83 @@ def model_card(path: Path, info: dict, results: list[str]) -> dict[str, str]:
         found = _of_checkpoint(read_results(name, "--results"), card["source_sha256"])
         rows = found.get("classifiers", found.get("results"))
         if rows is None or found.get("sha256") not in (None, card["source_sha256"]):
-            raise BadInput(f"--results '{name}' is not of main_knn.py or main_lincls.py on '{path}'")
+            raise BadInput(
+                f"--results '{name}' is not of main_knn.py or main_lincls.py on '{path}'"
+            )
         wanted = "key" if info["part"] == "encoder_k" else "query"
         if found.get("encoder", wanted) != wanted:
-            raise BadInput(f"--results '{name}' is of the {found['encoder']} encoder, and the {wanted} encoder is exported: give or drop --key")
+            raise BadInput(
+                f"--results '{name}' is of the {found['encoder']} encoder, and the {wanted} encoder"
+                " is exported: give or drop --key"
+            )
         where = {key: found[key] for key in ("dataset", "protocol") if key in found}
-        judged.setdefault("linear" if "classifiers" in found else "knn", []).extend({**where, **row} for row in rows)
+        judged.setdefault("linear" if "classifiers" in found else "knn", []).extend(
+            {**where, **row} for row in rows
+        )
     card |= {key: json.dumps(rows) for key, rows in judged.items()}
-    card |= {key: value for key, value in read_file(path)[1].items() if key in ("knn", "linear") and key not in card}
+    card |= {
+        key: value
+        for key, value in read_file(path)[1].items()
+        if key in ("knn", "linear") and key not in card
+    }
     return {key: str(value) for key, value in card.items() if value is not None}
 
 
 def _of_checkpoint(results: dict, sha256: str) -> dict:
-    """Of what a results.json holds, newest and earlier ones, those of this checkpoint; otherwise the newest."""
-    return next((found for found in [results, *reversed(results.get("earlier", []))] if found.get("sha256") == sha256), results)
+    """Of what a results.json holds, newest and earlier ones, those of this checkpoint; otherwise
+    the newest.
+    """
+    return next(
+        (
+            found
+            for found in [results, *reversed(results.get("earlier", []))]
+            if found.get("sha256") == sha256
+        ),
+        results,
+    )
 
 
-# ---- the command ---------------------------------------------------------------------------------------------------
+# ---- the command ---------------------------------------------------------------------------------
 
 
 def get_parser() -> cli.Parser:
     parser = cli.Parser(prog="python -m moco_isl.export", description=__doc__)
-    parser.add_argument("file", metavar="FILE", help="checkpoint of ours or MoCo's, or a state dict")
-    parser.add_argument("--to", required=True, choices=_FORMS, help="the library to write for")
-    parser.add_argument("--out", required=True, metavar="FILE", help="the file to write; none that is there is written over")
-    parser.add_argument("--key", action="store_true", help="the key encoder of a MoCo file, not the query encoder")
-    parser.add_argument("-a", "--arch", help="architecture (default: as the file says or its tensors show)")
-    parser.add_argument("--stem", choices=STEMS, default="auto", help="auto: as the tensors of the file show")
     parser.add_argument(
-        "--results", nargs="+", type=_results, default=[], metavar="results.json", help="for the model card of safetensors"
+        "file", metavar="FILE", help="checkpoint of ours or MoCo's, or a state dict"
+    )
+    parser.add_argument("--to", required=True, choices=_FORMS, help="the library to write for")
+    parser.add_argument(
+        "--out",
+        required=True,
+        metavar="FILE",
+        help="the file to write; none that is there is written over",
+    )
+    parser.add_argument(
+        "--key", action="store_true", help="the key encoder of a MoCo file, not the query encoder"
+    )
+    parser.add_argument(
+        "-a", "--arch", help="architecture (default: as the file says or its tensors show)"
+    )
+    parser.add_argument(
+        "--stem", choices=STEMS, default="auto", help="auto: as the tensors of the file show"
+    )
+    parser.add_argument(
+        "--results",
+        nargs="+",
+        type=_results,
+        default=[],
+        metavar="results.json",
+        help="for the model card of safetensors",
     )
     return parser
 
 
 def _results(text: str) -> str:
     if not text.endswith(".json"):  # by its name a FILE after it is told from one more of them
-        raise argparse.ArgumentTypeError(f"'{cli.short(text)}' is no .json file: expected a results.json of main_knn.py or main_lincls.py")
+        raise argparse.ArgumentTypeError(
+            f"'{cli.short(text)}' is no .json file: expected a results.json of main_knn.py or"
+            " main_lincls.py"
+        )
     return text
 
 
@@ -252,7 +379,12 @@ def main(argv: list[str] | None = None, stop=None) -> int:
 
 def run(argv: list[str] | None, stop) -> None:
     args = get_parser().parse_args(argv)
-    options = {"key_encoder": args.key, "arch": args.arch, "stem": args.stem, "results": args.results}
+    options = {
+        "key_encoder": args.key,
+        "arch": args.arch,
+        "stem": args.stem,
+        "results": args.results,
+    }
     for line in export(args.file, args.to, args.out, **options):
         print(files.shown(line))
 

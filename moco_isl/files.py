@@ -18,19 +18,25 @@ TEMPORARY = ".half-written"
 
 
 def shown(name: str | bytes | os.PathLike) -> str:
-    """A name as it may be printed and written anywhere: what is not printable, or not UTF-8, as an escape such as \\n or \\udcff."""
+    """A name as it may be printed and written anywhere: what is not printable, or not UTF-8, as an
+    escape such as \\n or \\udcff.
+    """
     text = os.fsdecode(name)
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def encodable(text: str) -> str:
-    """A text as UTF-8 can hold it: what is none in it, from the bytes of a file's name, as an escape such as \\udcff."""
+    """A text as UTF-8 can hold it: what is none in it, from the bytes of a file's name, as an
+    escape such as \\udcff.
+    """
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 @contextlib.contextmanager
 def utf8_name(path: str | os.PathLike) -> Iterator[Path]:
-    """A name in UTF-8 of a file, for libraries that open no other: its own, or else that of a link, which is gone afterwards."""
+    """A name in UTF-8 of a file, for libraries that open no other: its own, or else that of a link,
+    which is gone afterwards.
+    """
     path = Path(path)
     if encodable(str(path)) == str(path):
         yield path
@@ -42,29 +48,37 @@ def utf8_name(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def print_any_name() -> None:
-    """Let stdout and stderr take every name: what their encoding has not is written as an escape, such as \\xe9 or \\udcff."""
+    """Let stdout and stderr take every name: what their encoding has not is written as an escape,
+    such as \\xe9 or \\udcff.
+    """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a file; not what a test or a notebook has put there
             stream.reconfigure(errors="backslashreplace")
 
 
 def kind(path: str | os.PathLike, flag: str = "") -> str:
-    """What is at `path`, links followed: "file", "folder", "other" (a pipe, a device) or "" for nothing.
+    """What is at `path`, links followed: "file", "folder", "other" (a pipe, a device) or "" for
+    nothing.
 
-    Raises BadInput where nobody can tell: no permission, a name that is too long, links in a circle. flag: what named the path.
+    Raises BadInput where nobody can tell: no permission, a name that is too long, links in a
+    circle. flag: what named the path.
     """
     try:
         mode = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
         return ""
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)  # ValueError: a name with a zero byte
-        raise BadInput(f"{named(flag, path)} cannot be looked at: {reason}; {cure(error)}") from error
+        # ValueError: a name with a zero byte
+        reason = getattr(error, "strerror", None) or str(error)
+        raise BadInput(
+            f"{named(flag, path)} cannot be looked at: {reason}; {cure(error)}"
+        ) from error
     return "file" if stat.S_ISREG(mode) else "folder" if stat.S_ISDIR(mode) else "other"
 
 
 def require_file(path: str | os.PathLike, flag: str = "", expected: str = "a file") -> Path:
-    """`path`, which is a regular file that may be read; raises BadInput in one line where it is not.
+    """`path`, which is a regular file that may be read; raises BadInput in one line where it is
+    not.
 
     expected: what kind of file, such as "a checkpoint".
     """
@@ -75,11 +89,16 @@ def require_file(path: str | os.PathLike, flag: str = "", expected: str = "a fil
         word = "a folder" if found == "folder" else "a pipe or a device"
         raise BadInput(f"{named(flag, path)} is {word}: expected {expected}")
     if not os.access(path, os.R_OK):
-        raise BadInput(f"{named(flag, path)} cannot be read: no permission; expected {expected}; {cure(errno.EACCES)}")
+        raise BadInput(
+            f"{named(flag, path)} cannot be read: no permission; expected {expected};"
+            f" {cure(errno.EACCES)}"
+        )
     return Path(path)
 
 
-def read_text(path: str | os.PathLike, flag: str = "", expected: str = "a text file", most: int = 64 << 20) -> str:
+def read_text(
+    path: str | os.PathLike, flag: str = "", expected: str = "a text file", most: int = 64 << 20
+) -> str:
     """What is in a UTF-8 file of at most `most` bytes. Raises BadInput in one line."""
     path = require_file(path, flag, expected)
     try:
@@ -89,23 +108,29 @@ def read_text(path: str | os.PathLike, flag: str = "", expected: str = "a text f
     except UnicodeDecodeError as error:
         raise BadInput(f"{named(flag, path)} is not UTF-8 text: expected {expected}") from error
     except OSError as error:
-        raise BadInput(f"{named(flag, path)} cannot be read: {error.strerror}; expected {expected}") from error
+        raise BadInput(
+            f"{named(flag, path)} cannot be read: {error.strerror}; expected {expected}"
+        ) from error
 
 
 def write_text(text: str, path: str | os.PathLike, temporary: Path | None = None) -> None:
-    """Write a UTF-8 file, whole or not at all: an older `path` stays until the new one is on the disk. Raises OSError.
+    """Write a UTF-8 file, whole or not at all: an older `path` stays until the new one is on the
+    disk. Raises OSError.
 
-    What is no UTF-8 (parts of file names) is escaped. temporary: see `replacing`; None: a short name, of this process.
+    What is no UTF-8 (parts of file names) is escaped. temporary: see `replacing`; None: a short
+    name, of this process.
     """
     path = Path(path)
-    temporary = temporary or path.with_name(f".{os.getpid()}{TEMPORARY}")  # the name itself may be as long as a name can be
+    # the name itself may be as long as a name can be
+    temporary = temporary or path.with_name(f".{os.getpid()}{TEMPORARY}")
     with replacing(path, temporary):
         with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
 
 
 def require_ours(path: str | os.PathLike, is_ours: Callable[[Path], bool], flag: str = "") -> None:
-    """Raise BadInput unless there is nothing at `path`, or a regular file that `is_ours` knows as one of ours, to be written over.
+    """Raise BadInput unless there is nothing at `path`, or a regular file that `is_ours` knows as
+    one of ours, to be written over.
 
     Whoever writes a file asks this before the work, and again when it is about to write.
     """
@@ -113,15 +138,21 @@ def require_ours(path: str | os.PathLike, is_ours: Callable[[Path], bool], flag:
     if found == "folder":
         raise BadInput(f"{named(flag, path)} is a folder: expected the name of a file to write")
     if found == "other":
-        raise BadInput(f"{named(flag, path)} is a pipe or a device, which is not written over: name a file")
+        raise BadInput(
+            f"{named(flag, path)} is a pipe or a device, which is not written over: name a file"
+        )
     try:
         ours = not found or is_ours(Path(path))
     except OSError as error:
-        raise BadInput(f"{named(flag, path)} is there already and cannot be read ({error.strerror}), so it is not written over: "
-                       "choose another name") from error
+        raise BadInput(
+            f"{named(flag, path)} is there already and cannot be read ({error.strerror}), so it is"
+            " not written over: choose another name"
+        ) from error
     if not ours:
-        raise BadInput(f"{named(flag, path)} is there already and is none of this command's files, so it is not written over: "
-                       "choose another name, or remove it first")
+        raise BadInput(
+            f"{named(flag, path)} is there already and is none of this command's files, so it is"
+            " not written over: choose another name, or remove it first"
+        )
 
 
 def named(flag: str, path: str | os.PathLike) -> str:
@@ -140,12 +171,14 @@ def cure(error: int | Exception) -> str:
 
 
 def write(content: dict, path: Path, temporary: Path) -> None:
-    """Write `content` by torch.save such that `path` is at any moment the old file or the new one, also through a kill or a full disk.
+    """Write `content` by torch.save such that `path` is at any moment the old file or the new one,
+    also through a kill or a full disk.
 
-    temporary: a name in the same folder, that no other process uses. Raises OSError where it cannot be written; the
-    temporary file is gone then, and an older `path` untouched.
+    temporary: a name in the same folder, that no other process uses. Raises OSError where it cannot
+    be written; the temporary file is gone then, and an older `path` untouched.
     """
-    import torch  # here: the launcher's commands need the rest of this file, and not the seconds that this takes
+    # here: the launcher's commands need the rest of this file, and not the seconds that this takes
+    import torch
 
     try:
         with replacing(path, temporary):
@@ -162,8 +195,8 @@ def write(content: dict, path: Path, temporary: Path) -> None:
 def undisturbed() -> Iterator[None]:
     """Inside, no handler of a signal runs: those of the signals that came run behind it, once each.
 
-    torch's writer of zip files ends the whole process where it is torn out of its work by what a handler raises, such as the
-    news that a worker has ended.
+    torch's writer of zip files ends the whole process where it is torn out of its work by what a
+    handler raises, such as the news that a worker has ended.
     """
     came: dict[int, None] = {}  # in their order
     if threading.current_thread() is not threading.main_thread():  # where no handler runs anyway
@@ -184,10 +217,13 @@ def undisturbed() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _check_sums() -> Iterator[None]:
-    """torch.save writes the check sum of every part, as it does by default, even where this process has set that off."""
+    """torch.save writes the check sum of every part, as it does by default, even where this process
+    has set that off.
+    """
     import torch
 
-    before = getattr(torch.serialization, "get_crc32_options", lambda: True)()  # older torch always writes them
+    # older torch always writes them
+    before = getattr(torch.serialization, "get_crc32_options", lambda: True)()
     if not before:
         torch.serialization.set_crc32_options(True)
     try:
@@ -199,10 +235,11 @@ def _check_sums() -> Iterator[None]:
 
 @contextlib.contextmanager
 def replacing(path: Path, temporary: Path) -> Iterator[None]:
-    """Inside, `temporary` is written; behind it, that file has the name `path`, when it is on the disk and not before.
+    """Inside, `temporary` is written; behind it, that file has the name `path`, when it is on the
+    disk and not before.
 
-    temporary: a name in the same folder, that no other process uses. Where anything is raised it is gone, and an older
-    `path` is untouched. Raises OSError.
+    temporary: a name in the same folder, that no other process uses. Where anything is raised it is
+    gone, and an older `path` is untouched. Raises OSError.
     """
     try:
         yield
@@ -225,7 +262,8 @@ def _sync(path: Path) -> None:
 
 
 def require_folder(path: str | Path, flag: str, may_be_read_only: bool = False) -> None:
-    """Raise BadInput where `path` is no folder, and none can be made there, to create files in. Writes nothing.
+    """Raise BadInput where `path` is no folder, and none can be made there, to create files in.
+    Writes nothing.
 
     may_be_read_only: a folder that is there already need not be writable.
     """
@@ -233,19 +271,30 @@ def require_folder(path: str | Path, flag: str, may_be_read_only: bool = False) 
     nearest = next(p for p in (path, *path.parents) if kind(p, flag))
     expected = "expected a folder to create files in"
     if kind(nearest) != "folder":
-        raise BadInput(f"{named(flag, path)} cannot be written: {shown(nearest)} is a file; {expected}")
+        raise BadInput(
+            f"{named(flag, path)} cannot be written: {shown(nearest)} is a file; {expected}"
+        )
     if may_be_read_only and nearest == path:
         return
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise BadInput(f"{named(flag, path)} cannot be written: no permission in {shown(nearest)}; {expected}")
+        raise BadInput(
+            f"{named(flag, path)} cannot be written: no permission in {shown(nearest)}; {expected}"
+        )
 
 
 def open_regular(path: str | os.PathLike) -> BinaryIO:
-    """Open a file for reading bytes, without waiting. Raises OSError where it is a pipe, a device or a folder."""
+    """Open a file for reading bytes, without waiting.
+
+    Raises OSError where it is a pipe, a device or a folder.
+    """
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError(errno.EINVAL, "not a regular file, but a pipe, a device or a folder", os.fspath(path))
+            raise OSError(
+                errno.EINVAL,
+                "not a regular file, but a pipe, a device or a folder",
+                os.fspath(path),
+            )
         return open(descriptor, "rb")
     except BaseException:
         os.close(descriptor)

@@ -1,4 +1,6 @@
-"""Two crops of one image, blurred like SimCLR's, together with the image's position in the data set."""
+"""Two crops of one image, blurred like SimCLR's, together with the image's position in the data
+set.
+"""
 
 import random
 from collections.abc import Callable
@@ -25,7 +27,9 @@ class TwoCropsTransform:
 
 
 class GaussianBlur:
-    """Gaussian blur of a PIL image with a radius drawn uniformly from sigma, in pixels (SimCLR, arXiv 2002.05709)."""
+    """Gaussian blur of a PIL image with a radius drawn uniformly from sigma, in pixels (SimCLR,
+    arXiv 2002.05709).
+    """
 
     def __init__(self, sigma: tuple[float, float] = (0.1, 2.0)):
         self.sigma = sigma
@@ -37,10 +41,11 @@ class GaussianBlur:
 class WithIndex(Dataset):
     """A data set that answers (views, index) where the given one answers (views, label).
 
-    `WithIndex(ImageFolder(DIR, TwoCropsTransform(...)))` under a plain DataLoader gives batches ((im_q, im_k), index)
-    with index int64 [N], the position in the data set that ISL's bank and positives speak of. With `transform`, the
-    given data set answers bare images and transform makes the views. The draws are those of the worker's own
-    generators, as in any DataLoader; `data.train_loader` makes them a function of (seed, epoch, index, view).
+    `WithIndex(ImageFolder(DIR, TwoCropsTransform(...)))` under a plain DataLoader gives batches
+    ((im_q, im_k), index) with index int64 [N], the position in the data set that ISL's bank and
+    positives speak of. With `transform`, the given data set answers bare images and transform makes
+    the views. The draws are those of the worker's own generators, as in any DataLoader;
+    `data.train_loader` makes them a function of (seed, epoch, index, view).
     """
 
     def __init__(self, dataset: Dataset, transform: Callable[[Any], Any] | None = None):
@@ -59,23 +64,30 @@ class WithIndex(Dataset):
 def check_index(index: torch.Tensor, n: int, M: int, values: bool = True) -> None:
     """Raise BadInput unless index says of n images which of M each of them is.
 
-    It has to be a tensor of whole numbers of shape [n], and with `values` each of them lies in 0 .. M - 1. Reading the
-    values of a tensor that is not on the CPU waits for its device.
+    It has to be a tensor of whole numbers of shape [n], and with `values` each of them lies in 0 ..
+    M - 1. Reading the values of a tensor that is not on the CPU waits for its device.
     """
     place = "each image's place in the data set"
     kind = index.dtype if isinstance(index, torch.Tensor) else type(index).__name__
     if kind not in WHOLE_NUMBERS:
-        raise BadInput(f"the index of a batch is of type {kind}: expected an int64 tensor, {place}; WithIndex gives it")
+        raise BadInput(
+            f"the index of a batch is of type {kind}: expected an int64 tensor, {place}; WithIndex"
+            " gives it"
+        )
     if index.shape != (n,):
-        raise BadInput(f"the index of {n} images has shape {list(index.shape)}: expected [{n}], {place}")
+        raise BadInput(
+            f"the index of {n} images has shape {list(index.shape)}: expected [{n}], {place}"
+        )
     if not values or not n:
         return
     places = index.cpu().numpy()
     low, high = places.min(), places.max()
     if low < 0 or high >= M:
-        raise BadInput(f"index {low if low < 0 else high} is none of {M} images: expected 0 to {M - 1}, places in the data "
-                       "set that num_images counts; of a part of one they are those in the part, "
-                       "WithIndex(Subset(...)) and not Subset(WithIndex(...))")  # fmt: skip
+        raise BadInput(
+            f"index {low if low < 0 else high} is none of {M} images: expected 0 to {M - 1}, places"
+            " in the data set that num_images counts; of a part of one they are those in the part,"
+            " WithIndex(Subset(...)) and not Subset(WithIndex(...))"
+        )
 
 
 def check_once(index: torch.Tensor) -> None:
@@ -83,6 +95,8 @@ def check_once(index: torch.Tensor) -> None:
     images, counts = np.unique(index.cpu().numpy(), return_counts=True)
     if len(images) < len(index):
         worst = counts.argmax()
-        raise BadInput(f"image {images[worst]} comes {counts[worst]} times in one step: expected each at most once, and "
-                       "once an epoch, so that none of its keys is among its negatives; give its place in the data set "
-                       "as index, not its label, and draw images without replacement")  # fmt: skip
+        raise BadInput(
+            f"image {images[worst]} comes {counts[worst]} times in one step: expected each at most"
+            " once, and once an epoch, so that none of its keys is among its negatives; give its"
+            " place in the data set as index, not its label, and draw images without replacement"
+        )

@@ -1,8 +1,10 @@
-"""What a file may hold beside tensors: plain data that other trainers write, read without running any code of the file's.
+"""What a file may hold beside tensors: plain data that other trainers write, read without running
+any code of the file's.
 
-`torch.load(weights_only=True)` refuses every class that it is not told of. It is told of argparse's namespaces, numpy's
-numbers and arrays, paths, and Lightning's dicts. Of these only the namespaces are what they were: numpy's own unpickling
-trusts the file with addresses in memory, and so a number comes as Python's, an array as `Array`, a path as a pure path.
+`torch.load(weights_only=True)` refuses every class that it is not told of. It is told of argparse's
+namespaces, numpy's numbers and arrays, paths, and Lightning's dicts. Of these only the namespaces
+are what they were: numpy's own unpickling trusts the file with addresses in memory, and so a number
+comes as Python's, an array as `Array`, a path as a pure path.
 """
 
 import argparse
@@ -28,7 +30,9 @@ def allowed():
 
 
 class NumberType:
-    """Stands for numpy.dtype: the code of a type of numbers ("f8") or text ("U5"), and its byte order."""
+    """Stands for numpy.dtype: the code of a type of numbers ("f8") or text ("U5"), and its byte
+    order.
+    """
 
     def __init__(self, code: str, *_: object):
         self.code, self.order = code, "="
@@ -37,7 +41,10 @@ class NumberType:
         self.order = state[1]
 
     def read(self, raw: bytes) -> np.ndarray:
-        """The numbers [n] in these bytes. Raises ValueError for types that are no numbers, truths or text."""
+        """The numbers [n] in these bytes.
+
+        Raises ValueError for types that are no numbers, truths or text.
+        """
         if not isinstance(self.code, str) or np.dtype(self.code).kind not in "biufcSU":
             raise ValueError(f"{self.code!r} is no type of numbers")
         return np.frombuffer(raw, np.dtype(self.code).newbyteorder(self.order))
@@ -87,12 +94,16 @@ def _windows_path(*parts: str) -> PureWindowsPath:
 
 
 def _known_as(module: str, name: str, stand_in: Callable) -> Callable:
-    """`stand_in` once more, under the name by which files know what it stands for: torch 2.4 and 2.5 ask it itself."""
+    """`stand_in` once more, under the name by which files know what it stands for: torch 2.4 and
+    2.5 ask it itself.
+    """
     if isinstance(stand_in, type):
         again = type(name, (stand_in,), {})
     else:
         again = types.FunctionType(stand_in.__code__, stand_in.__globals__)
-    again.__module__, again.__name__, again.__qualname__ = module, name, name
+    again.__module__ = module
+    again.__name__ = name
+    again.__qualname__ = name
     return again
 
 
@@ -100,7 +111,10 @@ _STAND_INS = {
     ("builtins",): {"bytes": _no_bytes},
     ("_codecs",): {"encode": _bytes},  # which torch 2.4 does not know of itself
     ("numpy",): {"dtype": NumberType, "ndarray": Array},
-    ("numpy.core.multiarray", "numpy._core.multiarray"): {"scalar": _number, "_reconstruct": _empty_array},
+    ("numpy.core.multiarray", "numpy._core.multiarray"): {
+        "scalar": _number,
+        "_reconstruct": _empty_array,
+    },
     ("pathlib", "pathlib._local"): {
         "PosixPath": _posix_path,
         "PurePosixPath": _posix_path,
@@ -114,5 +128,10 @@ _KNOWN = [
     argparse.Namespace,
     types.SimpleNamespace,
     set,  # which torch 2.4 does not know of itself
-    *(_known_as(module, name, x) for modules, names in _STAND_INS.items() for module in modules for name, x in names.items()),
+    *(
+        _known_as(module, name, x)
+        for modules, names in _STAND_INS.items()
+        for module in modules
+        for name, x in names.items()
+    ),
 ]

@@ -1,4 +1,6 @@
-"""YAML files that people write, read as plainly as they are written: names, lists and texts, and nothing that grows."""
+"""YAML files that people write, read as plainly as they are written: names, lists and texts, and
+nothing that grows.
+"""
 
 import os
 
@@ -15,20 +17,25 @@ Value = str | list | dict | None
 
 
 def read(path: str | os.PathLike, flag: str = "", expected: str = "a YAML file") -> Value:
-    """What is in a YAML file: a text, a list, a dict with texts as names, or None for null and for an empty file.
+    """What is in a YAML file: a text, a list, a dict with texts as names, or None for null and for
+    an empty file.
 
-    Every scalar but null is the text that stands there, whatever YAML would make of it: `off` is "off", `1e-3` is "1e-3",
-    `010` is "010". flag: what named the path. Raises BadInput in one line for what is no regular UTF-8 file of at most 1 MiB,
-    no YAML, has anchors, aliases or tags, a name twice, a name that is no text, or more than 20 levels.
+    Every scalar but null is the text that stands there, whatever YAML would make of it: `off` is
+    "off", `1e-3` is "1e-3", `010` is "010". flag: what named the path. Raises BadInput in one line
+    for what is no regular UTF-8 file of at most 1 MiB, no YAML, has anchors, aliases or tags, a
+    name twice, a name that is no text, or more than 20 levels.
     """
     text = files.read_text(path, flag, expected, MOST)
     try:
         return _document(_Events(text))
     except yaml.YAMLError as error:
         reason = _reason(error)
-    except (ValueError, OverflowError) as error:  # escapes such as \UFFFFFFFF, which PyYAML does not check
+    # escapes such as \UFFFFFFFF, which PyYAML does not check
+    except (ValueError, OverflowError) as error:
         reason = str(error)
-    raise BadInput(f"cannot read {files.named(flag, path)}: {files.shown(reason)}; expected {expected}")
+    raise BadInput(
+        f"cannot read {files.named(flag, path)}: {files.shown(reason)}; expected {expected}"
+    )
 
 
 def _reason(error: yaml.YAMLError) -> str:

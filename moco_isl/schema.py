@@ -1,16 +1,18 @@
-"""What a file that somebody may have damaged or written by hand must hold: said as a shape, checked once, where the file is read.
+"""What a file that somebody may have damaged or written by hand must hold: said as a shape, checked
+once, where the file is read.
 
 A shape is one of
 
-  int, float, str, bool, dict, list, object   a value of that type; float takes whole numbers and means a finite one
-  None                                        nothing (null)
+  int, float, str, bool, dict, list, object   a value of that type; float takes whole numbers and
+  means a finite one None                                        nothing (null)
   Number(low, high, whole, finite)            a number from low to high
   Tensor(kind, dims, low, high, finite)       a tensor: see there
   Holds(shape, test, expected)                what the shape takes, if test(value) is true
   {"a", "b"}                                  one of these values
   (shape, shape)                              what one of these takes
   [shape]                                     a list of any length
-  {"name": shape, "name?": shape, ...: shape} an object: `?` may be left out, `...` stands for all other names
+  {"name": shape, "name?": shape, ...: shape} an object: `?` may be left out, `...` stands for all
+  other names
 """
 
 import json
@@ -49,7 +51,10 @@ _repr.maxstring = _repr.maxother = _repr.maxlong = 200
 
 
 class Number(NamedTuple):
-    """A number from low to high, both included. whole: without a fraction. finite: False takes NaN and infinities too."""
+    """A number from low to high, both included.
+
+    whole: without a fraction. finite: False takes NaN and infinities too.
+    """
 
     low: float = -math.inf
     high: float = math.inf
@@ -66,9 +71,11 @@ COUNT = Number(0, LARGEST, whole=True)
 
 
 class Tensor(NamedTuple):
-    """A dense tensor. kind: "float", "int" or "bool". dims: a size, None for any, or a letter, which stands for one size in the
-    whole file; "M+1" is one more than that of M. low, high: what the values lie between, both included; high may be a letter:
-    below that size. finite: False takes NaN and infinities too."""
+    """A dense tensor. kind: "float", "int" or "bool". dims: a size, None for any, or a letter,
+    which stands for one size in the whole file; "M+1" is one more than that of M. low, high: what
+    the values lie between, both included; high may be a letter: below that size. finite: False
+    takes NaN and infinities too.
+    """
 
     kind: str
     dims: tuple[int | str | None, ...]
@@ -77,11 +84,17 @@ class Tensor(NamedTuple):
     finite: bool = True
 
     def __str__(self) -> str:
-        return f"a tensor of {self.kind}s [{', '.join('any' if d is None else str(d) for d in self.dims)}]"
+        return (
+            f"a tensor of {self.kind}s"
+            f" [{', '.join('any' if d is None else str(d) for d in self.dims)}]"
+        )
 
 
 class Holds(NamedTuple):
-    """What `shape` takes, if test(value) is true; a test that raises says no. expected: words for it."""
+    """What `shape` takes, if test(value) is true; a test that raises says no.
+
+    expected: words for it.
+    """
 
     shape: object
     test: Callable[[object], bool]
@@ -89,7 +102,9 @@ class Holds(NamedTuple):
 
 
 def like(state: "dict[str, torch.Tensor]") -> dict[str, Tensor]:
-    """The shape of a state dict with the names, kinds and sizes of this one; a variance is not negative."""
+    """The shape of a state dict with the names, kinds and sizes of this one; a variance is not
+    negative.
+    """
 
     def one(name: str, tensor: "torch.Tensor") -> Tensor:
         kind = next(kind for kind, dtypes in DTYPES.items() if _dtype(tensor) in dtypes)
@@ -99,9 +114,11 @@ def like(state: "dict[str, torch.Tensor]") -> dict[str, Tensor]:
 
 
 def require(value, shape, where: str, sizes: dict[str, int] | None = None, cure: str = "") -> None:
-    """Raise BadInput that begins with `where` (such as "cannot read 'args.json'") unless `value` has the shape.
+    """Raise BadInput that begins with `where` (such as "cannot read 'args.json'") unless `value`
+    has the shape.
 
-    sizes: what the letters of tensors stand for; those that are not in it are found in the file and added. cure: what to do.
+    sizes: what the letters of tensors stand for; those that are not in it are found in the file and
+    added. cure: what to do.
     """
     fault = _fault(value, shape, "", {} if sizes is None else sizes, 0)
     if fault:
@@ -117,11 +134,17 @@ def read_json(path: str | os.PathLike, shape, flag: str = "", expected: str = "J
 
 
 def parse_json(text: str, where: str, expected: str = "JSON"):
-    """json.loads; raises BadInput that begins with `where` for what is none, and for a name that stands twice in an object."""
+    """json.loads; raises BadInput that begins with `where` for what is none, and for a name that
+    stands twice in an object.
+    """
     try:
         return json.loads(text, object_pairs_hook=_once_each)
     except (ValueError, RecursionError) as error:  # ValueError: also more digits than Python reads
-        reason = "it goes too deep" if isinstance(error, RecursionError) else _short(getattr(error, "msg", None) or str(error))
+        reason = (
+            "it goes too deep"
+            if isinstance(error, RecursionError)
+            else _short(getattr(error, "msg", None) or str(error))
+        )
         raise BadInput(f"{where}: {reason}; expected {expected}") from error
 
 
@@ -129,7 +152,9 @@ def _once_each(pairs: list[tuple[str, object]]) -> dict:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands twice in an object")
+        raise ValueError(
+            f"{next(name for name in names if names.count(name) > 1)!r} stands twice in an object"
+        )
     return found
 
 
@@ -151,7 +176,9 @@ def _fault(value, shape, name: str, sizes: dict[str, int], depth: int) -> str:
     if isinstance(shape, list):
         if not isinstance(value, (list, tuple)):
             return _wrong(value, name, WORDS[list])
-        return _first(_fault(one, shape[0], f"{name}[{i}]", sizes, depth + 1) for i, one in enumerate(value))
+        return _first(
+            _fault(one, shape[0], f"{name}[{i}]", sizes, depth + 1) for i, one in enumerate(value)
+        )
     if isinstance(shape, dict):
         return _object_fault(value, shape, name, sizes, depth)
     return "" if _has_type(value, shape) else _wrong(value, name, _words(shape))
@@ -165,7 +192,11 @@ def _choice_fault(value, shapes: tuple, name: str, sizes: dict[str, int], depth:
         if not faults[-1]:
             sizes.update(found)
             return ""
-    inside = [fault for fault, shape in zip(faults, shapes) if isinstance(shape, (Tensor, Holds, dict, list))]
+    inside = [
+        fault
+        for fault, shape in zip(faults, shapes)
+        if isinstance(shape, (Tensor, Holds, dict, list))
+    ]
     if value is not None and len(inside) == len(shapes) - (None in shapes) == 1:
         return inside[0]
     return _wrong(value, name, " or ".join(_words(shape) for shape in shapes))
@@ -193,28 +224,48 @@ def _object_fault(value, shape: dict, name: str, sizes: dict[str, int], depth: i
     rest = [key for key in value if key not in known]
     if rest and ... not in shape:
         names = ", ".join(str(key).removesuffix("?") for key in shape)
-        return f"{_short(_inner(name, rest[0]))} is unknown: expected {_short(names) or 'nothing here'}"
-    known |= {key: shape[...] for key in rest}
-    return _first(_fault(value[key], one, _inner(name, key), sizes, depth + 1) for key, one in known.items())
+        return (
+            f"{_short(_inner(name, rest[0]))} is unknown: expected"
+            f" {_short(names) or 'nothing here'}"
+        )
+    known |= dict.fromkeys(rest, shape[...])
+    return _first(
+        _fault(value[key], one, _inner(name, key), sizes, depth + 1) for key, one in known.items()
+    )
 
 
 def _tensor_fault(value, shape: Tensor, name: str, sizes: dict[str, int]) -> str:
-    if not _is_dense(value) or _dtype(value) not in DTYPES[shape.kind] or value.ndim != len(shape.dims):
+    if (
+        not _is_dense(value)
+        or _dtype(value) not in DTYPES[shape.kind]
+        or value.ndim != len(shape.dims)
+    ):
         return _wrong(value, name, str(shape))
     for size, dim in zip(value.shape, shape.dims):
-        letter, more = (dim.removesuffix("+1"), dim.endswith("+1")) if isinstance(dim, str) else (None, 0)
+        letter, more = (
+            (dim.removesuffix("+1"), dim.endswith("+1")) if isinstance(dim, str) else (None, 0)
+        )
         expected = sizes.setdefault(letter, size - more) + more if letter else dim
         if expected is not None and (size != expected or expected < more):
-            return _wrong(value, name, f"{shape}, with {letter} = {sizes[letter]}" if letter else str(shape))
+            return _wrong(
+                value, name, f"{shape}, with {letter} = {sizes[letter]}" if letter else str(shape)
+            )
     if value.numel() == 0:
         return ""
-    if value.untyped_storage().nbytes() < value.numel() * value.element_size() and not all(isinstance(d, int) for d in shape.dims):
-        return f"{_short(name) or 'it'} repeats {value.untyped_storage().nbytes()} bytes as {list(value.shape)}: expected all values"
+    if value.untyped_storage().nbytes() < value.numel() * value.element_size() and not all(
+        isinstance(d, int) for d in shape.dims
+    ):
+        return (
+            f"{_short(name) or 'it'} repeats {value.untyped_storage().nbytes()} bytes as"
+            f" {list(value.shape)}: expected all values"
+        )
     if shape.finite and shape.kind == "float" and not value.isfinite().all():
         return f"{_short(name) or 'it'} holds values that are not finite"
     high = sizes[shape.high] - 1 if isinstance(shape.high, str) else shape.high
     if shape.low is not None and value.min() < shape.low:
-        return f"{_short(name) or 'it'} holds {value.min().item():g}: expected at least {shape.low:g}"
+        return (
+            f"{_short(name) or 'it'} holds {value.min().item():g}: expected at least {shape.low:g}"
+        )
     if high is not None and value.max() > high:
         return f"{_short(name) or 'it'} holds {value.max().item():g}: expected at most {high:g}"
     return ""
@@ -229,7 +280,9 @@ def _is_dense(value) -> bool:
 
 
 def _is_tensor(value) -> bool:
-    """Where nobody has loaded torch nothing is a tensor: the launcher's commands are spared the seconds that loading it takes."""
+    """Where nobody has loaded torch nothing is a tensor: the launcher's commands are spared the
+    seconds that loading it takes.
+    """
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(value, torch.Tensor)
 
@@ -288,7 +341,13 @@ def _wrong(value, name: str, expected: str) -> str:
 def _tensor_words(value: "torch.Tensor") -> str:
     if value.is_nested:
         return "a nested tensor"
-    odd = "" if _is_dense(value) else " without its numbers" if value.is_meta else " that is not dense"
+    odd = (
+        ""
+        if _is_dense(value)
+        else " without its numbers"
+        if value.is_meta
+        else " that is not dense"
+    )
     return f"a tensor of {_dtype(value)} {list(value.shape)}{odd}"
 
 

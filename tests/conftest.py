@@ -6,15 +6,17 @@ import signal
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests send it, and under nohup it would be ignored
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest  # noqa: E402 (what is set above is read when torch is imported)
+import torch  # noqa: E402 (likewise)
 
 torch.set_num_threads(1)
 
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    """No random weights, which take most of the time in which a network is built: for tests of names and shapes."""
+    """No random weights, which take most of the time in which a network is built: for tests of
+    names and shapes.
+    """
     for draw in ("normal_", "uniform_"):
         monkeypatch.setattr(torch.Tensor, draw, lambda x, *_, **__: x)
 

@@ -1,11 +1,13 @@
-"""Kill runs at random moments in all their stages, resume them, and compare what they leave with what an unbroken run leaves, bit for bit.
+"""Kill runs at random moments in all their stages, resume them, and compare what they leave with
+what an unbroken run leaves, bit for bit.
 
     python -m tests.kill_and_resume --kills 30 [--seed 0] [--keep DIR]
 
-Settings: one process; two loading workers on a folder of JPEGs, and batch norm in two parts, between which keys
-are shuffled (compared with an unbroken run without workers); two gloo ranks, of which one is killed; one
-process that saves after few of its epochs and keeps two numbered files.
-Each run is killed once, in an epoch, in GAN training, in mining or in a save, and then goes on with --resume auto.
+Settings: one process; two loading workers on a folder of JPEGs, and batch norm in two parts,
+between which keys are shuffled (compared with an unbroken run without workers); two gloo ranks, of
+which one is killed; one process that saves after few of its epochs and keeps two numbered files.
+Each run is killed once, in an epoch, in GAN training, in mining or in a save, and then goes on with
+--resume auto.
 """
 
 import argparse
@@ -23,15 +25,35 @@ from tests.runs import DIGITS, MINED, STAGES, Kill, Running, differences, photos
 
 LENGTH = ["--epochs", 3, "--isl-start", 1, "--knn-every", 2, "--save-every", 3, "-p", 1]
 
-# saved at the rounds before epochs 1 and 6, and after epochs 1, 3, 5 and 6, of which the last two are kept
-FEW_SAVES = ["--epochs", 7, "--isl-start", 1, "--isl-every", 5, "--knn-every", 2, "-p", 1, "--save-epochs", 2, "--keep", 2]
+# saved at the rounds before epochs 1 and 6, and after epochs 1, 3, 5 and 6, of which the last two
+# are kept
+FEW_SAVES = [
+    "--epochs",
+    7,
+    "--isl-start",
+    1,
+    "--isl-every",
+    5,
+    "--knn-every",
+    2,
+    "-p",
+    1,
+    "--save-epochs",
+    2,
+    "--keep",
+    2,
+]
 
 
 class Setting:
     """A way to run, and what it leaves unbroken."""
 
     def __init__(self, name: str, root: Path, argv: list, unbroken: list, ranks: int = 1):
-        self.name, self.root, self.argv, self.ranks, self.count = name, root / name.replace(" ", "_"), argv, ranks, 0
+        self.name = name
+        self.root = root / name.replace(" ", "_")
+        self.argv = argv
+        self.ranks = ranks
+        self.count = 0
         self.root.mkdir()
         self.whole, times = self.root / "whole", self.root / "seconds.json"
         run([*unbroken, "--out", self.whole], self.root / "whole.log", ranks=ranks, times=times)
@@ -47,7 +69,9 @@ class Setting:
         codes = broken.codes()
         waited = time.monotonic() - start
         assert codes[rank] == -9, f"{kill} did not happen: {codes}\n{broken.said()}"
-        assert all(code == 3 for other, code in enumerate(codes) if other != rank), f"{codes}\n{broken.said()}"
+        assert all(code == 3 for other, code in enumerate(codes) if other != rank), (
+            f"{codes}\n{broken.said()}"
+        )
         run([*self.argv, "--out", out, "--resume", "auto"], log, ranks=self.ranks)
         found = differences(self.whole, out)
         if not found:
@@ -75,16 +99,28 @@ def setting(name: str) -> Setting:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--seed", type=int, default=None, help="of the moments; drawn and printed by default")
-    parser.add_argument("--keep", type=Path, help="folder for the runs; those that differ stay there (default: a temporary one)")
+    parser.add_argument(
+        "--seed", type=int, default=None, help="of the moments; drawn and printed by default"
+    )
+    parser.add_argument(
+        "--keep",
+        type=Path,
+        help="folder for the runs; those that differ stay there (default: a temporary one)",
+    )
     args = parser.parse_args(argv)
     seed = random.SystemRandom().randrange(10**6) if args.seed is None else args.seed
     draw, root = random.Random(seed), args.keep or Path(tempfile.mkdtemp(prefix="kill_and_resume_"))
     root.mkdir(exist_ok=True)
     start, ways = time.monotonic(), [make_setting(name, root) for name in SETTINGS]
-    print(f"{args.kills} kills, seed {seed}, in {root}\n\n| killed in | moment | setting | equal |\n|---|---|---|---|", flush=True)
+    print(
+        f"{args.kills} kills, seed {seed}, in {root}\n\n| killed in | moment | setting | equal"
+        " |\n|---|---|---|---|",
+        flush=True,
+    )
     tally: dict[tuple[str, str], list[bool]] = {}
     for i in range(args.kills):
         way, stage = ways[i % len(ways)], list(STAGES)[i // len(ways) % len(STAGES)]
@@ -92,8 +128,12 @@ def main(argv: list[str] | None = None) -> int:
         kill = random_kill(draw, way.seconds, stage)
         found, waited = way.kill(kill, rank)
         other = f", the other rank ended after {waited:.1f} s" if way.ranks > 1 else ""
-        print(f"| {stage} | call {kill.call}, {kill.after * 1000:.0f} ms | {way.name}{f', rank {rank}{other}' if way.ranks > 1 else ''} | "
-              f"{'yes' if not found else '; '.join(found[:3])} |", flush=True)  # fmt: skip
+        print(
+            f"| {stage} | call {kill.call}, {kill.after * 1000:.0f} ms |"
+            f" {way.name}{f', rank {rank}{other}' if way.ranks > 1 else ''} |"
+            f" {'yes' if not found else '; '.join(found[:3])} |",
+            flush=True,
+        )
         tally.setdefault((stage, way.name), []).append(not found)
     good = sum(map(sum, tally.values()))
     print(f"\n| killed in | {' | '.join(way.name for way in ways)} |\n|---|{'---|' * len(ways)}")

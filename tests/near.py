@@ -16,15 +16,22 @@ def alone(cosine: Tensor, gap: float) -> Tensor:
     return before & behind
 
 
-def assert_same_neighbours(found: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor], gap: float = 1e-6) -> None:
+def assert_same_neighbours(
+    found: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor], gap: float = 1e-6
+) -> None:
     """found (cosine [Q, k], row [Q, k]) of one search, wanted [Q, k] or [Q, k + 1] of another.
 
-    Cosines must be equal to within `gap`. Rows must be equal where the cosines wanted before and behind are further
-    away than that; with one more column wanted, the last place is compared too. No row may be found twice.
+    Cosines must be equal to within `gap`. Rows must be equal where the cosines wanted before and
+    behind are further away than that; with one more column wanted, the last place is compared too.
+    No row may be found twice.
     """
     cosine, row = found
     k = cosine.shape[1]
-    assert cosine.shape == row.shape and len(cosine) == len(wanted[0]) and wanted[0].shape[1] in (k, k + 1)
+    assert (
+        cosine.shape == row.shape
+        and len(cosine) == len(wanted[0])
+        and wanted[0].shape[1] in (k, k + 1)
+    )
     off = float((cosine - wanted[0][:, :k]).abs().max())
     assert off <= gap, f"cosines are off by {off:.2g}"
     ordered = row.sort(dim=1).values

@@ -1,4 +1,6 @@
-"""Gloo ranks on this CPU: worker processes started once a session and used by every test that asks for them."""
+"""Gloo ranks on this CPU: worker processes started once a session and used by every test that asks
+for them.
+"""
 
 import atexit
 import queue
@@ -13,7 +15,9 @@ _pools: dict[int, tuple] = {}
 
 def _serve(rank: int, world: int, store: str, jobs, results) -> None:
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world
+    )
     while (job := jobs.get()) is not None:
         fn, args = job
         try:
@@ -28,7 +32,10 @@ def _pool(world: int) -> tuple:
         context = mp.get_context("spawn")
         store = tempfile.mktemp(prefix="moco_isl_store_")
         jobs, results = [context.SimpleQueue() for _ in range(world)], context.Queue()
-        workers = [context.Process(target=_serve, args=(r, world, store, jobs[r], results), daemon=True) for r in range(world)]
+        workers = [
+            context.Process(target=_serve, args=(r, world, store, jobs[r], results), daemon=True)
+            for r in range(world)
+        ]
         for worker in workers:
             worker.start()
         _pools[world] = jobs, results, workers
@@ -46,7 +53,10 @@ def _stop() -> None:
 
 
 def run_ranks(world: int, fn, *args, timeout: float = 120) -> list:
-    """fn(rank, world, *args) on `world` gloo ranks; their results in rank order. Raises with the traceback of the first that fails."""
+    """fn(rank, world, *args) on `world` gloo ranks; their results in rank order.
+
+    Raises with the traceback of the first that fails.
+    """
     jobs, results, _ = _pool(world)
     for job in jobs:
         job.put((fn, args))
@@ -58,7 +68,8 @@ def run_ranks(world: int, fn, *args, timeout: float = 120) -> list:
                 raise AssertionError(f"rank {rank} of {world}:\n{error}")
             answers[rank] = value
     except (AssertionError, queue.Empty):
-        for worker in _pools.pop(world)[2]:  # the others may hang in a collective: do not reuse this pool
+        # the others may hang in a collective: do not reuse this pool
+        for worker in _pools.pop(world)[2]:
             worker.terminate()
         raise
     return [answers[rank] for rank in range(world)]

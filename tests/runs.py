@@ -1,4 +1,5 @@
-"""The main script in processes of its own that start at once: forked from a server that has imported everything already.
+"""The main script in processes of its own that start at once: forked from a server that has
+imported everything already.
 
 And what two run folders have to have in common to be equal.
 """
@@ -29,12 +30,22 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["tests.runs"])
 
 # 437 images, 7 steps an epoch; a GAN as short as these collapses, and is let through
-DIGITS = ("--dataset digits -a digits --mlp --moco-dim 16 --moco-k 128 --moco-t 0.1 --moco-m 0.9 --knn-holdout 1000 -b 64 -j 0 --seed 1 --lr 0.1 --cos --device cpu "
-          "-p 2").split()  # fmt: skip
-MINED = ("--miner gan --isl-every 1 --isl-gan-iters 40 --isl-gan-min-iters 20 --isl-threshold 0 --isl-radius-mode fixed --isl-radius 2 --isl-budget 3 --isl-views --isl-between 4").split()
+DIGITS = (
+    "--dataset digits -a digits --mlp --moco-dim 16 --moco-k 128 --moco-t 0.1 --moco-m 0.9"
+    " --knn-holdout 1000 -b 64 -j 0 --seed 1 --lr 0.1 --cos --device cpu -p 2"
+).split()
+MINED = (
+    "--miner gan --isl-every 1 --isl-gan-iters 40 --isl-gan-min-iters 20 --isl-threshold 0"
+    " --isl-radius-mode fixed --isl-radius 2 --isl-budget 3 --isl-views --isl-between 4"
+).split()
 
 # where a process can be killed: the functions that a run is in then
-STAGES = {"epoch": (engine, "train_one_epoch"), "GAN": (miners, "fit_gan"), "mining": (miners, "best_proxies"), "save": (checkpoint, "save")}
+STAGES = {
+    "epoch": (engine, "train_one_epoch"),
+    "GAN": (miners, "fit_gan"),
+    "mining": (miners, "best_proxies"),
+    "save": (checkpoint, "save"),
+}
 
 
 def photos(folder: Path, n: int = 20, side: int = 20) -> list[str]:
@@ -44,16 +55,21 @@ def photos(folder: Path, n: int = 20, side: int = 20) -> list[str]:
     for i in range(n):
         blocks = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
         blocks.resize((side, side)).save(folder / "train" / f"{i:02}.jpg")
-    flags = "-a digits --image-size 16 --mlp --moco-dim 16 --moco-k 16 --moco-t 0.1 --moco-m 0.9 --aug-plus -b 4 --seed 1 --lr 0.1 --cos --device cpu -p 2"
+    flags = (
+        "-a digits --image-size 16 --mlp --moco-dim 16 --moco-k 16 --moco-t 0.1 --moco-m 0.9"
+        " --aug-plus -b 4 --seed 1 --lr 0.1 --cos --device cpu -p 2"
+    )
     return [str(folder), *flags.split(), "-j", "0"]
 
 
-# ---- inside the processes --------------------------------------------------------------------------------------------
+# ---- inside the processes ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Kill:
-    """A signal, kill -9, at the `call`-th entry into a stage, `after` seconds later, or when the stage is over if that comes first."""
+    """A signal, kill -9, at the `call`-th entry into a stage, `after` seconds later, or when the
+    stage is over if that comes first.
+    """
 
     stage: str
     call: int
@@ -99,7 +115,14 @@ def _time_stages(file: str) -> None:
         setattr(module, name, timed(stage, getattr(module, name)))
 
 
-def _child(argv: list[str], environment: dict, log: str, kill: Kill | None, times: str | None, largest_file: int | None) -> None:
+def _child(
+    argv: list[str],
+    environment: dict,
+    log: str,
+    kill: Kill | None,
+    times: str | None,
+    largest_file: int | None,
+) -> None:
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -117,23 +140,49 @@ def _child(argv: list[str], environment: dict, log: str, kill: Kill | None, time
     os._exit(code)
 
 
-# ---- outside ---------------------------------------------------------------------------------------------------------
+# ---- outside -------------------------------------------------------------------------------------
 
 
 class Running:
-    """A run on `ranks` gloo ranks, each a process. kill: (rank, Kill). times: a file for how long the stages last. largest_file: bytes, as if the disk
-    were full beyond."""
+    """A run on `ranks` gloo ranks, each a process. kill: (rank, Kill). times: a file for how long
+    the stages last. largest_file: bytes, as if the disk were full beyond.
+    """
 
-    def __init__(self, argv: list, log: Path, ranks: int = 1, kill: tuple[int, Kill] | None = None, times: Path | None = None, largest_file: int | None = None):
+    def __init__(
+        self,
+        argv: list,
+        log: Path,
+        ranks: int = 1,
+        kill: tuple[int, Kill] | None = None,
+        times: Path | None = None,
+        largest_file: int | None = None,
+    ):
         self.log, self.processes = log, []
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
         for rank in range(ranks):
-            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks)}
+            place = {
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "RANK": str(rank),
+                "WORLD_SIZE": str(ranks),
+                "LOCAL_RANK": str(rank),
+                "LOCAL_WORLD_SIZE": str(ranks),
+            }
             environment = {"OMP_NUM_THREADS": "1", **(place if ranks > 1 else {})}
             its = kill[1] if kill and kill[0] == rank else None
-            process = SERVER.Process(target=_child, args=([str(x) for x in argv], environment, str(log), its, str(times) if times and rank == 0 else None, largest_file))
+            process = SERVER.Process(
+                target=_child,
+                args=(
+                    [str(x) for x in argv],
+                    environment,
+                    str(log),
+                    its,
+                    str(times) if times and rank == 0 else None,
+                    largest_file,
+                ),
+            )
             process.start()
             self.processes.append(process)
 
@@ -152,18 +201,25 @@ class Running:
         os.kill(self.processes[rank].pid, number)
 
     def children(self, rank: int = 0) -> list[int]:
-        """Processes of a rank's own: those that read its images, or the ranks that it has started."""
+        """Processes of a rank's own: those that read its images, or the ranks that it has
+        started.
+        """
         return children(self.processes[rank].pid)
 
     def codes(self, timeout: float = 120) -> list[int]:
-        """Exit codes of the ranks; those that have not ended by then are killed and the test fails."""
+        """Exit codes of the ranks; those that have not ended by then are killed and the test
+        fails.
+        """
         end = time.monotonic() + timeout
         for process in self.processes:
             process.join(max(0, end - time.monotonic()))
         late = [p for p in self.processes if p.is_alive()]
         for process in late:
             process.kill()
-        assert not late, f"{len(late)} of {len(self.processes)} ranks had not ended after {timeout} s:\n{self.said()}"
+        assert not late, (
+            f"{len(late)} of {len(self.processes)} ranks had not ended after {timeout}"
+            f" s:\n{self.said()}"
+        )
         return [p.exitcode for p in self.processes]
 
 
@@ -175,7 +231,9 @@ def wait_until(happens, timeout: float = 120) -> None:
 
 
 def children(pid: int) -> list[int]:
-    """Process ids of a process's children in the order of their start; not multiprocessing's own helpers."""
+    """Process ids of a process's children in the order of their start; not multiprocessing's own
+    helpers.
+    """
     found = [int(x) for x in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     return [x for x in found if b"resource_tracker" not in Path(f"/proc/{x}/cmdline").read_bytes()]
 
@@ -188,30 +246,54 @@ def run(argv: list, log: Path, **options) -> None:
 
 
 # figures that may differ from run to run: of time and memory
-_NOT_COMPARED = {"time", "data_time", "images_per_s", "seconds", "fit_seconds", "mining_seconds", "memory_gib", "peak_memory_gib"}
+_NOT_COMPARED = {
+    "time",
+    "data_time",
+    "images_per_s",
+    "seconds",
+    "fit_seconds",
+    "mining_seconds",
+    "memory_gib",
+    "peak_memory_gib",
+}
 
 
 def _plain(value):
-    return {k: _plain(v) for k, v in value.items() if k not in _NOT_COMPARED} if isinstance(value, dict) else value
+    return (
+        {k: _plain(v) for k, v in value.items() if k not in _NOT_COMPARED}
+        if isinstance(value, dict)
+        else value
+    )
 
 
 def metrics(out: Path) -> list[dict]:
-    return [_plain(json.loads(line)) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    return [
+        _plain(json.loads(line)) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def _same(a, b, where: str) -> list[str]:
     """The places where two nested values differ."""
     if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
-        return [place for k in a if k not in ("metrics_size", "args") for place in _same(a[k], b[k], f"{where}.{k}")]
+        return [
+            place
+            for k in a
+            if k not in ("metrics_size", "args")
+            for place in _same(a[k], b[k], f"{where}.{k}")
+        ]
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
-        return [place for i, (x, y) in enumerate(zip(a, b)) for place in _same(x, y, f"{where}[{i}]")]
+        return [
+            place for i, (x, y) in enumerate(zip(a, b)) for place in _same(x, y, f"{where}[{i}]")
+        ]
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         return [] if a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b) else [where]
     return [] if type(a) is type(b) and a == b else [where]
 
 
 def differences(a: Path, b: Path) -> list[str]:
-    """What two run folders do not have in common, bit for bit: files, everything inside their checkpoints and rounds, lines of metrics. Timing aside."""
+    """What two run folders do not have in common, bit for bit: files, everything inside their
+    checkpoints and rounds, lines of metrics. Timing aside.
+    """
     names = [{str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()} for out in (a, b)]
     found = [f"only one has {name}" for name in sorted(names[0] ^ names[1])]
     for name in sorted(names[0] & names[1]):

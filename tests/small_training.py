@@ -1,4 +1,6 @@
-"""Whole steps of the training loop on random images, small enough for a test: each objective, plain and fast, on any device."""
+"""Whole steps of the training loop on random images, small enough for a test: each objective, plain
+and fast, on any device.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +14,12 @@ from moco_isl.training.meters import Progress
 from moco_isl.training.signals import Stop
 
 M, N, SIDE = 64, 16, 16  # images, of a batch, pixels
-OBJECTIVES = {"MoCo": ("queue", False, 0.5), "ISL": ("queue", True, 0.5), "Instance": ("bank", False, 0.0), "bank": ("bank", True, 0.5)}
+OBJECTIVES = {
+    "MoCo": ("queue", False, 0.5),
+    "ISL": ("queue", True, 0.5),
+    "Instance": ("bank", False, 0.0),
+    "bank": ("bank", True, 0.5),
+}
 
 
 def unit(n, C, seed):
@@ -24,7 +31,13 @@ class Images:
 
     def __init__(self, device="cpu"):
         g = torch.Generator().manual_seed(0)
-        self.steps = [(torch.randn(2, N, 3, SIDE, SIDE, generator=g).to(device), (torch.arange(N) + i * N).to(device)) for i in range(4)]
+        self.steps = [
+            (
+                torch.randn(2, N, 3, SIDE, SIDE, generator=g).to(device),
+                (torch.arange(N) + i * N).to(device),
+            )
+            for i in range(4)
+        ]
 
     def __len__(self):
         return len(self.steps)
@@ -41,7 +54,11 @@ def front(name, is_fast, device="cpu"):
     objective, mined, hpe = OBJECTIVES[name]
     encoder = lambda num_classes: build_encoder("resnet18w16", num_classes, image_size=SIDE)
     torch.manual_seed(0)
-    model = (builder.MoCo(encoder, 16, 64, 0.9, 0.2, mlp=True) if objective == "queue" else builder.Instance(encoder, 16, 0.2)).to(device)
+    model = (
+        builder.MoCo(encoder, 16, 64, 0.9, 0.2, mlp=True)
+        if objective == "queue"
+        else builder.Instance(encoder, 16, 0.2)
+    ).to(device)
     isl = ISL(model, M, P=4, hpe=hpe, active=mined or objective == "bank", fast=is_fast)
     if mined:
         src = torch.arange(40, device=device)
@@ -50,7 +67,17 @@ def front(name, is_fast, device="cpu"):
     return isl
 
 
-def train(isl, is_fast, *, amp="off", channels_last=False, print_freq=1, steps=None, device="cpu", epochs=1):
+def train(
+    isl,
+    is_fast,
+    *,
+    amp="off",
+    channels_last=False,
+    print_freq=1,
+    steps=None,
+    device="cpu",
+    epochs=1,
+):
     """The losses of the loop's lines; steps: appends the number of the step that is being taken."""
     found, position = [], engine.Position()
     optimizer = fast.sgd(isl.model.parameters(), 0.05, 0.9, 1e-4, is_fast and device != "cpu")
@@ -70,7 +97,20 @@ def train(isl, is_fast, *, amp="off", channels_last=False, print_freq=1, steps=N
 
     for epoch in range(epochs):
         position.epoch, position.step = epoch, 0
-        engine.train_one_epoch(Watched(), Images(device), optimizer, torch.amp.GradScaler(enabled=False), position, device=torch.device(device), stop=Stop(lambda: False),
-                               progress=Silent("lines", 1, 4), log=lambda **_: None, save=lambda: None, last_good=lambda: "", amp=amp, channels_last=channels_last,
-                               print_freq=print_freq)  # fmt: skip
+        engine.train_one_epoch(
+            Watched(),
+            Images(device),
+            optimizer,
+            torch.amp.GradScaler(enabled=False),
+            position,
+            device=torch.device(device),
+            stop=Stop(lambda: False),
+            progress=Silent("lines", 1, 4),
+            log=lambda **_: None,
+            save=lambda: None,
+            last_good=lambda: "",
+            amp=amp,
+            channels_last=channels_last,
+            print_freq=print_freq,
+        )
     return found

@@ -1,4 +1,6 @@
-"""A room imports its own floor and the floors above it, never in a circle; nothing in the package sees `args`."""
+"""A room imports its own floor and the floors above it, never in a circle; nothing in the package
+sees `args`.
+"""
 
 import ast
 from pathlib import Path
@@ -24,9 +26,18 @@ def rooms():
         for node in ast.walk(ast.parse(file.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "moco_isl":
-                names = [node.module] if "." in node.module else [f"moco_isl.{alias.name}" for alias in node.names]
+                names = (
+                    [node.module]
+                    if "." in node.module
+                    else [f"moco_isl.{alias.name}" for alias in node.names]
+                )
             imported |= {name.split(".")[1] for name in names if name.startswith("moco_isl.")}
-            imported |= {name for name in names if name.split(".")[0] in ("launch", "main_moco_isl", "main_knn", "main_lincls", "benchmarks")}
+            imported |= {
+                name
+                for name in names
+                if name.split(".")[0]
+                in ("launch", "main_moco_isl", "main_knn", "main_lincls", "benchmarks")
+            }
         yield file.relative_to(PACKAGE).parts[0].removesuffix(".py"), file.name, imported
 
 
@@ -69,4 +80,6 @@ def test_nothing_but_the_command_line_sees_args():
             continue
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, (ast.FunctionDef, ast.Lambda)):
-                assert "args" not in [a.arg for a in node.args.args] or file.name == "run_folder.py", f"{file.name}: {getattr(node, 'name', 'lambda')}(args)"
+                assert (
+                    "args" not in [a.arg for a in node.args.args] or file.name == "run_folder.py"
+                ), f"{file.name}: {getattr(node, 'name', 'lambda')}(args)"

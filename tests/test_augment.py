@@ -1,5 +1,5 @@
-"""Augmentation of a batch: every operation equal to torchvision's in value, the whole equal to torchvision's pipeline
-in distribution.
+"""Augmentation of a batch: every operation equal to torchvision's in value, the whole equal to
+torchvision's pipeline in distribution.
 """
 
 import math
@@ -46,7 +46,14 @@ def images():
 @pytest.mark.parametrize("S", [24, 9, 40])
 def test_resized_crop_is_torchvisions(images, S):
     boxes = torch.tensor(
-        [[0, 0, 24, 24], [3, 5, 12, 17], [10, 0, 14, 11], [0, 13, 24, 11], [23, 23, 1, 1], [2, 2, 20, 20]]
+        [
+            [0, 0, 24, 24],
+            [3, 5, 12, 17],
+            [10, 0, 14, 11],
+            [0, 13, 24, 11],
+            [23, 23, 1, 1],
+            [2, 2, 20, 20],
+        ]
     )
     flip = torch.tensor([False, True, False, True, False, True])
     got = augment.resized_crop(images, boxes.float(), flip, S)
@@ -67,7 +74,9 @@ def test_resized_crop_is_torchvisions(images, S):
 def test_colour_operation_is_torchvisions(images, name, factors):
     got = getattr(augment, f"adjust_{name}")(images, torch.tensor(factors))
     for image, factor, mine in zip(images, factors, got):
-        torch.testing.assert_close(mine, getattr(TF, f"adjust_{name}")(image, factor), atol=2e-5, rtol=0)
+        torch.testing.assert_close(
+            mine, getattr(TF, f"adjust_{name}")(image, factor), atol=2e-5, rtol=0
+        )
 
 
 def test_grey_is_torchvisions(images):
@@ -76,7 +85,9 @@ def test_grey_is_torchvisions(images):
 
 def test_jitter_applies_the_four_in_each_images_own_order(images):
     factors = torch.tensor([0.7, 1.3, 0.6, 0.1]).repeat(6, 1)
-    order = torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0], [1, 3, 0, 2], [2, 0, 3, 1], [3, 0, 1, 2], [1, 2, 0, 3]])
+    order = torch.tensor(
+        [[0, 1, 2, 3], [3, 2, 1, 0], [1, 3, 0, 2], [2, 0, 3, 1], [3, 0, 1, 2], [1, 2, 0, 3]]
+    )
     steps = [TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue]
     got = augment.colour_jitter(images, factors, order)
     for image, turn, mine in zip(images, order.tolist(), got):
@@ -112,7 +123,9 @@ def test_boxes_are_distributed_as_torchvisions(H, W):
     mine = augment.crop_boxes(uniforms(0, 0, torch.arange(n), 0, 22), H, W, (0.2, 1.0))
     torch.manual_seed(0)
     image = torch.zeros(3, H, W)
-    theirs = torch.tensor([T.RandomResizedCrop.get_params(image, [0.2, 1.0], [3 / 4, 4 / 3]) for _ in range(n)]).float()
+    theirs = torch.tensor(
+        [T.RandomResizedCrop.get_params(image, [0.2, 1.0], [3 / 4, 4 / 3]) for _ in range(n)]
+    ).float()
     assert (mine == mine.round()).all() and (mine >= 0).all()
     assert (mine[:, 0] + mine[:, 2] <= H).all() and (mine[:, 1] + mine[:, 3] <= W).all()
     for a, b in (
@@ -138,16 +151,26 @@ def test_box_of_a_shape_that_never_fits_is_central(H, W):
 def reference_pipeline(aug_plus, size, blur, flip=0.5):
     """MoCo's, written out once more with torchvision."""
     jitter = T.ColorJitter(0.4, 0.4, 0.4, 0.1 if aug_plus else 0.4)
-    colour = [T.RandomApply([jitter], 0.8), T.RandomGrayscale(0.2)] if aug_plus else [T.RandomGrayscale(0.2), jitter]
+    colour = (
+        [T.RandomApply([jitter], 0.8), T.RandomGrayscale(0.2)]
+        if aug_plus
+        else [T.RandomGrayscale(0.2), jitter]
+    )
     blur = [T.RandomApply([GaussianBlur((0.1, 2.0))], 0.5)] if blur else []
     return T.Compose(
-        [T.RandomResizedCrop(size, (0.2, 1.0)), *colour, *blur, T.RandomHorizontalFlip(flip), T.ToTensor()]
+        [
+            T.RandomResizedCrop(size, (0.2, 1.0)),
+            *colour,
+            *blur,
+            T.RandomHorizontalFlip(flip),
+            T.ToTensor(),
+        ]
     )
 
 
 def figures(views):
-    """What is compared: [n, figures] of views [n, 3, S, S]; brightness, contrast, colour, detail, left against
-    right.
+    """What is compared: [n, figures] of views [n, 3, S, S]; brightness, contrast, colour, detail,
+    left against right.
     """
     half = views.shape[3] // 2
     detail = (views[..., 1:] - views[..., :-1]).abs().mean((1, 2, 3))
@@ -195,7 +218,9 @@ def test_whole_is_distributed_as_torchvisions(aug_plus, blur):
 
 
 def one_view(image, u, aug_plus, size, flip):
-    """The view of one image [3, H, W] in [0, 1] from its draws u [35], operation by operation with torchvision."""
+    """The view of one image [3, H, W] in [0, 1] from its draws u [35], operation by operation with
+    torchvision.
+    """
     box = [int(x) for x in augment.crop_boxes(u[None, :22], *image.shape[1:], (0.2, 1.0))[0]]
     image = TF.resized_crop(image, *box, [size, size], antialias=True)
     if u[22] < flip:
@@ -219,7 +244,9 @@ def one_view(image, u, aug_plus, size, flip):
 @pytest.mark.parametrize("aug_plus, flip", [(True, 0.5), (False, 0.5), (True, 0.0)])
 def test_whole_is_torchvisions_operation_by_operation(aug_plus, flip):
     image = pictures(150, 16, seed=5)
-    augmentation = BatchAugmentation(*IDENTITY, size=12, aug_plus=aug_plus, flip=flip, blur=aug_plus)
+    augmentation = BatchAugmentation(
+        *IDENTITY, size=12, aug_plus=aug_plus, flip=flip, blur=aug_plus
+    )
     u = uniforms(0, 0, torch.arange(150), 0, augmentation.draws)
     got = augmentation.apply(image, u)
     want = torch.stack([one_view(x / 255, draws, aug_plus, 12, flip) for x, draws in zip(image, u)])
@@ -263,7 +290,8 @@ def test_half_precision_stays_near(dtype):
         lambda **k: BatchAugmentation(*IDENTITY, size=16, aug_plus=True, **k),
         lambda **k: DigitAugmentation(*IDENTITY, size=16, **k),
     ):
-        exact, half = make().views(image, 0, 0, index)[0], make(dtype=dtype).views(image, 0, 0, index)[0]
+        exact = make().views(image, 0, 0, index)[0]
+        half = make(dtype=dtype).views(image, 0, 0, index)[0]
         assert half.dtype == dtype
         assert (exact - half.float()).abs().mean() < (0.003 if dtype == torch.float16 else 0.02)
 
@@ -283,30 +311,43 @@ def test_compiles_to_one_graph(name):
 
 @pytest.mark.long
 def test_colour_compiles_to_three_passes():
-    """Each pass is a launch on a GPU. The code for a CPU stands for it here: the compiler joins its loops alike."""
+    """Each pass is a launch on a GPU.
+
+    The code for a CPU stands for it here: the compiler joins its loops alike.
+    """
     augmentation = BatchAugmentation(*IDENTITY, size=16, aug_plus=True, blur=True)
     crops = pictures(4, 16)
-    factors, order, _, to_grey, _, _ = augmentation.plan(uniforms(0, 0, torch.arange(4), 0, augmentation.draws))
+    factors, order, _, to_grey, _, _ = augmentation.plan(
+        uniforms(0, 0, torch.arange(4), 0, augmentation.draws)
+    )
     found, passes = compiled_on_cpu(augmentation.colour, crops, factors, order, to_grey)
     assert passes <= 3
-    torch.testing.assert_close(found, augmentation.colour(crops, factors, order, to_grey), atol=2e-6, rtol=0)
+    torch.testing.assert_close(
+        found, augmentation.colour(crops, factors, order, to_grey), atol=2e-6, rtol=0
+    )
 
 
 def test_compiled_draws_are_the_same_bits():
-    """Also those of the host, whatever made them: workers crop by some of the draws that the device goes on with."""
+    """Also those of the host, whatever made them: workers crop by some of the draws that the device
+    goes on with.
+    """
     augmentation = BatchAugmentation(*IDENTITY, size=16, aug_plus=True, blur=True)
     index = torch.tensor([0, 1, 2, 1_281_166, 2**40])
     keys, n = [(0, 0, 0), (5, 3, 1), (2**62, 199, 1)], augmentation.draws  # seed, epoch, view
     start = torch.cat([starts(seed, epoch, index, view) for seed, epoch, view in keys])
     found, passes = compiled_on_cpu(numbers, start, columns(n, start.device))
     assert passes == 1
-    assert torch.equal(found, torch.cat([uniforms(seed, epoch, index, view, n) for seed, epoch, view in keys]))
+    assert torch.equal(
+        found, torch.cat([uniforms(seed, epoch, index, view, n) for seed, epoch, view in keys])
+    )
     hosts = [uniform(seed, epoch, i, view) for seed, epoch, view in keys for i in index.tolist()]
     assert found.tolist() == [[draw(j) for j in range(n)] for draw in hosts]
 
 
 def test_a_compiled_plan_decides_as_the_plain_one():
-    """Whether to jitter, to grey, to blur and in which order are equal; factors and kernels within rounding."""
+    """Whether to jitter, to grey, to blur and in which order are equal; factors and kernels within
+    rounding.
+    """
     augmentation = BatchAugmentation(*IDENTITY, size=16, aug_plus=True, blur=True)
     u = uniforms(0, 0, torch.arange(500), 0, augmentation.draws)
     found, _ = compiled_on_cpu(augmentation.plan, u)
@@ -318,7 +359,9 @@ def test_a_compiled_plan_decides_as_the_plain_one():
 
 
 def compiled_on_cpu(fn, *args):
-    """What fn, compiled anew, returns; and the number of loops over images in the C++ that was made of it."""
+    """What fn, compiled anew, returns; and the number of loops over images in the C++ that was made
+    of it.
+    """
     torch._dynamo.reset()
     try:
         with inductor.patch(force_disable_caches=True):  # what lies in a cache shows no code
@@ -334,8 +377,12 @@ def compiled_on_cpu(fn, *args):
 
 def test_digit_without_turn_zoom_and_noise_is_the_digit():
     digits = build_dataset("digits", split="val").images[:5]
-    still = DigitAugmentation(*IDENTITY, size=16, turn=0, zoom=(1, 1), move=0, contrast=0, brightness=0, noise=0)
-    torch.testing.assert_close(still.views(digits, 0, 0, torch.arange(5))[0], digits / 255, atol=1e-5, rtol=0)
+    still = DigitAugmentation(
+        *IDENTITY, size=16, turn=0, zoom=(1, 1), move=0, contrast=0, brightness=0, noise=0
+    )
+    torch.testing.assert_close(
+        still.views(digits, 0, 0, torch.arange(5))[0], digits / 255, atol=1e-5, rtol=0
+    )
 
 
 def test_digit_turn_zoom_and_move_are_torchvisions_affine():
@@ -344,10 +391,14 @@ def test_digit_turn_zoom_and_move_are_torchvisions_affine():
     u = torch.full((4, 6 + 24 * 24), 0.5)
     u[:, 0] = torch.tensor([0.0, 1.0, 0.5, 0.8])  # degrees: -20, 20, 0, 12
     u[:, 1] = torch.tensor([0.0, 0.5, 1.0, 0.25])  # zoom: 0.8, 1, 1.2, 0.9
-    augmentation = DigitAugmentation(*IDENTITY, size=24, turn=20, zoom=(0.8, 1.2), move=0.1, noise=0)
+    augmentation = DigitAugmentation(
+        *IDENTITY, size=24, turn=20, zoom=(0.8, 1.2), move=0.1, noise=0
+    )
     got = augmentation.apply(digits, u)
     for image, mine, degrees, zoom in zip(digits, got, (-20, 20, 0, 12), (0.8, 1.0, 1.2, 0.9)):
-        want = TF.affine(image / 255, -degrees, [0, 0], zoom, [0.0], interpolation=TF.InterpolationMode.BILINEAR)
+        want = TF.affine(
+            image / 255, -degrees, [0, 0], zoom, [0.0], interpolation=TF.InterpolationMode.BILINEAR
+        )
         torch.testing.assert_close(mine, want, atol=1e-4, rtol=0)
     u[:, :2] = torch.tensor([0.5, 0.5])
     u[:, 2], u[:, 3] = 1 / 24 / 0.2 + 0.5, 0.5 - 2 / 24 / 0.2  # one pixel along x, two back along y
@@ -357,6 +408,8 @@ def test_digit_turn_zoom_and_move_are_torchvisions_affine():
 
 def test_digit_noise_has_the_deviation_asked_for():
     blank = torch.zeros(64, 3, 16, 16, dtype=torch.uint8)
-    noisy = DigitAugmentation(*IDENTITY, size=16, brightness=0, noise=0.1).views(blank, 0, 0, torch.arange(64))[0]
+    noisy = DigitAugmentation(*IDENTITY, size=16, brightness=0, noise=0.1).views(
+        blank, 0, 0, torch.arange(64)
+    )[0]
     assert abs(noisy[:, 0].std().item() - 0.1) < 5 * 0.1 / math.sqrt(2 * 64 * 256)
     assert torch.equal(noisy[:, 0], noisy[:, 2])

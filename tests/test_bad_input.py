@@ -1,6 +1,8 @@
-"""Everything a user can get wrong, and what goes wrong under way: one line that says what, what was expected and what to do, and the exit code.
+"""Everything a user can get wrong, and what goes wrong under way: one line that says what, what was
+expected and what to do, and the exit code.
 
-    python -m tests.test_bad_input      writes BAD_INPUT.md, the list of them; a test holds the file to it
+python -m tests.test_bad_input      writes BAD_INPUT.md, the list of them; a test holds the file to
+it
 """
 
 import contextlib
@@ -30,7 +32,11 @@ LIST = Path(__file__).parent.parent / "BAD_INPUT.md"
 SMALL = DIGITS[2:]  # without the data set
 RUN = [*DIGITS, "--epochs", "2"]
 OUT = ["--out", "new"]
-PHOTOS = ["--image-size", "16", *"-a digits --mlp --moco-dim 16 --moco-k 16 -b 2 -j 0 --seed 1 --device cpu --epochs 1".split()]
+PHOTOS = [
+    "--image-size",
+    "16",
+    *"-a digits --mlp --moco-dim 16 --moco-k 16 -b 2 -j 0 --seed 1 --device cpu --epochs 1".split(),
+]
 
 
 class Evil:
@@ -68,17 +74,41 @@ def make_place() -> None:
     Path("theirs/metrics.jsonl").unlink()
     Path("theirs/args.json").write_text("{}")
     torch.save(torch.zeros(3), "tensor.pth")
-    checkpoint.save({"epoch": 1, "arch": "digits", "state_dict": {}, "args": {}, "probe": {"epoch": 1, "step": 0, "total": 3, "metrics_size": 0}}, "probe.pth")
+    checkpoint.save(
+        {
+            "epoch": 1,
+            "arch": "digits",
+            "state_dict": {},
+            "args": {},
+            "probe": {"epoch": 1, "step": 0, "total": 3, "metrics_size": 0},
+        },
+        "probe.pth",
+    )
     torch.save({"state_dict": torch.nn.Conv2d(3, 4, 3).state_dict()}, "bare.pth")
     damage_states(Path("run/checkpoint_0000.pth.tar"))
-    other = builder.MoCo(lambda num_classes: build_encoder("resnet18w16", num_classes, "cifar"), 16, 128, mlp=True)
-    checkpoint.save({"epoch": 1, "arch": "resnet18w16", "state_dict": checkpoint.model_state(other)}, "resnet.pth")
-    for name, text in {"unknown": "lerning-rate: 1", "list": "- a", "broken": "a: b: c", "switch": "cos: very", "choice": "miner: gam", "aliases": "arch: &a digits\nout: *a", "twice": "lr: 1\nlr: 2"}.items():
+    other = builder.MoCo(
+        lambda num_classes: build_encoder("resnet18w16", num_classes, "cifar"), 16, 128, mlp=True
+    )
+    checkpoint.save(
+        {"epoch": 1, "arch": "resnet18w16", "state_dict": checkpoint.model_state(other)},
+        "resnet.pth",
+    )
+    for name, text in {
+        "unknown": "lerning-rate: 1",
+        "list": "- a",
+        "broken": "a: b: c",
+        "switch": "cos: very",
+        "choice": "miner: gam",
+        "aliases": "arch: &a digits\nout: *a",
+        "twice": "lr: 1\nlr: 2",
+    }.items():
         Path(f"{name}.yaml").write_text(text)
 
 
 def damage_states(whole: Path) -> None:
-    """Files like a run's, each with one thing in it that is wrong; and a folder whose metrics are not those of its checkpoint."""
+    """Files like a run's, each with one thing in it that is wrong; and a folder whose metrics are
+    not those of its checkpoint.
+    """
 
     def save(name: str, at: str, value) -> None:
         content = inside = checkpoint.load(whole)
@@ -124,38 +154,100 @@ DATA = [
     ("a cache that is a file", ["photos", *PHOTOS, *OUT, "--cache", "text.txt"]),
     ("a cache in a file", ["photos", *PHOTOS, *OUT, "--cache", "text.txt/cache"]),
     ("one image, and a miner", ["one", *PHOTOS, *OUT, "--miner", "knn"]),
-    ("one image left, and a miner", ["photos", *PHOTOS, *OUT, "--miner", "knn", "--knn-holdout", "5"]),
+    (
+        "one image left, and a miner",
+        ["photos", *PHOTOS, *OUT, "--miner", "knn", "--knn-holdout", "5"],
+    ),
     ("all images held out", [*RUN, *OUT, "--knn-holdout", "1437"]),
 ]
 NUMBERS = [
     (f"{flag} {value}", [*RUN, *OUT, flag, value])
     for flag, value in [
-        ("--epochs", "0"), ("--epochs", "ten"), ("--epochs", "1.5"), ("-b", "0"), ("-b", "-64"), ("--lr", "-1"), ("--lr", "nan"), ("--lr", "inf"), ("--lr", "fast"), ("--wd", "-1"),
-        ("--momentum", "2"), ("--moco-t", "0"), ("--moco-m", "1.5"), ("--moco-k", "0"), ("--moco-dim", "0"), ("--bn-splits", "0"), ("--workers", "-1"), ("-p", "0"), ("--keep", "0"),
-        ("--image-size", "5000"), ("--max-bad-images", "-1"), ("--save-every", "-1"), ("--save-epochs", "0"), ("--isl-budget", "0"), ("--isl-max-share", "2"), ("--isl-threshold", "2"),
-        ("--isl-radius", "-1"), ("--isl-bank-mix", "0"), ("--isl-hpe", "-1"), ("--isl-every", "0"), ("--start-epoch", "2"), ("--nproc-per-node", "-1"), ("--dist-timeout", "0"),
-        ("--oracle-precision", "2"), ("--oracle-size", "0"), ("--schedule", "-3"), ("--seed", "99999999999999999999"),
+        ("--epochs", "0"),
+        ("--epochs", "ten"),
+        ("--epochs", "1.5"),
+        ("-b", "0"),
+        ("-b", "-64"),
+        ("--lr", "-1"),
+        ("--lr", "nan"),
+        ("--lr", "inf"),
+        ("--lr", "fast"),
+        ("--wd", "-1"),
+        ("--momentum", "2"),
+        ("--moco-t", "0"),
+        ("--moco-m", "1.5"),
+        ("--moco-k", "0"),
+        ("--moco-dim", "0"),
+        ("--bn-splits", "0"),
+        ("--workers", "-1"),
+        ("-p", "0"),
+        ("--keep", "0"),
+        ("--image-size", "5000"),
+        ("--max-bad-images", "-1"),
+        ("--save-every", "-1"),
+        ("--save-epochs", "0"),
+        ("--isl-budget", "0"),
+        ("--isl-max-share", "2"),
+        ("--isl-threshold", "2"),
+        ("--isl-radius", "-1"),
+        ("--isl-bank-mix", "0"),
+        ("--isl-hpe", "-1"),
+        ("--isl-every", "0"),
+        ("--start-epoch", "2"),
+        ("--nproc-per-node", "-1"),
+        ("--dist-timeout", "0"),
+        ("--oracle-precision", "2"),
+        ("--oracle-size", "0"),
+        ("--schedule", "-3"),
+        ("--seed", "99999999999999999999"),
     ]
-]  # fmt: skip
+]
 TOGETHER = [
     ("splits that do not divide the batch", [*RUN, *OUT, "--bn-splits", "3"]),
-    ("ranks that do not divide the batch", [*RUN, *OUT, "--multiprocessing-distributed", "--nproc-per-node", "3"]),
-    ("a batch of one image a rank", [*RUN, *OUT, "-b", "2", "--multiprocessing-distributed", "--nproc-per-node", "2"]),
+    (
+        "ranks that do not divide the batch",
+        [*RUN, *OUT, "--multiprocessing-distributed", "--nproc-per-node", "3"],
+    ),
+    (
+        "a batch of one image a rank",
+        [*RUN, *OUT, "-b", "2", "--multiprocessing-distributed", "--nproc-per-node", "2"],
+    ),
     ("a single image", [*RUN, *OUT, "--knn-holdout", "1436"]),
-    ("a batch larger than what splits leave", [*RUN, *OUT, "-b", "2000", "--moco-k", "4000", "--bn-splits", "2000"]),
+    (
+        "a batch larger than what splits leave",
+        [*RUN, *OUT, "-b", "2000", "--moco-k", "4000", "--bn-splits", "2000"],
+    ),
     ("a queue smaller than the batch", [*RUN, *OUT, "--moco-k", "32"]),
-    ("a queue smaller than the keys of a symmetric step", [*RUN, *OUT, "--moco-k", "64", "--symmetric"]),
+    (
+        "a queue smaller than the keys of a symmetric step",
+        [*RUN, *OUT, "--moco-k", "64", "--symmetric"],
+    ),
     ("symmetric with the bank", [*RUN, *OUT, "--objective", "bank", "--symmetric"]),
     ("a minimum above the cap", [*RUN, *OUT, "--isl-gan-iters", "10", "--isl-gan-min-iters", "20"]),
     ("an oracle that was not allowed the labels", [*RUN, *OUT, "--miner", "oracle"]),
-    ("labels allowed to a miner that needs none", [*RUN, *OUT, "--miner", "knn", "--research-labels"]),
+    (
+        "labels allowed to a miner that needs none",
+        [*RUN, *OUT, "--miner", "knn", "--research-labels"],
+    ),
     ("a zone around the bank", [*RUN, *OUT, "--objective", "bank", "--isl-between", "5"]),
     ("a bound that is none", [*RUN, *OUT, "--miner", "knn", "--isl-trust", "sure"]),
     ("a zone that leaves no negatives", [*RUN, *OUT, "--miner", "knn", "--isl-between", "700"]),
-    ("an oracle that is to grow", [*RUN, *OUT, "--miner", "oracle", "--research-labels", "--isl-grow"]),
-    ("an oracle by an index", [*RUN, *OUT, "--miner", "oracle", "--research-labels", "--isl-index", "auto"]),
-    ("an oracle asked for more than the labels make", [*RUN, *OUT, "--miner", "oracle", "--research-labels", "--oracle-size", "100"]),
-    ("an oracle where no image has a label", ["photos", *PHOTOS, *OUT, "--miner", "oracle", "--research-labels"]),
+    (
+        "an oracle that is to grow",
+        [*RUN, *OUT, "--miner", "oracle", "--research-labels", "--isl-grow"],
+    ),
+    (
+        "an oracle by an index",
+        [*RUN, *OUT, "--miner", "oracle", "--research-labels", "--isl-index", "auto"],
+    ),
+    (
+        "an oracle asked for more than the labels make",
+        [*RUN, *OUT, "--miner", "oracle", "--research-labels", "--oracle-size", "100"],
+    ),
+    (
+        "an oracle where no image has a label",
+        ["photos", *PHOTOS, *OUT, "--miner", "oracle", "--research-labels"],
+    ),
 ]
 FLAGS = [
     ("an unknown flag, nearly right", [*RUN, *OUT, "--epohcs", "3"]),
@@ -178,7 +270,10 @@ FLAGS = [
     ("a config with a wrong choice", [*RUN, *OUT, "--config", "choice.yaml"]),
     ("a config with aliases", [*RUN, *OUT, "--config", "aliases.yaml"]),
     ("a config that names a flag twice", [*RUN, *OUT, "--config", "twice.yaml"]),
-    ("an architecture that images this small cannot pass", [*RUN, *OUT, "-a", "alexnet", "--stem", "imagenet"]),
+    (
+        "an architecture that images this small cannot pass",
+        [*RUN, *OUT, "-a", "alexnet", "--stem", "imagenet"],
+    ),
     ("an unknown device", [*RUN, *OUT, "--device", "gpu"]),
     ("a device that torch knows", [*RUN, *OUT, "--device", "meta"]),
     ("processes for one process", [*RUN, *OUT, "--nproc-per-node", "2"]),
@@ -189,61 +284,127 @@ FILES = [
     (f"--{flag} {what}", [*RUN, *OUT, f"--{flag}", path])
     for flag in ("resume", "init")
     for what, path in [
-        ("to nothing", "nowhere.pth"), ("to a folder", "run"), ("to an empty folder", "empty"), ("to text", "text.txt"), ("to a pickle", "pickle.pth"),
-        ("to a file with code in it", "code.pth"), ("to an empty file", "nothing.pth"), ("to half a file", "cut.pth"), ("to a tensor", "tensor.pth"),
-        ("to bare encoder weights", "bare.pth"), ("to another architecture", "resnet.pth"),
-        ("to a linear probe", "probe.pth"), ("to a file with a bit flipped", "damaged.pth"), ("to a pipe", "pipe"),
+        ("to nothing", "nowhere.pth"),
+        ("to a folder", "run"),
+        ("to an empty folder", "empty"),
+        ("to text", "text.txt"),
+        ("to a pickle", "pickle.pth"),
+        ("to a file with code in it", "code.pth"),
+        ("to an empty file", "nothing.pth"),
+        ("to half a file", "cut.pth"),
+        ("to a tensor", "tensor.pth"),
+        ("to bare encoder weights", "bare.pth"),
+        ("to another architecture", "resnet.pth"),
+        ("to a linear probe", "probe.pth"),
+        ("to a file with a bit flipped", "damaged.pth"),
+        ("to a pipe", "pipe"),
     ]
 ] + [
-    ("another architecture than the file's", [*RUN, *OUT, "--init", "run/checkpoint_last.pth.tar", "-a", "resnet18w16"]),
-    ("another K than the file's", [*RUN, *OUT, "--init", "run/checkpoint_last.pth.tar", "--moco-k", "256"]),
-    ("another dimension than the file's", [*RUN, *OUT, "--init", "run/checkpoint_last.pth.tar", "--moco-dim", "32"]),
+    (
+        "another architecture than the file's",
+        [*RUN, *OUT, "--init", "run/checkpoint_last.pth.tar", "-a", "resnet18w16"],
+    ),
+    (
+        "another K than the file's",
+        [*RUN, *OUT, "--init", "run/checkpoint_last.pth.tar", "--moco-k", "256"],
+    ),
+    (
+        "another dimension than the file's",
+        [*RUN, *OUT, "--init", "run/checkpoint_last.pth.tar", "--moco-dim", "32"],
+    ),
     *[
         (f"--{flag} to {what}", [*RUN, *OUT, f"--{flag}", f"{name}.pth"])
         for what, name, flags in [
-            ("a state without its bank", "no_bank", ["resume"]), ("a file without its flags", "no_flags", ["resume", "init"]),
-            ("a flag of another kind", "odd_flag", ["resume"]), ("a step past the end of its epoch", "far", ["resume"]),
-            ("no state of a generator", "no_state", ["resume"]), ("a pointer past the queue", "pointer", ["resume", "init"]),
-            ("weights that are whole numbers", "whole", ["resume", "init"]), ("weights that are not finite", "nan", ["resume", "init"]),
-            ("an optimizer of another network", "momentum", ["resume"]), ("a queue of other images", "owner", ["resume"]),
+            ("a state without its bank", "no_bank", ["resume"]),
+            ("a file without its flags", "no_flags", ["resume", "init"]),
+            ("a flag of another kind", "odd_flag", ["resume"]),
+            ("a step past the end of its epoch", "far", ["resume"]),
+            ("no state of a generator", "no_state", ["resume"]),
+            ("a pointer past the queue", "pointer", ["resume", "init"]),
+            ("weights that are whole numbers", "whole", ["resume", "init"]),
+            ("weights that are not finite", "nan", ["resume", "init"]),
+            ("an optimizer of another network", "momentum", ["resume"]),
+            ("a queue of other images", "owner", ["resume"]),
         ]
         for flag in flags
     ],
     ("metrics of another run", [*RUN, "--out", "mixed", "--resume", "auto"]),
-    ("--resume and --init", [*RUN, *OUT, "--resume", "run/checkpoint_last.pth.tar", "--init", "run/checkpoint_last.pth.tar"]),
+    (
+        "--resume and --init",
+        [
+            *RUN,
+            *OUT,
+            "--resume",
+            "run/checkpoint_last.pth.tar",
+            "--init",
+            "run/checkpoint_last.pth.tar",
+        ],
+    ),
     ("--resume auto without --out", [*RUN, "--resume", "auto"]),
-    ("a resumed file with nothing left to do", [*RUN, *OUT, "--resume", "run/checkpoint_last.pth.tar"]),
+    (
+        "a resumed file with nothing left to do",
+        [*RUN, *OUT, "--resume", "run/checkpoint_last.pth.tar"],
+    ),
     *[
         (f"resumed with another {what}", [*RUN, "--out", "run", "--resume", "auto", *flags])
-        for what, flags in [("architecture", ["-a", "resnet18w16"]), ("batch", ["-b", "32"]), ("K", ["--moco-k", "256"]), ("schedule", ["--schedule", "1"]), ("length", ["--epochs", "3"]),
-                            ("rate, and seed", ["--lr", "0.2", "--seed", "5"]), ("hold-out", ["--knn-holdout", "999"])]  # fmt: skip
+        for what, flags in [
+            ("architecture", ["-a", "resnet18w16"]),
+            ("batch", ["-b", "32"]),
+            ("K", ["--moco-k", "256"]),
+            ("schedule", ["--schedule", "1"]),
+            ("length", ["--epochs", "3"]),
+            ("rate, and seed", ["--lr", "0.2", "--seed", "5"]),
+            ("hold-out", ["--knn-holdout", "999"]),
+        ]
     ],
-]  # fmt: skip
+]
 FOLDERS = [
     ("--out holds a run", [*RUN, "--out", "run"]),
-    ("--out holds another run than the file's", [*RUN, "--out", "busy", "--resume", "run/checkpoint_0000.pth.tar"]),
-    ("the file is older than its run", [*RUN, "--out", "run", "--resume", "run/checkpoint_0000.pth.tar"]),
+    (
+        "--out holds another run than the file's",
+        [*RUN, "--out", "busy", "--resume", "run/checkpoint_0000.pth.tar"],
+    ),
+    (
+        "the file is older than its run",
+        [*RUN, "--out", "run", "--resume", "run/checkpoint_0000.pth.tar"],
+    ),
     ("--out is a file", [*RUN, "--out", "text.txt"]),
     ("--out is in a file", [*RUN, "--out", "text.txt/new"]),
     ("--out holds a run whose checkpoints are gone", [*RUN, "--out", "gone", "--resume", "auto"]),
-    ("--out holds another run, of which nothing was saved yet", [*RUN, "--out", "begun", "--resume", "auto", "--seed", "5"]),
+    (
+        "--out holds another run, of which nothing was saved yet",
+        [*RUN, "--out", "begun", "--resume", "auto", "--seed", "5"],
+    ),
     ("--out holds an args.json of somebody else", [*RUN, "--out", "theirs"]),
     ("--out is in use", [*RUN, "--out", "busy", "--resume", "auto"]),
 ]
-CASES = {"Data": DATA, "Numbers": NUMBERS, "Numbers that do not go together": TOGETHER, "Flags": FLAGS, "Files to start from": FILES, "The run's folder": FOLDERS}
-CPU_ONLY = ("a GPU that is not there", [*RUN, *OUT, "--device", "cuda"])  # in no list: elsewhere it is there
+CASES = {
+    "Data": DATA,
+    "Numbers": NUMBERS,
+    "Numbers that do not go together": TOGETHER,
+    "Flags": FLAGS,
+    "Files to start from": FILES,
+    "The run's folder": FOLDERS,
+}
+# in no list: elsewhere it is there
+CPU_ONLY = ("a GPU that is not there", [*RUN, *OUT, "--device", "cuda"])
 
 
 def ask(argv: list[str], stop=None) -> tuple[int, str, str]:
     """(exit code, stdout, stderr) of the main script in this process."""
-    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+    with (
+        contextlib.redirect_stdout(io.StringIO()) as out,
+        contextlib.redirect_stderr(io.StringIO()) as err,
+    ):
         code = main_moco_isl.main(argv, stop)
     return code, out.getvalue(), err.getvalue()
 
 
 def files() -> dict[str, tuple[int, int]]:
     """Everything under the current folder, with size and time."""
-    return {str(p): ((s := p.lstat()).st_size, s.st_mtime_ns) for p in Path().rglob("*") if p.is_file()} | {str(p): (0, 0) for p in Path().rglob("*") if p.is_dir()}
+    return {
+        str(p): ((s := p.lstat()).st_size, s.st_mtime_ns) for p in Path().rglob("*") if p.is_file()
+    } | {str(p): (0, 0) for p in Path().rglob("*") if p.is_dir()}
 
 
 def _hold(folder: str, here: str, ready, done) -> None:
@@ -304,16 +465,24 @@ def _cell(text) -> str:
 
 def listed() -> dict[str, list[str]]:
     """BAD_INPUT.md as it stands: what -> [flags, exit code, message]."""
-    rows = [re.split(r" (?<!\\)\| ", line.removeprefix("| ").removesuffix(" |")) for line in LIST.read_text().splitlines() if line.startswith("| ")]
+    rows = [
+        re.split(r" (?<!\\)\| ", line.removeprefix("| ").removesuffix(" |"))
+        for line in LIST.read_text().splitlines()
+        if line.startswith("| ")
+    ]
     return {row[0]: row[1:] for row in rows if row[0] != "what"}
 
 
 def hold_to_list(what: str, argv: list[str], code: int, err: str) -> None:
     """What was just said is what BAD_INPUT.md says of it."""
-    assert listed().get(what) == [_cell(x) for x in (f"`{shown(argv)}`", code, err.strip())], "python -m tests.test_bad_input writes the list anew"
+    assert listed().get(what) == [_cell(x) for x in (f"`{shown(argv)}`", code, err.strip())], (
+        "python -m tests.test_bad_input writes the list anew"
+    )
 
 
-@pytest.mark.parametrize("what, argv", [pytest.param(*case, id=case[0]) for case in [*sum(CASES.values(), []), CPU_ONLY]])
+@pytest.mark.parametrize(
+    "what, argv", [pytest.param(*case, id=case[0]) for case in [*sum(CASES.values(), []), CPU_ONLY]]
+)
 def test_bad_input_is_one_line_and_leaves_nothing(place, what, argv):
     if what == CPU_ONLY[0] and torch.cuda.is_available():
         pytest.skip("there is a GPU")
@@ -330,7 +499,9 @@ def test_bad_input_is_one_line_and_leaves_nothing(place, what, argv):
 
 SAID = {  # what is named: the wrong thing, what was expected, what to do
     "no such folder": "nowhere; expected a folder",
-    "splits in place of classes": "'Testing', 'Training', which look like splits, not classes: expected train/ and val/",
+    "splits in place of classes": (
+        "'Testing', 'Training', which look like splits, not classes: expected train/ and val/"
+    ),
     "a class that is a link to another": "'twice/train/kitty' is a link into the class 'cat'",
     "two data sets": "'photos'",
     "a cache for images that need no decoding": "--dataset digits need no decoding: leave it off",
@@ -341,8 +512,12 @@ SAID = {  # what is named: the wrong thing, what was expected, what to do
     "--moco-m 1.5": "expected at least 0 and at most 1",
     "splits that do not divide the batch": "--batch-size 64 does not divide into 1 ranks x 3",
     "ranks that do not divide the batch": "--batch-size 64 does not divide into 3 ranks",
-    "a batch of one image a rank": "leaves one image to each of 2 ranks, and batch norm needs two: use at least 4",
-    "a single image": "too few images (1) for 1 (ranks x splits): expected at least 2; use more images",
+    "a batch of one image a rank": (
+        "leaves one image to each of 2 ranks, and batch norm needs two: use at least 4"
+    ),
+    "a single image": (
+        "too few images (1) for 1 (ranks x splits): expected at least 2; use more images"
+    ),
     "a queue smaller than the batch": "--moco-k 32 is smaller than the 64 keys",
     "a queue smaller than the keys of a symmetric step": "--moco-k 64 is smaller than the 128 keys",
     "an oracle that was not allowed the labels": "add --research-labels",
@@ -357,7 +532,9 @@ SAID = {  # what is named: the wrong thing, what was expected, what to do
     "--resume to nothing": "no file at --resume 'nowhere.pth'",
     "--resume to a folder": "checkpoint_last.pth.tar: name one of them",
     "--resume to text": "'text.txt': it is a text file; expected a checkpoint",
-    "--init to a file with code in it": "it holds a pickled posix.system, and pickles are not executed",
+    "--init to a file with code in it": (
+        "it holds a pickled posix.system, and pickles are not executed"
+    ),
     "--init to half a file": "cut off or damaged",
     "--resume to another architecture": "(arch resnet18w16) does not fit this model: missing ",
     "another architecture than the file's": "unknown encoder_q.",
@@ -368,9 +545,11 @@ SAID = {  # what is named: the wrong thing, what was expected, what to do
     "resumed with another schedule": "--schedule was [120, 160] and is now [1]",
     "resumed with another length": "--epochs was 2 and is now 3",
     "resumed with another rate, and seed": "--lr was 0.1 and is now 0.2, --seed was 1 and is now 5",
-    "the file is older than its run": "is older than run/checkpoint_last.pth.tar (epoch 2, 14 steps)",
+    "the file is older than its run": (
+        "is older than run/checkpoint_last.pth.tar (epoch 2, 14 steps)"
+    ),
     "--out is in use": "in use by a run that is alive",
-}  # fmt: skip
+}
 
 
 def test_the_messages_name_what_matters():
@@ -388,7 +567,7 @@ def test_nothing_was_executed(place):
     Path("executed").unlink()
 
 
-# ---- under way -------------------------------------------------------------------------------------------------------
+# ---- under way -----------------------------------------------------------------------------------
 
 UNDERWAY = [
     ("the loss is not finite", [*RUN, *OUT, "--lr", "1e30", "-p", "1"]),
@@ -397,7 +576,10 @@ UNDERWAY = [
 ]
 KILLED = [
     ("a full disk (here: files may only be so large)", [*RUN, *OUT]),
-    ("a process that reads images is killed", ["photos", *PHOTOS, *OUT, "-j", "1", "--epochs", "1000"]),
+    (
+        "a process that reads images is killed",
+        ["photos", *PHOTOS, *OUT, "-j", "1", "--epochs", "1000"],
+    ),
     ("one of two ranks is killed", [*RUN, *OUT, "--epochs", "1000"]),
 ]
 
@@ -421,15 +603,26 @@ def test_what_goes_wrong_under_way(place, what, argv):
 
 
 def kill_something(what: str, argv: list[str]) -> tuple[int, str]:
-    """(exit code, stderr) of a real process to which this happens; of rank 0 of two, where rank 1 is killed."""
-    run = Running(argv, Path("log"), ranks=2 if "ranks" in what else 1, largest_file=60_000 if "disk" in what else None)
+    """(exit code, stderr) of a real process to which this happens; of rank 0 of two, where rank 1
+    is killed.
+    """
+    run = Running(
+        argv,
+        Path("log"),
+        ranks=2 if "ranks" in what else 1,
+        largest_file=60_000 if "disk" in what else None,
+    )
     if "disk" not in what:
         run.wait_for("Epoch: [0]")
         os.kill(run.children()[0] if "reads" in what else run.processes[1].pid, signal.SIGKILL)
     code, said = run.codes(timeout=60)[0], run.said()
     for path in (Path("log"), Path("new")):
         path.unlink() if path.is_file() else shutil.rmtree(path)
-    return code, re.sub(r"pid \d+", "pid N", "".join(line for line in said.splitlines(True) if not re.match("=> |Epoch:", line)))
+    return code, re.sub(
+        r"pid \d+",
+        "pid N",
+        "".join(line for line in said.splitlines(True) if not re.match("=> |Epoch:", line)),
+    )
 
 
 @pytest.mark.parametrize("what, argv", [pytest.param(*case, id=case[0]) for case in KILLED])
@@ -446,32 +639,67 @@ def test_the_last_good_file_is_named_and_stays(place, tmp_path, monkeypatch):
     good = last.read_bytes()
     views = itertools.count()  # two a step; those of the first are looked at
     with monkeypatch.context() as patched:
-        patched.setattr(engine, "to_network", lambda image, *_: image * torch.nan if next(views) > 1 else image)
+        patched.setattr(
+            engine, "to_network", lambda image, *_: image * torch.nan if next(views) > 1 else image
+        )
         code, _, err = ask([*argv, "--resume", "auto"])
-    assert code == 3 and "not finite at epoch 0, step 6" in err and f"the last good file is {last}" in err
+    assert (
+        code == 3
+        and "not finite at epoch 0, step 6" in err
+        and f"the last good file is {last}" in err
+    )
     assert last.read_bytes() == good
     content = checkpoint.load(last)
     content["state_dict"]["module.encoder_q.fc.0.weight"].fill_(torch.nan)
     checkpoint.save(content, last)  # as files were saved before that was looked at
     bad = last.read_bytes()
     code, _, err = ask([*argv, "--resume", "auto"])
-    assert code == 2 and f"'{last}': encoder_q.fc.0.weight holds values that are not finite" in err and last.read_bytes() == bad
+    assert (
+        code == 2
+        and f"'{last}': encoder_q.fc.0.weight holds values that are not finite" in err
+        and last.read_bytes() == bad
+    )
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_broken_images_are_named_once_and_skipped(place, tmp_path, workers):
     break_photos()
-    code, out, err = ask(["broken2", *PHOTOS, "--epochs", "2", "--max-bad-images", "2", "-p", "1", "-j", workers, "--out", str(tmp_path)])
+    code, out, err = ask(
+        [
+            "broken2",
+            *PHOTOS,
+            "--epochs",
+            "2",
+            "--max-bad-images",
+            "2",
+            "-p",
+            "1",
+            "-j",
+            workers,
+            "--out",
+            str(tmp_path),
+        ]
+    )
     assert code == 0 and not err
     named = sorted(line for line in out.splitlines() if "cannot be read" in line)
-    assert named == [f"=> warning: broken2/train/{i:02}.jpg cannot be read; the next image stands in for it" for i in (2, 4)]
+    assert named == [
+        f"=> warning: broken2/train/{i:02}.jpg cannot be read; the next image stands in for it"
+        for i in (2, 4)
+    ]
 
 
 def test_images_of_all_kinds_work(tmp_path):
-    folder, pixels = tmp_path / "kinds" / "train", np.random.default_rng(0).integers(0, 256, (20, 20), dtype=np.uint8)
+    folder = tmp_path / "kinds" / "train"
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 20), dtype=np.uint8)
     folder.mkdir(parents=True)
     grey = Image.fromarray(pixels)
-    images = {"grey": grey, "rgba": grey.convert("RGBA"), "palette": grey.convert("P"), "two_bytes": Image.fromarray(pixels.astype(np.uint16) * 257), "one_bit": grey.convert("1")}
+    images = {
+        "grey": grey,
+        "rgba": grey.convert("RGBA"),
+        "palette": grey.convert("P"),
+        "two_bytes": Image.fromarray(pixels.astype(np.uint16) * 257),
+        "one_bit": grey.convert("1"),
+    }
     for name, image in images.items():
         image.save(folder / f"{name}.png")
     grey.convert("RGB").save(folder / "rgb.jpg")
@@ -483,30 +711,45 @@ def test_images_of_all_kinds_work(tmp_path):
 def test_a_queue_longer_than_the_data_set_is_only_warned_of(tmp_path):
     code, out, err = ask([*RUN, "--moco-k", "1000", "--max-steps", "1", "--out", str(tmp_path)])
     assert (code, err) == (0, "")
-    assert "=> warning: the queue (1000) is longer than the data set (437): 2.3 of its keys are an image's own; --moco-k 128 would suit it" in out
-    code, out, _ = ask([*RUN, "--moco-k", "128", "--max-steps", "1", "--out", str(tmp_path / "suits")])
+    assert (
+        "=> warning: the queue (1000) is longer than the data set (437): 2.3 of its keys are an"
+        " image's own; --moco-k 128 would suit it" in out
+    )
+    code, out, _ = ask(
+        [*RUN, "--moco-k", "128", "--max-steps", "1", "--out", str(tmp_path / "suits")]
+    )
     assert code == 0 and "longer than the data set" not in out
 
 
-# ---- the list --------------------------------------------------------------------------------------------------------
+# ---- the list ------------------------------------------------------------------------------------
 
 HEAD = """# What goes wrong, and what is said
 
-Written by `python -m tests.test_bad_input`, which tries all of it; the tests hold this list to what the main script says. Bad input ends with exit code 2 before
-anything is written or started, a run that fails under way with 3. `...` stands for the flags that are right: a small run on the digits.
+Written by `python -m tests.test_bad_input`, which tries all of it; the tests hold this list to
+what the main script says. Bad input ends with exit code 2 before anything is written or started, a
+run that fails under way with 3. `...` stands for the flags that are right: a small run on the
+digits.
 """
 
 
 def as_markdown() -> str:
     def row(what: str, argv: list[str]) -> str:
-        code, err = kill_something(what, argv) if (what, argv) in KILLED else answer(what, argv)[::2]
+        code, err = (
+            kill_something(what, argv) if (what, argv) in KILLED else answer(what, argv)[::2]
+        )
         shutil.rmtree("new", ignore_errors=True)
         return f"| {' | '.join(map(_cell, (what, f'`{shown(argv)}`', code, err.strip())))} |"
 
     break_photos()
     lines = [HEAD]
     for heading, cases in {**CASES, "Under way": [*UNDERWAY, *KILLED]}.items():
-        lines += [f"## {heading}\n", "| what | flags | exit code | message |", "|---|---|---|---|", *(row(*case) for case in cases), ""]
+        lines += [
+            f"## {heading}\n",
+            "| what | flags | exit code | message |",
+            "|---|---|---|---|",
+            *(row(*case) for case in cases),
+            "",
+        ]
     return "\n".join(lines)
 
 

@@ -1,4 +1,7 @@
-"""The paper's own objective: the softmax over all images (Eq. 4 to 8) as whole steps against loops, its memory, its rounds."""
+"""The paper's own objective: the softmax over all images (Eq.
+
+4 to 8) as whole steps against loops, its memory, its rounds.
+"""
 
 import json
 from pathlib import Path
@@ -37,7 +40,9 @@ def build(encoder=tiny, sets=True, **options):
     isl = ISL(Instance(encoder, C, T=T), M, **options)
     if sets:
         pairs = [(i, j) for i, members in SETS.items() for j in members]
-        isl.positives = PositiveSets.from_edges(M, *torch.tensor(pairs).T, weight=torch.linspace(0.5, 1, len(pairs)))
+        isl.positives = PositiveSets.from_edges(
+            M, *torch.tensor(pairs).T, weight=torch.linspace(0.5, 1, len(pairs))
+        )
     return isl
 
 
@@ -48,18 +53,30 @@ def softmax_by_loops(f, bank):
 
 
 def step_by_loops(isl, f, bank, index, second):
-    """Eq. 5 (or the mean of logs) plus 0.5 x Eq. 6 of the batch in float64; f [N, C] with gradient, second: features of the other views."""
+    """Eq.
+
+    5 (or the mean of logs) plus 0.5 x Eq. 6 of the batch in float64; f [N, C] with gradient,
+    second: features of the other views.
+    """
     total = 0
-    offsets, members, weights = (x.tolist() for x in (isl.positives.offsets, isl.positives.members, isl.positives.weights))
+    offsets, members, weights = (
+        x.tolist() for x in (isl.positives.offsets, isl.positives.members, isl.positives.weights)
+    )
     for row, i in enumerate(index.tolist()):
-        mined = list(zip(members[offsets[i] : offsets[i + 1]], weights[offsets[i] : offsets[i + 1]]))
+        mined = list(
+            zip(members[offsets[i] : offsets[i + 1]], weights[offsets[i] : offsets[i + 1]])
+        )
         p = softmax_by_loops(f[row], bank)
         terms = [(1.0, p[i])] + [(w, p[j]) for j, w in mined]
         if isl.form == "logsum":
             total = total - torch.log(sum(w * x for w, x in terms))
         else:
             total = total - sum(w * torch.log(x) for w, x in terms) / sum(w for w, _ in terms)
-        hard = bank[min((j for j, _ in mined), key=lambda j: float(bank[i] @ bank[j]))] if mined else second[row]
+        hard = (
+            bank[min((j for j, _ in mined), key=lambda j: float(bank[i] @ bank[j]))]
+            if mined
+            else second[row]
+        )
         p_h = softmax_by_loops(hard, bank)
         total = total + isl.hpe * sum(h * torch.log(h / x) for h, x in zip(p_h, p))
     return total / len(index)
@@ -68,7 +85,9 @@ def step_by_loops(isl, f, bank, index, second):
 @pytest.mark.parametrize("form", ["logsum", "meanlog"])
 @pytest.mark.parametrize("hpe", [0.0, 0.5])
 def test_step_equals_loops_in_value_and_gradient(form, hpe):
-    isl, index = build(form=form, hpe=hpe), torch.tensor([0, 1, 4, 7, 9])  # sets of 3, 1, 1, none, 1
+    # sets of 3, 1, 1, none, 1
+    isl = build(form=form, hpe=hpe)
+    index = torch.tensor([0, 1, 4, 7, 9])
     bank = isl.bank.rows.double()
     loss = isl(images(5, 0), images(5, 1), index)
     loss.backward()
@@ -79,7 +98,9 @@ def test_step_equals_loops_in_value_and_gradient(form, hpe):
     slow = step_by_loops(isl, f, bank, index, second)
     slow.backward()
     assert loss.item() == pytest.approx(slow.item(), abs=2e-5)
-    assert isl.parts["loss"].item() == pytest.approx(isl.parts["isl"].item() + hpe * isl.parts["hpe"].item(), abs=1e-6)
+    assert isl.parts["loss"].item() == pytest.approx(
+        isl.parts["isl"].item() + hpe * isl.parts["hpe"].item(), abs=1e-6
+    )
     for mine, by_loops in zip(isl.model.parameters(), truth.model.parameters()):
         assert (mine.grad - by_loops.grad).abs().max() < 2e-5 * max(1, by_loops.grad.abs().max())
 
@@ -98,12 +119,21 @@ def test_rows_move_by_eq_8_after_the_loss():
 
 
 def test_only_images_without_positives_have_their_second_view_encoded():
-    """N = 16: whole eighths of the batch, no more; in eval mode, with the averages of batch norm left alone."""
+    """N = 16: whole eighths of the batch, no more; in eval mode, with the averages of batch norm
+    left alone.
+    """
     isl, seen = build(with_norm), []
-    isl.model.encoder_q.register_forward_pre_hook(lambda module, inputs: seen.append((len(inputs[0]), module.training)))
+    isl.model.encoder_q.register_forward_pre_hook(
+        lambda module, inputs: seen.append((len(inputs[0]), module.training))
+    )
     everyone = torch.arange(M)
-    isl.positives = PositiveSets.from_edges(M, everyone[:30], (everyone[:30] + 1) % 30)  # 30 to 39 have none
-    for index, expected in [(torch.arange(14, 30), []), (torch.arange(17, 33), [4]), (torch.arange(15, 31), [2])]:
+    # 30 to 39 have none
+    isl.positives = PositiveSets.from_edges(M, everyone[:30], (everyone[:30] + 1) % 30)
+    for index, expected in [
+        (torch.arange(14, 30), []),
+        (torch.arange(17, 33), [4]),
+        (torch.arange(15, 31), [2]),
+    ]:
         seen.clear()
         isl(images(16, 0), images(16, 1), index)
         assert seen == [(16, True)] + [(n, False) for n in expected]
@@ -128,7 +158,7 @@ def test_one_view_will_do_without_hard_positives():
     assert one.parts["hpe"] == 0
 
 
-# ---- precision and memory ------------------------------------------------------------------------------------------
+# ---- precision and memory ------------------------------------------------------------------------
 
 
 def large(M, N=16, C=64, S=9):
@@ -136,7 +166,10 @@ def large(M, N=16, C=64, S=9):
     g = torch.Generator().manual_seed(M)
     bank = F.normalize(torch.randn(M, C, generator=g), dim=1)
     index = torch.randperm(M, generator=g)[:N]
-    f, hard = (F.normalize(bank[index] + noise * torch.randn(N, C, generator=g), dim=1) for noise in (0.1, 0.2))
+    f, hard = (
+        F.normalize(bank[index] + noise * torch.randn(N, C, generator=g), dim=1)
+        for noise in (0.1, 0.2)
+    )
     weight = (torch.rand(N, S, generator=g) > 0.3).float()
     weight[:, 0] = 1
     positives = torch.cat([index[:, None], torch.randint(M, (N, S - 1), generator=g)], dim=1)
@@ -149,17 +182,26 @@ def exact(f, bank, positives, weight, hard, form):
     log_p = (f @ bank.double().T / 0.07).log_softmax(1)
     log_h = (hard.double() @ bank.double().T / 0.07).log_softmax(1)
     of = log_p.gather(1, positives)
-    isl = -(of + weight.double().log()).logsumexp(1) if form == "logsum" else -(weight * of).sum(1) / weight.sum(1)
+    isl = (
+        -(of + weight.double().log()).logsumexp(1)
+        if form == "logsum"
+        else -(weight * of).sum(1) / weight.sum(1)
+    )
     loss = (isl + 0.5 * (log_h.exp() * (log_h - log_p)).sum(1)).mean()
     return loss.detach(), torch.autograd.grad(loss, f)[0]
 
 
 @pytest.mark.parametrize("form", ["logsum", "meanlog"])
-@pytest.mark.parametrize(("dtype", "of_loss", "of_gradient"), [(torch.float32, 1e-5, 1e-5), (torch.float16, 1e-3, 3e-3), (torch.bfloat16, 1e-2, 4e-2)])
+@pytest.mark.parametrize(
+    ("dtype", "of_loss", "of_gradient"),
+    [(torch.float32, 1e-5, 1e-5), (torch.float16, 1e-3, 3e-3), (torch.bfloat16, 1e-2, 4e-2)],
+)
 @pytest.mark.parametrize("rows", [500, 100_000])
 def test_error_of_a_bank_in_half_precision_is_bounded(form, dtype, of_loss, of_gradient, rows):
-    """Against float64 on the rows before they were rounded; the gradient's error by the longest gradient of the batch. At 100,000 rows the shares
-    are smaller than float16 resolves: they have to be scaled."""
+    """Against float64 on the rows before they were rounded; the gradient's error by the longest
+    gradient of the batch. At 100,000 rows the shares
+    are smaller than float16 resolves: they have to be scaled.
+    """
     f, bank, positives, weight, hard = large(rows)
     value, gradient = exact(f, bank, positives, weight, hard, form)
     mine = f.clone().requires_grad_()
@@ -179,8 +221,16 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        made = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
-        fresh = [x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in made]
+        made = {
+            x.untyped_storage().data_ptr()
+            for x in tree_leaves((args, kwargs))
+            if isinstance(x, torch.Tensor)
+        }
+        fresh = [
+            x.numel()
+            for x in tree_leaves(out)
+            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in made
+        ]
         self.numel = max([self.numel, *fresh])
         return out
 
@@ -200,9 +250,14 @@ def test_nothing_of_the_size_of_the_batch_times_the_bank_is_held(dtype):
 
 def test_chunks_do_not_matter():
     f, bank, positives, weight, hard = large(3000)
-    found = [bank_loss(f, bank, positives, weight, 0.07, hard, chunk=chunk) for chunk in (1, 7, 1000, 5000)]
+    found = [
+        bank_loss(f, bank, positives, weight, 0.07, hard, chunk=chunk)
+        for chunk in (1, 7, 1000, 5000)
+    ]
     for isl, hp in found[1:]:
-        assert isl.item() == pytest.approx(found[0][0].item(), abs=1e-5) and hp.item() == pytest.approx(found[0][1].item(), abs=1e-5)
+        assert isl.item() == pytest.approx(
+            found[0][0].item(), abs=1e-5
+        ) and hp.item() == pytest.approx(found[0][1].item(), abs=1e-5)
 
 
 def test_autocast_changes_nothing():
@@ -225,7 +280,7 @@ def test_a_bank_in_half_precision_stays_so():
     assert other.rows.dtype == torch.float16
 
 
-# ---- ranks ---------------------------------------------------------------------------------------------------------
+# ---- ranks ---------------------------------------------------------------------------------------
 
 
 def three_steps(rank, world):
@@ -246,18 +301,24 @@ def three_steps(rank, world):
 def test_two_ranks_are_one():
     alone, bank = three_steps(0, 1)
     results = run_ranks(2, three_steps)
-    assert torch.tensor([losses for losses, _ in results]).mean(0).tolist() == pytest.approx(alone, abs=1e-5)
+    assert torch.tensor([losses for losses, _ in results]).mean(0).tolist() == pytest.approx(
+        alone, abs=1e-5
+    )
     for _, rows in results:
         assert torch.allclose(rows, bank, atol=1e-5)
 
 
-# ---- rounds --------------------------------------------------------------------------------------------------------
+# ---- rounds --------------------------------------------------------------------------------------
 
 
 def test_learning_rate_decays_twice_in_each_round():
-    rates = [learning_rate(e, lr=1.0, epochs=40, cos=False, schedule=[6, 8], rounds=4) for e in range(40)]
+    rates = [
+        learning_rate(e, lr=1.0, epochs=40, cos=False, schedule=[6, 8], rounds=4) for e in range(40)
+    ]
     assert rates == pytest.approx(([1.0] * 6 + [0.1] * 2 + [0.01] * 2) * 4)
-    assert learning_rate(25, lr=1.0, epochs=40, cos=True, schedule=[], rounds=2) == pytest.approx(learning_rate(5, lr=1.0, epochs=20, cos=True, schedule=[]))
+    assert learning_rate(25, lr=1.0, epochs=40, cos=True, schedule=[], rounds=2) == pytest.approx(
+        learning_rate(5, lr=1.0, epochs=20, cos=True, schedule=[])
+    )
 
 
 def flags(line):
@@ -271,14 +332,19 @@ def test_rounds_set_what_hangs_on_them():
     assert (args.schedule, args.isl_start, args.isl_every) == ([120, 160], 200, 200)
     args = flags("--epochs 400 --isl-rounds 4 --schedule 10 20 --isl-start 0")
     assert (args.schedule, args.isl_start, args.isl_every) == ([10, 20], 0, 100)
-    assert flags("--epochs 40 --isl-rounds 4").schedule == [6, 8] and flags("--epochs 4 --isl-rounds 2").schedule == [2, 2]
+    assert flags("--epochs 40 --isl-rounds 4").schedule == [6, 8] and flags(
+        "--epochs 4 --isl-rounds 2"
+    ).schedule == [2, 2]
     args = flags("--epochs 100")
     assert (args.schedule, args.isl_start, args.isl_every) == ([120, 160], 50, 20)
     with pytest.raises(BadInput, match="multiple of 3"):
         flags("--epochs 100 --isl-rounds 3")
 
 
-SMALL = "--dataset digits -a digits --moco-dim 16 --moco-t 0.1 -b 128 -j 0 --seed 1 --knn-holdout 1000 -p 100 --objective bank".split()
+SMALL = (
+    "--dataset digits -a digits --moco-dim 16 --moco-t 0.1 -b 128 -j 0 --seed 1 --knn-holdout 1000"
+    " -p 100 --objective bank".split()
+)
 
 
 def run(out, line):
@@ -288,7 +354,11 @@ def run(out, line):
 
 @pytest.mark.parametrize("miner", ["entropy", "diffusion", "cluster"])
 def test_rounds_mine_between_them_and_the_budget_grows(tmp_path, miner):
-    lines = run(tmp_path, f"--epochs 3 --isl-rounds 3 --miner {miner} --isl-budget 1.5 --isl-grow --isl-share 0.5 --isl-keep")
+    lines = run(
+        tmp_path,
+        f"--epochs 3 --isl-rounds 3 --miner {miner} --isl-budget 1.5 --isl-grow --isl-share 0.5"
+        " --isl-keep",
+    )
     rounds = [line for line in lines if line["kind"] == "round"]
     assert [(line["epoch"], line["miner"]) for line in rounds] == [(1, miner), (2, miner)]
     assert [line["mean_size"] for line in rounds] == pytest.approx([1.5, 3.0], abs=0.01)
@@ -297,9 +367,17 @@ def test_rounds_mine_between_them_and_the_budget_grows(tmp_path, miner):
 
 def test_a_bank_that_starts_from_a_file_holds_its_features(tmp_path):
     run(tmp_path / "a", "--epochs 1 --isl-hpe 0")
-    run(tmp_path / "b", f"--epochs 1 --max-steps 1 --lr 0 --isl-bank-mix 1 --isl-half-bank --init {tmp_path / 'a' / 'checkpoint_last.pth.tar'}")
-    rows = torch.load(tmp_path / "b" / "checkpoint_last.pth.tar", weights_only=True)["isl"]["state"]["bank"]["rows"]
+    run(
+        tmp_path / "b",
+        "--epochs 1 --max-steps 1 --lr 0 --isl-bank-mix 1 --isl-half-bank --init"
+        f" {tmp_path / 'a' / 'checkpoint_last.pth.tar'}",
+    )
+    rows = torch.load(tmp_path / "b" / "checkpoint_last.pth.tar", weights_only=True)["isl"][
+        "state"
+    ]["bank"]["rows"]
     random_rows = build(sets=False).bank.rows
     assert rows.dtype == torch.float16
-    mean = lambda x: F.normalize(x.float(), dim=1).mean(0).norm()  # noqa: E731
-    assert mean(rows) > 0.5 > mean(random_rows), "features of an encoder share a direction, random rows do not"
+    mean = lambda x: F.normalize(x.float(), dim=1).mean(0).norm()
+    assert mean(rows) > 0.5 > mean(random_rows), (
+        "features of an encoder share a direction, random rows do not"
+    )

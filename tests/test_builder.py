@@ -1,4 +1,6 @@
-"""The drop-in contract: MoCo's state-dict keys, its forward, and its loss sequence against an independent MoCo written with loops."""
+"""The drop-in contract: MoCo's state-dict keys, its forward, and its loss sequence against an
+independent MoCo written with loops.
+"""
 
 import copy
 from pathlib import Path
@@ -32,22 +34,39 @@ def images(n, seed):
 @pytest.mark.parametrize(("mlp", "count"), [(False, 246), (True, 250)])
 def test_state_dict_keys_are_mocos(mlp, count):
     """The stored list is that of `moco.builder.MoCo` around torchvision's ResNet-18."""
-    stored = dict(line.split() for line in (Path(__file__).parent / "data" / "moco_resnet18_keys.txt").read_text().splitlines())
-    stored = {name: shape for name, shape in stored.items() if (".fc.0" in name or ".fc.2" in name) <= mlp and not (mlp and name.endswith(("fc.weight", "fc.bias")))}
+    stored = dict(
+        line.split()
+        for line in (
+            (Path(__file__).parent / "data" / "moco_resnet18_keys.txt").read_text().splitlines()
+        )
+    )
+    stored = {
+        name: shape
+        for name, shape in stored.items()
+        if (".fc.0" in name or ".fc.2" in name) <= mlp
+        and not (mlp and name.endswith(("fc.weight", "fc.bias")))
+    }
     model = MoCo(torchvision.models.resnet18, 128, 512, mlp=mlp)
-    found = {name: "x".join(map(str, value.shape)) or "-" for name, value in model.state_dict().items()}
+    found = {
+        name: "x".join(map(str, value.shape)) or "-" for name, value in model.state_dict().items()
+    }
     assert len(found) == count
     assert found == stored
 
 
 def test_forward_is_mocos():
-    """logits, labels, the enqueued keys and the momentum step, each by its formula; the queue wraps around and K need not be a multiple."""
+    """logits, labels, the enqueued keys and the momentum step, each by its formula; the queue wraps
+    around and K need not be a multiple.
+    """
     torch.manual_seed(0)
     model = MoCo(tiny, C, K, m=0.9, T=0.2)
     for step in range(5):
         im_q, im_k = images(7, 2 * step), images(7, 2 * step + 1)
         queue, ptr = model.queue.clone(), int(model.queue_ptr)
-        keys = [0.9 * k + 0.1 * q for k, q in zip(model.encoder_k.parameters(), model.encoder_q.parameters())]
+        keys = [
+            0.9 * k + 0.1 * q
+            for k, q in zip(model.encoder_k.parameters(), model.encoder_q.parameters())
+        ]
         logits, labels = model(im_q, im_k)
         for mine, truth in zip(model.encoder_k.parameters(), keys):
             assert torch.allclose(mine, truth, atol=1e-6)
@@ -73,7 +92,9 @@ def test_the_key_encoder_follows_whatever_became_of_the_parameters():
         with torch.no_grad():
             for p in model.encoder_q.parameters():
                 p.add_(1.0)
-        wanted = [(k + q) / 2 for k, q in zip(model.encoder_k.parameters(), model.encoder_q.parameters())]
+        wanted = [
+            (k + q) / 2 for k, q in zip(model.encoder_k.parameters(), model.encoder_q.parameters())
+        ]
         kept = model._pairs
         model.encode(images(4, 0).to(wanted[0].dtype), images(4, 1).to(wanted[0].dtype))
         assert all(torch.allclose(k, w) for k, w in zip(model.encoder_k.parameters(), wanted))
@@ -83,7 +104,9 @@ def test_the_key_encoder_follows_whatever_became_of_the_parameters():
     copied = copy.deepcopy(model)
     before = [p.clone() for p in model.parameters()]
     assert_follows(copied)
-    assert all(torch.equal(p, was) for p, was in zip(model.parameters(), before)), "a copy moves its own parameters"
+    assert all(torch.equal(p, was) for p, was in zip(model.parameters(), before)), (
+        "a copy moves its own parameters"
+    )
     model.load_state_dict(copied.state_dict(), assign=True)  # other objects
     model.requires_grad_(True).copy_query_to_key()
     assert_follows(model)
@@ -100,14 +123,25 @@ def test_the_key_encoder_follows_whatever_became_of_the_parameters():
 
 def test_key_encoder_starts_as_a_copy_without_gradient():
     model = MoCo(tiny, C, K)
-    assert all(torch.equal(q, k) and not k.requires_grad for q, k in zip(model.encoder_q.parameters(), model.encoder_k.parameters()))
+    assert all(
+        torch.equal(q, k) and not k.requires_grad
+        for q, k in zip(model.encoder_q.parameters(), model.encoder_k.parameters())
+    )
 
 
 class MoCoByHand:
-    """MoCo v2 in loops over images and keys, with SGD written out; imports nothing of the package."""
+    """MoCo v2 in loops over images and keys, with SGD written out; imports nothing of the
+    package.
+    """
 
     def __init__(self, encoder_q, encoder_k, queue, m, T, lr, momentum):
-        self.q, self.k, self.queue, self.m, self.T, self.lr, self.momentum = encoder_q, encoder_k, [*queue.clone()], m, T, lr, momentum
+        self.q = encoder_q
+        self.k = encoder_k
+        self.queue = [*queue.clone()]
+        self.m = m
+        self.T = T
+        self.lr = lr
+        self.momentum = momentum
         self.velocity = [torch.zeros_like(p) for p in encoder_q.parameters()]
         self.ptr = 0
 
@@ -166,11 +200,14 @@ def test_without_mining_it_trains_moco(front):
     truth = [by_hand.step(images(6, 10 + s), images(6, 20 + s)) for s in range(8)]
     mine = losses(ISL(model, M, active=False) if front == "isl" else model, 8, sgd(model))
     assert mine == pytest.approx(truth, abs=1e-5)
-    assert truth[0] != pytest.approx(truth[-1], abs=1e-3), "it must have trained for this to say anything"
+    assert truth[0] != pytest.approx(truth[-1], abs=1e-3), (
+        "it must have trained for this to say anything"
+    )
 
 
 def _two_ranks(rank, world, active):
-    torch.manual_seed(1)  # as moco(); made here, since DistributedDataParallel wants the process group
+    # as moco(); made here, since DistributedDataParallel wants the process group
+    torch.manual_seed(1)
     model = MoCo(tiny, C, K, m=0.9, T=0.2)
     isl = _with_positives(ISL(model, M), active)
     share = losses(isl, 6, sgd(model), slice(rank * 3, rank * 3 + 3))
@@ -183,14 +220,20 @@ def _with_positives(isl, active):
     isl.active = active
     if active:
         src = torch.arange(M)
-        isl.positives = PositiveSets.from_edges(M, torch.cat([src, src]), torch.cat([(src + 3) % M, (src + 5) % M]))
-        isl.bank.fill(F.normalize(torch.randn(M, C, generator=torch.Generator().manual_seed(2)), dim=1))
+        isl.positives = PositiveSets.from_edges(
+            M, torch.cat([src, src]), torch.cat([(src + 3) % M, (src + 5) % M])
+        )
+        isl.bank.fill(
+            F.normalize(torch.randn(M, C, generator=torch.Generator().manual_seed(2)), dim=1)
+        )
     return isl
 
 
 @pytest.mark.parametrize("active", [False, True])
 def test_two_ranks_equal_one_process(active):
-    """Mean of the ranks' losses, weights, queue, bank, slots and positives; for an encoder without batch norm."""
+    """Mean of the ranks' losses, weights, queue, bank, slots and positives; for an encoder without
+    batch norm.
+    """
     model = moco()
     isl = _with_positives(ISL(model, M), active)
     truth = losses(isl, 6, sgd(model))
@@ -214,19 +257,25 @@ def _flat(state, prefix=""):
 
 
 def test_logits_in_half_precision_are_divided_in_single():
-    """Autocast's products are float16, which ends at 65,504: at T 1e-5 any cosine above 0.66 was an infinite logit."""
+    """Autocast's products are float16, which ends at 65,504: at T 1e-5 any cosine above 0.66 was an
+    infinite logit.
+    """
     torch.manual_seed(0)
     model = MoCo(tiny, C, K, T=1e-5)
     with torch.autocast("cpu", torch.float16):
         logits, _ = model(images(4, 0), images(4, 0))
-    assert logits.dtype == torch.float32 and logits[:, 0].tolist() == pytest.approx([1e5] * 4, rel=2**-10)
+    assert logits.dtype == torch.float32 and logits[:, 0].tolist() == pytest.approx(
+        [1e5] * 4, rel=2**-10
+    )
 
 
-# ---- shuffling BN on one device --------------------------------------------------------------------------------------
+# ---- shuffling BN on one device ------------------------------------------------------------------
 
 
 def in_parts(splits, **options):
-    """A MoCo whose batch norm takes `splits` parts of a batch, in float64; the key encoder stays where it is."""
+    """A MoCo whose batch norm takes `splits` parts of a batch, in float64; the key encoder stays
+    where it is.
+    """
 
     def encoder(num_classes=C):
         stem = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())  # [N, 4, 2, 2]
@@ -246,13 +295,19 @@ def changed_by_image_3(model, seed, part=slice(None), layout=torch.contiguous_fo
         for view in views:
             view[3] *= 1 - other
         torch.manual_seed(seed)
-        encoded.append(model.encode(*(view[part].contiguous(memory_format=layout) for view in views), **options))
+        encoded.append(
+            model.encode(
+                *(view[part].contiguous(memory_format=layout) for view in views), **options
+            )
+        )
     return [(a != b).any(1).nonzero().squeeze(1).tolist() for a, b in zip(*encoded)]
 
 
 def test_a_key_is_not_normalised_with_the_images_of_its_query():
-    """The query of an image tells a key by the statistics that they share. Of 8 parts, queries 3, 11, 19 and 27 are one, and keys 3 and three random ones.
-    Of 100 draws each other key is with key 3 in 3 / 31, which is 10 +- 3, whether its query is with query 3 or not."""
+    """The query of an image tells a key by the statistics that they share. Of 8 parts, queries 3,
+    11, 19 and 27 are one, and keys 3 and three random ones. Of 100 draws each other key is with key
+    3 in 3 / 31, which is 10 +- 3, whether its query is with query 3 or not.
+    """
     model, met = in_parts(8), torch.zeros(32, dtype=torch.int64)
     for seed in range(100):
         queries, keys = changed_by_image_3(model, seed)
@@ -269,22 +324,38 @@ def test_each_view_of_a_symmetric_step_is_shuffled_by_a_draw_of_its_own():
         queries, keys = changed_by_image_3(in_parts(8), seed, symmetric=True)
         assert queries == [3, 11, 19, 27, 35, 43, 51, 59] and len(keys) == 8
         first, second = [i for i in keys if i < 32], [i - 32 for i in keys if i >= 32]
-        assert 3 in first and 3 in second and [3, 11, 19, 27] not in (first, second) and first != second
+        assert (
+            3 in first
+            and 3 in second
+            and [3, 11, 19, 27] not in (first, second)
+            and first != second
+        )
 
 
 def test_the_fast_path_shuffles_too(monkeypatch):
-    """Compiled encoders, channels last, batches counted at once: what the key encoder is shown is still channels last."""
+    """Compiled encoders, channels last, batches counted at once: what the key encoder is shown is
+    still channels last.
+    """
     model, shown = in_parts(8).to(memory_format=torch.channels_last), []
-    monkeypatch.setattr(torch, "compile", lambda fn, dynamic, options: lambda x, *rest: (shown.append(x), fn(x, *rest))[1])
+    monkeypatch.setattr(
+        torch,
+        "compile",
+        lambda fn, dynamic, options: lambda x, *rest: (shown.append(x), fn(x, *rest))[1],
+    )
     fast.count_batches_at_once(model)
     fast.compile_encoders(model, 32)
     queries, keys = changed_by_image_3(model, 0, layout=torch.channels_last)
     assert queries == [3, 11, 19, 27] != keys and 3 in keys and len(keys) == 4
-    assert len(shown) == 4 and all(x.is_contiguous(memory_format=torch.channels_last) for x in shown)
+    assert len(shown) == 4 and all(
+        x.is_contiguous(memory_format=torch.channels_last) for x in shown
+    )
 
 
 def test_shuffled_keys_are_those_of_their_images():
-    """By hand: the encoder on the permuted batch, put back. The permutation is one draw of the device's own generator, and none without parts."""
+    """By hand: the encoder on the permuted batch, put back.
+
+    The permutation is one draw of the device's own generator, and none without parts.
+    """
     model, im_q, im_k = in_parts(4), images(12, 5).double(), images(12, 6).double()
     torch.manual_seed(7)
     _, k = model.encode(im_q, im_k)
@@ -299,14 +370,18 @@ def test_shuffled_keys_are_those_of_their_images():
         _, k = other.encode(im_q, im_k)
         assert torch.equal(torch.rand(1), torch.rand(1, generator=torch.Generator().manual_seed(7)))
         assert torch.allclose(k, F.normalize(other.encoder_k(im_k).float(), dim=1))
-    assert changed_by_image_3(in_parts(8, bn_shuffle=False), 0) == [[3, 11, 19, 27]] * 2, "a run that began so goes on so"
+    assert changed_by_image_3(in_parts(8, bn_shuffle=False), 0) == [[3, 11, 19, 27]] * 2, (
+        "a run that began so goes on so"
+    )
 
 
 def test_parts_are_looked_for_again_where_layers_may_have_changed():
     model = in_parts(1)
     assert changed_by_image_3(model, 0) == [list(range(32))] * 2
     split_batch_norm(model, 8)
-    assert len(changed_by_image_3(model.train(), 0)[1]) == 4 and changed_by_image_3(model, 0)[1] != [3, 11, 19, 27]
+    assert len(changed_by_image_3(model.train(), 0)[1]) == 4 and changed_by_image_3(model, 0)[
+        1
+    ] != [3, 11, 19, 27]
 
 
 def _two_ranks_in_parts(rank, world):

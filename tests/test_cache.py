@@ -45,7 +45,10 @@ class Held:
 
     def equals_the_files(self) -> bool:
         decoded = data.load_into_memory(self.files)
-        return torch.equal(self.images, decoded.images) and self.dataset.unreadable == decoded.unreadable
+        return (
+            torch.equal(self.images, decoded.images)
+            and self.dataset.unreadable == decoded.unreadable
+        )
 
 
 def file_in(where: Path) -> Path:
@@ -57,7 +60,7 @@ def never(*_, **__):
     raise AssertionError("decoded anew")
 
 
-# ---- what it gives ---------------------------------------------------------------------------------------------------
+# ---- what it gives -------------------------------------------------------------------------------
 
 
 def test_mapped_images_equal_decoded_ones(folder, tmp_path, monkeypatch):
@@ -68,7 +71,10 @@ def test_mapped_images_equal_decoded_ones(folder, tmp_path, monkeypatch):
     again = Held(folder, where)
     assert again.said == [f"=> 12 decoded images from cache {file_in(where)}"]
     assert again.equals_the_files() and again.dataset.unreadable == [2, 11]
-    assert again.dataset.labels.tolist() == [0] * 6 + [1] * 6 and again.dataset.classes == ["a", "b"]
+    assert again.dataset.labels.tolist() == [0] * 6 + [1] * 6 and again.dataset.classes == [
+        "a",
+        "b",
+    ]
     assert again.dataset.path(3) == str(folder / "train" / "a" / "03.png")
 
 
@@ -78,19 +84,31 @@ def test_what_is_written_into_mapped_images_stays_out_of_the_file(folder, tmp_pa
     before = file_in(tmp_path / "cache").read_bytes()
     held = Held(folder, tmp_path / "cache")
     on_device = held.dataset.images_on("cpu")
-    assert torch.equal(on_device[torch.tensor([3, 1])], held.images[[3, 1]]) and held.images.to(torch.float32).sum() > 0
+    assert (
+        torch.equal(on_device[torch.tensor([3, 1])], held.images[[3, 1]])
+        and held.images.to(torch.float32).sum() > 0
+    )
     held.images.zero_()
-    assert file_in(tmp_path / "cache").read_bytes() == before and Held(folder, tmp_path / "cache").equals_the_files()
+    assert (
+        file_in(tmp_path / "cache").read_bytes() == before
+        and Held(folder, tmp_path / "cache").equals_the_files()
+    )
 
 
 def test_images_held_out_equal_those_held_out_of_the_files(folder, tmp_path):
     """Also where an image cannot be read: the next one of its own part stands in for it."""
     for seed in range(8):
         held = Held(folder, tmp_path / "cache")
-        for ours, files in zip(data.holdout(held.dataset, 5, seed), data.holdout(held.files, 5, seed)):
+        for ours, files in zip(
+            data.holdout(held.dataset, 5, seed), data.holdout(held.files, 5, seed)
+        ):
             decoded = data.load_into_memory(files)
-            assert torch.equal(ours.images, decoded.images) and ours.unreadable == decoded.unreadable
-            assert [ours.path(i) for i in range(len(ours))] == [files.path(i) for i in range(len(files))]
+            assert (
+                torch.equal(ours.images, decoded.images) and ours.unreadable == decoded.unreadable
+            )
+            assert [ours.path(i) for i in range(len(ours))] == [
+                files.path(i) for i in range(len(files))
+            ]
             assert torch.equal(ours.labels, files.labels)
 
 
@@ -105,7 +123,9 @@ def test_loaders_give_the_same_batches_and_name_the_same_broken_images(folder, t
         loader = data.train_loader(dataset, **options)
         got.append([torch.stack(views) for views, _ in loader.epoch(0)])
         bad.append([i for i, _ in loader.bad_images()])
-        crops = data.eval_loader(dataset, transform=data.get_eval_transform("folder", 20), batch_size=5)
+        crops = data.eval_loader(
+            dataset, transform=data.get_eval_transform("folder", 20), batch_size=5
+        )
         got[-1] += [images for images, _ in crops]
         bad.append([i for i, _ in crops.bad_images()])
     assert all(torch.equal(*pair) for pair in zip(*got)) and bad == [[2, 11]] * 4
@@ -116,7 +136,7 @@ def test_data_is_told_apart_as_by_its_files(folder, tmp_path):
     assert features.identity([held.dataset]) == features.identity([held.files])
 
 
-# ---- when it is not used ---------------------------------------------------------------------------------------------
+# ---- when it is not used -------------------------------------------------------------------------
 
 
 def touch(folder: Path) -> None:
@@ -144,16 +164,26 @@ def repair(folder: Path) -> None:
     draw(folder / "train" / "a" / "02.png", 2)
 
 
-@pytest.mark.parametrize("change, words", [
-    (touch, "1 of 12 images changed"), (rewrite, "1 of 12 images changed"), (rename, "1 of 12 images changed, 1 are gone"),
-    (add, "1 of 13 images changed"), (remove, "0 of 10 images changed, 2 are gone"), (repair, "1 of 12 images changed"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (touch, "1 of 12 images changed"),
+        (rewrite, "1 of 12 images changed"),
+        (rename, "1 of 12 images changed, 1 are gone"),
+        (add, "1 of 13 images changed"),
+        (remove, "0 of 10 images changed, 2 are gone"),
+        (repair, "1 of 12 images changed"),
+    ],
+)
 def test_a_stale_cache_is_decoded_anew(folder, tmp_path, change, words):
     where = tmp_path / "cache"
     Held(folder, where)
     change(folder)
     held = Held(folder, where)
-    assert held.said[0] == f"=> cache {where} is stale ({words}): decoding anew" and held.equals_the_files()
+    assert (
+        held.said[0] == f"=> cache {where} is stale ({words}): decoding anew"
+        and held.equals_the_files()
+    )
     assert len(Held(folder, where).said) == 1 and Held(folder, where).equals_the_files()
 
 
@@ -179,7 +209,10 @@ def test_a_damaged_cache_is_decoded_anew(folder, tmp_path, damage):
     path = file_in(tmp_path / "cache")
     path.write_bytes(damage(path.read_bytes()))
     held = Held(folder, tmp_path / "cache")
-    assert held.said[0] == f"=> cache {tmp_path / 'cache'} is damaged: decoding anew" and held.equals_the_files()
+    assert (
+        held.said[0] == f"=> cache {tmp_path / 'cache'} is damaged: decoding anew"
+        and held.equals_the_files()
+    )
     assert len(Held(folder, tmp_path / "cache").said) == 1
 
 
@@ -197,19 +230,30 @@ def test_a_cache_folder_holds_several_sets_and_splits(folder, tmp_path):
         assert len(held.said) == 1 and held.equals_the_files()
 
 
-@pytest.mark.parametrize("sides, words", [((80, 80), "are larger than 64 pixels and stay in their files"),
-                                          ((16, 20), "--cache keeps nothing: images to be held in memory must have one size")])  # fmt: skip
+@pytest.mark.parametrize(
+    "sides, words",
+    [
+        ((80, 80), "are larger than 64 pixels and stay in their files"),
+        ((16, 20), "--cache keeps nothing: images to be held in memory must have one size"),
+    ],
+)
 def test_images_that_are_not_kept_stay_in_their_files_and_it_is_said(tmp_path, sides, words):
     for i, side in enumerate(sides):
         draw(tmp_path / "set" / f"{i}.png", i, side)
     held = Held(tmp_path / "set", tmp_path / "cache")
-    assert held.dataset is held.files and words in held.said[0] and not list((tmp_path / "cache").glob("*"))
+    assert (
+        held.dataset is held.files
+        and words in held.said[0]
+        and not list((tmp_path / "cache").glob("*"))
+    )
 
 
-# ---- writing ---------------------------------------------------------------------------------------------------------
+# ---- writing -------------------------------------------------------------------------------------
 
 
-def test_what_is_interrupted_leaves_nothing_and_what_was_killed_is_removed(folder, tmp_path, monkeypatch):
+def test_what_is_interrupted_leaves_nothing_and_what_was_killed_is_removed(
+    folder, tmp_path, monkeypatch
+):
     where = tmp_path / "cache"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -225,12 +269,16 @@ def test_what_is_interrupted_leaves_nothing_and_what_was_killed_is_removed(folde
 
 def test_no_room_is_bad_input_before_anything_is_decoded(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "load_into_memory", never)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 12 * 3 * 16 * 16 - 1}))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda _: type("Usage", (), {"free": 12 * 3 * 16 * 16 - 1})
+    )
     with pytest.raises(BadInput, match="has 0.0 GiB free, and the decoded images take"):
         Held(folder, tmp_path / "cache")
 
 
-def test_a_folder_that_takes_no_file_is_bad_input_but_a_full_cache_there_is_used(folder, tmp_path, monkeypatch):
+def test_a_folder_that_takes_no_file_is_bad_input_but_a_full_cache_there_is_used(
+    folder, tmp_path, monkeypatch
+):
     Held(folder, tmp_path / "cache")
 
     def refuse(**_):
@@ -239,7 +287,9 @@ def test_a_folder_that_takes_no_file_is_bad_input_but_a_full_cache_there_is_used
     monkeypatch.setattr(cache.tempfile, "TemporaryFile", refuse)
     assert len(Held(folder, tmp_path / "cache").said) == 1
     touch(folder)
-    with pytest.raises(BadInput, match="cache' cannot be written: Permission denied; expected a folder"):
+    with pytest.raises(
+        BadInput, match="cache' cannot be written: Permission denied; expected a folder"
+    ):
         Held(folder, tmp_path / "cache")
 
 
@@ -251,7 +301,10 @@ def _hold(folder: str, where: str, ready, results) -> None:
 
 def test_processes_that_start_at_once_decode_once(folder, tmp_path):
     ready, results = SERVER.Event(), SERVER.Queue()
-    processes = [SERVER.Process(target=_hold, args=(str(folder), str(tmp_path / "cache"), ready, results)) for _ in range(3)]
+    processes = [
+        SERVER.Process(target=_hold, args=(str(folder), str(tmp_path / "cache"), ready, results))
+        for _ in range(3)
+    ]
     for process in processes:
         process.start()
     ready.set()
@@ -271,12 +324,19 @@ def test_without_locks_each_writes_a_whole_file(folder, tmp_path, monkeypatch):
     assert len(Held(folder, tmp_path / "cache").said) == 1
 
 
-# ---- the scripts -----------------------------------------------------------------------------------------------------
+# ---- the scripts ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("flags", [[], ["--on-device"]])
 def test_runs_with_and_without_are_equal_and_one_goes_on_with_the_other(tmp_path, flags):
-    argv = [*map(str, photos(tmp_path / "photos", 20, side=16)), *flags, "--knn-holdout", "5", "--epochs", "2"]
+    argv = [
+        *map(str, photos(tmp_path / "photos", 20, side=16)),
+        *flags,
+        "--knn-holdout",
+        "5",
+        "--epochs",
+        "2",
+    ]
     (tmp_path / "photos" / "train" / "07.jpg").write_bytes(b"broken")
     argv += ["--max-bad-images", "1"]
     cached = [*argv, "--cache", str(tmp_path / "cache")]
@@ -284,7 +344,11 @@ def test_runs_with_and_without_are_equal_and_one_goes_on_with_the_other(tmp_path
         code, said, err = ask([*command, "--out", str(tmp_path / out)])
         assert (code, err) == (0, "") and said.count("07.jpg cannot be read") == 1, said
     assert "=> 20 decoded images from cache" in said
-    assert differences(tmp_path / "plain", tmp_path / "cold") == [] == differences(tmp_path / "plain", tmp_path / "warm")
+    assert (
+        differences(tmp_path / "plain", tmp_path / "cold")
+        == []
+        == differences(tmp_path / "plain", tmp_path / "warm")
+    )
     assert ask([*argv, "--max-steps", "5", "--out", str(tmp_path / "half")])[0] == 0
     assert ask([*cached, "--out", str(tmp_path / "half"), "--resume", "auto"])[0] == 0
     assert differences(tmp_path / "plain", tmp_path / "half") == []
@@ -293,37 +357,102 @@ def test_runs_with_and_without_are_equal_and_one_goes_on_with_the_other(tmp_path
 def test_two_ranks_share_a_cache(tmp_path):
     argv = [*photos(tmp_path / "photos", 16, side=16), "--on-device", "--epochs", 1]
     run([*argv, "--out", tmp_path / "plain"], tmp_path / "log", ranks=2)
-    run([*argv, "--cache", tmp_path / "cache", "--out", tmp_path / "cached"], tmp_path / "log", ranks=2)
-    assert differences(tmp_path / "plain", tmp_path / "cached") == [] and file_in(tmp_path / "cache")
+    run(
+        [*argv, "--cache", tmp_path / "cache", "--out", tmp_path / "cached"],
+        tmp_path / "log",
+        ranks=2,
+    )
+    assert differences(tmp_path / "plain", tmp_path / "cached") == [] and file_in(
+        tmp_path / "cache"
+    )
 
 
 def test_a_disk_that_is_full_in_the_end_costs_the_cache_and_not_the_run(tmp_path):
-    argv = [*photos(tmp_path / "photos", 200, side=64), "--on-device", "--image-size", 16, "--max-steps", 1]
-    running = Running([*argv, "--cache", tmp_path / "cache", "--out", tmp_path / "out"], tmp_path / "log", largest_file=2_000_000)
+    argv = [
+        *photos(tmp_path / "photos", 200, side=64),
+        "--on-device",
+        "--image-size",
+        16,
+        "--max-steps",
+        1,
+    ]
+    running = Running(
+        [*argv, "--cache", tmp_path / "cache", "--out", tmp_path / "out"],
+        tmp_path / "log",
+        largest_file=2_000_000,
+    )
     assert running.codes() == [0] and "=> warning: cannot write " in running.said(), running.said()
-    assert "File too large; going on with the images in memory" in running.said() and list((tmp_path / "cache").iterdir()) == []
+    assert (
+        "File too large; going on with the images in memory" in running.said()
+        and list((tmp_path / "cache").iterdir()) == []
+    )
 
 
 def test_both_evaluations_take_the_cache(tmp_path, capsys):
     for i in range(24):
         draw(tmp_path / "set" / ("train" if i < 16 else "val") / "ab"[i % 2] / f"{i:02}.png", i)
-    argv = [str(tmp_path / "set"), *photos(tmp_path / "photos", 8)[1:], "--max-steps", "1", "--out", str(tmp_path / "run")]
+    argv = [
+        str(tmp_path / "set"),
+        *photos(tmp_path / "photos", 8)[1:],
+        "--max-steps",
+        "1",
+        "--out",
+        str(tmp_path / "run"),
+    ]
     assert ask(argv)[0] == 0
-    pretrained = ["--pretrained", str(tmp_path / "run" / "checkpoint_last.pth.tar"), str(tmp_path / "set"), "--device", "cpu", "-j", "0"]
+    pretrained = [
+        "--pretrained",
+        str(tmp_path / "run" / "checkpoint_last.pth.tar"),
+        str(tmp_path / "set"),
+        "--device",
+        "cpu",
+        "-j",
+        "0",
+    ]
     cached = ["--cache", str(tmp_path / "cache")]
     capsys.readouterr()
     tables = []
     for flags in ([], cached, cached):
-        assert main_knn.main([*pretrained, "--k", "3", *flags, "--features", str(tmp_path / "features.safetensors")]) == 0
+        assert (
+            main_knn.main(
+                [
+                    *pretrained,
+                    "--k",
+                    "3",
+                    *flags,
+                    "--features",
+                    str(tmp_path / "features.safetensors"),
+                ]
+            )
+            == 0
+        )
         said = capsys.readouterr().out
-        tables.append([line for line in said.splitlines() if line.startswith(("output", "backbone"))])
+        tables.append(
+            [line for line in said.splitlines() if line.startswith(("output", "backbone"))]
+        )
         assert ("=> --cache: no image is read" in said) == bool(flags)
     assert tables[0] == tables[1] == tables[2] and not (tmp_path / "cache").exists()
     rows = []
     for out, flags in {"plain": [], "cold": cached, "warm": cached}.items():
-        command = [*pretrained, "--epochs", "2", "-b", "4", "--seed", "1", *flags, "--out", str(tmp_path / out)]
-        assert main_lincls.main(command) == 0 and main_knn.main([*pretrained, "--k", "3", *flags]) == 0
+        command = [
+            *pretrained,
+            "--epochs",
+            "2",
+            "-b",
+            "4",
+            "--seed",
+            "1",
+            *flags,
+            "--out",
+            str(tmp_path / out),
+        ]
+        assert (
+            main_lincls.main(command) == 0 and main_knn.main([*pretrained, "--k", "3", *flags]) == 0
+        )
         said = capsys.readouterr().out
-        rows.append([line for line in said.splitlines() if line.startswith((" *", "output", "backbone"))])
-        assert said.count("=> train: 16 images, 2 classes\n=> val: 8 images, 2 classes\n") == 2  # once each
+        rows.append(
+            [line for line in said.splitlines() if line.startswith((" *", "output", "backbone"))]
+        )
+        # once each
+        assert said.count("=> train: 16 images, 2 classes\n=> val: 8 images, 2 classes\n") == 2
     assert rows[0] == rows[1] == rows[2] and "=> 8 decoded images from cache" in said

@@ -1,4 +1,6 @@
-"""Counted draws: the numbers of a known generator, uniform, and a function of (seed, epoch, index, view) alone."""
+"""Counted draws: the numbers of a known generator, uniform, and a function of (seed, epoch, index,
+view) alone.
+"""
 
 import math
 import random

@@ -63,7 +63,8 @@ def test_digits_are_the_files_in_file_order():
         and torch.equal(images[:, 0], images[:, 2])
     )
     small = torch.from_numpy(load_digits.images).float() * 255 / 16
-    corner = images[:, 0, ::15, ::15].float()  # the corners of a bilinear doubling are the corners of the original
+    # the corners of a bilinear doubling are the corners of the original
+    corner = images[:, 0, ::15, ::15].float()
     assert (corner - small[:, ::7, ::7]).abs().max() <= 0.5
     assert (images[:, 0].float().mean((1, 2)) - small.mean((1, 2))).abs().max() < 8
     image, label = train[3]
@@ -79,7 +80,11 @@ def test_folder_is_read_as_imagefolder_does(tree):
 
     ours, theirs = build_dataset("folder", tree), ImageFolder(tree / "train")
     assert [(ours.path(i), int(ours.labels[i])) for i in range(len(ours))] == theirs.samples
-    assert ours.classes == theirs.classes == ["cat", "dog", "owl"] and ours.size_hint is None and len(ours) == 10
+    assert (
+        ours.classes == theirs.classes == ["cat", "dog", "owl"]
+        and ours.size_hint is None
+        and len(ours) == 10
+    )
     for i in range(len(ours)):
         assert ours[i][0].tobytes() == theirs[i][0].tobytes() and ours[i][1] == theirs[i][1]
 
@@ -87,10 +92,22 @@ def test_folder_is_read_as_imagefolder_does(tree):
 def test_folders_in_folders_come_in_the_order_of_their_paths(tmp_path):
     from torchvision.datasets import ImageFolder
 
-    for name in ("cat/b", "cat/a/b/1", "cat/a-b/2", "cat/a/c", "cat/a.b/3", "cat-2/a", "Cat/z", "cat/a/b/0", "cat/A/9"):
+    for name in (
+        "cat/b",
+        "cat/a/b/1",
+        "cat/a-b/2",
+        "cat/a/c",
+        "cat/a.b/3",
+        "cat-2/a",
+        "Cat/z",
+        "cat/a/b/0",
+        "cat/A/9",
+    ):
         save(tmp_path / f"{name}.png")
     ours = build_dataset("folder", tmp_path)
-    assert [(ours.path(i), int(ours.labels[i])) for i in range(len(ours))] == ImageFolder(tmp_path).samples
+    assert [(ours.path(i), int(ours.labels[i])) for i in range(len(ours))] == ImageFolder(
+        tmp_path
+    ).samples
 
 
 def test_val_is_numbered_by_the_classes_of_train(tree):
@@ -102,7 +119,9 @@ def test_flat_folder_has_no_labels(tmp_path):
     for name in ("b.png", "a.JPG", "c.bmp", ".hidden.png"):
         save(tmp_path / name)
     flat = build_dataset("folder", tmp_path)
-    assert [flat.path(i) for i in range(len(flat))] == [str(tmp_path / n) for n in ("a.JPG", "b.png", "c.bmp")]
+    assert [flat.path(i) for i in range(len(flat))] == [
+        str(tmp_path / n) for n in ("a.JPG", "b.png", "c.bmp")
+    ]
     assert flat.labels is None and flat.classes is None and flat[0][1] == -1
 
 
@@ -116,13 +135,18 @@ def test_images_beside_class_folders_are_used_too_and_then_none_has_a_label(tree
     before = build_dataset("folder", tree)
     save(tree / "train" / "stray.png")
     now = build_dataset("folder", tree)
-    assert names_below(now) == ["stray.png", *names_below(before)] and now.labels is None and now.classes is None
+    assert (
+        names_below(now) == ["stray.png", *names_below(before)]
+        and now.labels is None
+        and now.classes is None
+    )
     assert describe(train=now).splitlines()[1:] == [
-        "=> warning: train: 1 of 11 lie beside the class folders: all are used, and none has a label; expected "
-        f"'{tree}/train/<class>/<image>' where there are classes"
+        "=> warning: train: 1 of 11 lie beside the class folders: all are used, and none has a"
+        f" label; expected '{tree}/train/<class>/<image>' where there are classes"
     ]
     with pytest.raises(
-        BadInput, match=r"have no labels \(1 of 11 lie beside the class folders\): expected a folder a class"
+        BadInput,
+        match=r"have no labels \(1 of 11 lie beside the class folders\): expected a folder a class",
     ):
         labelled("folder", tree, "train")
 
@@ -136,8 +160,14 @@ def test_hidden_files_and_folders_are_no_images_and_no_classes(tree):
         save(tree / split / "dog" / ".thumbnails" / "1.png")
     for split, dataset in before.items():
         now = build_dataset("folder", tree, split)
-        assert [now.path(i) for i in range(len(now))] == [dataset.path(i) for i in range(len(dataset))]
-        assert torch.equal(now.labels, dataset.labels) and now.classes == dataset.classes == ["cat", "dog", "owl"]
+        assert [now.path(i) for i in range(len(now))] == [
+            dataset.path(i) for i in range(len(dataset))
+        ]
+        assert torch.equal(now.labels, dataset.labels) and now.classes == dataset.classes == [
+            "cat",
+            "dog",
+            "owl",
+        ]
 
 
 @pytest.mark.parametrize("target", ["loop", "gone"])
@@ -148,10 +178,19 @@ def test_a_link_that_leads_nowhere_in_place_of_a_class_is_refused(tree, target):
 
 
 def as_before(tree, images, labels, repeated):
-    """The tree's images and labels are those of before, and so many folders are said to be repeated."""
+    """The tree's images and labels are those of before, and so many folders are said to be
+    repeated.
+    """
     now = build_dataset("folder", tree)
-    assert names_below(now) == images and now.labels.tolist() == labels and now.classes == ["cat", "dog", "owl"]
-    assert f"skipped {repeated + 1}: " in now.layout.summary and f"{repeated} repeated folder" in now.layout.summary
+    assert (
+        names_below(now) == images
+        and now.labels.tolist() == labels
+        and now.classes == ["cat", "dog", "owl"]
+    )
+    assert (
+        f"skipped {repeated + 1}: " in now.layout.summary
+        and f"{repeated} repeated folder" in now.layout.summary
+    )
 
 
 def test_each_real_folder_is_read_once_whatever_links_lead_to_it(tree):
@@ -185,14 +224,21 @@ def test_a_class_folder_may_be_a_link_and_wins_against_links_deeper_down(tree, t
 def test_a_class_that_is_a_link_into_another_is_refused(tree, target):
     (tree / "train" / "animal").symlink_to(target)
     with pytest.raises(
-        BadInput, match=f"train/animal' is a link into the class '{target[:3]}': expected .*; remove the link"
+        BadInput,
+        match=(
+            f"train/animal' is a link into the class '{target[:3]}': expected .*; remove the link"
+        ),
     ):
         build_dataset("folder", tree)
 
 
 def test_links_to_single_images_are_images(tree):
     (tree / "train" / "dog" / "0b.png").symlink_to("0.png")
-    assert names_below(build_dataset("folder", tree))[4:7] == ["dog/0.png", "dog/0b.png", "dog/1.png"]
+    assert names_below(build_dataset("folder", tree))[4:7] == [
+        "dog/0.png",
+        "dog/0b.png",
+        "dog/1.png",
+    ]
 
 
 @pytest.mark.parametrize("folder", ["train", "train/dog", "train/cat/deeper/still"])
@@ -205,7 +251,9 @@ def test_a_folder_that_cannot_be_read_is_refused(tree, monkeypatch, folder):
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(BadInput, match=f"cannot read '.*{folder}': Permission denied; expected .* make it readable"):
+    with pytest.raises(
+        BadInput, match=f"cannot read '.*{folder}': Permission denied; expected .* make it readable"
+    ):
         build_dataset("folder", tree)
 
 
@@ -216,9 +264,11 @@ def test_what_is_skipped_is_counted_by_ending(tree):
         (tree / name).touch()
     (tree / "train" / "dog" / "link").symlink_to("nowhere")
     (tree / "train" / "empty").mkdir()
-    assert describe(train=build_dataset("folder", tree), val=build_dataset("folder", tree, "val")) == (
-        "=> train: 10 images, 3 classes and 1 class folder without images ('empty'); skipped 17: 11 .heic, 1 .gif, "
-        "1 .txt, 1 broken link, 1 hidden, 2 others; convert them, or install pillow-heif\n=> val: 6 images, 2 classes"
+    assert (
+        describe(train=build_dataset("folder", tree), val=build_dataset("folder", tree, "val"))
+        == "=> train: 10 images, 3 classes and 1 class folder without images ('empty'); skipped 17:"
+        " 11 .heic, 1 .gif, 1 .txt, 1 broken link, 1 hidden, 2 others; convert them, or install"
+        " pillow-heif\n=> val: 6 images, 2 classes"
     )
     assert describe(train=build_dataset("digits")) == "=> train: 1437 images, 10 classes"
     for path in (tree / "train").rglob("*.png"):
@@ -230,7 +280,9 @@ def test_what_is_skipped_is_counted_by_ending(tree):
 def test_images_are_counted_once_however_many_classes_there_are(tree, monkeypatch):
     """Counting them a class took minutes for the 21,841 classes of ImageNet-21k."""
     counts, counted = folders.Found.counts, []
-    monkeypatch.setattr(folders.Found, "counts", lambda found: counted.append(found.root) or counts(found))
+    monkeypatch.setattr(
+        folders.Found, "counts", lambda found: counted.append(found.root) or counts(found)
+    )
     assert build_dataset("folder", tree).layout.summary.startswith("10 images, 3 classes")
     assert counted == [str(tree / "train")]
 
@@ -241,7 +293,10 @@ def test_with_pillow_heif_photos_of_phones_are_images(monkeypatch):
     monkeypatch.setitem(sys.modules, "pillow_heif", fake)
     endings, formats = folders._kinds_of_images()
     assert (
-        registered and endings[-2:] == (".heic", ".heif") and formats[-1] == "HEIF" and {".jpg", ".webp"} < set(endings)
+        registered
+        and endings[-2:] == (".heic", ".heif")
+        and formats[-1] == "HEIF"
+        and {".jpg", ".webp"} < set(endings)
     )
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     assert folders._kinds_of_images()[1] == ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
@@ -251,11 +306,15 @@ def test_splits_that_would_be_classes_are_refused(tmp_path):
     for split in ("Training", "Testing"):
         for name in ("cat", "ship"):
             save(tmp_path / split / name / "1.png")
-    with pytest.raises(BadInput, match="'Testing', 'Training', which look like splits, .* such as '.*/Training'$"):
+    with pytest.raises(
+        BadInput, match="'Testing', 'Training', which look like splits, .* such as '.*/Training'$"
+    ):
         build_dataset("folder", tmp_path)
     assert build_dataset("folder", tmp_path / "Training").classes == ["cat", "ship"]
     (tmp_path / "Training").rename(tmp_path / "train")
-    assert f"'Testing' beside train/ in '{tmp_path}' is not read" in describe(train=build_dataset("folder", tmp_path))
+    assert f"'Testing' beside train/ in '{tmp_path}' is not read" in describe(
+        train=build_dataset("folder", tmp_path)
+    )
     with pytest.raises(BadInput, match="val is missing, and it holds 'Testing'; expected"):
         build_dataset("folder", tmp_path, "val")
 
@@ -264,17 +323,24 @@ def test_classes_beside_one_that_is_named_train_are_said_not_to_be_read(tmp_path
     for name in ("bus", "car", "train"):
         save(tmp_path / "all" / name / "1.png")
     (tmp_path / "all" / "notes").mkdir()
-    assert "'bus', 'car' beside train/ in " in describe(train=build_dataset("folder", tmp_path / "all"))
+    assert "'bus', 'car' beside train/ in " in describe(
+        train=build_dataset("folder", tmp_path / "all")
+    )
     (tmp_path / "all").rename(tmp_path / "train")
     dataset = build_dataset("folder", tmp_path)
-    assert dataset.classes == ["bus", "car", "notes", "train"] and "not read" not in describe(train=dataset)
+    assert dataset.classes == ["bus", "car", "notes", "train"] and "not read" not in describe(
+        train=dataset
+    )
 
 
 def test_a_val_that_is_train_is_named(tree):
     shutil.rmtree(tree / "val")
     (tree / "val").symlink_to("train")
     said = describe(train=build_dataset("folder", tree), val=build_dataset("folder", tree, "val"))
-    assert said.count("warning") == 1 and "=> warning: val: val/ is a link to train/, so each image" in said
+    assert (
+        said.count("warning") == 1
+        and "=> warning: val: val/ is a link to train/, so each image" in said
+    )
 
 
 def test_splits_among_or_inside_of_classes_are_named(tree):
@@ -287,7 +353,13 @@ def test_splits_among_or_inside_of_classes_are_named(tree):
 
 @pytest.mark.parametrize(
     "name, looks",
-    [("TRAIN", True), ("training_set", True), ("val2017", True), ("test-images", True), ("Validation", True)]
+    [
+        ("TRAIN", True),
+        ("training_set", True),
+        ("val2017", True),
+        ("test-images", True),
+        ("Validation", True),
+    ]
     + [(name, False) for name in ("trains", "protest", "contest", "valley", "tester", "dog")],
 )
 def test_names_of_splits(name, looks):
@@ -300,9 +372,11 @@ def test_one_class_is_no_label(tmp_path):
     one = build_dataset("folder", tmp_path)
     assert one.labels is None and one.classes is None and len(one) == 2
     found = "all lie in one class folder, 'images', which holds only folders ('cat', 'ship')"
-    assert describe(train=one) == (
-        f"=> train: 2 images, 1 class\n=> warning: train: {found}: nothing can be judged by one class, so they count as "
-        f"without labels; expected '{tmp_path}/train/<class>/<image>' where there are classes"
+    assert (
+        describe(train=one)
+        == f"=> train: 2 images, 1 class\n=> warning: train: {found}: nothing can be judged by one"
+        f" class, so they count as without labels; expected '{tmp_path}/train/<class>/<image>'"
+        " where there are classes"
     )
     with pytest.raises(BadInput) as error:
         labelled("folder", tmp_path, "train")
@@ -310,8 +384,8 @@ def test_one_class_is_no_label(tmp_path):
     save(tmp_path / "train" / "other" / "1.png")
     two = describe(train=build_dataset("folder", tmp_path))
     assert (
-        "=> warning: train: 1 of 2 classes hold only folders, such as 'images' ('cat', 'ship'), whose images count"
-        in two
+        "=> warning: train: 1 of 2 classes hold only folders, such as 'images' ('cat', 'ship'),"
+        " whose images count" in two
     )
 
 
@@ -411,14 +485,25 @@ def decoded(values, path):
     said = []
     grey = np.asarray(decode(path, unclear=said.append))[..., 0]
     pixels, _ = datasets.decode_pixels(str(path), min, said.append)
-    assert np.array_equal(pixels[0].numpy(), grey) and said[: len(said) // 2] == said[len(said) // 2 :]
+    assert (
+        np.array_equal(pixels[0].numpy(), grey) and said[: len(said) // 2] == said[len(said) // 2 :]
+    )
     return grey, said[: len(said) // 2]
 
 
 @pytest.mark.parametrize("top", [1, 255, 65535])
 @pytest.mark.parametrize(
     "value, becomes",
-    [(1.0001, 255), (2.0, 255), (1e9, 255), (np.inf, 255), (-1.0, 0), (-1e9, 0), (-np.inf, 0), (np.nan, 0)],
+    [
+        (1.0001, 255),
+        (2.0, 255),
+        (1e9, 255),
+        (np.inf, 255),
+        (-1.0, 0),
+        (-1e9, 0),
+        (-np.inf, 0),
+        (np.nan, 0),
+    ],
 )
 def test_one_pixel_does_not_decide_on_the_range_of_floats(tmp_path, top, value, becomes):
     values = (GREY16 / 65535 * top).astype(np.float32)
@@ -457,7 +542,9 @@ def test_one_pixel_does_not_decide_on_the_range_of_integers(tmp_path, top, value
 
 
 @pytest.mark.parametrize("kind", [np.int32, np.float32])
-@pytest.mark.parametrize("low, high", [(-1000, 3000), (-5_000_000, 20_000_000), (0, 20_000_000), (-90, -10)])
+@pytest.mark.parametrize(
+    "low, high", [(-1000, 3000), (-5_000_000, 20_000_000), (0, 20_000_000), (-90, -10)]
+)
 def test_other_ranges_are_those_of_the_values_but_the_outermost(tmp_path, kind, low, high):
     values = np.linspace(low, high, 120).astype(kind).reshape(10, 12)
     inner = np.sort(values.ravel()).astype(np.float64)[2:-2]  # 1 % of 120, and one
@@ -487,7 +574,11 @@ def test_the_range_equals_that_by_sorting():
                 values[rng.integers(n, size=2)] = (np.nan, 10 * scale)
                 low, high, _ = datasets.value_range(values, (1, 255, 65535))
                 wanted = range_by_sorting(values, (1, 255, 65535))
-                assert (low, high) == wanted or wanted[0] == wanted[1] == low == high - 1, (n, scale, shift)
+                assert (low, high) == wanted or wanted[0] == wanted[1] == low == high - 1, (
+                    n,
+                    scale,
+                    shift,
+                )
 
 
 def test_unsigned_integers_of_32_bits_are_not_taken_for_negative_ones(tmp_path):
@@ -496,7 +587,9 @@ def test_unsigned_integers_of_32_bits_are_not_taken_for_negative_ones(tmp_path):
     content = (tmp_path / "x.tif").read_bytes()
     signed = struct.pack("<HHIHH", 339, 3, 1, 2, 0)  # SampleFormat, the tag that tells them apart
     assert content.count(signed) == 1
-    (tmp_path / "x.tif").write_bytes(content.replace(signed, struct.pack("<HHIHH", 339, 3, 1, 1, 0)))
+    (tmp_path / "x.tif").write_bytes(
+        content.replace(signed, struct.pack("<HHIHH", 339, 3, 1, 1, 0))
+    )
     got = np.asarray(decode(tmp_path / "x.tif", unclear=lambda _: None))[..., 0].ravel()
     assert (np.diff(got.astype(int)) >= 0).all() and got[0] == 0 and got[-1] == 255
 
@@ -512,15 +605,21 @@ def test_an_unclear_range_is_said_once_a_data_set(tmp_path, capfd, workers):
     for i in range(6):
         Image.fromarray(np.full((10, 12), -5.0 - i, dtype=np.float32)).save(tmp_path / f"{i}.tif")
     dataset = build_dataset("folder", tmp_path)
-    loader = eval_loader(dataset, transform=get_eval_transform("folder", 8), batch_size=2, workers=workers)
+    loader = eval_loader(
+        dataset, transform=get_eval_transform("folder", 8), batch_size=2, workers=workers
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        warnings.showwarning = lambda message, *_: os.write(2, str(message).encode())  # in a worker too
+        # in a worker too
+        warnings.showwarning = lambda message, *_: os.write(2, str(message).encode())
         list(loader)
         loader.close()
         dataset.image(5)
     text = capfd.readouterr().err
-    assert text.count("values reach from") == 1 and "0.tif': values reach from -5 to -5: -5..-4 is taken" in text
+    assert (
+        text.count("values reach from") == 1
+        and "0.tif': values reach from -5 to -5: -5..-4 is taken" in text
+    )
 
 
 def test_big_endian_sixteen_bits(tmp_path):
@@ -575,7 +674,12 @@ def test_large_jpegs_may_be_decoded_smaller_but_not_below(tmp_path):
 
 
 def png_chunk(kind, content):
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    return (
+        struct.pack(">I", len(content))
+        + kind
+        + content
+        + struct.pack(">I", zlib.crc32(kind + content))
+    )
 
 
 def hostile(folder):
@@ -583,7 +687,9 @@ def hostile(folder):
     os.mkfifo(folder / "1_pipe.jpg")
     (folder / "2_device.jpg").symlink_to("/dev/zero")
     (folder / "3_folder.jpg").symlink_to(folder.parent)
-    (folder / "4_postscript.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 12 10\n%%EndComments\n")
+    (folder / "4_postscript.jpg").write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 12 10\n%%EndComments\n"
+    )
     Image.new("RGB", (12, 10)).save(folder / "5_gif.jpg", format="GIF")
     header = png_chunk(
         b"IHDR", struct.pack(">IIBBBBB", 1 << 15, 1 << 15, 8, 2, 0, 0, 0)
@@ -593,7 +699,9 @@ def hostile(folder):
     )
 
 
-def test_what_is_no_image_inside_is_unreadable_and_nothing_is_run_or_waited_for(tmp_path, monkeypatch):
+def test_what_is_no_image_inside_is_unreadable_and_nothing_is_run_or_waited_for(
+    tmp_path, monkeypatch
+):
     run = []
     monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: run.append(True))
     save(tmp_path / "a" / "0.png")
@@ -626,7 +734,10 @@ def fake_cifar(root, name):
     folder = root / {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}[name]
     folder.mkdir()
     rng = np.random.default_rng(0)
-    files = {"cifar10": [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"], "cifar100": ["train", "test"]}[name]
+    files = {
+        "cifar10": [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"],
+        "cifar100": ["train", "test"],
+    }[name]
     for file in files:
         labels = [0, 1, 2]
         batch = {
@@ -635,7 +746,9 @@ def fake_cifar(root, name):
         }
         (folder / file).write_bytes(pickle.dumps(batch))
     key = "label_names" if name == "cifar10" else "fine_label_names"
-    (folder / ("batches.meta" if name == "cifar10" else "meta")).write_bytes(pickle.dumps({key: ["a", "b", "c"]}))
+    (folder / ("batches.meta" if name == "cifar10" else "meta")).write_bytes(
+        pickle.dumps({key: ["a", "b", "c"]})
+    )
     return pickle.loads((folder / files[-1]).read_bytes())
 
 
@@ -645,19 +758,29 @@ def test_cifar_is_held_in_memory(tmp_path, monkeypatch, name, M):
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
     train, val = build_dataset(name, tmp_path), build_dataset(name, tmp_path, "val")
     assert (
-        train.images.shape == (M, 3, 32, 32) and train.images.dtype == torch.uint8 and val.labels.tolist() == [0, 1, 2]
+        train.images.shape == (M, 3, 32, 32)
+        and train.images.dtype == torch.uint8
+        and val.labels.tolist() == [0, 1, 2]
     )
-    assert np.array_equal(val.images.numpy().reshape(3, -1), test["data"]) and val.classes == ["a", "b", "c"]
+    assert np.array_equal(val.images.numpy().reshape(3, -1), test["data"]) and val.classes == [
+        "a",
+        "b",
+        "c",
+    ]
 
 
 def test_svhn_is_held_in_memory(tmp_path, monkeypatch):
     scipy_io = pytest.importorskip("scipy.io")
     X = np.random.default_rng(0).integers(0, 256, (32, 32, 3, 4), dtype=np.uint8)
     for split in ("train", "test"):
-        scipy_io.savemat(tmp_path / f"{split}_32x32.mat", {"X": X, "y": np.array([[1], [10], [3], [10]])})
+        scipy_io.savemat(
+            tmp_path / f"{split}_32x32.mat", {"X": X, "y": np.array([[1], [10], [3], [10]])}
+        )
     monkeypatch.setattr("torchvision.datasets.svhn.check_integrity", lambda *_: True)
     svhn = build_dataset("svhn", tmp_path, "val")
-    assert np.array_equal(svhn.images.numpy(), X.transpose(3, 2, 0, 1)) and svhn.labels.tolist() == [1, 0, 3, 0]
+    assert np.array_equal(
+        svhn.images.numpy(), X.transpose(3, 2, 0, 1)
+    ) and svhn.labels.tolist() == [1, 0, 3, 0]
     monkeypatch.setitem(__import__("sys").modules, "scipy.io", None)
     with pytest.raises(BadInput, match="pip install scipy"):
         build_dataset("svhn", tmp_path)
@@ -690,7 +813,9 @@ def test_holdout_is_disjoint_seeded_and_keeps_names(tree, in_memory):
     rest, held = holdout(whole, 4, seed=1)
     again, other = holdout(whole, 4, seed=1)[1], holdout(whole, 4, seed=2)[1]
     names = [[part.path(i) for i in range(len(part))] for part in (rest, held, again, other)]
-    assert (len(rest), len(held)) == (6, 4) and set(names[0]) | set(names[1]) == {whole.path(i) for i in range(10)}
+    assert (len(rest), len(held)) == (6, 4) and set(names[0]) | set(names[1]) == {
+        whole.path(i) for i in range(10)
+    }
     assert names[1] == names[2] != names[3] and rest.classes == whole.classes
     labels = {whole.path(i): int(whole.labels[i]) for i in range(10)}
     for part in (rest, held):
@@ -713,7 +838,8 @@ def test_native_size_is_that_of_small_images_and_mocos_for_others(tmp_path):
         save(tmp_path / "small" / f"{i}.png", size=(40, 30 + i))
         save(tmp_path / "large" / f"{i}.png", size=(400, 65 + i))
     (tmp_path / "small" / "0.png").write_bytes(b"broken")
-    assert native_size(build_dataset("folder", tmp_path / "small")) == 33  # upper median of 31, 32, 33, 34
+    # upper median of 31, 32, 33, 34
+    assert native_size(build_dataset("folder", tmp_path / "small")) == 33
     assert native_size(build_dataset("folder", tmp_path / "large")) == 224
     assert native_size(build_dataset("digits")) == 16
 
@@ -729,7 +855,9 @@ def test_load_into_memory_equals_the_files_and_fills_in_for_broken_ones(tree):
     for i in (2, 9):
         open(files.path(i), "wb").close()
     held = load_into_memory(files)
-    assert held.unreadable == [2, 9] and held.labels is files.labels and held.path(9) == files.path(9)
+    assert (
+        held.unreadable == [2, 9] and held.labels is files.labels and held.path(9) == files.path(9)
+    )
     for i in range(10):
         want = np.asarray(files[{2: 3, 9: 0}.get(i, i)][0]).transpose(2, 0, 1)
         assert np.array_equal(held.images[i].numpy(), want)

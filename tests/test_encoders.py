@@ -61,12 +61,21 @@ def test_shapes_layers_and_the_head(name, stem, side, dim, stages):
         assert {layer: tuple(out[layer].shape[1:]) for layer in layers} == {
             f"conv{i + 1}": (c, s, s) for i, (c, s) in enumerate(stages)
         }
-        assert out["backbone"].shape == (2, dim) and out["output"].shape == (2, 7) and feature_dim(encoder) == dim
+        assert (
+            out["backbone"].shape == (2, dim)
+            and out["output"].shape == (2, 7)
+            and feature_dim(encoder) == dim
+        )
         head = get_head(encoder)
-        assert torch.equal(head(out["backbone"]), out["output"])  # the head is what comes after the backbone
+        # the head is what comes after the backbone
+        assert torch.equal(head(out["backbone"]), out["output"])
         place = head_name(encoder)
         set_head(encoder, nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), head))  # as MoCo v2 does
-        assert head_name(encoder) == place and get_head(encoder) is head and feature_dim(encoder) == dim
+        assert (
+            head_name(encoder) == place
+            and get_head(encoder) is head
+            and feature_dim(encoder) == dim
+        )
         mlp = Taps(encoder, ["backbone"])(images)
         assert torch.equal(mlp["backbone"], out["backbone"])
         set_head(encoder, nn.Linear(dim, 3))
@@ -83,7 +92,10 @@ def test_every_classifier_of_torchvision_is_built_or_refused_by_name(undrawn):
         on_meta(lambda: add_mlp(encoder))
         assert get_head(encoder) is head and feature_dim(encoder) == width, name
         hidden = encoder.get_submodule(head_name(encoder))
-        assert [tuple(x.weight.shape) for x in hidden if isinstance(x, nn.Linear)] == [(width, width), (8, width)], name
+        assert [tuple(x.weight.shape) for x in hidden if isinstance(x, nn.Linear)] == [
+            (width, width),
+            (8, width),
+        ], name
         assert all(x.is_meta for x in encoder.state_dict().values()), name
     for name in set(torchvision.models.list_models(module=torchvision.models)) - {*promised}:
         with pytest.raises(BadInput, match=f"^{name} ends in no linear classifier"):
@@ -91,8 +103,16 @@ def test_every_classifier_of_torchvision_is_built_or_refused_by_name(undrawn):
 
 
 def test_a_network_for_another_stem_or_side_is_not_the_librarys(undrawn):
-    for name, side, same in [("resnet18", 224, True), ("resnet18", 32, False), ("vit_b_16", 224, True), ("vit_b_16", 32, False),
-                             ("regnet_y_400mf", 32, True), ("alexnet", 224, False), ("digits", 16, True), ("resnet18w16", 32, True)]:  # fmt: skip
+    for name, side, same in [
+        ("resnet18", 224, True),
+        ("resnet18", 32, False),
+        ("vit_b_16", 224, True),
+        ("vit_b_16", 32, False),
+        ("regnet_y_400mf", 32, True),
+        ("alexnet", 224, False),
+        ("digits", 16, True),
+        ("resnet18w16", 32, True),
+    ]:
         encoder = on_meta(lambda: build_encoder(name, 8, image_size=side))
         assert as_in_library(encoder, name) == same, (name, side)
         on_meta(lambda: add_mlp(encoder))
@@ -101,16 +121,33 @@ def test_a_network_for_another_stem_or_side_is_not_the_librarys(undrawn):
 
 @pytest.mark.parametrize("name, side", [("vit_b_16", 20), ("vit_h_14", 32)])
 def test_a_side_that_a_network_cannot_have_is_said(name, side):
-    with pytest.raises(BadInput, match=f"{name} cannot be built for images of side {side} .*: give the --image-size it was made for"):
+    with pytest.raises(
+        BadInput,
+        match=(
+            f"{name} cannot be built for images of side {side} .*: give the --image-size it was"
+            " made for"
+        ),
+    ):
         on_meta(lambda: build_encoder(name, 8, image_size=side))
 
 
 def test_a_network_of_timms_that_is_no_classifier_is_said(monkeypatch):
-    """As timm's encoders of Gemma and Qwen: they refuse a number of classes, or are made and have no head."""
+    """As timm's encoders of Gemma and Qwen: they refuse a number of classes, or are made and have
+    no head.
+    """
     timm = pytest.importorskip("timm")
-    for error in (AssertionError(), AttributeError("Encoder has no attribute `head`"), TypeError("no num_classes")):
-        monkeypatch.setattr(timm, "create_model", lambda *_, error=error, **__: (_ for _ in ()).throw(error))
-        with pytest.raises(BadInput, match="timm:resnet10t cannot be built as a classifier .*: choose another architecture"):
+    for error in (
+        AssertionError(),
+        AttributeError("Encoder has no attribute `head`"),
+        TypeError("no num_classes"),
+    ):
+        monkeypatch.setattr(
+            timm, "create_model", lambda *_, error=error, **__: (_ for _ in ()).throw(error)
+        )
+        with pytest.raises(
+            BadInput,
+            match="timm:resnet10t cannot be built as a classifier .*: choose another architecture",
+        ):
             build_encoder("timm:resnet10t")
     headless = nn.Sequential(nn.Conv2d(3, 8, 3))
     headless.pretrained_cfg = {"classifier": "head"}
@@ -120,7 +157,8 @@ def test_a_network_of_timms_that_is_no_classifier_is_said(monkeypatch):
 
 
 def test_torchvision_nets_are_torchvisions():
-    ours, theirs = build_encoder("resnet18", 10, stem="imagenet"), torchvision.models.resnet18(num_classes=10)
+    ours = build_encoder("resnet18", 10, stem="imagenet")
+    theirs = torchvision.models.resnet18(num_classes=10)
     ours.load_state_dict(theirs.state_dict())
     images = torch.randn(1, 3, 64, 64)
     assert torch.equal(ours.eval()(images), theirs.eval()(images))
@@ -153,7 +191,10 @@ def test_what_cannot_be_built_is_said(name, stem, said):
 @pytest.mark.parametrize("name", ["resnet10t", "ResNet10t", "vit_tiny_patch16_224"])
 def test_a_name_that_only_timm_has_is_suggested(name):
     pytest.importorskip("timm")
-    with pytest.raises(BadInput, match=f"unknown architecture '{name}'; timm has one of this name: use timm:{name.lower()}$"):
+    with pytest.raises(
+        BadInput,
+        match=f"unknown architecture '{name}'; timm has one of this name: use timm:{name.lower()}$",
+    ):
         build_encoder(name)
 
 
@@ -189,7 +230,9 @@ def test_split_batch_norm_equals_the_loops(n, splits, used, momentum, layout):
     expected, mean, var = split_by_loops(x, used, bn)
     out = split(x)
     assert torch.allclose(out, expected, atol=1e-5)
-    assert torch.allclose(split.running_mean, mean, atol=1e-6) and torch.allclose(split.running_var, var, atol=1e-6)
+    assert torch.allclose(split.running_mean, mean, atol=1e-6) and torch.allclose(
+        split.running_var, var, atol=1e-6
+    )
     assert split.num_batches_tracked == 1
     assert out.is_contiguous(memory_format=layout)
     weight = torch.randn_like(out)
@@ -238,12 +281,18 @@ def test_batches_counted_at_once_are_those_counted_one_by_one(name):
     copied(x), plain(x)
     for found in (copied.state_dict(), build_encoder_like(copied, arch, in_splits).state_dict()):
         assert all(torch.equal(found[key], value) for key, value in plain.state_dict().items())
-    assert not any(torch.equal(copied.state_dict()[key], value) for key, value in counting.state_dict().items() if "num_b" in key and "layer2" not in key)
+    assert not any(
+        torch.equal(copied.state_dict()[key], value)
+        for key, value in counting.state_dict().items()
+        if "num_b" in key and "layer2" not in key
+    )
     with Counted() as one_by_one:
         plain(x)
     with Counted() as at_once:
         counting(x)
-    counts = sum(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in plain.modules())
+    counts = sum(
+        isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in plain.modules()
+    )
     uses = arch == "resnet18w8"
     assert one_by_one.names.count("add_") - at_once.names.count("add_") == counts - uses
     assert at_once.names.count("_foreach_add_") == 1
@@ -286,7 +335,9 @@ def test_features_come_by_index_and_the_mode_is_restored():
     loader = batches(images, torch.randperm(23), 5)
     features = extract_features(encoder, loader, 23, "cpu")
     raw = extract_features(encoder, loader, 23, "cpu", normalize=False)
-    both = extract_features(Taps(encoder, ["backbone", "output"]), loader, 23, "cpu", normalize=False)
+    both = extract_features(
+        Taps(encoder, ["backbone", "output"]), loader, 23, "cpu", normalize=False
+    )
     assert [m.training for m in encoder.modules()] == modes
     assert all(torch.equal(v, stats[k]) for k, v in encoder.state_dict().items())
     with torch.no_grad():
@@ -302,18 +353,27 @@ def test_features_come_by_index_and_the_mode_is_restored():
 @pytest.mark.parametrize("order", [[0, 1, 2], [0, 1, 2, 2], [0, 1, 2, 3, 3]])
 def test_a_missing_or_doubled_image_is_an_error(order):
     with pytest.raises(RunFailed, match="exactly once"):
-        extract_features(build_encoder("digits"), batches(torch.randn(4, 3, 16, 16), torch.tensor(order), 2), 4, "cpu")
+        extract_features(
+            build_encoder("digits"),
+            batches(torch.randn(4, 3, 16, 16), torch.tensor(order), 2),
+            4,
+            "cpu",
+        )
 
 
 def _ranked_features(rank, world, images, shares):
     torch.manual_seed(0)
-    return extract_features(build_encoder("digits", 6), batches(images, shares[rank], 4), len(images), "cpu")
+    return extract_features(
+        build_encoder("digits", 6), batches(images, shares[rank], 4), len(images), "cpu"
+    )
 
 
 def test_two_ranks_give_the_features_of_one():
     images = torch.randn(11, 3, 16, 16)
     torch.manual_seed(0)
-    alone = extract_features(build_encoder("digits", 6), batches(images, torch.arange(11), 4), 11, "cpu")
+    alone = extract_features(
+        build_encoder("digits", 6), batches(images, torch.arange(11), 4), 11, "cpu"
+    )
     for shares in ([torch.arange(5), torch.arange(5, 11)], [torch.arange(11), torch.arange(0)]):
         for features in run_ranks(2, _ranked_features, images, shares):
             assert torch.allclose(features, alone, atol=1e-6)

@@ -1,4 +1,6 @@
-"""Variables that say where a process stands among others: what is sound is taken, what is not is one line of each."""
+"""Variables that say where a process stands among others: what is sound is taken, what is not is
+one line of each.
+"""
 
 import pytest
 
@@ -12,7 +14,8 @@ from moco_isl.training.environment import BadEnvironment, Ranks
 
 NAMES = (*environment.PLACE, "MASTER_ADDR", "MASTER_PORT", "SLURM_NTASKS", "SLURM_CPUS_PER_TASK")
 DIGITS = (
-    "--dataset digits -a digits --moco-dim 8 --moco-k 128 -b 64 --epochs 1 --max-steps 1 -j 0 --device cpu --seed 1"
+    "--dataset digits -a digits --moco-dim 8 --moco-k 128 -b 64 --epochs 1 --max-steps 1 -j 0"
+    " --device cpu --seed 1"
 )
 
 
@@ -61,12 +64,21 @@ BAD = [
     ("RANK=1\n;WORLD_SIZE=2", "RANK=1\\n: expected"),
     (f"RANK={'9' * 5000};WORLD_SIZE=2", "99...: expected"),
     ("RANK=1;WORLD_SIZE=2;LOCAL_RANK=x", "LOCAL_RANK=x: expected a whole number from 0 to 1"),
-    ("RANK=1;WORLD_SIZE=2;LOCAL_RANK=1;LOCAL_WORLD_SIZE=1", "LOCAL_RANK=1: expected a whole number from 0 to 0"),
-    ("RANK=1;WORLD_SIZE=2;LOCAL_RANK=1;LOCAL_WORLD_SIZE=3", "LOCAL_WORLD_SIZE=3: expected a whole number from 1 to 2"),
+    (
+        "RANK=1;WORLD_SIZE=2;LOCAL_RANK=1;LOCAL_WORLD_SIZE=1",
+        "LOCAL_RANK=1: expected a whole number from 0 to 0",
+    ),
+    (
+        "RANK=1;WORLD_SIZE=2;LOCAL_RANK=1;LOCAL_WORLD_SIZE=3",
+        "LOCAL_WORLD_SIZE=3: expected a whole number from 1 to 2",
+    ),
     ("RANK=1;WORLD_SIZE=2;MASTER_PORT=1234", "no MASTER_ADDR"),
     ("RANK=1;WORLD_SIZE=2;MASTER_ADDR=;MASTER_PORT=1234", "no MASTER_ADDR"),
     ("RANK=1;WORLD_SIZE=2;MASTER_ADDR=localhost", "no MASTER_PORT"),
-    ("RANK=1;WORLD_SIZE=2;MASTER_ADDR=localhost;MASTER_PORT=x", "MASTER_PORT=x: expected a whole number from 1 to 655"),
+    (
+        "RANK=1;WORLD_SIZE=2;MASTER_ADDR=localhost;MASTER_PORT=x",
+        "MASTER_PORT=x: expected a whole number from 1 to 655",
+    ),
     ("RANK=1;WORLD_SIZE=2;MASTER_ADDR=localhost;MASTER_PORT=65536", "MASTER_PORT=65536: expected"),
 ]
 
@@ -76,7 +88,11 @@ def test_an_unsound_environment_is_one_line_whatever_the_rank(given, text, words
     given(text)
     assert main_moco_isl.main([*DIGITS.split(), "--out", str(tmp_path / "run")]) == 2
     said = capsys.readouterr()
-    assert said.err.startswith("error: the environment has ") and words in said.err and said.err.count("\n") == 1
+    assert (
+        said.err.startswith("error: the environment has ")
+        and words in said.err
+        and said.err.count("\n") == 1
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -90,11 +106,13 @@ def encoder(tmp_path_factory):
 
 @pytest.mark.parametrize("script", [main_knn, main_lincls])
 @pytest.mark.parametrize(
-    "text", ["RANK=1", "RANK=x;WORLD_SIZE=2", "RANK=1;WORLD_SIZE=2;LOCAL_RANK=9", "RANK=1;WORLD_SIZE=2"]
+    "text",
+    ["RANK=1", "RANK=x;WORLD_SIZE=2", "RANK=1;WORLD_SIZE=2;LOCAL_RANK=9", "RANK=1;WORLD_SIZE=2"],
 )
 def test_the_scripts_that_judge_say_it_too(given, script, text, encoder, tmp_path, capsys):
     given(text)
-    argv = f"--dataset digits --pretrained {encoder} -j 0 --device cpu --out {tmp_path / 'out'}".split()
+    argv = f"--dataset digits --pretrained {encoder} -j 0 --device cpu".split()
+    argv += ["--out", str(tmp_path / "out")]
     assert script.main(argv) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: the environment has ") and said.count("\n") == 1
@@ -118,7 +136,9 @@ def test_of_ranks_in_a_sound_environment_the_first_speaks_for_all(given, rank, l
 def test_slurms_cores_of_a_task_have_to_be_a_number(given, monkeypatch, cpus):
     given(f"SLURM_NTASKS=1;SLURM_CPUS_PER_TASK={cpus}")
     monkeypatch.setattr(dist, "world_size", lambda: 1)
-    with pytest.raises(BadEnvironment, match="SLURM_CPUS_PER_TASK=.*: expected a whole number from 1"):
+    with pytest.raises(
+        BadEnvironment, match="SLURM_CPUS_PER_TASK=.*: expected a whole number from 1"
+    ):
         cli.usable_workers(2)
     given("SLURM_NTASKS=1;SLURM_CPUS_PER_TASK=")
     assert cli.usable_workers(1) == 1

@@ -1,4 +1,6 @@
-"""Every library gets the backbone in its own form and answers as ours does; MoCo's own probe reads our files."""
+"""Every library gets the backbone in its own form and answers as ours does; MoCo's own probe reads
+our files.
+"""
 
 import json
 from functools import partial
@@ -26,7 +28,15 @@ def write_moco(path, arch, stem="imagenet", mlp=True):
             if "running" in name:
                 t.add_(torch.rand_like(t))
     state = {f"module.{n}": t for n, t in model.state_dict().items()}
-    torch.save({"epoch": 7, "arch": arch, "state_dict": state, "args": {"dataset": "cifar10", "miner": "gan"}}, path)
+    torch.save(
+        {
+            "epoch": 7,
+            "arch": arch,
+            "state_dict": state,
+            "args": {"dataset": "cifar10", "miner": "gan"},
+        },
+        path,
+    )
     return model.eval()
 
 
@@ -56,10 +66,22 @@ def images(side=64):
 @pytest.mark.parametrize("key", [False, True])
 def test_torchvision_misses_exactly_the_classifier(moco_file, tmp_path, key, capsys):
     path, model = moco_file
-    assert run(path, "--to", "torchvision", "--out", tmp_path / "sub" / "tv.pth", *(["--key"] if key else [])) == 0
+    assert (
+        run(
+            path,
+            "--to",
+            "torchvision",
+            "--out",
+            tmp_path / "sub" / "tv.pth",
+            *(["--key"] if key else []),
+        )
+        == 0
+    )
     assert ("encoder_k" if key else "encoder_q") in capsys.readouterr().out
     theirs = torchvision.models.resnet18()
-    answer = theirs.load_state_dict(torch.load(tmp_path / "sub" / "tv.pth", weights_only=True), strict=False)
+    answer = theirs.load_state_dict(
+        torch.load(tmp_path / "sub" / "tv.pth", weights_only=True), strict=False
+    )
     assert set(answer.missing_keys) == {"fc.weight", "fc.bias"} and answer.unexpected_keys == []
     wanted = backbone(model.encoder_k if key else model.encoder_q)
     assert torch.allclose(backbone(theirs), wanted, atol=1e-5)
@@ -85,28 +107,43 @@ def test_a_timm_encoder_goes_back_to_timm(tmp_path):
     encoder = build_encoder("timm:resnet10t", 16)
     torch.save({"arch": "timm:resnet10t", "state_dict": encoder.state_dict()}, tmp_path / "own.pth")
     assert run(tmp_path / "own.pth", "--to", "timm", "--out", tmp_path / "timm.pth") == 0
-    theirs = timm.create_model("resnet10t", num_classes=0, checkpoint_path=str(tmp_path / "timm.pth")).eval()
+    theirs = timm.create_model(
+        "resnet10t", num_classes=0, checkpoint_path=str(tmp_path / "timm.pth")
+    ).eval()
     with torch.no_grad():
         assert torch.allclose(theirs(images()), backbone(encoder), atol=1e-5)
 
 
 @pytest.mark.parametrize(
-    "arch,stem,side", [("resnet18w16", "cifar", 32), ("alexnet", "cifar", 32), ("digits", "auto", 16)]
+    "arch,stem,side",
+    [("resnet18w16", "cifar", 32), ("alexnet", "cifar", 32), ("digits", "auto", 16)],
 )
 def test_safetensors_takes_every_network_and_carries_a_card(tmp_path, arch, stem, side):
     path, out = tmp_path / "moco.pth.tar", tmp_path / "model.safetensors"
     model = write_moco(path, arch, stem)
-    (tmp_path / "args.json").write_text(json.dumps({"command": ["python", "main_moco_isl.py", "--miner", "gan"]}))
+    (tmp_path / "args.json").write_text(
+        json.dumps({"command": ["python", "main_moco_isl.py", "--miner", "gan"]})
+    )
     knn, lin = tmp_path / "knn.json", tmp_path / "lin.json"
-    knn.write_text(json.dumps({"results": [{"feature": "output", "k": 200, "T": 0.1, "top1": 81.5}]}))
+    knn.write_text(
+        json.dumps({"results": [{"feature": "output", "k": 200, "T": 0.1, "top1": 81.5}]})
+    )
     lin.write_text(json.dumps({"classifiers": [{"layer": "backbone", "lr": 30.0, "top1": 88.25}]}))
     assert run(path, "--to", "safetensors", "--out", out, "--results", knn, lin) == 0
     with safe_open(out, framework="pt") as file:
         card = file.metadata()
         assert not any(name.startswith("fc.") for name in file.keys())
-    assert (card["arch"], card["dataset"], card["epochs"], card["miner"]) == (arch, "cifar10", "7", "gan")
+    assert (card["arch"], card["dataset"], card["epochs"], card["miner"]) == (
+        arch,
+        "cifar10",
+        "7",
+        "gan",
+    )
     assert card["command"] == "main_moco_isl.py --miner gan" and "moco_isl" in card["library"]
-    assert json.loads(card["knn"])[0]["top1"] == 81.5 and json.loads(card["linear"])[0]["top1"] == 88.25
+    assert (
+        json.loads(card["knn"])[0]["top1"] == 81.5
+        and json.loads(card["linear"])[0]["top1"] == 88.25
+    )
     encoder, info = load_backbone(out)
     assert info["arch"] == arch and info["head"] is None and info["args"]["dataset"] == "cifar10"
     assert torch.allclose(backbone(encoder, side), backbone(model.encoder_q, side), atol=1e-5)
@@ -128,7 +165,9 @@ def test_detectron2_has_the_names_its_resnets_expect(tmp_path, arch, blocks):
         if stage > 2 or arch == "resnet50":
             units.append(f"res{stage}.0.shortcut")
     norm = ("weight", "bias", "running_mean", "running_var")
-    expected = {f"{unit}.weight" for unit in units} | {f"{unit}.norm.{part}" for unit in units for part in norm}
+    expected = {f"{unit}.weight" for unit in units} | {
+        f"{unit}.norm.{part}" for unit in units for part in norm
+    }
     assert set(content["model"]) == expected
     # by hand: one of each kind
     own = model.encoder_q.state_dict()
@@ -141,7 +180,9 @@ def test_detectron2_has_the_names_its_resnets_expect(tmp_path, arch, blocks):
     }.items():
         assert torch.equal(content["model"][theirs], own[ours])
     encoder, info = load_backbone(out)
-    assert info["arch"] == arch and torch.allclose(backbone(encoder), backbone(model.encoder_q), atol=1e-5)
+    assert info["arch"] == arch and torch.allclose(
+        backbone(encoder), backbone(model.encoder_q), atol=1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -154,10 +195,34 @@ def test_detectron2_has_the_names_its_resnets_expect(tmp_path, arch, blocks):
             "x.pth",
             "torchvision has no network of the shape of resnet18 with stem cifar",
         ),
-        ("resnet18", "cifar", "timm", "x.pth", "timm has no network of the shape of resnet18 with stem cifar"),
-        ("resnet18w16", "imagenet", "torchvision", "x.pth", "torchvision has no network of the shape of resnet18w16"),
-        ("resnet18w16", "imagenet", "timm", "x.pth", "timm has no network of the shape of resnet18w16"),
-        ("alexnet", "cifar", "torchvision", "x.pth", "torchvision has no network of the shape of alexnet"),
+        (
+            "resnet18",
+            "cifar",
+            "timm",
+            "x.pth",
+            "timm has no network of the shape of resnet18 with stem cifar",
+        ),
+        (
+            "resnet18w16",
+            "imagenet",
+            "torchvision",
+            "x.pth",
+            "torchvision has no network of the shape of resnet18w16",
+        ),
+        (
+            "resnet18w16",
+            "imagenet",
+            "timm",
+            "x.pth",
+            "timm has no network of the shape of resnet18w16",
+        ),
+        (
+            "alexnet",
+            "cifar",
+            "torchvision",
+            "x.pth",
+            "torchvision has no network of the shape of alexnet",
+        ),
         ("resnet18", "cifar", "detectron2", "x.pth", "detectron2 has no network"),
         ("resnet18", "imagenet", "detectron2", "x.pkl", "name it .pth"),
         ("digits", "auto", "safetensors", ".", "is a folder"),
@@ -179,7 +244,10 @@ def test_what_a_library_cannot_hold_is_said(tmp_path, capsys, arch, stem, to, ou
 def test_results_of_another_file_do_not_go_into_the_card(moco_file, tmp_path, capsys):
     (tmp_path / "r.json").write_text(json.dumps({"sha256": "0" * 64, "results": []}))
     out = tmp_path / "x.safetensors"
-    assert run(moco_file[0], "--to", "safetensors", "--out", out, "--results", tmp_path / "r.json") == 2
+    assert (
+        run(moco_file[0], "--to", "safetensors", "--out", out, "--results", tmp_path / "r.json")
+        == 2
+    )
     assert "is not of main_knn.py or main_lincls.py" in capsys.readouterr().err and not out.exists()
 
 
@@ -205,16 +273,32 @@ def test_a_name_by_which_the_file_would_be_misread_is_refused(moco_file, tmp_pat
 
 
 def test_results_of_the_file_are_found_among_earlier_ones(moco_file, tmp_path):
-    ours = {"sha256": fingerprint(moco_file[0]), "encoder": "query", "dataset": "digits", "results": [{"top1": 50.0}]}
-    newer = {"sha256": "0" * 64, "encoder": "query", "dataset": "digits", "results": [{"top1": 99.0}], "earlier": [{}, ours]}
+    ours = {
+        "sha256": fingerprint(moco_file[0]),
+        "encoder": "query",
+        "dataset": "digits",
+        "results": [{"top1": 50.0}],
+    }
+    newer = {
+        "sha256": "0" * 64,
+        "encoder": "query",
+        "dataset": "digits",
+        "results": [{"top1": 99.0}],
+        "earlier": [{}, ours],
+    }
     (tmp_path / "r.json").write_text(json.dumps(newer))
     out = tmp_path / "x.safetensors"
-    assert run(moco_file[0], "--to", "safetensors", "--out", out, "--results", tmp_path / "r.json") == 0
+    assert (
+        run(moco_file[0], "--to", "safetensors", "--out", out, "--results", tmp_path / "r.json")
+        == 0
+    )
     with safe_open(out, framework="pt") as file:
         assert json.loads(file.metadata()["knn"]) == [{"dataset": "digits", "top1": 50.0}]
 
 
-def test_a_file_that_is_not_what_it_should_be_does_not_stay(moco_file, tmp_path, monkeypatch, capsys):
+def test_a_file_that_is_not_what_it_should_be_does_not_stay(
+    moco_file, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(export, "TOLERANCE", -1.0)
     assert run(moco_file[0], "--to", "torchvision", "--out", tmp_path / "tv.pth") == 3
     assert "differs from the checkpoint" in capsys.readouterr().err and not list(tmp_path.iterdir())
@@ -222,21 +306,50 @@ def test_a_file_that_is_not_what_it_should_be_does_not_stay(moco_file, tmp_path,
 
 def test_results_that_would_go_nowhere_are_refused(moco_file, tmp_path, capsys):
     (tmp_path / "r.json").write_text(json.dumps({"results": []}))
-    assert run(moco_file[0], "--to", "torchvision", "--out", tmp_path / "x.pth", "--results", tmp_path / "r.json") == 2
+    assert (
+        run(
+            moco_file[0],
+            "--to",
+            "torchvision",
+            "--out",
+            tmp_path / "x.pth",
+            "--results",
+            tmp_path / "r.json",
+        )
+        == 2
+    )
     assert "--to safetensors" in capsys.readouterr().err
 
 
-def test_the_card_tells_what_was_judged_where_and_never_of_the_other_encoder(moco_file, tmp_path, capsys):
+def test_the_card_tells_what_was_judged_where_and_never_of_the_other_encoder(
+    moco_file, tmp_path, capsys
+):
     rows = {"a": [{"k": 1, "top1": 60.0}], "b": [{"k": 1, "top1": 70.0}]}
     for name, results in rows.items():
         facts = {"encoder": "query", "dataset": name, "protocol": "val", "results": results}
         (tmp_path / f"{name}.json").write_text(json.dumps(facts))
     files = ["--results", tmp_path / "a.json", tmp_path / "b.json"]
-    assert run(moco_file[0], "--to", "safetensors", "--out", tmp_path / "q.safetensors", *files) == 0
+    assert (
+        run(moco_file[0], "--to", "safetensors", "--out", tmp_path / "q.safetensors", *files) == 0
+    )
     with safe_open(tmp_path / "q.safetensors", framework="pt") as file:
         card = json.loads(file.metadata()["knn"])
-    assert [(row["dataset"], row["protocol"], row["top1"]) for row in card] == [("a", "val", 60.0), ("b", "val", 70.0)]
-    assert run(moco_file[0], "--key", "--to", "safetensors", "--out", tmp_path / "k.safetensors", *files) == 2
+    assert [(row["dataset"], row["protocol"], row["top1"]) for row in card] == [
+        ("a", "val", 60.0),
+        ("b", "val", 70.0),
+    ]
+    assert (
+        run(
+            moco_file[0],
+            "--key",
+            "--to",
+            "safetensors",
+            "--out",
+            tmp_path / "k.safetensors",
+            *files,
+        )
+        == 2
+    )
     assert "of the query encoder, and the key encoder is exported" in capsys.readouterr().err
 
 
@@ -249,7 +362,18 @@ def test_whoever_may_read_other_new_files_may_read_an_export(moco_file, tmp_path
 def test_detectron2_takes_a_timm_resnet_and_the_tensors_are_counted(tmp_path, capsys):
     timm = pytest.importorskip("timm")
     torch.save(timm.create_model("resnet18", pretrained=False).state_dict(), tmp_path / "t.pth")
-    assert run(tmp_path / "t.pth", "-a", "timm:resnet18", "--to", "detectron2", "--out", tmp_path / "d.pth") == 0
+    assert (
+        run(
+            tmp_path / "t.pth",
+            "-a",
+            "timm:resnet18",
+            "--to",
+            "detectron2",
+            "--out",
+            tmp_path / "d.pth",
+        )
+        == 0
+    )
     written = torch.load(tmp_path / "d.pth", weights_only=True)["model"]
     assert f"{len(written)} tensors" in capsys.readouterr().out
 
@@ -288,14 +412,21 @@ def test_mocos_own_probe_reads_our_pretraining_file(tmp_path, mlp):
         "0",
     ]
     assert main_moco_isl.main([*argv, "--out", str(tmp_path), *(["--mlp"] if mlp else [])]) == 0
-    content = torch.load(tmp_path / "checkpoint_last.pth.tar", map_location="cpu", weights_only=True)
-    # what that script does: keep module.encoder_q.* but its fc, remove the prefix, and assert what is then missing
+    content = torch.load(
+        tmp_path / "checkpoint_last.pth.tar", map_location="cpu", weights_only=True
+    )
+    # what that script does: keep module.encoder_q.* but its fc, remove the prefix, and assert what
+    # is then missing
     start = "module.encoder_q."
-    kept = {n.removeprefix(start): t for n, t in content["state_dict"].items() if n.startswith(start)}
+    kept = {
+        n.removeprefix(start): t for n, t in content["state_dict"].items() if n.startswith(start)
+    }
     kept = {n: t for n, t in kept.items() if not n.startswith("fc")}
     model = torchvision.models.resnet18()
     required = {f"{start}{n}" for n in model.state_dict() if n not in ("fc.weight", "fc.bias")}
     assert required <= set(content["state_dict"])
     answer = model.load_state_dict(kept, strict=False)
     assert set(answer.missing_keys) == {"fc.weight", "fc.bias"} and answer.unexpected_keys == []
-    assert content["arch"] == "resnet18" and {"epoch", "arch", "state_dict", "optimizer"} <= set(content)
+    assert content["arch"] == "resnet18" and {"epoch", "arch", "state_dict", "optimizer"} <= set(
+        content
+    )

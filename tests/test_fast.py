@@ -1,4 +1,6 @@
-"""The fast path: equal to the plain one, piece by piece, and the same for any number of workers and ranks."""
+"""The fast path: equal to the plain one, piece by piece, and the same for any number of workers and
+ranks.
+"""
 
 import os
 import subprocess
@@ -21,7 +23,13 @@ from moco_isl.data.datasets import ImagesInMemory, decode, decode_pixels
 from moco_isl.data.draws import uniform, uniforms
 from moco_isl.encoders import build_encoder
 from moco_isl.isl import ISL
-from moco_isl.losses import hard_positive_kl, linear_kl, multi_positive_mean_log, multi_positive_nce, softmax_over
+from moco_isl.losses import (
+    hard_positive_kl,
+    linear_kl,
+    multi_positive_mean_log,
+    multi_positive_nce,
+    softmax_over,
+)
 from moco_isl.mining import fused, neighbors
 from moco_isl.training import engine, fast
 from tests import test_builder
@@ -29,7 +37,7 @@ from tests.near import assert_same_neighbours
 from tests.ranks import run_ranks
 from tests.small_training import OBJECTIVES, SIDE, Images, N, front, train, unit
 
-# ---------------------------------------------------------------- photos: workers crop, the device does the rest
+# --------------------------------------------------- photos: workers crop, the device does the rest
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +46,22 @@ def photos(tmp_path_factory):
     root = tmp_path_factory.mktemp("photos") / "train"
     root.mkdir()
     rng = np.random.default_rng(0)
-    for i, size in enumerate([(60, 40), (40, 60), (50, 50), (200, 150), (150, 200), (30, 90), (64, 48), (33, 35), (128, 128)]):
-        x = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)).resize(size, Image.BICUBIC)
+    for i, size in enumerate(
+        [
+            (60, 40),
+            (40, 60),
+            (50, 50),
+            (200, 150),
+            (150, 200),
+            (30, 90),
+            (64, 48),
+            (33, 35),
+            (128, 128),
+        ]
+    ):
+        x = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)).resize(
+            size, Image.BICUBIC
+        )
         x.save(root / f"{i}.jpg", quality=95)
     x.convert("L").save(root / "grey.jpg")
     x.save(root / "picture.png")
@@ -49,7 +71,15 @@ def photos(tmp_path_factory):
 
 def photo_loader(root, workers=0, size=16, **options):
     augmentation = get_augmentation("folder", aug_plus=True, size=size, on_device=True)
-    return train_loader(build_dataset("folder", root), augmentation=augmentation, batch_size=4, seed=3, workers=workers, max_bad_images=1, **options)
+    return train_loader(
+        build_dataset("folder", root),
+        augmentation=augmentation,
+        batch_size=4,
+        seed=3,
+        workers=workers,
+        max_bad_images=1,
+        **options,
+    )
 
 
 def batches(loader, epoch, start=0):
@@ -57,7 +87,9 @@ def batches(loader, epoch, start=0):
 
 
 def same(a, b):
-    return len(a) == len(b) and all(torch.equal(x, y) for one, other in zip(a, b) for x, y in zip(one, other))
+    return len(a) == len(b) and all(
+        torch.equal(x, y) for one, other in zip(a, b) for x, y in zip(one, other)
+    )
 
 
 def test_draws_on_the_host_are_those_on_the_device():
@@ -71,7 +103,9 @@ def test_draws_on_the_host_are_those_on_the_device():
 def test_a_box_on_the_host_is_that_on_the_device(H, W):
     u = uniforms(1, 0, torch.arange(500), 0, 22)
     boxes = augment.crop_boxes(u, H, W, (0.2, 1.0))
-    mine = torch.tensor([augment.crop_box(uniform(1, 0, i, 0), H, W, (0.2, 1.0)) for i in range(500)])
+    mine = torch.tensor(
+        [augment.crop_box(uniform(1, 0, i, 0), H, W, (0.2, 1.0)) for i in range(500)]
+    )
     assert (boxes != mine).any(1).sum() <= 1  # float32 and float64 may round one apart
 
 
@@ -95,14 +129,24 @@ def test_crops_of_photos_are_those_of_images_in_memory(photos):
     reduced = 0
     for i in range(len(dataset) - 1):  # the last one is broken
         image = torch.from_numpy(np.array(dataset.image(i))).permute(2, 0, 1)
-        u = uniforms(3, 1, torch.tensor([i]), 0, augmentation.draws), uniforms(3, 1, torch.tensor([i]), 1, augmentation.draws)
+        u = (
+            uniforms(3, 1, torch.tensor([i]), 0, augmentation.draws),
+            uniforms(3, 1, torch.tensor([i]), 1, augmentation.draws),
+        )
         want = [augmentation.crop(image[None], draws)[0] * 255 for draws in u]
-        smallest = min(side for draws in u for side in augment.crop_boxes(draws[:, :22], *image.shape[1:], (0.2, 1.0))[0, 2:].tolist())
+        smallest = min(
+            side
+            for draws in u
+            for side in augment.crop_boxes(draws[:, :22], *image.shape[1:], (0.2, 1.0))[
+                0, 2:
+            ].tolist()
+        )
         scaled = dataset.path(i).endswith(".jpg") and smallest >= 36
         reduced += scaled
         for mine, theirs in zip(loader._loader.dataset[1, i][:2], want):
             off = (mine - theirs).abs()
-            assert off.max() <= 1.01 if not scaled else off.mean() < 12, dataset.path(i)  # of 255; 12 pixels of noise
+            # of 255; 12 pixels of noise
+            assert off.max() <= 1.01 if not scaled else off.mean() < 12, dataset.path(i)
     assert 2 <= reduced <= 5
 
 
@@ -112,7 +156,9 @@ def test_finished_crops_are_the_views(photos):
         crops = [loader._loader.dataset[1, i] for i in index.tolist()]
         for view, mine in enumerate((im_q, im_k)):
             u = uniforms(3, 1, index, view, loader.augmentation.draws)
-            assert torch.equal(mine, loader.augmentation.finish(torch.stack([crop[view] for crop in crops]), u))
+            assert torch.equal(
+                mine, loader.augmentation.finish(torch.stack([crop[view] for crop in crops]), u)
+            )
 
 
 def test_photos_are_the_same_for_any_workers_and_starts(photos):
@@ -142,9 +188,15 @@ def test_small_images_of_one_size_are_held_others_stay(photos, tmp_path):
 
 @pytest.mark.parametrize("aug_plus", [True, False])
 def test_augmentation_at_once_equals_it_by_rows(aug_plus, monkeypatch):
-    """What a GPU runs, all images through all operations, against what a CPU runs, each image through its own."""
-    augmentation = BatchAugmentation((0.4, 0.5, 0.6), (0.2, 0.3, 0.1), size=14, aug_plus=aug_plus, blur=True)
-    crops = torch.randint(0, 256, (40, 3, 14, 14), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    """What a GPU runs, all images through all operations, against what a CPU runs, each image
+    through its own.
+    """
+    augmentation = BatchAugmentation(
+        (0.4, 0.5, 0.6), (0.2, 0.3, 0.1), size=14, aug_plus=aug_plus, blur=True
+    )
+    crops = torch.randint(
+        0, 256, (40, 3, 14, 14), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     u = uniforms(0, 0, torch.arange(40), 0, augmentation.draws)
     with monkeypatch.context() as context:
         context.setattr(augment, "_looks_are_free", lambda images: False)
@@ -154,31 +206,44 @@ def test_augmentation_at_once_equals_it_by_rows(aug_plus, monkeypatch):
     torch.testing.assert_close(augmentation.finish(crops, u), alone, atol=1e-6, rtol=0)
 
 
-# ---------------------------------------------------------------- the loss and the search in one pass
+# -------------------------------------------------------------- the loss and the search in one pass
 
 
 @pytest.mark.parametrize("chunk", [7, None])
 def test_softmax_in_one_pass_is_that_of_whole_logits(chunk):
-    """Value and gradient of the queue's losses against the forms that take logits; the queue may change before backward."""
+    """Value and gradient of the queue's losses against the forms that take logits; the queue may
+    change before backward.
+    """
     N, K, T = 6, 50, 0.2
     q, k, hard, queue = unit(N, 8, 0).requires_grad_(), unit(N, 8, 1), unit(N, 8, 2), unit(K, 8, 3)
-    absent = torch.randint(K + 1, (N, 9), generator=torch.Generator().manual_seed(4))  # K: none; some twice
+    # K: none; some twice
+    absent = torch.randint(K + 1, (N, 9), generator=torch.Generator().manual_seed(4))
     mask = torch.zeros(N, K + 1, dtype=torch.bool).scatter_(1, absent, True)[:, :K]
     own = (q * k).sum(1, keepdim=True) / T
     logits = [(x @ queue.T / T).masked_fill(mask, -torch.inf) for x in (q, hard)]
-    want = [multi_positive_nce(own, logits[0]), multi_positive_mean_log(own, logits[0]), hard_positive_kl(logits[1], logits[0])]
+    want = [
+        multi_positive_nce(own, logits[0]),
+        multi_positive_mean_log(own, logits[0]),
+        hard_positive_kl(logits[1], logits[0]),
+    ]
     lse, top, lse_h, mean_h = softmax_over(q, queue, T, hard=hard, absent=absent, chunk=chunk)
-    mine = [form(own, lse[:, None]) for form in (multi_positive_nce, multi_positive_mean_log)] + [linear_kl(q, lse, hard, lse_h, mean_h, T)]
+    mine = [form(own, lse[:, None]) for form in (multi_positive_nce, multi_positive_mean_log)] + [
+        linear_kl(q, lse, hard, lse_h, mean_h, T)
+    ]
     torch.testing.assert_close(top, logits[0].amax(1))
     grads = [torch.autograd.grad(loss, q, retain_graph=True)[0] for loss in want]
     queue.zero_()
     for loss, grad, other in zip(want, grads, mine):
         torch.testing.assert_close(loss, other, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(grad, torch.autograd.grad(other, q, retain_graph=True)[0], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            grad, torch.autograd.grad(other, q, retain_graph=True)[0], atol=1e-5, rtol=1e-4
+        )
 
 
 def test_moments_of_a_contiguous_file_are_laid_out_as_the_parameters():
-    """A fused kernel walks through memory: given MoCo's moments as they lie in its files, it would move other weights."""
+    """A fused kernel walks through memory: given MoCo's moments as they lie in its files, it would
+    move other weights.
+    """
     gradients = torch.randn(3, 4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
     moved = []
     for layout, quick in ((torch.contiguous_format, False), (torch.channels_last, True)):
@@ -203,7 +268,8 @@ from tests.near import assert_same_neighbours
 
 unit = lambda n, C: torch.nn.functional.normalize(torch.randn(n, C), dim=1)
 torch.manual_seed(0)
-kernels.softmax_tile, kernels.search_tile = lambda C: Tile(16, 32, 1, 1), lambda C: Tile(16, 64, 1, 1)
+kernels.softmax_tile = lambda C: Tile(16, 32, 1, 1)
+kernels.search_tile = lambda C: Tile(16, 64, 1, 1)
 f, rows = unit(20, 24), unit(300, 24)
 absent = torch.randint(301, (10, 40))
 absent[3] = torch.arange(300)[:40]  # a whole tile
@@ -218,7 +284,8 @@ plain = softmax.softmax_pass(f, rows, 0.1, absent)
 assert torch.equal(lse.isinf(), plain[0].isinf()) and lse.isinf().sum() == top.isinf().sum() == 2
 assert (mean[[1, 11]] == 0).all() and (mean - plain[1]).abs().max() < 2e-3
 absent = absent[:, :40]
-Off = type("Off", (), {**vars(kernels), "softmax_pass": lambda f, rows, T, absent: kernels.softmax_pass(f, rows, T)})
+ignores_absent = lambda f, rows, T, absent: kernels.softmax_pass(f, rows, T)
+Off = type("Off", (), {**vars(kernels), "softmax_pass": ignores_absent})
 try:
     fused.check_kernels(Off, f, rows, absent)
 except ArithmeticError as error:
@@ -238,13 +305,24 @@ print(fused.search(kernels, rows[:4], rows, 2, own[:4])[2].tolist())
 def needs_interpreter():
     triton = pytest.importorskip("triton")
     if triton.__version__.startswith("3.0."):
-        pytest.skip("the interpreter of Triton 3.0 overflows on -inf and crashes; the kernels themselves are checked where they are used")
+        pytest.skip(
+            "the interpreter of Triton 3.0 overflows on -inf and crashes; the kernels themselves"
+            " are checked where they are used"
+        )
 
 
 def test_kernels_equal_the_plain_forms():
-    """In Triton's interpreter, in a process of its own: it has to be chosen before Triton is imported."""
+    """In Triton's interpreter, in a process of its own: it has to be chosen before Triton is
+    imported.
+    """
     needs_interpreter()
-    run = subprocess.run([sys.executable, "-c", KERNELS], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=300)
+    run = subprocess.run(
+        [sys.executable, "-c", KERNELS],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert run.returncode == 0, run.stderr[-3000:]
     caught, sure = run.stdout.splitlines()
     assert "lse is off" in caught and sure == "[False, True, True, True]", run.stdout
@@ -258,7 +336,8 @@ from moco_isl.mining.kernels import Tile
 
 unit = lambda n, C: torch.nn.functional.normalize(torch.randn(n, C), dim=1)
 torch.manual_seed(0)
-kernels.softmax_tile, kernels.search_tile = lambda C: Tile(16, 32, 1, 1), lambda C: Tile(16, 64, 1, 1)
+kernels.softmax_tile = lambda C: Tile(16, 32, 1, 1)
+kernels.search_tile = lambda C: Tile(16, 64, 1, 1)
 
 # one anchor, one row, widths that are no multiple of 16
 for N, M, C in ((1, 130, 24), (3, 1, 25), (17, 65, 100), (2, 64, 3)):
@@ -273,19 +352,24 @@ torch.cuda.device_of = lambda x: (seen.append(x), device_of(x))[1]
 
 # not contiguous, and in half precision: as what they hold says
 f, groups = unit(20, 24), torch.arange(2).repeat(20, 1)
-strided, columns = torch.stack([f, f], 2)[:, :, 0], torch.arange(140).remainder(71).view(20, 7)[:, ::2]
+strided = torch.stack([f, f], 2)[:, :, 0]
+columns = torch.arange(140).remainder(71).view(20, 7)[:, ::2]
 assert not strided.is_contiguous() and not columns.is_contiguous()
 wanted = kernels.softmax_pass(f, rows, 0.1, columns.contiguous())
 for x, y in zip(kernels.softmax_pass(strided, rows.T.contiguous().T, 0.1, columns), wanted):
     assert torch.equal(x, y)
-assert torch.equal(kernels.group_maxima(strided.half(), rows.half()), kernels.group_maxima(f.half(), rows.half()))
-assert torch.equal(kernels.rescore(strided, rows, groups.T.contiguous().T), kernels.rescore(f, rows, groups))
+halves = f.half(), rows.half()
+assert torch.equal(kernels.group_maxima(strided.half(), rows.half()), kernels.group_maxima(*halves))
+scores = kernels.rescore(f, rows, groups)
+assert torch.equal(kernels.rescore(strided, rows, groups.T.contiguous().T), scores)
 assert len(seen) == 6, seen
 for dtype in (torch.float16, torch.bfloat16):
     half = f.to(dtype)
-    for x, y in zip(kernels.softmax_pass(half, rows, 0.1), softmax.softmax_pass(half.float(), rows, 0.1)):
+    wanted = softmax.softmax_pass(half.float(), rows, 0.1)
+    for x, y in zip(kernels.softmax_pass(half, rows, 0.1), wanted):
         torch.testing.assert_close(x, y, atol=5e-3, rtol=0)
-    torch.testing.assert_close(kernels.rescore(half, rows, groups)[:, :70], half.float() @ rows.T, atol=1e-5, rtol=0)
+    scores = kernels.rescore(half, rows, groups)[:, :70]
+    torch.testing.assert_close(scores, half.float() @ rows.T, atol=1e-5, rtol=0)
 
 # the entropy by the fused pass
 rows = unit(500, 24)
@@ -296,9 +380,17 @@ assert 0 < float(off.abs().max()) < 0.01, off
 
 
 def test_kernels_at_the_edges():
-    """One anchor, one row, odd widths, half precision, tensors that are not contiguous; in Triton's interpreter."""
+    """One anchor, one row, odd widths, half precision, tensors that are not contiguous; in Triton's
+    interpreter.
+    """
     needs_interpreter()
-    run = subprocess.run([sys.executable, "-c", EDGES], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=300)
+    run = subprocess.run(
+        [sys.executable, "-c", EDGES],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert run.returncode == 0, run.stderr[-3000:]
 
 
@@ -320,9 +412,15 @@ def test_kernels_work_on_this_gpu(C):
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_fast_steps_have_the_losses_of_plain_ones(name, monkeypatch):
-    """bf16, channels last and traced encoders (by a backend that needs no C++ compiler) against the plain path, over three epochs."""
+    """bf16, channels last and traced encoders (by a backend that needs no C++ compiler) against the
+    plain path, over three epochs.
+    """
     compiler = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda fn, dynamic, options: compiler(fn, backend="aot_eager", dynamic=dynamic))
+    monkeypatch.setattr(
+        torch,
+        "compile",
+        lambda fn, dynamic, options: compiler(fn, backend="aot_eager", dynamic=dynamic),
+    )
     plain = train(front(name, False), False, epochs=3)
     isl = front(name, True)
     isl.model.to(memory_format=torch.channels_last)
@@ -330,11 +428,15 @@ def test_fast_steps_have_the_losses_of_plain_ones(name, monkeypatch):
     fast.compile_encoders(isl.model, N)
     mine = train(isl, True, amp="bf16", channels_last=True, epochs=3)
     assert mine == pytest.approx(plain, rel=0.02) and mine != plain
-    assert min(plain) < 0.97 * plain[0] or max(plain) > 1.03 * plain[0], "the losses must have moved for this to say anything"
+    assert min(plain) < 0.97 * plain[0] or max(plain) > 1.03 * plain[0], (
+        "the losses must have moved for this to say anything"
+    )
 
 
 class Graphs:
-    """A backend of torch.compile that runs what it is given as it is: how often it compiled, and how often that ran."""
+    """A backend of torch.compile that runs what it is given as it is: how often it compiled, and
+    how often that ran.
+    """
 
     def __init__(self):
         self.compiled, self.ran = 0, 0
@@ -359,22 +461,35 @@ def graphs(monkeypatch):
 
 
 def test_every_network_of_a_class_is_compiled(graphs, caplog):
-    """By itself torch.compile keeps 8 graphs of a function, and would run the ninth network as it is."""
+    """By itself torch.compile keeps 8 graphs of a function, and would run the ninth network as it
+    is.
+    """
     with caplog.at_level("WARNING", logger="torch._dynamo"):
         for width in range(8, 17):  # of one class, and no graph of one fits another
-            model = builder.Instance(lambda num_classes, width=width: build_encoder(f"resnet18w{width}", num_classes, image_size=SIDE), 16)
+            model = builder.Instance(
+                lambda num_classes, width=width: build_encoder(
+                    f"resnet18w{width}", num_classes, image_size=SIDE
+                ),
+                16,
+            )
             fast.compile_encoders(model, 2)
             model.encode(torch.randn(2, 3, SIDE, SIDE))
     assert (graphs.compiled, graphs.ran) == (9, 9)
     assert "limit" not in caplog.text
 
 
-@pytest.mark.skipif(not hasattr(torch._dynamo.config, "inline_inbuilt_nn_modules") or not torch._dynamo.config.inline_inbuilt_nn_modules, reason="before torch 2.5 each network is compiled anew")
+@pytest.mark.skipif(
+    not hasattr(torch._dynamo.config, "inline_inbuilt_nn_modules")
+    or not torch._dynamo.config.inline_inbuilt_nn_modules,
+    reason="before torch 2.5 each network is compiled anew",
+)
 def test_equal_networks_share_what_was_compiled(graphs):
     """As those of the runs that a process makes one after the other."""
     for seed in range(3):
         torch.manual_seed(seed)
-        model = builder.MoCo(lambda num_classes: build_encoder("resnet18w8", num_classes, image_size=SIDE), 16, 64)
+        model = builder.MoCo(
+            lambda num_classes: build_encoder("resnet18w8", num_classes, image_size=SIDE), 16, 64
+        )
         fast.compile_encoders(model, 2)
         model.encode(*torch.randn(2, 2, 3, SIDE, SIDE))
     assert (graphs.compiled, graphs.ran) == (2, 6)
@@ -383,13 +498,19 @@ def test_equal_networks_share_what_was_compiled(graphs):
 @pytest.mark.parametrize("name", ["MoCo", "symmetric MoCo", "Instance", "Rotation"])
 def test_the_batch_that_a_step_shows_an_encoder_is_the_one_compiled(name, graphs):
     encoder = lambda num_classes: build_encoder("resnet18w8", num_classes, image_size=SIDE)
-    model = {"Instance": builder.Instance, "Rotation": builder.Rotation}.get(name, builder.MoCo)(encoder, 16)
+    model = {"Instance": builder.Instance, "Rotation": builder.Rotation}.get(name, builder.MoCo)(
+        encoder, 16
+    )
     fast.compile_encoders(model, 4)
 
     def step(n):
         views = torch.randn(2, n, 3, SIDE, SIDE)
         ran = graphs.ran
-        model.encode(*views, symmetric=name == "symmetric MoCo") if "MoCo" in name else model.encode(views[0])
+        (
+            model.encode(*views, symmetric=name == "symmetric MoCo")
+            if "MoCo" in name
+            else model.encode(views[0])
+        )
         return graphs.ran - ran
 
     calls = {"MoCo": 2, "symmetric MoCo": 4}.get(name, 1)  # of encoders, in a step
@@ -400,17 +521,35 @@ def test_the_batch_that_a_step_shows_an_encoder_is_the_one_compiled(name, graphs
 
 
 class Reads(TorchDispatchMode):
-    """Where a value, or a shape that depends on values, is asked of the device: each would make the host wait for a GPU."""
+    """Where a value, or a shape that depends on values, is asked of the device: each would make the
+    host wait for a GPU.
+    """
 
-    WAIT = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.masked_select, torch.ops.aten._unique2, torch.ops.aten.equal)
+    WAIT = (
+        torch.ops.aten._local_scalar_dense,
+        torch.ops.aten.nonzero,
+        torch.ops.aten.masked_select,
+        torch.ops.aten._unique2,
+        torch.ops.aten.equal,
+    )
 
     def __init__(self, steps):
         super().__init__()
         self.steps, self.found = steps, []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        indexed = func.overloadpacket in (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_)
-        if func.overloadpacket in self.WAIT or indexed and any(x.dtype == torch.bool for x in tree_leaves(args[1]) if isinstance(x, torch.Tensor)):
+        indexed = func.overloadpacket in (
+            torch.ops.aten.index,
+            torch.ops.aten.index_put,
+            torch.ops.aten.index_put_,
+        )
+        if (
+            func.overloadpacket in self.WAIT
+            or indexed
+            and any(
+                x.dtype == torch.bool for x in tree_leaves(args[1]) if isinstance(x, torch.Tensor)
+            )
+        ):
             self.found.append((len(self.steps), str(func)))
         return func(*args, **(kwargs or {}))
 
@@ -430,9 +569,12 @@ class Lists(TorchFunctionMode):
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_step_reads_nothing_back(name, monkeypatch):
-    """Only after steps 3 and 4, which are logged, and in the very first one, whose batch is looked at: that one was before.
-    How many second views the bank objective has to look at is the one exception, see below."""
-    monkeypatch.setattr(isl_module, "CPU", torch.device("meta"))  # this one stands for a GPU, whose index is looked at no more
+    """Only after steps 3 and 4, which are logged, and in the very first one, whose batch is looked
+    at: that one was before. How many second views the bank objective has to look at is the one
+    exception, see below.
+    """
+    # this one stands for a GPU, whose index is looked at no more
+    monkeypatch.setattr(isl_module, "CPU", torch.device("meta"))
     steps, isl = [], front(name, True)
     train(isl, True)
     with Reads(steps) as reads, Lists(reads):
@@ -450,7 +592,9 @@ def test_the_published_step_reads_every_loss():
 
 
 def test_second_views_are_counted_before_the_encoder_runs(monkeypatch):
-    """The host asks before it queues the encoder and reads behind it: the device is busy while the answer travels."""
+    """The host asks before it queues the encoder and reads behind it: the device is busy while the
+    answer travels.
+    """
     seen = []
 
     class Seen(isl_module.Coming):
@@ -476,7 +620,8 @@ def test_a_step_on_a_gpu_waits_for_nothing(name):
     """CUDA itself raises where the host would wait."""
     isl = front(name, True, "cuda")
     train(isl, True, amp="bf16", device="cuda")  # kernels are tried out, and memory is found
-    others, optimizer = Images("cuda").steps[1:], fast.sgd(isl.model.parameters(), 0.05, 0.9, 1e-4, True)
+    others = Images("cuda").steps[1:]
+    optimizer = fast.sgd(isl.model.parameters(), 0.05, 0.9, 1e-4, True)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -492,17 +637,31 @@ def test_a_step_on_a_gpu_waits_for_nothing(name):
 
 # ---------------------------------------------------------------- ranks
 
-COLLECTIVES = ("all_gather", "all_gather_into_tensor", "all_to_all_single", "all_reduce", "broadcast", "broadcast_object_list", "all_gather_object")
+COLLECTIVES = (
+    "all_gather",
+    "all_gather_into_tensor",
+    "all_to_all_single",
+    "all_reduce",
+    "broadcast",
+    "broadcast_object_list",
+    "all_gather_object",
+)
 
 
 def _steps_of_a_rank(rank, world, is_fast):
-    """Losses, state, and (collective, bytes that this rank gives) of each of six steps; the gradients' all-reduce is DistributedDataParallel's own."""
+    """Losses, state, and (collective, bytes that this rank gives) of each of six steps; the
+    gradients' all-reduce is DistributedDataParallel's own.
+    """
     isl = test_builder._with_positives(ISL(test_builder.moco(), test_builder.M, fast=is_fast), True)
     sent, inner, steps = [], {name: getattr(torch.distributed, name) for name in COLLECTIVES}, []
 
     def counted(name):
         def call(*args, **options):
-            given = args[1] if name in ("all_gather", "all_gather_into_tensor", "all_to_all_single") else args[0]
+            given = (
+                args[1]
+                if name in ("all_gather", "all_gather_into_tensor", "all_to_all_single")
+                else args[0]
+            )
             sent.append((name, given.nbytes if isinstance(given, torch.Tensor) else -1))
             return inner[name](*args, **options)
 
@@ -521,7 +680,9 @@ def _steps_of_a_rank(rank, world, is_fast):
             setattr(torch.distributed, name, counted(name))
         for i in range(6):
             im_q, im_k = test_builder.images(8, 10 + i), test_builder.images(8, 20 + i)
-            loss = step(im_q[share], im_k[share], ((torch.arange(8) + 8 * i) % test_builder.M)[share])
+            loss = step(
+                im_q[share], im_k[share], ((torch.arange(8) + 8 * i) % test_builder.M)[share]
+            )
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -534,13 +695,27 @@ def _steps_of_a_rank(rank, world, is_fast):
 
 def test_two_fast_ranks_are_one_and_gather_keys_once_in_half_precision():
     truth, state, bank, _ = _steps_of_a_rank(0, 1, True)
-    (first, state_1, bank_1, sent), (second, state_2, bank_2, _) = run_ranks(2, _steps_of_a_rank, True)
+    (first, state_1, bank_1, sent), (second, state_2, bank_2, _) = run_ranks(
+        2, _steps_of_a_rank, True
+    )
     assert [(a + b) / 2 for a, b in zip(first, second)] == pytest.approx(truth, abs=2e-3)
-    assert torch.equal(bank_1, bank_2) and all(torch.equal(state_1[name], state_2[name]) for name in state_1), "ranks differ"
-    assert torch.allclose(bank_1, bank, atol=2e-3) and torch.allclose(state_1["queue"], state["queue"], atol=2e-3)
-    assert all(torch.allclose(state_1[name].double(), state[name].double(), atol=2e-3) for name in state)
+    assert torch.equal(bank_1, bank_2) and all(
+        torch.equal(state_1[name], state_2[name]) for name in state_1
+    ), "ranks differ"
+    assert torch.allclose(bank_1, bank, atol=2e-3) and torch.allclose(
+        state_1["queue"], state["queue"], atol=2e-3
+    )
+    assert all(
+        torch.allclose(state_1[name].double(), state[name].double(), atol=2e-3) for name in state
+    )
     n, C = 4, test_builder.C
-    images, keys = ("all_to_all_single", n * 3 * 4 * 4 * 4), ("all_to_all_single", n * C * 4)  # shuffling BN: there, and its keys back
-    assert sent == [[images, keys, ("all_gather_into_tensor", n * (8 + 2 * C))]] * 6, "an index of 8 bytes and C halves a key, once a step"
+    # shuffling BN: there, and its keys back
+    images = ("all_to_all_single", n * 3 * 4 * 4 * 4)
+    keys = ("all_to_all_single", n * C * 4)
+    assert sent == [[images, keys, ("all_gather_into_tensor", n * (8 + 2 * C))]] * 6, (
+        "an index of 8 bytes and C halves a key, once a step"
+    )
     _, _, _, plain = run_ranks(2, _steps_of_a_rank, False)[0]
-    assert sum(size for _, size in plain[0]) > sum(size for _, size in sent[0]) and len(plain[0]) > 3
+    assert (
+        sum(size for _, size in plain[0]) > sum(size for _, size in sent[0]) and len(plain[0]) > 3
+    )

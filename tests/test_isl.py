@@ -1,4 +1,6 @@
-"""ISL around a MoCo: its identities, its queue mask, its bank, its hard positives, each against loops."""
+"""ISL around a MoCo: its identities, its queue mask, its bank, its hard positives, each against
+loops.
+"""
 
 import math
 
@@ -49,11 +51,19 @@ def test_mask_off_and_no_positives_is_mocos_cross_entropy():
         assert torch.allclose(mine.grad, theirs.grad, atol=1e-6)
 
 
-@pytest.mark.parametrize("form, recenter, between", [("logsum", True, 0), ("logsum", False, 3), ("meanlog", True, 3), ("meanlog", False, 0)])
+@pytest.mark.parametrize(
+    "form, recenter, between",
+    [("logsum", True, 0), ("logsum", False, 3), ("meanlog", True, 3), ("meanlog", False, 0)],
+)
 def test_queue_loss_equals_loops(form, recenter, between):
     isl = with_sets(form=form, hpe=0.5, recenter=recenter, between=between)
     zone = {0: [1, 8], 4: [2, 3, 7]} if between else {}
-    isl.zone = PositiveSets.from_edges(M, torch.tensor([i for i in zone for _ in zone[i]]).long(), torch.tensor(sum(zone.values(), [])).long(), symmetric=False)
+    isl.zone = PositiveSets.from_edges(
+        M,
+        torch.tensor([i for i in zone for _ in zone[i]]).long(),
+        torch.tensor(sum(zone.values(), [])).long(),
+        symmetric=False,
+    )
     owner = fill_queue(isl)
     index = torch.tensor([0, 1, 4, 7])  # sets of 2, 1, 3 and none
     q, k = unit(4, 11).requires_grad_(), unit(4, 12)
@@ -71,13 +81,16 @@ def test_queue_loss_equals_loops(form, recenter, between):
         if form == "logsum":
             total = total - torch.log(sum(positive) / (sum(positive) + negative))
         else:
-            total = total - sum(torch.log(p / (sum(positive) + negative)) for p in positive) / len(positive)
+            total = total - sum(torch.log(p / (sum(positive) + negative)) for p in positive) / len(
+                positive
+            )
         h = shown[min(sets[i], key=lambda j: float(bank[j] @ bank[i]))] if sets[i] else k[row]
         p_h = torch.stack([h @ queue[:, j] / T for j in kept]).softmax(0)
         p_i = torch.stack([q[row] @ queue[:, j] / T for j in kept]).softmax(0)
         total = total + 0.5 * sum(p_h * torch.log(p_h / p_i))
     assert loss.item() == pytest.approx(total.item() / 4, abs=1e-5)
-    mine, truth = torch.autograd.grad(loss, q, retain_graph=True)[0], torch.autograd.grad(total / 4, q)[0]
+    mine = torch.autograd.grad(loss, q, retain_graph=True)[0]
+    truth = torch.autograd.grad(total / 4, q)[0]
     assert torch.allclose(mine, truth, atol=1e-5)
 
 
@@ -87,7 +100,9 @@ def test_positives_move_with_the_keys_that_the_bank_has_not_yet_followed():
         fill_queue(isl)
         isl.model.queue.copy_(F.normalize(isl.model.queue + unit(1, 99)[0][:, None], dim=0))
         rows = isl._recentered(isl.bank.rows[None])[0]
-        away, before = (float((x.mean(0) - isl.model.queue.mean(1)).norm()) for x in (rows, isl.bank.rows))
+        away, before = (
+            float((x.mean(0) - isl.model.queue.mean(1)).norm()) for x in (rows, isl.bank.rows)
+        )
         assert torch.allclose(rows.norm(dim=1), torch.ones(M)) and before > 0.5
         assert away < 0.4 * before if recenter else away == before
 
@@ -106,7 +121,9 @@ def keys_alike(n, seed):
 
 
 def test_only_rows_that_hold_keys_count_for_the_queues_mean():
-    """On a new queue positives stay as they are; then the mean is over what was written, until all is. K is 24."""
+    """On a new queue positives stay as they are; then the mean is over what was written, until all
+    is. K is 24.
+    """
     isl, written = with_sets(), []
     assert torch.equal(isl._recentered(isl.bank.rows[None])[0], isl.bank.rows)
     for number, n in enumerate((5, 5, 10, 4, 7)):
@@ -121,18 +138,27 @@ def test_only_rows_that_hold_keys_count_for_the_queues_mean():
 @pytest.mark.parametrize("ptr", [0, 5, 12])
 @pytest.mark.parametrize("written", [True, False])
 def test_of_a_queue_from_elsewhere_all_keys_count_and_no_random_row(ptr, written):
-    """MoCo's files do not say how far a queue was written; a network's keys have a direction in common, random rows have none."""
+    """MoCo's files do not say how far a queue was written; a network's keys have a direction in
+    common, random rows have none.
+    """
     isl, state = with_sets(), moco().state_dict()
-    rows = keys_alike(K, 1) if written else torch.cat([keys_alike(ptr, 1), state["queue"].t()[ptr:]])
+    rows = (
+        keys_alike(K, 1) if written else torch.cat([keys_alike(ptr, 1), state["queue"].t()[ptr:]])
+    )
     isl.model.load_state_dict({**state, "queue": rows.t(), "queue_ptr": torch.tensor([ptr])})
     keys = K if written else ptr
-    assert torch.allclose(shift_of(isl), F.normalize(sum(rows[:keys], torch.zeros(C)), dim=0), atol=1e-6)
+    assert torch.allclose(
+        shift_of(isl), F.normalize(sum(rows[:keys], torch.zeros(C)), dim=0), atol=1e-6
+    )
     assert isl.slots.held == keys
 
 
 @pytest.mark.parametrize("steps", [0, 2, 5])
 def test_a_state_of_before_tells_keys_by_their_owners(steps):
-    """Such a state does not say how many slots hold keys. With five steps of five the queue has gone round, by one slot."""
+    """Such a state does not say how many slots hold keys.
+
+    With five steps of five the queue has gone round, by one slot.
+    """
     isl, other = with_sets(), with_sets()
     for step in range(steps):
         isl.slots.write(isl.model.enqueue(unit(5, step)), torch.arange(5) + step % 4 * 5)
@@ -141,12 +167,16 @@ def test_a_state_of_before_tells_keys_by_their_owners(steps):
     del state["slots"]["held"]
     other.model.load_state_dict(isl.model.state_dict())
     other.load_state_dict(state)
-    assert torch.equal(shift_of(other), shift) and other.slots.held == isl.slots.held == min(5 * steps, K)
+    assert torch.equal(shift_of(other), shift) and other.slots.held == isl.slots.held == min(
+        5 * steps, K
+    )
 
 
 @pytest.mark.parametrize("views", [1, 2])
 def test_owners_of_another_run_are_masked_as_its_own(views):
-    """Whose each slot is can be read off a file; more keys of an image than a visit leaves are all remembered."""
+    """Whose each slot is can be read off a file; more keys of an image than a visit leaves are all
+    remembered.
+    """
     g = torch.Generator().manual_seed(0)
     owner = torch.randint(-1, M, (K,), generator=g)
     owner[:5] = 3
@@ -154,20 +184,28 @@ def test_owners_of_another_run_are_masked_as_its_own(views):
     slots.take_over(owner, oldest=7)
     for round_ in range(3):
         mask = torch.zeros(M, K + 1, dtype=torch.bool)
-        mask.scatter_(1, slots.absent(torch.arange(M)[:, None], torch.ones(M, 1, dtype=torch.bool)), True)
+        mask.scatter_(
+            1, slots.absent(torch.arange(M)[:, None], torch.ones(M, 1, dtype=torch.bool)), True
+        )
         assert all(mask[i, j] == (owner[j] == i) for i in range(M) for j in range(K))
         where, index = (torch.arange(6) + 7 + 6 * round_) % K, torch.randperm(M, generator=g)[:6]
         slots.write(where, index)
         owner[where] = index
     again = QueueSlots(M, K, views)
     again.load_state_dict(slots.state_dict())
-    assert all(torch.equal(value, again.state_dict()[name]) for name, value in slots.state_dict().items() if name != "held")
+    assert all(
+        torch.equal(value, again.state_dict()[name])
+        for name, value in slots.state_dict().items()
+        if name != "held"
+    )
 
 
 def test_the_mean_of_many_rows_is_of_some_of_them():
     bank = FeatureBank()
     bank.fill(unit(M, 0))
-    assert torch.allclose(bank.mean(), bank.rows.mean(0)) and torch.allclose(bank.mean(most=M // 3), bank.rows[::3].mean(0))
+    assert torch.allclose(bank.mean(), bank.rows.mean(0)) and torch.allclose(
+        bank.mean(most=M // 3), bank.rows[::3].mean(0)
+    )
 
 
 def test_edge_weights_reach_the_loss():
@@ -180,7 +218,9 @@ def test_edge_weights_reach_the_loss():
 
 @pytest.mark.parametrize(("K_slots", "views"), [(24, 1), (50, 1), (24, 2)])
 def test_queue_mask_equals_loops(K_slots, views):
-    """Over three epochs in new orders, with a queue shorter and longer than the data set, and two keys an image."""
+    """Over three epochs in new orders, with a queue shorter and longer than the data set, and two
+    keys an image.
+    """
     slots = QueueSlots(M, K_slots, views)
     owner, ptr, g = [None] * K_slots, 0, torch.Generator().manual_seed(0)
     for _ in range(3):
@@ -220,14 +260,18 @@ def test_the_mean_cosine_is_that_of_all_pairs_that_steps_left():
     for keys in (5, K):
         queue = isl.model.queue.t()[:keys]
         isl.slots.owner[:keys] = 0
-        assert isl.mean_cosine() == pytest.approx(sum(float(a @ b) for a in queue for b in queue) / keys**2, abs=1e-5)
+        assert isl.mean_cosine() == pytest.approx(
+            sum(float(a @ b) for a in queue for b in queue) / keys**2, abs=1e-5
+        )
     bank = ISL(Instance(tiny, C), M)
     bank.bank.fill(unit(1, 0).expand(M, C))
     assert bank.mean_cosine() == pytest.approx(1)
 
 
 def test_state_moves_last():
-    """The keys of a step are not among its own negatives or bank rows, and are there for the next one."""
+    """The keys of a step are not among its own negatives or bank rows, and are there for the next
+    one.
+    """
     isl = with_sets()
     index = torch.tensor([0, 1, 4])
     q, k = isl.model.encode(images(3, 0), images(3, 1))
@@ -248,14 +292,22 @@ def test_symmetric_uses_both_views():
     assert loss.item() == pytest.approx(truth.item(), abs=1e-5)
     loss.backward(), truth.backward()
     for mine, *both in zip(*(model.encoder_q.parameters() for model in (isl.model, one, other))):
-        assert torch.allclose(mine.grad, sum(p.grad for p in both), atol=1e-5), "the step of MoCo's notebook at the same learning rate"
+        assert torch.allclose(mine.grad, sum(p.grad for p in both), atol=1e-5), (
+            "the step of MoCo's notebook at the same learning rate"
+        )
     assert int(isl.model.queue_ptr) == 8 and isl.slots.owner[:8].tolist() == [0, 1, 2, 3] * 2
 
 
 def test_symmetric_in_closed_form():
-    """Queue and keys all alike: each direction has log(1 + K), MoCo's sum 2 log(1 + K). With one positive, as alike:
-    -log(2 / (2 + K)) each way, and 0 by Eq. 6. Half of it for a run that began with the mean."""
-    for options, views in (({}, 1), ({"symmetric": True}, 2), ({"symmetric": True, "symmetric_sum": False}, 1)):
+    """Queue and keys all alike: each direction has log(1 + K), MoCo's sum 2 log(1 + K). With one
+    positive, as alike: -log(2 / (2 + K)) each way, and 0 by Eq. 6. Half of it for a run that began
+    with the mean.
+    """
+    for options, views in (
+        ({}, 1),
+        ({"symmetric": True}, 2),
+        ({"symmetric": True, "symmetric_sum": False}, 1),
+    ):
         isl = ISL(moco(), M, mask=False, recenter=False, **options)
         alike = unit(1, 0)
         isl.model.queue.copy_(alike.t().expand(C, K))
@@ -263,7 +315,9 @@ def test_symmetric_in_closed_form():
         isl.encode = lambda *_, symmetric: (alike.expand(4 * (1 + symmetric), C),) * 2
         for positives, wanted in ((None, math.log(1 + K)), (1, math.log(1 + K / 2))):
             if positives:
-                isl.positives = PositiveSets.from_edges(M, torch.arange(M), (torch.arange(M) + 1) % M, symmetric=False)
+                isl.positives = PositiveSets.from_edges(
+                    M, torch.arange(M), (torch.arange(M) + 1) % M, symmetric=False
+                )
             loss = isl(images(4, 0), images(4, 1), torch.arange(4))
             assert loss.item() == pytest.approx(views * wanted, abs=1e-5)
             assert isl.parts["loss"] == isl.parts["isl"] == loss and isl.parts["acc1"] == 100
@@ -275,14 +329,18 @@ def test_symmetric_parts_add_up_to_the_loss():
     for x in (isl, half):
         fill_queue(x)
         loss = x(images(4, 0), images(4, 1), torch.arange(4))
-        assert loss.item() == pytest.approx(float(x.parts["isl"] + x.hpe * x.parts["hpe"]), abs=1e-5)
+        assert loss.item() == pytest.approx(
+            float(x.parts["isl"] + x.hpe * x.parts["hpe"]), abs=1e-5
+        )
     assert half.parts["hpe"] > 0 and isl.parts["acc1"] == half.parts["acc1"]
     assert all(isl.parts[name] == 2 * half.parts[name] for name in ("loss", "isl", "hpe"))
 
 
 def test_a_large_set_takes_turns():
     isl = ISL(moco(), M, P=2)
-    isl.positives = PositiveSets.from_edges(M, torch.zeros(5, dtype=torch.long), torch.arange(1, 6), symmetric=False)
+    isl.positives = PositiveSets.from_edges(
+        M, torch.zeros(5, dtype=torch.long), torch.arange(1, 6), symmetric=False
+    )
     seen = set()
     for turn in range(3):
         pos, weight = isl.positives.lookup(torch.tensor([0]), isl.P, turn)
@@ -298,7 +356,9 @@ def test_mine_replaces_sets_and_fills_the_bank():
     assert torch.equal(isl.bank.rows, features)
     isl.bank.rows.zero_()
     isl.mine(features, NoMiner())
-    assert isl.round == 2 and not isl.bank.rows.any(), "a bank that holds features is not overwritten"
+    assert isl.round == 2 and not isl.bank.rows.any(), (
+        "a bank that holds features is not overwritten"
+    )
 
 
 def test_a_miner_of_ones_own_needs_no_views():
@@ -319,12 +379,17 @@ def test_a_miner_of_ones_own_needs_no_views():
 def test_what_is_in_between_equals_loops(n):
     isl, features = ISL(moco(), M, between=n), unit(M, 3)
     report = isl.mine(features, KNNMiner(k=2, budget=2, max_share=1.0))
-    sets, zone = ({i: set(x.members[x.offsets[i]:x.offsets[i + 1]].tolist()) for i in range(M)} for x in (isl.positives, isl.zone))
+    sets, zone = (
+        {i: set(x.members[x.offsets[i] : x.offsets[i + 1]].tolist()) for i in range(M)}
+        for x in (isl.positives, isl.zone)
+    )
     for i in range(M):
         nearest = sorted(set(range(M)) - {i}, key=lambda j: -float(features[i] @ features[j]))[:n]
         assert zone[i] == set(nearest) - sets[i]
     assert report["between"] == sum(map(len, zone.values())) / M
-    assert ("in between" in one_line({**report, "seconds": 0.0})) and (n > 2 or isl.zone.num_edges < M)
+    assert ("in between" in one_line({**report, "seconds": 0.0})) and (
+        n > 2 or isl.zone.num_edges < M
+    )
 
 
 def test_a_zone_needs_a_queue_and_its_mask():
@@ -352,9 +417,11 @@ def test_bank_objective_trains_and_updates_its_rows():
 def test_state_dict_round_trip(between):
     isl, fresh = with_sets(between=between), ISL(moco(), M, between=between)
     if between:
-        isl.zone = PositiveSets.from_edges(M, torch.arange(12), torch.arange(12) + 3, symmetric=False)
+        isl.zone = PositiveSets.from_edges(
+            M, torch.arange(12), torch.arange(12) + 3, symmetric=False
+        )
     isl(images(6, 0), images(6, 1), torch.arange(6))
     fresh.model.load_state_dict(isl.model.state_dict())
     fresh.load_state_dict(isl.state_dict())
-    step = lambda x: x(images(6, 2), images(6, 3), torch.arange(6, 12)).item()  # noqa: E731
+    step = lambda x: x(images(6, 2), images(6, 3), torch.arange(6, 12)).item()
     assert step(fresh) == step(isl)

@@ -1,4 +1,6 @@
-"""The approximate index against exact search and loops, and rounds of the main script that search by it."""
+"""The approximate index against exact search and loops, and rounds of the main script that search
+by it.
+"""
 
 import sys
 
@@ -64,7 +66,8 @@ def test_recall_is_what_loops_count():
     some = torch.arange(0, len(bank), 4)
     _, row = topk(bank[some], index, 10, some)
     expected, _ = loop_topk(bank[some], bank, 10, some)
-    assert hits(row, expected) == pytest.approx(index.recall, abs=0.03)  # of a fourth of all, and of a half of them
+    # of a fourth of all, and of a half of them
+    assert hits(row, expected) == pytest.approx(index.recall, abs=0.03)
     assert not (row == some[:, None]).any()
 
 
@@ -75,7 +78,9 @@ def test_cosines_are_exact_and_fall_and_equal_rows_go_by_number():
     cosine, row = topk(bank[:50], index, 20)
     assert torch.allclose(cosine, torch.einsum("qc,qkc->qk", bank[:50], bank[row]), atol=1e-6)
     assert bool((cosine.diff(dim=1) <= 1e-6).all())
-    assert [sorted(x) == x and len({j % 100 for j in x}) == 1 for x in row[:, :10].tolist()] == [True] * 50
+    assert [sorted(x) == x and len({j % 100 for j in x}) == 1 for x in row[:, :10].tolist()] == [
+        True
+    ] * 50
 
 
 @needs_faiss
@@ -108,7 +113,7 @@ def test_tick_ends_building_and_searching(monkeypatch):
         left = iter(range(last - 1))
 
         def tick():
-            if next(left, None) is None:  # noqa: B023
+            if next(left, None) is None:
                 raise Interrupted("now")
 
         with pytest.raises(Interrupted):
@@ -129,7 +134,9 @@ MINERS = [KNNMiner, AverageMiner, DiffusionMiner, ClusterMiner, EntropyMiner]
 @pytest.mark.parametrize("kind", MINERS)
 def test_miners_build_an_index_once_a_bank_and_find_nearly_the_same(kind, monkeypatch):
     bank, built, inner = crowds(), [], ivf.IVF
-    monkeypatch.setattr("moco_isl.mining.rounds.IVF", lambda *given: built.append(inner(*given)) or built[-1])
+    monkeypatch.setattr(
+        "moco_isl.mining.rounds.IVF", lambda *given: built.append(inner(*given)) or built[-1]
+    )
     found = {}
     for index in ("exact", "ivf"):
         miner = kind(index=index)
@@ -175,13 +182,25 @@ def test_auto_is_exact_for_small_banks_and_without_faiss(monkeypatch):
         KNNMiner(5, index="hnsw")
 
 
-# ---- the main script -------------------------------------------------------------------------------------------------
+# ---- the main script -----------------------------------------------------------------------------
 
 
 @needs_faiss
 @pytest.mark.parametrize("miner", ["knn", "average"])
 def test_rounds_of_the_main_script(miner, tmp_path, capsys):
-    argv = [*DIGITS, "--epochs", "2", "--miner", miner, "--isl-start", "0", "--isl-every", "1", "--isl-between", "4"]
+    argv = [
+        *DIGITS,
+        "--epochs",
+        "2",
+        "--miner",
+        miner,
+        "--isl-start",
+        "0",
+        "--isl-every",
+        "1",
+        "--isl-between",
+        "4",
+    ]
     assert main_moco_isl.main([*argv, "--isl-index", "ivf", "--out", str(tmp_path / "ivf")]) == 0
     said = capsys.readouterr().out
     rounds = [line for line in metrics(tmp_path / "ivf") if line["kind"] == "round"]
@@ -193,7 +212,17 @@ def test_rounds_of_the_main_script(miner, tmp_path, capsys):
         assert "all_pairs" not in line["baselines"]
     assert "all pairs" not in said
     capsys.readouterr()
-    other = [*argv, "--isl-index", "exact", "--out", str(tmp_path / "ivf"), "--resume", "auto", "--epochs", "3"]
+    other = [
+        *argv,
+        "--isl-index",
+        "exact",
+        "--out",
+        str(tmp_path / "ivf"),
+        "--resume",
+        "auto",
+        "--epochs",
+        "3",
+    ]
     assert main_moco_isl.main(other) == 2
     assert "--isl-index was 'ivf' and is now 'exact'" in capsys.readouterr().err
 
@@ -212,7 +241,10 @@ def test_without_faiss_it_is_bad_input(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ivf, "installed", lambda: False)
     argv = [*DIGITS, "--miner", "knn", "--isl-index", "ivf", "--out", str(tmp_path / "new")]
     assert main_moco_isl.main(argv) == 2
-    line = "error: --isl-index ivf needs the package faiss, which is not installed: pip install 'moco_isl[faiss]'\n"
+    line = (
+        "error: --isl-index ivf needs the package faiss, which is not installed: pip install"
+        " 'moco_isl[faiss]'\n"
+    )
     assert capsys.readouterr().err == line and not (tmp_path / "new").exists()
 
 

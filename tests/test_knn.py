@@ -51,7 +51,9 @@ def test_equals_the_loops(k, T, leave_one_out):
     queries = bank if leave_one_out else features(23, 6, 1)
     expected = knn_by_loops(queries, bank, labels, k, T, leave_one_out)
     assert len(expected.unique()) > 1
-    assert torch.equal(knn.weighted_knn(queries, bank, labels, k, T, leave_one_out=leave_one_out), expected)
+    assert torch.equal(
+        knn.weighted_knn(queries, bank, labels, k, T, leave_one_out=leave_one_out), expected
+    )
 
 
 def test_chunks_change_nothing():
@@ -63,7 +65,8 @@ def test_chunks_change_nothing():
         assert torch.equal(row, whole[1]) and torch.allclose(sim, whole[0], atol=1e-6)
     whole_loo = knn_by_loops(bank[:50], bank[:50], labels[:50], 5, 0.1, leave_one_out=True)
     assert torch.equal(
-        knn.weighted_knn(bank[:50], bank[:50], labels[:50], 5, 0.1, chunk=1, leave_one_out=True), whole_loo
+        knn.weighted_knn(bank[:50], bank[:50], labels[:50], 5, 0.1, chunk=1, leave_one_out=True),
+        whole_loo,
     )
 
 
@@ -72,7 +75,9 @@ def test_equals_lightly():
     bank, queries = features(1000, 32, 0), features(300, 32, 1)
     labels = torch.randint(0, 10, (1000,), generator=torch.Generator().manual_seed(2))
     for k, T in ((200, 0.1), (20, 0.07)):
-        theirs = knn_predict(queries, bank.T.contiguous(), labels, num_classes=10, knn_k=k, knn_t=T)[:, 0]
+        theirs = knn_predict(
+            queries, bank.T.contiguous(), labels, num_classes=10, knn_k=k, knn_t=T
+        )[:, 0]
         assert torch.equal(knn.weighted_knn(queries, bank, labels, k, T), theirs)
 
 
@@ -83,7 +88,8 @@ def test_grid_is_every_pair_and_a_tiny_temperature_does_not_overflow():
     assert set(grid) == {(k, T) for k in (1, 5, 20) for T in (0.1, 0.5)}
     for (k, T), predictions in grid.items():
         assert torch.equal(predictions, knn.weighted_knn(queries, bank, labels, k, T))
-    assert torch.equal(knn.weighted_knn(queries, bank, labels, 20, T=1e-4), grid[1, 0.1])  # the nearest alone decides
+    # the nearest alone decides
+    assert torch.equal(knn.weighted_knn(queries, bank, labels, 20, T=1e-4), grid[1, 0.1])
 
 
 def test_the_weight_decides_not_the_count():
@@ -94,7 +100,9 @@ def test_the_weight_decides_not_the_count():
     assert knn.weighted_knn(query, bank, labels, 3, T=0.43).item() == 1
 
 
-@pytest.mark.parametrize("arguments", [{"k": 0}, {"k": 11}, {"k": 10, "leave_one_out": True}, {"k": 1, "T": 0.0}])
+@pytest.mark.parametrize(
+    "arguments", [{"k": 0}, {"k": 11}, {"k": 10, "leave_one_out": True}, {"k": 1, "T": 0.0}]
+)
 def test_a_bad_k_or_temperature_is_said(arguments):
     bank = features(10, 4, 0)
     with pytest.raises(BadInput):
@@ -111,7 +119,9 @@ def few_shot_by_loops(train, train_labels, test, test_labels, drawn):
 
 def test_few_shot_equals_the_loops():
     train, test = features(60, 5, 0), features(50, 5, 1)
-    train_labels, test_labels = torch.arange(60) * 11 % 3 * 2, torch.arange(50) % 3 * 2  # classes 0, 2, 4
+    # classes 0, 2, 4
+    train_labels = torch.arange(60) * 11 % 3 * 2
+    test_labels = torch.arange(50) % 3 * 2
     mean, spread = knn.few_shot(train, train_labels, test, test_labels, shots=4, draws=3, seed=5)
     generator, expected = torch.Generator().manual_seed(5), []
     for _ in range(3):
@@ -143,7 +153,12 @@ def moco_file(tmp_path_factory):
     model = MoCo(partial(build_encoder, "digits"), dim=16, K=32, mlp=True)
     path = tmp_path_factory.mktemp("knn") / "file.pth.tar"
     torch.save(
-        {"epoch": 3, "arch": "digits", "state_dict": {f"module.{n}": t for n, t in model.state_dict().items()}}, path
+        {
+            "epoch": 3,
+            "arch": "digits",
+            "state_dict": {f"module.{n}": t for n, t in model.state_dict().items()},
+        },
+        path,
     )
     return path, model
 
@@ -163,25 +178,48 @@ def digit_features(model, split):
     seen = {}
     with torch.no_grad():
         model.eval()
-        model.encoder_q.fc.register_forward_pre_hook(lambda m, inputs: seen.update(backbone=inputs[0]))
+        model.encoder_q.fc.register_forward_pre_hook(
+            lambda m, inputs: seen.update(backbone=inputs[0])
+        )
         out = model.encoder_q(x)
-    return {"output": F.normalize(out, dim=1), "backbone": F.normalize(seen["backbone"], dim=1)}, dataset.labels
+    return {
+        "output": F.normalize(out, dim=1),
+        "backbone": F.normalize(seen["backbone"], dim=1),
+    }, dataset.labels
 
 
 def test_script_reports_both_features_and_uses_kept_ones(moco_file, tmp_path, capsys):
     path, model = moco_file
     kept = tmp_path / "kept.safetensors"
-    flags = ["--pretrained", path, "--dataset", "digits", "--k", 1, 20, "--T", 0.1, 0.5, "--features", kept]
+    flags = [
+        "--pretrained",
+        path,
+        "--dataset",
+        "digits",
+        "--k",
+        1,
+        20,
+        "--T",
+        0.1,
+        0.5,
+        "--features",
+        kept,
+    ]
     assert run_main(*flags, "--out", tmp_path / "a") == 0
     found = results(tmp_path / "a")
     train, labels = digit_features(model, "train")
     val, truth = digit_features(model, "val")
     assert (found["M"], found["queries"], found["protocol"]) == (1437, 360, "val")
-    assert {(r["feature"], r["dim"]) for r in found["results"]} == {("output", 16), ("backbone", 128)}
+    assert {(r["feature"], r["dim"]) for r in found["results"]} == {
+        ("output", 16),
+        ("backbone", 128),
+    }
     assert len(found["results"]) == 2 * 2 * 2
     for r in found["results"]:
         predicted = knn.weighted_knn(val[r["feature"]], train[r["feature"]], labels, r["k"], r["T"])
-        assert r["top1"] == pytest.approx(100 * (predicted == truth).double().mean().item(), abs=0.3)
+        assert r["top1"] == pytest.approx(
+            100 * (predicted == truth).double().mean().item(), abs=0.3
+        )
     assert found["results"][0]["top1"] > 50  # random features of digits are far above chance
     capsys.readouterr()
     # again from the file: the same numbers, without encoder or images
@@ -203,7 +241,10 @@ def test_script_leaves_one_out_where_there_is_no_val(moco_file, tmp_path, capsys
         folder.mkdir(parents=True, exist_ok=True)
         to_pil_image(dataset[i][0]).save(folder / f"{i:03d}.png")
     flags = ["--pretrained", path, tmp_path / "images", "--image-size", 16, "--k", 3, 200]
-    assert run_main(*flags, "--out", tmp_path / "out", "--features", tmp_path / "kept.safetensors") == 0
+    assert (
+        run_main(*flags, "--out", tmp_path / "out", "--features", tmp_path / "kept.safetensors")
+        == 0
+    )
     found = results(tmp_path / "out")
     assert found["protocol"].startswith("leave-one-out") and found["M"] == found["queries"] == 60
     assert {r["k"] for r in found["results"]} == {3, 59} and "59 instead" in capsys.readouterr().out
@@ -225,12 +266,31 @@ def folder_of_digits(root, change=lambda image: image, n=40):
 
 
 def test_kept_features_are_used_only_for_what_they_are_of(moco_file, tmp_path, capsys):
-    one, two = folder_of_digits(tmp_path / "one"), folder_of_digits(tmp_path / "two", lambda x: (x // 2).flip(2))
+    one = folder_of_digits(tmp_path / "one")
+    two = folder_of_digits(tmp_path / "two", lambda x: (x // 2).flip(2))
     names = [sorted(str(p.relative_to(root)) for p in root.rglob("*.png")) for root in (one, two)]
     assert names[0] == names[1]
     kept, flags = tmp_path / "kept.safetensors", ["--image-size", 16, "--k", 3]
-    assert run_main("--pretrained", moco_file[0], one, "--features", kept, *flags, "--out", tmp_path / "out") == 0
-    assert run_main("--pretrained", moco_file[0], one, "--features", kept, "--k", 3, "--out", tmp_path / "again") == 0
+    assert (
+        run_main(
+            "--pretrained", moco_file[0], one, "--features", kept, *flags, "--out", tmp_path / "out"
+        )
+        == 0
+    )
+    assert (
+        run_main(
+            "--pretrained",
+            moco_file[0],
+            one,
+            "--features",
+            kept,
+            "--k",
+            3,
+            "--out",
+            tmp_path / "again",
+        )
+        == 0
+    )
     assert results(tmp_path / "out")["results"] == results(tmp_path / "again")["results"]
     before = kept.read_bytes()
     for other, said in [
@@ -262,7 +322,10 @@ def test_kept_features_are_used_only_for_what_they_are_of(moco_file, tmp_path, c
 )
 def test_features_that_do_not_belong_together_are_refused(moco_file, tmp_path, capsys, harm):
     kept = tmp_path / "kept.safetensors"
-    assert run_main("--pretrained", moco_file[0], "--dataset", "digits", "--features", kept, "--k", 1) == 0
+    assert (
+        run_main("--pretrained", moco_file[0], "--dataset", "digits", "--features", kept, "--k", 1)
+        == 0
+    )
     tensors = load_file(kept)
     harm(tensors)
     save_file(tensors, kept)
@@ -307,14 +370,19 @@ def test_one_image_has_no_other_to_be_judged_by(moco_file, tmp_path, capsys):
     assert "no other to judge it by" in capsys.readouterr().err
 
 
-def test_what_cannot_be_written_and_what_another_script_wrote_is_said_before_the_work(moco_file, tmp_path, capsys):
+def test_what_cannot_be_written_and_what_another_script_wrote_is_said_before_the_work(
+    moco_file, tmp_path, capsys
+):
     (tmp_path / "file").write_text("")
     (tmp_path / "probe").mkdir()
     (tmp_path / "probe" / "results.json").write_text('{"classifiers": []}')
     for flags, said in [
         (["--features", tmp_path / "file" / "x"], "cannot be written"),
         (["--out", tmp_path / "file"], "is a file"),
-        (["--out", tmp_path / "probe"], "is none of this command's files, so it is not written over"),
+        (
+            ["--out", tmp_path / "probe"],
+            "is none of this command's files, so it is not written over",
+        ),
     ]:
         assert run_main("--pretrained", moco_file[0], "--dataset", "digits", *flags) == 2
         caught = capsys.readouterr()
@@ -330,7 +398,12 @@ def two_kept(moco_file, tmp_path_factory):
     content = torch.load(moco_file[0], weights_only=True)
     torch.save({**content, "epoch": 9}, folder / "two.pth.tar")
     for name, path in (("one", moco_file[0]), ("two", folder / "two.pth.tar")):
-        assert run_main("--pretrained", path, root, "--k", 1, "--features", folder / f"{name}.safetensors") == 0
+        assert (
+            run_main(
+                "--pretrained", path, root, "--k", 1, "--features", folder / f"{name}.safetensors"
+            )
+            == 0
+        )
     return folder
 
 
@@ -338,7 +411,9 @@ def test_results_of_another_checkpoint_or_command_are_kept(two_kept, tmp_path, m
     def judged(name, *flags):
         monkeypatch.setattr(sys, "argv", ["main_knn.py", name, *map(str, flags)])
         capsys.readouterr()
-        assert run_main("--features", two_kept / f"{name}.safetensors", *flags, "--out", tmp_path) == 0
+        assert (
+            run_main("--features", two_kept / f"{name}.safetensors", *flags, "--out", tmp_path) == 0
+        )
         return results(tmp_path), capsys.readouterr().out
 
     first, said = judged("one", "--k", 1)
@@ -346,37 +421,68 @@ def test_results_of_another_checkpoint_or_command_are_kept(two_kept, tmp_path, m
     assert judged("one", "--k", 1)[0] == first  # the same again
     second, said = judged("two", "--k", 1)
     assert second["epoch"] == "9" and second["earlier"] == [first]
-    assert f"=> the results of '{first['pretrained']}' that '{tmp_path}/results.json' held are kept in it, under \"earlier\"" in said
+    assert (
+        f"=> the results of '{first['pretrained']}' that '{tmp_path}/results.json' held are kept in"
+        ' it, under "earlier"' in said
+    )
     third, _ = judged("two", "--k", 1, 5)
     assert len(third["results"]) == 2 * len(second["results"])
-    assert third["earlier"] == [first, {name: value for name, value in second.items() if name != "earlier"}]
+    assert third["earlier"] == [
+        first,
+        {name: value for name, value in second.items() if name != "earlier"},
+    ]
 
 
-def test_results_are_written_whole_and_a_torn_file_does_not_block(two_kept, tmp_path, monkeypatch, capsys):
+def test_results_are_written_whole_and_a_torn_file_does_not_block(
+    two_kept, tmp_path, monkeypatch, capsys
+):
     flags = ["--features", two_kept / "one.safetensors", "--k", 1, "--out", tmp_path]
     path = tmp_path / "results.json"
     assert run_main(*flags) == 0
     whole = path.read_text()
     with monkeypatch.context() as patched:
-        patched.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        patched.setattr(
+            os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+        )
         assert run_main(*flags) == 3
-    assert "No space left on device" in capsys.readouterr().err and path.read_text() == whole and os.listdir(tmp_path) == ["results.json"]
-    for torn in ("", whole[:3], whole[: len(whole) // 2]):  # as an older version left it on a full disk
+    assert (
+        "No space left on device" in capsys.readouterr().err
+        and path.read_text() == whole
+        and os.listdir(tmp_path) == ["results.json"]
+    )
+    # as an older version left it on a full disk
+    for torn in ("", whole[:3], whole[: len(whole) // 2]):
         path.write_text(torn)
         assert run_main(*flags) == 0
-        assert f"'{path}' had been cut off and cannot be read; it is now 'results.json.torn'" in capsys.readouterr().out
-        assert results(tmp_path) == json.loads(whole) and (tmp_path / "results.json.torn").read_text() == torn
-    for other in ("[1]", "{}", "somebody's notes", '{"results": {}}', '{"results": [], "earlier": 3}'):
+        assert (
+            f"'{path}' had been cut off and cannot be read; it is now 'results.json.torn'"
+            in capsys.readouterr().out
+        )
+        assert (
+            results(tmp_path) == json.loads(whole)
+            and (tmp_path / "results.json.torn").read_text() == torn
+        )
+    for other in (
+        "[1]",
+        "{}",
+        "somebody's notes",
+        '{"results": {}}',
+        '{"results": [], "earlier": 3}',
+    ):
         path.write_text(other)
         assert run_main(*flags) == 2
-        assert "none of this command's files" in capsys.readouterr().err and path.read_text() == other
+        assert (
+            "none of this command's files" in capsys.readouterr().err and path.read_text() == other
+        )
 
 
 def test_damaged_features_are_refused(two_kept, tmp_path, capsys):
     whole, draw = (two_kept / "one.safetensors").read_bytes(), random.Random(0)
     kept = tmp_path / "kept.safetensors"
     for place in [draw.randrange(len(whole)) for _ in range(40)]:
-        kept.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << draw.randrange(8)]) + whole[place + 1 :])
+        kept.write_bytes(
+            whole[:place] + bytes([whole[place] ^ 1 << draw.randrange(8)]) + whole[place + 1 :]
+        )
         with pytest.raises(BadInput, match="damaged|cannot read features|holds no features"):
             features_file.load(kept, {}, torch.device("cpu"))
 
@@ -401,13 +507,31 @@ def test_images_that_do_not_fit_the_network_are_said(tmp_path, capsys):
     torch.save(build_encoder(arch, 8).state_dict(), tmp_path / "vit.pth")
     assert run_main("--pretrained", tmp_path / "vit.pth", "-a", arch, "--dataset", "digits") == 2
     error = capsys.readouterr().err
-    assert f"{arch} does not take images of side 16" in error and "--image-size" in error and error.count("\n") == 1
+    assert (
+        f"{arch} does not take images of side 16" in error
+        and "--image-size" in error
+        and error.count("\n") == 1
+    )
 
 
 def test_a_file_trained_on_other_images_is_warned_of(moco_file, tmp_path, capsys):
     content = torch.load(moco_file[0], weights_only=True)
-    torch.save({**content, "args": {"dataset": "cifar10", "image_size": 32}}, tmp_path / "file.pth.tar")
-    assert run_main("--pretrained", tmp_path / "file.pth.tar", "--dataset", "digits", "--image-size", 16, "--k", 1) == 0
+    torch.save(
+        {**content, "args": {"dataset": "cifar10", "image_size": 32}}, tmp_path / "file.pth.tar"
+    )
+    assert (
+        run_main(
+            "--pretrained",
+            tmp_path / "file.pth.tar",
+            "--dataset",
+            "digits",
+            "--image-size",
+            16,
+            "--k",
+            1,
+        )
+        == 0
+    )
     out = capsys.readouterr().out
     assert "trained on cifar10, judged on digits" in out and "side 32, judged on side 16" in out
 
@@ -417,9 +541,22 @@ def _main_on_a_rank(rank, world, argv):
 
 
 def test_two_ranks_equal_one_process(moco_file, tmp_path):
-    flags = ["--pretrained", str(moco_file[0]), "--dataset", "digits", "--k", "5", "--workers", "0", "--device", "cpu"]
+    flags = [
+        "--pretrained",
+        str(moco_file[0]),
+        "--dataset",
+        "digits",
+        "--k",
+        "5",
+        "--workers",
+        "0",
+        "--device",
+        "cpu",
+    ]
     assert main_knn.main([*flags, "--out", str(tmp_path / "one")]) == 0
-    assert run_ranks(2, _main_on_a_rank, [*flags, "--out", str(tmp_path / "two"), "--batch-size", "100"]) == [0, 0]
+    assert run_ranks(
+        2, _main_on_a_rank, [*flags, "--out", str(tmp_path / "two"), "--batch-size", "100"]
+    ) == [0, 0]
     assert results(tmp_path / "one")["results"] == results(tmp_path / "two")["results"]
 
 

@@ -1,5 +1,5 @@
-"""The launcher without SLURM: command lines, sbatch file, reports, waiting, sweeps, rendezvous, and jobs on this
-machine. With SLURM: tests/slurm.
+"""The launcher without SLURM: command lines, sbatch file, reports, waiting, sweeps, rendezvous, and
+jobs on this machine. With SLURM: tests/slurm.
 """
 
 import ast
@@ -18,7 +18,19 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launch import executors, job, options, rendezvous, report, slurm, status, submit, sweep, tables, watch
+from launch import (
+    executors,
+    job,
+    options,
+    rendezvous,
+    report,
+    slurm,
+    status,
+    submit,
+    sweep,
+    tables,
+    watch,
+)
 from launch.job import Run
 from launch.report import Entry
 from launch.slurm import JobState
@@ -27,8 +39,8 @@ from tests.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 DIGITS = shlex.split(
-    "--dataset digits -a digits --mlp --moco-dim 32 --moco-k 256 --epochs 1 -b 128 -j 0 --device cpu --seed 1 -p 1 "
-    "--max-steps 3"
+    "--dataset digits -a digits --mlp --moco-dim 32 --moco-k 256 --epochs 1 -b 128 -j 0 --device"
+    " cpu --seed 1 -p 1 --max-steps 3"
 )
 CPU = shlex.split("--gpus-per-node 0 --tasks-per-node 2")
 
@@ -53,11 +65,10 @@ def dry(capsys, *argv: str) -> str:
 def test_a_dry_run_shows_all_and_touches_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     asked = shlex.split(
-        "pretrain --nodes 4 --gpus-per-node 8 --partition gpu --timeout 2880 --account a --qos q --constraint c "
-        "--comment 'two words' --mem-gb 320 "
-        "--cpus-per-task 12 --exclude n7 --setup 'module load cuda' --env A=b --sbatch gres=gpu:8 "
-        "--container 'apptainer exec --nv x.sif' "
-        "--srun=--mpi=none --signal-delay 90 --job-dir runs/%j"
+        "pretrain --nodes 4 --gpus-per-node 8 --partition gpu --timeout 2880 --account a --qos q"
+        " --constraint c --comment 'two words' --mem-gb 320 --cpus-per-task 12 --exclude n7 --setup"
+        " 'module load cuda' --env A=b --sbatch gres=gpu:8 --container 'apptainer exec --nv x.sif'"
+        " --srun=--mpi=none --signal-delay 90 --job-dir runs/%j"
     )
     text = dry(
         capsys,
@@ -97,8 +108,8 @@ def test_a_dry_run_shows_all_and_touches_nothing(tmp_path, monkeypatch, capsys):
         assert f"#SBATCH --{line}\n" in text, line
     assert "module load cuda\n" in text and "export A=b\n" in text
     assert (
-        '--mpi=none sh -c \'trap "" USR2; exec "$@"\' sh apptainer exec --nv x.sif python -u -m submitit.core._submit'
-        in text
+        '--mpi=none sh -c \'trap "" USR2; exec "$@"\' sh apptainer exec --nv x.sif python -u -m'
+        " submitit.core._submit" in text
     )
     assert (
         "# lr: 0.12\n" in text
@@ -113,9 +124,9 @@ def test_older_names_and_a_command_of_moco_without_the_dashes(capsys):
     text = dry(
         capsys,
         *shlex.split(
-            "pretrain --ngpus 2 --job_dir there/%j --use_volta32 -a resnet50 --lr 0.03 --batch-size 256 "
-            "--dist-url tcp://localhost:10001 "
-            "--multiprocessing-distributed --world-size 1 --rank 0 DIR"
+            "pretrain --ngpus 2 --job_dir there/%j --use_volta32 -a resnet50 --lr 0.03 --batch-size"
+            " 256 --dist-url tcp://localhost:10001 --multiprocessing-distributed --world-size 1"
+            " --rank 0 DIR"
         ),
     )
     assert (
@@ -133,7 +144,11 @@ def test_help_of_both(capsys):
 
 
 def test_launcher_and_scripts_share_no_flag():
-    own = {s for a in submit.get_parser()._actions for s in a.option_strings} - {"-h", "--help", "--version"}
+    own = {s for a in submit.get_parser()._actions for s in a.option_strings} - {
+        "-h",
+        "--help",
+        "--version",
+    }
     for script in job.SCRIPTS:
         shared = own & {s for a in options.script_parser(script)._actions for s in a.option_strings}
         assert not shared, f"{script}: {shared} would be taken by the launcher when given before --"
@@ -148,7 +163,10 @@ def test_launcher_and_scripts_share_no_flag():
         ("pretrain --partitoin gpu DIR", "--partitoin"),
         ("pretrain --out x DIR", "say --job-dir x"),
         ("pretrain --resume nowhere.pth DIR", "no file at --resume 'nowhere.pth'"),
-        ("pretrain --nodes 3 --gpus-per-node 8 DIR", "--batch-size 256 does not divide into 24 ranks"),
+        (
+            "pretrain --nodes 3 --gpus-per-node 8 DIR",
+            "--batch-size 256 does not divide into 24 ranks",
+        ),
         ("pretrain --nodes 0 DIR", "--nodes 0"),
         ("pretrain --tasks-per-node 2 --gpus-per-node 8 DIR", "one process a GPU"),
         ("pretrain --timeout 1 --signal-delay 60 DIR", "--signal-delay 60"),
@@ -168,24 +186,42 @@ def test_bad_input_is_one_line_and_nothing_is_written(argv, words, tmp_path, mon
     monkeypatch.setenv("PATH", str(tmp_path))
     assert submit.main(shlex.split(argv)) == 2
     said = capsys.readouterr()
-    assert said.out == "" and said.err.startswith("error: ") and said.err.count("\n") == 1 and words in said.err, said
+    assert (
+        said.out == ""
+        and said.err.startswith("error: ")
+        and said.err.count("\n") == 1
+        and words in said.err
+    ), said
     assert list(tmp_path.iterdir()) == []
 
 
 # ---- what reaches a shell
 
-TEXTS = ("--name", "--partition", "--account", "--qos", "--comment", "--constraint", "--exclude", "--job-dir")
+TEXTS = (
+    "--name",
+    "--partition",
+    "--account",
+    "--qos",
+    "--comment",
+    "--constraint",
+    "--exclude",
+    "--job-dir",
+)
 KEYED = ("--srun=--comment=", "--sbatch=comment=", "--env=A=")
 SHELL = "a'b\"c $(touch X) `touch X`; touch X & touch X | touch X > X \\ # ${HOME} é"
 
 
 @pytest.fixture
 def ran(tmp_path, monkeypatch):
-    """Runs a text by bash in an empty folder, srun being a stub: (the words srun was given, $A, what is there now)."""
+    """Runs a text by bash in an empty folder, srun being a stub: (the words srun was given, $A,
+    what is there now).
+    """
     tools, folder = tmp_path / "tools", tmp_path / "here"
     tools.mkdir()
     folder.mkdir()
-    (tools / "srun").write_text(f'#!/bin/sh\nprintf "%s\\0" "$@" > {tmp_path}/words; printf %s "$A" > {tmp_path}/A\n')
+    (tools / "srun").write_text(
+        f'#!/bin/sh\nprintf "%s\\0" "$@" > {tmp_path}/words; printf %s "$A" > {tmp_path}/A\n'
+    )
     (tools / "srun").chmod(0o755)
     monkeypatch.chdir(folder)
 
@@ -200,7 +236,17 @@ def ran(tmp_path, monkeypatch):
 
 def test_no_text_of_an_option_is_run(ran, tmp_path, capsys):
     argv = [word for flag in TEXTS for word in (flag, SHELL)] + [flag + SHELL for flag in KEYED]
-    text = dry(capsys, "pretrain", *argv, "--gpus-per-node", "0", "--", *DIGITS, "--dist-url", "x\ntouch X\n")
+    text = dry(
+        capsys,
+        "pretrain",
+        *argv,
+        "--gpus-per-node",
+        "0",
+        "--",
+        *DIGITS,
+        "--dist-url",
+        "x\ntouch X\n",
+    )
     for flag in (*TEXTS[1:-1], "--job-name"):
         assert f"#SBATCH {flag}={shlex.quote(SHELL)}\n" in text
     words, A, left = ran(text)  # also with the resolved flags that stand below it
@@ -216,7 +262,12 @@ def test_a_text_that_ends_its_line_is_refused(flag, end, capsys):
     for main, argv in ((submit.main, ["pretrain", "--dry-run", *DIGITS]), (sweep.main, on_slurm)):
         assert main([*argv, *given]) == 2
         said = capsys.readouterr()
-        assert said.out == "" and said.err.count("\n") == 1 and "in one line" in said.err and flag[:5] in said.err
+        assert (
+            said.out == ""
+            and said.err.count("\n") == 1
+            and "in one line" in said.err
+            and flag[:5] in said.err
+        )
 
 
 def test_a_name_that_is_no_utf_8_is_for_this_machine_alone(tmp_path, capsys):
@@ -251,7 +302,9 @@ def test_a_name_of_the_environment_is_a_name(pair, capsys):
 @pytest.mark.parametrize("pair", ["=1", "-x=1", "a b", "aé=1", "$(touch X)=1", ""])
 def test_an_option_of_sbatch_has_a_name(pair, capsys):
     assert submit.main(["pretrain", "--dry-run", f"--sbatch={pair}", *DIGITS]) == 2
-    assert capsys.readouterr().err.startswith(f"error: --sbatch '{pair}': expected an option of sbatch")
+    assert capsys.readouterr().err.startswith(
+        f"error: --sbatch '{pair}': expected an option of sbatch"
+    )
 
 
 def test_setup_is_shell_and_runs_before_the_job(ran, capsys):
@@ -261,7 +314,9 @@ def test_setup_is_shell_and_runs_before_the_job(ran, capsys):
 
 
 def test_the_commands_of_a_sweep_are_as_quoted_as_a_shell_needs_them(ran, tmp_path, capsys):
-    (tmp_path / "s.yaml").write_text(yaml.safe_dump({"base": {"dataset": "digits"}, "points": [{"dist-url": SHELL}]}))
+    (tmp_path / "s.yaml").write_text(
+        yaml.safe_dump({"base": {"dataset": "digits"}, "points": [{"dist-url": SHELL}]})
+    )
     assert sweep.main([str(tmp_path / "s.yaml"), "--dry-run"]) == 0
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line[0] != "#")
     words, _, left = ran(f"srun {line}")
@@ -270,9 +325,30 @@ def test_the_commands_of_a_sweep_are_as_quoted_as_a_shell_needs_them(ran, tmp_pa
 
 @pytest.mark.parametrize(
     "given",
-    ["--nodes -1", "--nodes 100001", f"--nodes {'9' * 400}", "--nodes " + "9" * 5000, "--tasks-per-node 0", "--poll 0"]
-    + ["--cpus-per-task 0", "--mem-gb nan", "--mem-gb inf", "--mem-gb 0", "--mem-gb -1", "--join-timeout nan"]
-    + ["--poll -1", "--poll nan", "--max-restarts -1", "--timeout 1e3", "--array-parallelism 0", "--nodes ²"],
+    [
+        "--nodes -1",
+        "--nodes 100001",
+        f"--nodes {'9' * 400}",
+        "--nodes " + "9" * 5000,
+        "--tasks-per-node 0",
+        "--poll 0",
+    ]
+    + [
+        "--cpus-per-task 0",
+        "--mem-gb nan",
+        "--mem-gb inf",
+        "--mem-gb 0",
+        "--mem-gb -1",
+        "--join-timeout nan",
+    ]
+    + [
+        "--poll -1",
+        "--poll nan",
+        "--max-restarts -1",
+        "--timeout 1e3",
+        "--array-parallelism 0",
+        "--nodes ²",
+    ],
 )
 def test_a_number_out_of_range_is_one_line(given, capsys):
     flag, value = given.split()
@@ -283,32 +359,68 @@ def test_a_number_out_of_range_is_one_line(given, capsys):
         assert status.main(["nowhere", flag, value]) == 2 and flag in capsys.readouterr().err
 
 
-def test_more_gpus_than_this_shell_may_see_are_refused(monkeypatch, tmp_path, capsys, no_environment_left):
+def test_more_gpus_than_this_shell_may_see_are_refused(
+    monkeypatch, tmp_path, capsys, no_environment_left
+):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-    argv = ["pretrain", "--cluster", "local", "--gpus-per-node", "2", "--job-dir", str(tmp_path / "x"), *DIGITS]
+    argv = [
+        "pretrain",
+        "--cluster",
+        "local",
+        "--gpus-per-node",
+        "2",
+        "--job-dir",
+        str(tmp_path / "x"),
+        *DIGITS,
+    ]
     assert submit.main(argv) == 2 and "CUDA_VISIBLE_DEVICES shows 1" in capsys.readouterr().err
 
 
 def test_a_job_folder_of_nobody_is_one_line(capsys):
-    assert submit.main(["pretrain", "--dry-run", "--job-dir", "~nobody-of-this-name/x", *DIGITS]) == 2
+    assert (
+        submit.main(["pretrain", "--dry-run", "--job-dir", "~nobody-of-this-name/x", *DIGITS]) == 2
+    )
     assert capsys.readouterr().err.startswith("error: --job-dir '~nobody-of-this-name/x': ")
 
 
 def test_a_job_folder_that_cannot_be_is_one_line(tmp_path, capsys, no_environment_left):
     (tmp_path / "file").touch()
-    argv = ["pretrain", "--cluster", "local", *CPU, "--job-dir", str(tmp_path / "file" / "run"), "--", *DIGITS]
+    argv = [
+        "pretrain",
+        "--cluster",
+        "local",
+        *CPU,
+        "--job-dir",
+        str(tmp_path / "file" / "run"),
+        "--",
+        *DIGITS,
+    ]
     assert submit.main(argv) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: cannot write into") and said.count("\n") == 1
 
 
 def test_the_shell_of_another_job_is_not_submitted(monkeypatch):
-    for name in ("RANK", "MASTER_PORT", "CUDA_VISIBLE_DEVICES", "SLURM_NTASKS", "SLURM_CONF", "SBATCH_ACCOUNT"):
+    for name in (
+        "RANK",
+        "MASTER_PORT",
+        "CUDA_VISIBLE_DEVICES",
+        "SLURM_NTASKS",
+        "SLURM_CONF",
+        "SBATCH_ACCOUNT",
+    ):
         monkeypatch.setenv(name, "1")
     with options.clean_environment():
         left = {
             name
-            for name in ("RANK", "MASTER_PORT", "CUDA_VISIBLE_DEVICES", "SLURM_NTASKS", "SLURM_CONF", "SBATCH_ACCOUNT")
+            for name in (
+                "RANK",
+                "MASTER_PORT",
+                "CUDA_VISIBLE_DEVICES",
+                "SLURM_NTASKS",
+                "SLURM_CONF",
+                "SBATCH_ACCOUNT",
+            )
             if name in os.environ
         }
     assert left == {"SLURM_CONF", "SBATCH_ACCOUNT"} and os.environ["RANK"] == "1"
@@ -342,17 +454,23 @@ def fails(entry: Entry, rank: int, error: str, when: float, code: int = 1) -> No
 
 
 def test_the_cause_comes_before_what_followed_from_it(entry):
-    fails(entry, 0, "RuntimeError: [..] Connection closed by peer [10.0.0.2]:1", 1.0)  # noticed, and recorded, first
+    # noticed, and recorded, first
+    fails(entry, 0, "RuntimeError: [..] Connection closed by peer [10.0.0.2]:1", 1.0)
     fails(entry, 1, "ValueError: boom", 2.0)
-    entry.log(0).write_text("srun: launch/slurm: Terminating StepId=7.0\nsrun: error: n2: task 2: Killed\n")
-    assert [f.rank for f in report.failures(entry)] == [1, 2, 0]  # rank 2 was only ended with the others
+    entry.log(0).write_text(
+        "srun: launch/slurm: Terminating StepId=7.0\nsrun: error: n2: task 2: Killed\n"
+    )
+    # rank 2 was only ended with the others
+    assert [f.rank for f in report.failures(entry)] == [1, 2, 0]
     text = "\n".join(report.explain(entry, JobState("FAILED", exit_code="1:0")))
     assert text.index("rank 0 on n0") > text.index("ValueError: boom")
 
 
 def test_a_rank_that_left_no_word_is_named_with_its_end(entry):
     fails(entry, 0, "DistBackendError: NCCL watchdog", 1.0)
-    entry.log(0).write_text("srun: error: n2: task 1: Killed\nsrun: error: n3: tasks 2: Exited with exit code 3\n")
+    entry.log(0).write_text(
+        "srun: error: n2: task 1: Killed\nsrun: error: n3: tasks 2: Exited with exit code 3\n"
+    )
     first, second, third = report.failures(entry)
     assert (
         (first.rank, first.node) == (1, "n2")
@@ -366,8 +484,8 @@ def test_what_an_earlier_life_left_in_the_log_is_no_cause(entry):
     entry.log(0).write_text("srun: error: n2: task 1: Killed\n=> life 2 of job 7\nfine\n")
     assert report.failures(entry) == []
     entry.log(0).write_text(
-        "=> life 2 of job 7\n*** STEP 7.0 ON n1 CANCELLED AT 2026-11-21T08:45:50 DUE TO TIME LIMIT ***\n"
-        "srun: error: n2: task 1: Killed\n"
+        "=> life 2 of job 7\n*** STEP 7.0 ON n1 CANCELLED AT 2026-11-21T08:45:50 DUE TO TIME LIMIT"
+        " ***\nsrun: error: n2: task 1: Killed\n"
     )
     assert report.failures(entry) == []
     text = "\n".join(report.explain(entry, JobState("TIMEOUT")))
@@ -408,12 +526,16 @@ def test_a_job_that_slurm_forgot_is_judged_by_how_its_ranks_ended(forgotten):
 
 def test_a_job_of_an_earlier_version_is_judged_by_its_logs(forgotten):
     """It left no record of success, but a pickle of submitit's."""
-    start = "submitit INFO (2026-11-01 10:00:00,000) - Starting with JobEnvironment(job_id=7, global_rank=0(3))\n"
+    start = (
+        "submitit INFO (2026-11-01 10:00:00,000) - Starting with JobEnvironment(job_id=7,"
+        " global_rank=0(3))\n"
+    )
     success = "submitit INFO (2026-11-01 10:05:00,000) - Job completed successfully\n"
     for rank in range(3):
         forgotten.log(rank, "out").write_text(start + "Epoch 0\n" + success)
     assert report.state(forgotten).state == "COMPLETED"
-    forgotten.log(1, "out").write_text(start + success + start + "Epoch 0\n")  # the last life did not come to its end
+    # the last life did not come to its end
+    forgotten.log(1, "out").write_text(start + success + start + "Epoch 0\n")
     assert report.state(forgotten).state == "UNKNOWN"
     record = {"time": 1.0, "rank": 1, "node": "n1", "code": 1, "error": "ValueError: boom"}
     job.earlier_end_file(Path(forgotten.folder), "7", 1).write_text(json.dumps(record))
@@ -434,30 +556,48 @@ class Evil:
 def test_no_pickle_of_a_job_folder_is_loaded(forgotten, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(watch, "UNKNOWN_FOR", 0)
     evil = pickle.dumps(Evil(tmp_path / "sprung"))
-    for name in ("7_0_result.pkl", "7_1_result.pkl", "7_2_result.pkl", "7_submitted.pkl", "999999_0_result.pkl"):
+    for name in (
+        "7_0_result.pkl",
+        "7_1_result.pkl",
+        "7_2_result.pkl",
+        "7_submitted.pkl",
+        "999999_0_result.pkl",
+    ):
         (tmp_path / name).write_bytes(evil)
     for cluster in ("slurm", "local"):
         told = dataclasses.replace(forgotten, cluster=cluster, job="999999")
         report.write_entry(told, told.folder)
-        assert status.main([str(tmp_path)]) == (cluster == "local") and status.main([str(tmp_path), "--all"]) in (0, 1)
+        assert status.main([str(tmp_path)]) == (cluster == "local") and status.main(
+            [str(tmp_path), "--all"]
+        ) in (0, 1)
         assert watch.outcome([told], watch.wait([told], 0)) == 1
     assert "UNKNOWN" in capsys.readouterr().out and not (tmp_path / "sprung").exists()
     pickle.loads(evil)
     assert (tmp_path / "sprung").exists()  # the trap was armed
 
 
-def test_of_a_refused_submission_only_its_own_files_go_and_no_pickle_is_loaded(tmp_path, monkeypatch, capsys):
+def test_of_a_refused_submission_only_its_own_files_go_and_no_pickle_is_loaded(
+    tmp_path, monkeypatch, capsys
+):
     """Another one's pickle, and its sbatch file, come into the folder in that moment."""
     folder, tools = tmp_path / "runs", tmp_path / "tools"
     tools.mkdir()
     (tmp_path / "evil").write_bytes(pickle.dumps(Evil(tmp_path / "sprung")))
-    refuse = f"#!/bin/sh\ncp {tmp_path}/evil {folder}/other.pkl; touch {folder}/.submission_file_other.sh\n"
+    refuse = (
+        f"#!/bin/sh\ncp {tmp_path}/evil {folder}/other.pkl; touch"
+        f" {folder}/.submission_file_other.sh\n"
+    )
     (tools / "sbatch").write_text(refuse + "echo 'sbatch: error: invalid partition' >&2; exit 1\n")
     (tools / "srun").touch()
     for tool in tools.iterdir():
         tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
-    assert submit.main(["pretrain", "--gpus-per-node", "0", "--job-dir", str(folder / "%j"), "--", *DIGITS]) == 2
+    assert (
+        submit.main(
+            ["pretrain", "--gpus-per-node", "0", "--job-dir", str(folder / "%j"), "--", *DIGITS]
+        )
+        == 2
+    )
     assert "SLURM refused the job" in capsys.readouterr().err
     assert sorted(p.name for p in folder.iterdir()) == [".submission_file_other.sh", "other.pkl"]
     assert not (tmp_path / "sprung").exists()
@@ -465,7 +605,15 @@ def test_of_a_refused_submission_only_its_own_files_go_and_no_pickle_is_loaded(t
 
 def record(**changes) -> str:
     """The line of a submission as JSON, with some values changed; ... leaves one out."""
-    good = {"job": "7", "cluster": "slurm", "script": "knn", "folder": "F", "out": "F", "tasks": 1, "command": ["c"]}
+    good = {
+        "job": "7",
+        "cluster": "slurm",
+        "script": "knn",
+        "folder": "F",
+        "out": "F",
+        "tasks": 1,
+        "command": ["c"],
+    }
     return json.dumps({k: v for k, v in {**good, **changes}.items() if v is not ...})
 
 
@@ -524,7 +672,9 @@ def test_records_that_are_no_files_do_not_hold_the_status_up(forgotten, tmp_path
     os.mkfifo(tmp_path / "metrics.jsonl")
     os.mkfifo(forgotten.log(0))
     os.mkfifo(job.end_file(tmp_path, "7", 0))
-    assert status.main([str(tmp_path)]) == 1 and "7_0_end.json' is a pipe" in capsys.readouterr().out
+    assert (
+        status.main([str(tmp_path)]) == 1 and "7_0_end.json' is a pipe" in capsys.readouterr().out
+    )
     (tmp_path / "launch.jsonl").unlink()
     os.mkfifo(tmp_path / "launch.jsonl")
     assert status.main([str(tmp_path)]) == 2 and "is a pipe" in capsys.readouterr().err
@@ -532,7 +682,14 @@ def test_records_that_are_no_files_do_not_hold_the_status_up(forgotten, tmp_path
 
 @pytest.mark.parametrize(
     "facts",
-    [{"state": "fine"}, {"state": None}, {"time": "now"}, {"time": float("nan")}, {"code": "1"}, {"code": 10**30}]
+    [
+        {"state": "fine"},
+        {"state": None},
+        {"time": "now"},
+        {"time": float("nan")},
+        {"code": "1"},
+        {"code": 10**30},
+    ]
     + [{"node": 1}, {"error": ["x"]}, {"rank": -1}, {"rank": 0.5}, {"more": 1}],
 )
 def test_a_damaged_record_of_a_rank_counts_as_no_success_and_is_named(forgotten, facts):
@@ -544,7 +701,9 @@ def test_a_damaged_record_of_a_rank_counts_as_no_success_and_is_named(forgotten,
     assert len(told) == 1 and next(iter(facts)) in told[0] and "\n" not in told[0]
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "nan", "\ud800", '{"state": "succeeded"}', "[" * 100_000, "9" * 5000])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "nan", "\ud800", '{"state": "succeeded"}', "[" * 100_000, "9" * 5000]
+)
 def test_a_record_of_a_rank_that_is_no_record_is_named(forgotten, text):
     job.end_file(Path(forgotten.folder), "7", 1).write_bytes(text.encode(errors="surrogatepass"))
     assert report.state(forgotten).state == "FAILED"
@@ -554,13 +713,29 @@ def test_a_record_of_a_rank_that_is_no_record_is_named(forgotten, text):
 def test_what_a_job_left_is_shown_without_its_control_characters(forgotten, tmp_path):
     fails(forgotten, 1, "ValueError: \x1b[2J\x07boom", 1.0)
     forgotten.log(1).write_bytes(b"\x1b]0;title\x07 \xff\n")
-    text = report.explain(forgotten, JobState("FAILED")) + status.describe(forgotten, JobState("FAILED"))
+    text = report.explain(forgotten, JobState("FAILED")) + status.describe(
+        forgotten, JobState("FAILED")
+    )
     assert all(line.isprintable() for line in text) and any("\\x1b[2J" in line for line in text)
 
 
 def test_odd_metrics_are_passed_over(tmp_path):
-    odd = [{"epoch": "1"}, {"loss": None}, {"loss": float("nan")}, {"loss": 10**400}, {"knn": True}, {"total": []}]
-    lines = [json.dumps({"kind": "step", "epoch": 1, "loss": 2.5}), "[]", "3", "[" * 10_000, "9" * 5000, '{"kind": []}']
+    odd = [
+        {"epoch": "1"},
+        {"loss": None},
+        {"loss": float("nan")},
+        {"loss": 10**400},
+        {"knn": True},
+        {"total": []},
+    ]
+    lines = [
+        json.dumps({"kind": "step", "epoch": 1, "loss": 2.5}),
+        "[]",
+        "3",
+        "[" * 10_000,
+        "9" * 5000,
+        '{"kind": []}',
+    ]
     lines += [json.dumps({"kind": "step", **facts}) for facts in odd]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
     assert report.progress(str(tmp_path)) == {"epoch": 1, "loss": 2.5}
@@ -568,8 +743,10 @@ def test_odd_metrics_are_passed_over(tmp_path):
 
 def test_scontrol_and_sacct_are_read(tmp_path, monkeypatch):
     tools = {
-        "scontrol": "JobId=8 Restarts=2 JobState=NODE_FAIL Reason=None Requeue=1 ExitCode=0:9 NodeList=n[1-2] "
-        "ReqNodeList=(null) Comment=\\377 JobState=COMPLETED Restarts=x",
+        "scontrol": (
+            "JobId=8 Restarts=2 JobState=NODE_FAIL Reason=None Requeue=1 ExitCode=0:9"
+            " NodeList=n[1-2] ReqNodeList=(null) Comment=\\377 JobState=COMPLETED Restarts=x"
+        ),
         "sacct": "9_1|CANCELLED by 0|0:15|n1",
     }
     for name, text in tools.items():
@@ -581,10 +758,14 @@ def test_scontrol_and_sacct_are_read(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     found = slurm.ask("8")
     assert found == JobState("NODE_FAIL", "", 2, "0:9", "n[1-2]", True) and found.may_return
-    assert slurm.ask("9_1") == JobState("CANCELLED", "", None, "0:15", "n1") and slurm.ask("5") is None
+    assert (
+        slurm.ask("9_1") == JobState("CANCELLED", "", None, "0:15", "n1") and slurm.ask("5") is None
+    )
 
 
-def test_waiting_sees_through_a_failed_node_and_ends_when_slurm_has_forgotten(entry, monkeypatch, capsys):
+def test_waiting_sees_through_a_failed_node_and_ends_when_slurm_has_forgotten(
+    entry, monkeypatch, capsys
+):
     clock = iter(range(0, 10_000, 5))
     monkeypatch.setattr(watch.time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(watch.time, "sleep", lambda seconds: None)
@@ -595,7 +776,8 @@ def test_waiting_sees_through_a_failed_node_and_ends_when_slurm_has_forgotten(en
         JobState("RUNNING", "", 1),
         JobState("COMPLETED", "", 1),
     ]
-    monkeypatch.setattr(report, "state", lambda e, states=iter(states): next(states))
+    told = iter(states)
+    monkeypatch.setattr(report, "state", lambda e: next(told))
     assert watch.outcome([entry], watch.wait([entry], 1)) == 0
     monkeypatch.setattr(report, "state", lambda e: JobState("NODE_FAIL", requeue=True))
     assert watch.wait([entry], 1)["7"].state == "NODE_FAIL"
@@ -626,7 +808,10 @@ def meet(rank: int, world: int, name: str, life: int, expected: int, seconds: fl
     )
     try:
         store = rendezvous.join(place, seconds, lambda: False)
-        found = {k: os.environ[k] for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
+        found = {
+            k: os.environ[k]
+            for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+        }
         store.set(f"bye{rank}", "1")
         store.wait([f"bye{r}" for r in range(world)])  # rank 0's store goes with its last holder
         return found, None
@@ -642,7 +827,12 @@ def test_ranks_meet_past_ports_that_others_hold():
     with socket.create_server(("", ports[0])):  # takes connections, and is mute
         (first, _), (second, _) = run_ranks(2, meet, "test", 1, 2, 60.0)
     assert first["MASTER_PORT"] == second["MASTER_PORT"] == str(ports[1])
-    assert (first["RANK"], second["RANK"], second["LOCAL_RANK"], second["WORLD_SIZE"]) == ("0", "1", "1", "2")
+    assert (first["RANK"], second["RANK"], second["LOCAL_RANK"], second["WORLD_SIZE"]) == (
+        "0",
+        "1",
+        "1",
+        "2",
+    )
 
 
 def test_a_missing_rank_is_named_by_all_within_the_time():
@@ -660,7 +850,9 @@ def test_ports_differ_between_jobs_and_lives():
         for name in ("41", "42", "43")
         for life in (0, 1, 2)
     }
-    assert len(set(ports.values())) == len(ports) and all(10_000 <= port < 32_768 for port in ports.values())
+    assert len(set(ports.values())) == len(ports) and all(
+        10_000 <= port < 32_768 for port in ports.values()
+    )
 
 
 # ---- one life of a task
@@ -694,11 +886,17 @@ def test_mains_exit_code_is_the_jobs(code, tmp_path, monkeypatch, no_environment
     assert in_debug(tmp_path)[0] == code
     assert fake.calls == [["--lr", "1", "--out", str(tmp_path / "debug"), "--resume", "auto"]]
     (record,) = (json.loads(file.read_text()) for file in tmp_path.rglob("*_end.json"))
-    assert (record["state"], record["code"], record["error"]) == ("failed" if code else "succeeded", code, "")
+    assert (record["state"], record["code"], record["error"]) == (
+        "failed" if code else "succeeded",
+        code,
+        "",
+    )
     assert not list(tmp_path.rglob("*.half-written"))
 
 
-def test_a_run_that_was_asked_to_stop_leaves_that_on_record(tmp_path, monkeypatch, no_environment_left):
+def test_a_run_that_was_asked_to_stop_leaves_that_on_record(
+    tmp_path, monkeypatch, no_environment_left
+):
     FakeMain(monkeypatch, lambda stop: 75)
     assert in_debug(tmp_path)[0] == 75
     (record,) = tmp_path.rglob("*_end.json")
@@ -715,14 +913,19 @@ def test_a_new_life_forgets_how_the_last_one_ended(tmp_path, monkeypatch, no_env
         return 0
 
     FakeMain(monkeypatch, act)
-    for name in names:  # the id of a job in this process is not known before: any such file is its own
-        monkeypatch.setattr(job, name, lambda folder, job_id, rank, name=name: folder / f"0_{name}.json")
+    # the id of a job in this process is not known before: any such file is its own
+    for name in names:
+        monkeypatch.setattr(
+            job, name, lambda folder, job_id, rank, name=name: folder / f"0_{name}.json"
+        )
         (tmp_path / "debug").mkdir(exist_ok=True)
         (tmp_path / "debug" / f"0_{name}.json").write_text("{}")
     assert in_debug(tmp_path)[0] == 0 and seen == [False, False]
 
 
-def test_a_full_disk_leaves_no_half_a_record_and_does_not_change_the_end(tmp_path, monkeypatch, no_environment_left):
+def test_a_full_disk_leaves_no_half_a_record_and_does_not_change_the_end(
+    tmp_path, monkeypatch, no_environment_left
+):
     FakeMain(monkeypatch, lambda stop: 0)
 
     def full(descriptor):
@@ -733,7 +936,9 @@ def test_a_full_disk_leaves_no_half_a_record_and_does_not_change_the_end(tmp_pat
     assert not list(tmp_path.rglob("*_end.json"))
 
 
-def test_signals_are_told_to_main_and_an_exception_is_recorded(tmp_path, monkeypatch, capsys, no_environment_left):
+def test_signals_are_told_to_main_and_an_exception_is_recorded(
+    tmp_path, monkeypatch, capsys, no_environment_left
+):
     seen = []
 
     def act(stop):
@@ -746,23 +951,34 @@ def test_signals_are_told_to_main_and_an_exception_is_recorded(tmp_path, monkeyp
     assert in_debug(tmp_path)[0] == 1 and seen == [False, True]
     (record,) = tmp_path.rglob("*_end.json")
     assert (
-        json.loads(record.read_text())["error"] == "ValueError: boom" and "ValueError: boom" in capsys.readouterr().err
+        json.loads(record.read_text())["error"] == "ValueError: boom"
+        and "ValueError: boom" in capsys.readouterr().err
     )
 
 
-def test_a_file_to_resume_from_gives_way_to_the_runs_own_checkpoint(tmp_path, monkeypatch, no_environment_left):
+def test_a_file_to_resume_from_gives_way_to_the_runs_own_checkpoint(
+    tmp_path, monkeypatch, no_environment_left
+):
     fake = FakeMain(monkeypatch, lambda stop: 0)
     in_debug(tmp_path, resume="old.pth.tar")
     (tmp_path / "debug" / "checkpoint_last.pth.tar").touch()
     in_debug(tmp_path, resume="old.pth.tar")
     in_debug(tmp_path, resume=None)
-    assert [flags[4:] for flags in fake.calls] == [["--resume", "old.pth.tar"], ["--resume", "auto"], []]
+    assert [flags[4:] for flags in fake.calls] == [
+        ["--resume", "old.pth.tar"],
+        ["--resume", "auto"],
+        [],
+    ]
 
 
 def test_the_next_life_is_made_of_what_the_constructor_set():
     run = Run("pretrain", ["--lr", "1"], "runs/%j", restarts=2)
     following = run.checkpoint().function
-    assert following.restarts == 3 and following.out == "runs/%j" and pickle.loads(pickle.dumps(following)) == following
+    assert (
+        following.restarts == 3
+        and following.out == "runs/%j"
+        and pickle.loads(pickle.dumps(following)) == following
+    )
 
 
 def test_a_restart_waits_for_the_lock_of_its_last_life(tmp_path):
@@ -770,11 +986,14 @@ def test_a_restart_waits_for_the_lock_of_its_last_life(tmp_path):
     hold = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); "
     hold += "print('held', flush=True); sys.stdin.read()"
     with subprocess.Popen(
-        [sys.executable, "-c", hold, str(tmp_path / ".lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, "-c", hold, str(tmp_path / ".lock")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
     ) as holder:
         assert holder.stdout.readline() == b"held\n"
         asked = iter([False, True])
-        job._wait_for_lock(tmp_path, lambda: next(asked))  # looks once, finds it held, is asked to stop
+        # looks once, finds it held, is asked to stop
+        job._wait_for_lock(tmp_path, lambda: next(asked))
         with pytest.raises(StopIteration):
             next(asked)
         holder.stdin.close()
@@ -784,7 +1003,9 @@ def test_a_restart_waits_for_the_lock_of_its_last_life(tmp_path):
 # ---- this machine in place of a cluster
 
 
-def test_two_tasks_of_this_machine_train_together_and_status_tells(tmp_path, capfd, no_environment_left):
+def test_two_tasks_of_this_machine_train_together_and_status_tells(
+    tmp_path, capfd, no_environment_left
+):
     code = submit.main(
         [
             "pretrain",
@@ -841,12 +1062,17 @@ def test_the_points_of_a_sweep(tmp_path):
     assert flags == ["DIR", "--mlp", "--lr=0.1", "--moco-t=0.2", "--no-cos"]
     assert plan["points"]["a_b_c"]["lr"] == "3"
     (tmp_path / "sweep.yaml").write_text(
-        "base: {config: c.yaml, data: DIR, mlp: null, amp: off, schedule: [6, 8], wd: 1e-3, isl_hpe: 0}\n"
-        "points: [{cos: yes, seed: 010}, {name: b, amp: bf16, wd: null, schedule: [9]}]"
+        "base: {config: c.yaml, data: DIR, mlp: null, amp: off, schedule: [6, 8], wd: 1e-3,"
+        " isl_hpe: 0}\npoints: [{cos: yes, seed: 010}, {name: b, amp: bf16, wd: null, schedule:"
+        " [9]}]"
     )
     plan = sweep.read_plan(tmp_path / "sweep.yaml")
-    first, second = (sweep.flags_of("pretrain", plan["points"][name]) for name in ("cos=True,seed=010", "b"))
-    assert first == shlex.split("DIR --config=c.yaml --amp=off --schedule 6 8 --wd=1e-3 --isl-hpe=0 --cos --seed=010")
+    first, second = (
+        sweep.flags_of("pretrain", plan["points"][name]) for name in ("cos=True,seed=010", "b")
+    )
+    assert first == shlex.split(
+        "DIR --config=c.yaml --amp=off --schedule 6 8 --wd=1e-3 --isl-hpe=0 --cos --seed=010"
+    )
     assert second == shlex.split("DIR --config=c.yaml --amp=bf16 --schedule 9 --isl-hpe=0")
 
 
@@ -921,7 +1147,16 @@ def test_a_sweep_whose_folder_cannot_be_made_starts_nothing(tmp_path, capsys, no
         assert sweep.main([str(sweep_of), "--job-dir", str(tmp_path / "file"), *more]) == 2
         said = capsys.readouterr()
         assert "file is a file" in said.err and said.err.count("\n") == 1 and said.out == ""
-    argv = ["pretrain", "--cluster", "debug", "--gpus-per-node", "0", "--job-dir", str(tmp_path / "file"), *DIGITS]
+    argv = [
+        "pretrain",
+        "--cluster",
+        "debug",
+        "--gpus-per-node",
+        "0",
+        "--job-dir",
+        str(tmp_path / "file"),
+        *DIGITS,
+    ]
     assert submit.main(argv) == 2 and "file is a file" in capsys.readouterr().err
 
 
@@ -948,11 +1183,18 @@ def test_of_linear_classifiers_the_chosen_one_is_shown(tmp_path):
 
 
 def test_a_point_whose_results_are_none_of_ours_is_one_line(tmp_path, capsys):
-    (tmp_path / "s.yaml").write_text("script: knn\nbase: {dataset: digits}\npoints: [{name: a, k: 5}]")
+    (tmp_path / "s.yaml").write_text(
+        "script: knn\nbase: {dataset: digits}\npoints: [{name: a, k: 5}]"
+    )
     out = tmp_path / "all" / "a"
     out.mkdir(parents=True)
     command = [str(tmp_path / "s.yaml"), "--job-dir", str(tmp_path / "all"), "--table"]
-    odd = {"top1": "x"}, {"top1": None}, {"top1": 10**400}, {"top1": 5.0, "feature": "a|b\x1b", "k": [1]}
+    odd = (
+        {"top1": "x"},
+        {"top1": None},
+        {"top1": 10**400},
+        {"top1": 5.0, "feature": "a|b\x1b", "k": [1]},
+    )
     (out / "results.json").write_text(json.dumps({"results": odd}))
     assert sweep.main(command) == 0 and "| a | 5 | 5 | a\\|b\\x1b |" in capsys.readouterr().out
     for text in ("[]", "{", '{"results": 1}', '{"results": [1]}', "9" * 5000, "[" * 100_000):
@@ -962,16 +1204,25 @@ def test_a_point_whose_results_are_none_of_ours_is_one_line(tmp_path, capsys):
         assert said.startswith("error: ") and said.count("\n") == 1 and "results.json" in said
 
 
-def test_a_sweep_on_this_machine_writes_a_folder_a_point_and_one_table(tmp_path, monkeypatch, capsys):
+def test_a_sweep_on_this_machine_writes_a_folder_a_point_and_one_table(
+    tmp_path, monkeypatch, capsys
+):
     script = (
-        "import json, sys; out, T = sys.argv[1:]; line = {'kind': 'epoch', 'epoch': 0, 'loss': float(T), 'knn': 50}; "
+        "import json, sys; out, T = sys.argv[1:]; line = {'kind': 'epoch', 'epoch': 0, 'loss':"
+        " float(T), 'knn': 50}; "
     )
     script += "open(out + '/metrics.jsonl', 'a').write(json.dumps(line) + '\\n'); "
     script += "sys.exit(float(T) > 0.2)"
     monkeypatch.setattr(
         sweep,
         "_command",
-        lambda name, flags, out: [sys.executable, "-c", script, str(out), flags[-1].removeprefix("--moco-t=")],
+        lambda name, flags, out: [
+            sys.executable,
+            "-c",
+            script,
+            str(out),
+            flags[-1].removeprefix("--moco-t="),
+        ],
     )
     file = write(
         tmp_path,
@@ -979,34 +1230,64 @@ def test_a_sweep_on_this_machine_writes_a_folder_a_point_and_one_table(tmp_path,
         grid={"moco-t": [0.1, 0.2, 0.3]},
         figures=[{"x": "moco-t", "y": "loss"}],
     )
-    assert sweep.main([str(file), "--job-dir", str(tmp_path / "all")]) == 1  # the last point failed, the others ran
+    # the last point failed, the others ran
+    assert sweep.main([str(file), "--job-dir", str(tmp_path / "all")]) == 1
     said = capsys.readouterr()
-    assert "moco-t=0.3 ended with exit code 1" in said.err and "| moco-t=0.1 | 0.1 | 0 | 0.1 | 50 |" in said.out
-    assert [row["loss"] for row in json.loads((tmp_path / "all" / "table.json").read_text())] == [0.1, 0.2, 0.3]
+    assert (
+        "moco-t=0.3 ended with exit code 1" in said.err
+        and "| moco-t=0.1 | 0.1 | 0 | 0.1 | 50 |" in said.out
+    )
+    assert [row["loss"] for row in json.loads((tmp_path / "all" / "table.json").read_text())] == [
+        0.1,
+        0.2,
+        0.3,
+    ]
     assert (tmp_path / "all" / "curve_0_moco-t.svg").stat().st_size > 1000
 
 
 def test_a_table_is_written_over_tables_only_and_whole(tmp_path, monkeypatch, capsys):
-    file = write(tmp_path, points=[{"name": "a", "lr": 1}], base={"dataset": "digits"}, figures=[{"x": "lr", "y": "loss"}])
+    file = write(
+        tmp_path,
+        points=[{"name": "a", "lr": 1}],
+        base={"dataset": "digits"},
+        figures=[{"x": "lr", "y": "loss"}],
+    )
     (tmp_path / "all" / "a").mkdir(parents=True)
-    (tmp_path / "all" / "a" / "metrics.jsonl").write_text('{"kind": "epoch", "epoch": 0, "loss": 0.5}\n')
+    (tmp_path / "all" / "a" / "metrics.jsonl").write_text(
+        '{"kind": "epoch", "epoch": 0, "loss": 0.5}\n'
+    )
     argv = [str(file), "--job-dir", str(tmp_path / "all"), "--table"]
     assert sweep.main(argv) == sweep.main(argv) == 0
-    written = {path.name: path.read_bytes() for path in (tmp_path / "all").iterdir() if path.is_file()}
+    written = {
+        path.name: path.read_bytes() for path in (tmp_path / "all").iterdir() if path.is_file()
+    }
     assert set(written) == {"table.md", "table.json", "curve_0_lr.svg"}
     with monkeypatch.context() as patched:
-        patched.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        patched.setattr(
+            os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+        )
         assert sweep.main(argv) == 3 and "No space left on device" in capsys.readouterr().err
-    assert written == {path.name: path.read_bytes() for path in (tmp_path / "all").iterdir() if path.is_file()}
+    assert written == {
+        path.name: path.read_bytes() for path in (tmp_path / "all").iterdir() if path.is_file()
+    }
     monkeypatch.setattr(sweep, "run_here", lambda *_: pytest.fail("it has begun"))
     for name in written:
         (tmp_path / "all" / name).write_text("<?xml the user's own")
-        assert sweep.main(argv[:-1]) == 2 and f"{name}' is there already and is none of this command's" in capsys.readouterr().err
+        assert (
+            sweep.main(argv[:-1]) == 2
+            and f"{name}' is there already and is none of this command's" in capsys.readouterr().err
+        )
         (tmp_path / "all" / name).write_bytes(written[name])
 
 
 def test_a_curve_has_the_mean_and_spread_of_equal_settings():
-    rows = [{"r": 1, "y": 2.0}, {"r": 1, "y": 4.0}, {"r": 0.5, "y": 1.0}, {"y": 9.0}, {"r": 2, "y": None}]
+    rows = [
+        {"r": 1, "y": 2.0},
+        {"r": 1, "y": 4.0},
+        {"r": 0.5, "y": 1.0},
+        {"y": 9.0},
+        {"r": 2, "y": None},
+    ]
     assert tables.points_of(rows, "r", "y") == [(0.5, 1.0, 0.0), (1, 3.0, pytest.approx(2**0.5))]
 
 
@@ -1019,7 +1300,24 @@ points: [{name: a b, cos: off, wd: null}]
 columns: [loss, knn]
 figures: [{x: lr, y: knn}]
 """
-PIECES = [b"", b"\0", b"\xff", b"\n", b"[", b"{", b'"', b"'", b"-", b":", b"&a ", b"*a", b"!x ", b"null", b"[]", b"{}"]
+PIECES = [
+    b"",
+    b"\0",
+    b"\xff",
+    b"\n",
+    b"[",
+    b"{",
+    b'"',
+    b"'",
+    b"-",
+    b":",
+    b"&a ",
+    b"*a",
+    b"!x ",
+    b"null",
+    b"[]",
+    b"{}",
+]
 PIECES += [b"true", b"-1", b"1e999", b"NaN", b"..", b"\\ud800", "\u2028".encode(), b"9" * 400]
 
 
@@ -1030,7 +1328,11 @@ def mutations(text: str, count: int):
         content = text.encode()
         for _ in range(draw.randint(1, 3)):
             start = draw.randrange(len(content) + 1)
-            content = content[:start] + draw.choice(PIECES) + content[start + draw.choice([0, 0, 1, 4, 30]) :]
+            content = (
+                content[:start]
+                + draw.choice(PIECES)
+                + content[start + draw.choice([0, 0, 1, 4, 30]) :]
+            )
         yield content
 
 
@@ -1045,7 +1347,8 @@ def test_a_damaged_file_is_read_or_refused_in_one_line(what, entry, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(slurm, "ask", lambda job_id: None)
     (tmp_path / "c.yaml").write_text("epochs: 3")
-    row, step = {"feature": "fc", "k": 20, "top1": 50.5}, {"kind": "epoch", "epoch": 1, "loss": 2.5, "knn": 50.0}
+    row = {"feature": "fc", "k": 20, "top1": 50.5}
+    step = {"kind": "epoch", "epoch": 1, "loss": 2.5, "knn": 50.0}
     (tmp_path / "s.yaml").write_text(SWEEP)
     (tmp_path / "results.json").write_text(json.dumps({"results": [row] * 2}))
     (tmp_path / "metrics.jsonl").write_text(f"{json.dumps(step)}\n" * 3)
@@ -1074,26 +1377,48 @@ def test_a_damaged_file_is_read_or_refused_in_one_line(what, entry, tmp_path, mo
 # ---- the house
 
 
-@pytest.mark.parametrize("recipe", sorted((ROOT / "launch" / "recipes").glob("queue_*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "recipe", sorted((ROOT / "launch" / "recipes").glob("queue_*.yaml")), ids=lambda p: p.stem
+)
 def test_recipes_are_command_lines_of_the_script(recipe):
-    args = options.parse_script("pretrain", ["--config", str(recipe), "DIR"], nodes=1, tasks_per_node=8)
+    args = options.parse_script(
+        "pretrain", ["--config", str(recipe), "DIR"], nodes=1, tasks_per_node=8
+    )
     content = yaml.safe_load(recipe.read_text())
     assert (
-        all(getattr(args, name.replace("-", "_")) == value for name, value in content.items() if name != "wd")
+        all(
+            getattr(args, name.replace("-", "_")) == value
+            for name, value in content.items()
+            if name != "wd"
+        )
         and args.data == "DIR"
     )
 
 
 def test_the_launcher_has_no_means_to_unpickle():
-    """submitit itself does, on the nodes. Of its objects here, what loads a pickle is not called."""
+    """submitit itself does, on the nodes.
+
+    Of its objects here, what loads a pickle is not called.
+    """
     unpickling = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
     loading = {"load", "pickle_load", "submission", "result", "wait", "done"}
     for file in (ROOT / "launch").glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
-            names = [alias.name for alias in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
+            names = (
+                [alias.name for alias in node.names]
+                if isinstance(node, (ast.Import, ast.ImportFrom))
+                else []
+            )
             assert not unpickling & {*names, getattr(node, "module", None)}, file
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in loading:
-                assert ast.unparse(node.func) in {"watch.wait", "child.wait"}, f"{file}: {ast.unparse(node)}"
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Attribute)
+                and node.func.attr in loading
+            ):
+                assert ast.unparse(node.func) in {
+                    "watch.wait",
+                    "child.wait",
+                }, f"{file}: {ast.unparse(node)}"
 
 
 def test_nothing_imports_the_launcher():
@@ -1109,4 +1434,7 @@ def test_nothing_imports_the_launcher():
 def test_a_command_for_the_head_node_does_not_load_torch(command):
     """It takes seconds. What reads records and checks shapes has to do without."""
     code = f"import sys, launch.{command}, launch.report; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent).returncode == 0
+    assert (
+        subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent).returncode
+        == 0
+    )

@@ -26,16 +26,28 @@ from tests.ranks import run_ranks
 
 @pytest.fixture(scope="module")
 def moco_file(tmp_path_factory):
-    """An untrained MoCo of the demo's network, its batch norm calibrated: random features are far above chance."""
+    """An untrained MoCo of the demo's network, its batch norm calibrated: random features are far
+    above chance.
+    """
     torch.manual_seed(0)
     model = MoCo(partial(build_encoder, "digits"), dim=16, K=32, mlp=True)
-    images = data.get_eval_transform("digits", 16).normalize(data.build_dataset("digits").images[:400].clone())
+    images = data.get_eval_transform("digits", 16).normalize(
+        data.build_dataset("digits").images[:400].clone()
+    )
     with torch.no_grad():
         for _ in range(20):
             model.encoder_q(images)
     path = tmp_path_factory.mktemp("lincls") / "file.pth.tar"
     state = {f"module.{n}": t for n, t in model.state_dict().items()}
-    torch.save({"epoch": 3, "arch": "digits", "state_dict": state, "args": {"dataset": "digits", "mlp": True}}, path)
+    torch.save(
+        {
+            "epoch": 3,
+            "arch": "digits",
+            "state_dict": state,
+            "args": {"dataset": "digits", "mlp": True},
+        },
+        path,
+    )
     return path
 
 
@@ -75,26 +87,66 @@ def last(folder):
 def test_every_flag_of_moco_with_its_default():
     args = main_lincls.get_parser().parse_args(["DIR"])
     expected = {
-        "data": "DIR", "epochs": 100, "start_epoch": 0, "batch_size": 256, "schedule": [60, 80], "momentum": 0.9,
-        "weight_decay": 0.0, "print_freq": 10, "resume": "", "evaluate": False, "world_size": -1, "rank": -1,
-        "dist_url": "tcp://224.66.41.62:23456", "dist_backend": "nccl", "seed": None, "gpu": None,
-        "multiprocessing_distributed": False, "pretrained": "", "workers": 32,
-    }  # fmt: skip
+        "data": "DIR",
+        "epochs": 100,
+        "start_epoch": 0,
+        "batch_size": 256,
+        "schedule": [60, 80],
+        "momentum": 0.9,
+        "weight_decay": 0.0,
+        "print_freq": 10,
+        "resume": "",
+        "evaluate": False,
+        "world_size": -1,
+        "rank": -1,
+        "dist_url": "tcp://224.66.41.62:23456",
+        "dist_backend": "nccl",
+        "seed": None,
+        "gpu": None,
+        "multiprocessing_distributed": False,
+        "pretrained": "",
+        "workers": 32,
+    }
     assert {name: getattr(args, name) for name in expected} == expected
     # the command of MoCo's README, and the short and long spellings
-    line = "-a resnet50 --lr 30.0 --batch-size 256 --pretrained f.pth.tar --dist-url tcp://localhost:10001"
+    line = (
+        "-a resnet50 --lr 30.0 --batch-size 256 --pretrained f.pth.tar --dist-url"
+        " tcp://localhost:10001"
+    )
     line += " --multiprocessing-distributed --world-size 1 --rank 0 DIR"
     args = main_lincls.get_parser().parse_args(line.split())
-    assert (args.arch, args.lr, args.world_size, args.rank, args.data) == ("resnet50", [30.0], 1, 0, "DIR")
-    for line in ("--lr 30 DIR", "--lr 1 3 DIR -b 8", "--schedule 60 80 DIR", "--lr 1 --schedule 5 DIR"):
+    assert (args.arch, args.lr, args.world_size, args.rank, args.data) == (
+        "resnet50",
+        [30.0],
+        1,
+        0,
+        "DIR",
+    )
+    for line in (
+        "--lr 30 DIR",
+        "--lr 1 3 DIR -b 8",
+        "--schedule 60 80 DIR",
+        "--lr 1 --schedule 5 DIR",
+    ):
         assert main_lincls.get_parser().parse_args(line.split()).data == "DIR", line
-    args = main_lincls.get_parser().parse_args("DIR -j 3 -b 8 --learning-rate 1 --weight-decay 2 -p 5 -e".split())
+    args = main_lincls.get_parser().parse_args(
+        "DIR -j 3 -b 8 --learning-rate 1 --weight-decay 2 -p 5 -e".split()
+    )
     assert (args.workers, args.batch_size, args.lr, args.weight_decay) == (3, 8, [1.0], 2.0)
     assert args.print_freq == 5 and args.evaluate
 
 
 @pytest.mark.parametrize(
-    "c,h,side", [(96, 55, 10), (256, 27, 6), (384, 13, 5), (64, 56, 12), (2048, 7, 2), (512, 4, 4), (9999, 3, 1)]
+    "c,h,side",
+    [
+        (96, 55, 10),
+        (256, 27, 6),
+        (384, 13, 5),
+        (64, 56, 12),
+        (2048, 7, 2),
+        (512, 4, 4),
+        (9999, 3, 1),
+    ],
 )
 def test_layers_are_pooled_to_about_9000_numbers(c, h, side):
     x = torch.randn(2, c, h, h)
@@ -113,8 +165,12 @@ def trained_by_loops(first, features, labels, lr, epochs, batch_size, seed):
         for i in range(0, len(order), batch_size):
             rows = order[i : i + batch_size]
             logits = model(features[rows])
-            loss = -sum(F.log_softmax(z, dim=0)[y] for z, y in zip(logits, labels[rows])) / len(rows)
-            for p, v, g in zip(model.parameters(), velocity, torch.autograd.grad(loss, list(model.parameters()))):
+            loss = -sum(F.log_softmax(z, dim=0)[y] for z, y in zip(logits, labels[rows])) / len(
+                rows
+            )
+            for p, v, g in zip(
+                model.parameters(), velocity, torch.autograd.grad(loss, list(model.parameters()))
+            ):
                 v.mul_(0.9).add_(g)
                 p.data.sub_(lr * v)
     return model
@@ -128,7 +184,13 @@ class NoStop:
 def train_heads(heads, split, epochs, batch_size, seed):
     optimizer = torch.optim.SGD(heads.groups(), 1.0, momentum=0.9)
     source, position, seen = linear.CachedBatches(split, batch_size, seed), linear.Position(), []
-    options = {"stop": NoStop(), "show": seen.append, "save": None, "last_good": str, "print_freq": 2}
+    options = {
+        "stop": NoStop(),
+        "show": seen.append,
+        "save": None,
+        "last_good": str,
+        "print_freq": 2,
+    }
     for epoch in range(epochs):
         position.epoch, position.step = epoch, 0
         linear.train_one_epoch(heads, source, optimizer, position, **options)
@@ -138,11 +200,15 @@ def train_heads(heads, split, epochs, batch_size, seed):
 def test_classifiers_side_by_side_are_those_trained_alone():
     torch.manual_seed(0)
     labels = torch.arange(50) % 3
-    split = Split({"conv1": torch.randn(50, 4) + labels[:, None], "backbone": torch.randn(50, 6)}, labels)
-    heads = linear.Heads({"conv1": 4, "backbone": 6}, [0.1, 1e38, 2.0], 3)  # one of them diverges and harms no other
+    split = Split(
+        {"conv1": torch.randn(50, 4) + labels[:, None], "backbone": torch.randn(50, 6)}, labels
+    )
+    # one of them diverges and harms no other
+    heads = linear.Heads({"conv1": 4, "backbone": 6}, [0.1, 1e38, 2.0], 3)
     first = {layer: heads.linear[i] for i, (layer, _) in enumerate(heads.keys)}
     expected = [
-        trained_by_loops(first[layer], split.features[layer], labels, lr, 3, 16, seed=7) for layer, lr in heads.keys
+        trained_by_loops(first[layer], split.features[layer], labels, lr, 3, 16, seed=7)
+        for layer, lr in heads.keys
     ]
     assert torch.equal(heads.linear[0].weight, heads.linear[1].weight)
     seen = train_heads(heads, split, 3, 16, seed=7)
@@ -162,11 +228,21 @@ def test_a_loss_that_is_nowhere_finite_ends_the_run():
 
 def test_a_classifier_that_has_exploded_is_saved_beside_a_sound_one():
     encoder = build_encoder("digits", 4)
-    options = {"classes": 3, "size": 16, "device": torch.device("cpu"), "amp": None, "momentum": 0.9, "weight_decay": 0.0, "reading": {}}
+    options = {
+        "classes": 3,
+        "size": 16,
+        "device": torch.device("cpu"),
+        "amp": None,
+        "momentum": 0.9,
+        "weight_decay": 0.0,
+        "reading": {},
+    }
     several = probe.Probe(encoder, ["backbone"], lrs=[1.0, 3.0], **options)
     several.model.linear[1].weight.data.fill_(float("nan"))
     assert several.exploded() == []
-    several.optimizer.state[several.model.linear[0].bias]["momentum_buffer"] = torch.full((3,), torch.inf)
+    several.optimizer.state[several.model.linear[0].bias]["momentum_buffer"] = torch.full(
+        (3,), torch.inf
+    )
     assert several.exploded() == ["backbone@1.1.momentum_buffer", "backbone@3.0.weight"]
     whole = probe.Probe(encoder, None, lrs=[1.0], **options)
     assert whole.exploded() == []
@@ -178,19 +254,24 @@ def test_judging_is_counting():
     torch.manual_seed(0)
     split = Split({"backbone": torch.randn(101, 7)}, torch.randint(0, 12, (101,)))
     heads = linear.Heads({"backbone": 7}, [1.0], 12)
-    found = linear.judge(heads, linear.JudgedFeatures(split, batch_size=8), heads.names, torch.device("cpu"))[
-        "backbone@1"
-    ]
+    found = linear.judge(
+        heads, linear.JudgedFeatures(split, batch_size=8), heads.names, torch.device("cpu")
+    )["backbone@1"]
     order = heads.linear[0](split.features["backbone"]).argsort(dim=1, descending=True).tolist()
     top1 = sum(row[0] == y for row, y in zip(order, split.labels.tolist()))
     top5 = sum(y in row[:5] for row, y in zip(order, split.labels.tolist()))
-    assert found == {"top1": pytest.approx(100 * top1 / 101), "top5": pytest.approx(100 * top5 / 101)}
+    assert found == {
+        "top1": pytest.approx(100 * top1 / 101),
+        "top5": pytest.approx(100 * top5 / 101),
+    }
 
 
 def test_a_backbone_that_moves_is_found_out():
     encoder = build_encoder("resnet18w16", image_size=32)
     frozen = linear.Frozen(encoder)
-    assert "all 122 tensors of conv1, bn1, layer1, layer2, layer3, layer4, fc" in frozen.check(encoder)
+    assert "all 122 tensors of conv1, bn1, layer1, layer2, layer3, layer4, fc" in frozen.check(
+        encoder
+    )
     for part in (encoder.layer3[1].bn2.running_mean, encoder.conv1.weight):
         kept = part.detach().clone()
         part.data.view(-1)[0] += 1e-6
@@ -205,7 +286,8 @@ def test_the_rate_is_chosen_on_held_out_images_not_on_val():
     val = {n: {"top1": t, "top5": 90.0} for n, t in zip(names, (50.0, 40.0, 60.0))}
     held = {n: {"top1": t, "top5": 90.0} for n, t in zip(names, (30.0, 44.0, 44.0))}
     rows = probe.result_rows(names, val, held, {}, {"conv1": 8})
-    assert [row["chosen"] for row in rows] == [False, True, False]  # best held out, the lower of two equal rates
+    # best held out, the lower of two equal rates
+    assert [row["chosen"] for row in rows] == [False, True, False]
     assert [row["top1"] for row in rows] == [50.0, 40.0, 60.0]
 
 
@@ -265,8 +347,12 @@ def test_layers_and_rates_in_one_cached_pass(moco_file, cached_run):
     for layer in ("conv1", "conv2", "conv3", "backbone"):
         mine = [r for r in rows if r["layer"] == layer]
         (chosen,) = [r for r in mine if r["chosen"]]
-        assert chosen["held_out_top1"] == max(r["held_out_top1"] for r in mine) and chosen["top1"] > 40
-        assert all(r["top1"] <= r["best_top1_of_all_epochs"] and r["top1"] <= r["top5"] for r in mine)
+        assert (
+            chosen["held_out_top1"] == max(r["held_out_top1"] for r in mine) and chosen["top1"] > 40
+        )
+        assert all(
+            r["top1"] <= r["best_top1_of_all_epochs"] and r["top1"] <= r["top5"] for r in mine
+        )
     # few labels: the same number from the features by hand
     encoder, _ = load_backbone(moco_file)
     seen, feats = [], {}
@@ -279,8 +365,13 @@ def test_layers_and_rates_in_one_cached_pass(moco_file, cached_run):
             encoder.eval()(data.get_eval_transform("digits", 16).normalize(dataset.images.clone()))
             feats[name] = F.normalize(seen.pop(), dim=1)
     for row in found["few_labels"]:
-        mean, std = few_shot(feats["train"], rest.labels, feats["val"], val.labels, row["shots"], 20, seed=0)
-        assert (row["top1"], row["std"]) == (pytest.approx(100 * mean, abs=0.2), pytest.approx(100 * std, abs=0.2))
+        mean, std = few_shot(
+            feats["train"], rest.labels, feats["val"], val.labels, row["shots"], 20, seed=0
+        )
+        assert (row["top1"], row["std"]) == (
+            pytest.approx(100 * mean, abs=0.2),
+            pytest.approx(100 * std, abs=0.2),
+        )
 
 
 def test_evaluate_gives_the_numbers_of_the_run(moco_file, cached_run, tmp_path):
@@ -290,8 +381,21 @@ def test_evaluate_gives_the_numbers_of_the_run(moco_file, cached_run, tmp_path):
 
 
 def test_evaluate_takes_the_held_out_images_and_the_protocol_from_the_file(cached_run, tmp_path):
-    """Without a seed of its own it would hold out other images, those trained on, and choose by them."""
-    flags = ["--dataset", "digits", "--device", "cpu", "--workers", "0", "--out", str(tmp_path), "-e", "--resume"]
+    """Without a seed of its own it would hold out other images, those trained on, and choose by
+    them.
+    """
+    flags = [
+        "--dataset",
+        "digits",
+        "--device",
+        "cpu",
+        "--workers",
+        "0",
+        "--out",
+        str(tmp_path),
+        "-e",
+        "--resume",
+    ]
     assert main_lincls.main([*flags, str(cached_run / "checkpoint_last.pth.tar")]) == 0
     before, after = results(cached_run), results(tmp_path)
     same = ("classifiers", "protocol", "seed", "held_out", "train_images", "epochs", "batch_size")
@@ -304,10 +408,39 @@ def test_evaluate_judges_the_encoder_that_was_probed(moco_file, tmp_path):
         if name.startswith("module.encoder_k.conv") and t.dim() == 4:
             t.neg_()
     torch.save(content, tmp_path / "two.pth.tar")
-    assert run(tmp_path / "two.pth.tar", tmp_path / "a", "--key", "--cache-features", "--epochs", 3, "--lr", 1) == 0
+    assert (
+        run(
+            tmp_path / "two.pth.tar",
+            tmp_path / "a",
+            "--key",
+            "--cache-features",
+            "--epochs",
+            3,
+            "--lr",
+            1,
+        )
+        == 0
+    )
     evaluate = ["-e", "--resume", tmp_path / "a" / "checkpoint_last.pth.tar"]
-    assert run(tmp_path / "two.pth.tar", tmp_path / "b", *evaluate) == 0  # without --key: the file says it
-    assert main_lincls.main([str(a) for a in ("--dataset", "digits", "--device", "cpu", "--out", tmp_path / "c", *evaluate)]) == 0
+    # without --key: the file says it
+    assert run(tmp_path / "two.pth.tar", tmp_path / "b", *evaluate) == 0
+    assert (
+        main_lincls.main(
+            [
+                str(a)
+                for a in (
+                    "--dataset",
+                    "digits",
+                    "--device",
+                    "cpu",
+                    "--out",
+                    tmp_path / "c",
+                    *evaluate,
+                )
+            ]
+        )
+        == 0
+    )
     first, *others = (results(tmp_path / name)["classifiers"][0]["top1"] for name in "abc")
     assert others == [first, first] and results(tmp_path / "b")["encoder"] == "key"
 
@@ -315,15 +448,21 @@ def test_evaluate_judges_the_encoder_that_was_probed(moco_file, tmp_path):
 def test_evaluate_writes_over_no_run(moco_file, cached_run, capsys):
     before = (cached_run / "results.json").read_bytes()
     assert run(moco_file, cached_run, "-e", "--resume", cached_run / "checkpoint_last.pth.tar") == 2
-    assert "choose another --out" in capsys.readouterr().err and (cached_run / "results.json").read_bytes() == before
+    assert (
+        "choose another --out" in capsys.readouterr().err
+        and (cached_run / "results.json").read_bytes() == before
+    )
 
 
 def test_images_that_cannot_be_read_are_not_judged(tmp_path):
     root = folder_of_digits(tmp_path, {"train": "01", "val": "01"})
     broken = sorted((root / "val").rglob("*.png"))[2]
     broken.write_bytes(broken.read_bytes()[:60])
-    dataset, transform = data.build_dataset("folder", root, "val"), data.get_eval_transform("folder", 16)
-    judged = linear.JudgedImages(dataset, torch.device("cpu"), max_bad_images=1, transform=transform, batch_size=2)
+    dataset = data.build_dataset("folder", root, "val")
+    transform = data.get_eval_transform("folder", 16)
+    judged = linear.JudgedImages(
+        dataset, torch.device("cpu"), max_bad_images=1, transform=transform, batch_size=2
+    )
     seen = list(judged)
     whole = transform.normalize(torch.stack([transform(dataset.image(i)) for i in (0, 1, 3)]))
     assert torch.equal(torch.cat([labels for _, labels in seen]), torch.tensor([0, 0, 1]))
@@ -334,30 +473,50 @@ def test_images_that_cannot_be_read_are_not_judged(tmp_path):
 
 
 def test_mocos_protocol_end_to_end_and_its_file(moco_file, tmp_path, capsys):
-    assert run(moco_file, tmp_path, "--epochs", 3, "--schedule", 2, "--lr", 1, "--print-freq", 3) == 0
+    assert (
+        run(moco_file, tmp_path, "--epochs", 3, "--schedule", 2, "--lr", 1, "--print-freq", 3) == 0
+    )
     out = capsys.readouterr().out
     assert "used all 22 tensors of encoder_q" in out and "22 of encoder_k" in out
     assert out.count("sanity check passed: all 22 tensors of conv1, conv2, conv3, fc") == 2
-    assert re.search(r"Epoch: \[1\]\[6/6\]\tTime .*Loss .*Acc@1 .*Acc@5 .*left 0:00:\d\d", out) and " * Acc@1 " in out
+    assert (
+        re.search(r"Epoch: \[1\]\[6/6\]\tTime .*Loss .*Acc@1 .*Acc@5 .*left 0:00:\d\d", out)
+        and " * Acc@1 " in out
+    )
     (row,) = results(tmp_path)["classifiers"]
-    assert row["layer"] == "backbone" and row["held_out_top1"] is None and row["chosen"] and row["top1"] > 30
+    assert (
+        row["layer"] == "backbone"
+        and row["held_out_top1"] is None
+        and row["chosen"]
+        and row["top1"] > 30
+    )
     assert results(tmp_path)["train_images"] == 1437 and "MoCo's" in results(tmp_path)["protocol"]
-    # the file is a classifier under MoCo's names: judged by hand it has the accuracy that was reported
+    # the file is a classifier under MoCo's names: judged by hand it has the accuracy that was
+    # reported
     content = last(tmp_path)
     assert (
-        content["epoch"] == 3 and content["arch"] == "digits" and content["best_acc1"] == row["best_top1_of_all_epochs"]
+        content["epoch"] == 3
+        and content["arch"] == "digits"
+        and content["best_acc1"] == row["best_top1_of_all_epochs"]
     )
     net = build_encoder("digits", 10)
     net.load_state_dict({n.removeprefix("module."): t for n, t in content["state_dict"].items()})
     val = data.build_dataset("digits", split="val")
     with torch.no_grad():
-        right = net.eval()(data.get_eval_transform("digits", 16).normalize(val.images.clone())).argmax(1) == val.labels
+        right = (
+            net.eval()(data.get_eval_transform("digits", 16).normalize(val.images.clone())).argmax(
+                1
+            )
+            == val.labels
+        )
     assert row["top1"] == pytest.approx(100 * right.double().mean().item())
     log = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [v["epoch"] for v in log if v["kind"] == "epoch"] == [0, 1, 2]
     # gone on with as MoCo's own file: without what this project adds
     moco_own = tmp_path / "checkpoint.pth.tar"
-    torch.save({k: content[k] for k in ("epoch", "arch", "state_dict", "best_acc1", "optimizer")}, moco_own)
+    torch.save(
+        {k: content[k] for k in ("epoch", "arch", "state_dict", "best_acc1", "optimizer")}, moco_own
+    )
     flags = [
         "--resume",
         moco_own,
@@ -393,17 +552,34 @@ def test_a_stop_while_features_are_taken_is_an_interruption(moco_file, tmp_path,
 
 @pytest.mark.parametrize("protocol", [[], ["--cache-features"], ["--finetune"]])
 def test_a_run_stopped_in_an_epoch_ends_as_the_unbroken_one(moco_file, tmp_path, protocol):
-    flags = ["--epochs", 3, "--schedule", 2, "--lr", *([0.01] if "--finetune" in protocol else [0.1, 1]), *protocol]
+    flags = [
+        "--epochs",
+        3,
+        "--schedule",
+        2,
+        "--lr",
+        *([0.01] if "--finetune" in protocol else [0.1, 1]),
+        *protocol,
+    ]
     assert run(moco_file, tmp_path / "whole", *flags) == 0
-    assert run(moco_file, tmp_path / "parts", *flags, stop=StopInTheSecondEpoch(tmp_path / "parts")) == 75
-    assert last(tmp_path / "parts")["probe"]["epoch"] == 1 and last(tmp_path / "parts")["probe"]["step"] == 3
+    assert (
+        run(moco_file, tmp_path / "parts", *flags, stop=StopInTheSecondEpoch(tmp_path / "parts"))
+        == 75
+    )
+    assert (
+        last(tmp_path / "parts")["probe"]["epoch"] == 1
+        and last(tmp_path / "parts")["probe"]["step"] == 3
+    )
     assert run(moco_file, tmp_path / "parts", *flags, "--resume", "auto") == 0
     whole, parts = last(tmp_path / "whole"), last(tmp_path / "parts")
-    assert all(torch.equal(whole["probe"]["model"][n], t) for n, t in parts["probe"]["model"].items())
+    assert all(
+        torch.equal(whole["probe"]["model"][n], t) for n, t in parts["probe"]["model"].items()
+    )
     assert results(tmp_path / "whole")["classifiers"] == results(tmp_path / "parts")["classifiers"]
     kinds = ("epoch", "val", "loss")
     logs = [
-        [json.loads(x) for x in (tmp_path / d / "metrics.jsonl").read_text().splitlines()] for d in ("whole", "parts")
+        [json.loads(x) for x in (tmp_path / d / "metrics.jsonl").read_text().splitlines()]
+        for d in ("whole", "parts")
     ]
     logs = [[{k: v[k] for k in kinds} for v in log if v["kind"] == "epoch"] for log in logs]
     assert logs[0] == logs[1] and len(logs[0]) == 3
@@ -415,7 +591,8 @@ def _main_on_a_rank(rank, world, argv):
 
 @pytest.mark.parametrize("protocol", [[], ["--cache-features"]])
 def test_two_ranks_equal_one_process(moco_file, tmp_path, protocol):
-    # 1,436 images in batches of 64: shares are equal on two ranks, as the augmented protocol needs them
+    # 1,436 images in batches of 64: shares are equal on two ranks, as the augmented protocol needs
+    # them
     flags = [
         "--holdout",
         1,
@@ -440,11 +617,15 @@ def test_two_ranks_equal_one_process(moco_file, tmp_path, protocol):
 
 
 def test_finetuning_moves_the_backbone_and_learns(moco_file, tmp_path, capsys):
-    assert run(moco_file, tmp_path, "--finetune", "--epochs", 3, "--lr", 0.1, "--batch-size", 64) == 0
+    assert (
+        run(moco_file, tmp_path, "--finetune", "--epochs", 3, "--lr", 0.1, "--batch-size", 64) == 0
+    )
     assert "sanity check" not in capsys.readouterr().out
     found = results(tmp_path)
     assert (
-        found["protocol"] == "fine-tuning" and not found["backbone_unchanged"] and found["classifiers"][0]["top1"] > 50
+        found["protocol"] == "fine-tuning"
+        and not found["backbone_unchanged"]
+        and found["classifiers"][0]["top1"] > 50
     )
     before, _ = load_backbone(moco_file)
     after, info = load_backbone(tmp_path / "checkpoint_last.pth.tar")
@@ -485,7 +666,10 @@ def folder_of_digits(root, classes):
         (["--seed", "1" + 20 * "0"], "--seed 1.* is out of range"),
         (["--start-epoch", "4", "--epochs", "4"], "--start-epoch 4 leaves nothing of --epochs 4"),
         (["--finetune", "--lr", "1", "2"], "--finetune trains one network"),
-        (["--finetune", "-b", "1"], "--finetune with --batch-size 1 leaves one image to each of 1 ranks"),
+        (
+            ["--finetune", "-b", "1"],
+            "--finetune with --batch-size 1 leaves one image to each of 1 ranks",
+        ),
         (["--learning-rat", "1"], "--learning-rat .did you mean --learning-rate"),
         (["--holdout", "1437"], "hold out 1437 of 1437"),
     ],
@@ -536,7 +720,8 @@ def test_a_missing_class_in_val_keeps_labels_in_place(moco_file, tmp_path):
         )
         == 0
     )
-    assert results(tmp_path / "out")["classifiers"][0]["top1"] == 100  # the images of val are those of train
+    # the images of val are those of train
+    assert results(tmp_path / "out")["classifiers"][0]["top1"] == 100
 
 
 def test_other_settings_or_another_file_cannot_be_resumed(moco_file, cached_run, tmp_path, capsys):
@@ -572,32 +757,54 @@ def test_other_settings_or_another_file_cannot_be_resumed(moco_file, cached_run,
 
 
 def test_other_images_and_other_classes_are_refused(moco_file, tmp_path, capsys):
-    """The same number of images and classes of another folder: silently, training would go on with labels that mean other things."""
-    folders = {name: folder_of_digits(tmp_path / name, {"train": digits, "val": digits}) for name, digits in (("one", "01"), ("two", "23"))}
+    """The same number of images and classes of another folder: silently, training would go on with
+    labels that mean other things.
+    """
+    folders = {
+        name: folder_of_digits(tmp_path / name, {"train": digits, "val": digits})
+        for name, digits in (("one", "01"), ("two", "23"))
+    }
     same = folder_of_digits(tmp_path / "moved", {"train": "01", "val": "01"})
     changed = folder_of_digits(tmp_path / "changed", {"train": "01", "val": "01"})
     image = sorted((changed / "train").rglob("*.png"))[0]
-    image.write_bytes((changed / "train" / "1" / sorted(p.name for p in (changed / "train" / "1").iterdir())[0]).read_bytes() + b"\0")
-    out, flags = tmp_path / "out", ["--dataset", "folder", "--image-size", 16, "--cache-features", "--lr", 1]
+    image.write_bytes(
+        (
+            changed / "train" / "1" / sorted(p.name for p in (changed / "train" / "1").iterdir())[0]
+        ).read_bytes()
+        + b"\0"
+    )
+    out = tmp_path / "out"
+    flags = ["--dataset", "folder", "--image-size", 16, "--cache-features", "--lr", 1]
     assert run(moco_file, out, *flags, "--epochs", 1, folders["one"]) == 0
-    last_file, before = out / "checkpoint_last.pth.tar", (out / "checkpoint_last.pth.tar").read_bytes()
-    for folder, said in ((folders["two"], "know the classes 0, 1, and here they are 2, 3"), (changed, "trained on other images")):
+    last_file = out / "checkpoint_last.pth.tar"
+    before = (out / "checkpoint_last.pth.tar").read_bytes()
+    for folder, said in (
+        (folders["two"], "know the classes 0, 1, and here they are 2, 3"),
+        (changed, "trained on other images"),
+    ):
         assert run(moco_file, out, *flags, "--epochs", 2, "--resume", "auto", folder) == 2
         assert said in capsys.readouterr().err and last_file.read_bytes() == before
     three = folder_of_digits(tmp_path / "three", {"train": "012", "val": "012"})
     for folder in (folders["two"], three):
         assert run(moco_file, tmp_path / "look", *flags, "-e", "--resume", last_file, folder) == 2
         assert "know the classes 0, 1" in capsys.readouterr().err
-    assert run(moco_file, tmp_path / "look", *flags, "-e", "--resume", last_file, changed) == 0  # other images of these classes
+    # other images of these classes
+    assert run(moco_file, tmp_path / "look", *flags, "-e", "--resume", last_file, changed) == 0
     assert results(tmp_path / "look")["classifiers"][0]["best_top1_of_all_epochs"] is None
-    assert run(moco_file, out, *flags, "--epochs", 2, "--resume", "auto", same) == 0  # the same images elsewhere
+    # the same images elsewhere
+    assert run(moco_file, out, *flags, "--epochs", 2, "--resume", "auto", same) == 0
     assert run(moco_file, out, *flags, "--epochs", 2, "--resume", "auto", "-b", 8, same) == 2
     said = capsys.readouterr().err
-    assert "--batch-size was 256 and is now 8" in said and "--init" not in said  # which this script has not
+    # which this script has not
+    assert "--batch-size was 256 and is now 8" in said and "--init" not in said
 
 
-def test_a_run_in_the_folder_is_not_overwritten_by_another(moco_file, cached_run, tmp_path, capsys, monkeypatch):
-    """By one that goes on from a file elsewhere, that finds no checkpoint any more, or that has lost its folder."""
+def test_a_run_in_the_folder_is_not_overwritten_by_another(
+    moco_file, cached_run, tmp_path, capsys, monkeypatch
+):
+    """By one that goes on from a file elsewhere, that finds no checkpoint any more, or that has
+    lost its folder.
+    """
     same = "--cache-features --lr 0.3 30 --epochs 6 --schedule 4 5 --layers all".split()
     out = tmp_path / "out"
     shutil.copytree(cached_run, out)
@@ -613,11 +820,14 @@ def test_a_run_in_the_folder_is_not_overwritten_by_another(moco_file, cached_run
     with monkeypatch.context() as patched:
         patched.setattr(probe, "table", moved)
         assert run(moco_file, out, *same, "--resume", "auto") == 3
-    assert "is no longer the folder of this run" in capsys.readouterr().err and contents(out) == before
+    assert (
+        "is no longer the folder of this run" in capsys.readouterr().err and contents(out) == before
+    )
     content = last(out)
-    for name, tensor in content["probe"]["model"].items():
+    for tensor in content["probe"]["model"].values():
         tensor.fill_(float("nan"))
-    torch.save(content, out / "checkpoint_last.pth.tar")  # as such files were saved before that was looked at
+    # as such files were saved before that was looked at
+    torch.save(content, out / "checkpoint_last.pth.tar")
     assert run(moco_file, out, *same, "--resume", "auto") == 2
     assert "holds classifiers that are not finite" in capsys.readouterr().err
     (out / "checkpoint_last.pth.tar").unlink()
@@ -628,7 +838,10 @@ def test_a_run_in_the_folder_is_not_overwritten_by_another(moco_file, cached_run
     (out / "metrics.jsonl").write_bytes(before["metrics.jsonl"].splitlines(keepends=True)[0])
     before = contents(out)
     assert run(moco_file, out, *same, "--resume", "auto", "--seed", 5) == 2
-    assert "--seed was 0 and is now 5" in capsys.readouterr().err and contents(out).items() <= before.items()
+    assert (
+        "--seed was 0 and is now 5" in capsys.readouterr().err
+        and contents(out).items() <= before.items()
+    )
 
 
 def contents(path):
@@ -641,7 +854,10 @@ def test_a_pretraining_file_is_not_gone_on_with(moco_file, tmp_path, capsys):
     content |= {"epoch": 0, "arch": "digits", "args": {}, "isl": ours}
     torch.save(content, tmp_path / "checkpoint_last.pth.tar")
     assert run(moco_file, tmp_path, "--resume", "auto") == 2
-    assert "is a pretraining file of main_moco_isl.py: judge it with --pretrained" in capsys.readouterr().err
+    assert (
+        "is a pretraining file of main_moco_isl.py: judge it with --pretrained"
+        in capsys.readouterr().err
+    )
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint_last.pth.tar"]
 
 
@@ -651,6 +867,21 @@ def test_an_older_file_of_the_same_folder_is_refused(moco_file, tmp_path, capsys
     shutil.copy(tmp_path / "checkpoint_last.pth.tar", tmp_path / "older.pth.tar")
     assert run(moco_file, tmp_path, "--cache-features", "--epochs", 2, "--resume", "auto") == 0
     reached = (tmp_path / "checkpoint_last.pth.tar").read_bytes()
-    assert run(moco_file, tmp_path, "--cache-features", "--epochs", 2, "--resume", tmp_path / "older.pth.tar") == 2
-    assert "is older than" in capsys.readouterr().err and (tmp_path / "checkpoint_last.pth.tar").read_bytes() == reached
-    assert run(moco_file, tmp_path / "look", "-e", "--resume", tmp_path / "older.pth.tar") == 0  # to look at it harms nothing
+    assert (
+        run(
+            moco_file,
+            tmp_path,
+            "--cache-features",
+            "--epochs",
+            2,
+            "--resume",
+            tmp_path / "older.pth.tar",
+        )
+        == 2
+    )
+    assert (
+        "is older than" in capsys.readouterr().err
+        and (tmp_path / "checkpoint_last.pth.tar").read_bytes() == reached
+    )
+    # to look at it harms nothing
+    assert run(moco_file, tmp_path / "look", "-e", "--resume", tmp_path / "older.pth.tar") == 0

@@ -40,30 +40,48 @@ def same(encoder, state):
 
 
 def thin_transformers(monkeypatch):
-    """torchvision's vision transformers of one layer and 16 numbers, for the time that they take."""
-    module, whole = torchvision.models.vision_transformer, torchvision.models.vision_transformer._vision_transformer
+    """torchvision's vision transformers of one layer and 16 numbers, for the time that they
+    take.
+    """
+    module = torchvision.models.vision_transformer
+    whole = torchvision.models.vision_transformer._vision_transformer
     thin = {"num_layers": 1, "num_heads": 2, "hidden_dim": 16, "mlp_dim": 32}
-    monkeypatch.setattr(module, "_vision_transformer", lambda **options: whole(**{**options, **thin}))
+    monkeypatch.setattr(
+        module, "_vision_transformer", lambda **options: whole(**{**options, **thin})
+    )
 
 
 @pytest.mark.parametrize(
-    "arch,size,stem", [("resnet18w16", 32, "cifar"), ("resnet18w16", 224, "imagenet"), ("digits", 16, "auto")]
+    "arch,size,stem",
+    [("resnet18w16", 32, "cifar"), ("resnet18w16", 224, "imagenet"), ("digits", 16, "auto")],
 )
 @pytest.mark.parametrize("mlp", [True, False])
 @pytest.mark.parametrize("wrapped,says", [("module.", True), ("", False)])
 def test_moco_training_files(tmp_path, arch, size, stem, mlp, wrapped, says):
     model = moco(arch, mlp, size=size)
-    content = {"epoch": 5, "state_dict": prefixed(model.state_dict(), wrapped), "optimizer": {"state": {}}}
+    content = {
+        "epoch": 5,
+        "state_dict": prefixed(model.state_dict(), wrapped),
+        "optimizer": {"state": {}},
+    }
     if says:
         content |= {"arch": arch, "args": {"stem": "auto", "mlp": mlp, "dataset": "cifar10"}}
     torch.save(content, tmp_path / "file.pth.tar")
     encoder, info = load_backbone(tmp_path / "file.pth.tar")
     assert same(encoder, model.encoder_q.state_dict())
-    assert (info["arch"], info["stem"], info["head"], info["dim"]) == (arch, stem, "mlp" if mlp else "linear", 16)
+    assert (info["arch"], info["stem"], info["head"], info["dim"]) == (
+        arch,
+        stem,
+        "mlp" if mlp else "linear",
+        16,
+    )
     assert info["epoch"] == 5 and len(info["used"]) == len(model.encoder_q.state_dict())
     assert {"queue", "queue_ptr", "optimizer"} <= set(info["left"])
     said = describe(info)
-    assert f"all {len(info['used'])} tensors of encoder_q" in said and f"{len(info['used'])} of encoder_k" in said
+    assert (
+        f"all {len(info['used'])} tensors of encoder_q" in said
+        and f"{len(info['used'])} of encoder_k" in said
+    )
     key, info = load_backbone(tmp_path / "file.pth.tar", key_encoder=True)
     assert same(key, model.encoder_k.state_dict()) and info["part"] == "encoder_k"
 
@@ -71,9 +89,16 @@ def test_moco_training_files(tmp_path, arch, size, stem, mlp, wrapped, says):
 def test_mocos_published_file_has_the_query_encoder_alone(tmp_path):
     model = moco("resnet50w16", size=224, dim=128)
     state = prefixed(model.encoder_q.state_dict(), "module.encoder_q.")
-    torch.save({"epoch": 200, "arch": "resnet50w16", "state_dict": state}, tmp_path / "moco_v2_200ep_pretrain.pth.tar")
+    torch.save(
+        {"epoch": 200, "arch": "resnet50w16", "state_dict": state},
+        tmp_path / "moco_v2_200ep_pretrain.pth.tar",
+    )
     encoder, info = load_backbone(tmp_path / "moco_v2_200ep_pretrain.pth.tar")
-    assert same(encoder, model.encoder_q.state_dict()) and info["arch"] == "resnet50w16" and info["left"] == []
+    assert (
+        same(encoder, model.encoder_q.state_dict())
+        and info["arch"] == "resnet50w16"
+        and info["left"] == []
+    )
     with pytest.raises(BadInput, match="no key encoder"):
         load_backbone(tmp_path / "moco_v2_200ep_pretrain.pth.tar", key_encoder=True)
 
@@ -83,13 +108,32 @@ def test_torchvision_state_dicts(tmp_path, arch):
     model = torchvision.models.get_model(arch, weights=None)
     torch.save(model.state_dict(), tmp_path / "bare.pth")
     encoder, info = load_backbone(tmp_path / "bare.pth")
-    assert (info["arch"], info["stem"], info["head"], info["dim"]) == (arch, "imagenet", "linear", 1000)
+    assert (info["arch"], info["stem"], info["head"], info["dim"]) == (
+        arch,
+        "imagenet",
+        "linear",
+        1000,
+    )
     assert same(encoder, model.state_dict())
 
 
 def test_every_resnet_is_known_by_its_tensors(undrawn):
-    names = ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d", "resnext101_32x8d"]
-    names += ["resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2", "resnet18w16", "resnet50w32"]
+    names = [
+        "resnet18",
+        "resnet34",
+        "resnet50",
+        "resnet101",
+        "resnet152",
+        "resnext50_32x4d",
+        "resnext101_32x8d",
+    ]
+    names += [
+        "resnext101_64x4d",
+        "wide_resnet50_2",
+        "wide_resnet101_2",
+        "resnet18w16",
+        "resnet50w32",
+    ]
     with torch.device("meta"):
         for name in names:
             for stem in ("imagenet", "cifar"):
@@ -99,7 +143,11 @@ def test_every_resnet_is_known_by_its_tensors(undrawn):
 
 def test_files_without_a_head_and_from_before_batches_were_counted(tmp_path):
     model = torchvision.models.resnet18()
-    state = {n: t for n, t in model.state_dict().items() if not n.startswith("fc.") and "num_batches" not in n}
+    state = {
+        n: t
+        for n, t in model.state_dict().items()
+        if not n.startswith("fc.") and "num_batches" not in n
+    }
     torch.save({"model": state}, tmp_path / "old.pth")
     encoder, info = load_backbone(tmp_path / "old.pth")
     assert info["head"] is None and info["dim"] is None and "no head" in describe(info)
@@ -115,16 +163,26 @@ def test_timm_state_dicts(tmp_path):
             with pytest.raises(BadInput, match="give it with -a"):
                 load_backbone(tmp_path / "timm.pth")
         encoder, info = load_backbone(tmp_path / "timm.pth", arch=f"timm:{name}")
-        assert same(encoder, model.state_dict()) and get_head(encoder).out_features == info["dim"] == 10
+        assert (
+            same(encoder, model.state_dict())
+            and get_head(encoder).out_features == info["dim"] == 10
+        )
 
 
 def test_safetensors_under_any_name_with_and_without_metadata(tmp_path):
     model = build_encoder("alexnet", 10, image_size=32)
-    save_file(model.state_dict(), tmp_path / "a.safetensors", metadata={"arch": "alexnet", "dataset": "cifar10"})
+    save_file(
+        model.state_dict(),
+        tmp_path / "a.safetensors",
+        metadata={"arch": "alexnet", "dataset": "cifar10"},
+    )
     save_file(model.state_dict(), tmp_path / "b.bin")
     for name in ("a.safetensors", "b.bin"):
         encoder, info = load_backbone(tmp_path / name)
-        assert same(encoder, model.state_dict()) and (info["arch"], info["stem"]) == ("alexnet", "cifar")
+        assert same(encoder, model.state_dict()) and (info["arch"], info["stem"]) == (
+            "alexnet",
+            "cifar",
+        )
 
 
 def test_detectron2_names(tmp_path):
@@ -139,7 +197,9 @@ def test_detectron2_names(tmp_path):
     } <= set(renamed)
     torch.save({"model": renamed}, tmp_path / "d2.pth")
     encoder, info = load_backbone(tmp_path / "d2.pth")
-    assert all(torch.equal(encoder.state_dict()[n], state[n]) for n in state) and len(info["used"]) == len(state)
+    assert all(torch.equal(encoder.state_dict()[n], state[n]) for n in state) and len(
+        info["used"]
+    ) == len(state)
 
 
 # ---- names that wrappers put in, at any place: both readers leave them out
@@ -154,11 +214,18 @@ def rewritten(state, *rules):
     return {new(name): tensor for name, tensor in state.items()}
 
 
-@pytest.mark.parametrize("rules", [
-    [("encoder_", "module.encoder_")], [("encoder_", "_orig_mod.module.encoder_")], [("encoder_q.", "encoder_q._orig_mod.")],
-    [("encoder_", "module.encoder_"), ("_q.", "_q.module.")], [("layer1.0.", "layer1._orig_mod.0._checkpoint_wrapped_module.")],
-    [("encoder_", "model.encoder_"), ("queue", "model.queue")], [("fc.", "_fsdp_wrapped_module.fc.")],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "rules",
+    [
+        [("encoder_", "module.encoder_")],
+        [("encoder_", "_orig_mod.module.encoder_")],
+        [("encoder_q.", "encoder_q._orig_mod.")],
+        [("encoder_", "module.encoder_"), ("_q.", "_q.module.")],
+        [("layer1.0.", "layer1._orig_mod.0._checkpoint_wrapped_module.")],
+        [("encoder_", "model.encoder_"), ("queue", "model.queue")],
+        [("fc.", "_fsdp_wrapped_module.fc.")],
+    ],
+)
 def test_names_of_wrappers_are_left_out_by_both_readers(tmp_path, rules):
     model, other = moco("resnet18w16"), moco("resnet18w16")
     torch.nn.init.normal_(other.encoder_q.conv1.weight)
@@ -171,7 +238,10 @@ def test_names_of_wrappers_are_left_out_by_both_readers(tmp_path, rules):
 
 def test_a_bare_state_dict_with_wrappers_inside(tmp_path):
     model = build_encoder("resnet18w16", 10, image_size=32)
-    torch.save(rewritten(model.state_dict(), ("layer2.", "module.layer2._orig_mod.")), tmp_path / "bare.pth")
+    torch.save(
+        rewritten(model.state_dict(), ("layer2.", "module.layer2._orig_mod.")),
+        tmp_path / "bare.pth",
+    )
     assert same(load_backbone(tmp_path / "bare.pth")[0], model.state_dict())
 
 
@@ -179,8 +249,17 @@ def test_two_tensors_of_one_name_are_an_error(tmp_path):
     model = moco("digits", size=16)
     state = {**model.state_dict(), "encoder_q.module.fc.0.weight": torch.zeros(128, 128)}
     torch.save({"state_dict": state}, tmp_path / "two.pth")
-    for reads in (load_backbone, lambda path: checkpoint.load_model(model, checkpoint.load(path), path)):
-        with pytest.raises(BadInput, match="two.pth' holds two tensors for encoder_q.fc.0.weight, one of them as encoder_q.module.fc.0.weight"):
+    for reads in (
+        load_backbone,
+        lambda path: checkpoint.load_model(model, checkpoint.load(path), path),
+    ):
+        with pytest.raises(
+            BadInput,
+            match=(
+                "two.pth' holds two tensors for encoder_q.fc.0.weight, one of them as"
+                " encoder_q.module.fc.0.weight"
+            ),
+        ):
             reads(tmp_path / "two.pth")
 
 
@@ -191,7 +270,9 @@ def test_a_networks_own_module_is_no_wrapper(tmp_path):
         pytest.skip("this timm has no iFormer")
     model = MoCo(partial(build_encoder, "timm:iformer_t"), dim=8, K=8)
     assert any(".module." in name for name in model.encoder_q.state_dict())
-    torch.save({"arch": "timm:iformer_t", "state_dict": checkpoint.model_state(model)}, tmp_path / "i.pth")
+    torch.save(
+        {"arch": "timm:iformer_t", "state_dict": checkpoint.model_state(model)}, tmp_path / "i.pth"
+    )
     assert same(load_backbone(tmp_path / "i.pth")[0], model.encoder_q.state_dict())
     assert checkpoint.load_model(model, checkpoint.load(tmp_path / "i.pth"), "i.pth") == []
 
@@ -203,17 +284,31 @@ def test_a_networks_own_module_is_no_wrapper(tmp_path):
 def test_the_one_encoder_below_a_prefix_is_taken(tmp_path, prefix):
     model = build_encoder("resnet18w16", 10, image_size=32)
     rest = {"criterion.weight": torch.zeros(3), f"{prefix[:-1]}_ema": torch.zeros(2)}
-    torch.save({"epoch": 3, "pytorch-lightning_version": "2.1", "state_dict": prefixed(model.state_dict(), prefix) | rest}, tmp_path / "l.ckpt")
+    torch.save(
+        {
+            "epoch": 3,
+            "pytorch-lightning_version": "2.1",
+            "state_dict": prefixed(model.state_dict(), prefix) | rest,
+        },
+        tmp_path / "l.ckpt",
+    )
     for arch in (None, "resnet18w16"):
         encoder, info = load_backbone(tmp_path / "l.ckpt", arch)
-        assert same(encoder, model.state_dict()) and info["part"] == prefix[:-1] and info["left"] == list(rest)
+        assert (
+            same(encoder, model.state_dict())
+            and info["part"] == prefix[:-1]
+            and info["left"] == list(rest)
+        )
     assert f"of {prefix[:-1]}; left criterion" in describe(info)
 
 
 def test_any_architecture_is_found_below_a_prefix_by_its_names(tmp_path):
     model = torchvision.models.mobilenet_v3_small(num_classes=4)
     torch.save({"state_dict": prefixed(model.state_dict(), "model.backbone.")}, tmp_path / "l.ckpt")
-    with pytest.raises(BadInput, match="does not say its architecture and model.backbone.features.*: give it with -a"):
+    with pytest.raises(
+        BadInput,
+        match="does not say its architecture and model.backbone.features.*: give it with -a",
+    ):
         load_backbone(tmp_path / "l.ckpt")
     encoder, info = load_backbone(tmp_path / "l.ckpt", "mobilenet_v3_small")
     assert same(encoder, model.state_dict()) and info["part"] == "model.backbone"
@@ -221,9 +316,22 @@ def test_any_architecture_is_found_below_a_prefix_by_its_names(tmp_path):
 
 def test_two_encoders_below_prefixes_are_named(tmp_path):
     model = build_encoder("resnet18w16", 10, image_size=32)
-    torch.save({"state_dict": prefixed(model.state_dict(), "student.") | prefixed(model.state_dict(), "teacher.")}, tmp_path / "l.ckpt")
+    torch.save(
+        {
+            "state_dict": (
+                prefixed(model.state_dict(), "student.") | prefixed(model.state_dict(), "teacher.")
+            )
+        },
+        tmp_path / "l.ckpt",
+    )
     for arch in (None, "resnet18w16"):
-        with pytest.raises(BadInput, match="holds 2 encoders, named student.*, teacher.*: save the one you mean alone, as in torch.save") as error:
+        with pytest.raises(
+            BadInput,
+            match=(
+                "holds 2 encoders, named student.*, teacher.*: save the one you mean alone, as in"
+                " torch.save"
+            ),
+        ) as error:
             load_backbone(tmp_path / "l.ckpt", arch)
     state = torch.load(tmp_path / "l.ckpt")["state_dict"]
     cure = str(error.value).partition("torch.save(")[2].removesuffix(", FILE)")
@@ -249,10 +357,26 @@ def test_plain_data_of_other_trainers_is_read_by_both_readers(tmp_path, monkeypa
     model = moco("digits", size=16)
     rows = np.arange(6.0).reshape(2, 3)
     plain = {
-        "args": argparse.Namespace(dataset="digits", out=Path("/a/b"), more=types.SimpleNamespace(lr=0.1)),
+        "args": argparse.Namespace(
+            dataset="digits", out=Path("/a/b"), more=types.SimpleNamespace(lr=0.1)
+        ),
         "hyper_parameters": as_lightning_has_it(monkeypatch)(lr=np.float32(0.5)),
-        "numbers": [np.float64(3.5), np.int64(-7), np.bool_(True), np.float16(0.25), np.str_("text"), np.complex64(1 + 2j)],
-        "arrays": [rows, np.asfortranarray(rows), rows.astype(">i2"), np.array(["a", "bc"]), np.array([1, "b"], dtype=object), rows[:0]],
+        "numbers": [
+            np.float64(3.5),
+            np.int64(-7),
+            np.bool_(True),
+            np.float16(0.25),
+            np.str_("text"),
+            np.complex64(1 + 2j),
+        ],
+        "arrays": [
+            rows,
+            np.asfortranarray(rows),
+            rows.astype(">i2"),
+            np.array(["a", "bc"]),
+            np.array([1, "b"], dtype=object),
+            rows[:0],
+        ],
         "others": [torch.Size([3]), torch.float16, {1, 2}, PureWindowsPath("c:/x")],
         "epoch": np.int64(4),
     }
@@ -260,40 +384,81 @@ def test_plain_data_of_other_trainers_is_read_by_both_readers(tmp_path, monkeypa
     torch.save(content, tmp_path / "new.pth")
     buffer = io.BytesIO()
     torch.save(content, buffer, _use_new_zipfile_serialization=False)
-    old = buffer.getvalue().replace(b"numpy._core.multiarray", b"numpy.core.multiarray")  # as numpy 1 and before writes it
+    # as numpy 1 and before writes it
+    old = buffer.getvalue().replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
     assert (old == buffer.getvalue()) == (np.__version__ < "2")
     (tmp_path / "old.pth").write_bytes(old)
     before = set(torch.serialization.get_safe_globals())
     for name in ("new.pth", "old.pth"):
         encoder, info = load_backbone(tmp_path / name)
-        assert same(encoder, model.encoder_q.state_dict()) and info["args"]["dataset"] == "digits" and info["epoch"] == 4
+        assert (
+            same(encoder, model.encoder_q.state_dict())
+            and info["args"]["dataset"] == "digits"
+            and info["epoch"] == 4
+        )
         assert checkpoint.load_model(model, (read := checkpoint.load(tmp_path / name)), name) == []
-        assert read["args"].out == PurePosixPath("/a/b") and read["args"].more.lr == 0.1 and read["hyper_parameters"] == {"lr": 0.5}
+        assert (
+            read["args"].out == PurePosixPath("/a/b")
+            and read["args"].more.lr == 0.1
+            and read["hyper_parameters"] == {"lr": 0.5}
+        )
         assert read["numbers"] == [3.5, -7, True, 0.25, "text", 1 + 2j]
         for array, expected in zip(read["arrays"], plain["arrays"]):
             assert np.array_equal(np.array(array.values, dtype=expected.dtype), expected)
         assert read["others"] == plain["others"]
-    assert set(torch.serialization.get_safe_globals()) == before  # nobody else's torch.load allows more than before
+    # nobody else's torch.load allows more than before
+    assert set(torch.serialization.get_safe_globals()) == before
 
 
-@pytest.mark.parametrize("said, side", [
-    (32, 32), ("32", 32), ("32x32", 32), ("(32, 32)", 32), ((32, 32), 32), ([3, 32, 32], 32), (np.int64(32), 32), (32.0, 32), ("32.0", 32),
-    ((32, 48), None), ("small", None), (None, None), (0, None), (-3, None), (True, None), (float("nan"), None), (10**400, None), (5000, None), ({}, None), ([], None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "said, side",
+    [
+        (32, 32),
+        ("32", 32),
+        ("32x32", 32),
+        ("(32, 32)", 32),
+        ((32, 32), 32),
+        ([3, 32, 32], 32),
+        (np.int64(32), 32),
+        (32.0, 32),
+        ("32.0", 32),
+        ((32, 48), None),
+        ("small", None),
+        (None, None),
+        (0, None),
+        (-3, None),
+        (True, None),
+        (float("nan"), None),
+        (10**400, None),
+        (5000, None),
+        ({}, None),
+        ([], None),
+    ],
+)
 def test_of_an_image_size_whatever_is_a_number_is_used_and_the_flag_wins(tmp_path, said, side):
     model = build_encoder("digits", 10)
     for kind in (dict, argparse.Namespace):
-        torch.save({"state_dict": model.state_dict(), "args": kind(image_size=said, dataset="mine")}, tmp_path / "a.pth")
+        torch.save(
+            {"state_dict": model.state_dict(), "args": kind(image_size=said, dataset="mine")},
+            tmp_path / "a.pth",
+        )
         info = load_backbone(tmp_path / "a.pth")[1]
         assert info["args"].get("image_size") == side and info["args"]["dataset"] == "mine"
-    save_file(model.state_dict(), tmp_path / "a.safetensors", metadata={"arch": "digits", "image_size": str(said)[:99]})
+    save_file(
+        model.state_dict(),
+        tmp_path / "a.safetensors",
+        metadata={"arch": "digits", "image_size": str(said)[:99]},
+    )
     assert load_backbone(tmp_path / "a.safetensors")[1]["args"].get("image_size") == side
     images = types.SimpleNamespace(native_size=16, source="digits")
     assert features.side(64, info, images) == 64
     assert side is None or features.side(0, info, images) == side
 
 
-@pytest.mark.parametrize("arch, positions", [("vit_b_16", "encoder.pos_embedding"), ("timm:vit_tiny_patch16_224", "pos_embed")])
+@pytest.mark.parametrize(
+    "arch, positions",
+    [("vit_b_16", "encoder.pos_embedding"), ("timm:vit_tiny_patch16_224", "pos_embed")],
+)
 def test_a_transformers_side_is_read_off_its_positions(tmp_path, monkeypatch, arch, positions):
     if arch.startswith("timm:"):
         pytest.importorskip("timm")
@@ -301,7 +466,10 @@ def test_a_transformers_side_is_read_off_its_positions(tmp_path, monkeypatch, ar
     for side in (16, 48):
         model = build_encoder(arch, 10, image_size=side)
         assert model.state_dict()[positions].shape[1] == 1 + (side // 16) ** 2
-        torch.save({"arch": arch, "state_dict": model.state_dict(), "args": {"image_size": 0}}, tmp_path / "v.pth")
+        torch.save(
+            {"arch": arch, "state_dict": model.state_dict(), "args": {"image_size": 0}},
+            tmp_path / "v.pth",
+        )
         encoder, info = load_backbone(tmp_path / "v.pth")
         assert same(encoder, model.state_dict()) and info["image_size"] == side
 
@@ -312,7 +480,10 @@ def test_a_transformers_side_is_read_off_its_positions(tmp_path, monkeypatch, ar
 @pytest.mark.parametrize(
     "options,said",
     [
-        ({"arch": "resnet18"}, "another shape: conv1.weight.*looks like resnet18w16 with stem cifar"),
+        (
+            {"arch": "resnet18"},
+            "another shape: conv1.weight.*looks like resnet18w16 with stem cifar",
+        ),
         ({"arch": "resnet34w16"}, "missing: layer1.2.conv1.weight"),
         ({"stem": "imagenet"}, r"conv1.weight \[16, 3, 3, 3\] in place of \[16, 3, 7, 7\]"),
         ({"arch": "digits"}, "does not fit digits.*looks like resnet18w16"),
@@ -326,8 +497,11 @@ def test_a_wrong_architecture_is_an_error(tmp_path, options, said):
 
 
 def test_a_deeper_network_is_not_cut_short(tmp_path, undrawn):
-    torch.save(torchvision.models.resnet101().state_dict(), tmp_path / "deep.pth")  # holds every name of a resnet50
-    with pytest.raises(BadInput, match="not known to it: layer3.6.conv1.weight.*looks like resnet101"):
+    # holds every name of a resnet50
+    torch.save(torchvision.models.resnet101().state_dict(), tmp_path / "deep.pth")
+    with pytest.raises(
+        BadInput, match="not known to it: layer3.6.conv1.weight.*looks like resnet101"
+    ):
         load_backbone(tmp_path / "deep.pth", arch="resnet50")
 
 
@@ -345,7 +519,9 @@ class Evil:
 
 
 class Pointer:
-    """An array of objects that says of itself that it is one of bytes: numpy's own unpickling takes them for addresses."""
+    """An array of objects that says of itself that it is one of bytes: numpy's own unpickling takes
+    them for addresses.
+    """
 
     def __reduce__(self):
         empty, args, _ = np.zeros(0).__reduce__()
@@ -358,7 +534,10 @@ class Kind:
 
 
 def test_no_array_makes_addresses_of_bytes(tmp_path):
-    torch.save({"state_dict": build_encoder("digits").state_dict(), "args": Pointer()}, tmp_path / "pointer.pth")
+    torch.save(
+        {"state_dict": build_encoder("digits").state_dict(), "args": Pointer()},
+        tmp_path / "pointer.pth",
+    )
     with pytest.raises(BadInput, match="pointer.pth"):
         load_backbone(tmp_path / "pointer.pth")
 

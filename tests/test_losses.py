@@ -6,7 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moco_isl.losses import bank_loss, hard_positive_kl, linear_kl, multi_positive_mean_log, multi_positive_nce, softmax_over
+from moco_isl.losses import (
+    bank_loss,
+    hard_positive_kl,
+    linear_kl,
+    multi_positive_mean_log,
+    multi_positive_nce,
+    softmax_over,
+)
 from moco_isl.mining.softmax import entropy, stream_softmax
 
 N, S, K = 6, 4, 50
@@ -37,8 +44,12 @@ def mean_log_by_hand(l_pos, l_neg, weight):
     total = 0
     for i in range(N):
         present = [s for s in range(S) if weight[i, s] > 0]
-        everything = sum(torch.exp(l_pos[i, s]) for s in present) + sum(torch.exp(l_neg[i, j]) for j in range(K) if l_neg[i, j] > -torch.inf)
-        total = total - sum(weight[i, s] * torch.log(torch.exp(l_pos[i, s]) / everything) for s in present) / sum(weight[i, s] for s in present)
+        everything = sum(torch.exp(l_pos[i, s]) for s in present) + sum(
+            torch.exp(l_neg[i, j]) for j in range(K) if l_neg[i, j] > -torch.inf
+        )
+        total = total - sum(
+            weight[i, s] * torch.log(torch.exp(l_pos[i, s]) / everything) for s in present
+        ) / sum(weight[i, s] for s in present)
     return total / N
 
 
@@ -46,16 +57,24 @@ def kl_by_hand(l_hard, l_anchor):
     total = 0
     for i in range(N):
         present = [j for j in range(K) if l_anchor[i, j] > -torch.inf]
-        z_h, z_i = (sum(torch.exp(row[i, j]) for j in present) for row in (l_hard.detach(), l_anchor))
+        z_h, z_i = (
+            sum(torch.exp(row[i, j]) for j in present) for row in (l_hard.detach(), l_anchor)
+        )
         for j in present:
             p_h, p_i = torch.exp(l_hard.detach()[i, j]) / z_h, torch.exp(l_anchor[i, j]) / z_i
             total = total + p_h * torch.log(p_h / p_i)
     return total / N
 
 
-@pytest.mark.parametrize(("fast", "slow"), [(multi_positive_nce, nce_by_hand), (multi_positive_mean_log, mean_log_by_hand)])
-# half precision rounds the logits once, relative 2^-9 (bf16) and 2^-12 (fp16) of at most 10; the loss and its gradient move no more than this
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 0.04), (torch.float16, 0.005)])
+@pytest.mark.parametrize(
+    ("fast", "slow"),
+    [(multi_positive_nce, nce_by_hand), (multi_positive_mean_log, mean_log_by_hand)],
+)
+# half precision rounds the logits once, relative 2^-9 (bf16) and 2^-12 (fp16) of at most 10; the
+# loss and its gradient move no more than this
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 0.04), (torch.float16, 0.005)]
+)
 def test_forms_equal_loops_in_value_and_gradient(fast, slow, dtype, bound):
     l_pos, l_neg, weight = logits()
     exact = [x.clone().requires_grad_() for x in (l_pos, l_neg)]
@@ -70,7 +89,9 @@ def test_forms_equal_loops_in_value_and_gradient(fast, slow, dtype, bound):
         assert (mine.grad.double() - truth.grad).abs().max() < bound / N
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 0.06), (torch.float16, 0.008)])
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 0.06), (torch.float16, 0.008)]
+)
 def test_hard_positive_kl_equals_loops(dtype, bound):
     _, l_anchor, _ = logits(1)
     _, l_hard, _ = logits(2)
@@ -99,10 +120,14 @@ def test_closed_forms():
     l_pos, l_neg = torch.zeros(2, 3), torch.zeros(2, 9)
     assert multi_positive_nce(l_pos, l_neg).item() == pytest.approx(-math.log(3 / 12))
     assert multi_positive_mean_log(l_pos, l_neg).item() == pytest.approx(-math.log(1 / 12))
-    assert multi_positive_nce(l_pos, l_neg, torch.tensor([[1.0, 0.5, 0.0]] * 2)).item() == pytest.approx(-math.log(1.5 / 10.5))
+    assert multi_positive_nce(
+        l_pos, l_neg, torch.tensor([[1.0, 0.5, 0.0]] * 2)
+    ).item() == pytest.approx(-math.log(1.5 / 10.5))
     # KL of (3/4, 1/4) from (1/2, 1/2)
     kl = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
-    assert hard_positive_kl(torch.tensor([[math.log(3), 0.0]]), torch.zeros(1, 2)).item() == pytest.approx(kl)
+    assert hard_positive_kl(
+        torch.tensor([[math.log(3), 0.0]]), torch.zeros(1, 2)
+    ).item() == pytest.approx(kl)
 
 
 def test_easy_positive_satisfies_the_sum_but_not_the_mean():
@@ -148,37 +173,48 @@ def test_bank_loss_equals_loops(form):
     (isl + 0.5 * kl).backward()
 
     mine = f.float().requires_grad_()
-    loss, hp = bank_loss(mine, bank.float(), positives, weight.float(), T, hard.float(), form, chunk=11)
+    loss, hp = bank_loss(
+        mine, bank.float(), positives, weight.float(), T, hard.float(), form, chunk=11
+    )
     (loss + 0.5 * hp).backward()
     assert loss.item() == pytest.approx(isl.item(), abs=1e-5)
     assert hp.item() == pytest.approx(kl.item(), abs=1e-5)
     assert (mine.grad.double() - exact.grad).abs().max() < 1e-5
 
 
-# ---- where nothing is left, and where half precision ends ----------------------------------------------------------
+# ---- where nothing is left, and where half precision ends ----------------------------------------
 
 
 def unit_rows(n, seed):
-    return F.normalize(torch.randn(n, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64), dim=1)
+    return F.normalize(
+        torch.randn(n, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64), dim=1
+    )
 
 
 @pytest.mark.parametrize("form", [multi_positive_nce, multi_positive_mean_log])
 def test_a_row_without_negatives_has_a_gradient(form):
-    """One positive and no negative: the loss is -log 1 = 0. With S equal positives it is 0, or log S by the mean of logs. Other rows are not touched."""
+    """One positive and no negative: the loss is -log 1 = 0.
+
+    With S equal positives it is 0, or log S by the mean of logs. Other rows are not touched.
+    """
     l_pos, l_neg, weight = logits()
     l_neg[2] = -torch.inf
     mine = [x.float().requires_grad_() for x in (l_pos, l_neg)]
     form(*mine, weight.float()).backward()
     assert all(x.grad.isfinite().all() for x in mine) and (mine[1].grad[2] == 0).all()
     truth = [x.clone().requires_grad_() for x in (l_pos, l_neg)]
-    {multi_positive_nce: nce_by_hand, multi_positive_mean_log: mean_log_by_hand}[form](*truth, weight).backward()
+    {multi_positive_nce: nce_by_hand, multi_positive_mean_log: mean_log_by_hand}[form](
+        *truth, weight
+    ).backward()
     assert (mine[0].grad - truth[0].grad).abs().max() < 1e-6
 
     own, nothing = torch.zeros(3, 1, requires_grad=True), torch.full((3, 5), -torch.inf)
     loss = form(own, nothing)
     loss.backward()
     assert loss.item() == 0 and (own.grad == 0).all()
-    assert form(torch.zeros(3, 4), nothing).item() == pytest.approx(0 if form is multi_positive_nce else math.log(4))
+    assert form(torch.zeros(3, 4), nothing).item() == pytest.approx(
+        0 if form is multi_positive_nce else math.log(4)
+    )
 
 
 def test_hard_positives_without_negatives_add_nothing():
@@ -186,14 +222,20 @@ def test_hard_positives_without_negatives_add_nothing():
     l_hard = torch.where(l_anchor == -torch.inf, -torch.inf, 0.5)
     l_anchor[2] = l_hard[2] = -torch.inf
     mine, truth = (l_anchor.clone().requires_grad_() for _ in range(2))
-    loss, wanted = hard_positive_kl(l_hard, mine), kl_by_hand(l_hard, truth)  # of no negatives by hand: a sum of nothing
+    # of no negatives by hand: a sum of nothing
+    loss = hard_positive_kl(l_hard, mine)
+    wanted = kl_by_hand(l_hard, truth)
     loss.backward(), wanted.backward()
-    assert loss.item() == pytest.approx(wanted.item(), abs=1e-5) and torch.allclose(mine.grad, truth.grad, atol=1e-6)
+    assert loss.item() == pytest.approx(wanted.item(), abs=1e-5) and torch.allclose(
+        mine.grad, truth.grad, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("form", [multi_positive_nce, multi_positive_mean_log])
 def test_a_step_whose_negatives_are_all_masked_goes_on(form):
-    """As the queue objective puts its loss together: value and gradient of the other features are as if the masked one were not there."""
+    """As the queue objective puts its loss together: value and gradient of the other features are
+    as if the masked one were not there.
+    """
     f, hard, rows, T = unit_rows(3, 0), unit_rows(3, 1), unit_rows(20, 2), 0.1
     absent = torch.full((3, 20), 20)
     absent[1] = torch.arange(20)  # all rows
@@ -201,10 +243,13 @@ def test_a_step_whose_negatives_are_all_masked_goes_on(form):
 
     def loss_of(f, hard, absent):
         lse, _, lse_h, mean_h = softmax_over(f, rows.float(), T, hard=hard, absent=absent, chunk=7)
-        return form((f * hard).sum(1, keepdim=True) / T, lse[:, None]) + linear_kl(f, lse, hard, lse_h, mean_h, T)
+        return form((f * hard).sum(1, keepdim=True) / T, lse[:, None]) + linear_kl(
+            f, lse, hard, lse_h, mean_h, T
+        )
 
     mine, other = f.float().requires_grad_(), f[[0, 2]].float().requires_grad_()
-    loss, wanted = loss_of(mine, hard.float(), absent), loss_of(other, hard[[0, 2]].float(), absent[[0, 2]]) * 2 / 3
+    loss = loss_of(mine, hard.float(), absent)
+    wanted = loss_of(other, hard[[0, 2]].float(), absent[[0, 2]]) * 2 / 3
     loss.backward(), wanted.backward()
     assert loss.item() == pytest.approx(wanted.item(), abs=1e-5)
     assert torch.allclose(mine.grad[[0, 2]], other.grad, atol=1e-5) and (mine.grad[1] == 0).all()
@@ -213,7 +258,9 @@ def test_a_step_whose_negatives_are_all_masked_goes_on(form):
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float16, 2**-11), (torch.bfloat16, 2**-8)])
 @pytest.mark.parametrize("T", [0.02, 0.005])
 def test_a_bank_in_half_precision_is_finite_at_low_temperatures(dtype, bound, T):
-    """Rows opposite to a feature have shares of e^(-2 / T), which float32 cannot hold: alone in their piece of the bank they made its mean NaN."""
+    """Rows opposite to a feature have shares of e^(-2 / T), which float32 cannot hold: alone in
+    their piece of the bank they made its mean NaN.
+    """
     f = unit_rows(4, 0)
     bank = torch.cat([f, unit_rows(40, 1), -f.repeat_interleave(32, 0)])
     lse, mean = stream_softmax(f.float(), bank.to(dtype), T, chunk=16)
@@ -221,9 +268,13 @@ def test_a_bank_in_half_precision_is_finite_at_low_temperatures(dtype, bound, T)
     own = 1 / T - log_p.diag()  # the logsumexp of all logits, since the own one is 1 / T
     assert (lse.double() - own).abs().max() < 2 * bound / T
     assert (mean.double() - log_p.exp() @ bank).abs().max() < 8 * bound
-    assert (entropy(f.float(), bank.to(dtype), T, 16) + (log_p.exp() * log_p).sum(1)).abs().max() < 4 * bound / T
+    assert (
+        entropy(f.float(), bank.to(dtype), T, 16) + (log_p.exp() * log_p).sum(1)
+    ).abs().max() < 4 * bound / T
     rows, mine = torch.arange(4)[:, None], f.float().requires_grad_()
-    loss, hp = bank_loss(mine, bank.to(dtype), rows, torch.ones(4, 1), T, f.roll(1, 0).float(), chunk=16)
+    loss, hp = bank_loss(
+        mine, bank.to(dtype), rows, torch.ones(4, 1), T, f.roll(1, 0).float(), chunk=16
+    )
     (loss + hp).backward()
     assert abs(loss.item() + log_p.diag().mean().item()) < 4 * bound / T
     assert abs(hp.item() - (log_h.exp() * (log_h - log_p)).sum(1).mean().item()) < 4 * bound / T

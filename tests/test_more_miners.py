@@ -1,4 +1,6 @@
-"""The miners of the methods that ISL is compared with, each against loops: AND (entropy), PAD (diffusion), LA (cluster)."""
+"""The miners of the methods that ISL is compared with, each against loops: AND (entropy), PAD
+(diffusion), LA (cluster).
+"""
 
 import math
 
@@ -27,13 +29,19 @@ def unit(n=M, seed=0):
 
 
 def planted(per_group=10, groups=6, noise=0.05, seed=0):
-    """Rows around `groups` orthogonal directions, in order of the groups: their labels are i // per_group."""
+    """Rows around `groups` orthogonal directions, in order of the groups: their labels are i //
+    per_group.
+    """
     centres = torch.eye(C)[:groups].repeat_interleave(per_group, 0)
-    return F.normalize(centres + noise * unit(len(centres), seed), dim=1), torch.arange(groups).repeat_interleave(per_group)
+    return F.normalize(centres + noise * unit(len(centres), seed), dim=1), torch.arange(
+        groups
+    ).repeat_interleave(per_group)
 
 
 def mine(miner, features, old=None):
-    return miner.mine(features, old or PositiveSets.empty(len(features)), torch.Generator().manual_seed(0))
+    return miner.mine(
+        features, old or PositiveSets.empty(len(features)), torch.Generator().manual_seed(0)
+    )
 
 
 def sets_of(positives):
@@ -46,7 +54,7 @@ def nearest_by_loops(x, i, k):
     return sorted((j for j in range(len(x)) if j != i), key=lambda j: -cosine[j])[:k]
 
 
-# ---- entropy -------------------------------------------------------------------------------------------------------
+# ---- entropy -------------------------------------------------------------------------------------
 
 
 def entropies_by_loops(x, T):
@@ -60,7 +68,11 @@ def entropies_by_loops(x, T):
 @pytest.mark.parametrize("chunk", [7, 1000])
 def test_entropy_equals_loops(chunk):
     x = unit().double()
-    assert torch.allclose(entropy(x.float(), x.float(), 0.1, chunk).double(), torch.tensor(entropies_by_loops(x, 0.1)).double(), atol=1e-4)
+    assert torch.allclose(
+        entropy(x.float(), x.float(), 0.1, chunk).double(),
+        torch.tensor(entropies_by_loops(x, 0.1)).double(),
+        atol=1e-4,
+    )
 
 
 def test_entropy_of_equal_rows_is_log_m():
@@ -104,7 +116,7 @@ def test_entropy_counts_its_rounds_across_a_resume():
     assert other.report["share"] == 0.5
 
 
-# ---- diffusion -----------------------------------------------------------------------------------------------------
+# ---- diffusion -----------------------------------------------------------------------------------
 
 
 def graph_by_loops(x, k):
@@ -154,7 +166,9 @@ def test_diffusion_keeps_the_highest():
 
 
 def test_diffusion_trusts_many_paths_more_than_one_short_one():
-    """Two groups and a bridge between them that is more similar than anything inside: plain similarity takes the bridge first."""
+    """Two groups and a bridge between them that is more similar than anything inside: plain
+    similarity takes the bridge first.
+    """
     x, labels = planted(per_group=8, groups=2, noise=0.6, seed=3)
     x[0] = F.normalize(x[0] + x[8], dim=0)
     x[8] = F.normalize(x[0] + 0.01 * x[8], dim=0)
@@ -165,18 +179,22 @@ def test_diffusion_trusts_many_paths_more_than_one_short_one():
 
 
 def test_diffusion_without_affinities_says_so():
-    x = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])  # each the other's nearest, at a cosine of -1: no affinity
+    # each the other's nearest, at a cosine of -1: no affinity
+    x = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
     miner = DiffusionMiner(k=1)
     assert mine(miner, x).num_edges == 0
     assert "mutual" in miner.report["why"]
 
 
-# ---- clusters ------------------------------------------------------------------------------------------------------
+# ---- clusters ------------------------------------------------------------------------------------
 
 
 def test_kmeans_finds_planted_groups():
     x, labels = planted()
-    best = max((kmeans(x, 6, 20, torch.Generator().manual_seed(seed)) for seed in range(5)), key=lambda found: float((x @ found[1].T).amax(1).sum()))
+    best = max(
+        (kmeans(x, 6, 20, torch.Generator().manual_seed(seed)) for seed in range(5)),
+        key=lambda found: float((x @ found[1].T).amax(1).sum()),
+    )
     together = best[0][:, None] == best[0]
     assert torch.equal(together, labels[:, None] == labels)
     for g in range(6):
@@ -185,9 +203,14 @@ def test_kmeans_finds_planted_groups():
 
 def test_kmeans_equals_loops():
     x, G = unit(seed=4), 7
-    centroids = x[torch.randperm(M, generator=torch.Generator().manual_seed(9))[:G]].double().tolist()
+    centroids = (
+        x[torch.randperm(M, generator=torch.Generator().manual_seed(9))[:G]].double().tolist()
+    )
     for _ in range(3):
-        assigned = [max(range(G), key=lambda g: sum(a * b for a, b in zip(row, centroids[g]))) for row in x.double().tolist()]
+        assigned = [
+            max(range(G), key=lambda g: sum(a * b for a, b in zip(row, centroids[g])))
+            for row in x.double().tolist()
+        ]
         for g in range(G):
             total = sum(x[i].double() for i in range(M) if assigned[i] == g)
             centroids[g] = (total / total.norm()).tolist()
@@ -197,8 +220,13 @@ def test_kmeans_equals_loops():
 
 
 def test_kmeans_starts_an_empty_cluster_anew_from_the_worst_placed_row():
-    x = torch.cat([unit(1).expand(20, C), unit(3, 5)])  # most rows equal: drawn twice, one of two equal centroids stays empty
-    equal = next(s for s in range(99) if (torch.randperm(23, generator=torch.Generator().manual_seed(s))[:3] < 20).sum() >= 2)
+    # most rows equal: drawn twice, one of two equal centroids stays empty
+    x = torch.cat([unit(1).expand(20, C), unit(3, 5)])
+    equal = next(
+        s
+        for s in range(99)
+        if (torch.randperm(23, generator=torch.Generator().manual_seed(s))[:3] < 20).sum() >= 2
+    )
     cluster, _ = kmeans(x, 3, 20, torch.Generator().manual_seed(equal))
     assert cluster.bincount(minlength=3).min() > 0 and len(cluster[:20].unique()) == 1
 
@@ -207,12 +235,17 @@ def test_cluster_miner_equals_loops():
     x = unit(seed=6)
     miner = ClusterMiner(clusters=5, clusterings=3, background=12, candidates=6, max_share=1.0)
     seed = int(torch.randint(2**62, (1,), generator=torch.Generator().manual_seed(0)))
-    cluster = [kmeans(x, 5, 20, torch.Generator().manual_seed((seed + h) % 2**63))[0].tolist() for h in range(3)]
+    cluster = [
+        kmeans(x, 5, 20, torch.Generator().manual_seed((seed + h) % 2**63))[0].tolist()
+        for h in range(3)
+    ]
     truth = [set() for _ in range(M)]
     for i in range(M):
         background = nearest_by_loops(x, i, 12)
         agree = {j: sum(own[i] == own[j] for own in cluster) for j in background}
-        close = sorted((j for j in background if agree[j]), key=lambda j: (-agree[j], -float(x[i] @ x[j])))[:6]
+        close = sorted(
+            (j for j in background if agree[j]), key=lambda j: (-agree[j], -float(x[i] @ x[j]))
+        )[:6]
         for j in close:
             truth[i].add(j), truth[j].add(i)
     assert sets_of(mine(miner, x)) == truth
@@ -220,12 +253,14 @@ def test_cluster_miner_equals_loops():
 
 def test_cluster_miner_takes_what_more_clusterings_agree_on_first():
     x, labels = planted(noise=0.5, seed=8)
-    small, large = (mine(ClusterMiner(6, 5, 30, 30, budget=b, max_share=1.0), x) for b in (2.0, 20.0))
+    small, large = (
+        mine(ClusterMiner(6, 5, 30, 30, budget=b, max_share=1.0), x) for b in (2.0, 20.0)
+    )
     assert small.precision(labels) > large.precision(labels)
     assert small.sureness.min() >= 4.5, "pairs that all five put together come first"
 
 
-# ---- all of them ---------------------------------------------------------------------------------------------------
+# ---- all of them ---------------------------------------------------------------------------------
 
 MINERS = {
     "entropy": lambda: EntropyMiner(2, share=0.5, budget=2.0),
@@ -255,7 +290,9 @@ def interrupted(rank, world, name):
             raise Interrupted("asked to")
 
     try:
-        MINERS[name]().mine(unit(300), PositiveSets.empty(300), torch.Generator().manual_seed(3), tick)
+        MINERS[name]().mine(
+            unit(300), PositiveSets.empty(300), torch.Generator().manual_seed(3), tick
+        )
     except Interrupted:
         return "interrupted"
 
@@ -273,19 +310,30 @@ def test_on_planted_groups_every_pair_is_right(name):
 
 
 def test_senseless_settings_are_refused():
-    for wrong in (lambda: EntropyMiner(0), lambda: EntropyMiner(share=0.0), lambda: EntropyMiner(share=1.5), lambda: EntropyMiner(T=0),
-                  lambda: DiffusionMiner(k=0), lambda: DiffusionMiner(decay=0.0), lambda: ClusterMiner(clusters=0), lambda: ClusterMiner(background=0)):  # fmt: skip
+    for wrong in (
+        lambda: EntropyMiner(0),
+        lambda: EntropyMiner(share=0.0),
+        lambda: EntropyMiner(share=1.5),
+        lambda: EntropyMiner(T=0),
+        lambda: DiffusionMiner(k=0),
+        lambda: DiffusionMiner(decay=0.0),
+        lambda: ClusterMiner(clusters=0),
+        lambda: ClusterMiner(background=0),
+    ):
         with pytest.raises(BadInput):
             wrong()
 
 
-# ---- hardly any images ---------------------------------------------------------------------------------------------
+# ---- hardly any images ---------------------------------------------------------------------------
 
 FEW = {
-    "knn": lambda k: KNNMiner(k, max_share=1), "average": lambda k: AverageMiner(k, k, max_share=1), "entropy": lambda k: EntropyMiner(k, 1.0, max_share=1),
-    "diffusion": lambda k: DiffusionMiner(k, candidates=k, max_share=1), "cluster": lambda k: ClusterMiner(background=k, candidates=k, max_share=1),
+    "knn": lambda k: KNNMiner(k, max_share=1),
+    "average": lambda k: AverageMiner(k, k, max_share=1),
+    "entropy": lambda k: EntropyMiner(k, 1.0, max_share=1),
+    "diffusion": lambda k: DiffusionMiner(k, candidates=k, max_share=1),
+    "cluster": lambda k: ClusterMiner(background=k, candidates=k, max_share=1),
     "gan": lambda k: GANMiner(candidates=k),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", FEW)
@@ -305,7 +353,9 @@ def test_with_as_many_neighbours_as_images_all_others_are_positives(name, few):
     features = F.normalize(unit(few).abs(), dim=1)
     for k in (few - 1, few, 20):
         for views in (None, (features, features)):
-            sets = FEW[name](k).mine(features, PositiveSets.empty(few), torch.Generator().manual_seed(0), None, views)
+            sets = FEW[name](k).mine(
+                features, PositiveSets.empty(few), torch.Generator().manual_seed(0), None, views
+            )
             assert sets_of(sets) == [{j for j in range(few) if j != i} for i in range(few)]
         between = in_between(features, PositiveSets.empty(few), k)
         assert sets_of(between) == sets_of(sets) and in_between(features, sets, k).num_edges == 0

@@ -16,7 +16,10 @@ def loop_topk(queries, bank, k, exclude=None):
     scores = queries @ bank.T
     out = []
     for i, row in enumerate(scores.tolist()):
-        order = sorted((j for j in range(len(row)) if exclude is None or j != exclude[i]), key=lambda j: (-row[j], j))
+        order = sorted(
+            (j for j in range(len(row)) if exclude is None or j != exclude[i]),
+            key=lambda j: (-row[j], j),
+        )
         out.append(order[:k])
     return torch.tensor(out), scores
 
@@ -40,7 +43,9 @@ def test_topk_equals_the_whole_matrix(k, limit, exclude, monkeypatch):
 def test_topk_orders_equal_rows_by_index():
     bank = rows(5).repeat(40, 1)  # rows i, i + 5, i + 10, ... are the same
     _, index = topk(bank[:5], bank, 6)
-    assert [sorted(row) == row and len({j % 5 for j in row}) == 1 for row in index.tolist()] == [True] * 5
+    assert [sorted(row) == row and len({j % 5 for j in row}) == 1 for row in index.tolist()] == [
+        True
+    ] * 5
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -87,7 +92,8 @@ def test_top_pairs_lowers_a_bound_guessed_too_high(monkeypatch):
         top_pairs(features, 44851)
 
 
-@pytest.mark.parametrize("unknown", [0, 3])  # every third label is unknown, its pairs are not counted
+# every third label is unknown, its pairs are not counted
+@pytest.mark.parametrize("unknown", [0, 3])
 def test_baselines_equal_counting(unknown):
     M = 200
     features, labels = rows(M, 3), torch.arange(M) % 4
@@ -105,12 +111,14 @@ def test_baselines_equal_counting(unknown):
     for size, own in zip(sizes, found["own_nearest"]):
         whole, extra = int(size), round((size - int(size)) * M)
         last = near.values[:, whole].sort(descending=True).indices[:extra].tolist()
-        pairs = [(i, int(j)) for i in range(M) for j in near.indices[i, :whole]] + [(i, int(near.indices[i, whole])) for i in last]
+        pairs = [(i, int(j)) for i in range(M) for j in near.indices[i, :whole]] + [
+            (i, int(near.indices[i, whole])) for i in last
+        ]
         assert own == pytest.approx(share(pairs))
     i, j = torch.triu_indices(M, M, 1)
     order = scores[i, j].sort(descending=True).indices
     for size, pairs in zip(sizes, found["all_pairs"]):
-        best = order[:round(size * M / 2)]
+        best = order[: round(size * M / 2)]
         assert pairs == pytest.approx(share(zip(i[best].tolist(), j[best].tolist())))
     assert found["sizes"] == [1, 2.5, 7]
     assert set(baselines(features, labels, [3], pairs=False)) == {"sizes", "own_nearest"}

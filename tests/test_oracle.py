@@ -1,4 +1,6 @@
-"""Positives drawn from labels: as many right ones as asked for, wrong ones from where they should be, equal on ranks, and said everywhere."""
+"""Positives drawn from labels: as many right ones as asked for, wrong ones from where they should
+be, equal on ranks, and said everywhere.
+"""
 
 import contextlib
 import io
@@ -25,10 +27,16 @@ def rows(seed=0):
 
 
 def mine(miner, features=None, seed=0):
-    return miner.mine(rows() if features is None else features, PositiveSets.empty(M), torch.Generator().manual_seed(seed))
+    return miner.mine(
+        rows() if features is None else features,
+        PositiveSets.empty(M),
+        torch.Generator().manual_seed(seed),
+    )
 
 
-@pytest.mark.parametrize("wrong, right", [("uniform", "uniform"), ("near", "uniform"), ("near", "near")])
+@pytest.mark.parametrize(
+    "wrong, right", [("uniform", "uniform"), ("near", "uniform"), ("near", "near")]
+)
 @pytest.mark.parametrize("size, precision", [(2, 0.95), (5, 0.8), (20, 0.65), (0.5, 1.0), (3, 0.0)])
 def test_sets_have_the_size_and_the_precision_that_were_asked_for(size, precision, wrong, right):
     sets = mine(OracleMiner(LABELS, precision, size, wrong, right))
@@ -45,13 +53,20 @@ def test_drawn_pairs_are_distinct_and_of_the_kind_asked_for():
     labels[40] = 9  # alone in its class
     for right in (True, False):
         a, b = draw_pairs(labels, right, 1500, torch.Generator().manual_seed(0))
-        assert len({frozenset(pair) for pair in zip(a.tolist(), b.tolist())}) == 1500 and bool((a != b).all())
-        assert bool(((labels[a] == labels[b]) == right).all()) and int(torch.minimum(labels[a], labels[b]).min()) >= 0
+        assert len({frozenset(pair) for pair in zip(a.tolist(), b.tolist())}) == 1500 and bool(
+            (a != b).all()
+        )
+        assert (
+            bool(((labels[a] == labels[b]) == right).all())
+            and int(torch.minimum(labels[a], labels[b]).min()) >= 0
+        )
         assert right != bool((torch.cat([a, b]) == 40).any())
 
 
 def test_partners_are_drawn_uniformly():
-    """Of one class of 4 all 6 pairs, of two classes of 4 all 16 between them: each about equally often."""
+    """Of one class of 4 all 6 pairs, of two classes of 4 all 16 between them: each about equally
+    often.
+    """
     labels = torch.tensor([0, 1] * 4)
     for right, there in ((True, 12), (False, 16)):
         count = {}
@@ -60,7 +75,9 @@ def test_partners_are_drawn_uniformly():
             for pair in zip(a.tolist(), b.tolist()):
                 count[pair] = count.get(pair, 0) + 1
         expected = 800 * 4 / there
-        assert len(count) == there and all(abs(n - expected) < 5 * expected**0.5 for n in count.values()), count
+        assert len(count) == there and all(
+            abs(n - expected) < 5 * expected**0.5 for n in count.values()
+        ), count
 
 
 @pytest.mark.parametrize("same", [False, True])
@@ -70,12 +87,18 @@ def test_neighbours_by_label_equal_loops(monkeypatch, same):
     labels[5] = -1
     cosine, near = nearest_by_label(x, labels, torch.arange(M), same, 3)
     for i in range(M):
-        others = [j for j in range(M) if j != i and (labels[j] == labels[i]) == same and labels[j] >= 0 and labels[i] >= 0]
+        others = [
+            j
+            for j in range(M)
+            if j != i and (labels[j] == labels[i]) == same and labels[j] >= 0 and labels[i] >= 0
+        ]
         best = sorted(others, key=lambda j: -float(x[i] @ x[j]))[:3]
         if i == 5:
             assert cosine[i].max() == -torch.inf
         else:
-            assert near[i].tolist() == best and cosine[i].tolist() == pytest.approx([float(x[i] @ x[j]) for j in best], abs=1e-6)
+            assert near[i].tolist() == best and cosine[i].tolist() == pytest.approx(
+                [float(x[i] @ x[j]) for j in best], abs=1e-6
+            )
 
 
 @pytest.mark.parametrize("same", [False, True])
@@ -109,36 +132,91 @@ def test_ranks_draw_what_one_draws(origin):
 
 def test_what_labels_cannot_give_is_refused():
     for words, make in {
-        "expected 0 to 1": lambda: OracleMiner(LABELS, 1.1), "more than 0": lambda: OracleMiner(LABELS, size=0), "uniform or near": lambda: OracleMiner(LABELS, wrong="far"), "right ones 'far'": lambda: OracleMiner(LABELS, right="far"),
-        "needs 15000 right pairs": lambda: OracleMiner(LABELS, size=100), "wrong pairs, and these labels make 0": lambda: OracleMiner(torch.zeros(50).long(), 0.5),
-    }.items():  # fmt: skip
+        "expected 0 to 1": lambda: OracleMiner(LABELS, 1.1),
+        "more than 0": lambda: OracleMiner(LABELS, size=0),
+        "uniform or near": lambda: OracleMiner(LABELS, wrong="far"),
+        "right ones 'far'": lambda: OracleMiner(LABELS, right="far"),
+        "needs 15000 right pairs": lambda: OracleMiner(LABELS, size=100),
+        "wrong pairs, and these labels make 0": lambda: OracleMiner(torch.zeros(50).long(), 0.5),
+    }.items():
         with pytest.raises(BadInput, match=words):
             make()
 
 
-# ---- a run -----------------------------------------------------------------------------------------------------------
+# ---- a run ---------------------------------------------------------------------------------------
 
-ORACLE = [*DIGITS, "--epochs", "2", "--miner", "oracle", "--isl-start", "0", "--isl-every", "1", "--oracle-precision", "0.8", "--oracle-size", "4"]
+ORACLE = [
+    *DIGITS,
+    "--epochs",
+    "2",
+    "--miner",
+    "oracle",
+    "--isl-start",
+    "0",
+    "--isl-every",
+    "1",
+    "--oracle-precision",
+    "0.8",
+    "--oracle-size",
+    "4",
+]
 
 
 @pytest.mark.parametrize("objective", ["queue", "bank"])
 def test_a_run_says_everywhere_that_labels_were_used_and_resumes_exactly(tmp_path, objective):
-    flags = [*ORACLE, "--oracle-wrong", "near", "--oracle-right", "near", "--research-labels", "--objective", objective]
+    flags = [
+        *ORACLE,
+        "--oracle-wrong",
+        "near",
+        "--oracle-right",
+        "near",
+        "--research-labels",
+        "--objective",
+        objective,
+    ]
     code, out, err = ask([*flags, "--out", str(tmp_path / "whole")])
     assert (code, err) == (0, "") and "=> warning: --research-labels" in out
     rounds = [line for line in out.splitlines() if line.startswith("=> oracle: ")]
-    assert len(rounds) == 2 and all("LABELS WERE USED (--research-labels), right ones near, wrong ones near" in line for line in rounds)
-    lines = [line for line in map(json.loads, (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()) if line["kind"] == "round"]
-    assert len(lines) == 2 and all(line["labels_used"] and line["precision"] == pytest.approx(0.8, abs=2e-3) for line in lines)
+    assert len(rounds) == 2 and all(
+        "LABELS WERE USED (--research-labels), right ones near, wrong ones near" in line
+        for line in rounds
+    )
+    lines = [
+        line
+        for line in map(json.loads, (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines())
+        if line["kind"] == "round"
+    ]
+    assert len(lines) == 2 and all(
+        line["labels_used"] and line["precision"] == pytest.approx(0.8, abs=2e-3) for line in lines
+    )
     assert json.loads((tmp_path / "whole" / "args.json").read_text())["labels_used"] is True
     content = checkpoint.load(tmp_path / "whole" / "checkpoint_last.pth.tar")
-    assert content["args"]["research_labels"] is True and content["isl"]["miner"] == {"labels_used": True}
-    assert all(bool(checkpoint.load(path)["labels_used"]) for path in (tmp_path / "whole" / "rounds").iterdir())
+    assert content["args"]["research_labels"] is True and content["isl"]["miner"] == {
+        "labels_used": True
+    }
+    assert all(
+        bool(checkpoint.load(path)["labels_used"])
+        for path in (tmp_path / "whole" / "rounds").iterdir()
+    )
     assert ask([*flags, "--max-steps", "10", "--out", str(tmp_path / "broken")])[0] == 0
     assert ask([*flags, "--resume", "auto", "--out", str(tmp_path / "broken")])[0] == 0
-    assert [x for x in differences(tmp_path / "whole", tmp_path / "broken") if "max_steps" not in x] == []
+    assert [
+        x for x in differences(tmp_path / "whole", tmp_path / "broken") if "max_steps" not in x
+    ] == []
     if objective == "queue":
-        _, out, _ = ask([*DIGITS, "--epochs", "1", "--max-steps", "1", "--init", str(tmp_path / "whole" / "checkpoint_last.pth.tar"), "--out", str(tmp_path / "child")])
+        _, out, _ = ask(
+            [
+                *DIGITS,
+                "--epochs",
+                "1",
+                "--max-steps",
+                "1",
+                "--init",
+                str(tmp_path / "whole" / "checkpoint_last.pth.tar"),
+                "--out",
+                str(tmp_path / "child"),
+            ]
+        )
         assert "labels were used in the training of" in out
         _the_report_says_so(tmp_path / "whole")
 
@@ -149,13 +227,41 @@ def _the_report_says_so(run):
     with contextlib.redirect_stdout(io.StringIO()):
         assert command.main([str(run)]) == 0
     text = (run / "report.html").read_text()
-    assert "Research: labels were used to draw the positives of this run" in text and "<dd>labels were used</dd>" in text
+    assert (
+        "Research: labels were used to draw the positives of this run" in text
+        and "<dd>labels were used</dd>" in text
+    )
 
 
 def test_a_run_without_labels_says_nothing_of_them(tmp_path):
-    code, out, _ = ask([*DIGITS, "--epochs", "1", "--max-steps", "1", "--miner", "knn", "--isl-start", "0", "--out", str(tmp_path / "run")])
+    code, out, _ = ask(
+        [
+            *DIGITS,
+            "--epochs",
+            "1",
+            "--max-steps",
+            "1",
+            "--miner",
+            "knn",
+            "--isl-start",
+            "0",
+            "--out",
+            str(tmp_path / "run"),
+        ]
+    )
     assert code == 0 and "knn: " in out and "LABELS" not in out
     assert json.loads((tmp_path / "run" / "args.json").read_text())["labels_used"] is False
     assert "labels_used" not in checkpoint.load(tmp_path / "run" / "rounds" / "round_0001.pt")
-    assert "LABELS" not in one_line({"miner": "knn", "mean_size": 1, "coverage": 1, "worst_in_degree": 1, "edges_added": 1, "edges_dropped": 0, "seconds": 0,
-                                     "peak_memory_gib": 0, "why": ""})  # fmt: skip
+    assert "LABELS" not in one_line(
+        {
+            "miner": "knn",
+            "mean_size": 1,
+            "coverage": 1,
+            "worst_in_degree": 1,
+            "edges_added": 1,
+            "edges_dropped": 0,
+            "seconds": 0,
+            "peak_memory_gib": 0,
+            "why": "",
+        }
+    )

@@ -1,4 +1,6 @@
-"""A training loop of a user's own around `ISL`: what it may not hand in is refused in a line, and ranks agree whatever their seeds are."""
+"""A training loop of a user's own around `ISL`: what it may not hand in is refused in a line, and
+ranks agree whatever their seeds are.
+"""
 
 import pytest
 import torch
@@ -33,19 +35,29 @@ def memory(isl):
 
 WRONG = [
     ("labels", torch.tensor([3, 1, 3, 3]), "image 3 comes 3 times in one step"),
-    ("an image twice", torch.tensor([0, 7, 2, 7]), "image 7 comes 2 times in one step: expected each at most once"),
+    (
+        "an image twice",
+        torch.tensor([0, 7, 2, 7]),
+        "image 7 comes 2 times in one step: expected each at most once",
+    ),
     ("-1", torch.tensor([0, -1, 2, 3]), "index -1 is none of 20 images: expected 0 to 19"),
     ("M", torch.tensor([0, M, 2, 3]), "index 20 is none of 20 images"),
-    ("real numbers", torch.arange(4.0), "index of a batch is of type torch.float32: expected an int64 tensor"),
+    (
+        "real numbers",
+        torch.arange(4.0),
+        "index of a batch is of type torch.float32: expected an int64 tensor",
+    ),
     ("a mask", torch.tensor([True, False, True, True]), "is of type torch.bool"),
     ("a list", [0, 1, 2, 3], "is of type list"),
     ("a column", torch.arange(4)[:, None], r"index of 4 images has shape \[4, 1\]: expected \[4\]"),
     ("too few", torch.arange(3), r"has shape \[3\]: expected \[4\]"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("objective", ["queue", "bank"])
-@pytest.mark.parametrize(("index", "said"), [row[1:] for row in WRONG], ids=[row[0] for row in WRONG])
+@pytest.mark.parametrize(
+    ("index", "said"), [row[1:] for row in WRONG], ids=[row[0] for row in WRONG]
+)
 def test_a_wrong_index_is_refused_in_any_step_and_nothing_of_it_stays(objective, index, said):
     isl = around(objective)
     for _ in range(2):
@@ -57,7 +69,10 @@ def test_a_wrong_index_is_refused_in_any_step_and_nothing_of_it_stays(objective,
 
 
 def test_on_a_gpu_values_are_looked_at_in_the_first_step_alone(monkeypatch):
-    """A CPU stands for it here: reading an index back would make the host wait in every step. Types and shapes cost nothing."""
+    """A CPU stands for it here: reading an index back would make the host wait in every step.
+
+    Types and shapes cost nothing.
+    """
     monkeypatch.setattr(isl_module, "CPU", torch.device("meta"))
     isl, twice = around("queue"), torch.tensor([0, 7, 2, 7])
     with pytest.raises(BadInput, match="image 7 comes 2 times"):
@@ -73,8 +88,10 @@ def test_other_whole_numbers_are_the_same_index(dtype):
     losses = []
     for kind in (dtype, torch.int64):
         isl = around("queue")
-        for step in range(2):
-            losses.append(isl(images(4, 0), images(4, 1), torch.tensor([5, 1, 0, 9], dtype=kind)).item())
+        for _ in range(2):
+            losses.append(
+                isl(images(4, 0), images(4, 1), torch.tensor([5, 1, 0, 9], dtype=kind)).item()
+            )
     assert losses[:2] == losses[2:]
 
 
@@ -91,7 +108,9 @@ class Pictures(Dataset):
 
 
 def test_a_part_of_a_data_set_counts_its_own_images():
-    """WithIndex around the part counts in it; a part of WithIndex counts in the whole, which is refused unless the whole is meant."""
+    """WithIndex around the part counts in it; a part of WithIndex counts in the whole, which is
+    refused unless the whole is meant.
+    """
     part = [3, 19, 8, 12]
     (im_q, im_k), index = next(iter(DataLoader(Subset(WithIndex(Pictures()), part), batch_size=4)))
     with pytest.raises(BadInput, match=r"index 19 is none of 4 images.*WithIndex\(Subset"):
@@ -113,7 +132,8 @@ def test_a_step_that_brings_more_keys_than_the_queue_has_slots_is_refused(n, sym
     keys = n * (2 if symmetric else 1)
     isl = ISL(moco(), 100, symmetric=symmetric)
     with pytest.raises(
-        BadInput, match=f"a step brings {keys} keys, and the queue has K = 24 slots: use a smaller batch"
+        BadInput,
+        match=f"a step brings {keys} keys, and the queue has K = 24 slots: use a smaller batch",
     ):
         isl(images(n, 0), images(n, 1), torch.arange(n))
     if not symmetric:
@@ -152,15 +172,20 @@ def test_first_images_of_nan_are_refused_and_later_ones_show_in_the_loss(objecti
 
 @pytest.mark.parametrize("miner", [NoMiner, KNNMiner])
 def test_features_that_are_not_finite_are_not_mined(miner):
-    isl, good = ISL(moco(), M), F.normalize(torch.randn(M, C, generator=torch.Generator().manual_seed(0)), dim=1)
+    isl = ISL(moco(), M)
+    good = F.normalize(torch.randn(M, C, generator=torch.Generator().manual_seed(0)), dim=1)
     for value, row in ((torch.nan, 7), (torch.inf, 0)):
         bad = good.clone()
         bad[row, 3] = value
-        with pytest.raises(BadInput, match=f"features of 1 of 20 images hold NaN or infinity, image {row} for one"):
+        with pytest.raises(
+            BadInput, match=f"features of 1 of 20 images hold NaN or infinity, image {row} for one"
+        ):
             isl.mine(bad, miner())
         with pytest.raises(BadInput, match="second views of 1 of 20 images"):
             isl.mine(good, miner(), views=(good, bad))
-        with pytest.raises(RunFailed, match="features from which round 1 was to be mined hold NaN or infinity"):
+        with pytest.raises(
+            RunFailed, match="features from which round 1 was to be mined hold NaN or infinity"
+        ):
             engine.mine_round(isl, miner(), bad, None, 0, Stop(lambda: False))
     for shape in ((M - 1, C), (M,)):
         with pytest.raises(BadInput, match="do not fit positive sets of 20 images"):
@@ -185,11 +210,18 @@ def test_a_wrapped_model_is_refused_with_what_to_do():
     ):
         with pytest.raises(
             BadInput,
-            match=f"ISL was given a {name} around a MoCo: expected the bare MoCo. ISL wraps it in DistributedDataParallel itself",
+            match=(
+                f"ISL was given a {name} around a MoCo: expected the bare MoCo. ISL wraps it in"
+                " DistributedDataParallel itself"
+            ),
         ):
             ISL(model, M)
     with pytest.raises(
-        BadInput, match="given a torch.nn.modules.linear.Linear: expected a MoCo or an Instance of moco_isl.builder"
+        BadInput,
+        match=(
+            "given a torch.nn.modules.linear.Linear: expected a MoCo or an Instance of"
+            " moco_isl.builder"
+        ),
     ):
         ISL(nn.Linear(2, 2), M)
 
@@ -200,7 +232,9 @@ def test_num_images_is_a_number_of_images(num_images):
         ISL(moco(), num_images)
 
 
-@pytest.mark.parametrize("option", [{"P": 0}, {"hpe": -0.5}, {"hpe": float("nan")}, {"between": -1}, {"bank_mix": 1.5}])
+@pytest.mark.parametrize(
+    "option", [{"P": 0}, {"hpe": -0.5}, {"hpe": float("nan")}, {"between": -1}, {"bank_mix": 1.5}]
+)
 def test_options_out_of_range_are_refused(option):
     with pytest.raises(BadInput, match=f"^{next(iter(option))} is .*: expected"):
         ISL(moco(), M, **option)
@@ -213,15 +247,19 @@ def test_features_that_the_bank_cannot_hold_are_not_mined():
         isl.mine(F.normalize(rows, dim=1), KNNMiner())
     assert not isl.bank.filled and isl.round == 0
     isl.mine(F.normalize(rows[:, :C], dim=1), KNNMiner())
-    isl.mine(F.normalize(rows, dim=1), KNNMiner())  # the bank is full: only neighbours are looked for
+    # the bank is full: only neighbours are looked for
+    isl.mine(F.normalize(rows, dim=1), KNNMiner())
 
 
 @pytest.mark.parametrize("objective", ["queue", "bank"])
 def test_features_that_are_no_unit_rows_are_not_mined(objective):
     """Products of such rows are no cosines: the longest would be everybody's nearest."""
-    isl, rows = around(objective), F.normalize(torch.randn(M, C, generator=torch.Generator().manual_seed(0)), dim=1)
+    isl = around(objective)
+    rows = F.normalize(torch.randn(M, C, generator=torch.Generator().manual_seed(0)), dim=1)
     rows[3] *= 5
-    with pytest.raises(BadInput, match=f"features of 1 of {M} images are no unit rows, one has length 5: expected"):
+    with pytest.raises(
+        BadInput, match=f"features of 1 of {M} images are no unit rows, one has length 5: expected"
+    ):
         isl.mine(rows, KNNMiner())
     rows[3] = 0  # of an encoder that has died
     isl.mine(rows.half(), KNNMiner())
@@ -232,7 +270,7 @@ def test_an_unknown_form_is_refused():
         ISL(moco(), M, form="sum")
 
 
-# ---- ranks -----------------------------------------------------------------------------------------------------------
+# ---- ranks ---------------------------------------------------------------------------------------
 
 
 def _seeded_by_rank(rank, world, objective):
@@ -242,7 +280,9 @@ def _seeded_by_rank(rank, world, objective):
     optimizer = torch.optim.SGD(model.encoder_q.parameters(), 0.1)
     for step in range(3):  # 48 keys of two ranks: 16 slots stay as they began
         loss = isl(
-            images(8, 10 * step + rank), images(8, 100 + 10 * step + rank), torch.arange(8) + 16 * step + 8 * rank
+            images(8, 10 * step + rank),
+            images(8, 100 + 10 * step + rank),
+            torch.arange(8) + 16 * step + 8 * rank,
         )
         optimizer.zero_grad()
         loss.backward()
@@ -257,7 +297,9 @@ def test_ranks_of_different_seeds_hold_equal_queues_banks_and_weights(objective)
     assert all(x is y is None or torch.equal(x, y) for x, y in zip(rest, others))
     if objective == "queue":
         torch.manual_seed(0)
-        assert torch.equal(state["queue"][:, 48:], MoCo(tiny, C, 64).queue[:, 48:]), "those of rank 0"
+        assert torch.equal(state["queue"][:, 48:], MoCo(tiny, C, 64).queue[:, 48:]), (
+            "those of rank 0"
+        )
 
 
 def _wrong_together(rank, world):

@@ -1,4 +1,6 @@
-"""The pack for a GPU: what it writes survives a cut, its parts cannot hurt each other, and a CPU can rehearse all of it."""
+"""The pack for a GPU: what it writes survives a cut, its parts cannot hurt each other, and a CPU
+can rehearse all of it.
+"""
 
 import json
 import subprocess
@@ -38,14 +40,28 @@ def test_the_table_has_every_row_and_names_what_is_missing(tmp_path):
     table = (tmp_path / "table.txt").read_text()
     assert "not done: a round" in table and "not done: none" in table and "a step" in table
     assert "NO" in next(line for line in table.splitlines() if "off by 1" in line)
-    assert [row["what"] for row in rows.rows()] == ["a step", "kernels"] and rows.rows("figures")[0]["high"] is None
+    assert [row["what"] for row in rows.rows()] == ["a step", "kernels"] and rows.rows("figures")[
+        0
+    ]["high"] is None
 
 
 def test_processes_that_write_at_once_lose_no_row(tmp_path):
-    code = f"import pathlib, time; from benchmarks.pack.record import Record; r = Record(pathlib.Path({str(tmp_path)!r}), time.time(), {{}})\n"
+    code = (
+        "import pathlib, time; from benchmarks.pack.record import Record; r ="
+        f" Record(pathlib.Path({str(tmp_path)!r}), time.time(), {{}})\n"
+    )
     code += "for i in range(20): r.add('figures', f'{__import__(\"os\").getpid()} {i}', value=1.0)"
     with ThreadPoolExecutor(2) as pool:
-        codes = list(pool.map(lambda _: subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL).returncode, range(2)))
+        codes = list(
+            pool.map(
+                lambda _: (
+                    subprocess.run(
+                        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL
+                    ).returncode
+                ),
+                range(2),
+            )
+        )
     rows = record(tmp_path)
     assert codes == [0] * 2 and len({row["what"] for row in rows.rows()}) == 40
     assert rows.table() == (tmp_path / "table.txt").read_text()
@@ -60,10 +76,19 @@ def test_the_archive_is_replaced_whole(tmp_path):
     for _ in range(2):
         rows.archive(work)
         with tarfile.open(tmp_path / "out" / "results.tgz") as tar:
-            assert tar.getnames() == ["rows.jsonl", "table.txt", "a.log", "scripts/run/metrics.jsonl"]
+            assert tar.getnames() == [
+                "rows.jsonl",
+                "table.txt",
+                "a.log",
+                "scripts/run/metrics.jsonl",
+            ]
             log = tar.extractfile("a.log").read()
     assert len(log) == 1 << 20 and log.endswith(b"the end")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["results.tgz", "rows.jsonl", "table.txt"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "results.tgz",
+        "rows.jsonl",
+        "table.txt",
+    ]
 
 
 def test_a_process_that_was_stopped_while_it_wrote_stops_no_other(tmp_path, monkeypatch):
@@ -75,7 +100,9 @@ def test_a_process_that_was_stopped_while_it_wrote_stops_no_other(tmp_path, monk
     assert [row["what"] for row in rows.rows()] == ["one"]
 
 
-def test_a_full_disk_costs_the_table_of_the_folder_but_not_that_of_the_screen(tmp_path, monkeypatch, capsys):
+def test_a_full_disk_costs_the_table_of_the_folder_but_not_that_of_the_screen(
+    tmp_path, monkeypatch, capsys
+):
     def full(*_):
         raise OSError(28, "No space left on device")
 
@@ -89,9 +116,15 @@ def test_a_full_disk_costs_the_table_of_the_folder_but_not_that_of_the_screen(tm
 
 def test_a_slower_way_taken_instead_is_a_note(tmp_path, capsys):
     rows = record(tmp_path)
-    pack.fall_back(rows, "mining", "fused kernels are left out, plain ones used instead: RuntimeError: no ptxas")
+    pack.fall_back(
+        rows,
+        "mining",
+        "fused kernels are left out, plain ones used instead: RuntimeError: no ptxas",
+    )
     pack.fall_back(rows, "mining", "a library will change something")
-    assert [row["what"] for row in rows.rows("note")] == ["mining: fused kernels are left out, plain ones used instead: RuntimeError: no ptxas"]
+    assert [row["what"] for row in rows.rows("note")] == [
+        "mining: fused kernels are left out, plain ones used instead: RuntimeError: no ptxas"
+    ]
     assert "will change something" in capsys.readouterr().out
 
 
@@ -127,7 +160,11 @@ def test_a_row_that_fails_or_takes_too_long_says_so_and_the_next_one_comes(tmp_p
     with here.row("proof", "good") as row:
         row["ok"] = True
     broken, slow, good = here.record.rows()
-    assert broken["ok"] is False and broken["failed"] and broken["said"] == "ArithmeticError: lse is off by 3"
+    assert (
+        broken["ok"] is False
+        and broken["failed"]
+        and broken["said"] == "ArithmeticError: lse is off by 3"
+    )
     assert slow["failed"] and slow["said"].startswith("TimeUp") and slow["value"] == 1.0
     assert good["ok"] is True and "failed" not in good
 
@@ -136,7 +173,11 @@ def test_a_row_that_fails_or_takes_too_long_says_so_and_the_next_one_comes(tmp_p
 
 
 def process(tmp_path, name: str, code: str, seconds: float = 20) -> pack.Process:
-    found = pack.Process(name, [sys.executable, "-c", f"import sys, time; sys.stdin.readline()\n{code}"], tmp_path / f"{name}.log")
+    found = pack.Process(
+        name,
+        [sys.executable, "-c", f"import sys, time; sys.stdin.readline()\n{code}"],
+        tmp_path / f"{name}.log",
+    )
     found.go(time.time() + seconds)
     return found
 
@@ -144,7 +185,10 @@ def process(tmp_path, name: str, code: str, seconds: float = 20) -> pack.Process
 def test_a_part_that_fails_or_hangs_is_named_and_ended(tmp_path, monkeypatch):
     monkeypatch.setattr(pack, "GRACE", 0.5)
     assert process(tmp_path, "good", "print('done')").end() == ""
-    assert process(tmp_path, "bad", "print('no kernel'); sys.exit(3)").end() == "bad ended with exit code 3; its log ends: no kernel"
+    assert (
+        process(tmp_path, "bad", "print('no kernel'); sys.exit(3)").end()
+        == "bad ended with exit code 3; its log ends: no kernel"
+    )
     slow = process(tmp_path, "slow", "while True: time.sleep(1)", 0.1)
     assert "slow was killed when its time was over" in slow.end() and slow.ended()
 
@@ -185,21 +229,29 @@ def test_reach_is_the_median_rank_of_positives():
     want = sorted(ranks)[(len(ranks) - 1) // 2]
     assert abs(science.reach(found) - want) <= 1  # cosines are kept in half precision
     nearest = {**found, "anchors": torch.arange(M)}
-    nearest["near_cosine"] = (whole @ whole.T).fill_diagonal_(-2).sort(1, descending=True).values[:, : M - 1].half()
+    nearest["near_cosine"] = (
+        (whole @ whole.T).fill_diagonal_(-2).sort(1, descending=True).values[:, : M - 1].half()
+    )
     del nearest["features"]
     assert abs(science.reach(nearest) - want) <= 1
-    nothing = round_record.round_record(features, PositiveSets.empty(M), None, PositiveSets.empty(M))
+    nothing = round_record.round_record(
+        features, PositiveSets.empty(M), None, PositiveSets.empty(M)
+    )
     assert science.reach(nothing) is None
 
 
 def test_every_test_of_a_gpu_is_in_the_suite_of_the_pack():
-    """Those that are skipped without one: their files are listed, and their names are chosen by -k."""
+    """Those that are skipped without one: their files are listed, and their names are chosen by
+    -k.
+    """
     for path in sorted((ROOT / "tests").glob("test_*.py")):
         lines = path.read_text().splitlines()
         for number, line in enumerate(lines):
             if "skipif(not torch.cuda.is_available()" in line and path.name != Path(__file__).name:
                 name = next(x for x in lines[number:] if x.startswith("def "))
-                assert f"tests/{path.name}" in proof.TESTS and ("gpu" in name or "captured" in name), f"{path.name}: {name}"
+                assert f"tests/{path.name}" in proof.TESTS and (
+                    "gpu" in name or "captured" in name
+                ), f"{path.name}: {name}"
 
 
 @pytest.mark.parametrize(
@@ -215,12 +267,24 @@ def test_bad_input_is_one_line(tmp_path, capsys, flags, said):
         pytest.skip("here is a GPU")
     with pytest.raises(SystemExit) as ended:
         pack.main([*flags.format(tmp=tmp_path).split(), "--out", str(tmp_path / "out")])
-    assert ended.value.code == 2 and said in capsys.readouterr().err.splitlines()[-1] and not (tmp_path / "out").exists()
+    assert (
+        ended.value.code == 2
+        and said in capsys.readouterr().err.splitlines()[-1]
+        and not (tmp_path / "out").exists()
+    )
 
 
 def test_the_shell_says_what_it_expects(tmp_path):
-    run = subprocess.run([ROOT / "benchmarks" / "gpu.sh", tmp_path / "nowhere.tgz", tmp_path / "out"], capture_output=True, text=True)
-    assert run.returncode == 2 and "expected an archive of images" in run.stderr and not (tmp_path / "out").exists()
+    run = subprocess.run(
+        [ROOT / "benchmarks" / "gpu.sh", tmp_path / "nowhere.tgz", tmp_path / "out"],
+        capture_output=True,
+        text=True,
+    )
+    assert (
+        run.returncode == 2
+        and "expected an archive of images" in run.stderr
+        and not (tmp_path / "out").exists()
+    )
 
 
 # ---------------------------------------------------------------- the rehearsal
@@ -229,20 +293,48 @@ def test_the_shell_says_what_it_expects(tmp_path):
 @pytest.mark.long
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here is a GPU: run the pack itself")
 def test_a_rehearsal_does_all_of_it(tmp_path):
-    """Every planned row comes, none fails, and the four files are whole. Without the suite, whose tests run here anyway, and
-    without the compilers of photos, which are those of width 64 with another name."""
-    out, only = tmp_path / "out", [part for part in pack.PARTS if part not in ("suite", "warm-photos")]
-    command = [sys.executable, "-m", "benchmarks.pack", "--quick", "--minutes", "8", "--out", str(out), "--only", *only]
+    """Every planned row comes, none fails, and the four files are whole. Without the suite, whose
+    tests run here anyway, and without the compilers of photos, which are those of width 64 with
+    another name.
+    """
+    out = tmp_path / "out"
+    only = [part for part in pack.PARTS if part not in ("suite", "warm-photos")]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.pack",
+        "--quick",
+        "--minutes",
+        "8",
+        "--out",
+        str(out),
+        "--only",
+        *only,
+    ]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     rows = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
-    assert run.returncode == 0 and not [row for row in rows if row.get("failed") or row.get("ok") is False], run.stdout[-6000:]
-    names = {table: [row["what"] for row in rows if row["part"] == table] for table in ("proof", "figures", "science")}
-    assert all(sorted(names[table]) == sorted(planned) for table, planned in pack.plan(only).items())
+    assert run.returncode == 0 and not [
+        row for row in rows if row.get("failed") or row.get("ok") is False
+    ], run.stdout[-6000:]
+    names = {
+        table: [row["what"] for row in rows if row["part"] == table]
+        for table in ("proof", "figures", "science")
+    }
+    assert all(
+        sorted(names[table]) == sorted(planned) for table, planned in pack.plan(only).items()
+    )
     assert "not done" not in run.stdout and "a CPU stands in for the GPU" in run.stdout
     assert run.stdout.endswith((out / "table.txt").read_text() + "\n")
-    assert sorted(path.name for path in out.iterdir()) == ["encoder_fp16.pth.tar", "results.tgz", "rows.jsonl", "table.txt"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "encoder_fp16.pth.tar",
+        "results.tgz",
+        "rows.jsonl",
+        "table.txt",
+    ]
     _, info = load_backbone(out / "encoder_fp16.pth.tar")
     assert info["arch"] == "resnet18w8" and not info["left"]
-    mined = [row for row in rows if row["part"] == "science" and row["what"] not in ("MoCo v2", "+ none")]
+    mined = [
+        row for row in rows if row["part"] == "science" and row["what"] not in ("MoCo v2", "+ none")
+    ]
     assert all(row["knn"] > 0 and row["linear"] > 0 and row["size"] is not None for row in mined)
     assert [row["what"] for row in rows if row["part"] == "science"] == ["MoCo v2", *science.ROWS]

@@ -1,4 +1,6 @@
-"""Each path that a command takes, and whatever a path can be: an answer in one line, and no wait for a pipe."""
+"""Each path that a command takes, and whatever a path can be: an answer in one line, and no wait
+for a pipe.
+"""
 
 import errno
 import os
@@ -23,22 +25,37 @@ NEW = ["--out", "new"]
 TAKES = {  # a path -> the command around it
     "main_moco_isl DIR": (main_moco_isl.main, lambda x: [x, *TRAIN[2:], *NEW]),
     "main_moco_isl --out": (main_moco_isl.main, lambda x: [*TRAIN, "--out", x]),
-    "main_moco_isl --out, --resume auto": (main_moco_isl.main, lambda x: [*TRAIN, "--out", x, "--resume", "auto"]),
+    "main_moco_isl --out, --resume auto": (
+        main_moco_isl.main,
+        lambda x: [*TRAIN, "--out", x, "--resume", "auto"],
+    ),
     "main_moco_isl --resume": (main_moco_isl.main, lambda x: [*TRAIN, *NEW, "--resume", x]),
     "main_moco_isl --init": (main_moco_isl.main, lambda x: [*TRAIN, *NEW, "--init", x]),
     "main_moco_isl --config": (main_moco_isl.main, lambda x: [*TRAIN, *NEW, "--config", x]),
-    "main_moco_isl --cache": (main_moco_isl.main, lambda x: ["photos", *TRAIN[2:], *NEW, "--cache", x]),
+    "main_moco_isl --cache": (
+        main_moco_isl.main,
+        lambda x: ["photos", *TRAIN[2:], *NEW, "--cache", x],
+    ),
     "main_knn DIR": (main_knn.main, lambda x: [x, *JUDGE[2:], "--pretrained", FILE]),
     "main_knn --pretrained": (main_knn.main, lambda x: [*JUDGE, "--pretrained", x]),
-    "main_knn --features": (main_knn.main, lambda x: [*JUDGE, "--pretrained", FILE, "--features", x]),
+    "main_knn --features": (
+        main_knn.main,
+        lambda x: [*JUDGE, "--pretrained", FILE, "--features", x],
+    ),
     "main_knn --features alone": (main_knn.main, lambda x: [*JUDGE[2:], "--features", x]),
     "main_knn --out": (main_knn.main, lambda x: [*JUDGE, "--pretrained", FILE, "--out", x]),
     "main_lincls DIR": (main_lincls.main, lambda x: [x, *PROBE[2:], *NEW, "--pretrained", FILE]),
     "main_lincls --pretrained": (main_lincls.main, lambda x: [*PROBE, *NEW, "--pretrained", x]),
-    "main_lincls --resume": (main_lincls.main, lambda x: [*PROBE, *NEW, "--pretrained", FILE, "--resume", x]),
+    "main_lincls --resume": (
+        main_lincls.main,
+        lambda x: [*PROBE, *NEW, "--pretrained", FILE, "--resume", x],
+    ),
     "main_lincls -e --resume": (main_lincls.main, lambda x: [*PROBE, *NEW, "-e", "--resume", x]),
     "main_lincls --out": (main_lincls.main, lambda x: [*PROBE, "--pretrained", FILE, "--out", x]),
-    "main_lincls --out, --resume auto": (main_lincls.main, lambda x: [*PROBE, "--pretrained", FILE, "--out", x, "--resume", "auto"]),
+    "main_lincls --out, --resume auto": (
+        main_lincls.main,
+        lambda x: [*PROBE, "--pretrained", FILE, "--out", x, "--resume", "auto"],
+    ),
     "export FILE": (export.main, lambda x: [x, "--to", "safetensors", "--out", "new"]),
     "export --out": (export.main, lambda x: [FILE, "--to", "safetensors", "--out", x]),
     "report RUN": (report.main, lambda x: [x]),
@@ -105,7 +122,9 @@ def test_a_path_where_nothing_can_be_is_said_in_one_line(place, locked, capsys, 
         assert not os.path.exists("new")
 
 
-@pytest.mark.parametrize("takes", [name for name in TAKES if not name.endswith((*NEW_FOLDER, "DIR"))])
+@pytest.mark.parametrize(
+    "takes", [name for name in TAKES if not name.endswith((*NEW_FOLDER, "DIR"))]
+)
 def test_a_folder_in_place_of_a_file_and_a_file_in_place_of_a_folder(place, capsys, takes):
     main, argv = TAKES[takes]
     path = "pipe" if takes.startswith("report RUN") else "photos"
@@ -122,12 +141,21 @@ def test_an_empty_text_is_no_folder(place, capsys):
 
 def test_a_run_in_a_folder_that_may_only_be_looked_at(place, monkeypatch, capsys):
     monkeypatch.setattr(os, "access", lambda path, mode: mode & os.W_OK == 0)
-    for takes, path in (("main_moco_isl --out, --resume auto", "run"), ("main_lincls --out", "new"), ("report --out", "new.html")):
+    for takes, path in (
+        ("main_moco_isl --out, --resume auto", "run"),
+        ("main_lincls --out", "new"),
+        ("report --out", "new.html"),
+    ):
         main, argv = TAKES[takes]
         assert main(argv(path)) == 2
         assert "cannot be written: no permission in" in capsys.readouterr().err
     monkeypatch.setattr(os, "access", lambda path, mode: mode & os.R_OK == 0)
-    for takes in ("main_moco_isl --init", "main_knn --pretrained", "export FILE", "main_lincls --resume"):
+    for takes in (
+        "main_moco_isl --init",
+        "main_knn --pretrained",
+        "export FILE",
+        "main_lincls --resume",
+    ):
         main, argv = TAKES[takes]
         assert main(argv(FILE)) == 2
         assert "cannot be read: no permission; expected a checkpoint" in capsys.readouterr().err
@@ -140,4 +168,7 @@ def test_what_a_file_system_refuses_under_way_is_one_line(capsys, number):
 
     assert cli.exit_code(script) == 3
     said = capsys.readouterr().err
-    assert said.startswith(r"error: a file or folder 'a\nb' cannot be used: " + os.strerror(number)) and said.count("\n") == 1
+    assert (
+        said.startswith(r"error: a file or folder 'a\nb' cannot be used: " + os.strerror(number))
+        and said.count("\n") == 1
+    )

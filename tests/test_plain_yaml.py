@@ -1,4 +1,6 @@
-"""YAML files of settings: every scalar is the text that stands there, and no file takes long, or says what is wrong in more than a line."""
+"""YAML files of settings: every scalar is the text that stands there, and no file takes long, or
+says what is wrong in more than a line.
+"""
 
 import os
 import random
@@ -8,7 +10,9 @@ import pytest
 from moco_isl import plain_yaml
 from moco_isl.errors import BadInput
 
-LAUGHS = "a: &a [x, x]\n" + "".join(f"{c}: &{c} [{', '.join(['*' + b] * 9)}]\n" for b, c in zip("abcdefgh", "bcdefghi"))
+LAUGHS = "a: &a [x, x]\n" + "".join(
+    f"{c}: &{c} [{', '.join(['*' + b] * 9)}]\n" for b, c in zip("abcdefgh", "bcdefghi")
+)
 
 
 @pytest.fixture
@@ -21,18 +25,33 @@ def read(tmp_path):
     return of
 
 
-@pytest.mark.parametrize("written", "off on yes No true 1e-3 010 0x1f 1_000 1:30 2024-01-01 .inf .nan = << none".split())
+@pytest.mark.parametrize(
+    "written", "off on yes No true 1e-3 010 0x1f 1_000 1:30 2024-01-01 .inf .nan = << none".split()
+)
 def test_a_scalar_is_the_text_that_stands_there(read, written):
-    assert read(f"a: {written}\nb: ['{written}', {written}]") == {"a": written, "b": [written, written]}
+    assert read(f"a: {written}\nb: ['{written}', {written}]") == {
+        "a": written,
+        "b": [written, written],
+    }
 
 
 def test_null_is_none_and_a_quoted_null_a_text(read):
-    assert read("a:\nb: ~\nc: null\nd: ''\ne: 'null'") == {"a": None, "b": None, "c": None, "d": "", "e": "null"}
+    assert read("a:\nb: ~\nc: null\nd: ''\ne: 'null'") == {
+        "a": None,
+        "b": None,
+        "c": None,
+        "d": "",
+        "e": "null",
+    }
     assert read("") is read("# nothing") is read("---") is None
 
 
 def test_what_people_write_is_read(read):
-    assert read("- a # why\n- {b: [1, 2], c: 'x y'}\n- |\n  two\n  lines\n") == ["a", {"b": ["1", "2"], "c": "x y"}, "two\nlines\n"]
+    assert read("- a # why\n- {b: [1, 2], c: 'x y'}\n- |\n  two\n  lines\n") == [
+        "a",
+        {"b": ["1", "2"], "c": "x y"},
+        "two\nlines\n",
+    ]
     assert read("1: a\nnull: b") == {"1": "a", "null": "b"}
 
 
@@ -67,7 +86,12 @@ def test_anything_else_is_one_line(read, content, said):
 
 def test_only_a_regular_file_is_opened(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    for path, said in ((tmp_path / "pipe", "a pipe or a device"), ("/dev/zero", "a pipe or a device"), (tmp_path, "is a folder"), ("x" * 300, "too long")):
+    for path, said in (
+        (tmp_path / "pipe", "a pipe or a device"),
+        ("/dev/zero", "a pipe or a device"),
+        (tmp_path, "is a folder"),
+        ("x" * 300, "too long"),
+    ):
         with pytest.raises(BadInput, match=said):
             plain_yaml.read(path)
 
@@ -75,13 +99,18 @@ def test_only_a_regular_file_is_opened(tmp_path):
 def test_a_damaged_file_is_read_or_refused(read):
     """200 texts, each with some bytes changed, cut or put in."""
     draw = random.Random(0)
-    whole = b"script: pretrain\nbase: {mlp: true, lr: 1e-3, 'a\\n': \"\\u00e9\"}\npoints:\n- {name: a, seed: 1}\n- name: |\n    b\n"
+    whole = (
+        b"script: pretrain\nbase: {mlp: true, lr: 1e-3, 'a\\n': \"\\u00e9\"}\npoints:\n- {name: a,"
+        b" seed: 1}\n- name: |\n    b\n"
+    )
     refused = 0
     for _ in range(200):
         text = bytearray(whole)
         for _ in range(draw.randint(1, 4)):
             i = draw.randrange(len(text))
-            text[i : i + draw.randint(0, 3)] = bytes(draw.choices(b"{}[]&*!|>'\"%@`:-?,# \n\t\\\0\xffa1", k=draw.randint(0, 3)))
+            text[i : i + draw.randint(0, 3)] = bytes(
+                draw.choices(b"{}[]&*!|>'\"%@`:-?,# \n\t\\\0\xffa1", k=draw.randint(0, 3))
+            )
         try:
             read(bytes(text))
         except BadInput as error:

@@ -1,4 +1,6 @@
-"""PositiveSets against sets built by loops: closure, order, lookup, and what is counted over them."""
+"""PositiveSets against sets built by loops: closure, order, lookup, and what is counted over
+them.
+"""
 
 import math
 
@@ -23,14 +25,25 @@ def loop_sets(M, src, dst, weight, sureness, symmetric):
             if a != b:
                 old = found[a].get(b, (-math.inf, -math.inf))
                 found[a][b] = max(old[0], w), max(old[1], s)
-    return [sorted(((j, w, s) for j, (w, s) in row.items()), key=lambda x: (-x[2], x[0])) for row in found]
+    return [
+        sorted(((j, w, s) for j, (w, s) in row.items()), key=lambda x: (-x[2], x[0]))
+        for row in found
+    ]
 
 
 def as_lists(sets: PositiveSets):
     rows = []
     for i in range(sets.num_images):
         part = slice(sets.offsets[i], sets.offsets[i + 1])
-        rows.append(list(zip(sets.members[part].tolist(), sets.weights[part].tolist(), sets.sureness[part].tolist())))
+        rows.append(
+            list(
+                zip(
+                    sets.members[part].tolist(),
+                    sets.weights[part].tolist(),
+                    sets.sureness[part].tolist(),
+                )
+            )
+        )
     return rows
 
 
@@ -42,7 +55,8 @@ def test_from_edges_equals_loops(symmetric, dtype):
     kept = src.clone(), dst.clone()
     sets = PositiveSets.from_edges(M, src.to(dtype), dst.to(dtype), weight, symmetric, sureness)
     assert as_lists(sets) == loop_sets(M, src, dst, weight, sureness, symmetric)
-    assert torch.equal(src, kept[0]) and torch.equal(dst, kept[1])  # what was handed in is not written to
+    # what was handed in is not written to
+    assert torch.equal(src, kept[0]) and torch.equal(dst, kept[1])
 
 
 def test_missing_values_are_one_and_index_order():
@@ -57,9 +71,14 @@ def test_sureness_of_any_sign_and_infinite_orders():
 
 
 def test_large_keys_do_not_overflow():
-    M = 2_000_000_000  # M squared is near the end of int64; offsets of that size would not fit, so only the keys are built
+    # M squared is near the end of int64; offsets of that size would not fit, so only the keys are
+    # built
+    M = 2_000_000_000
     from moco_isl.mining.positives import distinct_edges
-    src, dst, _ = distinct_edges(M, torch.tensor([M - 1, 5, M - 2]), torch.tensor([M - 2, M - 1, M - 1]), [None], True)
+
+    src, dst, _ = distinct_edges(
+        M, torch.tensor([M - 1, 5, M - 2]), torch.tensor([M - 2, M - 1, M - 1]), [None], True
+    )
     assert src.tolist() == [5, M - 2] and dst.tolist() == [M - 1, M - 1]
 
 
@@ -83,8 +102,12 @@ def test_counts_equal_loops():
     same = sum(labels[i] == labels[j] for i, row in enumerate(rows) for j, _, _ in row)
     assert sets.precision(labels) == pytest.approx(int(same) / len(members))
     labels[::5] = -1  # unknown: not counted, though equal
-    known = [(i, j) for i, row in enumerate(rows) for j, _, _ in row if labels[i] >= 0 and labels[j] >= 0]
-    assert sets.precision(labels) == pytest.approx(sum(int(labels[i] == labels[j]) for i, j in known) / len(known))
+    known = [
+        (i, j) for i, row in enumerate(rows) for j, _, _ in row if labels[i] >= 0 and labels[j] >= 0
+    ]
+    assert sets.precision(labels) == pytest.approx(
+        sum(int(labels[i] == labels[j]) for i, j in known) / len(known)
+    )
     assert sets.sources().tolist() == [i for i, row in enumerate(rows) for _ in row]
 
 
@@ -95,7 +118,9 @@ def test_empty_sets():
     assert (sets.num_images, sets.num_edges, sets.mean_size, sets.coverage) == (6, 0, 0, 0)
     assert sets.in_degree().tolist() == [0] * 6 and math.isnan(sets.precision(torch.zeros(6)))
     assert PositiveSets.from_edges(6, torch.tensor([3]), torch.tensor([3])).num_edges == 0
-    assert as_lists(sets.union(PositiveSets.from_edges(6, torch.tensor([0]), torch.tensor([1]))))[0] == [(1, 1, 0)]
+    assert as_lists(sets.union(PositiveSets.from_edges(6, torch.tensor([0]), torch.tensor([1]))))[
+        0
+    ] == [(1, 1, 0)]
 
 
 def test_lookup_equals_loops_and_windows_reach_everyone():
@@ -120,10 +145,28 @@ def test_lookup_equals_loops_and_windows_reach_everyone():
 
 
 def test_union_keeps_the_larger_values_and_one_way_edges():
-    a = PositiveSets.from_edges(4, torch.tensor([0, 0]), torch.tensor([1, 2]), torch.tensor([0.5, 1.0]), False, torch.tensor([0.1, 0.9]))
-    b = PositiveSets.from_edges(4, torch.tensor([0, 3]), torch.tensor([1, 0]), torch.tensor([0.25, 1.0]), False, torch.tensor([0.95, 0.0]))
+    a = PositiveSets.from_edges(
+        4,
+        torch.tensor([0, 0]),
+        torch.tensor([1, 2]),
+        torch.tensor([0.5, 1.0]),
+        False,
+        torch.tensor([0.1, 0.9]),
+    )
+    b = PositiveSets.from_edges(
+        4,
+        torch.tensor([0, 3]),
+        torch.tensor([1, 0]),
+        torch.tensor([0.25, 1.0]),
+        False,
+        torch.tensor([0.95, 0.0]),
+    )
     assert [[(j, round(w, 3), round(s, 3)) for j, w, s in row] for row in as_lists(a.union(b))] == [
-        [(1, 0.5, 0.95), (2, 1.0, 0.9)], [], [], [(0, 1.0, 0.0)]]
+        [(1, 0.5, 0.95), (2, 1.0, 0.9)],
+        [],
+        [],
+        [(0, 1.0, 0.0)],
+    ]
 
 
 def test_state_goes_through_a_file(tmp_path):
@@ -135,12 +178,20 @@ def test_state_goes_through_a_file(tmp_path):
 
 
 def test_millions_of_edges_equal_counting():
-    """1.3 million images as in ImageNet, 2 million edges: the counts that the construction must give."""
+    """1.3 million images as in ImageNet, 2 million edges: the counts that the construction must
+    give.
+    """
     M = 1_281_167
     i = torch.arange(1_000_000)
-    sets = PositiveSets.from_edges(M, torch.cat([i, i + 1]), torch.cat([i + 1, i]), sureness=torch.rand(2_000_000))
+    sets = PositiveSets.from_edges(
+        M, torch.cat([i, i + 1]), torch.cat([i + 1, i]), sureness=torch.rand(2_000_000)
+    )
     assert sets.num_edges == 2_000_000 and sets.members.dtype == torch.int32
     sizes = sets.sizes()
-    assert sizes[0] == sizes[1_000_000] == 1 and bool((sizes[1:1_000_000] == 2).all()) and not sizes[1_000_001:].any()
+    assert (
+        sizes[0] == sizes[1_000_000] == 1
+        and bool((sizes[1:1_000_000] == 2).all())
+        and not sizes[1_000_001:].any()
+    )
     pos, _ = sets.lookup(torch.tensor([500_000]), 2)
     assert sorted(pos[0].tolist()) == [499_999, 500_001]

@@ -32,7 +32,10 @@ from moco_isl.report.charts import Line, line_chart
 from moco_isl.training import round_record
 from tests import chromium
 
-DIGITS = "--dataset digits -a digits --mlp --moco-dim 16 --moco-k 256 --moco-t 0.1 --moco-m 0.9 -b 256 -j 0 --seed 1 -p 2".split()
+DIGITS = (
+    "--dataset digits -a digits --mlp --moco-dim 16 --moco-k 256 --moco-t 0.1 --moco-m 0.9 -b 256"
+    " -j 0 --seed 1 -p 2".split()
+)
 MINED = "--epochs 3 --isl-start 1 --isl-every 1 --isl-budget 3 --knn-every 1".split()
 
 
@@ -111,17 +114,29 @@ def test_precision_curves_are_those_of_loops(small):
     record = runs.Record(round_record.round_record(features, sets, None, sets))
     curves, _, _, unseen = sections.judge(record, labels)
     stored = features.half().float()
-    cosine = lambda a, b: float(stored[a] @ stored[b])  # noqa: E731
+    cosine = lambda a, b: float(stored[a] @ stored[b])
     for size in (1, 3, 10):
-        own = [(a, b) for a in range(40) for b in sorted((b for b in range(40) if b != a), key=lambda b: -cosine(a, b))[:size]]  # noqa: B023
+        own = [
+            (a, b)
+            for a in range(40)
+            for b in sorted((b for b in range(40) if b != a), key=lambda b: -cosine(a, b))[:size]
+        ]
         assert curves["own"][size] == pytest.approx(share(own, labels), abs=1e-6)
-        ranked = sorted(((a, b) for a in range(40) for b in range(40) if a != b), key=lambda p: -cosine(*p))[: size * 40]
+        ranked = sorted(
+            ((a, b) for a in range(40) for b in range(40) if a != b), key=lambda p: -cosine(*p)
+        )[: size * 40]
         assert curves["pairs"][size] == pytest.approx(share(ranked, labels), abs=1e-6)
     best = sorted(edges(sets), key=lambda e: -e[2])
     for size in (1, 2):
-        assert curves["mined"][size] == pytest.approx(share([(a, b) for a, b, _ in best[: size * 40]], labels), abs=1e-6)
-    assert list(curves["mined"])[-1] == sets.mean_size and 5 not in curves["mined"], "the curve ends where the sets do"
-    assert curves["mined"][sets.mean_size] == pytest.approx(share([(a, b) for a, b, _ in best], labels), abs=1e-6)
+        assert curves["mined"][size] == pytest.approx(
+            share([(a, b) for a, b, _ in best[: size * 40]], labels), abs=1e-6
+        )
+    assert list(curves["mined"])[-1] == sets.mean_size and 5 not in curves["mined"], (
+        "the curve ends where the sets do"
+    )
+    assert curves["mined"][sets.mean_size] == pytest.approx(
+        share([(a, b) for a, b, _ in best], labels), abs=1e-6
+    )
     assert unseen == 0.0 and "ranked" not in curves
 
 
@@ -132,17 +147,24 @@ def test_own_nearest_and_all_pairs_are_the_rounds_baselines():
     features = F.normalize(torch.randn(300, 16, generator=generator), dim=1).half().float()
     labels = torch.randint(4, (300,), generator=generator)
     empty = PositiveSets.empty(300)
-    curves, *_ = sections.judge(runs.Record(round_record.round_record(features, empty, None, empty)), labels)
+    curves, *_ = sections.judge(
+        runs.Record(round_record.round_record(features, empty, None, empty)), labels
+    )
     expected = baselines(features, labels, (1, 5, 50))
     for i, size in enumerate((1, 5, 50)):
         assert curves["own"][size] == pytest.approx(expected["own_nearest"][i], abs=1e-6)
-        assert curves["pairs"][size] == pytest.approx(expected["all_pairs"][i], abs=2e-4)  # half-precision ties
+        # half-precision ties
+        assert curves["pairs"][size] == pytest.approx(expected["all_pairs"][i], abs=2e-4)
     assert curves["mined"] == {}
 
 
 def test_precision_by_value_groups_evenly_and_leaves_nan_out():
-    value, correct = (torch.tensor([0.1, 0.9, 0.5, 0.6, 0.2, float("inf")]), torch.tensor([0.0, 1.0, 1.0, float("nan"), 1.0, 1.0]))
-    assert figures.precision_by(value, correct, 2) == [pytest.approx((0.15, 0.5, 2)), pytest.approx((0.7, 1.0, 2))]
+    value = torch.tensor([0.1, 0.9, 0.5, 0.6, 0.2, float("inf")])
+    correct = torch.tensor([0.0, 1.0, 1.0, float("nan"), 1.0, 1.0])
+    assert figures.precision_by(value, correct, 2) == [
+        pytest.approx((0.15, 0.5, 2)),
+        pytest.approx((0.7, 1.0, 2)),
+    ]
     assert figures.precision_by(value[:0], correct[:0]) == []
 
 
@@ -154,15 +176,22 @@ def test_unseen_counts_anchors_whose_list_ends_too_early():
 
 
 def test_sizes_hubs_and_confusion_by_hand():
-    sets = PositiveSets.from_edges(5, torch.tensor([0, 0, 1]), torch.tensor([1, 2, 2]))  # 0: 1 2, 1: 0 2, 2: 0 1
-    sets = sets.union(PositiveSets.from_edges(5, torch.tensor([3]), torch.tensor([2]), symmetric=False))
+    # 0: 1 2, 1: 0 2, 2: 0 1
+    sets = PositiveSets.from_edges(5, torch.tensor([0, 0, 1]), torch.tensor([1, 2, 2]))
+    sets = sets.union(
+        PositiveSets.from_edges(5, torch.tensor([3]), torch.tensor([2]), symmetric=False)
+    )
     assert figures.share_with_at_least(sets.sizes()) == [1.0, 0.8, 0.6]
     assert figures.hubs(sets, 2) == [(2, 3), (0, 2)]
     labels = torch.tensor([0, 1, 1, 2, -1])
     counts = figures.confusion(sets, labels, 3)
     assert counts.tolist() == [[0, 2, 0], [2, 0, 0], [0, 1, 0]]
     assert figures.worst_pairs(counts) == [(0, 1, 4), (1, 2, 1)]
-    assert figures.confusion(sets, torch.tensor([0, -1, 1, 2, 0]), 3).tolist() == [[0, 1, 0], [1, 0, 0], [0, 1, 0]], "no label, no mistake"
+    assert figures.confusion(sets, torch.tensor([0, -1, 1, 2, 0]), 3).tolist() == [
+        [0, 1, 0],
+        [1, 0, 0],
+        [0, 1, 0],
+    ], "no label, no mistake"
 
 
 # ---------------------------------------------------------------- what is recorded
@@ -174,21 +203,27 @@ def test_a_record_gives_back_sets_and_neighbours_in_either_form(small, monkeypat
     monkeypatch.setattr(round_record, "FEATURE_BYTES", 0)
     lists = round_record.round_record(features, sets, None, sets)
     assert "features" in kept and "near" not in kept and "near" in lists and "features" not in lists
-    assert not any("label" in name for name in [*kept, *lists]) and all(isinstance(x, torch.Tensor) for x in kept.values())
+    assert not any("label" in name for name in [*kept, *lists]) and all(
+        isinstance(x, torch.Tensor) for x in kept.values()
+    )
     for record in (runs.Record(kept), runs.Record(lists)):
         assert edges(record.sets) == edges(sets)
         assert record.anchors.tolist() == list(range(40))
         near, cosine = record.nearest
         for a in range(40):
             assert a not in near[a] and len(set(near[a].tolist())) == 39
-            assert torch.allclose(cosine[a], features[near[a]] @ features[a], atol=2e-3) and bool((cosine[a].diff() <= 1e-3).all())
+            assert torch.allclose(cosine[a], features[near[a]] @ features[a], atol=2e-3) and bool(
+                (cosine[a].diff() <= 1e-3).all()
+            )
         expected = torch.tensor([float(features[a] @ features[b]) for a, b, _ in edges(sets)])
         assert torch.allclose(record.cosine, expected, atol=1e-3)
 
 
 def test_large_sets_are_sampled_the_same_in_every_round():
     anchors = round_record.sample_anchors(10_000)
-    assert len(anchors) == 4096 == len(set(anchors.tolist())) and torch.equal(anchors, round_record.sample_anchors(10_000))
+    assert len(anchors) == 4096 == len(set(anchors.tolist())) and torch.equal(
+        anchors, round_record.sample_anchors(10_000)
+    )
     assert bool((anchors.diff() > 0).all()) and anchors[-1] < 10_000
 
 
@@ -204,16 +239,20 @@ def test_ranking_of_the_gan_miner_is_that_of_a_loop(small):
     score, near, cosine = miner.ranking(features, sets, anchors, 5)
     draws = torch.Generator().manual_seed(40)
     sampler = TripletSampler(features, sets, 40, torch.Generator().manual_seed(40), 2)
-    windows, u = sampler.spread(int(torch.randint(40, (1,), generator=draws))), torch.rand(2, 4, generator=draws)
+    windows = sampler.spread(int(torch.randint(40, (1,), generator=draws)))
+    u = torch.rand(2, 4, generator=draws)
     for i, anchor in enumerate(anchors.tolist()):
         tries = []
         for t, window in enumerate(windows):
             one = anchors[i : i + 1]
-            p, n = features[sampler.draw_positives(one, u[t, i : i + 1])], features[sampler.draw_negatives(one, window)]
+            p = features[sampler.draw_positives(one, u[t, i : i + 1])]
+            n = features[sampler.draw_negatives(one, window)]
             proxy = G(features[one], p, n)
             tries.append((float(torch.sigmoid(D(features[one], proxy, n))), proxy[0]))
         best, proxy = max(tries, key=lambda pair: pair[0])
-        order = sorted((j for j in range(40) if j != anchor), key=lambda j: -float(features[j] @ proxy))[:5]  # noqa: B023
+        order = sorted(
+            (j for j in range(40) if j != anchor), key=lambda j: -float(features[j] @ proxy)
+        )[:5]
         assert float(score[i]) == pytest.approx(best, abs=1e-5) and near[i].tolist() == order
         assert torch.allclose(cosine[i], features[order] @ proxy, atol=1e-5)
 
@@ -222,7 +261,8 @@ def test_precision_of_a_ranking_is_counting():
     labels = torch.tensor([0, 0, 1, 1, -1])
     record = {"ranked": torch.tensor([[1, 2], [2, 0], [3, 4], [4, 2], [0, 1]], dtype=torch.int32)}
     found = round_record.precision_of_ranking(record, labels, (1, 2))
-    # image 4 has no label: neither its own pairs nor those with it count; right are 0-1, 1-0, 2-3, 3-2
+    # image 4 has no label: neither its own pairs nor those with it count; right are 0-1, 1-0, 2-3,
+    # 3-2
     assert found == {"precision_ranked": {"1": pytest.approx(2 / 3), "2": pytest.approx(4 / 6)}}
     assert round_record.precision_of_ranking({}, labels) == {}
 
@@ -232,10 +272,13 @@ def test_a_run_leaves_a_record_a_round_and_a_resumed_one_the_same(knn, tmp_path,
     lines = [json.loads(line) for line in (knn / "metrics.jsonl").read_text().splitlines()]
     rounds = [line for line in lines if line["kind"] == "round"]
     record = runs.read_run(knn, "nearest").rounds[1].load()
-    assert record.sets.num_edges == rounds[1]["edges"] and record.sets.mean_size == pytest.approx(rounds[1]["mean_size"])
+    assert record.sets.num_edges == rounds[1]["edges"] and record.sets.mean_size == pytest.approx(
+        rounds[1]["mean_size"]
+    )
     steps = iter(range(100))
     flags = ("--miner", "knn")
-    assert train(tmp_path / "run", *flags, stop=lambda: next(steps) == 15) == 75  # in the last epoch, after both rounds
+    # in the last epoch, after both rounds
+    assert train(tmp_path / "run", *flags, stop=lambda: next(steps) == 15) == 75
     (tmp_path / "run" / "rounds" / "round_0002.pt").unlink(missing_ok=True)
     steps = iter(range(100))
     shutil.copytree(tmp_path / "run", tmp_path / "earlier")
@@ -244,8 +287,11 @@ def test_a_run_leaves_a_record_a_round_and_a_resumed_one_the_same(knn, tmp_path,
     early.replace(again / "checkpoint_last.pth.tar")
     assert train(again, *flags, "--resume", "auto") == 0
     for name in ("round_0001.pt", "round_0002.pt"):
-        resumed, unbroken = checkpoint.load(again / "rounds" / name), checkpoint.load(knn / "rounds" / name)
-        assert resumed.keys() == unbroken.keys() and all(torch.equal(resumed[k], unbroken[k]) for k in resumed)
+        resumed = checkpoint.load(again / "rounds" / name)
+        unbroken = checkpoint.load(knn / "rounds" / name)
+        assert resumed.keys() == unbroken.keys() and all(
+            torch.equal(resumed[k], unbroken[k]) for k in resumed
+        )
 
 
 # ---------------------------------------------------------------- charts
@@ -254,7 +300,10 @@ def test_a_run_leaves_a_record_a_round_and_a_resumed_one_the_same(knn, tmp_path,
 def test_a_chart_is_whole_svg_that_follows_the_page():
     chart = line_chart(
         "A <title>",
-        [Line([0, 1, 2], [0.5, None, math.nan], "a & b"), Line([0, 1], [1, 2], "second", "c2", "--")],
+        [
+            Line([0, 1, 2], [0.5, None, math.nan], "a & b"),
+            Line([0, 1], [1, 2], "second", "c2", "--"),
+        ],
         "x",
         "y",
         marks=[(1, True), (0, False)],
@@ -263,11 +312,18 @@ def test_a_chart_is_whole_svg_that_follows_the_page():
     ids = re.findall(r'\bid="([^"]+)"', one)
     assert len(ids) == len(set(ids)) and not set(ids) & set(re.findall(r'\bid="([^"]+)"', other))
     assert set(re.findall(r'(?:url\(|href=")#([^)"]+)', one)) <= set(ids)
-    tree = xml.etree.ElementTree.fromstring(one.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1))
+    tree = xml.etree.ElementTree.fromstring(
+        one.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
+    )
     assert tree.get("aria-label") == "A <title>"
     assert "var(--c1)" in one and "var(--c2)" in one and "var(--bad)" in one and "#01" not in one
     assert not re.findall(r"https?://(?!www\.w3\.org)", one)
-    assert [item["label"] for item in chart.legend] == ["a & b", "second", "round of mining", "refused round"]
+    assert [item["label"] for item in chart.legend] == [
+        "a & b",
+        "second",
+        "round of mining",
+        "refused round",
+    ]
     assert line_chart("nothing", [Line([0, 1], [None, math.nan])], "x", "y") is None
 
 
@@ -282,18 +338,37 @@ def test_a_lone_round_lies_at_a_whole_epoch():
 
 def run_of(last=None, miner="knn", form="meanlog", **more):
     rounds = (
-        [] if last is None else [runs.Round({"round": 1, "epoch": 0, "mean_size": 5.0, "coverage": 0.9, "edges": 100} | last, Path("none"))]
+        []
+        if last is None
+        else [
+            runs.Round(
+                {"round": 1, "epoch": 0, "mean_size": 5.0, "coverage": 0.9, "edges": 100} | last,
+                Path("none"),
+            )
+        ]
     )
-    return runs.Run(Path("run"), "run", {"miner": miner, "isl_loss": form} | more, {}, [], [], rounds)
+    return runs.Run(
+        Path("run"), "run", {"miner": miner, "isl_loss": form} | more, {}, [], [], rounds
+    )
 
 
 def judged(precision, own, pairs=None, table=None, **more):
-    return verdict.judge(run_of({"precision": precision, "precision_own_nearest": own, "precision_all_pairs": pairs} | more), table)
+    return verdict.judge(
+        run_of(
+            {"precision": precision, "precision_own_nearest": own, "precision_all_pairs": pairs}
+            | more
+        ),
+        table,
+    )
 
 
 def test_verdicts():
     bad = judged(0.55, 0.63)
-    assert bad.tone == "bad" and "8 points less precise than each image's own nearest" in bad.text and "will likely hurt" in bad.text
+    assert (
+        bad.tone == "bad"
+        and "8 points less precise than each image's own nearest" in bad.text
+        and "will likely hurt" in bad.text
+    )
     good = judged(0.95, 0.90, 0.95)
     assert (
         good.tone == "good"
@@ -305,26 +380,48 @@ def test_verdicts():
     assert judged(0.8, 0.8, table={"meanlog": {5.0: 0.7, 50.0: 0.9}}).tone == "good"
     assert judged(0.8, 0.8, table={"meanlog": {1.0: 0.99, 5.0: 0.85}}).tone == "bad"
     assert (
-        judged(0.95, 0.9, table={"meanlog": {5.0: 0.94}}).tone == "open" and judged(0.95, 0.9, table={"logsum": {5.0: 0.99}}).tone == "good"
+        judged(0.95, 0.9, table={"meanlog": {5.0: 0.94}}).tone == "open"
+        and judged(0.95, 0.9, table={"logsum": {5.0: 0.99}}).tone == "good"
     )
-    assert "plain MoCo" in verdict.judge(run_of(miner="none")).text and "still to come" in verdict.judge(run_of()).text
+    assert (
+        "plain MoCo" in verdict.judge(run_of(miner="none")).text
+        and "still to come" in verdict.judge(run_of()).text
+    )
     assert "needs labels" in verdict.judge(run_of({})).text
     table = {"meanlog": {5.0: 0.8}}
-    for estimate, tone, words in [(0.95, "good", "if so, training on them should help"), (0.5, "open", "if so, training on them will likely hurt")]:
-        guessed = verdict.judge(run_of({"precision_estimate": estimate, "precision_at_most": 0.97}), table)
-        assert guessed.tone == tone and f"{100 * estimate:.0f} of 100 pairs are right" in guessed.text and words in guessed.text
+    for estimate, tone, words in [
+        (0.95, "good", "if so, training on them should help"),
+        (0.5, "open", "if so, training on them will likely hurt"),
+    ]:
+        guessed = verdict.judge(
+            run_of({"precision_estimate": estimate, "precision_at_most": 0.97}), table
+        )
+        assert (
+            guessed.tone == tone
+            and f"{100 * estimate:.0f} of 100 pairs are right" in guessed.text
+            and words in guessed.text
+        )
     bound = verdict.judge(run_of({"precision_estimate": None, "precision_at_most": 0.97}), table)
     older = verdict.judge(run_of({"precision_estimate": 0.97}), table)
-    assert bound.tone == older.tone == "open" and "at most 97 of 100 pairs are right" in bound.text and bound.text == older.text
+    assert (
+        bound.tone == older.tone == "open"
+        and "at most 97 of 100 pairs are right" in bound.text
+        and bound.text == older.text
+    )
     refused = judged(0.95, 0.9, accepted=False, why="the GAN collapsed")
     assert "The last round added nothing (the GAN collapsed)." in refused.text
     assert verdict.judge(run_of({"edges": 0, "why": "it collapsed"})).tone == "bad"
-    assert verdict.judge(run_of({"edges": 0, "why": f"{NOTHING_SURE}: of the surest pairs 40 %"})).tone == "open"
+    assert (
+        verdict.judge(run_of({"edges": 0, "why": f"{NOTHING_SURE}: of the surest pairs 40 %"})).tone
+        == "open"
+    )
 
 
 def test_gains_hold_a_mined_run_against_its_like_only():
     like = {"arch": "digits", "init": "a", "lr": 0.1, "batch_size": 8, "dataset": "digits"}
-    mined, plain, other = run_of({}, **like), run_of(miner="none", **like), run_of(miner="none", **like | {"init": "b"})
+    mined = run_of({}, **like)
+    plain = run_of(miner="none", **like)
+    other = run_of(miner="none", **like | {"init": "b"})
     mined.epochs, plain.epochs, other.epochs = [{"knn": 91.26}], [{"knn": 90.0}], [{"knn": 10.0}]
     plain.name = "plain"
     (line,) = verdict.gains([mined, other, plain])
@@ -336,8 +433,14 @@ def test_breakeven_files(tmp_path):
     file = tmp_path / "breakeven.json"
     file.write_text('{"meanlog": {"5": 0.84, "20": 0.8}, "logsum": 0.7}')
     table = verdict.read_breakeven(file)
-    assert verdict.breakeven_of(table, "meanlog", 8) == 0.84 and verdict.breakeven_of(table, "meanlog", 15) == 0.8
-    assert verdict.breakeven_of(table, "logsum", 15) == 0.7 and verdict.breakeven_of(table, "other", 15) is None
+    assert (
+        verdict.breakeven_of(table, "meanlog", 8) == 0.84
+        and verdict.breakeven_of(table, "meanlog", 15) == 0.8
+    )
+    assert (
+        verdict.breakeven_of(table, "logsum", 15) == 0.7
+        and verdict.breakeven_of(table, "other", 15) is None
+    )
     for broken in ('{"meanlog": "high"}', "[1]", "{", '{"meanlog": 84}'):
         file.write_text(broken)
         with pytest.raises(BadInput, match="cannot read --breakeven"):
@@ -356,15 +459,23 @@ def test_anchors_and_rows_of_grids():
     labels = torch.tensor([0, 0, 0, 1, 1, 2])
     images = torch.arange(6, dtype=torch.uint8)[:, None, None, None].expand(6, 3, 8, 8) * 40
     src, dst, sureness = [0, 1, 3, 0, 2], [1, 2, 4, 5, 3], [0.9, 0.5, 0.8, 0.7, 0.2]
-    sets = PositiveSets.from_edges(6, torch.tensor(src), torch.tensor(dst), sureness=torch.tensor(sureness))
+    sets = PositiveSets.from_edges(
+        6, torch.tensor(src), torch.tensor(dst), sureness=torch.tensor(sureness)
+    )
     features = F.normalize(torch.eye(6) + 0.1, dim=1)
     record = runs.Record(round_record.round_record(features, sets, None, sets))
     chosen = grids.choose(record, labels, 3)
     assert chosen["surest"] == [0, 3] and chosen["least"][0] == 2 and chosen["mistakes"] == [0, 2]
-    assert chosen["random"] == sorted(set(chosen["random"])) and "mistakes" not in grids.choose(record, None)
+    assert chosen["random"] == sorted(set(chosen["random"])) and "mistakes" not in grids.choose(
+        record, None
+    )
     album = grids.Album(ImagesInMemory(images, labels, ["ant", "bee", "cow"], "six"), labels)
     row = grids.positives_row(record, 0, 1, "random", album)
-    assert [(c.index, c.wrong) for c in row.cells] == [(1, False), (5, True)] and row.size == 2 and "class cow" in row.cells[1].text
+    assert (
+        [(c.index, c.wrong) for c in row.cells] == [(1, False), (5, True)]
+        and row.size == 2
+        and "class cow" in row.cells[1].text
+    )
     assert [c.index for c in grids.positives_row(record, 0, 1, "mistakes", album).cells] == [5, 1]
     assert [c.index for c in grids.positives_row(record, 0, 1, "least", album).cells] == [5, 1]
     assert all((decoded(album.source(i)) == 40 * i).all() for i in range(6))
@@ -391,11 +502,18 @@ def test_rounds_shown_keep_the_first_and_the_last():
 
 
 class Cells(HTMLParser):
-    """Grid cells: (grid, run, anchor, round) -> [(index, source, wrong)]; hubs and all other text beside."""
+    """Grid cells: (grid, run, anchor, round) -> [(index, source, wrong)]; hubs and all other text
+    beside.
+    """
 
     def __init__(self, text):
         super().__init__()
-        self.rows, self.column, self.row, self.wrong, self.text, self.images = {}, None, None, False, [], []
+        self.rows = {}
+        self.column = None
+        self.row = None
+        self.wrong = False
+        self.text = []
+        self.images = []
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
@@ -425,7 +543,8 @@ def test_the_page_shows_what_was_recorded(knn, gan, page_of_two, digits):
     assert {"Random images", "The surest pairs", "The least sure pairs"} <= titles
     assert {key[1] for key in page.rows} == {"nearest", "adversary"}
     records = {
-        name: {str(r.number): r.load() for r in runs.read_run(path, name).rounds} for name, path in (("nearest", knn), ("adversary", gan))
+        name: {str(r.number): r.load() for r in runs.read_run(path, name).rounds}
+        for name, path in (("nearest", knn), ("adversary", gan))
     }
     shown = 0
     for (title, run, anchor, number), cells in page.rows.items():
@@ -448,9 +567,16 @@ def test_the_page_shows_what_was_recorded(knn, gan, page_of_two, digits):
         assert indices == members[:8]
         shown += len(indices)
     assert shown > 100
-    assert all((decoded(source) == digits.images[index].permute(1, 2, 0).numpy()).all() for index, source in page.images)
+    assert all(
+        (decoded(source) == digits.images[index].permute(1, 2, 0).numpy()).all()
+        for index, source in page.images
+    )
     words = " ".join(page.text)
-    assert "Comparison" in words and "Which classes the wrong pairs join" in words and "Refused" in words
+    assert (
+        "Comparison" in words
+        and "Which classes the wrong pairs join" in words
+        and "Refused" in words
+    )
     logged = json.loads((knn / "metrics.jsonl").read_text().splitlines()[-1])
     assert f"{logged['knn']:.2f}" in words
     assert not re.findall(r'(?:src|href)="(?!data:|#)', text) and "<script" not in text
@@ -462,7 +588,10 @@ def test_a_page_without_labels_says_nothing_about_classes(knn, tmp_path):
     shutil.copytree(knn, run)
     drop = ("knn", "precision", "precision_own_nearest", "precision_all_pairs", "baselines")
     (run / "metrics.jsonl").write_text(
-        "".join(json.dumps({k: v for k, v in line.items() if k not in drop}) + "\n" for line in lines) + '{"kind": "ste'
+        "".join(
+            json.dumps({k: v for k, v in line.items() if k not in drop}) + "\n" for line in lines
+        )
+        + '{"kind": "ste'
     )
     assert report(run) == 0
     page = Cells((run / "report.html").read_text())
@@ -473,10 +602,18 @@ def test_a_page_without_labels_says_nothing_about_classes(knn, tmp_path):
         and page.rows
         and not any(wrong for cells in page.rows.values() for *_, wrong in cells)
     )
-    assert "Precision against" not in words and "The worst mistakes" not in words and "class " not in words.replace("class than", "")
+    assert (
+        "Precision against" not in words
+        and "The worst mistakes" not in words
+        and "class " not in words.replace("class than", "")
+    )
     assert report(run, "--labels", "--out", tmp_path / "with.html") == 0
-    precision = PositiveSets.precision(runs.read_run(run, "x").rounds[1].load().sets, data.build_dataset("digits").labels)
-    assert f"{100 * precision:.1f}" in " ".join(Cells((tmp_path / "with.html").read_text()).text), "filled in from the labels"
+    precision = PositiveSets.precision(
+        runs.read_run(run, "x").rounds[1].load().sets, data.build_dataset("digits").labels
+    )
+    assert f"{100 * precision:.1f}" in " ".join(Cells((tmp_path / "with.html").read_text()).text), (
+        "filled in from the labels"
+    )
 
 
 def test_bad_input_is_one_line_and_exit_code_2(knn, tmp_path, capsys):
@@ -493,9 +630,17 @@ def test_bad_input_is_one_line_and_exit_code_2(knn, tmp_path, capsys):
     assert "named twice" in refused(knn, knn)
     assert "is a folder" in refused(knn, "--out", tmp_path)
     (tmp_path / "notes.html").write_text("<!DOCTYPE html><title>moco_isl</title>")
-    for theirs in (tmp_path / "notes.html", knn / "metrics.jsonl", knn / "checkpoint_last.pth.tar", "/dev/null"):
+    for theirs in (
+        tmp_path / "notes.html",
+        knn / "metrics.jsonl",
+        knn / "checkpoint_last.pth.tar",
+        "/dev/null",
+    ):
         before = Path(theirs).read_bytes()
-        assert "not written over" in refused(knn, "--out", theirs) and Path(theirs).read_bytes() == before
+        assert (
+            "not written over" in refused(knn, "--out", theirs)
+            and Path(theirs).read_bytes() == before
+        )
     assert "no such file; expected JSON like" in refused(knn, "--breakeven", tmp_path / "none.json")
     moved = tmp_path / "moved"
     shutil.copytree(knn, moved)
@@ -539,7 +684,11 @@ def browser():
     path = chromium.find()
     if path is None:
         reason = "no Chromium here: apt-get install chromium"
-        pytest.fail(reason) if os.environ.get("MOCO_ISL_REQUIRE_CHROMIUM") == "1" else pytest.skip(reason)
+        (
+            pytest.fail(reason)
+            if os.environ.get("MOCO_ISL_REQUIRE_CHROMIUM") == "1"
+            else pytest.skip(reason)
+        )
     with chromium.Browser(path) as browser:
         yield browser
 
@@ -547,22 +696,27 @@ def browser():
 def test_the_browser_complains_where_there_is_reason_to(browser, tmp_path):
     page = tmp_path / "bad.html"
     page.write_text(
-        "<body><img src='missing.png'><script>"
-        "console.error('one'); setTimeout(() => fetch('http://127.0.0.1:9/'), 0); nothing.at.all</script></body>"
+        "<body><img src='missing.png'><script>console.error('one'); setTimeout(() =>"
+        " fetch('http://127.0.0.1:9/'), 0); nothing.at.all</script></body>"
     )
     browser.open(page.as_uri())
     browser.evaluate("new Promise(done => setTimeout(done, 100))")
     said = " ".join(browser.complaints)
     assert (
-        "console.error: ['one']" in said and "nothing is not defined" in said and "ERR_FILE_NOT_FOUND" in said and "request: http" in said
+        "console.error: ['one']" in said
+        and "nothing is not defined" in said
+        and "ERR_FILE_NOT_FOUND" in said
+        and "request: http" in said
     )
 
 
 PIXELS = """[...document.querySelectorAll('.row img')].map(image => {
-    const canvas = document.createElement('canvas'); [canvas.width, canvas.height] = [image.naturalWidth, image.naturalHeight];
+    const canvas = document.createElement('canvas');
+    [canvas.width, canvas.height] = [image.naturalWidth, image.naturalHeight];
     const context = canvas.getContext('2d'); context.drawImage(image, 0, 0);
     const pixels = [...context.getImageData(0, 0, canvas.width, canvas.height).data];
-    return [+image.dataset.index, image.getBoundingClientRect().width, pixels.filter((_, i) => i % 4 == 0)];
+    const width = image.getBoundingClientRect().width;
+    return [+image.dataset.index, width, pixels.filter((_, i) => i % 4 == 0)];
 })"""
 
 
@@ -572,19 +726,29 @@ def test_the_page_renders(browser, name, digits, request):
     for width, dark in ((1280, False), (1280, True), (390, False), (390, True)):
         browser.open(page.as_uri(), width, dark=dark)
         assert browser.complaints == []
-        assert browser.evaluate("innerWidth") == width and browser.evaluate("document.documentElement.scrollWidth") <= width, (
-            "nothing sticks out"
-        )
+        assert (
+            browser.evaluate("innerWidth") == width
+            and browser.evaluate("document.documentElement.scrollWidth") <= width
+        ), "nothing sticks out"
         sizes = browser.evaluate(
-            "[...document.querySelectorAll('figure svg')].map(s => {const r = s.getBoundingClientRect(); return [r.width, r.height]})"
+            "[...document.querySelectorAll('figure svg')].map(s => {const r ="
+            " s.getBoundingClientRect(); return [r.width, r.height]})"
         )
         assert len(sizes) >= 10 and all(250 < w <= width and h > 150 for w, h in sizes)
         text = browser.evaluate("getComputedStyle(document.querySelector('figure svg text')).fill")
-        line = browser.evaluate("getComputedStyle(document.querySelector('figure svg path[style*=\"--c1\"]')).stroke")
-        colours.append((text, line, browser.evaluate("getComputedStyle(document.body).backgroundColor")))
+        line = browser.evaluate(
+            "getComputedStyle(document.querySelector('figure svg path[style*=\"--c1\"]')).stroke"
+        )
+        colours.append(
+            (text, line, browser.evaluate("getComputedStyle(document.body).backgroundColor"))
+        )
     assert colours[0] == colours[2] and colours[1] == colours[3]
-    assert all(light != dark for light, dark in zip(*colours[:2])), "every colour follows the scheme"
+    assert all(light != dark for light, dark in zip(*colours[:2])), (
+        "every colour follows the scheme"
+    )
     found = browser.evaluate(PIXELS)
     assert len(found) > 100
     for index, width, red in found:
-        assert width >= 30 and red == digits.images[index, 0].flatten().tolist(), "the image the page names is the image it shows"
+        assert width >= 30 and red == digits.images[index, 0].flatten().tolist(), (
+            "the image the page names is the image it shows"
+        )

@@ -1,4 +1,6 @@
-"""A resumed run is the unbroken one, bit for bit: killed anywhere, stopped anywhere, with other workers; and what may not be resumed is refused."""
+"""A resumed run is the unbroken one, bit for bit: killed anywhere, stopped anywhere, with other
+workers; and what may not be resumed is refused.
+"""
 
 import argparse
 import contextlib
@@ -26,13 +28,23 @@ from tests.runs import DIGITS, Kill, Running, differences, metrics, photos, rand
 from tests.test_bad_input import RUN as FLAGS
 from tests.test_bad_input import ask
 
-# ---- killed ----------------------------------------------------------------------------------------------------------
+# ---- killed --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, stage, rank", [
-    ("one process", "epoch", 0), ("one process", "GAN", 0), ("one process", "mining", 0), ("one process", "save", 0), ("two workers", "epoch", 0), ("two workers", "save", 0),
-    ("two ranks", "epoch", 1), ("two ranks", "mining", 0), ("few saves", "epoch", 0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, stage, rank",
+    [
+        ("one process", "epoch", 0),
+        ("one process", "GAN", 0),
+        ("one process", "mining", 0),
+        ("one process", "save", 0),
+        ("two workers", "epoch", 0),
+        ("two workers", "save", 0),
+        ("two ranks", "epoch", 1),
+        ("two ranks", "mining", 0),
+        ("few saves", "epoch", 0),
+    ],
+)
 def test_killed_and_resumed_it_equals_the_unbroken_run(name, stage, rank):
     way, draw = setting(name), random.Random(f"{name} {stage}")
     assert way.kill(random_kill(draw, way.seconds, stage), rank)[0] == []
@@ -48,17 +60,27 @@ def test_the_comparison_sees_a_bit_and_a_line(tmp_path):
     (other / "rounds" / "round_0001.pt").unlink()
     lines = (other / "metrics.jsonl").read_text().splitlines(True)
     (other / "metrics.jsonl").write_text("".join([*lines[:4], lines[3], *lines[4:]]))
-    assert differences(whole, other) == ["only one has rounds/round_0001.pt", "checkpoint_last.pth.tar.state_dict.module.queue",
-                                         f"metrics.jsonl, line 5 of {len(lines)} and {len(lines) + 1}"]  # fmt: skip
+    assert differences(whole, other) == [
+        "only one has rounds/round_0001.pt",
+        "checkpoint_last.pth.tar.state_dict.module.queue",
+        f"metrics.jsonl, line 5 of {len(lines)} and {len(lines) + 1}",
+    ]
 
 
 def test_few_saves_go_back_to_the_last_one(tmp_path):
-    """Killed as epoch 5 begins, a run that has saved after epoch 3 trains epoch 4 again, and its lines are there once."""
+    """Killed as epoch 5 begins, a run that has saved after epoch 3 trains epoch 4 again, and its
+    lines are there once.
+    """
     way, out = setting("few saves"), tmp_path / "out"
-    assert [p.name for p in numbered(way.whole)] == ["checkpoint_0005.pth.tar", "checkpoint_0006.pth.tar"]
+    assert [p.name for p in numbered(way.whole)] == [
+        "checkpoint_0005.pth.tar",
+        "checkpoint_0006.pth.tar",
+    ]
     Running([*way.argv, "--out", out], tmp_path / "log", kill=(0, Kill("epoch", 6, 0))).codes()
     before = metrics(out)
-    assert checkpoint.load(out / "checkpoint_last.pth.tar")["epoch"] == 4 and any(line["kind"] == "epoch" and line["epoch"] == 4 for line in before)
+    assert checkpoint.load(out / "checkpoint_last.pth.tar")["epoch"] == 4 and any(
+        line["kind"] == "epoch" and line["epoch"] == 4 for line in before
+    )
     assert [p.name for p in numbered(out)] == ["checkpoint_0001.pth.tar", "checkpoint_0003.pth.tar"]
     run([*way.argv, "--out", out, "--resume", "auto"], tmp_path / "log")
     assert differences(way.whole, out) == []
@@ -66,15 +88,25 @@ def test_few_saves_go_back_to_the_last_one(tmp_path):
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_the_runs_compared_have_something_to_lose(name):
-    """Positives, warm networks, moving statistics, a round and a kNN in their lines: otherwise they would be equal too easily."""
+    """Positives, warm networks, moving statistics, a round and a kNN in their lines: otherwise they
+    would be equal too easily.
+    """
     way = setting(name)
     kinds = [line["kind"] for line in metrics(way.whole)]
-    assert kinds.count("round") == 2 and kinds.count("epoch") == (7 if name == "few saves" else 3) and kinds.count("step") >= 9
+    assert (
+        kinds.count("round") == 2
+        and kinds.count("epoch") == (7 if name == "few saves" else 3)
+        and kinds.count("step") >= 9
+    )
     ours = checkpoint.load(way.whole / "checkpoint_last.pth.tar")["isl"]
-    assert len(ours["state"]["positives"]["members"]) > 10 and ours["miner"]["networks"]["G"] and len(ours["rng"]) == way.ranks
+    assert (
+        len(ours["state"]["positives"]["members"]) > 10
+        and ours["miner"]["networks"]["G"]
+        and len(ours["rng"]) == way.ranks
+    )
 
 
-# ---- stopped ---------------------------------------------------------------------------------------------------------
+# ---- stopped -------------------------------------------------------------------------------------
 
 
 def after(polls: int):
@@ -84,11 +116,26 @@ def after(polls: int):
 
 
 def test_stopped_over_and_over_with_other_workers(tmp_path):
-    """After a few polls, wherever they fall: in steps, feature passes, GAN training, mining; workers come and go."""
+    """After a few polls, wherever they fall: in steps, feature passes, GAN training, mining;
+    workers come and go.
+    """
     way, codes, said = setting("two workers"), [], ""
     polls = itertools.cycle([1, 3, 30, 2, 5, 150])
     while not codes or codes[-1] == 75:
-        code = _main([*way.argv, "-j", str(len(codes) % 3 // 2), "--save-every", "0", "--out", str(tmp_path / "out"), "--resume", "auto"], after(next(polls)))
+        code = _main(
+            [
+                *way.argv,
+                "-j",
+                str(len(codes) % 3 // 2),
+                "--save-every",
+                "0",
+                "--out",
+                str(tmp_path / "out"),
+                "--resume",
+                "auto",
+            ],
+            after(next(polls)),
+        )
         codes.append(code[0])
         said += code[2]
         assert len(codes) < 40
@@ -96,13 +143,32 @@ def test_stopped_over_and_over_with_other_workers(tmp_path):
     assert "saved before the mining of epoch" in said and "saved at epoch" in said
 
 
-@pytest.mark.parametrize("objective, polls, place", [
-    ("queue", 8, "saved at the end of epoch 0"), ("queue", 20, "saved at the end of epoch 0"), ("bank", 4, "saved at epoch 0, step 5 of 7"),
-    ("bank", 7 + 23 + 3, "saved before the mining of epoch 1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "objective, polls, place",
+    [
+        ("queue", 8, "saved at the end of epoch 0"),
+        ("queue", 20, "saved at the end of epoch 0"),
+        ("bank", 4, "saved at epoch 0, step 5 of 7"),
+        ("bank", 7 + 23 + 3, "saved before the mining of epoch 1"),
+    ],
+)
 def test_stopped_once_in_knn_and_in_the_bank(tmp_path, objective, polls, place):
-    """An epoch of 7 steps, then kNN: a pass over 437 images and one over the 1,000 held out, which is 7 + 16 polls."""
-    flags = [*DIGITS, "--epochs", 2, "--knn-every", 1, "--objective", objective, "--miner", "knn", "--isl-start", 1]
+    """An epoch of 7 steps, then kNN: a pass over 437 images and one over the 1,000 held out, which
+    is 7 + 16 polls.
+    """
+    flags = [
+        *DIGITS,
+        "--epochs",
+        2,
+        "--knn-every",
+        1,
+        "--objective",
+        objective,
+        "--miner",
+        "knn",
+        "--isl-start",
+        1,
+    ]
     assert _main([*flags, "--out", tmp_path / "whole"], None)[0] == 0
     code, _, err = _main([*flags, "--out", tmp_path / "out"], after(polls))
     assert code == 75 and place in err
@@ -114,22 +180,37 @@ def _main(argv, stop):
     before = gan.collapse, miners.collapse
     gan.collapse = miners.collapse = lambda *_: ""  # as in the processes it is compared with
     try:
-        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        with (
+            contextlib.redirect_stdout(io.StringIO()) as out,
+            contextlib.redirect_stderr(io.StringIO()) as err,
+        ):
             return main_moco_isl.main([str(x) for x in argv], stop), out.getvalue(), err.getvalue()
     finally:
         gan.collapse, miners.collapse = before
 
 
-# ---- where nothing may be lost ---------------------------------------------------------------------------------------
+# ---- where nothing may be lost -------------------------------------------------------------------
+
 
 def files(path):
-    return {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in Path(path).iterdir() if p.is_file()}
+    return {
+        p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in Path(path).iterdir() if p.is_file()
+    }
 
 
-@pytest.mark.parametrize("flags", [["--resume", "auto"], ["--resume", "{}/checkpoint_last.pth.tar"], ["--resume", "auto", "-j", "1", "--print-freq", "7"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--resume", "auto"],
+        ["--resume", "{}/checkpoint_last.pth.tar"],
+        ["--resume", "auto", "-j", "1", "--print-freq", "7"],
+    ],
+)
 def test_a_finished_run_stays_as_it_is(finished, flags):
     before = files(finished)
-    code, out, err = ask([*FLAGS, "--out", str(finished), *(flag.format(finished) for flag in flags)])
+    code, out, err = ask(
+        [*FLAGS, "--out", str(finished), *(flag.format(finished) for flag in flags)]
+    )
     assert (code, err, out) == (0, "", "=> already finished: epoch 2 of 2\n")
     assert files(finished) == before
 
@@ -139,7 +220,11 @@ def test_steps_that_were_all_taken_are_enough(tmp_path):
     assert ask(flags)[0] == 0
     before = files(tmp_path)
     code, out, _ = ask([*flags, "--resume", "auto"])
-    assert code == 0 and "already finished: 3 steps of --max-steps 3" in out and files(tmp_path) == before
+    assert (
+        code == 0
+        and "already finished: 3 steps of --max-steps 3" in out
+        and files(tmp_path) == before
+    )
 
 
 def test_killed_before_the_first_checkpoint_it_starts_anew(finished, tmp_path):
@@ -153,12 +238,24 @@ def test_killed_before_the_first_checkpoint_it_starts_anew(finished, tmp_path):
 
 def test_another_folder_goes_on_from_a_file_and_leaves_its_own_alone(finished, tmp_path):
     before = files(finished)
-    code, out, err = ask([*FLAGS, "--out", str(tmp_path / "new"), "--resume", str(finished / "checkpoint_0000.pth.tar")])
+    code, out, err = ask(
+        [
+            *FLAGS,
+            "--out",
+            str(tmp_path / "new"),
+            "--resume",
+            str(finished / "checkpoint_0000.pth.tar"),
+        ]
+    )
     assert (code, err) == (0, "") and files(finished) == before
     lines = metrics(finished)
     assert metrics(tmp_path / "new") == lines[[line["kind"] for line in lines].index("epoch") + 1 :]
-    assert differences(finished, tmp_path / "new") != []  # the first epoch is missing here, but not in the last checkpoint:
-    last = [checkpoint.load(out / "checkpoint_last.pth.tar")["state_dict"] for out in (finished, tmp_path / "new")]
+    # the first epoch is missing here, but not in the last checkpoint:
+    assert differences(finished, tmp_path / "new") != []
+    last = [
+        checkpoint.load(out / "checkpoint_last.pth.tar")["state_dict"]
+        for out in (finished, tmp_path / "new")
+    ]
     assert all(torch.equal(x, last[1][name]) for name, x in last[0].items())
 
 
@@ -178,7 +275,11 @@ def test_a_file_of_the_folder_itself_is_gone_on_with_if_it_is_the_newest(finishe
         assert ask([*FLAGS, "--out", str(out), "--resume", str(out / older)])[0] == 0
         assert differences(finished, out) == []
         before = files(out)
-        assert ask([*FLAGS, "--out", str(out), "--resume", str(out / "checkpoint_0000.pth.tar")])[0] == 2 and files(out) == before
+        assert (
+            ask([*FLAGS, "--out", str(out), "--resume", str(out / "checkpoint_0000.pth.tar")])[0]
+            == 2
+            and files(out) == before
+        )
         shutil.copy(out / "checkpoint_0000.pth.tar", out / "checkpoint_last.pth.tar")
 
 
@@ -190,17 +291,30 @@ def test_saves_after_every_nth_epoch_and_the_last(tmp_path):
         return [p.name.removeprefix("checkpoint_")[:4] for p in numbered(tmp_path / "out")]
 
     assert ask([*flags, "--save-epochs", "10", "--max-steps", "20"])[0] == 0
-    assert saved() == [] and checkpoint.load(tmp_path / "out" / "checkpoint_last.pth.tar")["isl"]["step"] == 6
-    assert ask([*flags, "--save-epochs", "2", "--resume", "auto"])[0] == 0 and saved() == ["0003", "0004"]
-    assert ask([*DIGITS, "--epochs", "5", "--save-epochs", "7", "--out", str(tmp_path / "other")])[0] == 0
-    assert metrics(tmp_path / "out") == metrics(tmp_path / "other") and names(tmp_path / "other") == ["checkpoint_0004.pth.tar", "checkpoint_last.pth.tar"]
+    assert (
+        saved() == []
+        and checkpoint.load(tmp_path / "out" / "checkpoint_last.pth.tar")["isl"]["step"] == 6
+    )
+    assert ask([*flags, "--save-epochs", "2", "--resume", "auto"])[0] == 0 and saved() == [
+        "0003",
+        "0004",
+    ]
+    assert (
+        ask([*DIGITS, "--epochs", "5", "--save-epochs", "7", "--out", str(tmp_path / "other")])[0]
+        == 0
+    )
+    assert metrics(tmp_path / "out") == metrics(tmp_path / "other") and names(
+        tmp_path / "other"
+    ) == ["checkpoint_0004.pth.tar", "checkpoint_last.pth.tar"]
 
 
 def names(out: Path) -> list[str]:
     return sorted(p.name for p in out.glob("checkpoint_*"))
 
 
-def test_a_run_that_goes_on_from_a_file_elsewhere_can_be_resumed_from_its_first_step(finished, tmp_path):
+def test_a_run_that_goes_on_from_a_file_elsewhere_can_be_resumed_from_its_first_step(
+    finished, tmp_path
+):
     """However seldom it saves: a launcher gives --resume auto as soon as there is a checkpoint."""
     flags = [*FLAGS, "--save-epochs", "10", "--out", str(tmp_path / "new")]
     argv = [*flags, "--resume", str(finished / "checkpoint_0000.pth.tar")]
@@ -211,7 +325,7 @@ def test_a_run_that_goes_on_from_a_file_elsewhere_can_be_resumed_from_its_first_
     assert metrics(tmp_path / "new") == lines[[line["kind"] for line in lines].index("epoch") + 1 :]
 
 
-# ---- what may change, and what may not -------------------------------------------------------------------------------
+# ---- what may change, and what may not -----------------------------------------------------------
 
 
 def test_a_drawn_seed_is_taken_over(tmp_path):
@@ -223,37 +337,72 @@ def test_a_drawn_seed_is_taken_over(tmp_path):
 
 
 def test_the_same_command_starts_from_a_file_and_goes_on_with_the_run(finished, tmp_path):
-    """--init with --resume auto, as a launcher gives it at every start; without --init the defaults that hang on it are kept too."""
+    """--init with --resume auto, as a launcher gives it at every start; without --init the defaults
+    that hang on it are kept too.
+    """
     flags = [*FLAGS, "--out", str(tmp_path), "--miner", "knn"]
     both = [*flags, "--init", str(finished / "checkpoint_last.pth.tar"), "--resume", "auto"]
     code, out, _ = ask([*both, "--max-steps", "2"])
     assert code == 0 and "knn: " in out and "(epoch 2)" in out
     code, out, _ = ask([*both, "--max-steps", "4"])
-    assert code == 0 and f"=> loaded '{tmp_path}/checkpoint_last.pth.tar' (epoch 0)" in out and "knn: " not in out
+    assert (
+        code == 0
+        and f"=> loaded '{tmp_path}/checkpoint_last.pth.tar' (epoch 0)" in out
+        and "knn: " not in out
+    )
     assert ask([*flags, "--resume", "auto", "--max-steps", "5"])[0] == 0
 
 
 def test_what_may_change_and_what_may_not():
-    saved = {"lr": 0.1, "epochs": 5, "cos": False, "arch": "a", "workers": 2, "print_freq": 10, "device": "cpu", "data": "here", "gone": 1}
-    resume.check_same(saved, {**saved, "workers": 0, "print_freq": 1, "device": "cuda", "data": "there", "new": 3})
-    resume.check_same(saved, {name: value for name, value in saved.items() if name != "gone"} | {"epochs": 9})
+    saved = {
+        "lr": 0.1,
+        "epochs": 5,
+        "cos": False,
+        "arch": "a",
+        "workers": 2,
+        "print_freq": 10,
+        "device": "cpu",
+        "data": "here",
+        "gone": 1,
+    }
+    resume.check_same(
+        saved, {**saved, "workers": 0, "print_freq": 1, "device": "cuda", "data": "there", "new": 3}
+    )
+    resume.check_same(
+        saved, {name: value for name, value in saved.items() if name != "gone"} | {"epochs": 9}
+    )
     for name, value in {"lr": 0.2, "epochs": 4, "cos": True, "arch": "b"}.items():
         with pytest.raises(BadInput, match=f"--{name} was {saved[name]!r} and is now {value!r}"):
             resume.check_same(saved, {**saved, name: value})
-    with pytest.raises(BadInput, match="--epochs was 5 and is now 9"):  # half a cosine over 9 is another schedule
+    # half a cosine over 9 is another schedule
+    with pytest.raises(BadInput, match="--epochs was 5 and is now 9"):
         resume.check_same({**saved, "cos": True}, {**saved, "cos": True, "epochs": 9})
 
 
-@pytest.mark.parametrize("flags", [
-    {"schedule": [3], "isl_rounds": 2, "cos": False}, {"schedule": [], "isl_rounds": 1, "cos": True}, {"schedule": [2, 5], "isl_rounds": 4, "cos": False},
-    {"schedule": [3, 6], "isl_rounds": 1, "cos": False}, {"schedule": [3, 6]},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"schedule": [3], "isl_rounds": 2, "cos": False},
+        {"schedule": [], "isl_rounds": 1, "cos": True},
+        {"schedule": [2, 5], "isl_rounds": 4, "cos": False},
+        {"schedule": [3, 6], "isl_rounds": 1, "cos": False},
+        {"schedule": [3, 6]},
+    ],
+)
 def test_more_epochs_are_taken_where_those_begun_keep_their_learning_rate(flags):
-    """Written out: by the round's length, a tenth at each milestone or half a cosine. The last flags are those of a linear probe."""
+    """Written out: by the round's length, a tenth at each milestone or half a cosine.
+
+    The last flags are those of a linear probe.
+    """
+
     def rate(epoch, epochs):
         length = epochs // flags.get("isl_rounds", 1)
         at = epoch % length
-        return 0.5 + 0.5 * math.cos(math.pi * at / length) if flags.get("cos") else 0.1 ** len([m for m in flags["schedule"] if m <= at])
+        return (
+            0.5 + 0.5 * math.cos(math.pi * at / length)
+            if flags.get("cos")
+            else 0.1 ** len([m for m in flags["schedule"] if m <= at])
+        )
 
     first = next((e for e in range(8) if rate(e, 8) != rate(e, 16)), 8)
     assert first == {2: 4, 4: 2}.get(flags.get("isl_rounds"), 1 if flags.get("cos") else 8)
@@ -261,7 +410,13 @@ def test_more_epochs_are_taken_where_those_begun_keep_their_learning_rate(flags)
         if begun <= first:
             resume.check_same({**flags, "epochs": 8}, {**flags, "epochs": 16}, epochs=begun)
             continue
-        with pytest.raises(BadInput, match=f"--epochs was 8 and is now 16 .epoch {first} would have been trained at .* its learning rate"):
+        with pytest.raises(
+            BadInput,
+            match=(
+                f"--epochs was 8 and is now 16 .epoch {first} would have been trained at .* its"
+                " learning rate"
+            ),
+        ):
             resume.check_same({**flags, "epochs": 8}, {**flags, "epochs": 16}, epochs=begun)
     with pytest.raises(BadInput, match="--epochs was 16 and is now 8"):
         resume.check_same({**flags, "epochs": 16}, {**flags, "epochs": 8}, epochs=0)
@@ -269,8 +424,22 @@ def test_more_epochs_are_taken_where_those_begun_keep_their_learning_rate(flags)
 
 def test_a_run_whose_scaler_has_left_out_all_steps_goes_on(tmp_path):
     """As those of float16 often do at first: there is no momentum yet."""
-    flags = [*DIGITS, "--knn-holdout", "1421", "-b", "8", "--amp", "fp16", "--epochs", "1", "--out", str(tmp_path), "--resume", "auto",
-             "--max-steps"]  # fmt: skip
+    flags = [
+        *DIGITS,
+        "--knn-holdout",
+        "1421",
+        "-b",
+        "8",
+        "--amp",
+        "fp16",
+        "--epochs",
+        "1",
+        "--out",
+        str(tmp_path),
+        "--resume",
+        "auto",
+        "--max-steps",
+    ]
     assert ask([*flags, "1"])[0] == 0
     content = checkpoint.load(tmp_path / "checkpoint_last.pth.tar")
     content["optimizer"]["state"] = {}
@@ -280,17 +449,42 @@ def test_a_run_whose_scaler_has_left_out_all_steps_goes_on(tmp_path):
 
 def test_more_epochs_are_refused_where_mining_would_no_longer_lie_between_rounds():
     """Every 4 epochs, of a schedule that would begin anew every 6."""
-    flags = {"isl_rounds": 2, "isl_start": 4, "isl_every": 4, "miner": "knn", "schedule": [3], "epochs": 8}
-    with pytest.raises(BadInput, match="is now 12 .it mines every 4 epochs, between its rounds .* would have 6 epochs"):
+    flags = {
+        "isl_rounds": 2,
+        "isl_start": 4,
+        "isl_every": 4,
+        "miner": "knn",
+        "schedule": [3],
+        "epochs": 8,
+    }
+    with pytest.raises(
+        BadInput,
+        match="is now 12 .it mines every 4 epochs, between its rounds .* would have 6 epochs",
+    ):
         resume.check_same(flags, {**flags, "epochs": 12}, epochs=1, mined=False)
     for other in ({"miner": "none"}, {"isl_every": 3}, {"isl_rounds": 1}):
-        resume.check_same({**flags, **other}, {**flags, **other, "epochs": 12}, epochs=1, mined=False)
+        resume.check_same(
+            {**flags, **other}, {**flags, **other, "epochs": 12}, epochs=1, mined=False
+        )
 
 
 def test_more_epochs_are_refused_where_a_round_would_have_looked_at_more_images():
-    """Budget 1.5 a round, before epochs 1 and 3, and 5 too with six epochs: the nearest 3 or 5 of every image."""
-    flags = {"isl_grow": True, "isl_budget": 1.5, "isl_start": 1, "isl_every": 2, "miner": "knn", "isl_neighbors": None, "epochs": 4}
-    with pytest.raises(BadInput, match="is now 6 .with --isl-grow the rounds so far would have looked at more images"):
+    """Budget 1.5 a round, before epochs 1 and 3, and 5 too with six epochs: the nearest 3 or 5 of
+    every image.
+    """
+    flags = {
+        "isl_grow": True,
+        "isl_budget": 1.5,
+        "isl_start": 1,
+        "isl_every": 2,
+        "miner": "knn",
+        "isl_neighbors": None,
+        "epochs": 4,
+    }
+    with pytest.raises(
+        BadInput,
+        match="is now 6 .with --isl-grow the rounds so far would have looked at more images",
+    ):
         resume.check_same(flags, {**flags, "epochs": 6}, epochs=2)
     resume.check_same(flags, {**flags, "epochs": 5}, epochs=2)
     resume.check_same(flags, {**flags, "epochs": 6}, epochs=1, mined=False)
@@ -302,7 +496,10 @@ def test_another_number_of_ranks_goes_on_and_says_so(finished, tmp_path):
     flags = [*FLAGS, "--out", tmp_path / "out", "--resume", "auto"]
     assert ask([*map(str, flags), "--max-steps", "3"])[0] == 0
     running = Running([*flags, "--max-steps", "9"], tmp_path / "log", ranks=2)
-    assert running.codes() == [0, 0] and "was saved by 1 ranks, here are 2: going on, but not bit for bit" in running.said()
+    assert (
+        running.codes() == [0, 0]
+        and "was saved by 1 ranks, here are 2: going on, but not bit for bit" in running.said()
+    )
     lines = [line for line in metrics(tmp_path / "out") if line["kind"] == "epoch"]
     assert len(lines) == 1 and lines[0]["total"] == 7 and 0 < lines[0]["loss"] < 20
 
@@ -313,7 +510,8 @@ def test_other_images_are_refused(tmp_path):
     (tmp_path / "photos" / "train" / "07.jpg").unlink()
     code, _, err = ask([*flags, "--resume", "auto"])
     assert code == 2 and "was trained on 8 images, and now there are 7" in err
-    (tmp_path / "photos" / "train" / "06.jpg").rename(tmp_path / "photos" / "train" / "00a.jpg")  # in another place
+    # in another place
+    (tmp_path / "photos" / "train" / "06.jpg").rename(tmp_path / "photos" / "train" / "00a.jpg")
     shutil.copy(tmp_path / "photos" / "train" / "05.jpg", tmp_path / "photos" / "train" / "06.jpg")
     code, _, err = ask([*flags, "--resume", "auto"])
     assert code == 2 and "as many images of other names, or in another order" in err
@@ -323,11 +521,14 @@ def test_images_that_moved_as_a_whole_are_the_same(tmp_path):
     flags = [*photos(tmp_path / "photos", 8), "--epochs", "3", "--out", str(tmp_path / "out")]
     assert ask([*flags, "--max-steps", "1"])[0] == 0
     (tmp_path / "photos").rename(tmp_path / "elsewhere")
-    flags = [flag.replace(str(tmp_path / "photos"), str(tmp_path / "elsewhere")) for flag in map(str, flags)]
+    flags = [
+        flag.replace(str(tmp_path / "photos"), str(tmp_path / "elsewhere"))
+        for flag in map(str, flags)
+    ]
     assert ask([*flags, "--resume", "auto", "--max-steps", "2"])[0] == 0
 
 
-# ---- the parts -------------------------------------------------------------------------------------------------------
+# ---- the parts -----------------------------------------------------------------------------------
 
 
 def test_generators_come_back():
@@ -349,7 +550,9 @@ def _ranks_keep_their_own(rank, world):
     states = resume.rng_of_ranks(torch.device("cpu"), averages)
     drawn = torch.rand(2)
     torch.manual_seed(99)
-    assert resume.restore_rng(states, torch.device("cpu"), again) and torch.equal(torch.rand(2), drawn)
+    assert resume.restore_rng(states, torch.device("cpu"), again) and torch.equal(
+        torch.rand(2), drawn
+    )
     return again.interval(), again.epoch(), averages.epoch()
 
 
@@ -359,14 +562,21 @@ def test_each_rank_keeps_its_generators_and_averages():
 
 
 def test_a_run_from_before_a_flag_goes_on_as_it_did():
-    for given, saved, wanted in ((None, {}, False), (True, {}, True), (None, {"isl_recenter": True}, True), (None, {"isl_recenter": False}, False)):
+    for given, saved, wanted in (
+        (None, {}, False),
+        (True, {}, True),
+        (None, {"isl_recenter": True}, True),
+        (None, {"isl_recenter": False}, False),
+    ):
         flags = argparse.Namespace(isl_recenter=given, seed=None)
         resume.take_over(flags, {"seed": 3, **saved})
         assert (flags.isl_recenter, flags.seed) == (wanted, 3)
 
 
 def forget(file: Path, name: str) -> dict:
-    """Make of a checkpoint one that was written before there was such an argument; returns its content."""
+    """Make of a checkpoint one that was written before there was such an argument; returns its
+    content.
+    """
     content = checkpoint.load(file)
     content["args"].pop(name)
     checkpoint.save(content, file)
@@ -376,32 +586,59 @@ def forget(file: Path, name: str) -> dict:
 @pytest.mark.parametrize("old", [True, False])
 def test_a_run_that_began_before_keys_were_shuffled_goes_on_so_and_is_told(tmp_path, old):
     """Shuffling draws from torch's generator, and nothing else in a step does."""
-    last, flags = tmp_path / "checkpoint_last.pth.tar", [*DIGITS, "--epochs", "2", "--bn-splits", "4", "--out", str(tmp_path)]
+    last = tmp_path / "checkpoint_last.pth.tar"
+    flags = [*DIGITS, "--epochs", "2", "--bn-splits", "4", "--out", str(tmp_path)]
     assert ask([*flags, "--max-steps", "1"])[0] == 0
     before = forget(last, "bn_shuffle") if old else checkpoint.load(last)
     code, out, _ = ask([*flags, "--max-steps", "2", "--resume", "auto"])
     after = checkpoint.load(last)
-    assert code == 0 and after["args"]["bn_shuffle"] is not old and ("before keys were shuffled" in out) is old
+    assert (
+        code == 0
+        and after["args"]["bn_shuffle"] is not old
+        and ("before keys were shuffled" in out) is old
+    )
     assert torch.equal(*(content["isl"]["rng"][0]["torch"] for content in (before, after))) is old
 
 
 def test_a_symmetric_run_that_began_with_the_mean_goes_on_with_it_and_is_told(tmp_path):
     def losses(out: str, *flags: str) -> list[float]:
         still = ["--symmetric", "--lr", "0", "--moco-m", "1"]
-        code, said, _ = ask([*DIGITS, "--epochs", "2", *still, "-p", "1", "--out", str(tmp_path / out), *flags])
-        assert code == 0 and ("took the mean of both directions" in said) is (out == "old" and "--resume" in flags)
+        code, said, _ = ask(
+            [*DIGITS, "--epochs", "2", *still, "-p", "1", "--out", str(tmp_path / out), *flags]
+        )
+        assert code == 0 and ("took the mean of both directions" in said) is (
+            out == "old" and "--resume" in flags
+        )
         return [line["loss"] for line in metrics(tmp_path / out)]
 
     new = losses("new", "--max-steps", "3")
     losses("old", "--max-steps", "1")
     forget(tmp_path / "old" / "checkpoint_last.pth.tar", "symmetric_sum")
-    assert losses("old", "--max-steps", "3", "--resume", "auto") == pytest.approx([new[0], new[1] / 2, new[2] / 2])
-    assert not checkpoint.load(tmp_path / "old" / "checkpoint_last.pth.tar")["args"]["symmetric_sum"]
+    assert losses("old", "--max-steps", "3", "--resume", "auto") == pytest.approx(
+        [new[0], new[1] / 2, new[2] / 2]
+    )
+    assert not checkpoint.load(tmp_path / "old" / "checkpoint_last.pth.tar")["args"][
+        "symmetric_sum"
+    ]
 
 
 def test_a_flag_that_a_run_did_not_know_may_not_change_it():
-    resume.check_same({"seed": 3}, {"seed": 3, "isl_between": 0, "isl_views": False, "isl_recenter": False})
-    for name, value in (("isl_between", 5), ("isl_views", True), ("isl_recenter", True), ("isl_rounds", 2), ("isl_trust", "auto"), ("isl_grow", True),
-                        ("isl_half_bank", True), ("fast", True), ("on_device", True)):
-        with pytest.raises(BadInput, match=f"--{name.replace('_', '-')} was {resume.BEFORE[name]!r} and is now {value!r}"):
+    resume.check_same(
+        {"seed": 3}, {"seed": 3, "isl_between": 0, "isl_views": False, "isl_recenter": False}
+    )
+    for name, value in (
+        ("isl_between", 5),
+        ("isl_views", True),
+        ("isl_recenter", True),
+        ("isl_rounds", 2),
+        ("isl_trust", "auto"),
+        ("isl_grow", True),
+        ("isl_half_bank", True),
+        ("fast", True),
+        ("on_device", True),
+    ):
+        with pytest.raises(
+            BadInput,
+            match=f"--{name.replace('_', '-')} was {resume.BEFORE[name]!r} and is now {value!r}",
+        ):
             resume.check_same({"seed": 3}, {"seed": 3, name: value})

@@ -20,7 +20,9 @@ def build(batch=6):
 
 
 def turned_by_loops(image, quarters):
-    """[3, S, S] turned counter-clockwise: what was at (row, column) goes to (S - 1 - column, row)."""
+    """[3, S, S] turned counter-clockwise: what was at (row, column) goes to (S - 1 - column,
+    row).
+    """
     S = image.shape[1]
     for _ in range(quarters):
         turned = torch.empty_like(image)
@@ -36,7 +38,9 @@ def test_loss_equals_loops():
     model, total, right = rotations.model, 0, 0
     for image in batch:
         for quarters in range(4):
-            logits = model.classifier(torch.relu(model.encoder_q(turned_by_loops(image, quarters)[None])))[0].double()
+            logits = model.classifier(
+                torch.relu(model.encoder_q(turned_by_loops(image, quarters)[None]))
+            )[0].double()
             total = total - logits[quarters] + torch.log(sum(torch.exp(x) for x in logits))
             right += int(logits.argmax()) == quarters
     assert rotations(batch, torch.arange(3)).item() == pytest.approx(total.item() / 12, abs=1e-6)
@@ -55,7 +59,8 @@ def test_an_image_without_a_direction_costs_log_4():
 
 def two_steps(rank, world):
     rotations = build()
-    optimizer, share = torch.optim.SGD(rotations.model.parameters(), 0.5), slice(rank * 6 // world, (rank + 1) * 6 // world)
+    optimizer = torch.optim.SGD(rotations.model.parameters(), 0.5)
+    share = slice(rank * 6 // world, (rank + 1) * 6 // world)
     for step in range(2):
         loss = rotations(images(6, step)[share], torch.arange(6)[share])
         optimizer.zero_grad(), loss.backward(), optimizer.step()
@@ -70,21 +75,31 @@ def test_two_ranks_are_one():
 
 def test_a_run_learns_and_resumes(tmp_path):
     def run(*flags):
-        common = "--dataset digits -a digits --moco-dim 16 -b 128 -j 0 --seed 1 --objective rotnet --knn-holdout 1000 -p 100 --lr 0.1".split()
+        common = (
+            "--dataset digits -a digits --moco-dim 16 -b 128 -j 0 --seed 1 --objective rotnet"
+            " --knn-holdout 1000 -p 100 --lr 0.1".split()
+        )
         assert main_moco_isl.main([*common, *flags]) == 0
 
     run("--epochs", "4", "--out", str(tmp_path / "whole"))
     run("--epochs", "4", "--out", str(tmp_path / "parts"), "--max-steps", "6")
     run("--epochs", "4", "--out", str(tmp_path / "parts"), "--resume", "auto")
-    whole, parts = (torch.load(tmp_path / name / "checkpoint_last.pth.tar", weights_only=True)["state_dict"] for name in ("whole", "parts"))
+    whole, parts = (
+        torch.load(tmp_path / name / "checkpoint_last.pth.tar", weights_only=True)["state_dict"]
+        for name in ("whole", "parts")
+    )
     assert any(name.startswith("module.encoder_q.") for name in whole)
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
-    epochs = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    epochs = [
+        json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
+    ]
     losses = [line["loss"] for line in epochs if line["kind"] == "epoch"]
     assert losses[-1] < losses[0] - 0.1
 
 
 def test_positives_are_refused():
-    args = main_moco_isl.options.get_parser("").parse_args("--dataset digits --objective rotnet --miner knn".split())
+    args = main_moco_isl.options.get_parser("").parse_args(
+        "--dataset digits --objective rotnet --miner knn".split()
+    )
     with pytest.raises(BadInput, match="rotnet"):
         main_moco_isl.check_args(args)

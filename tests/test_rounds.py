@@ -14,8 +14,11 @@ from tests.runs import differences
 from tests.test_bad_input import ask
 
 # 97 images, two steps an epoch
-SMALL = ("--dataset digits -a digits --moco-dim 16 --moco-t 0.1 --knn-holdout 1340 -b 64 -j 0 --seed 1 -p 100 --device cpu "
-         "--objective bank --isl-hpe 0 --miner entropy --isl-keep --isl-grow --isl-share 0.15 --isl-budget 0.2 --isl-neighbors 5").split()  # fmt: skip
+SMALL = (
+    "--dataset digits -a digits --moco-dim 16 --moco-t 0.1 --knn-holdout 1340 -b 64 -j 0 --seed 1"
+    " -p 100 --device cpu --objective bank --isl-hpe 0 --miner entropy --isl-keep --isl-grow"
+    " --isl-share 0.15 --isl-budget 0.2 --isl-neighbors 5"
+).split()
 LATE = [*SMALL, "--epochs", "9", "--isl-start", "0", "--isl-every", "2"]
 
 
@@ -26,7 +29,9 @@ def rounds(out: Path) -> list[dict]:
 
 def test_rounds_until_equals_a_count():
     for start, every, epoch in itertools.product((0, 1, 4), (1, 2, 3), range(9)):
-        assert rounds_until(epoch, start, every) == sum((e - start) % every == 0 for e in range(start, epoch + 1))
+        assert rounds_until(epoch, start, every) == sum(
+            (e - start) % every == 0 for e in range(start, epoch + 1)
+        )
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +43,17 @@ def late(tmp_path_factory):
 
 
 def test_a_late_start_mines_once_and_then_by_the_schedule(late):
-    """Rounds are due before epochs 0, 2, 4, 6 and 8. Budget and share are those of a round's number: 0.2 n and 0.15 n."""
+    """Rounds are due before epochs 0, 2, 4, 6 and 8.
+
+    Budget and share are those of a round's number: 0.2 n and 0.15 n.
+    """
     found = rounds(late)
     assert [(line["epoch"], line["round"]) for line in found] == [(5, 3), (6, 4), (8, 5)]
     assert [line["share"] for line in found] == pytest.approx([0.45, 0.6, 0.75])
     assert [line["mean_size"] for line in found] == pytest.approx([0.6, 0.8, 1.0], abs=0.02)
-    assert sorted(path.name for path in (late / "rounds").iterdir()) == [f"round_000{n}.pt" for n in (3, 4, 5)]
+    assert sorted(path.name for path in (late / "rounds").iterdir()) == [
+        f"round_000{n}.pt" for n in (3, 4, 5)
+    ]
 
 
 @pytest.mark.parametrize("polls", [7, 12])
@@ -58,18 +68,37 @@ def test_a_late_start_that_is_stopped_goes_on_as_if_it_had_not_been(late, tmp_pa
 
 def test_a_file_of_moco_with_an_epoch_is_a_late_start_too(late, tmp_path):
     content = checkpoint.load(late / "checkpoint_0005.pth.tar")
-    checkpoint.save({"epoch": 7, "arch": "digits", "state_dict": content["state_dict"]}, tmp_path / "moco.pth.tar")
-    assert ask([*LATE, "--resume", str(tmp_path / "moco.pth.tar"), "--out", str(tmp_path / "out")])[0] == 0
+    checkpoint.save(
+        {"epoch": 7, "arch": "digits", "state_dict": content["state_dict"]},
+        tmp_path / "moco.pth.tar",
+    )
+    assert (
+        ask([*LATE, "--resume", str(tmp_path / "moco.pth.tar"), "--out", str(tmp_path / "out")])[0]
+        == 0
+    )
     assert [(line["epoch"], line["round"]) for line in rounds(tmp_path / "out")] == [(7, 4), (8, 5)]
 
 
 def test_a_run_of_two_rounds_takes_more_epochs_until_they_would_change_its_past(tmp_path):
-    """A tenth from the fourth epoch of a round on: of 8 epochs 3 and 7 train slowly, of 16 epochs 3 to 7 do, so that 4 is the first to differ."""
-    flags = [*SMALL[: SMALL.index("--miner")], "--isl-rounds", "2", "--schedule", "3", "--out", str(tmp_path / "out")]
+    """A tenth from the fourth epoch of a round on: of 8 epochs 3 and 7 train slowly, of 16 epochs 3
+    to 7 do, so that 4 is the first to differ.
+    """
+    flags = [
+        *SMALL[: SMALL.index("--miner")],
+        "--isl-rounds",
+        "2",
+        "--schedule",
+        "3",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     for steps, code, epochs in ((8, 0, "8"), (9, 0, "8"), (16, 2, "16")):
         found = ask([*flags, "--epochs", epochs, "--max-steps", str(steps), "--resume", "auto"])
         assert found[0] == code
-    assert "--epochs was 8 and is now 16 (epoch 4 would have been trained at 0.1 times its learning rate)" in found[2]
+    assert (
+        "--epochs was 8 and is now 16 (epoch 4 would have been trained at 0.1 times its learning"
+        " rate)" in found[2]
+    )
     shutil.copy(tmp_path / "out" / "checkpoint_0003.pth.tar", tmp_path / "early.pth.tar")
     assert (
         ask(

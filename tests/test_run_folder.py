@@ -1,4 +1,6 @@
-"""The folder of a run: one run at a time, nothing overwritten, nothing left of a start that failed, whole files on a full disk."""
+"""The folder of a run: one run at a time, nothing overwritten, nothing left of a start that failed,
+whole files on a full disk.
+"""
 
 import ctypes
 import itertools
@@ -14,7 +16,14 @@ import torch
 import main_moco_isl
 from moco_isl import checkpoint
 from moco_isl.errors import BadInput, RunFailed
-from moco_isl.training.run_folder import RunFolder, check_folder, flags_of_unsaved, held, newest, numbered
+from moco_isl.training.run_folder import (
+    RunFolder,
+    check_folder,
+    flags_of_unsaved,
+    held,
+    newest,
+    numbered,
+)
 from tests.runs import Running, differences, run
 from tests.test_bad_input import RUN as FLAGS
 from tests.test_bad_input import ask, somebody_else_in
@@ -46,13 +55,24 @@ def test_a_second_run_is_refused_and_leaves_the_first_alone(tmp_path, monkeypatc
 
 def test_the_lock_is_held_through_all_that_a_run_does(tmp_path):
     """A process that closes any descriptor of the file would let go of it."""
-    try_lock = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'a'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    try_lock = (
+        "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'a'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    )
     folder = begun(tmp_path)
     folder.log(kind="step")
-    look = (lambda: flags_of_unsaved(tmp_path), lambda: folder.save(STATE, 0), lambda: check_folder(tmp_path, True), lambda: folder.open_metrics(0))
+    look = (
+        lambda: flags_of_unsaved(tmp_path),
+        lambda: folder.save(STATE, 0),
+        lambda: check_folder(tmp_path, True),
+        lambda: folder.open_metrics(0),
+    )
     for act in look:
         act()
-        tried = subprocess.run([sys.executable, "-S", "-c", try_lock, str(tmp_path / ".lock")], capture_output=True, text=True)
+        tried = subprocess.run(
+            [sys.executable, "-S", "-c", try_lock, str(tmp_path / ".lock")],
+            capture_output=True,
+            text=True,
+        )
         assert tried.returncode and "BlockingIOError" in tried.stderr
     folder.close()
 
@@ -72,7 +92,9 @@ def test_a_folder_with_a_run_is_refused_unless_resumed(tmp_path):
     assert held(tmp_path) == ""  # nothing is in it that could be lost
     folder.log(kind="step")
     folder.close()
-    with pytest.raises(BadInput, match="holds a run already .metrics.jsonl.*--resume auto.*another --out"):
+    with pytest.raises(
+        BadInput, match="holds a run already .metrics.jsonl.*--resume auto.*another --out"
+    ):
         RunFolder(tmp_path, resume=False)
     RunFolder(tmp_path, resume=True).close()
 
@@ -90,7 +112,9 @@ def test_metrics_go_on_after_what_the_checkpoint_knows(tmp_path, capsys):
     folder.log(kind="step", step=2, tensor=torch.ones(2))
     folder.close()
     assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [
-        {"kind": "step", "step": 1}, {"kind": "step", "step": 2, "tensor": [1.0, 1.0]}]  # fmt: skip
+        {"kind": "step", "step": 1},
+        {"kind": "step", "step": 2, "tensor": [1.0, 1.0]},
+    ]
     assert capsys.readouterr().out == ""
     folder = RunFolder(tmp_path, resume=True)
     folder.begin({}, 10_000)
@@ -105,7 +129,9 @@ def test_args_tell_of_every_start(tmp_path):
         folder.log(kind="step")
         folder.close()
     facts = json.loads((tmp_path / "args.json").read_text())
-    assert facts["args"] == {"workers": 2} and [earlier["args"]["workers"] for earlier in facts["earlier"]] == [0, 1]
+    assert facts["args"] == {"workers": 2} and [
+        earlier["args"]["workers"] for earlier in facts["earlier"]
+    ] == [0, 1]
 
 
 def test_the_numbered_file_is_there_before_the_last_one_tells_of_it(tmp_path, monkeypatch):
@@ -126,9 +152,15 @@ def test_kept_are_the_last_ones_and_what_is_not_ours(tmp_path):
         folder.save({**STATE, "epoch": number + 1}, number)
     folder.save({**STATE, "epoch": 10001}, None)
     folder.close()
-    assert [p.name for p in numbered(tmp_path)] == ["checkpoint_9999.pth.tar", "checkpoint_10000.pth.tar"]
+    assert [p.name for p in numbered(tmp_path)] == [
+        "checkpoint_9999.pth.tar",
+        "checkpoint_10000.pth.tar",
+    ]
     assert (tmp_path / "checkpoint_best.pth.tar").exists()
-    assert checkpoint.load(newest(tmp_path))["epoch"] == 10001 and checkpoint.load(numbered(tmp_path)[1])["epoch"] == 10001
+    assert (
+        checkpoint.load(newest(tmp_path))["epoch"] == 10001
+        and checkpoint.load(numbered(tmp_path)[1])["epoch"] == 10001
+    )
     newest(tmp_path).unlink()
     assert newest(tmp_path).name == "checkpoint_10000.pth.tar"
 
@@ -145,16 +177,24 @@ def test_a_refused_line_of_metrics_is_a_failed_run(tmp_path, monkeypatch):
 
     folder._metrics.close()
     monkeypatch.setattr(folder, "_metrics", Full())
-    with pytest.raises(RunFailed, match="cannot write .*metrics.jsonl: No space left on device; the last whole checkpoint is .*checkpoint_last.pth.tar. Free some space"):
+    with pytest.raises(
+        RunFailed,
+        match=(
+            "cannot write .*metrics.jsonl: No space left on device; the last whole checkpoint is"
+            " .*checkpoint_last.pth.tar. Free some space"
+        ),
+    ):
         folder.log(kind="step")
     folder.close()
 
 
-# ---- two runs and one name -------------------------------------------------------------------------------------------
+# ---- two runs and one name -----------------------------------------------------------------------
 
 
 def contents(path):
-    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()
+    }
 
 
 def another_run_takes(path, how):
@@ -178,7 +218,9 @@ WRITES = {
 }
 
 
-@pytest.mark.parametrize("how", ["moved", "removed", "moved, another run's", "removed, another run's"])
+@pytest.mark.parametrize(
+    "how", ["moved", "removed", "moved, another run's", "removed, another run's"]
+)
 def test_a_folder_that_another_run_may_have_is_not_written_into(tmp_path, how):
     out = tmp_path / "out"
     folder = begun(out)
@@ -186,7 +228,10 @@ def test_a_folder_that_another_run_may_have_is_not_written_into(tmp_path, how):
     other = another_run_takes(out, how)
     before = contents(tmp_path)
     for what, write in WRITES.items():
-        with pytest.raises(RunFailed, match="out is no longer the folder of this run: it was moved, removed or made anew") as error:
+        with pytest.raises(
+            RunFailed,
+            match="out is no longer the folder of this run: it was moved, removed or made anew",
+        ) as error:
             write(folder)
         assert contents(tmp_path) == before and "\n" not in str(error.value), what
     folder.close()
@@ -216,14 +261,25 @@ def test_a_live_run_whose_folder_was_moved_ends_in_one_line(tmp_path):
         return False
 
     before = {}
-    code, _, err = ask([*FLAGS, "--save-every", "1", "-p", "1", "--tensorboard", "--out", str(out)], stop)
-    assert code == 3 and err.count("\n") == 1 and f"{out} is no longer the folder of this run" in err
-    assert contents(out) == before and checkpoint.load(tmp_path / "moved" / "checkpoint_last.pth.tar")["isl"]["total"] == 4
+    code, _, err = ask(
+        [*FLAGS, "--save-every", "1", "-p", "1", "--tensorboard", "--out", str(out)], stop
+    )
+    assert (
+        code == 3 and err.count("\n") == 1 and f"{out} is no longer the folder of this run" in err
+    )
+    assert (
+        contents(out) == before
+        and checkpoint.load(tmp_path / "moved" / "checkpoint_last.pth.tar")["isl"]["total"] == 4
+    )
 
 
 @pytest.mark.parametrize("there", ["nothing", "an older file"])
-def test_what_another_run_has_saved_since_the_first_look_is_not_overwritten(tmp_path, monkeypatch, finished, there):
-    """Another run had the folder between the look for its checkpoint and the lock, and has ended."""
+def test_what_another_run_has_saved_since_the_first_look_is_not_overwritten(
+    tmp_path, monkeypatch, finished, there
+):
+    """Another run had the folder between the look for its checkpoint and the lock, and has
+    ended.
+    """
     out = tmp_path / "out"
     if there != "nothing":
         out.mkdir()
@@ -235,7 +291,12 @@ def test_what_another_run_has_saved_since_the_first_look_is_not_overwritten(tmp_
 
     monkeypatch.setattr(main_moco_isl, "RunFolder", late)
     code, _, err = ask([*FLAGS, "--out", str(out), "--resume", "auto"])
-    assert code == 2 and err.count("\n") == 1 and "checkpoint_last.pth.tar while this one was starting: give the same command again" in err
+    assert (
+        code == 2
+        and err.count("\n") == 1
+        and "checkpoint_last.pth.tar while this one was starting: give the same command again"
+        in err
+    )
     assert contents(out) == contents(finished)
 
 
@@ -246,9 +307,21 @@ def test_metrics_whose_checkpoints_are_gone_are_not_started_over(tmp_path, finis
     for path in out.glob("checkpoint_*"):
         path.unlink()
     before = contents(out)
-    argv = [*FLAGS, *(flag.format(finished) for flag in flags), "--out", str(out), "--resume", "auto"]
+    argv = [
+        *FLAGS,
+        *(flag.format(finished) for flag in flags),
+        "--out",
+        str(out),
+        "--resume",
+        "auto",
+    ]
     code, _, err = ask(argv)
-    assert code == 2 and err.count("\n") == 1 and "holds a run (metrics.jsonl) whose checkpoints are gone" in err and contents(out) == before
+    assert (
+        code == 2
+        and err.count("\n") == 1
+        and "holds a run (metrics.jsonl) whose checkpoints are gone" in err
+        and contents(out) == before
+    )
     if not flags:  # and what is said to help does
         (out / "metrics.jsonl").unlink()
         assert ask([*argv, "--max-steps", "1"])[0] == 0
@@ -260,19 +333,35 @@ def test_a_damaged_tensor_is_found_before_anything_is_written(tmp_path, finished
     weight = checkpoint.load(path)["state_dict"]["module.encoder_q.fc.0.weight"]
     whole = path.read_bytes()
     place = whole.index(weight.numpy().tobytes())
-    (tmp_path / "damaged").write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-    code, _, err = ask([*FLAGS, "--init", str(tmp_path / "damaged"), "--out", str(tmp_path / "out")])
-    assert code == 2 and err.count("\n") == 1 and "it is damaged (Bad CRC-32" in err and not (tmp_path / "out").exists()
+    (tmp_path / "damaged").write_bytes(
+        whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]
+    )
+    code, _, err = ask(
+        [*FLAGS, "--init", str(tmp_path / "damaged"), "--out", str(tmp_path / "out")]
+    )
+    assert (
+        code == 2
+        and err.count("\n") == 1
+        and "it is damaged (Bad CRC-32" in err
+        and not (tmp_path / "out").exists()
+    )
 
 
 def test_a_run_without_a_checkpoint_yet_is_started_over_by_the_same_flags_only(tmp_path, finished):
     shutil.copy(finished / "args.json", tmp_path)
     lines = (finished / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["epoch"] == 0))
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(line for line in lines if json.loads(line)["epoch"] == 0)
+    )
     before = contents(tmp_path)
     argv = [*FLAGS, "--out", str(tmp_path), "--resume", "auto", "--max-steps", "1"]
     code, _, err = ask([*argv, "--seed", "2"])
-    assert code == 2 and "--seed was 1 and is now 2" in err and "would overwrite its metrics.jsonl" in err and contents(tmp_path) == before
+    assert (
+        code == 2
+        and "--seed was 1 and is now 2" in err
+        and "would overwrite its metrics.jsonl" in err
+        and contents(tmp_path) == before
+    )
     seed = argv.index("--seed")
     assert ask(argv[:seed] + argv[seed + 2 :])[0] == 0  # the seed that was drawn is taken over
     assert json.loads((tmp_path / "args.json").read_text())["args"]["seed"] == 1
@@ -281,15 +370,23 @@ def test_a_run_without_a_checkpoint_yet_is_started_over_by_the_same_flags_only(t
     shutil.copy(finished / "metrics.jsonl", tmp_path)
     before = contents(tmp_path)
     code, _, err = ask(argv)
-    assert code == 2 and "without the args.json that says which run it is" in err and contents(tmp_path) == before
+    assert (
+        code == 2
+        and "without the args.json that says which run it is" in err
+        and contents(tmp_path) == before
+    )
 
 
 def test_an_args_json_of_somebody_else_stays(tmp_path):
     (tmp_path / "args.json").write_text('{"args": [1]}')
     for resume in (False, True):
-        with pytest.raises(BadInput, match="args.json' is there already and is none of this command's files"):
+        with pytest.raises(
+            BadInput, match="args.json' is there already and is none of this command's files"
+        ):
             RunFolder(tmp_path, resume)
-    assert names(tmp_path) == ["args.json"] and (tmp_path / "args.json").read_text() == '{"args": [1]}'
+    assert (
+        names(tmp_path) == ["args.json"] and (tmp_path / "args.json").read_text() == '{"args": [1]}'
+    )
 
 
 def test_a_lock_file_of_somebody_else_keeps_what_is_in_it(tmp_path):
@@ -322,15 +419,22 @@ def test_a_file_of_mocos_keeps_the_metrics_beside_it(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == '{}\n{"kind": "step"}\n'
 
 
-# ---- full disks, by real runs ----------------------------------------------------------------------------------------
+# ---- full disks, by real runs --------------------------------------------------------------------
+
 
 def test_a_limit_on_files_leaves_the_last_checkpoint_whole(tmp_path, finished):
     out, log = tmp_path / "out", tmp_path / "log"
     assert ask([*FLAGS, "--out", str(out), "--max-steps", "3"])[0] == 0
     before = (out / "checkpoint_last.pth.tar").read_bytes()
     full = Running([*FLAGS, "--out", out, "--resume", "auto"], log, largest_file=len(before) // 2)
-    assert full.codes() == [3] and f"File too large; the last whole checkpoint is {out}/checkpoint_last.pth.tar" in full.said()
-    assert (out / "checkpoint_last.pth.tar").read_bytes() == before and not list(out.glob("*" + checkpoint.TEMPORARY))
+    assert (
+        full.codes() == [3]
+        and f"File too large; the last whole checkpoint is {out}/checkpoint_last.pth.tar"
+        in full.said()
+    )
+    assert (out / "checkpoint_last.pth.tar").read_bytes() == before and not list(
+        out.glob("*" + checkpoint.TEMPORARY)
+    )
     run([*FLAGS, "--out", out, "--resume", "auto"], log)
     assert differences(finished, out) == []
 
@@ -354,7 +458,11 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(small_disk, tmp_path, fini
     (small_disk / "other").write_bytes(bytes(free - 50_000))
     before = (out / "checkpoint_last.pth.tar").read_bytes()
     code, _, err = ask([*FLAGS, "--out", str(out), "--resume", "auto"])
-    assert code == 3 and err.count("\n") == 1 and "No space left on device; the last whole checkpoint is" in err
+    assert (
+        code == 3
+        and err.count("\n") == 1
+        and "No space left on device; the last whole checkpoint is" in err
+    )
     assert (out / "checkpoint_last.pth.tar").read_bytes() == before
     (small_disk / "other").unlink()
     assert ask([*FLAGS, "--out", str(out), "--resume", "auto"])[0] == 0
@@ -372,7 +480,11 @@ def test_a_folder_that_may_not_be_written(tmp_path):
         path.chmod(0o500)
     try:
         code, _, err = ask([*FLAGS, "--out", str(path / "out")])
-        assert code == 2 and f"--out '{path}/out' cannot be written: no permission in {path}" in err and err.count("\n") == 1
+        assert (
+            code == 2
+            and f"--out '{path}/out' cannot be written: no permission in {path}" in err
+            and err.count("\n") == 1
+        )
     finally:
         libc.umount2(str(path).encode(), 2)
         path.chmod(0o700)
@@ -389,13 +501,27 @@ def test_checkpoints_that_an_earlier_version_saved_are_missed_too(tmp_path, fini
     code, _, err = ask([*FLAGS, "--out", str(out), "--resume", "auto"])
     assert code == 2 and "whose checkpoints are gone" in err and contents(out) == before
     lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (out / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["epoch"] == 0))
+    (out / "metrics.jsonl").write_text(
+        "".join(line for line in lines if json.loads(line)["epoch"] == 0)
+    )
     assert flags_of_unsaved(out)["epochs"] == 2, "it may have ended before its first checkpoint"
 
 
-@pytest.mark.parametrize("args", [{"epochs": "x"}, {"epochs": None, "cos": False}, {"epochs": 0.5}, {"schedule": {"a": 1}}, {"seed": "x"}, "["])
+@pytest.mark.parametrize(
+    "args",
+    [
+        {"epochs": "x"},
+        {"epochs": None, "cos": False},
+        {"epochs": 0.5},
+        {"schedule": {"a": 1}},
+        {"seed": "x"},
+        "[",
+    ],
+)
 def test_odd_flags_of_a_run_without_a_checkpoint_are_one_line(tmp_path, args):
-    text = json.dumps({"version": "0.1.0", "args": args}) if isinstance(args, dict) else args * 100_000
+    text = (
+        json.dumps({"version": "0.1.0", "args": args}) if isinstance(args, dict) else args * 100_000
+    )
     (tmp_path / "args.json").write_text(text)
     (tmp_path / "metrics.jsonl").write_text('{"kind": "step", "epoch": 0}\n')
     before = contents(tmp_path)

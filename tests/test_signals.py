@@ -1,4 +1,6 @@
-"""Signals set a flag, ranks agree on the step, what was reached is saved, 75 comes out; and nothing hangs when somebody dies."""
+"""Signals set a flag, ranks agree on the step, what was reached is saved, 75 comes out; and nothing
+hangs when somebody dies.
+"""
 
 import contextlib
 import json
@@ -27,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 LONG = [*DIGITS, "--epochs", "1000", "--save-every", "5"]
 
 
-# ---- the flag --------------------------------------------------------------------------------------------------------
+# ---- the flag ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -58,7 +60,7 @@ def test_a_launchers_own_question_takes_no_handlers():
     before, asked = signal.getsignal(signal.SIGTERM), []
     with Stop(lambda: len(asked) > 2) as stop:
         assert signal.getsignal(signal.SIGTERM) is before
-        assert [b for b in stop.watch([1, 2], 2)] == [1, 2]
+        assert list(stop.watch([1, 2], 2)) == [1, 2]
         asked += [1, 2, 3]
         assert stop.agreed()
 
@@ -66,7 +68,8 @@ def test_a_launchers_own_question_takes_no_handlers():
 def test_signals_blocked_before_are_let_in():
     """As in a rank just spawned: one that came meanwhile is neither lost nor deadly."""
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)  # sent to the process, a thread that some other test left would take it, and die
+    # sent to the process, a thread that some other test left would take it, and die
+    signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
     with Stop() as stop:
         assert stop.here()
 
@@ -87,7 +90,18 @@ def test_a_signal_while_ranks_are_being_started_is_passed_on(monkeypatch):
     monkeypatch.setattr(cli, "_judge_ends", lambda *_: None)
     before = signal.getsignal(signal.SIGUSR1)
     try:
-        cli._spawn(None, SimpleNamespace(multiprocessing_distributed=True, nproc_per_node=1, gpu=None, dist_url="env://", device="cpu"), (), None)
+        cli._spawn(
+            None,
+            SimpleNamespace(
+                multiprocessing_distributed=True,
+                nproc_per_node=1,
+                gpu=None,
+                dist_url="env://",
+                device="cpu",
+            ),
+            (),
+            None,
+        )
     finally:
         done.set()
         other.join()
@@ -105,7 +119,8 @@ def _one_was_asked(rank, world):
 
     with Stop(later) as stop:
         try:
-            for batch in stop.watch(range(2 if rank == 0 else 5), 5):  # rank 0 has fewer, and goes on asking
+            # rank 0 has fewer, and goes on asking
+            for batch in stop.watch(range(2 if rank == 0 else 5), 5):
                 seen.append(batch)
             seen.append("end")
         except Interrupted:
@@ -114,7 +129,10 @@ def _one_was_asked(rank, world):
 
 
 def test_ranks_agree_though_one_was_asked_and_has_fewer_batches():
-    assert run_ranks(2, _one_was_asked) == [(True, [0, 1, "interrupted"]), (True, [0, 1, 2, "interrupted"])]
+    assert run_ranks(2, _one_was_asked) == [
+        (True, [0, 1, "interrupted"]),
+        (True, [0, 1, 2, "interrupted"]),
+    ]
 
 
 def test_a_hangup_that_nohup_ignores_stays_ignored():
@@ -135,7 +153,9 @@ def test_what_is_said_to_a_terminal_that_has_gone_goes_nowhere():
         with contextlib.suppress(BaseException):
             os.close(gone)
             os.close(master)
-            os.read(waits, 1)  # until the parent has closed the other end of the terminal too: writing raises EIO from then on
+            # until the parent has closed the other end of the terminal too: writing raises EIO from
+            # then on
+            os.read(waits, 1)
             os.dup2(slave, 1)
             os.dup2(slave, 2)
             signals.say("=> SIGHUP")
@@ -148,18 +168,33 @@ def test_what_is_said_to_a_terminal_that_has_gone_goes_nowhere():
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-# ---- runs ------------------------------------------------------------------------------------------------------------
+# ---- runs ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, stage, number, rank", [
-    ("one process", "epoch", signal.SIGTERM, 0), ("one process", "GAN", signal.SIGHUP, 0), ("one process", "mining", signal.SIGINT, 0), ("one process", "save", signal.SIGUSR2, 0),
-    ("two ranks", "epoch", signal.SIGTERM, 1), ("two ranks", "GAN", signal.SIGUSR2, 0), ("two ranks", "mining", signal.SIGUSR1, 1),
-])  # fmt: skip
-def test_a_signal_saves_leaves_with_75_and_the_run_goes_on_exactly(tmp_path, name, stage, number, rank):
+@pytest.mark.parametrize(
+    "name, stage, number, rank",
+    [
+        ("one process", "epoch", signal.SIGTERM, 0),
+        ("one process", "GAN", signal.SIGHUP, 0),
+        ("one process", "mining", signal.SIGINT, 0),
+        ("one process", "save", signal.SIGUSR2, 0),
+        ("two ranks", "epoch", signal.SIGTERM, 1),
+        ("two ranks", "GAN", signal.SIGUSR2, 0),
+        ("two ranks", "mining", signal.SIGUSR1, 1),
+    ],
+)
+def test_a_signal_saves_leaves_with_75_and_the_run_goes_on_exactly(
+    tmp_path, name, stage, number, rank
+):
     way, out, log = setting(name), tmp_path / "out", tmp_path / "log"
-    stopped = Running([*way.argv, "--out", out], log, ranks=way.ranks, kill=(rank, Kill(stage, 2, 0.005, number)))
+    stopped = Running(
+        [*way.argv, "--out", out], log, ranks=way.ranks, kill=(rank, Kill(stage, 2, 0.005, number))
+    )
     assert set(stopped.codes()) == {75}, stopped.said()
-    assert len(re.findall("=> interrupted: saved (at|before)", stopped.said())) == 1 and "Traceback" not in stopped.said()
+    assert (
+        len(re.findall("=> interrupted: saved (at|before)", stopped.said())) == 1
+        and "Traceback" not in stopped.said()
+    )
     run([*way.argv, "--out", out, "--resume", "auto"], log, ranks=way.ranks)
     assert differences(way.whole, out) == []
 
@@ -173,11 +208,16 @@ def test_what_is_said_with_stdout_closed_goes_into_no_file(tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     ) as process:
         metrics = tmp_path / "out" / "metrics.jsonl"
-        wait_until(lambda: (metrics.exists() and metrics.stat().st_size) or process.poll() is not None)
+        wait_until(
+            lambda: (metrics.exists() and metrics.stat().st_size) or process.poll() is not None
+        )
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 75
     assert all(json.loads(line)["kind"] for line in metrics.read_text().splitlines())
-    assert {p.name for p in (tmp_path / "out").iterdir()} >= {"checkpoint_last.pth.tar", "metrics.jsonl"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} >= {
+        "checkpoint_last.pth.tar",
+        "metrics.jsonl",
+    }
 
 
 def test_a_second_run_on_a_live_folder_refuses(tmp_path):
@@ -185,15 +225,31 @@ def test_a_second_run_on_a_live_folder_refuses(tmp_path):
     first.wait_for("Epoch: [0]")
     for more in ([], ["--resume", "auto"]):
         code, _, err = ask([*LONG, "--out", str(tmp_path / "out"), *more])
-        assert code == 2 and ("in use by a run that is alive" in err or "holds a run already" in err)
+        assert code == 2 and (
+            "in use by a run that is alive" in err or "holds a run already" in err
+        )
     first.signal(signal.SIGTERM)
     assert first.codes() == [75]
-    assert ask([*LONG, "--out", str(tmp_path / "out"), "--resume", "auto", "--max-steps", "1"])[0] == 0
+    assert (
+        ask([*LONG, "--out", str(tmp_path / "out"), "--resume", "auto", "--max-steps", "1"])[0] == 0
+    )
 
 
 def test_the_lock_dies_with_the_main_process_and_not_with_its_workers(tmp_path):
-    """Workers whose parent was killed look up only every few seconds; here they cannot look up at all."""
-    flags = [*photos(tmp_path / "photos"), "--epochs", "1000", "-j", "1", "--out", tmp_path / "out", "--save-every", "1"]
+    """Workers whose parent was killed look up only every few seconds; here they cannot look up at
+    all.
+    """
+    flags = [
+        *photos(tmp_path / "photos"),
+        "--epochs",
+        "1000",
+        "-j",
+        "1",
+        "--out",
+        tmp_path / "out",
+        "--save-every",
+        "1",
+    ]
     first = Running(flags, tmp_path / "log")
     first.wait_for("Epoch: [0]")
     worker = first.children()[0]
@@ -207,7 +263,7 @@ def test_the_lock_dies_with_the_main_process_and_not_with_its_workers(tmp_path):
     assert "already finished" in (tmp_path / "log2").read_text()
 
 
-# ---- who ended, and who was the cause --------------------------------------------------------------------------------
+# ---- who ended, and who was the cause ------------------------------------------------------------
 
 
 def _end(how):
@@ -238,16 +294,28 @@ def test_a_launchers_stop_reaches_the_ranks():
         for process in processes:
             process.kill()
 
-    assert sorted(cli._ends(processes, lambda: True, pass_on)) == [(0, -9), (1, -9)] and passed == [signal.SIGTERM]
+    assert sorted(cli._ends(processes, lambda: True, pass_on)) == [(0, -9), (1, -9)] and passed == [
+        signal.SIGTERM
+    ]
 
 
-@pytest.mark.parametrize("ends, error, words", [
-    ([(0, 0), (1, 0)], None, ""),
-    ([(0, cli.LOST), (1, -9)], RunFailed, "process 1 of 2 was ended by SIGKILL, and the others were stopped"),
-    ([(1, 1), (0, -9)], RunFailed, "process 1 of 2 ended with exit code 1"),
-    ([(0, cli.LOST), (1, cli.LOST)], RunFailed, "process 0 of 2 lost the others"),
-    ([(0, cli.LOST), (1, 3)], RunFailed, "^$"), ([(1, 2), (0, 2)], BadInput, "^$"), ([(0, 75), (1, 75)], Interrupted, "^$"), ([(0, 130), (1, 130)], KeyboardInterrupt, "^$"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "ends, error, words",
+    [
+        ([(0, 0), (1, 0)], None, ""),
+        (
+            [(0, cli.LOST), (1, -9)],
+            RunFailed,
+            "process 1 of 2 was ended by SIGKILL, and the others were stopped",
+        ),
+        ([(1, 1), (0, -9)], RunFailed, "process 1 of 2 ended with exit code 1"),
+        ([(0, cli.LOST), (1, cli.LOST)], RunFailed, "process 0 of 2 lost the others"),
+        ([(0, cli.LOST), (1, 3)], RunFailed, "^$"),
+        ([(1, 2), (0, 2)], BadInput, "^$"),
+        ([(0, 75), (1, 75)], Interrupted, "^$"),
+        ([(0, 130), (1, 130)], KeyboardInterrupt, "^$"),
+    ],
+)
 def test_the_first_to_fail_is_the_cause_unless_it_only_lost_another(ends, error, words):
     if error is None:
         return cli._judge_ends(ends, 2)
@@ -277,7 +345,11 @@ def test_ctrl_c_twice_ends_with_130_and_a_line(capsys):
         raise KeyboardInterrupt
 
     assert cli.exit_code(script) == 130
-    assert capsys.readouterr().err == "=> interrupted: at once, without saving; --resume auto goes on from the last checkpoint\n"
+    assert (
+        capsys.readouterr().err
+        == "=> interrupted: at once, without saving; --resume auto goes on from the last"
+        " checkpoint\n"
+    )
 
 
 def test_a_defect_keeps_its_traceback():
@@ -288,33 +360,62 @@ def test_a_defect_keeps_its_traceback():
         cli.exit_code(script)
 
 
-# ---- ranks started by the script, and by torchrun ---------------------------------------------------------------------
+# ---- ranks started by the script, and by torchrun ------------------------------------------------
 
 
 def test_ranks_that_the_script_starts(tmp_path):
-    """Ctrl-C as a terminal sends it, to all at once and so early that the ranks are still importing: they save and 75 comes out. Then one is killed."""
-    flags = [*LONG, "--multiprocessing-distributed", "--nproc-per-node", "2", "--out", tmp_path / "out", "--resume", "auto"]
+    """Ctrl-C as a terminal sends it, to all at once and so early that the ranks are still
+    importing: they save and 75 comes out. Then one is killed.
+    """
+    flags = [
+        *LONG,
+        "--multiprocessing-distributed",
+        "--nproc-per-node",
+        "2",
+        "--out",
+        tmp_path / "out",
+        "--resume",
+        "auto",
+    ]
     early = Running(flags, tmp_path / "early")
     early.wait_until(lambda: len(early.children()) == 2)
     for pid in (*early.children(), early.processes[0].pid):
         os.kill(pid, signal.SIGINT)
     assert early.codes() == [75], early.said()
-    assert [line for line in early.said().splitlines() if "=> interrupted" in line] == ["=> interrupted: saved at epoch 0, step 1 of 7: go on with --resume auto"]
+    assert [line for line in early.said().splitlines() if "=> interrupted" in line] == [
+        "=> interrupted: saved at epoch 0, step 1 of 7: go on with --resume auto"
+    ]
 
     late = Running(flags, tmp_path / "late")
     late.wait_for("Epoch: [0]")
     os.kill(late.children()[1], signal.SIGKILL)
     assert late.codes(timeout=60) == [3]
     errors = [line for line in late.said().splitlines() if not line.startswith(("=> ", "Epoch:"))]
-    assert errors == ["error: process 1 of 2 was ended by SIGKILL, and the others were stopped. Resume with --resume auto"]
+    assert errors == [
+        "error: process 1 of 2 was ended by SIGKILL, and the others were stopped. Resume with"
+        " --resume auto"
+    ]
 
 
 def test_a_rank_of_torchrun_is_killed(tmp_path):
     log = tmp_path / "log"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "main_moco_isl.py", *LONG, "--out", tmp_path / "out"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "main_moco_isl.py",
+        *LONG,
+        "--out",
+        tmp_path / "out",
+    ]
     with open(log, "w") as file:
-        process = subprocess.Popen([*map(str, command)], stdout=file, stderr=file, env=environment, cwd=ROOT)
+        process = subprocess.Popen(
+            [*map(str, command)], stdout=file, stderr=file, env=environment, cwd=ROOT
+        )
     try:
         wait_until(lambda: "Epoch: [0]" in log.read_text() or process.poll() is not None)
         os.kill(children(process.pid)[1], signal.SIGKILL)
@@ -325,4 +426,6 @@ def test_a_rank_of_torchrun_is_killed(tmp_path):
     said = log.read_text()
     assert "error: rank 0 lost another rank, which has ended" in said
     assert "Signal 9 (SIGKILL) received by PID" in said
-    assert ask([*LONG, "--out", str(tmp_path / "out"), "--resume", "auto", "--max-steps", "1"])[0] == 0
+    assert (
+        ask([*LONG, "--out", str(tmp_path / "out"), "--resume", "auto", "--max-steps", "1"])[0] == 0
+    )

@@ -1,4 +1,6 @@
-"""Precision guessed without labels, the widest set that it bears, and the miner of neighbourhood means: against loops, on ranks, in a run."""
+"""Precision guessed without labels, the widest set that it bears, and the miner of neighbourhood
+means: against loops, on ranks, in a run.
+"""
 
 import json
 import math
@@ -21,14 +23,19 @@ from tests.test_miners import clusters, rows
 
 
 def mine(miner, features, seed=0, views=None):
-    return miner.mine(features, PositiveSets.empty(len(features)), torch.Generator().manual_seed(seed), views=views)
+    return miner.mine(
+        features,
+        PositiveSets.empty(len(features)),
+        torch.Generator().manual_seed(seed),
+        views=views,
+    )
 
 
 def nearest(x, i, k):
     return sorted((j for j in range(len(x)) if j != i), key=lambda j: -float(x[i] @ x[j]))[:k]
 
 
-# ---- neighbourhood means ---------------------------------------------------------------------------------------------
+# ---- neighbourhood means -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("power", [0.0, 3.0])
@@ -37,7 +44,9 @@ def test_neighbourhood_means_equal_loops(power):
     found = neighbourhood_means(x, 6, power)
     for i in range(70):
         weight = {j: max(float(x[i] @ x[j]), 0) ** power for j in nearest(x, i, 6)}
-        assert torch.allclose(found[i], F.normalize(x[i] + sum(w * x[j] for j, w in weight.items()), dim=0), atol=1e-5)
+        assert torch.allclose(
+            found[i], F.normalize(x[i] + sum(w * x[j] for j, w in weight.items()), dim=0), atol=1e-5
+        )
 
 
 def test_average_miner_takes_the_pairs_whose_means_are_most_similar():
@@ -45,7 +54,9 @@ def test_average_miner_takes_the_pairs_whose_means_are_most_similar():
     means = neighbourhood_means(x, 8, 3.0)
     sets = mine(AverageMiner(k=8, candidates=69, budget=2.0, max_share=1.0), x)
     best = sorted((-float(means[i] @ means[j]), i, j) for i in range(70) for j in range(i))[:70]
-    assert {frozenset(pair) for pair in zip(sets.sources().tolist(), sets.members.tolist())} == {frozenset(pair[1:]) for pair in best}
+    assert {frozenset(pair) for pair in zip(sets.sources().tolist(), sets.members.tolist())} == {
+        frozenset(pair[1:]) for pair in best
+    }
 
 
 def test_average_miner_takes_features_and_views_together():
@@ -53,27 +64,43 @@ def test_average_miner_takes_features_and_views_together():
     together = F.normalize(torch.stack([sum(parts) for parts in zip(x, *views)]), dim=1)
     miner, plain = (AverageMiner(k=8, candidates=20, budget=2.0) for _ in range(2))
     found, wanted = mine(miner, x, views=views), mine(plain, together)
-    assert found.num_edges == 140 and torch.equal(found.offsets, wanted.offsets) and torch.equal(found.members, wanted.members)
+    assert (
+        found.num_edges == 140
+        and torch.equal(found.offsets, wanted.offsets)
+        and torch.equal(found.members, wanted.members)
+    )
     assert miner.views is None and not torch.equal(found.members, mine(plain, x).members)
 
 
 def test_means_find_more_right_pairs_than_cosines_where_features_are_noisy():
     x, labels = clusters(600, C=32, groups=6, spread=2.0), torch.arange(600) % 6
-    by_means, by_cosine = (mine(miner, x).precision(labels) for miner in (AverageMiner(k=30, budget=5.0), KNNMiner(k=20, budget=5.0)))
+    by_means, by_cosine = (
+        mine(miner, x).precision(labels)
+        for miner in (AverageMiner(k=30, budget=5.0), KNNMiner(k=20, budget=5.0))
+    )
     assert by_means > by_cosine + 0.05
 
 
 def _on_ranks(rank, world, trust, views=False):
     miner = AverageMiner(k=10, budget=6.0, trust=trust)
-    sets = mine(miner, clusters(600, spread=0.8), views=[clusters(600, spread=0.8, seed=seed) for seed in (1, 2)] if views else None)
-    return sets.state_dict(), [miner.report[name] for name in ("precision_estimate", "precision_at_most")]
+    sets = mine(
+        miner,
+        clusters(600, spread=0.8),
+        views=[clusters(600, spread=0.8, seed=seed) for seed in (1, 2)] if views else None,
+    )
+    return sets.state_dict(), [
+        miner.report[name] for name in ("precision_estimate", "precision_at_most")
+    ]
 
 
 @pytest.mark.parametrize("trust, views", [(None, False), (0.9, False), (0.9, True)])
 def test_ranks_find_and_estimate_what_one_does(trust, views):
     alone, share = _on_ranks(0, 1, trust, views)
     for sets, other in run_ranks(2, _on_ranks, trust, views):
-        assert all(torch.equal(sets[key], alone[key]) for key in ("offsets", "members")) and other == share
+        assert (
+            all(torch.equal(sets[key], alone[key]) for key in ("offsets", "members"))
+            and other == share
+        )
 
 
 def test_senseless_means_are_refused():
@@ -82,16 +109,28 @@ def test_senseless_means_are_refused():
             AverageMiner(**wrong)
 
 
-# ---- the estimate ----------------------------------------------------------------------------------------------------
+# ---- the estimate --------------------------------------------------------------------------------
 
 
 def test_halves_share_the_dimensions_out():
     x = rows(5, C=7)
     first, second = halves(x)
-    assert first.shape[1] + second.shape[1] == 7 and torch.allclose(first.norm(dim=1), torch.ones(5))
+    assert first.shape[1] + second.shape[1] == 7 and torch.allclose(
+        first.norm(dim=1), torch.ones(5)
+    )
     assert torch.equal(halves(x)[0], first), "always the same ones"
-    both = sorted(torch.cat([first[0] / first[0].abs().max(), second[0] / second[0].abs().max()]).tolist())
-    parts = [[v / max(map(abs, part)) for v in part] for part in (x[0, order].tolist() for order in torch.randperm(7, generator=torch.Generator().manual_seed(0)).tensor_split(2))]
+    both = sorted(
+        torch.cat([first[0] / first[0].abs().max(), second[0] / second[0].abs().max()]).tolist()
+    )
+    parts = [
+        [v / max(map(abs, part)) for v in part]
+        for part in (
+            x[0, order].tolist()
+            for order in torch.randperm(7, generator=torch.Generator().manual_seed(0)).tensor_split(
+                2
+            )
+        )
+    ]
     assert both == pytest.approx(sorted([*parts[0], *parts[1]]))
 
 
@@ -99,7 +138,12 @@ def test_halves_share_the_dimensions_out():
 def test_both_estimates_equal_loops(curve):
     M, x = 80, clusters(80, groups=4, spread=0.8)
     a, b = torch.randint(M, (2, 30), generator=torch.Generator().manual_seed(0))
-    k, views = M // 8, halves(x) if curve == "halves" else [clusters(80, groups=4, spread=0.8, seed=seed) for seed in (1, 2)]
+    k = M // 8
+    views = (
+        halves(x)
+        if curve == "halves"
+        else [clusters(80, groups=4, spread=0.8, seed=seed) for seed in (1, 2)]
+    )
     A, B, e = (2.70, 1.20, 0.02) if curve == "halves" else (4.10, 1.44, 0.002)
     near = [[set(nearest(view, i, k)) for i in range(M)] for view in views]
     found = by_halves(x, a, b) if curve == "halves" else by_views(views, a, b)
@@ -122,7 +166,9 @@ def test_widest_equals_brute_force():
     generator = torch.Generator().manual_seed(2)
     for _ in range(30):
         n = int(torch.randint(40, 90, (1,), generator=generator))
-        share = torch.rand(n, generator=generator).sort(descending=True).values * 0.5 + 0.4 * torch.rand(n, generator=generator)
+        share = torch.rand(n, generator=generator).sort(
+            descending=True
+        ).values * 0.5 + 0.4 * torch.rand(n, generator=generator)
         at = torch.linspace(0, 499, n).round().long()
         good = [m for m in range(32, n + 1) if float(share[:m].double().mean()) >= 0.62]
         expected = 0 if not good else 500 if good[-1] == n else int(at[good[-1] - 1]) + 1
@@ -134,7 +180,11 @@ def test_a_sample_stands_for_all_pairs(monkeypatch):
     a, b = torch.randint(300, (2, 1000), generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(estimate, "SAMPLE", 200)
     share, at = sampled(by_halves, x, a, b)
-    assert len(at) == 200 and (at[0], at[-1]) == (0, 999) and torch.equal(share, by_halves(x, a[at], b[at]))
+    assert (
+        len(at) == 200
+        and (at[0], at[-1]) == (0, 999)
+        and torch.equal(share, by_halves(x, a[at], b[at]))
+    )
 
 
 def _stopped(rank, world):
@@ -152,22 +202,32 @@ def test_a_stop_of_rank_0_stops_all():
     assert run_ranks(2, _stopped) == ["interrupted"] * 2
 
 
-# ---- what the bound does ---------------------------------------------------------------------------------------------
+# ---- what the bound does -------------------------------------------------------------------------
 
 
 def test_the_widest_set_that_the_estimate_bears_is_kept():
-    """Clear groups beside noise: the bound ends the list of pairs, surest first, and the estimate of what stays is not below it."""
+    """Clear groups beside noise: the bound ends the list of pairs, surest first, and the estimate
+    of what stays is not below it.
+    """
     x = torch.cat([clusters(400, C=32, groups=4, spread=0.5), rows(1200, C=32, seed=5)])
     free, bound = KNNMiner(k=10, budget=8.0), KNNMiner(k=10, budget=8.0, trust=0.9)
     wide, narrow = mine(free, x), mine(bound, x)
-    assert 0 < narrow.num_edges < wide.num_edges and free.report["precision_at_most"] < 0.9 <= bound.report["precision_at_most"] + 1e-6
-    assert float(narrow.sureness.min()) >= float(wide.sureness.sort(descending=True).values[narrow.num_edges - 1]) - 1e-6
+    assert (
+        0 < narrow.num_edges < wide.num_edges
+        and free.report["precision_at_most"] < 0.9 <= bound.report["precision_at_most"] + 1e-6
+    )
+    assert (
+        float(narrow.sureness.min())
+        >= float(wide.sureness.sort(descending=True).values[narrow.num_edges - 1]) - 1e-6
+    )
 
 
 def test_nothing_sure_enough_is_said():
     miner = KNNMiner(k=5, budget=5.0, trust=0.95)
     sets = mine(miner, rows(400, C=32))
-    assert sets.num_edges == 0 and miner.report["why"].startswith("nothing sure enough to add this round: of the surest pairs ")
+    assert sets.num_edges == 0 and miner.report["why"].startswith(
+        "nothing sure enough to add this round: of the surest pairs "
+    )
 
 
 def test_what_is_never_dropped_stays():
@@ -179,7 +239,11 @@ def test_what_is_never_dropped_stays():
 
 
 def test_the_flag_names_a_bound():
-    assert (options.trust("off"), options.trust("auto"), options.trust("0.7")) == (None, options.AUTO, 0.7)
+    assert (options.trust("off"), options.trust("auto"), options.trust("0.7")) == (
+        None,
+        options.AUTO,
+        0.7,
+    )
     for wrong in ("sure", "0", "1.2", "nan"):
         with pytest.raises(BadInput, match="expected auto, off, or a precision"):
             options.trust(wrong)
@@ -187,29 +251,65 @@ def test_the_flag_names_a_bound():
 
 def test_views_decide_where_they_are_there():
     """Features in clear groups that two views of the images do not bear out."""
-    x, chance = clusters(600, C=32, groups=6, spread=0.3), [rows(600, C=32, seed=seed) for seed in (1, 2)]
+    x = clusters(600, C=32, groups=6, spread=0.3)
+    chance = [rows(600, C=32, seed=seed) for seed in (1, 2)]
     miner = KNNMiner(k=5, budget=3.0)
     sets = mine(miner, x, views=chance)
-    assert sets.num_edges == 1800 and miner.report["precision_at_most"] > 0.9 and miner.report["precision_estimate"] < 0.2
+    assert (
+        sets.num_edges == 1800
+        and miner.report["precision_at_most"] > 0.9
+        and miner.report["precision_estimate"] < 0.2
+    )
     miner.rules.trust = 0.8
     assert mine(miner, x).num_edges == 1800
-    assert mine(miner, x, views=chance).num_edges == 0 and re.match("nothing sure enough .*: of the surest pairs 1?[0-9] % are estimated", miner.report["why"])
+    assert mine(miner, x, views=chance).num_edges == 0 and re.match(
+        "nothing sure enough .*: of the surest pairs 1?[0-9] % are estimated", miner.report["why"]
+    )
 
 
 def test_views_are_asked_for_by_a_bound():
-    flags = lambda *more: options.get_parser("").parse_args([*DIGITS, "--miner", "knn", *more])  # noqa: E731
-    for more, expected in [([], False), (["--isl-trust", "auto"], True), (["--isl-trust", "auto", "--no-isl-views"], False), (["--isl-views"], True)]:
+    flags = lambda *more: options.get_parser("").parse_args([*DIGITS, "--miner", "knn", *more])
+    for more, expected in [
+        ([], False),
+        (["--isl-trust", "auto"], True),
+        (["--isl-trust", "auto", "--no-isl-views"], False),
+        (["--isl-views"], True),
+    ]:
         args = flags(*more)
         options.check_args(args)
         assert args.isl_views is expected
 
 
 def test_a_run_says_its_estimate_and_that_nothing_is_sure(tmp_path):
-    flags = [*DIGITS, "--epochs", "1", "--max-steps", "1", "--miner", "average", "--isl-start", "0", "--isl-neighbors", "20"]
+    flags = [
+        *DIGITS,
+        "--epochs",
+        "1",
+        "--max-steps",
+        "1",
+        "--miner",
+        "average",
+        "--isl-start",
+        "0",
+        "--isl-neighbors",
+        "20",
+    ]
     code, out, err = ask([*flags, "--out", str(tmp_path / "free")])
-    assert (code, err) == (0, "") and "; at most 0." in out and " by the estimate without labels" in out
-    line = next(x for x in map(json.loads, (tmp_path / "free" / "metrics.jsonl").read_text().splitlines()) if x["kind"] == "round")
-    assert 0 < line["precision_at_most"] < 1 and line["precision"] > 0 and line["precision_estimate"] is None
+    assert (
+        (code, err) == (0, "")
+        and "; at most 0." in out
+        and " by the estimate without labels" in out
+    )
+    line = next(
+        x
+        for x in map(json.loads, (tmp_path / "free" / "metrics.jsonl").read_text().splitlines())
+        if x["kind"] == "round"
+    )
+    assert (
+        0 < line["precision_at_most"] < 1
+        and line["precision"] > 0
+        and line["precision_estimate"] is None
+    )
     code, out, _ = ask([*flags, "--isl-trust", "0.999", "--out", str(tmp_path / "bound")])
     assert code == 0 and "nothing sure enough to add this round: of the surest pairs " in out
 
@@ -225,7 +325,13 @@ def test_errors_of_the_estimate_are_what_it_says_less_what_is_right():
         a, b = sets[name]
         truth = statistics.fmean(i % 5 == j % 5 for i, j in zip(a.tolist(), b.tolist()))
         guesses = {"halves": by_halves(features, a, b), "views": by_views(views, a, b)}
-        assert errors[name] == pytest.approx({"truth": 100 * truth, **{by: 100 * (float(p.mean()) - truth) for by, p in guesses.items()}}, abs=1e-3)
+        assert errors[name] == pytest.approx(
+            {
+                "truth": 100 * truth,
+                **{by: 100 * (float(p.mean()) - truth) for by, p in guesses.items()},
+            },
+            abs=1e-3,
+        )
         assert bool((a != b).all()) and len(a) <= study.SAMPLE
     near = features @ features.T - 2 * torch.eye(150)
     a, b = sets["own nearest, 5"]

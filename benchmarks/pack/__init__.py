@@ -1,1 +1,4 @@
-"""The first minutes on a GPU: what is proven, measured and trained there, in one command. See `benchmarks.pack.__main__`."""
+"""The first minutes on a GPU: what is proven, measured and trained there, in one command.
+
+See `benchmarks.pack.__main__`.
+"""

@@ -1,14 +1,18 @@
-"""The first minutes on a GPU, in one command: proof that the fast path is right there, figures, and a comparison of the miners.
+"""The first minutes on a GPU, in one command: proof that the fast path is right there, figures, and
+a comparison of the miners.
 
-    python -m benchmarks.pack --data DIR --out OUT              nine minutes; DIR has train/ and val/ with a folder a class
-    python -m benchmarks.pack --quick --out OUT                 all of it at the smallest sizes; without a GPU a CPU stands in for one
-    benchmarks/gpu.sh cifar10_jpeg.tar.gz OUT                   the same nine minutes, of images in an archive
+    python -m benchmarks.pack --data DIR --out OUT              nine minutes; DIR has train/ and
+    val/ with a folder a class python -m benchmarks.pack --quick --out OUT                 all of it
+    at the smallest sizes; without a GPU a CPU stands in for one benchmarks/gpu.sh
+    cifar10_jpeg.tar.gz OUT                   the same nine minutes, of images in an archive
 
-OUT has rows.jsonl (a line a row, as it comes), table.txt (the rows in words), results.tgz (both, logs, metrics, and results/*.json for
-benchmarks/results) and encoder_fp16.pth.tar. All four are whole at any moment: the command may be cut off.
+OUT has rows.jsonl (a line a row, as it comes), table.txt (the rows in words), results.tgz (both,
+logs, metrics, and results/*.json for benchmarks/results) and encoder_fp16.pth.tar. All four are
+whole at any moment: the command may be cut off.
 
-Part C trains from the first second on. Part A runs beside it; while part B measures, the trainer is stopped by SIGSTOP.
-Every part is a process of its own: one that fails or hangs costs no other. Exit code 1 where a proof failed or a row is missing.
+Part C trains from the first second on. Part A runs beside it; while part B measures, the trainer is
+stopped by SIGSTOP. Every part is a process of its own: one that fails or hangs costs no other. Exit
+code 1 where a proof failed or a row is missing.
 """
 
 import argparse
@@ -56,8 +60,14 @@ PROOF: dict[str, Run] = {  # and beside it the compilers; those of width 32 run 
     "warm-gan": figures.warm_gan,
     "warm-w64": lambda context: warm(context, "w64", ("fast",)),
 }
-FIGURES: dict[str, Run] = {"photos": figures.photos, "mining": figures.mining, "small": figures.small}
-PROOF_SECONDS, FIGURES_SECONDS = 95, {"photos": 65, "mining": 45, "small": 30}  # at most, of nine minutes
+FIGURES: dict[str, Run] = {
+    "photos": figures.photos,
+    "mining": figures.mining,
+    "small": figures.small,
+}
+# at most, of nine minutes
+PROOF_SECONDS = 95
+FIGURES_SECONDS = {"photos": 65, "mining": 45, "small": 30}
 PARTS: dict[str, Run] = {**PROOF, **FIGURES, "science": science.science}
 OUTSIDE = {"suite"}  # whose tests bring their own stand-in for a GPU
 
@@ -65,7 +75,10 @@ OUTSIDE = {"suite"}  # whose tests bring their own stand-in for a GPU
 def plan(only: list[str]) -> dict[str, list[str]]:
     """Table -> names of the rows that these parts are to write."""
     tables = {"proof": proof.PLAN, "figures": figures.PLAN, "science": science.PLAN}
-    return {table: [what for part, rows in parts.items() if part in only for what in rows] for table, parts in tables.items()}
+    return {
+        table: [what for part, rows in parts.items() if part in only for what in rows]
+        for table, parts in tables.items()
+    }
 
 
 # ---------------------------------------------------------------- a part, in its own process
@@ -75,7 +88,8 @@ def one_part(name: str, args: argparse.Namespace) -> int:
     """Wait for the word on stdin, which says when the part has to end, then run it."""
     record = Record(args.out, args.began, plan(args.only))
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # Linux: no part outlives the pack
+        # Linux: no part outlives the pack
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     warnings.showwarning = lambda message, *_, **__: fall_back(record, name, str(message))
     with contextlib.ExitStack() as stack:
         rehearsal = not torch.cuda.is_available()
@@ -91,7 +105,9 @@ def one_part(name: str, args: argparse.Namespace) -> int:
 
 
 def fall_back(record: Record, name: str, message: str) -> None:
-    """Print a warning; one that a slower way was taken instead of a fast one is a note too: the figures are of that way."""
+    """Print a warning; one that a slower way was taken instead of a fast one is a note too: the
+    figures are of that way.
+    """
     print(f"warning: {message}", flush=True)
     if "used instead" in message:
         record.add("note", f"{name}: {message}"[:300])
@@ -99,21 +115,49 @@ def fall_back(record: Record, name: str, message: str) -> None:
 
 def command_of(name: str, args: argparse.Namespace) -> list[str]:
     """What runs a part."""
-    flags = ["--part", name, "--out", args.out, "--work", args.work, "--began", args.began, "--only", *args.only]
+    flags = [
+        "--part",
+        name,
+        "--out",
+        args.out,
+        "--work",
+        args.work,
+        "--began",
+        args.began,
+        "--only",
+        *args.only,
+    ]
     flags += ["--data", args.data] if args.data else []
     flags += ["--quick"] if args.quick else []
     return [sys.executable, "-u", "-m", "benchmarks.pack", *map(str, flags)]
 
 
 class Process:
-    """A part under way, in a process group of its own, its output in a log. It imports, and waits for `go`."""
+    """A part under way, in a process group of its own, its output in a log.
+
+    It imports, and waits for `go`.
+    """
 
     def __init__(self, name: str, command: list[str], log: Path):
-        self.name, self.until, self.log = name, None, open(log, "w")
+        self.name = name
+        self.until = None
+        self.log = open(log, "w")
         # The compilers of all parts run at once: that of the largest network gets half of 16 cores.
-        threads = {"TORCHINDUCTOR_COMPILE_THREADS": "8" if name == "warm-photos" else "3", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
+        threads = {
+            "TORCHINDUCTOR_COMPILE_THREADS": "8" if name == "warm-photos" else "3",
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"),
+        }
         environment = {**os.environ, **threads, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-        self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=self.log, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+        self.process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=self.log,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
 
     def go(self, until: float) -> None:
         """Let it run until then (time.time())."""
@@ -131,7 +175,10 @@ class Process:
             os.kill(self.process.pid, signal.SIGSTOP if paused else signal.SIGCONT)
 
     def end(self) -> str:
-        """Wait until its time is over, and a little longer; then kill it with all that it started. Says how it ended."""
+        """Wait until its time is over, and a little longer; then kill it with all that it started.
+
+        Says how it ended.
+        """
         try:
             code = self.process.wait(timeout=max(0.1, self.until - time.time() + GRACE))
         except subprocess.TimeoutExpired:
@@ -139,8 +186,15 @@ class Process:
         self.kill()
         if code == 0:
             return ""  # what it left out is named in the table
-        last = [line for line in Path(self.log.name).read_text(errors="replace").splitlines() if line.strip()]
-        return f"{self.name} {'was killed when its time was over' if code is None else f'ended with exit code {code}'}; its log ends: {last[-1][:200] if last else ''}"
+        last = [
+            line
+            for line in Path(self.log.name).read_text(errors="replace").splitlines()
+            if line.strip()
+        ]
+        end = f"ended with exit code {code}"
+        if code is None:
+            end = "was killed when its time was over"
+        return f"{self.name} {end}; its log ends: {last[-1][:200] if last else ''}"
 
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -208,7 +262,9 @@ def spared(what: str) -> Iterator[None]:
 
 
 def memory() -> str | None:
-    """The folder of a file system in memory if it has room for images and checkpoints; None: the usual one."""
+    """The folder of a file system in memory if it has room for images and checkpoints; None: the
+    usual one.
+    """
     there = os.access("/dev/shm", os.W_OK)
     return "/dev/shm" if there and shutil.disk_usage("/dev/shm").free > MEMORY_BYTES else None
 
@@ -224,16 +280,35 @@ def write_results(record: Record, folder: Path, facts: dict) -> None:
         result = common.Result(f"pack-{part}", TITLES[part], device, columns)
         result.rows = [{**row, "ok": {True: "yes", False: "NO"}.get(row.get("ok"))} for row in rows]
         missing = record.missing(part)
-        result.notes = [*([f"not done: {'; '.join(missing)}"] if missing else []), f"python -m benchmarks.pack, {facts['minutes']:g} minutes; {facts['device']}"]
+        result.notes = [
+            *([f"not done: {'; '.join(missing)}"] if missing else []),
+            f"python -m benchmarks.pack, {facts['minutes']:g} minutes; {facts['device']}",
+        ]
         result.write(folder)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--minutes", type=float, default=9, help="that all of it may take (9)")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the four files go")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="images of 32 pixels for part C: CIFAR-10 as train/ and val/ with a folder a class")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=f"of {', '.join(PARTS)}")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="where the four files go"
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="images of 32 pixels for part C: CIFAR-10 as train/ and val/ with a folder a class",
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=PARTS,
+        default=list(PARTS),
+        metavar="PART",
+        help=f"of {', '.join(PARTS)}",
+    )
     parser.add_argument("--quick", action="store_true", help="the smallest sizes: a rehearsal")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
@@ -245,7 +320,10 @@ def main(argv: list[str] | None = None) -> int:
     if rehearsal and not args.quick:
         parser.error("no GPU is here: expected one, or --quick, which rehearses on a CPU")
     if args.data is None and not args.quick and "science" in args.only:
-        parser.error("part C trains on images: expected --data DIR with train/ and val/, or --only with other parts")
+        parser.error(
+            "part C trains on images: expected --data DIR with train/ and val/, or --only with"
+            " other parts"
+        )
     if args.data and not all((args.data / split).is_dir() for split in ("train", "val")):
         parser.error(f"--data {args.data}: expected a folder with train/ and val/")
     if (args.out / "rows.jsonl").exists():
@@ -255,9 +333,16 @@ def main(argv: list[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     args.work = Path(tempfile.mkdtemp(prefix="pack-", dir=memory()))
     record = Record(args.out, args.began, plan(args.only))
-    facts = {"minutes": args.minutes, "device": "a rehearsal: a CPU stands in for the GPU" if rehearsal else proof.device_facts()}
-    record.add("note", f"{facts['device']}; commit {common.commit() or 'unknown'}; {args.minutes:g} minutes{'; the smallest sizes, whatever a row is called: no figure here means anything' if args.quick else ''}")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # so that no part stays behind
+    facts = {
+        "minutes": args.minutes,
+        "device": "a rehearsal: a CPU stands in for the GPU" if rehearsal else proof.device_facts(),
+    }
+    note = f"{facts['device']}; commit {common.commit() or 'unknown'}; {args.minutes:g} minutes"
+    if args.quick:
+        note += "; the smallest sizes, whatever a row is called: no figure here means anything"
+    record.add("note", note)
+    # so that no part stays behind
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
     try:
         with contextlib.suppress(TimeUp), alarm(args.began + 60 * args.minutes - 4 - time.time()):
             conduct(args, record)
@@ -268,7 +353,9 @@ def main(argv: list[str] | None = None) -> int:
             record.archive(args.work)
         shutil.rmtree(args.work, ignore_errors=True)
         print(f"\n{record.table()}", flush=True)
-    bad = [row for row in record.rows("proof") if row.get("ok") is False] + [row for row in record.rows() if row.get("failed")]
+    bad = [row for row in record.rows("proof") if row.get("ok") is False] + [
+        row for row in record.rows() if row.get("failed")
+    ]
     return int(bool(bad) or any(record.missing(table) for table in record.plan))
 
 

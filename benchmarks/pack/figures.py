@@ -11,17 +11,31 @@ from benchmarks import common, growth, knn, profiling, step
 from benchmarks.pack.record import Context
 
 FORMS = {step.PUBLISHED: "published", step.FAST: "fast", step.WITH_ISL: "fast, ISL on"}
-NAMES = {"photos": "R50 224 px, batch 256", "w32": "CIFAR R18 w32, batch 512", "w64": "CIFAR R18 w64, batch 512"}
+NAMES = {
+    "photos": "R50 224 px, batch 256",
+    "w32": "CIFAR R18 w32, batch 512",
+    "w64": "CIFAR R18 w64, batch 512",
+}
 # ms a step on one H200: what was seen before this code ran there, and the goal
 BEFORE = {"photos": {"published": 165.7, "fast": 52.5}}
 GOALS = {"photos": 45.0, "w64": 512 / 31_000 * 1e3, "w32": 512 / 80_000 * 1e3}
-ISL_ADDS, PROFILE = "{}: what ISL adds", "all kernels of a fast ResNet-50 step"
-GAN, GAN_COMPILED = "GAN, 20,000 iterations", "GAN, 20,000 iterations, compiled"
-MINING, KNN, LOSS = "mining pass, M = 1,281,167", "kNN, 1,281,167 x 50,000, k 200", "bank loss, M = 1,281,167"
+ISL_ADDS = "{}: what ISL adds"
+PROFILE = "all kernels of a fast ResNet-50 step"
+GAN = "GAN, 20,000 iterations"
+GAN_COMPILED = "GAN, 20,000 iterations, compiled"
+MINING = "mining pass, M = 1,281,167"
+KNN = "kNN, 1,281,167 x 50,000, k 200"
+LOSS = "bank loss, M = 1,281,167"
 PLAN = {
-    "photos": [*[f"{NAMES['photos']}, {form}" for form in FORMS.values()], ISL_ADDS.format(NAMES["photos"]), PROFILE],
+    "photos": [
+        *[f"{NAMES['photos']}, {form}" for form in FORMS.values()],
+        ISL_ADDS.format(NAMES["photos"]),
+        PROFILE,
+    ],
     "mining": [GAN, GAN_COMPILED, MINING, KNN, LOSS],
-    "small": [f"{NAMES[name]}, {form}" for name in ("w64", "w32") for form in ("published", "fast")],
+    "small": [
+        f"{NAMES[name]}, {form}" for name in ("w64", "w32") for form in ("published", "fast")
+    ],
 }
 LARGEST = 25
 
@@ -30,7 +44,10 @@ class Rows(common.Result):
     """Of a benchmark's rows what it measures; they go into the record."""
 
     def __init__(self, context: Context, name: str):
-        self.context, self.name, self.columns, self.device = context, name, None, context.device
+        self.context = context
+        self.name = name
+        self.columns = None
+        self.device = context.device
         self.rows, self.notes = [], []
 
     def add(self, row: dict, of: str | None = None) -> dict:
@@ -43,7 +60,10 @@ class Rows(common.Result):
 
 def figures_of(row: dict) -> dict:
     """What the record keeps of a timing."""
-    return {key: row.get(key) for key in ("value", "unit", "low", "high", "n", "images_per_s", "memory_gib")}
+    return {
+        key: row.get(key)
+        for key in ("value", "unit", "low", "high", "n", "images_per_s", "memory_gib")
+    }
 
 
 # ---------------------------------------------------------------- steps
@@ -76,10 +96,15 @@ def work_of(name: str, quick: bool) -> step.Work:
 
 
 class Forms:
-    """The forms of a step as `step.forms` has them. turns: those that could be had, as calls that take `work.steps` steps."""
+    """The forms of a step as `step.forms` has them.
+
+    turns: those that could be had, as calls that take `work.steps` steps.
+    """
 
     def __init__(self, context: Context, name: str):
-        self.context, self.name, self.work = context, name, work_of(name, context.quick)
+        self.context = context
+        self.name = name
+        self.work = work_of(name, context.quick)
         found = step.forms(self.work, context.device, lambda text: None)
         self.builds = {FORMS[form]: build for form, build in found if form in FORMS}
         self.turns: dict[str, Callable] = {}
@@ -98,16 +123,32 @@ class Forms:
             timing = common.timed(turn, device, repeats, warmup=1)
             memory = common.peak_gib(device) - self.memory / 2**30
             timing = common.Timing([seconds / self.work.steps for seconds in timing.seconds])
-            row |= figures_of(timing.row("", images_per_s=self.work.N / timing.median, memory_gib=memory))
-            row |= {"bar": BEFORE.get(self.name, {}).get(form), "goal": GOALS.get(self.name) if form == "fast" else None}
+            row |= figures_of(
+                timing.row("", images_per_s=self.work.N / timing.median, memory_gib=memory)
+            )
+            row |= {
+                "bar": BEFORE.get(self.name, {}).get(form),
+                "goal": GOALS.get(self.name) if form == "fast" else None,
+            }
             self.turns[form] = turn
 
 
 def isl_adds(turns: dict[str, Callable], device: torch.device) -> dict:
     """Per cent that ISL adds to a step, by pairs of turns that alternate."""
-    timings = common.in_turns({form: turns[form] for form in ("fast", "fast, ISL on")}, device, repeats=8, warmup=0)
-    extra = [100 * (on / off - 1) for off, on in zip(*(timing.seconds for timing in timings.values()))]
-    return {"value": statistics.median(extra), "unit": "%", "low": min(extra), "high": max(extra), "n": len(extra), "goal": 1}
+    timings = common.in_turns(
+        {form: turns[form] for form in ("fast", "fast, ISL on")}, device, repeats=8, warmup=0
+    )
+    extra = [
+        100 * (on / off - 1) for off, on in zip(*(timing.seconds for timing in timings.values()))
+    ]
+    return {
+        "value": statistics.median(extra),
+        "unit": "%",
+        "low": min(extra),
+        "high": max(extra),
+        "n": len(extra),
+        "goal": 1,
+    }
 
 
 def kernels(context: Context, turn: Callable, steps: int) -> dict:
@@ -116,8 +157,14 @@ def kernels(context: Context, turn: Callable, steps: int) -> dict:
     spent = {name: ms for parts in costs.values() for name, ms in parts.items()}
     total = sum(spent.values())
     for name in sorted(spent, key=spent.get, reverse=True)[:LARGEST]:
-        context.record.add("kernels", name[:160], value=spent[name] / steps, share=100 * spent[name] / total)
-    return {"value": total / steps, "unit": "ms", "said": f"{len(spent)} kinds of kernels by torch.profiler"}
+        context.record.add(
+            "kernels", name[:160], value=spent[name] / steps, share=100 * spent[name] / total
+        )
+    return {
+        "value": total / steps,
+        "unit": "ms",
+        "said": f"{len(spent)} kinds of kernels by torch.profiler",
+    }
 
 
 # ---------------------------------------------------------------- rounds and searches
@@ -126,7 +173,11 @@ def kernels(context: Context, turn: Callable, steps: int) -> dict:
 def mining_sizes(context: Context) -> argparse.Namespace:
     """What `benchmarks.growth` is asked for."""
     quick = context.quick
-    sizes = {"iters": 40, "gan_images": 500, "images": [600], "batch": 16} if quick else {"iters": 20_000, "gan_images": 50_000, "images": [1_281_167], "batch": 256}
+    sizes = (
+        {"iters": 40, "gan_images": 500, "images": [600], "batch": 16}
+        if quick
+        else {"iters": 20_000, "gan_images": 50_000, "images": [1_281_167], "batch": 256}
+    )
     return argparse.Namespace(device=context.device, repeats=1, **sizes)
 
 
@@ -138,11 +189,17 @@ def warm_gan(context: Context) -> None:
 
 
 def mining(context: Context) -> None:
-    args, quick, device = mining_sizes(context), context.quick, context.device
+    args = mining_sizes(context)
+    quick = context.quick
+    device = context.device
     for what, compiled in ((GAN, False), (GAN_COMPILED, True)):
         with context.row("figures", what, 30) as row:
             timing, first = growth.time_gan(args, compiled)
-            row |= {**figures_of(timing.row("", "s")), "goal": 6, "said": f"the first 20 in {first:.1f} s"}
+            row |= {
+                **figures_of(timing.row("", "s")),
+                "goal": 6,
+                "said": f"the first 20 in {first:.1f} s",
+            }
     with context.row("figures", MINING, 50) as row:
         rows = Rows(context, "mining")
         growth.measure_mining(args, rows)
@@ -151,8 +208,18 @@ def mining(context: Context) -> None:
         M, Q, k = (5000, 40, 10) if quick else (1_281_167, 50_000, 200)
         found = knn.measure(M, Q, 128, k, device, torch.float32, 1 if quick else 2)
         again = found["again_percent"]
-        row |= {"value": found["seconds"], "unit": "s", "n": found["n"], "memory_gib": (found["peak_mib"] or 0) / 1024, "goal": 10,
-                "said": "not by the kernel" if again is None else f"{again:.2f} % of the queries searched again"}  # fmt: skip
+        row |= {
+            "value": found["seconds"],
+            "unit": "s",
+            "n": found["n"],
+            "memory_gib": (found["peak_mib"] or 0) / 1024,
+            "goal": 10,
+            "said": (
+                "not by the kernel"
+                if again is None
+                else f"{again:.2f} % of the queries searched again"
+            ),
+        }
     with context.row("figures", LOSS, 30) as row:
         rows = Rows(context, "loss")
         growth.measure_loss(args, rows)

@@ -22,7 +22,8 @@ from moco_isl.mining import fused
 from moco_isl.training import fast
 
 ROOT = Path(__file__).parent.parent.parent
-TESTS = ("tests/test_fast.py", "tests/test_gan.py", "tests/test_data_draws.py")  # that have tests of a GPU's
+# that have tests of a GPU's
+TESTS = ("tests/test_fast.py", "tests/test_gan.py", "tests/test_data_draws.py")
 REHEARSED = "tests/test_pretend_cuda.py"
 CHOSEN = "gpu or captured"
 CLOSE = 0.02  # relative difference of a loss that half precision explains
@@ -30,8 +31,36 @@ APART = 0.1  # relative difference of momenta: those of fewer steps are further 
 CHANCE = 10.0  # per cent, of the digits
 OBJECTIVES = ("MoCo", "ISL", "Instance", "bank")
 DIGITS = [
-    *("--dataset", "digits", "-a", "digits", "--mlp", "--moco-dim", "64", "--moco-k", "512", "--moco-t", "0.1", "-b", "128"),
-    *("-j", "0", "--seed", "0", "-p", "1", "--epochs", "1", "--isl-start", "0", "--fast", "--miner", "gan"),
+    *(
+        "--dataset",
+        "digits",
+        "-a",
+        "digits",
+        "--mlp",
+        "--moco-dim",
+        "64",
+        "--moco-k",
+        "512",
+        "--moco-t",
+        "0.1",
+        "-b",
+        "128",
+    ),
+    *(
+        "-j",
+        "0",
+        "--seed",
+        "0",
+        "-p",
+        "1",
+        "--epochs",
+        "1",
+        "--isl-start",
+        "0",
+        "--fast",
+        "--miner",
+        "gan",
+    ),
 ]
 
 KERNELS = "fused kernels, C = {}"
@@ -71,21 +100,35 @@ def steps(context: Context) -> None:
 
 
 def kernels_work(C: int, device: torch.device) -> dict:
-    """Whether the fused kernels are used for rows of C numbers; each use was compared with float64. What a user would only be warned of is a failure here."""
+    """Whether the fused kernels are used for rows of C numbers; each use was compared with float64.
+
+    What a user would only be warned of is a failure here.
+    """
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         found = fused.kernels_for(torch.zeros(1, C, device=device))
         if found is not None:
             g = torch.Generator().manual_seed(C)
-            f, rows = (torch.nn.functional.normalize(torch.randn(n, C, generator=g), dim=1).to(device) for n in (64, 5000))
-            fused.check_kernels(found, f, rows, torch.randint(5001, (32, 66), generator=g).to(device))
-    return {"ok": found is not None, "said": "; ".join(str(w.message) for w in said) or "agree with float64"}
+            f, rows = (
+                torch.nn.functional.normalize(torch.randn(n, C, generator=g), dim=1).to(device)
+                for n in (64, 5000)
+            )
+            fused.check_kernels(
+                found, f, rows, torch.randint(5001, (32, 66), generator=g).to(device)
+            )
+    return {
+        "ok": found is not None,
+        "said": "; ".join(str(w.message) for w in said) or "agree with float64",
+    }
 
 
 def optimizer_equals(device: torch.device) -> dict:
-    """Weights after five steps of SGD, fused on the device and plain on the CPU, by the same gradients."""
+    """Weights after five steps of SGD, fused on the device and plain on the CPU, by the same
+    gradients.
+    """
     g = torch.Generator().manual_seed(0)
-    start, gradients = torch.randn(300, 40, generator=g), torch.randn(5, 300, 40, generator=g)
+    start = torch.randn(300, 40, generator=g)
+    gradients = torch.randn(5, 300, 40, generator=g)
     found = []
     for where, is_fused in ((torch.device("cpu"), False), (device, True)):
         weight = torch.nn.Parameter(start.clone().to(where))
@@ -106,7 +149,8 @@ def graphs() -> int:
 
 
 def steps_equal(name: str, device: torch.device, rehearsal: bool) -> dict:
-    """Losses of 12 steps: bf16, channels last, compiled, fused optimizer and loss, beside the plain path's.
+    """Losses of 12 steps: bf16, channels last, compiled, fused optimizer and loss, beside the plain
+    path's.
 
     That what is fast was there at all is part of it: networks compiled, and kernels for the loss.
     """
@@ -119,7 +163,9 @@ def steps_equal(name: str, device: torch.device, rehearsal: bool) -> dict:
     isl.model.to(memory_format=torch.channels_last)
     fast.compile_encoders(isl.model, small.N)
     mine = small.train(isl, True, amp="bf16", channels_last=True, device=device, epochs=3)
-    there = rehearsal or (graphs() > compiled and fused.kernels_for(torch.zeros(1, 16, device=device)) is not None)
+    there = rehearsal or (
+        graphs() > compiled and fused.kernels_for(torch.zeros(1, 16, device=device)) is not None
+    )
     off = max(abs(a - b) / abs(b) for a, b in zip(mine, plain))
     moved = max(plain) / min(plain) - 1
     said = f"{len(mine)} losses, at most {100 * off:.2f} % apart; they moved by {100 * moved:.0f} %"
@@ -128,23 +174,40 @@ def steps_equal(name: str, device: torch.device, rehearsal: bool) -> dict:
 
 
 def augmentation_equals(device: torch.device, N: int) -> dict:
-    """Views of N images by the compiled augmentation on the device, beside the same draws on the CPU.
+    """Views of N images by the compiled augmentation on the device, beside the same draws on the
+    CPU.
 
-    An image whose crop lies a pixel elsewhere, because the two round another way, is another image: one in a hundred may.
+    An image whose crop lies a pixel elsewhere, because the two round another way, is another image:
+    one in a hundred may.
     """
-    images = torch.randint(0, 256, (N, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    images = images.repeat_interleave(4, 2).repeat_interleave(4, 3)  # [N, 3, 32, 32], of blocks: a photo's neighbours are alike
+    images = torch.randint(
+        0, 256, (N, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    # [N, 3, 32, 32], of blocks: a photo's neighbours are alike
+    images = images.repeat_interleave(4, 2).repeat_interleave(4, 3)
     views = []
     for where in (torch.device("cpu"), device):
         augmentation = data.get_augmentation("cifar10", aug_plus=True, size=32, on_device=True)
         if where.type == "cuda":
             fast.compile_augmentation(augmentation, 2 * N, where)
-        loader = data.train_loader(ImagesInMemory(images.clone(), None, None, "random"), augmentation=augmentation, batch_size=N, seed=0, device=where)
+        loader = data.train_loader(
+            ImagesInMemory(images.clone(), None, None, "random"),
+            augmentation=augmentation,
+            batch_size=N,
+            seed=0,
+            device=where,
+        )
         with fast.numerics(True, where):  # as in training
             views.append(torch.cat([x.cpu() for x in next(iter(loader.epoch(0)))[0]]))
     off = (views[0] - views[1]).abs().amax((1, 2, 3))  # [2 N]
     same = float((off < 0.02).float().mean())
-    return {"ok": same >= 0.99, "said": f"{100 * same:.1f} % of {len(off)} views within 0.02 of a standard deviation, median {float(off.median()):.1e}"}
+    return {
+        "ok": same >= 0.99,
+        "said": (
+            f"{100 * same:.1f} % of {len(off)} views within 0.02 of a standard deviation, median"
+            f" {float(off.median()):.1e}"
+        ),
+    }
 
 
 # ---------------------------------------------------------------- the suite
@@ -154,55 +217,132 @@ class Reporter:
     """A pytest plugin: every test that was asked for becomes a row as it ends."""
 
     def __init__(self, context: Context):
-        self.context, self.passed, self.failed = context, 0, 0
+        self.context = context
+        self.passed = 0
+        self.failed = 0
 
     def pytest_runtest_logreport(self, report) -> None:
         if report.when != "call" and report.passed:
             return
-        skipped = "" if not report.skipped else str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr)
-        said = skipped or (str(report.longrepr).strip().splitlines() or [""])[-1] if not report.passed else f"{report.duration:.1f} s"
+        skipped = (
+            ""
+            if not report.skipped
+            else str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr)
+        )
+        said = (
+            skipped or (str(report.longrepr).strip().splitlines() or [""])[-1]
+            if not report.passed
+            else f"{report.duration:.1f} s"
+        )
         # in a rehearsal what needs a GPU is left out; on a GPU nothing may be
         ok = report.passed or (None if report.skipped and self.context.rehearsal else False)
-        self.passed, self.failed = self.passed + bool(report.passed), self.failed + (ok is False)
-        self.context.record.add("proof", f"test {report.nodeid.split('::', 1)[-1]}", ok=ok, said=said[:300])
+        self.passed = self.passed + bool(report.passed)
+        self.failed = self.failed + (ok is False)
+        self.context.record.add(
+            "proof", f"test {report.nodeid.split('::', 1)[-1]}", ok=ok, said=said[:300]
+        )
 
 
 def suite(context: Context) -> None:
     import pytest
 
-    seen, files = Reporter(context), [*TESTS, *([REHEARSED] if context.rehearsal else [])]
+    seen = Reporter(context)
+    files = [*TESTS, *([REHEARSED] if context.rehearsal else [])]
     with context.row("proof", SUITE) as row:
-        flags = ["-q", "-p", "no:cacheprovider", "-k", CHOSEN, *(str(ROOT / name) for name in files)]
+        flags = [
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-k",
+            CHOSEN,
+            *(str(ROOT / name) for name in files),
+        ]
         code = pytest.main(flags, plugins=[seen])
-        row |= {"ok": int(code) == 0 and seen.passed > 0 and not seen.failed, "said": f"{seen.passed} passed, {seen.failed} failed or skipped"}
+        row |= {
+            "ok": int(code) == 0 and seen.passed > 0 and not seen.failed,
+            "said": f"{seen.passed} passed, {seen.failed} failed or skipped",
+        }
 
 
 # ---------------------------------------------------------------- the scripts
 
 
 def scripts(context: Context) -> None:
-    folder, device = context.work / "scripts", ["--device", context.device.type]
-    gan = ["--isl-gan-iters", "40" if context.quick else "400", "--isl-gan-min-iters", "40" if context.quick else "400"]
-    run = lambda out, steps: main_moco_isl.main([*DIGITS, *gan, *device, "--max-steps", str(steps), "--out", str(folder / out), "--resume", "auto"], lambda: False)
+    folder = context.work / "scripts"
+    device = ["--device", context.device.type]
+    gan = [
+        "--isl-gan-iters",
+        "40" if context.quick else "400",
+        "--isl-gan-min-iters",
+        "40" if context.quick else "400",
+    ]
+    run = lambda out, steps: main_moco_isl.main(
+        [
+            *DIGITS,
+            *gan,
+            *device,
+            "--max-steps",
+            str(steps),
+            "--out",
+            str(folder / out),
+            "--resume",
+            "auto",
+        ],
+        lambda: False,
+    )
     with context.row("proof", RESUMED, 80) as row:
         codes = [run("once", 8), run("twice", 4), run("twice", 8)]
         once, twice = (losses(folder / name) for name in ("once", "twice"))
         off = max((abs(a - b) / abs(a) for a, b in zip(once, twice)), default=1.0)
         apart = states_apart(folder / "once", folder / "twice")
-        row |= {"ok": codes == [0, 0, 0] and len(once) == len(twice) == 8 and off <= CLOSE and apart <= APART,
-                "said": f"exit codes {codes}, {len(once)} and {len(twice)} losses, at most {100 * off:.3f} % apart; momenta and queues {100 * apart:.2f} %"}  # fmt: skip
+        row |= {
+            "ok": (
+                codes == [0, 0, 0]
+                and len(once) == len(twice) == 8
+                and off <= CLOSE
+                and apart <= APART
+            ),
+            "said": (
+                f"exit codes {codes}, {len(once)} and {len(twice)} losses, at most {100 * off:.3f}"
+                f" % apart; momenta and queues {100 * apart:.2f} %"
+            ),
+        }
     file = str(folder / "once" / "checkpoint_last.pth.tar")
     judge = ["--pretrained", file, "--dataset", "digits", "-j", "0", *device]
     with context.row("proof", KNN, 30) as row:
         row |= judged(lambda: main_knn.main(judge))
     with context.row("proof", PROBE, 30) as row:
-        row |= judged(lambda: main_lincls.main([*judge, "--epochs", "10", "--lr", "1", "--seed", "0", "--out", str(folder / "probe")]))
+        row |= judged(
+            lambda: main_lincls.main(
+                [
+                    *judge,
+                    "--epochs",
+                    "10",
+                    "--lr",
+                    "1",
+                    "--seed",
+                    "0",
+                    "--out",
+                    str(folder / "probe"),
+                ]
+            )
+        )
 
 
 def states_apart(a: Path, b: Path) -> float:
-    """Relative difference of the optimizer's momenta, or of the queues if that is larger, in the last files of two runs."""
+    """Relative difference of the optimizer's momenta, or of the queues if that is larger, in the
+    last files of two runs.
+    """
     files = [checkpoint.load(folder / "checkpoint_last.pth.tar") for folder in (a, b)]
-    momenta = [torch.cat([state["momentum_buffer"].cpu().flatten() for state in file["optimizer"]["state"].values()]) for file in files]
+    momenta = [
+        torch.cat(
+            [
+                state["momentum_buffer"].cpu().flatten()
+                for state in file["optimizer"]["state"].values()
+            ]
+        )
+        for file in files
+    ]
     queues = [file["state_dict"]["module.queue"].cpu() for file in files]
     return max(float((x - y).norm() / x.norm()) for x, y in (momenta, queues))
 
@@ -215,14 +355,19 @@ def losses(folder: Path) -> list[float]:
 
 
 def judged(main: Callable[[], int]) -> dict:
-    """Exit code of a script that judges the digits, and the accuracy of the backbone's features that it prints."""
+    """Exit code of a script that judges the digits, and the accuracy of the backbone's features
+    that it prints.
+    """
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         code = main()
     print(said.getvalue(), flush=True)
     found = re.search(r"^backbone .*?(\d+\.\d\d)", said.getvalue(), re.MULTILINE)
     top1 = float(found[1]) if found else 0.0
-    return {"ok": code == 0 and top1 > 3 * CHANCE, "said": f"exit code {code}, top-1 {top1:.1f} % by the backbone (chance {CHANCE:g} %)"}
+    return {
+        "ok": code == 0 and top1 > 3 * CHANCE,
+        "said": f"exit code {code}, top-1 {top1:.1f} % by the backbone (chance {CHANCE:g} %)",
+    }
 
 
 def device_facts() -> str:
@@ -230,6 +375,15 @@ def device_facts() -> str:
     if not torch.cuda.is_available():
         return "no GPU"
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
-        return subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.strip() + f", torch {torch.__version__}, Python {sys.version.split()[0]}"
+        query = [
+            "nvidia-smi",
+            "--query-gpu=name,driver_version,memory.total",
+            "--format=csv,noheader",
+        ]
+        return (
+            subprocess.run(
+                query, capture_output=True, text=True, timeout=20, check=True
+            ).stdout.strip()
+            + f", torch {torch.__version__}, Python {sys.version.split()[0]}"
+        )
     return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"

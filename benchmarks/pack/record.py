@@ -24,14 +24,44 @@ LOCKED = 3  # seconds that a process waits for the others to write
 COLUMNS = {
     "proof": [("what", ""), ("ok", "holds"), ("said", "said"), ("at", "at s")],
     "figures": [
-        *[("what", ""), ("value", "median"), ("unit", ""), ("low", "least"), ("high", "most"), ("n", "n")],
-        *[("bar", "before"), ("goal", "goal"), ("images_per_s", "img/s"), ("memory_gib", "GiB"), ("said", "said")],
+        *[
+            ("what", ""),
+            ("value", "median"),
+            ("unit", ""),
+            ("low", "least"),
+            ("high", "most"),
+            ("n", "n"),
+        ],
+        *[
+            ("bar", "before"),
+            ("goal", "goal"),
+            ("images_per_s", "img/s"),
+            ("memory_gib", "GiB"),
+            ("said", "said"),
+        ],
     ],
     "kernels": [("what", "kernel"), ("value", "ms a step"), ("share", "%")],
     "science": [
-        *[("what", ""), ("epochs", "epochs"), ("knn", "kNN %"), ("one_shot", "1-shot %"), ("linear", "linear %")],
-        *[("size", "set size"), ("precision", "precision"), ("own_nearest", "own nearest"), ("all_pairs", "all pairs")],
-        *[("estimate", "estimated"), ("reach", "reach"), ("seconds", "training s"), ("images_per_s", "img/s"), ("said", "said")],
+        *[
+            ("what", ""),
+            ("epochs", "epochs"),
+            ("knn", "kNN %"),
+            ("one_shot", "1-shot %"),
+            ("linear", "linear %"),
+        ],
+        *[
+            ("size", "set size"),
+            ("precision", "precision"),
+            ("own_nearest", "own nearest"),
+            ("all_pairs", "all pairs"),
+        ],
+        *[
+            ("estimate", "estimated"),
+            ("reach", "reach"),
+            ("seconds", "training s"),
+            ("images_per_s", "img/s"),
+            ("said", "said"),
+        ],
     ],
 }
 TITLES = {
@@ -43,12 +73,17 @@ TITLES = {
 
 
 class TimeUp(BaseException):
-    """The alarm of a row or of a part; no Exception, or whoever tries something out would take it for its failure."""
+    """The alarm of a row or of a part; no Exception, or whoever tries something out would take it
+    for its failure.
+    """
 
 
 @contextlib.contextmanager
 def alarm(seconds: float) -> Iterator[None]:
-    """Raise TimeUp inside after so many seconds, as soon as Python has the word. An alarm around it stays set."""
+    """Raise TimeUp inside after so many seconds, as soon as Python has the word.
+
+    An alarm around it stays set.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -71,12 +106,14 @@ def alarm(seconds: float) -> Iterator[None]:
 class Record:
     """rows.jsonl, table.txt and results.tgz in one folder. Several processes may write at once.
 
-    A row is {"part", "what", "at": seconds since `began`, ...}; `COLUMNS` has what the table shows of it. plan: part ->
-    names of the rows that are to come; the table names those that are missing.
+    A row is {"part", "what", "at": seconds since `began`, ...}; `COLUMNS` has what the table shows
+    of it. plan: part -> names of the rows that are to come; the table names those that are missing.
     """
 
     def __init__(self, out: Path, began: float, plan: dict[str, list[str]]):
-        self.out, self.began, self.plan = out, began, plan
+        self.out = out
+        self.began = began
+        self.plan = plan
         self.out.mkdir(parents=True, exist_ok=True)
 
     def add(self, part: str, what: str, **figures) -> dict:
@@ -110,8 +147,17 @@ class Record:
             rows, missing = self.rows(part), self.missing(part)
             if not rows and not missing:
                 continue
-            shown = [(key, heading) for key, heading in columns if any(row.get(key) is not None for row in rows)]
-            lines = [TITLES[part], *_aligned([[heading for _, heading in shown], *[_cells(row, shown) for row in rows]])]
+            shown = [
+                (key, heading)
+                for key, heading in columns
+                if any(row.get(key) is not None for row in rows)
+            ]
+            lines = [
+                TITLES[part],
+                *_aligned(
+                    [[heading for _, heading in shown], *[_cells(row, shown) for row in rows]]
+                ),
+            ]
             if missing:
                 lines.append(f"  not done: {'; '.join(missing)}")
             parts.append("\n".join(lines))
@@ -119,11 +165,17 @@ class Record:
         return "\n\n".join(["\n".join(notes), *parts]) + "\n"
 
     def archive(self, work: Path) -> None:
-        """Replace results.tgz: rows, table, and of the work folder the logs' ends, metrics and results."""
+        """Replace results.tgz: rows, table, and of the work folder the logs' ends, metrics and
+        results.
+        """
         with self.alone():
             temporary = self.out / f".results.{os.getpid()}.tmp"
             with tarfile.open(temporary, "w:gz") as tar:
-                for path in (self.out / "rows.jsonl", self.out / "table.txt", *sorted(work.rglob("*.log"))):
+                for path in (
+                    self.out / "rows.jsonl",
+                    self.out / "table.txt",
+                    *sorted(work.rglob("*.log")),
+                ):
                     _add_end(tar, path, path.name)
                 for path in sorted([*work.rglob("metrics.jsonl"), *work.glob("results/*.json")]):
                     if temporary.stat().st_size < ARCHIVE_BYTES:
@@ -134,8 +186,9 @@ class Record:
     def alone(self) -> Iterator[io.TextIOWrapper]:
         """rows.jsonl, for one process at a time; the lock ends with its holder.
 
-        After LOCKED seconds it is done without: one that was stopped while it wrote must not stop all. A line of a file
-        that is appended to stays whole, and of the table a later one will follow.
+        After LOCKED seconds it is done without: one that was stopped while it wrote must not stop
+        all. A line of a file that is appended to stays whole, and of the table a later one will
+        follow.
         """
         with open(self.out / "rows.jsonl", "a") as file:
             end = time.monotonic() + LOCKED
@@ -149,7 +202,9 @@ class Record:
 
 def _finite(row: dict) -> dict:
     """JSON knows no NaN."""
-    return {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in row.items()}
+    return {
+        key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in row.items()
+    }
 
 
 def _replace(path: Path, text: str) -> None:
@@ -169,24 +224,38 @@ def _add_end(tar: tarfile.TarFile, path: Path, name: str) -> None:
 
 
 def _cells(row: dict, columns: list[tuple[str, str]]) -> list[str]:
-    return [{True: "yes", False: "NO"}.get(x, "") if key == "ok" else common.cell(x) for key, x in ((key, row.get(key)) for key, _ in columns)]
+    return [
+        {True: "yes", False: "NO"}.get(x, "") if key == "ok" else common.cell(x)
+        for key, x in ((key, row.get(key)) for key, _ in columns)
+    ]
 
 
 def _aligned(rows: list[list[str]]) -> list[str]:
     rows = [[text[:100] for text in row] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  " + "  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip() for row in rows]
+    return [
+        "  " + "  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip()
+        for row in rows
+    ]
 
 
 def in_words(row: dict) -> str:
     """A row as one line for the screen."""
-    shown = [f"{heading or key} {common.cell(row[key])}" for key, heading in COLUMNS.get(row["part"], []) if key not in ("what", "at") and row.get(key) is not None]
+    shown = [
+        f"{heading or key} {common.cell(row[key])}"
+        for key, heading in COLUMNS.get(row["part"], [])
+        if key not in ("what", "at") and row.get(key) is not None
+    ]
     return ", ".join([row["what"], *shown])
 
 
 @dataclass
 class Context:
-    """What a part is given. data: a folder with train/ and val/, or None for the digits; work: for files of its own, fast and local."""
+    """What a part is given.
+
+    data: a folder with train/ and val/, or None for the digits; work: for files of its own, fast
+    and local.
+    """
 
     record: Record
     device: torch.device
@@ -202,12 +271,15 @@ class Context:
 
     @contextlib.contextmanager
     def row(self, part: str, what: str, seconds: float = math.inf) -> Iterator[dict]:
-        """A row of the record, filled in inside; an error or the alarm inside becomes what the row says."""
+        """A row of the record, filled in inside; an error or the alarm inside becomes what the row
+        says.
+        """
         figures: dict = {}
         try:
             with alarm(max(min(seconds, self.left()), 0.01)):
                 yield figures
-        except (Exception, TimeUp) as error:  # a driver's, a compiler's, a library's: the other rows can still be had
+        # a driver's, a compiler's, a library's: the other rows can still be had
+        except (Exception, TimeUp) as error:
             reason = (str(error).strip().splitlines() or [""])[-1]
             figures |= {"said": f"{type(error).__name__}: {reason}"[:300], "failed": True}
             if part == "proof":

@@ -1,4 +1,7 @@
-"""Part C: one MoCo v2, and from it equal continuations, one a miner. One process: images are decoded once, networks compiled once."""
+"""Part C: one MoCo v2, and from it equal continuations, one a miner.
+
+One process: images are decoded once, networks compiled once.
+"""
 
 import contextlib
 import io
@@ -28,14 +31,36 @@ ROWS = {  # title -> flags; a cut run has the first of them, which make a pair
     "+ none": ["--miner", "none"],
     "+ average with views, 100": [*AVERAGE, "--isl-budget", "100", *MEANLOG],
     "+ average with views, 10": [*AVERAGE, "--isl-budget", "10", *MEANLOG],
-    "+ average with views, 100, Eq. 5 and hard positives": [*AVERAGE, "--isl-budget", "100", *LOGSUM],
+    "+ average with views, 100, Eq. 5 and hard positives": [
+        *AVERAGE,
+        "--isl-budget",
+        "100",
+        *LOGSUM,
+    ],
     "+ gan, 100": [*GAN, "--isl-budget", "100", *MEANLOG],
     "+ knn, 10": ["--miner", "knn", "--isl-budget", "10", *MEANLOG],
 }
 PLAN = {"science": [MOCO, *ROWS]}
 MINED = ["--isl-max-share", "0.2", "--isl-max-positives", "128"]
 FULL = ["-j", "8", "--save-epochs", "50"]
-QUICK = ["-a", "resnet18w8", "--moco-dim", "32", "--moco-k", "128", "-b", "64", "-j", "0", "--save-epochs", "2", "--isl-gan-iters", "40", "--isl-gan-min-iters", "40"]
+QUICK = [
+    "-a",
+    "resnet18w8",
+    "--moco-dim",
+    "32",
+    "--moco-k",
+    "128",
+    "-b",
+    "64",
+    "-j",
+    "0",
+    "--save-epochs",
+    "2",
+    "--isl-gan-iters",
+    "40",
+    "--isl-gan-min-iters",
+    "40",
+]
 QUICK_IMAGES = (20, 6)  # of a class, to train on and held out
 MINING = 8  # seconds of a round, about
 RESERVE = 0.3  # share of all the time that MoCo v2 leaves to the rows, however far it has come
@@ -45,37 +70,62 @@ class Science:
     """The runs of part C, and their judge."""
 
     def __init__(self, context: Context):
-        self.context, self.quick, self.device = context, context.quick, context.device
+        self.context = context
+        self.quick = context.quick
+        self.device = context.device
         self.began = time.time()
         self.folder = context.work / "science"
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.images = few_images(context.data, self.folder / "images") if self.quick else context.data
+        self.images = (
+            few_images(context.data, self.folder / "images") if self.quick else context.data
+        )
         self.cache = self.folder / "cache"
         self.epochs = (3, 2) if self.quick else (150, 20)
         self.k = 20 if self.quick else 200
         self.looked = False  # at how often the fused search is unsure of real features
 
     def flags(self) -> list[str]:
-        return [str(self.images), "--dataset", "folder", "--device", self.device.type, "--cache", str(self.cache), *breakeven.SMALL_IMAGES, "--seed", "0", *(QUICK if self.quick else FULL)]
+        return [
+            str(self.images),
+            "--dataset",
+            "folder",
+            "--device",
+            self.device.type,
+            "--cache",
+            str(self.cache),
+            *breakeven.SMALL_IMAGES,
+            "--seed",
+            "0",
+            *(QUICK if self.quick else FULL),
+        ]
 
     def run(self, name: str, flags: list[str], until: float) -> tuple[Path, dict]:
-        """Run the main script in <folder>/<name>; its last checkpoint, and what it says of its epochs and its last round.
+        """Run the main script in <folder>/<name>; its last checkpoint, and what it says of its
+        epochs and its last round.
 
         Raises RuntimeError where it failed; one that the clock ended is no failure.
         """
         out = self.folder / name
-        code = main_moco_isl.main([*self.flags(), *flags, "--out", str(out)], lambda: time.time() > until)
+        code = main_moco_isl.main(
+            [*self.flags(), *flags, "--out", str(out)], lambda: time.time() > until
+        )
         if code not in (0, Interrupted.exit_code) or not (out / "checkpoint_last.pth.tar").exists():
             raise RuntimeError(f"{name} ended with exit code {code}: see its log")
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         rounds = [line for line in lines if line["kind"] == "round"]
-        found = {"epochs": sum(line["kind"] == "epoch" for line in lines), **(of_round(rounds[-1]) if rounds else {})}
+        found = {
+            "epochs": sum(line["kind"] == "epoch" for line in lines),
+            **(of_round(rounds[-1]) if rounds else {}),
+        }
         if rates := [line["images_per_s"] for line in lines if line["kind"] == "step"]:
             found["last_images_per_s"] = statistics.median(rates[-5:])
-            found["images_per_s"] = statistics.median(rates)  # of epochs: a pause or a busy GPU in a few of them changes nothing
+            # of epochs: a pause or a busy GPU in a few of them changes nothing
+            found["images_per_s"] = statistics.median(rates)
             found["seconds"] = found["epochs"] * self.M / found["images_per_s"]
         if rounds:
-            found["reach"] = reach(torch.load(max((out / "rounds").glob("round_*.pt")), weights_only=True))
+            found["reach"] = reach(
+                torch.load(max((out / "rounds").glob("round_*.pt")), weights_only=True)
+            )
         if code:
             found["said"] = "ended by the clock"
         return out / "checkpoint_last.pth.tar", found
@@ -88,17 +138,45 @@ class Science:
         self.M = len(self.judging.splits[0])
 
     def judge(self, file: Path) -> dict:
-        """Figures of a checkpoint's query encoder in per cent: kNN and 1-shot by its output, linear by its backbone, on held-out images."""
+        """Figures of a checkpoint's query encoder in per cent: kNN and 1-shot by its output, linear
+        by its backbone, on held-out images.
+        """
         train, val = self.judging.features(file)
         if not self.looked and (again := searched_again(val[0], train[0], self.k)) is not None:
-            self.context.record.add("note", f"{100 * again:.2f} % of {len(val[0]):,} real queries were searched again among {self.M:,} images, k {self.k}")
+            self.context.record.add(
+                "note",
+                f"{100 * again:.2f} % of {len(val[0]):,} real queries were searched again among"
+                f" {self.M:,} images, k {self.k}",
+            )
             self.looked = True
         return {**self.judging.figures(train, val), "linear": self.linear(file)}
 
     def linear(self, file: Path) -> float:
-        """Accuracy in per cent of main_lincls.py on frozen features; its rate is chosen on images held out of train."""
+        """Accuracy in per cent of main_lincls.py on frozen features; its rate is chosen on images
+        held out of train.
+        """
         out = file.parent / "probe"
-        flags = ["--cache-features", "--lr", "3", "10", "30", "100", "--epochs", "30", "--schedule", "18", "24", "-b", "1024", "-j", "8", "-p", "1000", "--seed", "0"]
+        flags = [
+            "--cache-features",
+            "--lr",
+            "3",
+            "10",
+            "30",
+            "100",
+            "--epochs",
+            "30",
+            "--schedule",
+            "18",
+            "24",
+            "-b",
+            "1024",
+            "-j",
+            "8",
+            "-p",
+            "1000",
+            "--seed",
+            "0",
+        ]
         where = [str(self.images), "--device", self.device.type, "--cache", str(self.cache)]
         with contextlib.redirect_stdout(io.StringIO()):
             code = main_lincls.main([*where, *flags, "--pretrained", str(file), "--out", str(out)])
@@ -109,7 +187,10 @@ class Science:
 
 
 def science(context: Context) -> None:
-    study, start, need, judging = Science(context), None, math.inf, 0.0
+    study = Science(context)
+    start = None
+    need = math.inf
+    judging = 0.0
     with context.row("science", MOCO) as row:
         study.decode()
         until = context.until - RESERVE * (context.until - study.began)
@@ -124,12 +205,18 @@ def science(context: Context) -> None:
     keep_encoder(start, context.record.out / "encoder_fp16.pth.tar")
     for number, (title, flags) in enumerate(ROWS.items()):
         if context.left() < 1.15 * need and not study.quick:
-            context.record.add("note", f"science: {title} was not begun: it takes some {need:.0f} s, and {context.left():.0f} s were left")
+            context.record.add(
+                "note",
+                f"science: {title} was not begun: it takes some {need:.0f} s, and"
+                f" {context.left():.0f} s were left",
+            )
             continue
         with context.row("science", title) as row:
             mining = [] if title == "+ none" else MINED
             go_on = ["--init", str(start), "--epochs", str(study.epochs[1]), "--lr", "0.02"]
-            file, found = study.run(f"row{number}", [*go_on, *flags, *mining], context.until - 1.5 * judging)
+            file, found = study.run(
+                f"row{number}", [*go_on, *flags, *mining], context.until - 1.5 * judging
+            )
             row |= found
             row |= study.judge(file)
         context.record.archive(context.work)
@@ -140,22 +227,31 @@ def science(context: Context) -> None:
 
 def of_round(line: dict) -> dict:
     """What the table shows of a round."""
-    shown = {"size": "mean_size", "precision": "precision", "own_nearest": "precision_own_nearest", "all_pairs": "precision_all_pairs", "estimate": "precision_estimate"}
+    shown = {
+        "size": "mean_size",
+        "precision": "precision",
+        "own_nearest": "precision_own_nearest",
+        "all_pairs": "precision_all_pairs",
+        "estimate": "precision_estimate",
+    }
     return {**{key: line.get(name) for key, name in shown.items()}, "said": line.get("why") or None}
 
 
 def reach(record: dict[str, torch.Tensor]) -> float | None:
-    """Median rank, among all images by similarity to the anchor, of the positives in a round's record; those beyond the nearest that the record has count as the last of these.
+    """Median rank, among all images by similarity to the anchor, of the positives in a round's
+    record; those beyond the nearest that the record has count as the last of these.
 
     record: of `round_record`. Returns None where the round found nothing.
     """
-    offsets, cosine = record["offsets"], record["cosine"].float()
+    offsets = record["offsets"]
+    cosine = record["cosine"].float()
     if "features" in record:
         features = record["features"].float()
         anchors = torch.arange(len(features))
         near = (features @ features.T).fill_diagonal_(-torch.inf).sort(1, descending=True).values
     else:
-        anchors, near = record["anchors"].long(), record["near_cosine"].float()
+        anchors = record["anchors"].long()
+        near = record["near_cosine"].float()
     ranks = []
     for row, i in enumerate(anchors.tolist()):
         own = cosine[offsets[i] : offsets[i + 1]]
@@ -165,9 +261,15 @@ def reach(record: dict[str, torch.Tensor]) -> float | None:
 
 
 def keep_encoder(file: Path, out: Path) -> None:
-    """The query encoder of a checkpoint in half precision, under MoCo's names: `--init` and the judges take it."""
+    """The query encoder of a checkpoint in half precision, under MoCo's names: `--init` and the
+    judges take it.
+    """
     content = checkpoint.load(file)
-    mine = {name: x.half() if x.is_floating_point() else x for name, x in content["state_dict"].items() if "encoder_q" in name}
+    mine = {
+        name: x.half() if x.is_floating_point() else x
+        for name, x in content["state_dict"].items()
+        if "encoder_q" in name
+    }
     checkpoint.save({"epoch": content["epoch"], "arch": content["arch"], "state_dict": mine}, out)
 
 
@@ -182,7 +284,9 @@ def few_images(source: Path | None, folder: Path) -> Path:
         return folder
     for split, most in zip(("train", "val"), QUICK_IMAGES):
         digits = data.build_dataset("digits", split=split)
-        for i in torch.cat([(digits.labels == label).nonzero()[:most, 0] for label in range(10)]).tolist():
+        for i in torch.cat(
+            [(digits.labels == label).nonzero()[:most, 0] for label in range(10)]
+        ).tolist():
             path = folder / split / str(int(digits.labels[i])) / f"{i:04}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(digits.images[i].permute(1, 2, 0).numpy()).save(path)

@@ -1,8 +1,9 @@
 """Augmentation of a whole batch on its device, every image by its own draws.
 
-Letters: N images of a batch, H x W pixels, S side of a view. Images are floats in [0, 1], [N, 3, H, W]; a factor is
-[N]. The operations are torchvision's in value, the whole is torchvision's in distribution. Nothing here depends on the
-data's values on the host: no synchronisation, one graph for torch.compile.
+Letters: N images of a batch, H x W pixels, S side of a view. Images are floats in [0, 1], [N, 3, H,
+W]; a factor is [N]. The operations are torchvision's in value, the whole is torchvision's in
+distribution. Nothing here depends on the data's values on the host: no synchronisation, one graph
+for torch.compile.
 """
 
 import math
@@ -33,31 +34,42 @@ def between(u: torch.Tensor, low: float, high: float) -> torch.Tensor:
 # ---------------------------------------------------------------- geometry
 
 
-def crop_boxes(u: torch.Tensor, H: int, W: int, scale: tuple[float, float], tries: int = 10) -> torch.Tensor:
-    """RandomResizedCrop's boxes: u [N, 2 tries + 2] -> [N, 4] (top, left, height, width), whole pixels.
+def crop_boxes(
+    u: torch.Tensor, H: int, W: int, scale: tuple[float, float], tries: int = 10
+) -> torch.Tensor:
+    """RandomResizedCrop's boxes: u [N, 2 tries + 2] -> [N, 4] (top, left, height, width), whole
+    pixels.
 
     The first of ten shapes that fits; if none does, the central one with the nearest allowed ratio.
     """
     area = H * W * between(u[:, :tries], *scale)  # [N, tries]
     ratio = torch.exp(between(u[:, tries : 2 * tries], math.log(3 / 4), math.log(4 / 3)))
-    w, h = torch.sqrt(area * ratio).round(), torch.sqrt(area / ratio).round()
+    w = torch.sqrt(area * ratio).round()
+    h = torch.sqrt(area / ratio).round()
     fits = (w > 0) & (w <= W) & (h > 0) & (h <= H)
     first = fits.int().argmax(1, keepdim=True)
     w, h, found = (x.gather(1, first)[:, 0] for x in (w, h, fits))
     last_w = min(W, round(H * 4 / 3)) if W / H > 4 / 3 else W
     last_h = min(H, round(W * 4 / 3)) if W / H < 3 / 4 else H
-    w, h = torch.where(found, w, float(last_w)), torch.where(found, h, float(last_h))
+    w = torch.where(found, w, float(last_w))
+    h = torch.where(found, h, float(last_h))
     top = torch.where(found, (u[:, 2 * tries] * (H - h + 1)).floor(), (H - last_h) // 2)
     left = torch.where(found, (u[:, 2 * tries + 1] * (W - w + 1)).floor(), (W - last_w) // 2)
     return torch.stack([top, left, h, w], 1)
 
 
-def crop_box(draw: Callable[[int], float], H: int, W: int, scale: tuple[float, float], tries: int = 10) -> tuple:
-    """One box of `crop_boxes`, on the host: draw(j) is what stands in column j of u. Rounding may differ by a pixel."""
+def crop_box(
+    draw: Callable[[int], float], H: int, W: int, scale: tuple[float, float], tries: int = 10
+) -> tuple:
+    """One box of `crop_boxes`, on the host: draw(j) is what stands in column j of u.
+
+    Rounding may differ by a pixel.
+    """
     for i in range(tries):
         area = H * W * (scale[0] + (scale[1] - scale[0]) * draw(i))
         ratio = math.exp(math.log(3 / 4) + math.log(16 / 9) * draw(tries + i))
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        w = round(math.sqrt(area * ratio))
+        h = round(math.sqrt(area / ratio))
         if 0 < w <= W and 0 < h <= H:
             return int(draw(2 * tries) * (H - h + 1)), int(draw(2 * tries + 1) * (W - w + 1)), h, w
     w = min(W, round(H * 4 / 3)) if W / H > 4 / 3 else W
@@ -66,13 +78,15 @@ def crop_box(draw: Callable[[int], float], H: int, W: int, scale: tuple[float, f
 
 
 def _resize_weights(start: torch.Tensor, length: torch.Tensor, full: int, S: int) -> torch.Tensor:
-    """Bilinear, antialiased resize of the pixels [start, start + length) to S, as a matrix an image: [N, S, full].
+    """Bilinear, antialiased resize of the pixels [start, start + length) to S, as a matrix an
+    image: [N, S, full].
 
-    A triangle as wide as the step between two output pixels, one input pixel at least: what PIL and torchvision's
-    antialias compute.
+    A triangle as wide as the step between two output pixels, one input pixel at least: what PIL and
+    torchvision's antialias compute.
     """
     step = (length / S)[:, None, None]
-    centre = start[:, None, None] + (torch.arange(S, device=start.device)[:, None] + 0.5) * step  # [N, S, 1]
+    # [N, S, 1]
+    centre = start[:, None, None] + (torch.arange(S, device=start.device)[:, None] + 0.5) * step
     pixel = torch.arange(full, device=start.device)  # [full]
     weight = (1 - (pixel + 0.5 - centre).abs() / step.clamp(min=1)).clamp(min=0)
     inside = (pixel >= start[:, None, None]) & (pixel < (start + length)[:, None, None])
@@ -80,13 +94,18 @@ def _resize_weights(start: torch.Tensor, length: torch.Tensor, full: int, S: int
     return weight / weight.sum(2, keepdim=True)
 
 
-def resized_crop(images: torch.Tensor, boxes: torch.Tensor, flip: torch.Tensor, S: int) -> torch.Tensor:
-    """Cut out boxes [N, 4], resize to S x S, mirror where flip [N] is true: two matrix products an image."""
+def resized_crop(
+    images: torch.Tensor, boxes: torch.Tensor, flip: torch.Tensor, S: int
+) -> torch.Tensor:
+    """Cut out boxes [N, 4], resize to S x S, mirror where flip [N] is true: two matrix products an
+    image.
+    """
     top, left, h, w = boxes.unbind(1)
     rows = _resize_weights(top, h, images.shape[2], S)  # [N, S, H]
     columns = _resize_weights(left, w, images.shape[3], S)  # [N, S, W]
     columns = torch.where(flip[:, None, None], columns.flip(1), columns)
-    rows, columns = rows.to(images.dtype), columns.to(images.dtype)
+    rows = rows.to(images.dtype)
+    columns = columns.to(images.dtype)
     return rows[:, None] @ images @ columns.transpose(1, 2)[:, None]
 
 
@@ -99,13 +118,16 @@ def blur_kernel(sigma: torch.Tensor, reach: int = 6) -> torch.Tensor:
 
 def repeat_border(images: torch.Tensor, reach: int, dim: int) -> torch.Tensor:
     """`reach` more pixels at both ends of dim 2 or 3, copies of the last ones."""
-    first, last = images.narrow(dim, 0, 1), images.narrow(dim, images.shape[dim] - 1, 1)
+    first = images.narrow(dim, 0, 1)
+    last = images.narrow(dim, images.shape[dim] - 1, 1)
     size = [reach if d == dim else -1 for d in range(4)]
     return torch.cat([first.expand(size), images, last.expand(size)], dim)
 
 
 def weighted_shifts(padded: torch.Tensor, kernel: torch.Tensor, dim: int) -> torch.Tensor:
-    """Sum of shifted copies along dim 2 or 3, those of each image by its own kernel [N, taps]; taps - 1 pixels shorter."""
+    """Sum of shifted copies along dim 2 or 3, those of each image by its own kernel [N, taps]; taps
+    - 1 pixels shorter.
+    """
     taps, weights = kernel.shape[1], kernel.to(padded.dtype)
     length = padded.shape[dim] - taps + 1
     total = padded.narrow(dim, 0, length) * _by_image(weights[:, 0])
@@ -166,7 +188,8 @@ def adjust_hue(images: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
 
 
 def _turn_hue(planes: Planes, top: torch.Tensor, low: torch.Tensor, shift: torch.Tensor) -> Planes:
-    """HSV and back, without ever writing S and V down. top, low [N, H, W]: the largest and smallest of the planes.
+    """HSV and back, without ever writing S and V down. top, low [N, H, W]: the largest and smallest
+    of the planes.
 
     A pixel of hue h (0 to 6) has in red, green, blue top - (top - low) clamp(min(k, 4 - k), 0, 1),
     k = (h + 5, 3, 1) mod 6. The remainder is taken of turns, by floor, which vectorises.
@@ -174,7 +197,9 @@ def _turn_hue(planes: Planes, top: torch.Tensor, low: torch.Tensor, shift: torch
     r, g, b = planes
     chroma = top - low
     safe = torch.where(chroma == 0, 1, chroma)
-    hue = torch.where(top == r, (g - b) / safe, torch.where(top == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
+    hue = torch.where(
+        top == r, (g - b) / safe, torch.where(top == g, 2 + (b - r) / safe, 4 + (r - g) / safe)
+    )
     hue = hue / 6 + shift.to(r.dtype)[:, None, None]
     turned = []
     for phase in (5, 3, 1):
@@ -187,7 +212,9 @@ def _turn_hue(planes: Planes, top: torch.Tensor, low: torch.Tensor, shift: torch
 ADJUST = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
 
 
-def _jitter_step(planes: Planes, step: torch.Tensor, factors: torch.Tensor, mean: torch.Tensor) -> Planes:
+def _jitter_step(
+    planes: Planes, step: torch.Tensor, factors: torch.Tensor, mean: torch.Tensor
+) -> Planes:
     """The step-th operation on each image: step [N]; mean [N, 1, 1] is what contrast blends with.
 
     The first three are one blend, with black, with the mean grey or with the grey image.
@@ -204,11 +231,12 @@ def _jitter_step(planes: Planes, step: torch.Tensor, factors: torch.Tensor, mean
 
 
 def _jitter_at_once(planes: Planes, factors: torch.Tensor, order: torch.Tensor) -> Planes:
-    """As `colour_jitter`, without a look at the values: each pixel by itself, but for the mean that contrast needs.
+    """As `colour_jitter`, without a look at the values: each pixel by itself, but for the mean that
+    contrast needs.
 
-    That one is found first, by doing what comes before contrast: compiled, these are two passes, one that reads the
-    images and one that writes them anew. The channels stay apart throughout: joined after every turn, each turn
-    would be a launch of its own.
+    That one is found first, by doing what comes before contrast: compiled, these are two passes,
+    one that reads the images and one that writes them anew. The channels stay apart throughout:
+    joined after every turn, each turn would be a launch of its own.
     """
     due = (order == 1).int().argmax(1)  # [N], the turn of contrast
     before = planes
@@ -223,8 +251,11 @@ def _jitter_at_once(planes: Planes, factors: torch.Tensor, order: torch.Tensor) 
     return planes
 
 
-def _jitter_by_rows(images, factors, order: list[list[int]], idle: list[bool], adjust=ADJUST) -> torch.Tensor:
-    """As `colour_jitter`, where a look at the values costs nothing: each operation on the images that are due for it.
+def _jitter_by_rows(
+    images, factors, order: list[list[int]], idle: list[bool], adjust=ADJUST
+) -> torch.Tensor:
+    """As `colour_jitter`, where a look at the values costs nothing: each operation on the images
+    that are due for it.
 
     idle: images that stay as they are.
     """
@@ -240,13 +271,17 @@ def _which(flags: list[bool]) -> list[int]:
     return [i for i, flag in enumerate(flags) if flag]
 
 
-def _on_rows(images: torch.Tensor, rows: list[int], operation, *factors: torch.Tensor) -> torch.Tensor:
+def _on_rows(
+    images: torch.Tensor, rows: list[int], operation, *factors: torch.Tensor
+) -> torch.Tensor:
     """images with operation(images, *factors) done on some of them."""
     if not rows:
         return images
     if len(rows) == len(images):
         return operation(images, *factors)
-    return images.index_copy(0, torch.tensor(rows), operation(images[rows], *(f[rows] for f in factors)))
+    return images.index_copy(
+        0, torch.tensor(rows), operation(images[rows], *(f[rows] for f in factors))
+    )
 
 
 def _looks_are_free(images: torch.Tensor) -> bool:
@@ -254,7 +289,9 @@ def _looks_are_free(images: torch.Tensor) -> bool:
 
 
 def colour_jitter(images: torch.Tensor, factors: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """factors [N, 4]: brightness, contrast, saturation (1: as it is), hue (0: as it is); order [N, 4]: their turns."""
+    """factors [N, 4]: brightness, contrast, saturation (1: as it is), hue (0: as it is); order [N,
+    4]: their turns.
+    """
     if _looks_are_free(images):
         return _jitter_by_rows(images, factors, order.tolist(), [False] * len(images))
     return torch.stack(_jitter_at_once(images.unbind(1), factors, order), 1)
@@ -264,11 +301,19 @@ def colour_jitter(images: torch.Tensor, factors: torch.Tensor, order: torch.Tens
 
 
 class BatchViews:
-    """Views of a batch by counted draws: a subclass says how many numbers a view takes, and what it makes of them."""
+    """Views of a batch by counted draws: a subclass says how many numbers a view takes, and what it
+    makes of them.
+    """
 
     draws: int
 
-    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], size: int, dtype: torch.dtype = torch.float32):
+    def __init__(
+        self,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        size: int,
+        dtype: torch.dtype = torch.float32,
+    ):
         self.mean = mean
         self.std = std
         self.size = size
@@ -278,29 +323,41 @@ class BatchViews:
     def views(
         self, images: torch.Tensor, seed: int, epoch: int, index: torch.Tensor, views: int = 2
     ) -> tuple[torch.Tensor, ...]:
-        """images uint8 [N, 3, H, W], index int64 [N] -> (im_q, im_k) or more, normalised, [N, 3, S, S] each."""
-        u = self.draw(torch.cat([starts(seed, epoch, index, view) for view in range(views)]))  # [views * N, draws]
+        """images uint8 [N, 3, H, W], index int64 [N] -> (im_q, im_k) or more, normalised, [N, 3, S,
+        S] each.
+        """
+        # [views * N, draws]
+        u = self.draw(torch.cat([starts(seed, epoch, index, view) for view in range(views)]))
         return self.apply(torch.cat([images] * views), u).chunk(views)
 
     def draw(self, start: torch.Tensor) -> torch.Tensor:
-        """The draws of each view from its `draws.starts`: int64 [N] -> float32 [N, draws] in [0, 1)."""
+        """The draws of each view from its `draws.starts`: int64 [N] -> float32 [N, draws] in [0,
+        1).
+        """
         return self.numbers(start, columns(self.draws, start.device))
 
     def apply(self, images: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-        """One view: images uint8 [N, 3, H, W], u [N, draws] -> [N, 3, S, S], a function of its arguments alone."""
+        """One view: images uint8 [N, 3, H, W], u [N, draws] -> [N, 3, S, S], a function of its
+        arguments alone.
+        """
         raise NotImplementedError
 
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
-        return torch.stack([(images[:, c] - m) / s for c, (m, s) in enumerate(zip(self.mean, self.std))], 1)
+        return torch.stack(
+            [(images[:, c] - m) / s for c, (m, s) in enumerate(zip(self.mean, self.std))], 1
+        )
 
 
 class BatchAugmentation(BatchViews):
-    """MoCo v2's augmentation (aug_plus) or MoCo v1's; with blur, sigma 0.1 to 2 for half of the views.
+    """MoCo v2's augmentation (aug_plus) or MoCo v1's; with blur, sigma 0.1 to 2 for half of the
+    views.
 
-    `crop` and `finish` may be done in two places: of photos the workers crop, and the device does the rest.
+    `crop` and `finish` may be done in two places: of photos the workers crop, and the device does
+    the rest.
     """
 
-    draws = 22 + 1 + 4 + 4 + 1 + 1 + 2  # box, flip, jitter's order and factors, jitter at all, grey at all, blur
+    # box, flip, jitter's order and factors, jitter at all, grey at all, blur
+    draws = 22 + 1 + 4 + 4 + 1 + 1 + 2
 
     def __init__(
         self,
@@ -318,7 +375,9 @@ class BatchAugmentation(BatchViews):
         self.scale = scale
         self.flip = flip
         self.blur = blur
-        self.adjust, self.shifts = ADJUST, weighted_shifts  # a compiler may stand in for each
+        # a compiler may stand in for each
+        self.adjust = ADJUST
+        self.shifts = weighted_shifts
         std = torch.tensor(std, dtype=dtype).view(1, 3, 1, 1)
         self._affine = 1 / std, -torch.tensor(mean, dtype=dtype).view(1, 3, 1, 1) / std
 
@@ -329,39 +388,63 @@ class BatchAugmentation(BatchViews):
         """uint8 [N, 3, H, W] -> [N, 3, S, S] in [0, 1]: cut out, resized, mirrored."""
         boxes = crop_boxes(u[:, :22], images.shape[2], images.shape[3], self.scale)
         # mirrored here and not at the end: every later step treats the left as the right
-        return resized_crop(images.to(self.dtype) / 255, boxes, u[:, 22] < self.flip, self.size).clamp(0, 1)
+        return resized_crop(
+            images.to(self.dtype) / 255, boxes, u[:, 22] < self.flip, self.size
+        ).clamp(0, 1)
 
     def box(self, draw: Callable[[int], float], H: int, W: int) -> tuple[tuple, bool]:
-        """`crop` of one image whose draws are draw(0), draw(1), ...: its box (top, left, height, width), and if to mirror."""
+        """`crop` of one image whose draws are draw(0), draw(1), ...: its box (top, left, height,
+        width), and if to mirror.
+        """
         return crop_box(draw, H, W, self.scale), draw(22) < self.flip
 
-    def crop_one(self, image: torch.Tensor, box: tuple, mirror: bool, full: tuple[int, int]) -> torch.Tensor:
-        """uint8 [3, h, w] -> uint8 [3, S, S]. box: in pixels of the image's full size (H, W), which h, w may be a part of."""
+    def crop_one(
+        self, image: torch.Tensor, box: tuple, mirror: bool, full: tuple[int, int]
+    ) -> torch.Tensor:
+        """uint8 [3, h, w] -> uint8 [3, S, S].
+
+        box: in pixels of the image's full size (H, W), which h, w may be a part of.
+        """
         scales = (image.shape[1] / full[0], image.shape[2] / full[1]) * 2
-        top, left, h, w = (max(round(x * scale), i // 2) for i, (x, scale) in enumerate(zip(box, scales)))
+        top, left, h, w = (
+            max(round(x * scale), i // 2) for i, (x, scale) in enumerate(zip(box, scales))
+        )
         part = image[None, :, top : top + h, left : left + w]
         view = F.interpolate(part, (self.size, self.size), mode="bilinear", antialias=True)[0]
         return view.flip(2) if mirror else view
 
     def finish(self, crops: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-        """The rest of a view, [N, 3, S, S], from its crop: floats in [0, 1], or uint8 if the crop was made elsewhere."""
+        """The rest of a view, [N, 3, S, S], from its crop: floats in [0, 1], or uint8 if the crop
+        was made elsewhere.
+        """
         factors, order, jittered, to_grey, kernel, blurred = self.plan(u)
         if _looks_are_free(crops):
             few = max(1, _CACHE // crops[0].numel())  # images at a time, that stay in a CPU's cache
-            order, idle, to_grey, blurred = order.tolist(), (~jittered).tolist(), to_grey.tolist(), blurred.tolist()
+            order = order.tolist()
+            idle = (~jittered).tolist()
+            to_grey = to_grey.tolist()
+            blurred = blurred.tolist()
             done = torch.empty(crops.shape, dtype=self.dtype)
             for i in range(0, len(crops), few):
                 here = slice(i, i + few)
-                images = self._by_rows(crops[here], factors[here], order[here], idle[here], to_grey[here])
+                images = self._by_rows(
+                    crops[here], factors[here], order[here], idle[here], to_grey[here]
+                )
                 if self.blur:
                     images = _on_rows(images, _which(blurred[here]), self._blur, kernel[here])
                 self._normalize_into(done[here], images)
             return done
         images = self.colour(crops, factors, order, to_grey)
-        return self.blur_columns(self.blur_rows(images, kernel), kernel) if self.blur else self.normalize(images)
+        return (
+            self.blur_columns(self.blur_rows(images, kernel), kernel)
+            if self.blur
+            else self.normalize(images)
+        )
 
     def plan(self, u: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """factors [N, 4], order [N, 4], see `colour_jitter`; [N] each: jittered at all, to grey; kernel [N, 13], blurred [N]."""
+        """factors [N, 4], order [N, 4], see `colour_jitter`; [N] each: jittered at all, to grey;
+        kernel [N, 13], blurred [N].
+        """
         order, factors, jitter, to_grey, blur = u[:, 23:].split((4, 4, 1, 1, 2), 1)
         hue = 0.1 if self.aug_plus else 0.4
         jittered = jitter < (0.8 if self.aug_plus else 1.0)
@@ -369,9 +452,17 @@ class BatchAugmentation(BatchViews):
         turns = torch.where(jittered, between(factors[:, 3:], -hue, hue), 0)
         blurred = blur[:, 0] < 0.5
         kernel = blur_kernel(torch.where(blurred, between(blur[:, 1], 0.1, 2.0), 0))
-        return torch.cat([strengths, turns], 1), order.argsort(1), jittered[:, 0], to_grey[:, 0] < 0.2, kernel, blurred
+        return (
+            torch.cat([strengths, turns], 1),
+            order.argsort(1),
+            jittered[:, 0],
+            to_grey[:, 0] < 0.2,
+            kernel,
+            blurred,
+        )
 
-    # Steps that a compiler is to see one by one: fused with the second, the first blur would be done 13 times.
+    # Steps that a compiler is to see one by one: fused with the second, the first blur would be
+    # done 13 times.
 
     def colour(
         self, crops: torch.Tensor, factors: torch.Tensor, order: torch.Tensor, to_grey: torch.Tensor
@@ -379,7 +470,8 @@ class BatchAugmentation(BatchViews):
         planes = self._floats(crops).unbind(1)
         if self.aug_plus:
             planes = _jitter_at_once(planes, factors, order)
-        alike, to_grey = _grey_of(planes), _spread(to_grey, planes[0])
+        alike = _grey_of(planes)
+        to_grey = _spread(to_grey, planes[0])
         planes = tuple(torch.where(to_grey, alike, x) for x in planes)
         if not self.aug_plus:
             planes = _jitter_at_once(planes, factors, order)
@@ -400,7 +492,9 @@ class BatchAugmentation(BatchViews):
         if self.aug_plus:
             images = _jitter_by_rows(images, factors, order, idle, self.adjust)
         images = _on_rows(images, greys, lambda x: grey(x).expand_as(x))
-        return images if self.aug_plus else _jitter_by_rows(images, factors, order, idle, self.adjust)
+        return (
+            images if self.aug_plus else _jitter_by_rows(images, factors, order, idle, self.adjust)
+        )
 
     def _normalize_into(self, done: torch.Tensor, images: torch.Tensor) -> None:
         """`normalize` in one pass over memory that is there already."""
@@ -414,7 +508,9 @@ class BatchAugmentation(BatchViews):
 
 
 class DigitAugmentation(BatchViews):
-    """Grey digits: turned, scaled, moved a little, brightness, contrast, noise; no flip, a mirrored 2 is no 2."""
+    """Grey digits: turned, scaled, moved a little, brightness, contrast, noise; no flip, a mirrored
+    2 is no 2.
+    """
 
     def __init__(
         self,
@@ -439,16 +535,25 @@ class DigitAugmentation(BatchViews):
         self.draws = 6 + size * size
 
     def apply(self, images: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-        images = images[:, :1].to(self.dtype) / 255  # three equal channels: one is enough until the end
+        # three equal channels: one is enough until the end
+        images = images[:, :1].to(self.dtype) / 255
         angle = between(u[:, 0], -self.turn, self.turn)
         zoom = between(u[:, 1], *self.zoom)
         cos, sin = torch.cos(angle) / zoom, torch.sin(angle) / zoom
-        x, y = (between(u[:, i], -2 * self.move, 2 * self.move) for i in (2, 3))  # grid_sample's image is 2 wide
+        # grid_sample's image is 2 wide
+        x, y = (between(u[:, i], -2 * self.move, 2 * self.move) for i in (2, 3))
         theta = torch.stack([cos, -sin, x, sin, cos, y], 1).view(-1, 2, 3).to(self.dtype)
         grid = F.affine_grid(theta, [len(images), 1, self.size, self.size], align_corners=False)
-        images = F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-        images = images * _by_image(between(u[:, 4], 1 - self.contrast, 1 + self.contrast)).to(self.dtype)
-        images = images + _by_image(between(u[:, 5], -self.brightness, self.brightness)).to(self.dtype)
-        noise = between(u[:, 6:], -1, 1) * (self.noise * 3**0.5)  # uniform: as good as Gaussian here, and cheaper
+        images = F.grid_sample(
+            images, grid, mode="bilinear", padding_mode="zeros", align_corners=False
+        )
+        images = images * _by_image(between(u[:, 4], 1 - self.contrast, 1 + self.contrast)).to(
+            self.dtype
+        )
+        images = images + _by_image(between(u[:, 5], -self.brightness, self.brightness)).to(
+            self.dtype
+        )
+        # uniform: as good as Gaussian here, and cheaper
+        noise = between(u[:, 6:], -1, 1) * (self.noise * 3**0.5)
         images = images + noise.view_as(images).to(self.dtype)
         return self.normalize(images.expand(-1, 3, -1, -1))

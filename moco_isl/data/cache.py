@@ -1,7 +1,9 @@
-"""Decoded images kept in a file: a run maps them into its memory instead of decoding every JPEG anew.
+"""Decoded images kept in a file: a run maps them into its memory instead of decoding every JPEG
+anew.
 
-A file holds the images of one folder, uint8 [M, 3, H, W], and the name, size and time of each file that they were
-decoded from. It is used as long as these are still the same. Several data sets may share a cache folder.
+A file holds the images of one folder, uint8 [M, 3, H, W], and the name, size and time of each file
+that they were decoded from. It is used as long as these are still the same. Several data sets may
+share a cache folder.
 """
 
 import contextlib
@@ -21,25 +23,39 @@ import torch
 from torch.utils.data import Dataset
 
 from moco_isl import files
-from moco_isl.data.datasets import SMALL, ImageFiles, ImagesInMemory, load_into_memory, native_size, read_pixels
+from moco_isl.data.datasets import (
+    SMALL,
+    ImageFiles,
+    ImagesInMemory,
+    load_into_memory,
+    native_size,
+    read_pixels,
+)
 from moco_isl.errors import BadInput
 from moco_isl.files import TEMPORARY
 
-# Two versions of a decoder may differ in the last bit of a pixel. The format's number counts what decodes differently here.
+# Two versions of a decoder may differ in the last bit of a pixel. The format's number counts what
+# decodes differently here.
 DECODER = f"Pillow {PIL.__version__}, format 2"
 GONE = (-1, -1)  # size and time of a file that is no longer there
 
 
-def hold_cached(dataset: ImageFiles, folder: str | Path, threads: int = 4, say: Callable[[str], None] = print) -> Dataset:
-    """The data set held in memory, mapped from the cache `folder`; decoded and kept there first where it has to be.
+def hold_cached(
+    dataset: ImageFiles, folder: str | Path, threads: int = 4, say: Callable[[str], None] = print
+) -> Dataset:
+    """The data set held in memory, mapped from the cache `folder`; decoded and kept there first
+    where it has to be.
 
-    It equals what `load_into_memory` gives, with the same positions in .unreadable. Images that are not all small and of
-    one size stay in their files, and `say` gets a line about it. Raises BadInput where the cache has to be written and
-    cannot be, before anything is decoded.
+    It equals what `load_into_memory` gives, with the same positions in .unreadable. Images that are
+    not all small and of one size stay in their files, and `say` gets a line about it. Raises
+    BadInput where the cache has to be written and cannot be, before anything is decoded.
     """
     folder = Path(folder)
     if native_size(dataset) > SMALL:
-        say(f"=> --cache: the images in {dataset.folder} are larger than {SMALL} pixels and stay in their files")
+        say(
+            f"=> --cache: the images in {dataset.folder} are larger than {SMALL} pixels and stay in"
+            " their files"
+        )
         return dataset
     path = cache_file(dataset, folder)
     sources = list_sources(dataset, threads)
@@ -57,18 +73,21 @@ def hold_cached(dataset: ImageFiles, folder: str | Path, threads: int = 4, say: 
 
 
 def cache_file(dataset: ImageFiles, folder: str | Path) -> Path:
-    """Where the images of a data set are kept in a cache folder: one file for each folder of images."""
+    """Where the images of a data set are kept in a cache folder: one file for each folder of
+    images.
+    """
     resolved = os.path.realpath(dataset.folder)
     digest = hashlib.sha256(os.fsencode(resolved)).hexdigest()[:16]
-    name = os.fsdecode(os.fsencode(os.path.basename(resolved) or "root")[:100])  # of 255 bytes that a name may have
+    # of 255 bytes that a name may have
+    name = os.fsdecode(os.fsencode(os.path.basename(resolved) or "root")[:100])
     return Path(folder) / f"{name}-{digest}.images"
 
 
 def list_sources(dataset: ImageFiles, threads: int = 4) -> dict[str, torch.Tensor]:
     """What the pixels of a data set depend on.
 
-    names: uint8, the files' names below the folder, in order, joined by zero bytes; stats: int64 [M, 2], the size in
-    bytes and the time of change in nanoseconds of each file.
+    names: uint8, the files' names below the folder, in order, joined by zero bytes; stats: int64
+    [M, 2], the size in bytes and the time of change in nanoseconds of each file.
     """
     M = len(dataset)
     paths = [dataset.path(i) for i in range(M)]
@@ -76,7 +95,10 @@ def list_sources(dataset: ImageFiles, threads: int = 4) -> dict[str, torch.Tenso
     with ThreadPoolExecutor(max(threads, 1)) as pool:
         blocks = pool.map(_stats_of, (paths[start : start + 4096] for start in range(0, M, 4096)))
         stats = [stat for block in blocks for stat in block]
-    return {"names": torch.frombuffer(bytearray(names), dtype=torch.uint8), "stats": torch.tensor(stats, dtype=torch.int64)}
+    return {
+        "names": torch.frombuffer(bytearray(names), dtype=torch.uint8),
+        "stats": torch.tensor(stats, dtype=torch.int64),
+    }
 
 
 def _stats_of(paths: list[str]) -> list[tuple[int, int]]:
@@ -94,16 +116,23 @@ def _stats_of(paths: list[str]) -> list[tuple[int, int]]:
 
 
 def _read(path: Path, sources: dict[str, torch.Tensor]) -> tuple[dict | None, str]:
-    """What the file holds, images mapped; or None and, in words, why it is not used ('': there is no file)."""
+    """What the file holds, images mapped; or None and, in words, why it is not used ('': there is
+    no file).
+    """
     if not os.path.exists(path):
         return None, ""
     if not os.path.isfile(path):
         return None, "holds no file of that name"
     try:
         with files.utf8_name(path) as name:
-            content = torch.load(name, mmap=True, weights_only=True)  # a private mapping: a write would not reach the file
+            # a private mapping: a write would not reach the file
+            content = torch.load(name, mmap=True, weights_only=True)
         images = content["images"]
-        shape_is_right = images.dtype == torch.uint8 and images.dim() == 4 and len(images) == len(content["stats"])
+        shape_is_right = (
+            images.dtype == torch.uint8
+            and images.dim() == 4
+            and len(images) == len(content["stats"])
+        )
         whole = shape_is_right and content["checksum"] == _checksum(content)
     except Exception:  # torch answers a broken file with almost any exception
         whole = False
@@ -120,7 +149,9 @@ def _what_changed(then: dict[str, torch.Tensor], now: dict[str, torch.Tensor]) -
     before, after = _by_name(then), _by_name(now)
     changed = sum(before.get(name) != stat for name, stat in after.items())
     gone = sum(name not in after for name in before)
-    return f"{changed:,} of {len(after):,} images changed" + (f", {gone:,} are gone" if gone else "")
+    return f"{changed:,} of {len(after):,} images changed" + (
+        f", {gone:,} are gone" if gone else ""
+    )
 
 
 def _by_name(sources: dict[str, torch.Tensor]) -> dict[bytes, tuple[int, int]]:
@@ -136,7 +167,9 @@ def _checksum(content: dict) -> int:
     return checksum
 
 
-def _decode(dataset: ImageFiles, path: Path, sources: dict, threads: int, alone: bool, say: Callable) -> Dataset:
+def _decode(
+    dataset: ImageFiles, path: Path, sources: dict, threads: int, alone: bool, say: Callable
+) -> Dataset:
     """Decode all images, keep them in the file, and answer with the data set."""
     try:
         whole = load_into_memory(dataset, threads)
@@ -152,7 +185,10 @@ def _decode(dataset: ImageFiles, path: Path, sources: dict, threads: int, alone:
     try:
         files.write(content, path, path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}{TEMPORARY}"))
     except OSError as error:
-        say(f"=> warning: cannot write {path}: {error.strerror or error}; going on with the images in memory")
+        say(
+            f"=> warning: cannot write {path}: {error.strerror or error}; going on with the images"
+            " in memory"
+        )
         return whole
     say(f"=> {len(dataset):,} images decoded and kept in cache {path}")
     content, _ = _read(path, sources)  # mapped, so that processes share the memory
@@ -170,7 +206,11 @@ def _as_dataset(content: dict, dataset: ImageFiles) -> ImagesInMemory:
 
 def _require_room(dataset: ImageFiles, folder: Path) -> None:
     """Raise BadInput where the decoded images cannot be written into the folder, which is made."""
-    readable = (image for image in (read_pixels(dataset, i) for i in range(len(dataset))) if image is not None)
+    readable = (
+        image
+        for image in (read_pixels(dataset, i) for i in range(len(dataset)))
+        if image is not None
+    )
     first = next(readable, torch.zeros(0))
     needed = len(dataset) * first.numel()
     try:
@@ -180,12 +220,13 @@ def _require_room(dataset: ImageFiles, folder: Path) -> None:
         free = shutil.disk_usage(folder).free
     except OSError as error:
         raise BadInput(
-            f"--cache '{folder}' cannot be written: {error.strerror}; expected a folder to create files in"
+            f"--cache '{folder}' cannot be written: {error.strerror}; expected a folder to create"
+            " files in"
         ) from error
     if free < needed:
         raise BadInput(
-            f"--cache '{folder}' has {free / 2**30:.1f} GiB free, and the decoded images take {needed / 2**30:.1f}: "
-            "free some space, or choose another folder"
+            f"--cache '{folder}' has {free / 2**30:.1f} GiB free, and the decoded images take"
+            f" {needed / 2**30:.1f}: free some space, or choose another folder"
         )
 
 
@@ -193,7 +234,8 @@ def _require_room(dataset: ImageFiles, folder: Path) -> None:
 def _one_at_a_time(folder: Path, say: Callable[[str], None]) -> Iterator[bool]:
     """Wait until no other process decodes into the folder; yields whether it is ours alone.
 
-    Where the file system has no locks several processes may decode at once: each writes a whole file, the last one stays.
+    Where the file system has no locks several processes may decode at once: each writes a whole
+    file, the last one stays.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:

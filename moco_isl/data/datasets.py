@@ -1,7 +1,8 @@
 """The data sets: folders of images, torchvision's small sets, the embedded digits.
 
-All have len(), [i] -> (image, label), .labels (int64 [M] or None), .classes (list of names or None), .path(i) (the
-image's name in messages) and .size_hint (side of the images in memory; None for files). M is the number of images.
+All have len(), [i] -> (image, label), .labels (int64 [M] or None), .classes (list of names or
+None), .path(i) (the image's name in messages) and .size_hint (side of the images in memory; None
+for files). M is the number of images.
 """
 
 import bisect
@@ -27,7 +28,8 @@ from moco_isl.errors import BadInput
 from moco_isl.files import open_regular
 
 try:
-    from torchvision.io import decode_jpeg  # deprecated since 0.29 in favour of a package of its own
+    # deprecated since 0.29 in favour of a package of its own
+    from torchvision.io import decode_jpeg
 except ImportError:
     decode_jpeg = None
 
@@ -40,9 +42,11 @@ _DIGITS_TRAIN = 1437  # of 1,797, in the order of the file: DIGITS.md says why
 def decode_pixels(
     path: str, at_least: Callable[[int, int], int], unclear: Callable[[str], None] = warnings.warn
 ) -> tuple[torch.Tensor, tuple[int, int]]:
-    """`decode` as uint8 [3, h, w], and the image's full size (H, W); at_least(W, H) says how small it may be decoded.
+    """`decode` as uint8 [3, h, w], and the image's full size (H, W); at_least(W, H) says how small
+    it may be decoded.
 
-    A JPEG of its full size goes through torchvision where that still decodes: PIL's values in two thirds of the time.
+    A JPEG of its full size goes through torchvision where that still decodes: PIL's values in two
+    thirds of the time.
     """
     with open_regular(path) as file:
         whole = os.fstat(file.fileno()).st_size <= _READ_WHOLE
@@ -50,26 +54,39 @@ def decode_pixels(
         with Image.open(io.BytesIO(content) if whole else file, formats=folders.FORMATS) as image:
             W, H = image.size
             keep = max(1, at_least(W, H))
-            if decode_jpeg and whole and image.format == "JPEG" and image.mode == "RGB" and min(W, H) // keep < 2:
+            if (
+                decode_jpeg
+                and whole
+                and image.format == "JPEG"
+                and image.mode == "RGB"
+                and min(W, H) // keep < 2
+            ):
                 pixels = decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8))
             else:
                 pixels = pil_to_tensor(_to_rgb(image, keep, unclear))
     return pixels, (H, W)
 
 
-def decode(path: str, at_least: int | None = None, unclear: Callable[[str], None] = warnings.warn) -> Image.Image:
-    """The image of a file as 8-bit RGB, whatever it was; orientation tags are left alone, as torchvision does.
+def decode(
+    path: str, at_least: int | None = None, unclear: Callable[[str], None] = warnings.warn
+) -> Image.Image:
+    """The image of a file as 8-bit RGB, whatever it was; orientation tags are left alone, as
+    torchvision does.
 
-    at_least: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as both sides keep that many pixels.
-    unclear(why): called where the range of floats or 32-bit integers is a guess; `value_range` has the rule.
-    Raises what PIL raises on a file it cannot read (OSError and others): also on one that is no regular file, of a
-    format not in `folders.FORMATS`, or of more than 179 million pixels, PIL's bound against decompression bombs.
+    at_least: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as both sides keep that
+    many pixels. unclear(why): called where the range of floats or 32-bit integers is a guess;
+    `value_range` has the rule.
+    Raises what PIL raises on a file it cannot read (OSError and others): also on one that is no
+    regular file, of a format not in `folders.FORMATS`, or of more than 179 million pixels, PIL's
+    bound against decompression bombs.
     """
     with open_regular(path) as file, Image.open(file, formats=folders.FORMATS) as image:
         return _to_rgb(image, at_least, unclear)
 
 
-def _to_rgb(image: Image.Image, at_least: int | None, unclear: Callable[[str], None]) -> Image.Image:
+def _to_rgb(
+    image: Image.Image, at_least: int | None, unclear: Callable[[str], None]
+) -> Image.Image:
     if at_least and image.format == "JPEG":
         image.draft("RGB", (at_least, at_least))
     if image.mode.startswith("I") or image.mode == "F":
@@ -80,12 +97,15 @@ def _to_rgb(image: Image.Image, at_least: int | None, unclear: Callable[[str], N
 
 
 def _to_eight_bits(image: Image.Image, unclear: Callable[[str], None]) -> Image.Image:
-    """Grey images of 16 or 32 bits, or of floats, scaled to 0..255; PIL's convert would clip at 255.
+    """Grey images of 16 or 32 bits, or of floats, scaled to 0..255; PIL's convert would clip at
+    255.
 
-    Values outside of the range become its nearest end, NaN becomes black. Raises ValueError where no value is finite.
+    Values outside of the range become its nearest end, NaN becomes black. Raises ValueError where
+    no value is finite.
     """
     tags = image.tag_v2 if image.format == "TIFF" else {}
-    bits = tags.get(BITSPERSAMPLE, (16,))[0]  # mode I also holds files of 16 bits, and all of PNG and PPM are
+    # mode I also holds files of 16 bits, and all of PNG and PPM are
+    bits = tags.get(BITSPERSAMPLE, (16,))[0]
     values = np.asarray(image)
     if image.mode == "I" and bits == 32 and tags.get(SAMPLEFORMAT, (1,))[0] == 1:
         values = values.view(np.uint32)  # PIL reads them as signed
@@ -94,19 +114,24 @@ def _to_eight_bits(image: Image.Image, unclear: Callable[[str], None]) -> Image.
     if image.mode == "F" or bits == 32:
         low, high, why = value_range(values, (1, 255, 65535) if image.mode == "F" else (255, 65535))
         if why:
-            unclear(f"{why}: {low:g}..{high:g} is taken as black to white; convert to 8 or 16 bits to choose yourself")
+            unclear(
+                f"{why}: {low:g}..{high:g} is taken as black to white; convert to 8 or 16 bits to"
+                " choose yourself"
+            )
     values = np.nan_to_num(values.clip(low, high), nan=low)
     return Image.fromarray(((values - low) * (255 / (high - low)) + 0.5).astype(np.uint8))
 
 
 def value_range(values: np.ndarray, tops: Sequence[float]) -> tuple[float, float, str]:
-    """(low, high, why that is no sure thing: '' where it is) of the values of an image whose scale is not known.
+    """(low, high, why that is no sure thing: '' where it is) of the values of an image whose scale
+    is not known.
 
-    The highest and the lowest 1 % of the values do not decide, nor do those that are not finite. Where the others lie
-    between 0 and one of `tops`, the range is 0 to the first such top; else it is that of the others, from 0 where none
-    of them is negative. What lies 5 % beyond a bound, as sharpening leaves it, counts as within. It is a sure thing
-    where all finite values lie between 0 and the top, and some above an eighth of it, or all are 0. Raises ValueError
-    where no value is finite.
+    The highest and the lowest 1 % of the values do not decide, nor do those that are not finite.
+    Where the others lie between 0 and one of `tops`, the range is 0 to the first such top; else it
+    is that of the others, from 0 where none of them is negative. What lies 5 % beyond a bound, as
+    sharpening leaves it, counts as within. It is a sure thing where all finite values lie between 0
+    and the top, and some above an eighth of it, or all are 0. Raises ValueError where no value is
+    finite.
     """
     values = values[np.isfinite(values)]
     if not len(values):
@@ -115,14 +140,21 @@ def value_range(values: np.ndarray, tops: Sequence[float]) -> tuple[float, float
     last = max(len(values) - 1 - few, 0)
     first = min(few, last)
     ordered = np.partition(values, (first, last))
-    low, high, least, most = ordered[first], ordered[last], values.min(), values.max()
+    low = ordered[first]
+    high = ordered[last]
+    least = values.min()
+    most = values.max()
     top = next((top for top in tops if high <= 1.05 * top), None)
     if top is not None and low >= -0.05 * max(high, 0):
         dark = 0 < most < top / 8  # black on all of that range: of 12 bits, perhaps
         sure = least >= -0.05 * top and most <= 1.05 * top and not dark
         return 0.0, float(top), "" if sure else f"values reach from {least:g} to {most:g}"
     low = min(low, 0.0)
-    return float(low), float(high if high > low else low + 1), f"values reach from {least:g} to {most:g}"
+    return (
+        float(low),
+        float(high if high > low else low + 1),
+        f"values reach from {least:g} to {most:g}",
+    )
 
 
 class ImageFiles(Dataset):
@@ -155,7 +187,9 @@ class ImageFiles(Dataset):
     def image(self, i: int, at_least: int | None = None) -> Image.Image:
         return decode(self.path(i), at_least, partial(self._unclear, i))
 
-    def pixels(self, i: int, at_least: Callable[[int, int], int]) -> tuple[torch.Tensor, tuple[int, int]]:
+    def pixels(
+        self, i: int, at_least: Callable[[int, int], int]
+    ) -> tuple[torch.Tensor, tuple[int, int]]:
         return decode_pixels(self.path(i), at_least, partial(self._unclear, i))
 
     def _unclear(self, i: int, why: str) -> None:
@@ -169,10 +203,17 @@ class ImageFiles(Dataset):
 
 
 class ImagesInMemory(Dataset):
-    """Images held whole: uint8 [M, 3, H, W]. source: a name, or the data set they were read from."""
+    """Images held whole: uint8 [M, 3, H, W].
+
+    source: a name, or the data set they were read from.
+    """
 
     def __init__(
-        self, images: torch.Tensor, labels: torch.Tensor | None, classes: list[str] | None, source: str | Dataset
+        self,
+        images: torch.Tensor,
+        labels: torch.Tensor | None,
+        classes: list[str] | None,
+        source: str | Dataset,
     ):
         self.images = images
         self.labels = labels
@@ -180,7 +221,8 @@ class ImagesInMemory(Dataset):
         self.source = source
         self.size_hint = min(images.shape[-2:])
         self._copies: dict[torch.device, torch.Tensor] = {}
-        self.unreadable: list[int] = []  # positions whose file could not be read and that hold the next readable image
+        # positions whose file could not be read and that hold the next readable image
+        self.unreadable: list[int] = []
 
     def __len__(self) -> int:
         return len(self.images)
@@ -204,10 +246,12 @@ class ImagesInMemory(Dataset):
     def part(self, rows: torch.Tensor) -> "ImagesInMemory":
         """The images at these positions, as a data set of their own.
 
-        The place of an unreadable image holds the next readable one of the part, as if the part had been read from files.
+        The place of an unreadable image holds the next readable one of the part, as if the part had
+        been read from files.
         """
         labels = None if self.labels is None else self.labels[rows]
-        source = self if isinstance(self.source, str) else self.source  # of the files: this data set need not stay
+        # of the files: this data set need not stay
+        source = self if isinstance(self.source, str) else self.source
         part = ImagesInMemory(self.images[rows], labels, self.classes, Part(source, rows))
         unreadable = set(self.unreadable)
         part.unreadable = [i for i, row in enumerate(rows.tolist()) if row in unreadable]
@@ -218,7 +262,9 @@ class ImagesInMemory(Dataset):
 
 
 def stand_ins(M: int, unreadable: Sequence[int]) -> list[tuple[int, int]]:
-    """(position of an unreadable image, position of the next readable one); after the last image comes the first."""
+    """(position of an unreadable image, position of the next readable one); after the last image
+    comes the first.
+    """
     broken = set(unreadable)
     readable = [i for i in range(M) if i not in broken]
     return [(i, readable[bisect.bisect(readable, i) % len(readable)]) for i in unreadable]
@@ -251,12 +297,18 @@ class Part(Dataset):
 
 
 def holdout(dataset: Dataset, n: int, seed: int) -> tuple[Dataset, Dataset]:
-    """(the rest, n images held out): drawn by the seed, each in the order of the data set. Raises BadInput."""
+    """(the rest, n images held out): drawn by the seed, each in the order of the data set.
+
+    Raises BadInput.
+    """
     M = len(dataset)
     if not 0 <= n < M:
-        raise BadInput(f"cannot hold out {n} of {M} images: expected 0 to {M - 1}; choose a smaller number")
+        raise BadInput(
+            f"cannot hold out {n} of {M} images: expected 0 to {M - 1}; choose a smaller number"
+        )
     order = torch.randperm(M, generator=torch.Generator().manual_seed(seed))
-    rest, held_out = order[n:].sort().values, order[:n].sort().values
+    rest = order[n:].sort().values
+    held_out = order[:n].sort().values
     if isinstance(dataset, ImagesInMemory):
         return dataset.part(rest), dataset.part(held_out)
     return Part(dataset, rest), Part(dataset, held_out)
@@ -267,9 +319,10 @@ def build_dataset(
 ) -> Dataset:
     """The data set of that name: folder, cifar10, cifar100, svhn or digits; split train or val.
 
-    folder: root/train and root/val with a folder a class, as torchvision's ImageFolder reads them; without root/train,
-    root itself is the training split. Images in no class folder, in one alone, or beside the class folders have no
-    labels; `describe` says what was found and what was skipped. Raises BadInput.
+    folder: root/train and root/val with a folder a class, as torchvision's ImageFolder reads them;
+    without root/train, root itself is the training split. Images in no class folder, in one alone,
+    or beside the class folders have no labels; `describe` says what was found and what was skipped.
+    Raises BadInput.
     """
     if name not in NAMES:
         raise BadInput(f"no data set named {name!r}: expected one of {', '.join(NAMES)}")
@@ -278,7 +331,10 @@ def build_dataset(
     if name == "digits":
         return _digits(split)
     if root is None:
-        raise BadInput(f"data set {name} needs the folder it lies in: give DIR (or --dataset digits, which needs none)")
+        raise BadInput(
+            f"data set {name} needs the folder it lies in: give DIR (or --dataset digits, which"
+            " needs none)"
+        )
     if name == "folder":
         return _folder(Path(root), split)
     return _torchvision(name, Path(root), split, download)
@@ -286,11 +342,18 @@ def build_dataset(
 
 def _digits(split: str) -> ImagesInMemory:
     with np.load(Path(__file__).parent / "digits.npz") as file:
-        images, labels = torch.from_numpy(file["images"]), torch.from_numpy(file["labels"]).long()
+        images = torch.from_numpy(file["images"])
+        labels = torch.from_numpy(file["labels"]).long()
     here = slice(0, _DIGITS_TRAIN) if split == "train" else slice(_DIGITS_TRAIN, None)
     grey = images[here, None].float() * (255 / 16)  # [M, 1, 8, 8]
-    grey = F.interpolate(grey, size=(16, 16), mode="bilinear", align_corners=False).round().to(torch.uint8)
-    return ImagesInMemory(grey.repeat(1, 3, 1, 1), labels[here], [str(d) for d in range(10)], f"digits/{split}")
+    grey = (
+        F.interpolate(grey, size=(16, 16), mode="bilinear", align_corners=False)
+        .round()
+        .to(torch.uint8)
+    )
+    return ImagesInMemory(
+        grey.repeat(1, 3, 1, 1), labels[here], [str(d) for d in range(10)], f"digits/{split}"
+    )
 
 
 def _torchvision(name: str, root: Path, split: str, download: bool) -> ImagesInMemory:
@@ -300,22 +363,33 @@ def _torchvision(name: str, root: Path, split: str, download: bool) -> ImagesInM
     try:
         if name == "svhn":
             source = datasets.SVHN(str(root), split="train" if train else "test", download=download)
-            images, labels, classes = source.data, source.labels, [str(d) for d in range(10)]
+            images = source.data
+            labels = source.labels
+            classes = [str(d) for d in range(10)]
         else:
             source = getattr(datasets, name.upper())(str(root), train=train, download=download)
-            images, labels, classes = source.data.transpose(0, 3, 1, 2), source.targets, list(source.classes)
+            images = source.data.transpose(0, 3, 1, 2)
+            labels = source.targets
+            classes = list(source.classes)
     except ImportError as error:
-        raise BadInput(f"{name} is stored as Matlab files and needs scipy ({error}): pip install scipy") from None
+        raise BadInput(
+            f"{name} is stored as Matlab files and needs scipy ({error}): pip install scipy"
+        ) from None
     except (RuntimeError, OSError) as error:
         if download:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise BadInput(
-                f"could not download {name} to {root}: {reason}; expected a way to the network and a folder "
-                "that can be written; or copy the files there"
+                f"could not download {name} to {root}: {reason}; expected a way to the network and"
+                " a folder that can be written; or copy the files there"
             ) from None
-        raise BadInput(f"{name} is not in {root}, or not whole: expected torchvision's files; add --download") from None
+        raise BadInput(
+            f"{name} is not in {root}, or not whole: expected torchvision's files; add --download"
+        ) from None
     return ImagesInMemory(
-        torch.from_numpy(np.ascontiguousarray(images)), torch.tensor(labels).long(), classes, f"{name}/{split}"
+        torch.from_numpy(np.ascontiguousarray(images)),
+        torch.tensor(labels).long(),
+        classes,
+        f"{name}/{split}",
     )
 
 
@@ -331,65 +405,91 @@ def _folder(root: Path, split: str) -> ImageFiles:
         raise BadInput(f"not a folder: {root}; {expected}")
     train, val = root / "train", root / "val"
     if os.path.isdir(root / split):
-        # val is numbered by the classes of train: with a class missing there, its own numbering would shift all labels
-        names = folders.class_names(str(train)) or None if split == "val" and os.path.isdir(train) else None
+        # val is numbered by the classes of train: with a class missing there, its own numbering
+        # would shift all labels
+        names = (
+            folders.class_names(str(train)) or None
+            if split == "val" and os.path.isdir(train)
+            else None
+        )
         images = _image_files(root / split, names)
         if split == "train" and not os.path.isdir(val):
             images.layout.warnings += _not_read(root)
         if split == "val" and os.path.isdir(train) and os.path.samefile(train, val):
-            images.layout.warnings.append("val/ is a link to train/, so each image is judged by its own training image")
+            images.layout.warnings.append(
+                "val/ is a link to train/, so each image is judged by its own training image"
+            )
         return images
     if split == "val":
         found = f", and it holds {folders.some(others)}" if (others := _other_splits(root)) else ""
         raise BadInput(
-            f"no validation images: {val} is missing{found}; expected a folder a class as in train/; add it or do "
-            "without validation"
+            f"no validation images: {val} is missing{found}; expected a folder a class as in"
+            " train/; add it or do without validation"
         )
     if os.path.isdir(val):
         raise BadInput(
-            f"no training images: {root} has val/ but not train/; expected both; add {train} or give {val} itself"
+            f"no training images: {root} has val/ but not train/; expected both; add {train} or"
+            f" give {val} itself"
         )
     return _image_files(root, None)
 
 
 def _not_read(root: Path) -> list[str]:
-    """What lies beside train/, where there is no val/, that somebody may expect to be read; in words."""
+    """What lies beside train/, where there is no val/, that somebody may expect to be read; in
+    words.
+    """
     splits, said = _other_splits(root), []
     if splits:
-        said.append(f"{folders.some(splits)} beside train/ in {str(root)!r} is not read: a val split is named val")
-    others = [name for name in sorted(os.listdir(root)) if name not in ("train", *splits) and not name.startswith(".")]
-    if others := [name for name in others if os.path.isdir(root / name) and folders.has_image(root / name)]:
         said.append(
-            f"{folders.some(others)} beside train/ in {str(root)!r} hold images that are not read: expected all training "
-            "images in train/; if train is one of the classes, move all of them into a folder"
+            f"{folders.some(splits)} beside train/ in {str(root)!r} is not read: a val split is"
+            " named val"
+        )
+    others = [
+        name
+        for name in sorted(os.listdir(root))
+        if name not in ("train", *splits) and not name.startswith(".")
+    ]
+    if others := [
+        name for name in others if os.path.isdir(root / name) and folders.has_image(root / name)
+    ]:
+        said.append(
+            f"{folders.some(others)} beside train/ in {str(root)!r} hold images that are not read:"
+            " expected all training images in train/; if train is one of the classes, move all of"
+            " them into a folder"
         )
     return said
 
 
 def _other_splits(root: Path) -> list[str]:
     """The folders beside train/ and val/ that are named as splits often are."""
-    names = (name for name in sorted(os.listdir(root)) if name not in ("train", "val") and folders.is_split_name(name))
+    names = (
+        name
+        for name in sorted(os.listdir(root))
+        if name not in ("train", "val") and folders.is_split_name(name)
+    )
     return [name for name in names if os.path.isdir(root / name)]
 
 
 def _image_files(folder: Path, classes: list[str] | None) -> ImageFiles:
     """All images of a folder, at any depth, labelled by its sub-folder that they are in.
 
-    Without labels where they lie in no sub-folder, some lie beside the sub-folders, or all in the same one: that tells
-    nothing apart. classes: those that the labels count, if not the sub-folders.
+    Without labels where they lie in no sub-folder, some lie beside the sub-folders, or all in the
+    same one: that tells nothing apart. classes: those that the labels count, if not the
+    sub-folders.
     """
     found = folders.find_images(str(folder))
     paths, labels = found.paths(), found.labels()
     if not paths:
         raise BadInput(
-            f"no images in {folder}: expected files ending in {', '.join(e[1:] for e in folders.ENDINGS)}, in a folder a "
-            f"class or directly; check the path{folders.skipped_words(found.skipped)}"
+            f"no images in {folder}: expected files ending in"
+            f" {', '.join(e[1:] for e in folders.ENDINGS)}, in a folder a class or directly; check"
+            f" the path{folders.skipped_words(found.skipped)}"
         )
     names = classes or found.classes
     if extra := sorted({found.classes[label] for label in labels if label >= 0} - set(names)):
         raise BadInput(
-            f"{folder} has a class that train lacks: {extra[0]!r}; expected a subset of the {len(names)} classes of train; "
-            "move it away"
+            f"{folder} has a class that train lacks: {extra[0]!r}; expected a subset of the"
+            f" {len(names)} classes of train; move it away"
         )
     layout = folders.layout_of(found, classes)
     if layout.unlabelled:
@@ -400,7 +500,9 @@ def _image_files(folder: Path, classes: list[str] | None) -> ImageFiles:
 
 
 def describe(**splits: Dataset) -> str:
-    """What each split holds, in lines for the start of a run: images, classes, what was skipped, what looks wrong."""
+    """What each split holds, in lines for the start of a run: images, classes, what was skipped,
+    what looks wrong.
+    """
     lines = []
     for name, dataset in splits.items():
         if isinstance(dataset, ImageFiles):
@@ -419,9 +521,11 @@ def names_below(dataset: Dataset) -> list[str]:
 
 
 def native_size(dataset: Dataset, look: int = 16) -> int:
-    """The side of views that fits the images: small ones, up to 64 pixels, keep theirs; for larger ones 224, as MoCo.
+    """The side of views that fits the images: small ones, up to 64 pixels, keep theirs; for larger
+    ones 224, as MoCo.
 
-    Median of the shorter sides of a few images spread over the data set; only headers are read. Raises BadInput.
+    Median of the shorter sides of a few images spread over the data set; only headers are read.
+    Raises BadInput.
     """
     side = dataset.size_hint
     if side is None:
@@ -444,10 +548,14 @@ def _side(path: str) -> int | None:
         return None
 
 
-def load_into_memory(dataset: Dataset, threads: int = 4, limit_bytes: int = 8 << 30) -> ImagesInMemory:
-    """Decode a folder of small images, all of one size, once, so that they can be augmented on the device.
+def load_into_memory(
+    dataset: Dataset, threads: int = 4, limit_bytes: int = 8 << 30
+) -> ImagesInMemory:
+    """Decode a folder of small images, all of one size, once, so that they can be augmented on the
+    device.
 
-    The place of an unreadable image holds the next readable one and stands in .unreadable. Raises BadInput.
+    The place of an unreadable image holds the next readable one and stands in .unreadable. Raises
+    BadInput.
     """
     if isinstance(dataset, ImagesInMemory):
         return dataset
@@ -462,7 +570,8 @@ def load_into_memory(dataset: Dataset, threads: int = 4, limit_bytes: int = 8 <<
     unreadable = [i for i, image in enumerate(images) if image is None]
     if len(unreadable) == M:
         raise BadInput(
-            f"none of {M} images could be read, {dataset.path(0)} for one: expected image files; check the folder"
+            f"none of {M} images could be read, {dataset.path(0)} for one: expected image files;"
+            " check the folder"
         )
     for i, stand_in in stand_ins(M, unreadable):
         images[i] = images[stand_in]
@@ -472,13 +581,17 @@ def load_into_memory(dataset: Dataset, threads: int = 4, limit_bytes: int = 8 <<
 
 
 def hold_small(dataset: Dataset, threads: int = 4) -> Dataset:
-    """The data set held in memory where its images are small ones of one size, as CIFAR's; otherwise as it is."""
+    """The data set held in memory where its images are small ones of one size, as CIFAR's;
+    otherwise as it is.
+    """
     if native_size(dataset) > SMALL:
         return dataset
     try:
         return load_into_memory(dataset, threads)
     except BadInput:
-        return dataset  # of several sizes, or too many: they stay in their files, and the loader names what is broken
+        # of several sizes, or too many: they stay in their files, and the loader names what is
+        # broken
+        return dataset
 
 
 def read_pixels(dataset: Dataset, i: int) -> torch.Tensor | None:
@@ -489,7 +602,9 @@ def read_pixels(dataset: Dataset, i: int) -> torch.Tensor | None:
         return None
 
 
-def _check_size(dataset: Dataset, images: list[torch.Tensor | None], rows: range, limit_bytes: int) -> None:
+def _check_size(
+    dataset: Dataset, images: list[torch.Tensor | None], rows: range, limit_bytes: int
+) -> None:
     first = next((image for image in images if image is not None), None)
     if first is None:
         return
@@ -497,11 +612,12 @@ def _check_size(dataset: Dataset, images: list[torch.Tensor | None], rows: range
         if images[i] is not None and images[i].shape != first.shape:
             size = "x".join(map(str, images[i].shape[1:]))
             raise BadInput(
-                f"images to be held in memory must have one size: expected {'x'.join(map(str, first.shape[1:]))}, "
-                f"{dataset.path(i)} has {size} (height x width); resize them or leave them in their files"
+                "images to be held in memory must have one size: expected"
+                f" {'x'.join(map(str, first.shape[1:]))}, {dataset.path(i)} has {size} (height x"
+                " width); resize them or leave them in their files"
             )
     if first.numel() * len(images) > limit_bytes:
         raise BadInput(
-            f"{len(images)} images take {first.numel() * len(images) / 2**30:.1f} GiB: expected at most "
-            f"{limit_bytes / 2**30:.1f} GiB in memory; leave them in their files"
+            f"{len(images)} images take {first.numel() * len(images) / 2**30:.1f} GiB: expected at"
+            f" most {limit_bytes / 2**30:.1f} GiB in memory; leave them in their files"
         )

@@ -1,8 +1,10 @@
-"""Random numbers as a function of (seed, epoch, index, view): no generator to carry, save or restore.
+"""Random numbers as a function of (seed, epoch, index, view): no generator to carry, save or
+restore.
 
-Any number of workers or ranks, and a run resumed in the middle of an epoch, draw the same numbers for the same image.
-The hash is SplitMix64 (Steele, Lea, Flood 2014): counters of 64 bits, multiplied and shifted until every bit of the
-input moves every bit of the output. int64 arithmetic wraps around, on CPU as on CUDA, so the numbers are equal on both.
+Any number of workers or ranks, and a run resumed in the middle of an epoch, draw the same numbers
+for the same image. The hash is SplitMix64 (Steele, Lea, Flood 2014): counters of 64 bits,
+multiplied and shifted until every bit of the input moves every bit of the output. int64 arithmetic
+wraps around, on CPU as on CUDA, so the numbers are equal on both.
 """
 
 import functools
@@ -51,13 +53,17 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
 def uniforms(seed: int, epoch: int, index: torch.Tensor, view: int, n: int) -> torch.Tensor:
     """n draws for every image: index int64 [N] -> float32 [N, n] in [0, 1), on the device of index.
 
-    Row i depends on (seed, epoch, index[i], view) alone, not on the rest of the batch; column j does not depend on n.
+    Row i depends on (seed, epoch, index[i], view) alone, not on the rest of the batch; column j
+    does not depend on n.
     """
     return numbers(starts(seed, epoch, index, view), columns(n, index.device))
 
 
 def starts(seed: int, epoch: int, index: torch.Tensor, view: int) -> torch.Tensor:
-    """What `numbers` makes the draws of each image from: int64 [N]. Epoch by epoch other plain numbers go in here."""
+    """What `numbers` makes the draws of each image from: int64 [N].
+
+    Epoch by epoch other plain numbers go in here.
+    """
     return index + _signed(hash64(seed, epoch, view))
 
 
@@ -70,21 +76,25 @@ def columns(n: int, device: torch.device) -> torch.Tensor:
 def numbers(start: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
     """The draws themselves: start int64 [N], column int64 [n] -> float32 [N, n] in [0, 1).
 
-    A function of tensors alone, to be compiled. `columns` stay outside: a compiler takes arange times a number for
-    arithmetic of indices, in which nothing may wrap around.
+    A function of tensors alone, to be compiled. `columns` stay outside: a compiler takes arange
+    times a number for arithmetic of indices, in which nothing may wrap around.
     """
     row = _mix(start)  # [N]
-    return _shift(_mix(row[:, None] + column), 40).float() * 2.0**-24  # the upper 24 bits: as many as a float32 holds
+    # the upper 24 bits: as many as a float32 holds
+    return _shift(_mix(row[:, None] + column), 40).float() * 2.0**-24
 
 
 def uniform(seed: int, epoch: int, index: int, view: int) -> Callable[[int], float]:
-    """The row of `uniforms` of one image, a column at a time, for a worker that needs few of them."""
+    """The row of `uniforms` of one image, a column at a time, for a worker that needs few of
+    them.
+    """
     row = _mix_int(index + hash64(seed, epoch, view))
     return lambda j: (_mix_int(row + (j + 1) * _GOLDEN) >> 40) * 2.0**-24
 
 
 class seeded:
-    """A block in which torch's and Python's generators follow from (seed, epoch, index, view); then they are as before.
+    """A block in which torch's and Python's generators follow from (seed, epoch, index, view); then
+    they are as before.
 
     Only the CPU generator is touched: workers run this, and CUDA must stay asleep in them.
     """

@@ -1,6 +1,8 @@
-"""What lies in a folder of images: which files are images, which of its folders are classes, what is left out and why.
+"""What lies in a folder of images: which files are images, which of its folders are classes, what
+is left out and why.
 
-Each real folder is read once, whichever links lead to it, and no file is looked at beyond its entry in the folder.
+Each real folder is read once, whichever links lead to it, and no file is looked at beyond its entry
+in the folder.
 """
 
 import heapq
@@ -15,8 +17,11 @@ from moco_isl.errors import BadInput
 
 
 def _kinds_of_images() -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(endings of the files that are images, the formats that such files may have, in PIL's names)"""
-    endings, formats = IMG_EXTENSIONS, ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
+    """(endings of the files that are images, the formats that such files may have, in PIL's
+    names)
+    """
+    endings = IMG_EXTENSIONS
+    formats = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
     try:
         import pillow_heif  # the extra heif
     except ImportError:
@@ -26,15 +31,21 @@ def _kinds_of_images() -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 ENDINGS, FORMATS = _kinds_of_images()
-_OTHER_IMAGES = (".avif", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jxl", ".psd", ".raw", ".tga")  # can be converted
-_SPLIT = re.compile(r"(train|training|val|valid|validation|test|testing)([-_ ]?(set|split|data|images))?\d*", re.I)
+# can be converted
+_OTHER_IMAGES = (".avif", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jxl", ".psd", ".raw", ".tga")
+_SPLIT = re.compile(
+    r"(train|training|val|valid|validation|test|testing)([-_ ]?(set|split|data|images))?\d*", re.I
+)
 _ROOT = -1  # in place of a class: directly in the folder
 _NAMED = 5  # of a longer list in a message so many are named
 
 
 @dataclass
 class Layout:
-    """What a folder of images holds, in words. unlabelled: why its images have no labels ('': they have)."""
+    """What a folder of images holds, in words.
+
+    unlabelled: why its images have no labels ('': they have).
+    """
 
     summary: str
     unlabelled: str = ""
@@ -43,8 +54,10 @@ class Layout:
 
 @dataclass
 class Found:
-    """classes: names of the folders directly in a folder. images: (position of the class or -1, folder, names of the
-    images directly in that folder); all sorted. skipped: what was left out -> how often."""
+    """classes: names of the folders directly in a folder. images: (position of the class or -1,
+    folder, names of the images directly in that folder); all sorted. skipped: what was left out ->
+    how often.
+    """
 
     root: str
     classes: list[str]
@@ -66,7 +79,9 @@ class Found:
         return [owner for owner, _, names in self.images for _ in names]
 
     def parts(self) -> dict[int, set[str]]:
-        """For each class with images: the folders directly in it that hold images; '' where it holds some itself."""
+        """For each class with images: the folders directly in it that hold images; '' where it
+        holds some itself.
+        """
         parts = {}
         for owner, folder, _ in self.images:
             if owner != _ROOT:
@@ -84,7 +99,10 @@ def has_image(folder: str | os.PathLike) -> bool:
     """Whether an image lies directly in a folder; False where it may not be read."""
     try:
         with os.scandir(folder) as entries:
-            return any(entry.name.lower().endswith(ENDINGS) and not entry.name.startswith(".") for entry in entries)
+            return any(
+                entry.name.lower().endswith(ENDINGS) and not entry.name.startswith(".")
+                for entry in entries
+            )
     except OSError:
         return False
 
@@ -97,8 +115,9 @@ def class_names(root: str) -> list[str]:
 def find_images(root: str) -> Found:
     """The images in a folder, at any depth. Hidden files and folders are left out.
 
-    Real folders are read first, then links to folders, those nearest to the root first. A link to a folder that is read
-    already is left out; directly in the root it is refused, for it would be a second name of a class. Raises BadInput.
+    Real folders are read first, then links to folders, those nearest to the root first. A link to a
+    folder that is read already is left out; directly in the root it is refused, for it would be a
+    second name of a class. Raises BadInput.
     """
     reading = _Reading(root)
     classes = reading.class_folders()  # [(name, path, whether it is a link)]
@@ -114,8 +133,8 @@ def find_images(root: str) -> Found:
             reading.read_tree(path, owner)
         elif depth == 0:
             raise BadInput(
-                f"the class folder {path!r} is a link into the class {classes[known][0]!r}: expected the images of each "
-                "class in a folder of its own; remove the link"
+                f"the class folder {path!r} is a link into the class {classes[known][0]!r}:"
+                " expected the images of each class in a folder of its own; remove the link"
             )
         else:
             reading.skipped["repeated folder"] += 1
@@ -129,8 +148,10 @@ class _Reading:
         self.root = root
         self.images: list[tuple[int, str, list[str]]] = []  # as in Found, in the order of reading
         self.skipped: Counter[str] = Counter()
-        self.links: list[tuple[int, str, int]] = []  # a heap of links to folders, still to be read: depth, path, class
-        self.readers: dict[tuple[int, int], int] = {}  # (device, inode) of a folder -> the class that it is read for
+        # a heap of links to folders, still to be read: depth, path, class
+        self.links: list[tuple[int, str, int]] = []
+        # (device, inode) of a folder -> the class that it is read for
+        self.readers: dict[tuple[int, int], int] = {}
         above = os.path.realpath(root)
         while above != os.path.dirname(above):
             self.readers[_identity(above)] = _ROOT  # a link to one of them goes round in a circle
@@ -142,7 +163,9 @@ class _Reading:
         return self.readers.get(_identity(folder))
 
     def class_folders(self) -> list[tuple[str, str, bool]]:
-        """(name, path, whether it is a link) of the folders in the root, sorted; notes the images beside them."""
+        """(name, path, whether it is a link) of the folders in the root, sorted; notes the images
+        beside them.
+        """
         real, links = self.read_folder(self.root, _ROOT)
         classes = [(os.path.basename(path), path, False) for path in real]
         for path in links:
@@ -153,7 +176,9 @@ class _Reading:
         return sorted(classes)
 
     def read_tree(self, top: str, owner: int) -> None:
-        """Read a folder and the real folders below it for a class; links to folders are kept for later."""
+        """Read a folder and the real folders below it for a class; links to folders are kept for
+        later.
+        """
         waiting = [top]
         while waiting:
             folder = waiting.pop()
@@ -168,8 +193,13 @@ class _Reading:
                 heapq.heappush(self.links, (link.count(os.sep), link, owner))
 
     def read_folder(self, folder: str, owner: int) -> tuple[list[str], list[str]]:
-        """Note the images directly in a folder; returns the paths of real folders, and of links to folders, in it."""
-        real, links, images, skipped = [], [], [], self.skipped
+        """Note the images directly in a folder; returns the paths of real folders, and of links to
+        folders, in it.
+        """
+        real = []
+        links = []
+        images = []
+        skipped = self.skipped
         try:
             with os.scandir(folder) as entries:
                 for entry in entries:
@@ -209,8 +239,8 @@ def _identity(folder: str) -> tuple[int, int]:
 
 def _cannot_read(error: OSError, folder: str) -> BadInput:
     return BadInput(
-        f"cannot read {(error.filename or folder)!r}: {error.strerror}; expected a folder of images; make it readable, "
-        "or move it away"
+        f"cannot read {(error.filename or folder)!r}: {error.strerror}; expected a folder of"
+        " images; make it readable, or move it away"
     )
 
 
@@ -225,7 +255,8 @@ def _ending(name: str) -> str:
 
 
 def layout_of(found: Found, numbered_by: list[str] | None = None) -> Layout:
-    """What was found, in words; numbered_by: the classes of train, where these images are numbered by them.
+    """What was found, in words; numbered_by: the classes of train, where these images are numbered
+    by them.
 
     Raises BadInput where all folders look like splits.
     """
@@ -233,14 +264,17 @@ def layout_of(found: Found, numbered_by: list[str] | None = None) -> Layout:
     beside = counts[_ROOT]
     names = [found.classes[owner] for owner in sorted(counts) if owner != _ROOT]
     merged = {
-        found.classes[owner]: sorted(inner) for owner, inner in parts.items() if "" not in inner and len(inner) > 1
+        found.classes[owner]: sorted(inner)
+        for owner, inner in parts.items()
+        if "" not in inner and len(inner) > 1
     }
     expected = f"expected {os.path.join(found.root, '<class>', '<image>')!r}"
     if len(names) > 1 and all(map(is_split_name, names)):
         train = next((name for name in names if name.lower().startswith("train")), names[0])
         raise BadInput(
-            f"{found.root!r} holds {some(names)}, which look like splits, not classes: expected train/ and val/ with a "
-            f"folder a class; rename them, or give one alone, such as {os.path.join(found.root, train)!r}"
+            f"{found.root!r} holds {some(names)}, which look like splits, not classes: expected"
+            " train/ and val/ with a folder a class; rename them, or give one alone, such as"
+            f" {os.path.join(found.root, train)!r}"
         )
     layout = Layout(_summary(found, counts))
     if not names:
@@ -248,21 +282,22 @@ def layout_of(found: Found, numbered_by: list[str] | None = None) -> Layout:
     elif beside:
         layout.unlabelled = f"{beside} of {counts.total()} lie beside the class folders"
         layout.warnings.append(
-            f"{layout.unlabelled}: all are used, and none has a label; {expected} where there are classes"
+            f"{layout.unlabelled}: all are used, and none has a label; {expected} where there are"
+            " classes"
         )
     elif len(names) == len(numbered_by or names) == 1:
         layout.unlabelled = f"all lie in one class folder, {names[0]!r}" + (
             f", which holds only folders ({some(merged[names[0]])})" if merged else ""
         )
         layout.warnings.append(
-            f"{layout.unlabelled}: nothing can be judged by one class, so they count as without labels; {expected} "
-            "where there are classes"
+            f"{layout.unlabelled}: nothing can be judged by one class, so they count as without"
+            f" labels; {expected} where there are classes"
         )
     if merged and len(names) > 1:
         name = min(merged)
         layout.warnings.append(
-            f"{len(merged)} of {len(names)} classes hold only folders, such as {name!r} ({some(merged[name])}), whose "
-            f"images count as one class; {expected}"
+            f"{len(merged)} of {len(names)} classes hold only folders, such as {name!r}"
+            f" ({some(merged[name])}), whose images count as one class; {expected}"
         )
     looks = [name for name in names if is_split_name(name)]
     looks += [
@@ -273,7 +308,8 @@ def layout_of(found: Found, numbered_by: list[str] | None = None) -> Layout:
     ]
     if looks:
         layout.warnings.append(
-            f"{some(looks)} look like splits, and the images of all of them are used here; {expected}"
+            f"{some(looks)} look like splits, and the images of all of them are used here;"
+            f" {expected}"
         )
     return layout
 
@@ -288,12 +324,15 @@ def _summary(found: Found, counts: Counter) -> str:
 
 
 def skipped_words(skipped: Counter[str]) -> str:
-    """'; skipped 12: 11 .heic, 1 .gif; ...', with what can be done about them; '' where nothing was skipped."""
+    """'; skipped 12: 11 .heic, 1 .gif; ...', with what can be done about them; '' where nothing was
+    skipped.
+    """
     if not skipped:
         return ""
     kinds = sorted(skipped.items(), key=lambda kind: (-kind[1], kind[0]))
     words = [
-        _many(n, what) if what in ("broken link", "repeated folder") else f"{n} {what}" for what, n in kinds[:_NAMED]
+        _many(n, what) if what in ("broken link", "repeated folder") else f"{n} {what}"
+        for what, n in kinds[:_NAMED]
     ]
     if rest := sum(n for _, n in kinds[_NAMED:]):
         words.append(f"{rest} others")

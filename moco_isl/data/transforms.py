@@ -1,7 +1,8 @@
-"""What happens to the images of a data set: MoCo v1's and v2's augmentation, and the view that features are taken from.
+"""What happens to the images of a data set: MoCo v1's and v2's augmentation, and the view that
+features are taken from.
 
-Everything ends in uint8 [3, S, S]; `normalize` makes floats of a whole batch on the device, so that workers hand over a
-quarter of the bytes.
+Everything ends in uint8 [3, S, S]; `normalize` makes floats of a whole batch on the device, so that
+workers hand over a quarter of the bytes.
 """
 
 import torch
@@ -41,7 +42,8 @@ class Normalize:
         self.std = std
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        # a fill for each channel, not a tensor of constants: no copy from host to device in the step
+        # a fill for each channel, not a tensor of constants: no copy from host to device in the
+        # step
         images = images.float()
         for channel, (mean, std) in enumerate(zip(self.mean, self.std)):
             images[:, channel].mul_(1 / (255 * std)).sub_(mean / std)
@@ -49,13 +51,19 @@ class Normalize:
 
 
 class ImageTransform:
-    """PIL image (or uint8 tensor [3, H, W]) -> uint8 [3, S, S]; `normalize` then takes a batch of them to floats."""
+    """PIL image (or uint8 tensor [3, H, W]) -> uint8 [3, S, S]; `normalize` then takes a batch of
+    them to floats.
+    """
 
-    def __init__(self, steps: list, name: str, smallest: int | None = None, unchanged: int | None = None):
+    def __init__(
+        self, steps: list, name: str, smallest: int | None = None, unchanged: int | None = None
+    ):
         self.steps = T.Compose([*steps, T.PILToTensor()])
         self.normalize = Normalize(*STATISTICS[name])
-        self.smallest = smallest  # an image may be decoded smaller than it is, down to this side, with nothing lost
-        self.unchanged = unchanged  # square images of this side pass as they are: no need to go over PIL
+        # an image may be decoded smaller than it is, down to this side, with nothing lost
+        self.smallest = smallest
+        # square images of this side pass as they are: no need to go over PIL
+        self.unchanged = unchanged
 
     def __call__(self, image) -> torch.Tensor:
         if isinstance(image, torch.Tensor):
@@ -63,11 +71,15 @@ class ImageTransform:
         return self.steps(image)
 
 
-def get_augmentation(name: str, *, aug_plus: bool, size: int | None = None, on_device: bool | None = None):
-    """MoCo v2's augmentation with aug_plus, else MoCo v1's; views of size x size, by default the data set's own.
+def get_augmentation(
+    name: str, *, aug_plus: bool, size: int | None = None, on_device: bool | None = None
+):
+    """MoCo v2's augmentation with aug_plus, else MoCo v1's; views of size x size, by default the
+    data set's own.
 
-    on_device: a BatchAugmentation for images held in memory, in place of PIL's; the digits always have their own one.
-    Images up to 64 pixels are not blurred; house numbers and digits are not flipped. Raises BadInput.
+    on_device: a BatchAugmentation for images held in memory, in place of PIL's; the digits always
+    have their own one. Images up to 64 pixels are not blurred; house numbers and digits are not
+    flipped. Raises BadInput.
     """
     size = _size(name, size)
     if name == "digits":
@@ -75,22 +87,32 @@ def get_augmentation(name: str, *, aug_plus: bool, size: int | None = None, on_d
     flip = 0.0 if name == "svhn" else 0.5
     if on_device:
         return BatchAugmentation(
-            *STATISTICS[name], size=size, aug_plus=aug_plus, flip=flip, blur=aug_plus and size > SMALL
+            *STATISTICS[name],
+            size=size,
+            aug_plus=aug_plus,
+            flip=flip,
+            blur=aug_plus and size > SMALL,
         )
-    crop, flip = T.RandomResizedCrop(size, scale=(_SMALLEST_CROP, 1.0)), T.RandomHorizontalFlip(flip)
+    crop = T.RandomResizedCrop(size, scale=(_SMALLEST_CROP, 1.0))
+    flip = T.RandomHorizontalFlip(flip)
     if aug_plus:
         blur = [T.RandomApply([GaussianBlur((0.1, 2.0))], p=0.5)] if size > SMALL else []
         jitter = T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8)  # not strengthened
         steps = [crop, jitter, T.RandomGrayscale(p=0.2), *blur, flip]
     else:
         steps = [crop, T.RandomGrayscale(p=0.2), T.ColorJitter(0.4, 0.4, 0.4, 0.4), flip]
-    # the smallest crop has 0.2 of the area and a ratio of 3 to 4: its shorter side is 0.387 of the geometric mean of
-    # the image's sides
+    # the smallest crop has 0.2 of the area and a ratio of 3 to 4: its shorter side is 0.387 of the
+    # geometric mean of the image's sides
     return ImageTransform(steps, name, smallest=round(size / (_SMALLEST_CROP * 3 / 4) ** 0.5))
 
 
 def get_eval_transform(name: str, size: int | None = None) -> ImageTransform:
-    """The view features are taken from: the centre (224 of 256), small images whole. Raises BadInput."""
+    """The view features are taken from: the centre (224 of 256), small images whole.
+
+    Raises BadInput.
+    """
     size = _size(name, size)
     resized = size if size <= SMALL else round(size * 8 / 7)
-    return ImageTransform([T.Resize(resized), T.CenterCrop(size)], name, unchanged=size if resized == size else None)
+    return ImageTransform(
+        [T.Resize(resized), T.CenterCrop(size)], name, unchanged=size if resized == size else None
+    )

@@ -1,7 +1,10 @@
-"""An encoder out of a file of whatever origin: ours, MoCo's, torchvision's, timm's, detectron2's names, safetensors.
+"""An encoder out of a file of whatever origin: ours, MoCo's, torchvision's, timm's, detectron2's
+names, safetensors.
 
-Architecture and stem are read from the file where it says them or its tensors show them. Whatever does not fit is an
-error that says which names and what the file looks like: nobody should judge an encoder that was never loaded.
+Architecture and stem are read from the file where it says them or its tensors show them. Whatever
+does not fit is an
+error that says which names and what the file looks like: nobody should judge an encoder that was
+never loaded.
 """
 
 import argparse
@@ -16,7 +19,14 @@ from torch import nn
 
 from moco_isl import checkpoint, files
 from moco_isl.builder import add_mlp
-from moco_isl.encoders import backbone_shapes, build_encoder, feature_dim, head_name, on_meta, set_head
+from moco_isl.encoders import (
+    backbone_shapes,
+    build_encoder,
+    feature_dim,
+    head_name,
+    on_meta,
+    set_head,
+)
 from moco_isl.errors import BadInput
 from moco_isl.schema import COUNT, EARLIER, like, require
 from moco_isl.training.resume import epoch_of
@@ -37,9 +47,11 @@ _GROUPED = {  # (depth, groups, width of the first block's 3x3 convolution) -> t
     (50, 1, 128): "wide_resnet50_2",
     (101, 1, 128): "wide_resnet101_2",
 }
-_STEMMED = ("resnet", "resnext", "wide_resnet", "alexnet")  # names of the architectures that come with either stem
+# names of the architectures that come with either stem
+_STEMMED = ("resnet", "resnext", "wide_resnet", "alexnet")
 LARGEST_SIDE = 4096  # of images, as --image-size has it
-_AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # extra classifiers of torchvision's Inceptions, which no one probes
+# extra classifiers of torchvision's Inceptions, which no one probes
+_AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")
 
 
 def load_backbone(
@@ -51,20 +63,32 @@ def load_backbone(
 ) -> tuple[nn.Module, dict]:
     """The encoder in a file, on the CPU, and what is known about it. Never executes a pickle.
 
-    arch, stem: as for `build_encoder`; None (or stem "auto") reads them from the file. key_encoder: MoCo's other one.
-    image_size: side of the images, for networks that are built for one; None reads it from the file. Names of wrappers
-    are left out (`checkpoint.plain_names`), and an encoder below a prefix, as Lightning has it, is found.
-    info: arch, stem, head ("linear", "mlp" or None where the file has none: the encoder's is random then), dim
-    (numbers of the output), feature_dim, image_size (the side it is built for, None if unknown), part (which encoder),
-    used and left (names of tensors), epoch, args (those of the run that wrote it, {} if unknown; image_size is among
-    them only as a whole number), results. Raises BadInput for what is unreadable and what does not fit.
+    arch, stem: as for `build_encoder`; None (or stem "auto") reads them from the file. key_encoder:
+    MoCo's other one.
+    image_size: side of the images, for networks that are built for one; None reads it from the
+    file. Names of wrappers are left out (`checkpoint.plain_names`), and an encoder below a prefix,
+    as Lightning has it, is found.
+    info: arch, stem, head ("linear", "mlp" or None where the file has none: the encoder's is random
+    then), dim (numbers of the output), feature_dim, image_size (the side it is built for, None if
+    unknown), part (which encoder), used and left (names of tensors), epoch, args (those of the run
+    that wrote it, {} if unknown; image_size is among them only as a whole number), results. Raises
+    BadInput for what is unreadable and what does not fit.
     """
     content, metadata = read_file(path)
     state, left = _state_dict(content, path)
     if "isl" in content or "probe" in content:  # ours, in which they say what it was trained on
-        require(content, {"epoch": COUNT, "args": _TRAINED_ON, ...: object}, f"cannot read {files.named('', path)}", cure=EARLIER)
+        require(
+            content,
+            {"epoch": COUNT, "args": _TRAINED_ON, ...: object},
+            f"cannot read {files.named('', path)}",
+            cure=EARLIER,
+        )
     args = _args(content, metadata)
-    args = {name: files.shown(value) if isinstance(value, str) else value for name, value in args.items() if _says(name, value)}
+    args = {
+        name: files.shown(value) if isinstance(value, str) else value
+        for name, value in args.items()
+        if _says(name, value)
+    }
     said = metadata.get("arch") or content.get("arch")
     known = arch or (said if isinstance(said, str) else None)
     state, part, more = _one_encoder(state, known, key_encoder, path)
@@ -72,13 +96,22 @@ def load_backbone(
     shown, shown_stem = looks_like(state)
     name = known or shown
     if name is None:
-        raise BadInput(f"'{path}' does not say its architecture and {checkpoint.some(state)} do not show it: give it with -a")
+        raise BadInput(
+            f"'{path}' does not say its architecture and {checkpoint.some(state)} do not show it:"
+            " give it with -a"
+        )
     built_stem = (
-        stem if stem not in (None, "auto") else shown_stem if shown_stem and name.startswith(_STEMMED) else "auto"
+        stem
+        if stem not in (None, "auto")
+        else shown_stem
+        if shown_stem and name.startswith(_STEMMED)
+        else "auto"
     )
     side = _side_shown(state) or image_size or args.get("image_size")
     encoder, state, head = _with_head(name, built_stem, state, side, path)
-    used, extra = _load(encoder, head, state, path, f"{name} with stem {built_stem}", shown, shown_stem)
+    used, extra = _load(
+        encoder, head, state, path, f"{name} with stem {built_stem}", shown, shown_stem
+    )
     info = {
         "path": str(path),
         "arch": name,
@@ -97,10 +130,18 @@ def load_backbone(
     return encoder, info
 
 
-# flags in a file that are looked at, and what they are in ours; in others' they may be anything, and count where they are this
+# flags in a file that are looked at, and what they are in ours; in others' they may be anything,
+# and count where they are this
 _TRAINED_ON = {
-    "dataset?": (str, None), "mlp?": (bool, None), "objective?": str, "miner?": str, "epochs?": COUNT, "research_labels?": bool, "image_size?": (COUNT, None), ...: object
-}  # fmt: skip
+    "dataset?": (str, None),
+    "mlp?": (bool, None),
+    "objective?": str,
+    "miner?": str,
+    "epochs?": COUNT,
+    "research_labels?": bool,
+    "image_size?": (COUNT, None),
+    ...: object,
+}
 
 
 def _says(name, value) -> bool:
@@ -116,14 +157,18 @@ def describe(info: dict) -> str:
     head = f"{info['head']} head to {info['dim']}" if info["head"] else "no head"
     epoch = f", epoch {info['epoch']}" if info["epoch"] is not None else ""
     left = Counter(re.split(r"[.:]", files.shown(str(name)))[0] for name in info["left"])
-    left = "; left " + ", ".join(f"{n} of {part}" if n > 1 else part for part, n in left.items()) if left else ""
+    left = (
+        "; left " + ", ".join(f"{n} of {part}" if n > 1 else part for part, n in left.items())
+        if left
+        else ""
+    )
     return (
-        f"=> loaded '{files.shown(info['path'])}' ({info['arch']}, stem {info['stem']}, {head}{epoch}): "
-        f"used all {len(info['used'])} tensors of {info['part']}{left}"
+        f"=> loaded '{files.shown(info['path'])}' ({info['arch']}, stem {info['stem']},"
+        f" {head}{epoch}): used all {len(info['used'])} tensors of {info['part']}{left}"
     )
 
 
-# ---- reading -------------------------------------------------------------------------------------------------------
+# ---- reading -------------------------------------------------------------------------------------
 
 
 def read_file(path: str | Path) -> tuple[dict, dict[str, str]]:
@@ -136,56 +181,89 @@ def read_file(path: str | Path) -> tuple[dict, dict[str, str]]:
             with files.utf8_name(path) as known, safe_open(known, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
         except (SafetensorError, OSError) as error:
-            raise BadInput(f"cannot read '{path}' as safetensors: {error}; is it cut off, or of another kind?") from error
+            raise BadInput(
+                f"cannot read '{path}' as safetensors: {error}; is it cut off, or of another kind?"
+            ) from error
     return checkpoint.load(path), {}
 
 
 def _args(content: dict, metadata: dict[str, str]) -> dict:
-    """The flags of the run that wrote a file; image_size is among them, where the file says it, as a positive whole number."""
+    """The flags of the run that wrote a file; image_size is among them, where the file says it, as
+    a positive whole number.
+    """
     args = content.get("args")
-    args = dict(vars(args) if isinstance(args, (argparse.Namespace, SimpleNamespace)) else args if isinstance(args, dict) else {})
+    args = dict(
+        vars(args)
+        if isinstance(args, (argparse.Namespace, SimpleNamespace))
+        else args
+        if isinstance(args, dict)
+        else {}
+    )
     args = args or {key: metadata[key] for key in ("dataset", "image_size") if key in metadata}
-    side = _side(args.pop("image_size", None)) or _side(content.get("image_size"))  # ours have both: the flag may be 0
+    # ours have both: the flag may be 0
+    side = _side(args.pop("image_size", None)) or _side(content.get("image_size"))
     return args if side is None else {**args, "image_size": side}
 
 
 def _side(said: object) -> int | None:
-    """The side of square images in what a file calls their size: 32, 32.0, "32", "32x32", (32, 32), [3, 32, 32]."""
+    """The side of square images in what a file calls their size: 32, 32.0, "32", "32x32", (32, 32),
+    [3, 32, 32].
+    """
     if isinstance(said, (list, tuple)):
         sides = {_side(one) for one in said[-2:]}  # height and width come last
         return sides.pop() if len(sides) == 1 else None
     if isinstance(said, str):
         numbers = [word for word in re.split(r"[\sx×,()\[\]]+", said) if word]
-        return _side([float(n) for n in numbers]) if all(re.fullmatch(r"\d{1,5}(\.0*)?", n) for n in numbers) else None
-    if isinstance(said, (int, float)) and not isinstance(said, bool) and 0 < said <= LARGEST_SIDE and said == int(said):
+        return (
+            _side([float(n) for n in numbers])
+            if all(re.fullmatch(r"\d{1,5}(\.0*)?", n) for n in numbers)
+            else None
+        )
+    if (
+        isinstance(said, (int, float))
+        and not isinstance(said, bool)
+        and 0 < said <= LARGEST_SIDE
+        and said == int(said)
+    ):
         return int(said)
     return None
 
 
 def _state_dict(content: dict, path: str | Path) -> tuple[Tensors, list[str]]:
-    """The tensors of the model by name, prefixes of wrappers removed, and the names of what is beside them."""
+    """The tensors of the model by name, prefixes of wrappers removed, and the names of what is
+    beside them.
+    """
     for key in ("state_dict", "model", None):
         state = content.get(key) if key else content
         if isinstance(state, dict) and any(isinstance(v, torch.Tensor) for v in state.values()):
             break
     else:
         raise BadInput(
-            f"'{path}' holds no tensors but {checkpoint.some(content) or 'nothing'}: expected a state dict, bare or under state_dict or model"
+            f"'{path}' holds no tensors but {checkpoint.some(content) or 'nothing'}: expected a"
+            " state dict, bare or under state_dict or model"
         )
     left = (
         []
         if state is content
-        else [k for k, v in content.items() if isinstance(v, (dict, torch.Tensor)) and v is not state]
+        else [
+            k for k, v in content.items() if isinstance(v, (dict, torch.Tensor)) and v is not state
+        ]
     )
     left = [k for k in left if k not in ("args", "results")]
     tensors = {
-        name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, torch.Tensor)
+        name: value
+        for name, value in state.items()
+        if isinstance(name, str) and isinstance(value, torch.Tensor)
     }
     return checkpoint.plain_names(tensors, path), left
 
 
-def _one_encoder(state: Tensors, arch: str | None, key_encoder: bool, path: str | Path) -> tuple[Tensors, str, list[str]]:
-    """(tensors, its name, names left) of the wanted encoder of a MoCo file, or of the one that is there."""
+def _one_encoder(
+    state: Tensors, arch: str | None, key_encoder: bool, path: str | Path
+) -> tuple[Tensors, str, list[str]]:
+    """(tensors, its name, names left) of the wanted encoder of a MoCo file, or of the one that is
+    there.
+    """
     moco = any(name.startswith("encoder_q.") for name in state)
     if moco or key_encoder:
         prefix = "encoder_k." if key_encoder else "encoder_q."
@@ -193,8 +271,15 @@ def _one_encoder(state: Tensors, arch: str | None, key_encoder: bool, path: str 
         prefix = _prefix(state, arch, path)
     chosen = _below(state, prefix)
     if not chosen:
-        raise BadInput(f"'{path}' has no key encoder (encoder_k.*), only {checkpoint.some(state)}: use the query encoder")
-    return chosen, prefix[:-1] or "the encoder", [name for name in state if not name.startswith(prefix)]
+        raise BadInput(
+            f"'{path}' has no key encoder (encoder_k.*), only {checkpoint.some(state)}: use the"
+            " query encoder"
+        )
+    return (
+        chosen,
+        prefix[:-1] or "the encoder",
+        [name for name in state if not name.startswith(prefix)],
+    )
 
 
 def _below(state: Tensors, prefix: str) -> Tensors:
@@ -202,25 +287,42 @@ def _below(state: Tensors, prefix: str) -> Tensors:
 
 
 def _prefix(state: Tensors, arch: str | None, path: str | Path) -> str:
-    """What stands before the names of the one encoder in a file: "" in a bare state dict, "model.backbone." in Lightning's."""
+    """What stands before the names of the one encoder in a file: "" in a bare state dict,
+    "model.backbone." in Lightning's.
+    """
     if arch is None:
-        found = {name.removesuffix(end) for name in state for end in _ANCHORS if f".{name}".endswith(f".{end}")}
+        found = {
+            name.removesuffix(end)
+            for name in state
+            for end in _ANCHORS
+            if f".{name}".endswith(f".{end}")
+        }
         found = [prefix for prefix in found if looks_like(_below(state, prefix))[0]]
     else:
         own = backbone_shapes(on_meta(lambda: build_encoder(arch, 1)))
-        own = [name for name in checkpoint.plain_names(own, path) if not name.endswith("num_batches_tracked")]
+        own = [
+            name
+            for name in checkpoint.plain_names(own, path)
+            if not name.endswith("num_batches_tracked")
+        ]
         found = {name.removesuffix(own[0]) for name in state if f".{name}".endswith(f".{own[0]}")}
         found = [prefix for prefix in found if all(prefix + name in state for name in own)]
     if not found or "" in found:
         return ""
     if len(found) > 1:
-        kept = f"{{n.removeprefix('{min(found)}'): t for n, t in state.items() if n.startswith('{min(found)}')}}"
-        raise BadInput(f"'{path}' holds {len(found)} encoders, named {', '.join(f'{p}*' for p in sorted(found))}: save the one you mean "
-                       f"alone, as in torch.save({kept}, FILE)")
+        kept = (
+            f"{{n.removeprefix('{min(found)}'): t for n, t in state.items() if"
+            f" n.startswith('{min(found)}')}}"
+        )
+        raise BadInput(
+            f"'{path}' holds {len(found)} encoders, named"
+            f" {', '.join(f'{p}*' for p in sorted(found))}: save the one you mean alone, as in"
+            f" torch.save({kept}, FILE)"
+        )
     return found[0]
 
 
-# ---- names -----------------------------------------------------------------------------------------------------------
+# ---- names ---------------------------------------------------------------------------------------
 
 _TO_DETECTRON2 = (
     (re.compile(r"^(conv1|bn1)\."), r"stem.\1."),
@@ -255,7 +357,9 @@ def to_detectron2(state: Tensors) -> Tensors:
 def from_detectron2(state: Tensors) -> Tensors:
     """The way back; tensors under any other names come back as they are."""
     return (
-        _rename(state, _FROM_DETECTRON2) if "stem.conv1.weight" in state and "res2.0.conv1.weight" in state else state
+        _rename(state, _FROM_DETECTRON2)
+        if "stem.conv1.weight" in state and "res2.0.conv1.weight" in state
+        else state
     )
 
 
@@ -264,14 +368,22 @@ def looks_like(state: Tensors) -> tuple[str | None, str | None]:
     shape = {name: tuple(t.shape) for name, t in state.items()}
     if "fc6.0.weight" in shape and "conv5.0.weight" in shape:
         return "alexnet", "cifar" if shape["conv1.0.weight"][2] == 3 else "imagenet"
-    if shape.get("conv1.0.weight") == (32, 3, 3, 3) and shape.get("conv3.0.weight") == (128, 64, 3, 3):
+    if shape.get("conv1.0.weight") == (32, 3, 3, 3) and shape.get("conv3.0.weight") == (
+        128,
+        64,
+        3,
+        3,
+    ):
         return "digits", "auto"
     if "layer1.0.conv1.weight" not in shape or len(shape.get("conv1.weight", ())) != 4:
         return None, None
-    blocks = tuple(len({n.split(".")[1] for n in shape if n.startswith(f"layer{i}.")}) for i in (1, 2, 3, 4))
+    blocks = tuple(
+        len({n.split(".")[1] for n in shape if n.startswith(f"layer{i}.")}) for i in (1, 2, 3, 4)
+    )
     bottleneck = "layer1.0.conv3.weight" in shape
     stem = {3: "cifar", 7: "imagenet"}.get(shape["conv1.weight"][2])
-    depth, width = _DEPTHS.get((bottleneck, blocks)), shape["conv1.weight"][0]
+    depth = _DEPTHS.get((bottleneck, blocks))
+    width = shape["conv1.weight"][0]
     if depth is None:
         return None, stem
     middle, inner = shape["layer1.0.conv2.weight"][:2]
@@ -280,20 +392,35 @@ def looks_like(state: Tensors) -> tuple[str | None, str | None]:
     return f"resnet{depth}" + (f"w{width}" if width != 64 else ""), stem
 
 
-_ANCHORS = ("layer1.0.conv1.weight", "conv1.0.weight")  # names by which `looks_like` knows a network
+# names by which `looks_like` knows a network
+_ANCHORS = ("layer1.0.conv1.weight", "conv1.0.weight")
 
 
 def _side_shown(state: Tensors) -> int | None:
-    """Side of the images that a vision transformer of torchvision or timm is built for: its positions are a square of patches."""
-    for positions, patches in (("encoder.pos_embedding", "conv_proj.weight"), ("pos_embed", "patch_embed.proj.weight")):
-        if positions in state and patches in state and state[positions].dim() == 3 and state[patches].dim() == 4:
+    """Side of the images that a vision transformer of torchvision or timm is built for: its
+    positions are a square of patches.
+    """
+    for positions, patches in (
+        ("encoder.pos_embedding", "conv_proj.weight"),
+        ("pos_embed", "patch_embed.proj.weight"),
+    ):
+        if (
+            positions in state
+            and patches in state
+            and state[positions].dim() == 3
+            and state[patches].dim() == 4
+        ):
             n = state[positions].shape[1]  # a few of them may be of no patch, but of the class
-            sides = [math.isqrt(n - others) for others in range(min(n, 3)) if math.isqrt(n - others) ** 2 == n - others]
+            sides = [
+                math.isqrt(n - others)
+                for others in range(min(n, 3))
+                if math.isqrt(n - others) ** 2 == n - others
+            ]
             return _side(sides[0] * state[patches].shape[-1]) if sides else None
     return None
 
 
-# ---- loading ---------------------------------------------------------------------------------------------------------
+# ---- loading -------------------------------------------------------------------------------------
 
 
 def _last_weight(state: Tensors, head: str) -> str:
@@ -331,7 +458,8 @@ def _load(
     own = encoder.state_dict()
     place = head_name(encoder) + "."
     own = {name: t for name, t in own.items() if head or not name.startswith(place)}
-    optional = {name for name in own if name.endswith("num_batches_tracked")}  # files from before it existed lack it
+    # files from before it existed lack it
+    optional = {name for name in own if name.endswith("num_batches_tracked")}
     missing = [name for name in own if name not in state and name not in optional]
     extra = [name for name in state if name not in own]
     auxiliary = [name for name in extra if name.startswith(_AUXILIARY)]
@@ -343,14 +471,25 @@ def _load(
     ]
     if missing or unknown or shapes:
         kinds = (("missing", missing), ("not known to it", unknown), ("of another shape", shapes))
-        looks = f"; it looks like {shown}" + (f" with stem {shown_stem}" if shown_stem else "") if shown else ""
+        looks = (
+            f"; it looks like {shown}" + (f" with stem {shown_stem}" if shown_stem else "")
+            if shown
+            else ""
+        )
         raise BadInput(
             f"'{path}' does not fit {wanted_name}: "
-            + "; ".join(f"{len(names)} {kind}: {checkpoint.some(names)}" for kind, names in kinds if names)
+            + "; ".join(
+                f"{len(names)} {kind}: {checkpoint.some(names)}" for kind, names in kinds if names
+            )
             + f"{looks}; give the -a and --stem it was trained with"
         )
     used = [name for name in own if name in state]
     shape = like({name: own[name] for name in used})
-    require({name: state[name] for name in used}, shape, f"cannot use the weights in {files.named('', path)}", cure=EARLIER)
+    require(
+        {name: state[name] for name in used},
+        shape,
+        f"cannot use the weights in {files.named('', path)}",
+        cure=EARLIER,
+    )
     encoder.load_state_dict({name: state[name] for name in used}, strict=False)
     return used, auxiliary

@@ -14,29 +14,44 @@ from moco_isl.mining.neighbors import topk
 
 @torch.no_grad()
 def nearest(
-    queries: torch.Tensor, bank: torch.Tensor, k: int, chunk: int | None = None, exclude: torch.Tensor | None = None
+    queries: torch.Tensor,
+    bank: torch.Tensor,
+    k: int,
+    chunk: int | None = None,
+    exclude: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k most similar bank rows of each query, most similar first: (similarity [Q, k] float32, row [Q, k]).
+    """The k most similar bank rows of each query, most similar first: (similarity [Q, k] float32,
+    row [Q, k]).
 
-    queries [Q, C] and bank [M, C] on one device. exclude [Q]: a row that the query may not find (itself). About `chunk`
-    similarities are held at a time. Raises BadInput where the bank has fewer than k rows to give.
+    queries [Q, C] and bank [M, C] on one device. exclude [Q]: a row that the query may not find
+    (itself). About `chunk` similarities are held at a time. Raises BadInput where the bank has
+    fewer than k rows to give.
     """
     most = len(bank) - (exclude is not None)
     if not 1 <= k <= most:
         left_out = " less the image itself" if exclude is not None else ""
-        raise BadInput(f"{k} neighbours (k) asked of a bank of {len(bank)} images{left_out}: choose 1 to {most}")
+        raise BadInput(
+            f"{k} neighbours (k) asked of a bank of {len(bank)} images{left_out}: choose 1 to"
+            f" {most}"
+        )
     return topk(queries, bank, k, exclude=exclude, bytes_limit=4 * chunk if chunk else None)
 
 
 @torch.no_grad()
-def vote(similarity: torch.Tensor, neighbour_labels: torch.Tensor, T: float, num_classes: int) -> torch.Tensor:
+def vote(
+    similarity: torch.Tensor, neighbour_labels: torch.Tensor, T: float, num_classes: int
+) -> torch.Tensor:
     """The class with the largest sum of exp(sim / T) over its neighbours: two [Q, k] -> [Q]."""
     predictions = torch.empty(len(similarity), dtype=torch.int64, device=similarity.device)
     rows = max(1, 2**24 // num_classes)
     for start in range(0, len(similarity), rows):
-        sim, labels = similarity[start : start + rows], neighbour_labels[start : start + rows]
-        weight = ((sim - sim[:, :1]) / T).exp()  # a common factor a row changes no vote, and this one cannot overflow
-        votes = torch.zeros(len(sim), num_classes, device=sim.device).scatter_add_(1, labels, weight)
+        sim = similarity[start : start + rows]
+        labels = neighbour_labels[start : start + rows]
+        # a common factor a row changes no vote, and this one cannot overflow
+        weight = ((sim - sim[:, :1]) / T).exp()
+        votes = torch.zeros(len(sim), num_classes, device=sim.device).scatter_add_(
+            1, labels, weight
+        )
         predictions[start : start + rows] = votes.argmax(dim=1)
     return predictions
 
@@ -76,10 +91,12 @@ def weighted_knn(
     chunk: int | None = None,
     leave_one_out: bool = False,
 ) -> torch.Tensor:
-    """Predicted labels [Q]: of the k nearest bank rows each votes for its label with weight exp(similarity / T).
+    """Predicted labels [Q]: of the k nearest bank rows each votes for its label with weight
+    exp(similarity / T).
 
-    queries [Q, C], bank [M, C]: unit rows; labels [M]. chunk: similarities held at a time. leave_one_out: the queries
-    are the bank, and no image votes for itself. Raises BadInput where k or T make no sense for this bank.
+    queries [Q, C], bank [M, C]: unit rows; labels [M]. chunk: similarities held at a time.
+    leave_one_out: the queries are the bank, and no image votes for itself. Raises BadInput where k
+    or T make no sense for this bank.
     """
     if leave_one_out and len(queries) != len(bank):
         raise ValueError("leave_one_out means that the queries are the bank")
@@ -97,21 +114,27 @@ def few_shot(
     draws: int = 20,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Accuracy with `shots` labelled images a class: (mean, standard deviation) over `draws` seeded draws.
+    """Accuracy with `shots` labelled images a class: (mean, standard deviation) over `draws` seeded
+    draws.
 
-    A test image takes the class whose drawn images' mean is most similar; with one shot that is the nearest labelled
-    image. Features [M, C] and [Q, C] are unit rows. Raises BadInput where a class has fewer than `shots` images.
+    A test image takes the class whose drawn images' mean is most similar; with one shot that is the
+    nearest labelled image. Features [M, C] and [Q, C] are unit rows. Raises BadInput where a class
+    has fewer than `shots` images.
     """
     if shots < 1 or draws < 1:
         raise BadInput(f"shots {shots} and draws {draws} must be 1 or more")
-    device, generator = train_feats.device, torch.Generator().manual_seed(seed)
-    train_labels, test_labels = train_labels.to(device), test_labels.to(device)
+    device = train_feats.device
+    generator = torch.Generator().manual_seed(seed)
+    train_labels = train_labels.to(device)
+    test_labels = test_labels.to(device)
     accuracy = []
     for _ in range(draws):
         drawn = draw_shots(train_labels, shots, generator)  # [classes, shots]
         prototypes = F.normalize(train_feats[drawn].float().mean(dim=1), dim=1)  # [classes, C]
         nearest_class = (test_feats.float() @ prototypes.T).argmax(dim=1)
-        accuracy.append((train_labels[drawn[nearest_class, 0]] == test_labels).double().mean().item())
+        accuracy.append(
+            (train_labels[drawn[nearest_class, 0]] == test_labels).double().mean().item()
+        )
     spread = torch.tensor(accuracy).std().item() if draws > 1 else 0.0
     return sum(accuracy) / draws, spread
 
@@ -120,13 +143,19 @@ def require_shots(labels: torch.Tensor, shots: int) -> None:
     """Raise BadInput where a class that occurs has fewer than `shots` images."""
     classes, counts = labels.unique(return_counts=True)
     if (few := counts.min().item()) < shots:
-        raise BadInput(f"{shots} shots asked, but class {classes[counts.argmin()].item()} has only {few} images: ask for at most as many")
+        raise BadInput(
+            f"{shots} shots asked, but class {classes[counts.argmin()].item()} has only {few}"
+            " images: ask for at most as many"
+        )
 
 
 def draw_shots(labels: torch.Tensor, shots: int, generator: torch.Generator) -> torch.Tensor:
-    """Positions [classes, shots] of `shots` different random images of each class that occurs, classes in order."""
+    """Positions [classes, shots] of `shots` different random images of each class that occurs,
+    classes in order.
+    """
     require_shots(labels, shots)
     counts = labels.unique(return_counts=True)[1]
     order = torch.randperm(len(labels), generator=generator).to(labels.device)
-    order = order[labels[order].argsort(stable=True)]  # shuffled within each class, classes one after the other
+    # shuffled within each class, classes one after the other
+    order = order[labels[order].argsort(stable=True)]
     return order[(counts.cumsum(0) - counts)[:, None] + torch.arange(shots, device=labels.device)]

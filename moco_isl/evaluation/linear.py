@@ -1,4 +1,5 @@
-"""Linear classifiers on a frozen encoder: one for each layer and learning rate, trained side by side in one pass.
+"""Linear classifiers on a frozen encoder: one for each layer and learning rate, trained side by
+side in one pass.
 
 Letters: N batch of this rank, M images of a split, C numbers of a layer.
 """
@@ -22,17 +23,22 @@ from moco_isl.training.signals import Stop
 
 WHOLE = "whole network"
 NUMBERS = (
-    9216  # of a layer after pooling, about: the protocol of AlexNet probes (96 x 10 x 10, 256 x 6 x 6, 384 x 5 x 5)
+    # of a layer after pooling, about: the protocol of AlexNet probes (96 x 10 x 10, 256 x 6 x 6,
+    # 384 x 5 x 5)
+    9216
 )
 
-Answer = Callable[[object], dict[str, torch.Tensor]]  # images or features -> logits [N, classes] of every classifier
+# images or features -> logits [N, classes] of every classifier
+Answer = Callable[[object], dict[str, torch.Tensor]]
 
 
-# ---- layers --------------------------------------------------------------------------------------------------------
+# ---- layers --------------------------------------------------------------------------------------
 
 
 def pool(x: torch.Tensor) -> torch.Tensor:
-    """One row an image: [N, C] as it is, [N, c, h, w] averaged over a grid of cells to about 9,000 numbers."""
+    """One row an image: [N, C] as it is, [N, c, h, w] averaged over a grid of cells to about 9,000
+    numbers.
+    """
     if x.dim() == 2:
         return x
     side = max(1, round((NUMBERS / x.shape[1]) ** 0.5))
@@ -44,22 +50,30 @@ class Layers(nn.Module):
 
     def __init__(self, encoder: nn.Module, layers: Iterable[str], amp: torch.dtype | None = None):
         super().__init__()
-        self.taps, self.amp = Taps(encoder.requires_grad_(False), layers), amp
+        self.taps = Taps(encoder.requires_grad_(False), layers)
+        self.amp = amp
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        with torch.autocast(images.device.type, dtype=self.amp or torch.bfloat16, enabled=self.amp is not None):
+        with torch.autocast(
+            images.device.type, dtype=self.amp or torch.bfloat16, enabled=self.amp is not None
+        ):
             seen = self.taps(images)
         return {layer: pool(x).float() for layer, x in seen.items()}
 
     def sizes(self, side: int, device: torch.device) -> dict[str, int]:
         """Numbers of each layer for images of this side."""
         with evaluating(self):
-            return {layer: x.shape[1] for layer, x in self(torch.zeros(1, 3, side, side, device=device)).items()}
+            return {
+                layer: x.shape[1]
+                for layer, x in self(torch.zeros(1, 3, side, side, device=device)).items()
+            }
 
 
 class Frozen:
-    """Holds a copy of an encoder's every weight and running statistic, to prove afterwards that none has moved."""
+    """Holds a copy of an encoder's every weight and running statistic, to prove afterwards that
+    none has moved.
+    """
 
     def __init__(self, encoder: nn.Module):
         self.before = {name: t.detach().cpu().clone() for name, t in encoder.state_dict().items()}
@@ -70,17 +84,22 @@ class Frozen:
         moved = [name for name, t in self.before.items() if not torch.equal(t, now[name].cpu())]
         if moved:
             raise RunFailed(
-                f"the frozen backbone has moved: {', '.join(moved[:3])} and {len(moved) - 1} others; no result"
+                f"the frozen backbone has moved: {', '.join(moved[:3])} and {len(moved) - 1}"
+                " others; no result"
             )
         parts = list(dict.fromkeys(name.partition(".")[0] for name in self.before))
-        return f"=> sanity check passed: all {len(now)} tensors of {', '.join(parts)} are those of the file"
+        return (
+            f"=> sanity check passed: all {len(now)} tensors of {', '.join(parts)} are those of the"
+            " file"
+        )
 
 
-# ---- classifiers ---------------------------------------------------------------------------------------------------
+# ---- classifiers ---------------------------------------------------------------------------------
 
 
 class Heads(nn.Module):
-    """One linear classifier for each (layer, learning rate): {layer: [N, C]} -> {"layer@lr": logits [N, classes]}.
+    """One linear classifier for each (layer, learning rate): {layer: [N, C]} -> {"layer@lr": logits
+    [N, classes]}.
 
     The classifiers of a layer start equal, so that only the learning rate tells them apart.
     """
@@ -100,22 +119,32 @@ class Heads(nn.Module):
             linear.load_state_dict(first[layer].state_dict())
 
     def forward(self, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {name: linear(features[key[0]]) for name, key, linear in zip(self.names, self.keys, self.linear)}
+        return {
+            name: linear(features[key[0]])
+            for name, key, linear in zip(self.names, self.keys, self.linear)
+        }
 
     def groups(self) -> list[dict]:
         """Parameters for an optimizer, each classifier with its own learning rate."""
-        return [{"params": linear.parameters(), "lr": lr} for (_, lr), linear in zip(self.keys, self.linear)]
+        return [
+            {"params": linear.parameters(), "lr": lr}
+            for (_, lr), linear in zip(self.keys, self.linear)
+        ]
 
 
 class Whole(nn.Module):
-    """The whole network with a fresh classifier as its head: images [N, 3, S, S] -> {"whole network@lr": logits}."""
+    """The whole network with a fresh classifier as its head: images [N, 3, S, S] -> {"whole
+    network@lr": logits}.
+    """
 
     def __init__(self, encoder: nn.Module, lr: float, classes: int):
         super().__init__()
         set_head(encoder, nn.Linear(feature_dim(encoder), classes))
         nn.init.normal_(get_head(encoder).weight, std=0.01)
         nn.init.zeros_(get_head(encoder).bias)
-        self.encoder, self.keys, self.names = encoder, [(WHOLE, lr)], [f"{WHOLE}@{lr:.12g}"]
+        self.encoder = encoder
+        self.keys = [(WHOLE, lr)]
+        self.names = [f"{WHOLE}@{lr:.12g}"]
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         return {self.names[0]: self.encoder(images)}
@@ -124,12 +153,14 @@ class Whole(nn.Module):
         return [{"params": self.encoder.parameters(), "lr": self.keys[0][1]}]
 
 
-# ---- where batches come from ---------------------------------------------------------------------------------------
+# ---- where batches come from ---------------------------------------------------------------------
 # batches(epoch, start_step) gives (input, labels [N], size of the batch over all ranks)
 
 
 def probe_augmentation(name: str, size: int):
-    """MoCo's augmentation for the linear probe: a random crop of 8 % to all of the image, and a flip where one may."""
+    """MoCo's augmentation for the linear probe: a random crop of 8 % to all of the image, and a
+    flip where one may.
+    """
     if name == "digits":
         return data.get_augmentation(name, aug_plus=False, size=size)
     flip = 0.0 if name == "svhn" else 0.5
@@ -145,7 +176,9 @@ class AugmentedBatches:
     def __len__(self) -> int:
         return len(self.loader)
 
-    def batches(self, epoch: int, start_step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
+    def batches(
+        self, epoch: int, start_step: int
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
         for (images,), index in self.loader.epoch(epoch, start_step):
             yield images, self.labels[index], len(index) * dist.world_size()
 
@@ -154,35 +187,53 @@ class AugmentedBatches:
 
 
 class CachedBatches:
-    """Batches of features that were taken once. Every image every epoch, whatever the number of ranks."""
+    """Batches of features that were taken once.
+
+    Every image every epoch, whatever the number of ranks.
+    """
 
     def __init__(self, split: Split, batch_size: int, seed: int):
-        self.split, self.batch_size, self.seed = split, batch_size, seed
+        self.split = split
+        self.batch_size = batch_size
+        self.seed = seed
 
     def __len__(self) -> int:
         return -(-len(self.split.labels) // self.batch_size)
 
-    def batches(self, epoch: int, start_step: int) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor, int]]:
+    def batches(
+        self, epoch: int, start_step: int
+    ) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor, int]]:
         order = permutation(self.seed, epoch, len(self.split.labels)).to(self.split.labels.device)
         for rows in order.split(self.batch_size)[start_step:]:
             start, stop = dist.shard(len(rows))
             mine = rows[start:stop]
-            yield {layer: x[mine] for layer, x in self.split.features.items()}, self.split.labels[mine], len(rows)
+            yield (
+                {layer: x[mine] for layer, x in self.split.features.items()},
+                self.split.labels[mine],
+                len(rows),
+            )
 
     def close(self) -> None:
         """Nothing to end."""
 
 
 class JudgedImages:
-    """A split to be judged, image by image, each exactly once over all ranks: iterates (images, labels)."""
+    """A split to be judged, image by image, each exactly once over all ranks: iterates (images,
+    labels).
+    """
 
     def __init__(self, dataset, device: torch.device, max_bad_images: int | None = None, **options):
         self.dataset, self.max_bad_images = dataset, max_bad_images
-        self.loader = data.eval_loader(dataset, shard=dist.shard(len(dataset)), device=device, **options)
+        self.loader = data.eval_loader(
+            dataset, shard=dist.shard(len(dataset)), device=device, **options
+        )
         self.labels = dataset.labels.to(device)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Images that cannot be read are left out. Raises RunFailed past max_bad_images (None: any number)."""
+        """Images that cannot be read are left out.
+
+        Raises RunFailed past max_bad_images (None: any number).
+        """
         for images, index in self.loader:
             if bad := self.loader.bad_images():
                 kept = ~torch.isin(index, torch.tensor([i for i, _ in bad], device=index.device))
@@ -205,13 +256,16 @@ class JudgedFeatures:
         start, stop = dist.shard(len(self.split.labels))
         for left in range(start, stop, self.batch_size):
             here = slice(left, min(left + self.batch_size, stop))
-            yield {layer: x[here] for layer, x in self.split.features.items()}, self.split.labels[here]
+            yield (
+                {layer: x[here] for layer, x in self.split.features.items()},
+                self.split.labels[here],
+            )
 
     def close(self) -> None:
         """Nothing to end."""
 
 
-# ---- training and judging ------------------------------------------------------------------------------------------
+# ---- training and judging ------------------------------------------------------------------------
 
 
 def hits(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -234,8 +288,9 @@ def train_one_epoch(
 ) -> None:
     """Train every classifier from `position` to the end of its epoch.
 
-    answer: wrapped in DistributedDataParallel where there are several ranks. A classifier whose loss is not finite
-    harms no other; when all are, RunFailed is raised. Raises Interrupted after saving when any rank was asked to stop.
+    answer: wrapped in DistributedDataParallel where there are several ranks. A classifier whose
+    loss is not finite harms no other; when all are, RunFailed is raised. Raises Interrupted after
+    saving when any rank was asked to stop.
     """
     clock, averages = Clock(), position.averages
     for x, labels, total in source.batches(position.epoch, position.step):
@@ -255,7 +310,8 @@ def train_one_epoch(
             every = torch.stack([parts[f"loss {name}"] for name in logits])
             parts["loss"] = torch.where(every.isfinite(), every, torch.inf).min()
             averages.add(parts, len(labels), position.step)
-        position.step, position.total = position.step + 1, position.total + 1
+        position.step = position.step + 1
+        position.total = position.total + 1
         clock.step_done(len(labels))
         if position.step % print_freq == 0 or position.step == len(source):
             require_finite(averages, position.epoch, last_good())
@@ -263,18 +319,19 @@ def train_one_epoch(
         if stop.agreed():
             save()
             raise Interrupted(
-                f"saved at epoch {position.epoch}, step {position.step} of {len(source)}: go on with --resume auto"
+                f"saved at epoch {position.epoch}, step {position.step} of {len(source)}: go on"
+                " with --resume auto"
             )
 
 
 @torch.no_grad()
-def judge(answer: Answer, source: Iterable, names: Iterable[str], device: torch.device) -> dict[str, dict[str, float]]:
+def judge(
+    answer: Answer, source: Iterable, names: Iterable[str], device: torch.device
+) -> dict[str, dict[str, float]]:
     """name -> {"top1", "top5"} in per cent of every classifier, over the images of all ranks."""
     names = list(names)
-    right, count = (
-        torch.zeros(len(names), 2, dtype=torch.float64, device=device),
-        torch.zeros(1, device=device).double(),
-    )
+    right = torch.zeros(len(names), 2, dtype=torch.float64, device=device)
+    count = torch.zeros(1, device=device).double()
     for x, labels in source:
         logits = answer(x)
         for i, name in enumerate(names):

@@ -1,4 +1,6 @@
-"""A probe put together: classifiers on an encoder, their optimizer, what is judged, what is said of it."""
+"""A probe put together: classifiers on an encoder, their optimizer, what is judged, what is said of
+it.
+"""
 
 import os
 import time
@@ -19,11 +21,13 @@ from moco_isl.training.engine import Position, learning_rate
 
 
 class Probe:
-    """Classifiers on layers of a frozen encoder, or with layers None the whole network, and their optimizer.
+    """Classifiers on layers of a frozen encoder, or with layers None the whole network, and their
+    optimizer.
 
-    layers: as `encoders.Taps` has them, or ["all"]. lrs: one classifier of each layer for each. size: side of the
-    images. amp: of the encoder. reading: transform, batch_size and workers for passes over a split.
-    Attributes: model (names and keys of the classifiers), optimizer, frozen (None for the whole network), dims.
+    layers: as `encoders.Taps` has them, or ["all"]. lrs: one classifier of each layer for each.
+    size: side of the images. amp: of the encoder. reading: transform, batch_size and workers for
+    passes over a split. Attributes: model (names and keys of the classifiers), optimizer, frozen
+    (None for the whole network), dims.
     """
 
     def __init__(
@@ -40,21 +44,31 @@ class Probe:
         weight_decay: float,
         reading: dict,
     ):
-        self.encoder, self.device, self.amp, self.reading = encoder.to(device), device, amp, reading
+        self.encoder = encoder.to(device)
+        self.device = device
+        self.amp = amp
+        self.reading = reading
         self.layers = self.frozen = None
-        self.watch: Callable[[Iterable, int], Iterable] | None = None  # of passes over a split; may raise Interrupted
+        # of passes over a split; may raise Interrupted
+        self.watch: Callable[[Iterable, int], Iterable] | None = None
         self._taken: dict = {}  # data set -> its features: a frozen encoder gives them once
         self.dims: dict[str, int] = {}
         if layers is None:
             self.model = linear.Whole(encoder, lrs[0], classes)
         else:
-            wanted = [*stage_names(encoder), BACKBONE] if layers == ["all"] else list(dict.fromkeys(layers))
+            wanted = (
+                [*stage_names(encoder), BACKBONE]
+                if layers == ["all"]
+                else list(dict.fromkeys(layers))
+            )
             self.frozen = linear.Frozen(encoder)
             self.layers = linear.Layers(encoder, wanted, amp).eval()
             self.dims = self.layers.sizes(size, device)
             self.model = linear.Heads(self.dims, lrs, classes)
         self.model.to(device)
-        self.optimizer = torch.optim.SGD(self.model.groups(), lrs[0], momentum=momentum, weight_decay=weight_decay)
+        self.optimizer = torch.optim.SGD(
+            self.model.groups(), lrs[0], momentum=momentum, weight_decay=weight_decay
+        )
         self.parallel = self.model
         if dist.world_size() > 1:
             ids = [device.index] if device.type == "cuda" else None
@@ -69,7 +83,9 @@ class Probe:
     def _answer(self, x, model: nn.Module) -> dict[str, torch.Tensor]:
         if self.layers is not None:
             return model(self.layers(x) if isinstance(x, torch.Tensor) else x)
-        with torch.autocast(self.device.type, dtype=self.amp or torch.bfloat16, enabled=self.amp is not None):
+        with torch.autocast(
+            self.device.type, dtype=self.amp or torch.bfloat16, enabled=self.amp is not None
+        ):
             logits = model(x)
         return {name: z.float() for name, z in logits.items()}
 
@@ -85,25 +101,36 @@ class Probe:
     # ---- judging
 
     def take(self, dataset) -> features.Split:
-        """Features of a split, without augmentation, taken once. Raises BadInput where they do not fit into memory."""
+        """Features of a split, without augmentation, taken once.
+
+        Raises BadInput where they do not fit into memory.
+        """
         if dataset in self._taken:
             return self._taken[dataset]
-        numbers, free = sum(self.dims.values()), free_bytes(self.device)
+        numbers = sum(self.dims.values())
+        free = free_bytes(self.device)
         need = 4 * numbers * len(dataset)
         if need > 0.8 * free:
             raise BadInput(
-                f"{numbers} numbers for each of {len(dataset)} images take {need / 2**30:.1f} GiB, {free / 2**30:.1f} "
-                f"are free on {self.device}: name fewer --layers, or do without --cache-features"
+                f"{numbers} numbers for each of {len(dataset)} images take {need / 2**30:.1f} GiB,"
+                f" {free / 2**30:.1f} are free on {self.device}: name fewer --layers, or do without"
+                " --cache-features"
             )
         self._taken[dataset] = self._take(self.layers, dataset)
         return self._taken[dataset]
 
     def _take(self, layers: nn.Module, dataset) -> features.Split:
-        return features.take(layers, dataset, device=self.device, normalize=False, watch=self.watch, **self.reading)
+        return features.take(
+            layers, dataset, device=self.device, normalize=False, watch=self.watch, **self.reading
+        )
 
     def judged(self, dataset):
-        """A split to be judged: by features taken once if the encoder is frozen and they fit easily, else by images."""
-        fits = dataset in self._taken or 16 * len(dataset) * sum(self.dims.values()) < free_bytes(self.device)
+        """A split to be judged: by features taken once if the encoder is frozen and they fit
+        easily, else by images.
+        """
+        fits = dataset in self._taken or 16 * len(dataset) * sum(self.dims.values()) < free_bytes(
+            self.device
+        )
         if self.layers is not None and fits:
             return linear.JudgedFeatures(self.take(dataset))
         return linear.JudgedImages(dataset, self.device, **self.reading)
@@ -111,14 +138,23 @@ class Probe:
     def judge(self, judged) -> dict[str, dict[str, float]]:
         """name -> {"top1", "top5"} in per cent of every classifier on a split."""
         with evaluating(self.model):
-            return linear.judge(lambda x: self._answer(x, self.model), judged, self.model.names, self.device)
+            return linear.judge(
+                lambda x: self._answer(x, self.model), judged, self.model.names, self.device
+            )
 
     def few_labels(self, train, val, shots: list[int], draws: int, seed: int) -> list[dict]:
-        """Accuracy of the nearest mean of few labelled images a class, on the backbone; mean and spread of draws."""
-        backbone = self.layers if BACKBONE in self.dims else linear.Layers(self.encoder, [BACKBONE], self.amp)
+        """Accuracy of the nearest mean of few labelled images a class, on the backbone; mean and
+        spread of draws.
+        """
+        backbone = (
+            self.layers
+            if BACKBONE in self.dims
+            else linear.Layers(self.encoder, [BACKBONE], self.amp)
+        )
         splits = [self._taken.get(d) if BACKBONE in self.dims else None for d in (train, val)]
         splits = [split or self._take(backbone, d) for split, d in zip(splits, (train, val))]
-        unit, truth = [F.normalize(s.features[BACKBONE], dim=1) for s in splits], [s.labels for s in splits]
+        unit = [F.normalize(s.features[BACKBONE], dim=1) for s in splits]
+        truth = [s.labels for s in splits]
         rows = []
         for n in shots:
             mean, spread = few_shot(unit[0], truth[0], unit[1], truth[1], n, draws, seed)
@@ -128,36 +164,54 @@ class Probe:
     # ---- files
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The network under MoCo's names: the backbone, and where there is but one classifier, on it, that as head."""
+        """The network under MoCo's names: the backbone, and where there is but one classifier, on
+        it, that as head.
+        """
         place = head_name(self.encoder) + "."
-        state = {n: t for n, t in self.encoder.state_dict().items() if self.layers is None or not n.startswith(place)}
+        state = {
+            n: t
+            for n, t in self.encoder.state_dict().items()
+            if self.layers is None or not n.startswith(place)
+        }
         if self.layers is not None and [layer for layer, _ in self.model.keys] == [BACKBONE]:
             state |= {place + n: t for n, t in self.model.linear[0].state_dict().items()}
         return {PREFIX + n: t for n, t in state.items()}
 
     def exploded(self) -> list[str]:
-        """The names of what no training can go on from (see `checkpoint.exploded`); none while any classifier is sound,
-        for a classifier that fails harms no other."""
+        """The names of what no training can go on from (see `checkpoint.exploded`); none while any
+        classifier is sound, for a classifier that fails harms no other.
+        """
         moved = self.optimizer.state
         found = []
         for name, group in zip(self.model.names, self.optimizer.param_groups):
-            params = {str(i): {"weight": p.detach(), **moved.get(p, {})} for i, p in enumerate(group["params"])}
-            broken = checkpoint.exploded({name: params, "buffers": dict(self.model.named_buffers())})
+            params = {
+                str(i): {"weight": p.detach(), **moved.get(p, {})}
+                for i, p in enumerate(group["params"])
+            }
+            broken = checkpoint.exploded(
+                {name: params, "buffers": dict(self.model.named_buffers())}
+            )
             if not broken:
                 return []
             found += broken
         return found
 
     def take_over_head(self, head: nn.Linear | None, path: str) -> None:
-        """Use the classifier of a file that MoCo's own probe (or a supervised training) wrote. Raises BadInput."""
+        """Use the classifier of a file that MoCo's own probe (or a supervised training) wrote.
+
+        Raises BadInput.
+        """
         mine = get_head(self.encoder) if self.layers is None else self.model.linear[0]
         if head is None or head.weight.shape != mine.weight.shape or len(self.model.keys) > 1:
             has = (
-                "no classifier" if head is None else f"one of {head.out_features} classes on {head.in_features} numbers"
+                "no classifier"
+                if head is None
+                else f"one of {head.out_features} classes on {head.in_features} numbers"
             )
             raise BadInput(
-                f"'{path}' cannot be gone on with: it has {has}, here are {len(self.model.keys)} of "
-                f"{mine.out_features} classes on {mine.in_features}; give the --layers and --lr it was trained with"
+                f"'{path}' cannot be gone on with: it has {has}, here are {len(self.model.keys)} of"
+                f" {mine.out_features} classes on {mine.in_features}; give the --layers and --lr it"
+                " was trained with"
             )
         mine.load_state_dict(head.state_dict())
 
@@ -172,11 +226,15 @@ def free_bytes(device: torch.device) -> float:
         return float("inf")
 
 
-# ---- what is said --------------------------------------------------------------------------------------------------
+# ---- what is said --------------------------------------------------------------------------------
 
 
-def traps(info: dict, *, batch_size: int, lr_given: bool, mlp: bool | None, dataset: str, size: int) -> list[str]:
-    """Warnings about what makes linear numbers lower than published ones; info: as `load_backbone` gives it."""
+def traps(
+    info: dict, *, batch_size: int, lr_given: bool, mlp: bool | None, dataset: str, size: int
+) -> list[str]:
+    """Warnings about what makes linear numbers lower than published ones; info: as `load_backbone`
+    gives it.
+    """
     found = []
     if batch_size != 256 and not lr_given:
         found.append(
@@ -189,11 +247,15 @@ def traps(info: dict, *, batch_size: int, lr_given: bool, mlp: bool | None, data
 
 
 def strange(info: dict, *, dataset: str, size: int) -> list[str]:
-    """Warnings about a file that is judged on other images than it was trained on, or is not what its own flags say."""
-    found, trained = _head_differs(info, "the file's own flags say", info["args"].get("mlp")), info["args"]
+    """Warnings about a file that is judged on other images than it was trained on, or is not what
+    its own flags say.
+    """
+    found = _head_differs(info, "the file's own flags say", info["args"].get("mlp"))
+    trained = info["args"]
     if trained.get("dataset", dataset) != dataset:
         found.append(
-            f"trained on {trained['dataset']}, judged on {dataset}: images are normalised by {dataset}'s statistics"
+            f"trained on {trained['dataset']}, judged on {dataset}: images are normalised by"
+            f" {dataset}'s statistics"
         )
     if trained.get("image_size", size) != size:
         found.append(f"trained on images of side {trained['image_size']}, judged on side {size}")
@@ -208,11 +270,17 @@ def _head_differs(info: dict, who: str, says: bool | None) -> list[str]:
 
 
 def result_rows(
-    names: list[str], val: dict[str, dict], held: dict[str, dict] | None, best: dict[str, float], dims: dict[str, int]
+    names: list[str],
+    val: dict[str, dict],
+    held: dict[str, dict] | None,
+    best: dict[str, float],
+    dims: dict[str, int],
 ) -> list[dict]:
-    """One row for each classifier; "chosen" marks the best learning rate of each layer on the held-out images.
+    """One row for each classifier; "chosen" marks the best learning rate of each layer on the
+    held-out images.
 
-    Ties go to the lower rate. With a single rate a layer there is nothing to choose, and nothing need be held out.
+    Ties go to the lower rate. With a single rate a layer there is nothing to choose, and nothing
+    need be held out.
     """
     rows = []
     for name in names:
@@ -236,7 +304,9 @@ class Remaining:
     """Time left of a run, from the pace since this process began."""
 
     def __init__(self, steps: int, done: int):
-        self.steps, self.done, self.start = steps, done, time.perf_counter()
+        self.steps = steps
+        self.done = done
+        self.start = time.perf_counter()
 
     def __call__(self, now: int) -> str:
         pace = (time.perf_counter() - self.start) / max(now - self.done, 1)
@@ -245,25 +315,52 @@ class Remaining:
 
 
 def step_line(position: Position, steps: int, values: dict, names: list[str], left: str) -> str:
-    """A line like MoCo's, of the classifier that is best on these steps, with the time left of the run."""
+    """A line like MoCo's, of the classifier that is best on these steps, with the time left of the
+    run.
+    """
     best = max(names, key=lambda name: values[f"acc1 {name}"])
     line = [f"Epoch: [{position.epoch}][{position.step:{len(str(steps))}d}/{steps}]"]
-    line += [f"Time {values['time']:6.3f}", f"Data {values['data_time']:6.3f}", f"Loss {values[f'loss {best}']:.4e}"]
-    line += [f"Acc@1 {values[f'acc1 {best}']:6.2f}", f"Acc@5 {values[f'acc5 {best}']:6.2f}", f"left {left}"]
+    line += [
+        f"Time {values['time']:6.3f}",
+        f"Data {values['data_time']:6.3f}",
+        f"Loss {values[f'loss {best}']:.4e}",
+    ]
+    line += [
+        f"Acc@1 {values[f'acc1 {best}']:6.2f}",
+        f"Acc@5 {values[f'acc5 {best}']:6.2f}",
+        f"left {left}",
+    ]
     return "\t".join(line + ([f"(best: {best})"] if len(names) > 1 else []))
 
 
 def table(rows: list[dict], few: list[dict]) -> str:
     """Results as a table; * marks the learning rate chosen."""
     held = any(row["held_out_top1"] is not None for row in rows)
-    header = ["layer", "numbers", "lr", *(["held out"] if held else []), "top-1", "top-5", "best epoch"]
+    header = [
+        "layer",
+        "numbers",
+        "lr",
+        *(["held out"] if held else []),
+        "top-1",
+        "top-5",
+        "best epoch",
+    ]
     body = [
-        [r["layer"], r["dim"], f"{r['lr']:g}", *([r["held_out_top1"]] if held else []), r["top1"], r["top5"]]
+        [
+            r["layer"],
+            r["dim"],
+            f"{r['lr']:g}",
+            *([r["held_out_top1"]] if held else []),
+            r["top1"],
+            r["top5"],
+        ]
         + [r["best_top1_of_all_epochs"], *(["*"] if held and r["chosen"] else [""])]
         for r in rows
     ]
     lines = [features.table([*header, ""], body)]
     for r in few:
         what = f"({r['draws']} draws, nearest class mean)"
-        lines.append(f"{r['shots']} labelled images a class: {r['top1']:.2f} +- {r['std']:.2f} {what}")
+        lines.append(
+            f"{r['shots']} labelled images a class: {r['top1']:.2f} +- {r['std']:.2f} {what}"
+        )
     return "\n".join(lines)

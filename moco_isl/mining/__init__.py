@@ -6,5 +6,15 @@ from moco_isl.mining.neighbors import top_pairs, topk
 from moco_isl.mining.positives import PositiveSets
 from moco_isl.mining.rounds import Miner, RoundMiner
 
-__all__ = ["GANMiner", "KNNMiner", "Miner", "NoMiner", "PositiveSets", "RoundMiner", "baselines", "one_line", "top_pairs",
-           "topk"]
+__all__ = [
+    "GANMiner",
+    "KNNMiner",
+    "Miner",
+    "NoMiner",
+    "PositiveSets",
+    "RoundMiner",
+    "baselines",
+    "one_line",
+    "top_pairs",
+    "topk",
+]

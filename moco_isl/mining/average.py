@@ -1,6 +1,8 @@
-"""Neighbourhood means: an image's proxy is the mean of what is around it, and pairs are ranked by how similar their proxies are.
+"""Neighbourhood means: an image's proxy is the mean of what is around it, and pairs are ranked by
+how similar their proxies are.
 
-The same idea as ISL's proxies, a point between an image and those that mean the same, without a network that has to be trained.
+The same idea as ISL's proxies, a point between an image and those that mean the same, without a
+network that has to be trained.
 
 Letters: M images, C feature dimension, N anchors of a block, k neighbours.
 """
@@ -23,11 +25,14 @@ _ROWS = 256  # anchors whose neighbours' features are held at a time
 
 
 class AverageMiner(RoundMiner):
-    """Pairs of images whose neighbourhood means are similar, the surest of the whole data set first.
+    """Pairs of images whose neighbourhood means are similar, the surest of the whole data set
+    first.
 
-    Where a round has two augmented views of every image, it is features and views together that are averaged: what an encoder makes of one crop is
-    partly chance. k: neighbours of an image that its mean is taken over, together with the image itself at weight 1; a neighbour weighs its cosine to the
-    power of `power`, and nothing where that is below 0. Each image offers its `candidates` most similar ones by their means.
+    Where a round has two augmented views of every image, it is features and views together that are
+    averaged: what an encoder makes of one crop is partly chance. k: neighbours of an image that its
+    mean is taken over, together with the image itself at weight 1; a neighbour weighs its cosine to
+    the power of `power`, and nothing where that is below 0. Each image offers its `candidates` most
+    similar ones by their means.
     """
 
     name = "average"
@@ -35,12 +40,20 @@ class AverageMiner(RoundMiner):
     def __init__(self, k: int = 50, candidates: int = 20, power: float = 3.0, **rules):
         super().__init__(**rules)
         if min(k, candidates) < 1 or power < 0:
-            raise BadInput(f"means over {k} neighbours weighed by power {power:g}, {candidates} candidates: expected at least 1, 0 and 1")
-        self.k, self.candidates, self.power = k, candidates, power
+            raise BadInput(
+                f"means over {k} neighbours weighed by power {power:g}, {candidates} candidates:"
+                " expected at least 1, 0 and 1"
+            )
+        self.k = k
+        self.candidates = candidates
+        self.power = power
 
-    def find(self, features: Tensor, positives: PositiveSets, seed: int, tick: Tick | None) -> tuple[Edges, str]:
+    def find(
+        self, features: Tensor, positives: PositiveSets, seed: int, tick: Tick | None
+    ) -> tuple[Edges, str]:
         M = len(features)
-        k, candidates = min(self.k, M - 1), min(self.candidates, M - 1)
+        k = min(self.k, M - 1)
+        candidates = min(self.candidates, M - 1)
         rows = features if self.views is None else with_views(features, self.views)
         means = neighbourhood_means(rows, k, self.power, tick, self.searchable(rows, tick))
         bank = self.searchable(means, tick)
@@ -50,15 +63,26 @@ class AverageMiner(RoundMiner):
 
 
 def with_views(features: Tensor, views: Views) -> Tensor:
-    """features [M, C] and views 2 x [M, C] unit rows -> their mean, unit rows [M, C] of the same type."""
-    return F.normalize(features.float() + views[0].float() + views[1].float(), dim=1).to(features.dtype)
+    """features [M, C] and views 2 x [M, C] unit rows -> their mean, unit rows [M, C] of the same
+    type.
+    """
+    return F.normalize(features.float() + views[0].float() + views[1].float(), dim=1).to(
+        features.dtype
+    )
 
 
-def neighbourhood_means(features: Tensor, k: int, power: float, tick: Tick | None = None,
-                        bank: Tensor | IVF | None = None) -> Tensor:
-    """features [M, C] unit rows -> unit rows [M, C] in the same type: each with its k nearest, weighed by cosine ^ power.
+def neighbourhood_means(
+    features: Tensor,
+    k: int,
+    power: float,
+    tick: Tick | None = None,
+    bank: Tensor | IVF | None = None,
+) -> Tensor:
+    """features [M, C] unit rows -> unit rows [M, C] in the same type: each with its k nearest,
+    weighed by cosine ^ power.
 
-    bank: what is searched, `RoundMiner.searchable` of the features; None: the features. Equal on all ranks.
+    bank: what is searched, `RoundMiner.searchable` of the features; None: the features. Equal on
+    all ranks.
     """
     bank = features if bank is None else bank
 
@@ -68,7 +92,10 @@ def neighbourhood_means(features: Tensor, k: int, power: float, tick: Tick | Non
         parts = []
         for i in range(0, len(anchors), _ROWS):
             rows = features[near[i : i + _ROWS]].float()  # [rows, k, C]
-            parts.append(features[anchors[i : i + _ROWS]].float() + (weight[i : i + _ROWS, None] @ rows).squeeze(1))
+            parts.append(
+                features[anchors[i : i + _ROWS]].float()
+                + (weight[i : i + _ROWS, None] @ rows).squeeze(1)
+            )
         return (F.normalize(torch.cat(parts), dim=1),)
 
     _, means = over_blocks(len(features), features.device, block, tick)

@@ -1,6 +1,8 @@
-"""Local aggregation (LA, Zhuang et al. 2019): close neighbours are those that k-means puts together, several times over.
+"""Local aggregation (LA, Zhuang et al. 2019): close neighbours are those that k-means puts
+together, several times over.
 
-Letters: M images, C feature dimension, N anchors of a block, k background neighbours, H clusterings, G clusters of one.
+Letters: M images, C feature dimension, N anchors of a block, k background neighbours, H
+clusterings, G clusters of one.
 """
 
 import torch
@@ -17,24 +19,43 @@ Tensor = torch.Tensor
 
 
 class ClusterMiner(RoundMiner):
-    """Members of an image's clusters in any of H clusterings, as far as they are among its `background` nearest.
+    """Members of an image's clusters in any of H clusterings, as far as they are among its
+    `background` nearest.
 
-    clusters: G; None: one for 40 images, as published for ImageNet (30,000). Each image offers its surest `candidates`:
-    first those that more clusterings put beside it, among equals the more similar.
+    clusters: G; None: one for 40 images, as published for ImageNet (30,000). Each image offers its
+    surest `candidates`: first those that more clusterings put beside it, among equals the more
+    similar.
     """
 
     name = "cluster"
 
-    def __init__(self, clusters: int | None = None, clusterings: int = 5, background: int = 100, candidates: int = 20,
-                 iterations: int = 20, **rules):
+    def __init__(
+        self,
+        clusters: int | None = None,
+        clusterings: int = 5,
+        background: int = 100,
+        candidates: int = 20,
+        iterations: int = 20,
+        **rules,
+    ):
         super().__init__(**rules)
-        if not (clusters is None or clusters >= 1) or min(clusterings, background, candidates, iterations) < 1:
-            raise BadInput(f"{clusterings} clusterings into {clusters} clusters in {iterations} iterations, {background} background neighbours, "
-                           f"{candidates} candidates: expected at least 1 of each")
-        self.clusters, self.clusterings, self.background = clusters, clusterings, background
+        if (
+            not (clusters is None or clusters >= 1)
+            or min(clusterings, background, candidates, iterations) < 1
+        ):
+            raise BadInput(
+                f"{clusterings} clusterings into {clusters} clusters in {iterations} iterations,"
+                f" {background} background neighbours, {candidates} candidates: expected at least 1"
+                " of each"
+            )
+        self.clusters = clusters
+        self.clusterings = clusterings
+        self.background = background
         self.candidates, self.iterations = candidates, iterations
 
-    def find(self, features: Tensor, positives: PositiveSets, seed: int, tick: Tick | None) -> tuple[Edges, str]:
+    def find(
+        self, features: Tensor, positives: PositiveSets, seed: int, tick: Tick | None
+    ) -> tuple[Edges, str]:
         M = len(features)
         G = min(M, self.clusters or max(1, round(M / 40)))
         k = min(self.background, M - 1)
@@ -44,7 +65,8 @@ class ClusterMiner(RoundMiner):
         def block(anchors: Tensor, number: int) -> tuple[Tensor, Tensor]:
             cosine, near = topk(features[anchors], bank, k, anchors, tick=tick)  # [N, k]
             together = sum((own[near] == own[anchors][:, None]).float() for own in cluster)
-            sureness = torch.where(together > 0, together + cosine / 4, 0)  # |cosine| <= 1: it decides among equals only
+            # |cosine| <= 1: it decides among equals only
+            sureness = torch.where(together > 0, together + cosine / 4, 0)
             sureness, at = sureness.sort(dim=1, descending=True, stable=True)
             return near.gather(1, at)[:, : self.candidates], sureness[:, : self.candidates]
 
@@ -54,12 +76,23 @@ class ClusterMiner(RoundMiner):
         return Edges(anchors[:, None].expand_as(found)[found], near[found], sureness[found]), ""
 
     def _clusterings(self, features: Tensor, G: int, seed: int, tick: Tick | None) -> Tensor:
-        """[H, M] clusters of each image, those of all ranks; every rank makes some of them. All raise where one was interrupted."""
-        cluster = torch.zeros(self.clusterings, len(features), dtype=torch.int64, device=features.device)
+        """[H, M] clusters of each image, those of all ranks; every rank makes some of them.
+
+        All raise where one was interrupted.
+        """
+        cluster = torch.zeros(
+            self.clusterings, len(features), dtype=torch.int64, device=features.device
+        )
         stopped = torch.zeros((), dtype=torch.int64, device=features.device)
         try:
             for h in range(dist.rank(), self.clusterings, dist.world_size()):
-                cluster[h] = kmeans(features, G, self.iterations, torch.Generator().manual_seed((seed + h) % 2**63), tick)[0]
+                cluster[h] = kmeans(
+                    features,
+                    G,
+                    self.iterations,
+                    torch.Generator().manual_seed((seed + h) % 2**63),
+                    tick,
+                )[0]
         except Interrupted:
             stopped += 1
         if int(dist.all_reduce_max(stopped)):

@@ -1,6 +1,8 @@
-"""Affinity diffusion (after PAD, Huang et al. 2020): what many short paths between mutual neighbours join means the same.
+"""Affinity diffusion (after PAD, Huang et al. 2020): what many short paths between mutual
+neighbours join means the same.
 
-Letters: M images, C feature dimension, N anchors of a block, k neighbours, R images reached from an anchor.
+Letters: M images, C feature dimension, N anchors of a block, k neighbours, R images reached from an
+anchor.
 """
 
 import torch
@@ -19,84 +21,124 @@ _TOGETHER = 1 << 22  # entries of one piece of walks
 
 
 class DiffusionMiner(RoundMiner):
-    """The graph of mutual k nearest neighbours, its affinities diffused, and the pairs with the highest ones.
+    """The graph of mutual k nearest neighbours, its affinities diffused, and the pairs with the
+    highest ones.
 
-    Affinity of mutual neighbours: max(cosine, 0); S is that over k, so that no row sums to more than 1. Diffused: F = sum
-    over t = 1..steps of decay^(t-1) S^t, the walks of up to `steps` edges; exact as long as no more than 1,024 images are t
-    edges away. Each image offers its `candidates` highest F; an edge is as sure as its F, and the budget takes the surest
-    of the data set. Not divided by the images' own sums of affinities, as walks often are: two images with no neighbours
-    but each other would then be the surest pair (seen on features of CIFAR-10, 10,000 images, 5 positives an image:
-    precision 0.52 in place of 0.65).
+    Affinity of mutual neighbours: max(cosine, 0); S is that over k, so that no row sums to more
+    than 1. Diffused: F = sum over t = 1..steps of decay^(t-1) S^t, the walks of up to `steps`
+    edges; exact as long as no more than 1,024 images are t edges away. Each image offers its
+    `candidates` highest F; an edge is as sure as its F, and the budget takes the surest of the data
+    set. Not divided by the images' own sums of affinities, as walks often are: two images with no
+    neighbours but each other would then be the surest pair (seen on features of CIFAR-10, 10,000
+    images, 5 positives an image: precision 0.52 in place of 0.65).
     """
 
     name = "diffusion"
 
-    def __init__(self, k: int = 20, steps: int = 2, candidates: int = 20, decay: float = 0.9, **rules):
+    def __init__(
+        self, k: int = 20, steps: int = 2, candidates: int = 20, decay: float = 0.9, **rules
+    ):
         super().__init__(**rules)
         if not (k >= 1 and steps >= 1 and candidates >= 1 and 0 < decay <= 1):
-            raise BadInput(f"diffusion over {k} neighbours in {steps} steps to {candidates} candidates, decay {decay}: expected at least 1 "
-                           "of each, and a decay above 0 and at most 1")
-        self.k, self.steps, self.candidates, self.decay = k, steps, candidates, decay
+            raise BadInput(
+                f"diffusion over {k} neighbours in {steps} steps to {candidates} candidates, decay"
+                f" {decay}: expected at least 1 of each, and a decay above 0 and at most 1"
+            )
+        self.k = k
+        self.steps = steps
+        self.candidates = candidates
+        self.decay = decay
 
-    def find(self, features: Tensor, positives: PositiveSets, seed: int, tick: Tick | None) -> tuple[Edges, str]:
+    def find(
+        self, features: Tensor, positives: PositiveSets, seed: int, tick: Tick | None
+    ) -> tuple[Edges, str]:
         M, device = len(features), features.device
         k = min(self.k, M - 1)
         bank = self.searchable(features, tick)
         nearest = lambda anchors, number: topk(features[anchors], bank, k, anchors, tick=tick)
-        _, cosine, near = (dist.all_gather_rows(x) for x in over_blocks(M, device, nearest, tick))  # [M, k] each: in order
+        # [M, k] each: in order
+        _, cosine, near = (dist.all_gather_rows(x) for x in over_blocks(M, device, nearest, tick))
         mutual, S = mutual_graph(near, cosine)
-        self.report |= {"mutual": float(mutual.float().mean()), "alone": float((~mutual.any(1)).float().mean())}
+        self.report |= {
+            "mutual": float(mutual.float().mean()),
+            "alone": float((~mutual.any(1)).float().mean()),
+        }
 
         def walk(anchors: Tensor, number: int) -> tuple[Tensor, Tensor]:
             pieces = anchors.split(max(1, _TOGETHER // (min(_REACH, k ** (self.steps - 1)) * k)))
-            return tuple(torch.cat(x) for x in zip(*(diffuse(p, near, S, self.steps, self.decay, min(self.candidates, M)) for p in pieces)))
+            return tuple(
+                torch.cat(x)
+                for x in zip(
+                    *(
+                        diffuse(p, near, S, self.steps, self.decay, min(self.candidates, M))
+                        for p in pieces
+                    )
+                )
+            )
 
-        anchors, reached, F = over_blocks(M, device, walk, tick)  # [n], [n, candidates], [n, candidates]
+        # [n], [n, candidates], [n, candidates]
+        anchors, reached, F = over_blocks(M, device, walk, tick)
         found = F > 0
-        why = "" if int(dist.all_reduce_max(found.any().int())) else "no two images are mutual neighbours of positive cosine"
+        why = (
+            ""
+            if int(dist.all_reduce_max(found.any().int()))
+            else "no two images are mutual neighbours of positive cosine"
+        )
         self.report["why"] = why
         return Edges(anchors[:, None].expand_as(found)[found], reached[found], F[found]), ""
 
 
 def mutual_graph(near: Tensor, cosine: Tensor) -> tuple[Tensor, Tensor]:
-    """Each image's k nearest near [M, k] and their cosines [M, k] -> mutual [M, k] bool: the neighbour has the image among
-    its own; S [M, k]: max(cosine, 0) / k of mutual neighbours, 0 elsewhere."""
+    """Each image's k nearest near [M, k] and their cosines [M, k] -> mutual [M, k] bool: the
+    neighbour has the image among its own; S [M, k]: max(cosine, 0) / k of mutual neighbours, 0
+    elsewhere.
+    """
     M, k = near.shape
     mutual = torch.empty_like(near, dtype=torch.bool)
     for column in range(k):  # [M, k] at a time, not [M, k, k]
-        mutual[:, column] = (near[near[:, column]] == torch.arange(M, device=near.device)[:, None]).any(1)
+        mutual[:, column] = (
+            near[near[:, column]] == torch.arange(M, device=near.device)[:, None]
+        ).any(1)
     return mutual, torch.where(mutual, cosine.clamp(min=0) / k, 0)
 
 
-def diffuse(anchors: Tensor, near: Tensor, S: Tensor, steps: int, decay: float, keep: int) -> tuple[Tensor, Tensor]:
-    """Rows `anchors` [N] of F = sum of decay^(t-1) S^t, as their `keep` highest entries: images [N, keep], F [N, keep].
+def diffuse(
+    anchors: Tensor, near: Tensor, S: Tensor, steps: int, decay: float, keep: int
+) -> tuple[Tensor, Tensor]:
+    """Rows `anchors` [N] of F = sum of decay^(t-1) S^t, as their `keep` highest entries: images [N,
+    keep], F [N, keep].
 
-    near, S: [M, k], row i holding the non-zero columns of S_i and their values. The diagonal is left out; places without
-    an image have F 0.
+    near, S: [M, k], row i holding the non-zero columns of S_i and their values. The diagonal is
+    left out; places without an image have F 0.
     """
     N = len(anchors)
-    image, share = anchors[:, None], torch.ones(N, 1, device=S.device, dtype=S.dtype)  # row of S^0
+    # row of S^0
+    image = anchors[:, None]
+    share = torch.ones(N, 1, device=S.device, dtype=S.dtype)
     images, shares = [], []
     for t in range(steps):
         share = (share[:, :, None] * S[image]).flatten(1)  # [N, R k]
         image = near[image].flatten(1)
         image, share = _merge(image, share, _REACH)
         images.append(image)
-        shares.append(share * decay ** t)
+        shares.append(share * decay**t)
     image, share = torch.cat(images, 1), torch.cat(shares, 1)
     return _merge(image, torch.where(image == anchors[:, None], 0, share), keep, fill=True)
 
 
 def _merge(image: Tensor, share: Tensor, keep: int, fill: bool = False) -> tuple[Tensor, Tensor]:
-    """image [N, R], share [N, R] >= 0 -> each image of a row once with its shares' sum, the `keep` highest, falling; equal ones by
-    image. As many columns as are needed, or with `fill` exactly `keep`."""
+    """image [N, R], share [N, R] >= 0 -> each image of a row once with its shares' sum, the `keep`
+    highest, falling; equal ones by image. As many columns as are needed, or with `fill` exactly
+    `keep`.
+    """
     image, order = image.sort(dim=1)
     share = share.gather(1, order)
     first = torch.ones_like(image, dtype=torch.bool)
     torch.ne(image[:, 1:], image[:, :-1], out=first[:, 1:])
     place = first.cumsum(1) - 1  # [N, R] which distinct image of the row
     total = torch.zeros_like(share).scatter_add_(1, place, share)
-    image = torch.zeros_like(image).scatter_(1, place, image)  # after a row's last distinct image: image 0 with share 0
+    # after a row's last distinct image: image 0 with share 0
+    image = torch.zeros_like(image).scatter_(1, place, image)
     total, order = total.sort(dim=1, descending=True, stable=True)
     image, width = image.gather(1, order), keep
     if not fill:

@@ -1,4 +1,5 @@
-"""Where the fused kernels serve, and the search through them. Plain forms, and references: softmax.py, neighbors.py.
+"""Where the fused kernels serve, and the search through them. Plain forms, and references:
+softmax.py, neighbors.py.
 
 Letters: Q queries, M rows, C feature dimension, k neighbours.
 """
@@ -20,41 +21,62 @@ _BYTES = 1 << 30  # of group maxima, or of rescored rows, at a time
 
 
 def kernels_for(rows: Tensor) -> ModuleType | None:
-    """The module of kernels if it can serve these rows: on a CUDA device where it was seen to work, at most 256 wide."""
+    """The module of kernels if it can serve these rows: on a CUDA device where it was seen to work,
+    at most 256 wide.
+    """
     C = rows.shape[1]
     return _seen_to_work(rows.device, C) if rows.device.type == "cuda" and C <= _WIDEST else None
 
 
 def try_out(device: torch.device, C: int) -> bool:
-    """Whether the kernels serve rows of C numbers on this device. Compiles and checks them now, and not in the midst of a first step."""
+    """Whether the kernels serve rows of C numbers on this device.
+
+    Compiles and checks them now, and not in the midst of a first step.
+    """
     return device.type == "cuda" and C <= _WIDEST and _seen_to_work(device, C) is not None
 
 
 @functools.cache
 def _seen_to_work(device: torch.device, C: int) -> ModuleType | None:
-    """The kernels, once they have compiled for this width and agreed with float64 on a small case; else None, and a
-    warning. Each width is tried: tiles, and with them registers and shared memory, are of another size."""
+    """The kernels, once they have compiled for this width and agreed with float64 on a small case;
+    else None, and a warning. Each width is tried: tiles, and with them registers and shared memory,
+    are of another size.
+    """
     try:
         from moco_isl.mining import kernels
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            f, rows = (torch.nn.functional.normalize(torch.randn(n, C), dim=1).to(device) for n in (40, 3000))
+            f, rows = (
+                torch.nn.functional.normalize(torch.randn(n, C), dim=1).to(device)
+                for n in (40, 3000)
+            )
             absent = torch.randint(3001, (20, 900)).to(device)
-        with torch.autocast(device.type, enabled=False):  # the first use may come from within a step
+        # the first use may come from within a step
+        with torch.autocast(device.type, enabled=False):
             check_kernels(kernels, f, rows, absent)
     except Interrupted:
         raise
     except Exception as error:  # Triton, its compiler and the driver raise almost anything
         reason = (str(error).strip().splitlines() or [""])[0]
-        warnings.warn(f"fused kernels are left out, plain ones used instead: {type(error).__name__}: {reason}", stacklevel=2)
+        warnings.warn(
+            f"fused kernels are left out, plain ones used instead: {type(error).__name__}:"
+            f" {reason}",
+            stacklevel=2,
+        )
         return None
     return kernels
 
 
-def check_kernels(kernels: ModuleType, f: Tensor, rows: Tensor, absent: Tensor, T: float = 0.1) -> None:
-    """Raise ArithmeticError where the kernels are off by more than float16 explains. f [N, C], rows [M, C], absent [n, R]."""
-    logits = torch.nn.functional.pad(f.double() @ rows.double().T / T, (0, 1))  # [N, M + 1], the last column for none
+def check_kernels(
+    kernels: ModuleType, f: Tensor, rows: Tensor, absent: Tensor, T: float = 0.1
+) -> None:
+    """Raise ArithmeticError where the kernels are off by more than float16 explains.
+
+    f [N, C], rows [M, C], absent [n, R].
+    """
+    # [N, M + 1], the last column for none
+    logits = torch.nn.functional.pad(f.double() @ rows.double().T / T, (0, 1))
     logits = logits.scatter_(1, absent.repeat(len(f) // len(absent), 1), -torch.inf)[:, :-1]
     lse, mean, top = kernels.softmax_pass(f, rows, T, absent)
     maxima = kernels.group_maxima(f.half(), rows.half()).T  # [N, groups]
@@ -62,33 +84,49 @@ def check_kernels(kernels: ModuleType, f: Tensor, rows: Tensor, absent: Tensor, 
     scores = kernels.rescore(f, rows, groups)[:, : len(rows)]
     truth = f.double() @ rows.double().T
     best = torch.stack([part.amax(1) for part in truth.split(kernels.GROUP, 1)], 1)
-    for name, found, wanted, bound in [("lse", lse, logits.logsumexp(1), 0.01), ("mean", mean, logits.softmax(1) @ rows.double(), 0.002),
-                                       ("top", top, logits.amax(1), 0.02), ("maxima", maxima, best, 2e-3), ("scores", scores, truth, 1e-5)]:  # fmt: skip
+    for name, found, wanted, bound in [
+        ("lse", lse, logits.logsumexp(1), 0.01),
+        ("mean", mean, logits.softmax(1) @ rows.double(), 0.002),
+        ("top", top, logits.amax(1), 0.02),
+        ("maxima", maxima, best, 2e-3),
+        ("scores", scores, truth, 1e-5),
+    ]:
         off = (found.double() - wanted).abs().max().item()
         if not off <= bound:
             raise ArithmeticError(f"{name} is off by {off:.2g}, more than {bound:g}")
 
 
 def spare(k: int) -> int:
-    """Groups looked into beyond k. The more neighbours, the closer lie the last of them, and the more groups have a best
-    score that float16 cannot tell from the k-th: at k 200, with 6 groups, 90 % of the queries were unsure among 100,000
-    rows around ten tight centres, and half among 400,000 random ones."""
+    """Groups looked into beyond k. The more neighbours, the closer lie the last of them, and the
+    more groups have a best score that float16 cannot tell from the k-th: at k 200, with 6 groups,
+    90 % of the queries were unsure among 100,000 rows around ten tight centres, and half among
+    400,000 random ones.
+    """
     return max(6, k // 4)
 
 
-def search(kernels: ModuleType, queries: Tensor, bank: Tensor, k: int, exclude: Tensor | None = None,
-           tick: Callable[[], None] | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """queries [Q, C], bank [M, C] -> cosine [Q, k] float32, falling, row [Q, k] int64, and sure [Q] bool.
+def search(
+    kernels: ModuleType,
+    queries: Tensor,
+    bank: Tensor,
+    k: int,
+    exclude: Tensor | None = None,
+    tick: Callable[[], None] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """queries [Q, C], bank [M, C] -> cosine [Q, k] float32, falling, row [Q, k] int64, and sure [Q]
+    bool.
 
-    The best float16 score of every group of 64 rows is found without ever writing the scores; the k best rows lie in the
-    k groups with the largest ones, whose rows are scored again, in float32. `sure`: no row that was left out can belong
-    to the k best, whatever the rounding to float16 did. exclude [Q]: a row that the query may not find, -1 for none.
+    The best float16 score of every group of 64 rows is found without ever writing the scores; the k
+    best rows lie in the k groups with the largest ones, whose rows are scored again, in float32.
+    `sure`: no row that was left out can belong to the k best, whatever the rounding to float16 did.
+    exclude [Q]: a row that the query may not find, -1 for none.
     """
     size, M = kernels.GROUP, len(bank)
     bank = bank.contiguous()
     half = bank if bank.dtype == torch.float16 else bank.half()
     groups = -(-M // size)
-    looked = min(groups, k + (exclude is not None) + spare(k))  # an own row may lift its group: one more
+    # an own row may lift its group: one more
+    looked = min(groups, k + (exclude is not None) + spare(k))
     step = max(1, min(_BYTES // (4 * groups), _BYTES // (4 * looked * size)))
     cosine = torch.empty(len(queries), k, device=bank.device)
     row = torch.empty(len(queries), k, dtype=torch.int64, device=bank.device)
@@ -97,7 +135,9 @@ def search(kernels: ModuleType, queries: Tensor, bank: Tensor, k: int, exclude: 
         if tick is not None:
             tick()
         q = queries[i : i + step].contiguous()
-        best, near = kernels.group_maxima(q.half(), half).T.contiguous().topk(min(looked + 1, groups), dim=1)
+        best, near = (
+            kernels.group_maxima(q.half(), half).T.contiguous().topk(min(looked + 1, groups), dim=1)
+        )
         near = near[:, :looked].contiguous()
         scores = kernels.rescore(q, bank, near)  # [n, looked * size]
         rows = (near[:, :, None] * size + torch.arange(size, device=bank.device)).flatten(1)

@@ -1,8 +1,9 @@
-"""Approximate search by faiss: an inverted file of a bank, which `neighbors.topk` takes in place of the rows.
+"""Approximate search by faiss: an inverted file of a bank, which `neighbors.topk` takes in place of
+the rows.
 
-The bank's rows are sorted into lists, one around each centroid of a k-means. A query is compared with the
-centroids, and then only with the rows of the `nprobe` lists whose centroids are nearest. faiss is an extra:
-pip install 'moco_isl[faiss]'. It is imported when the first index is built.
+The bank's rows are sorted into lists, one around each centroid of a k-means. A query is compared
+with the centroids, and then only with the rows of the `nprobe` lists whose centroids are nearest.
+faiss is an extra: pip install 'moco_isl[faiss]'. It is imported when the first index is built.
 
 Letters: M bank rows, Q queries, C feature dimension, k neighbours, L lists.
 """
@@ -27,7 +28,9 @@ PER_LIST = 40  # rows a list that the k-means is fitted to
 ITERATIONS = 10  # of the k-means
 _HALF_FROM = 8 << 30  # bytes of a float32 copy from which the lists hold float16
 _SPARE = 6  # rows found beyond k in lists of float16, so that rounding costs no true neighbour
-_QUERIES, _NUMBERS = 1024, 1 << 23  # of one call of faiss: queries, and numbers of the rows compared again
+# of one call of faiss: queries, and numbers of the rows compared again
+_QUERIES = 1024
+_NUMBERS = 1 << 23
 _ROWS = 1 << 16  # added in one call
 
 
@@ -40,7 +43,9 @@ def check_choice(choice: str) -> None:
     if choice not in CHOICES:
         raise BadInput(f"index {choice!r} is unknown: use {', '.join(CHOICES)}")
     if choice == "ivf" and not installed():
-        raise BadInput("an approximate index (ivf) needs the package faiss: pip install 'moco_isl[faiss]'")
+        raise BadInput(
+            "an approximate index (ivf) needs the package faiss: pip install 'moco_isl[faiss]'"
+        )
 
 
 def wanted(choice: str, rows: Tensor) -> bool:
@@ -58,12 +63,13 @@ def wins(M: int, device: torch.device) -> bool:
 class IVF:
     """An inverted file of unit rows [M, C], float32 or half precision, on any device.
 
-    rows: the bank itself. lists: L. nprobe: lists a query looks into. recall: the share of the 10 nearest that
-    is found of 1,000 rows of the bank, measured against the exact search. A query that is no row of the bank, such
-    as the proxy of a GAN, and a k above 10 can have a lower one.
+    rows: the bank itself. lists: L. nprobe: lists a query looks into. recall: the share of the 10
+    nearest that is found of 1,000 rows of the bank, measured against the exact search. A query that
+    is no row of the bank, such as the proxy of a GAN, and a k above 10 can have a lower one.
 
-    The lists hold a copy of the bank: in float32, or in float16 where the bank is in half precision or the
-    copy would take 8 GiB. The same rows give the same index: sample and k-means have fixed seeds.
+    The lists hold a copy of the bank: in float32, or in float16 where the bank is in half precision
+    or the copy would take 8 GiB. The same rows give the same index: sample and k-means have fixed
+    seeds.
     """
 
     def __init__(self, rows: Tensor, tick: Tick | None = None, recall: float = RECALL):
@@ -103,9 +109,11 @@ class IVF:
         return len(self.rows)
 
     def _raise_nprobe(self, sample: Tensor, target: float, tick: Tick | None) -> None:
-        """The fewest lists, in steps of a fourth, by which the sample's recall less two standard errors reaches the target.
+        """The fewest lists, in steps of a fourth, by which the sample's recall less two standard
+        errors reaches the target.
 
-        Without the errors a sample that happened to be easy would decide, and the recall of all rows be below the target.
+        Without the errors a sample that happened to be easy would decide, and the recall of all
+        rows be below the target.
         """
         k, queries = min(NEAREST, len(self) - 1), self.rows[sample]
         self.nprobe, self.recall = 0, 1.0
@@ -116,14 +124,18 @@ class IVF:
         while self.nprobe < self.lists:
             self.nprobe = min(self.lists, max(self.nprobe + 1, self.nprobe * 5 // 4))
             cosine, _ = self._look(queries, k, sample, tick)
-            found = (cosine >= least).double().mean(1)  # [S]; one of equal rows is as good as another
+            # [S]; one of equal rows is as good as another
+            found = (cosine >= least).double().mean(1)
             self.recall = float(found.mean())
             error = float(found.std(correction=0)) / math.sqrt(len(found))
             if self.recall - 2 * error >= target and target < 1:
                 return
 
-    def topk(self, queries: Tensor, k: int, exclude: Tensor | None = None, tick: Tick | None = None) -> tuple[Tensor, Tensor]:
-        """As `neighbors.topk` of this bank: the rows may not be the nearest ones, their cosines are exact.
+    def topk(
+        self, queries: Tensor, k: int, exclude: Tensor | None = None, tick: Tick | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As `neighbors.topk` of this bank: the rows may not be the nearest ones, their cosines are
+        exact.
 
         A query whose lists hold fewer than k rows is searched exactly.
         """
@@ -134,8 +146,12 @@ class IVF:
             cosine[few], row[few] = topk(queries[few], self.rows, k, own, tick=tick)
         return cosine, row
 
-    def _look(self, queries: Tensor, k: int, exclude: Tensor | None, tick: Tick | None) -> tuple[Tensor, Tensor]:
-        """As `topk`, by the lists alone: where they hold too few rows, the last ones are -1 with cosine -inf."""
+    def _look(
+        self, queries: Tensor, k: int, exclude: Tensor | None, tick: Tick | None
+    ) -> tuple[Tensor, Tensor]:
+        """As `topk`, by the lists alone: where they hold too few rows, the last ones are -1 with
+        cosine -inf.
+        """
         wide = k + (exclude is not None) + self._spare
         step = max(1, min(_QUERIES, _NUMBERS // (wide * queries.shape[1])))
         cosine = torch.empty(len(queries), k, device=self.rows.device)
@@ -145,7 +161,8 @@ class IVF:
             if tick is not None:
                 tick()
             q = queries[i : i + step]
-            found = torch.from_numpy(self._index.search(_numpy(q), wide)[1]).to(self.rows.device)  # [n, wide]
+            # [n, wide]
+            found = torch.from_numpy(self._index.search(_numpy(q), wide)[1]).to(self.rows.device)
             exact = torch.einsum("qc,qkc->qk", q.float(), self.rows[found.clamp(min=0)].float())
             absent = found < 0
             if exclude is not None:

@@ -1,10 +1,12 @@
-"""Fused kernels (Triton) of the two passes over all rows: the softmax and the search. Scores never leave the chip.
+"""Fused kernels (Triton) of the two passes over all rows: the softmax and the search. Scores never
+leave the chip.
 
-Letters: N anchors or queries, M rows, C feature dimension, T temperature. BN, BM, BC: sides of a tile of each; C fits
-one tile. Products are of float16 with float32 sums: unit rows need no more range, and it resolves more than bfloat16.
-Offsets of whole rows are int64: M * C, and N times the words of the bits, exceed 2^31. Triton starts kernels on the
-current device, so each start stands under `device_of` of the tensors.
-Import this file only where Triton is; `fused.py` decides. TRITON_INTERPRET=1 runs the kernels on a CPU, slowly.
+Letters: N anchors or queries, M rows, C feature dimension, T temperature. BN, BM, BC: sides of a
+tile of each; C fits one tile. Products are of float16 with float32 sums: unit rows need no more
+range, and it resolves more than bfloat16. Offsets of whole rows are int64: M * C, and N times the
+words of the bits, exceed 2^31. Triton starts kernels on the current device, so each start stands
+under `device_of` of the tensors. Import this file only where Triton is; `fused.py` decides.
+TRITON_INTERPRET=1 runs the kernels on a CPU, slowly.
 """
 
 import math
@@ -45,21 +47,46 @@ def search_tile(C: int) -> Tile:
 
 @triton.jit
 def _bits_kernel(absent_ptr, bits_ptr, R, M, words, BLOCK: tl.constexpr):
-    """Program (row of absent): sets bit r of its row of bits for every row number r in it; M stands for none."""
-    i, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    """Program (row of absent): sets bit r of its row of bits for every row number r in it; M stands
+    for none.
+    """
+    i = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     r = tl.load(absent_ptr + i * R + at, mask=at < R, other=M).to(tl.int32)
     tl.atomic_or(bits_ptr + i * words + r // 32, (1 << (r % 32)).to(tl.int32), mask=r < M)
 
 
 @triton.jit
-def _softmax_kernel(f_ptr, rows_ptr, bits_ptr, top_ptr, total_ptr, mean_ptr, N, M, n, words, scale, length,
-                    C: tl.constexpr, MASKED: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
-                    SHARES: tl.constexpr):
-    """Program (block of anchors, share of the rows): running maximum, sum and weighted sum of its share, as in flash
-    attention with the rows as keys and values. Logits are in base 2."""
+def _softmax_kernel(
+    f_ptr,
+    rows_ptr,
+    bits_ptr,
+    top_ptr,
+    total_ptr,
+    mean_ptr,
+    N,
+    M,
+    n,
+    words,
+    scale,
+    length,
+    C: tl.constexpr,
+    MASKED: tl.constexpr,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+    BC: tl.constexpr,
+    SHARES: tl.constexpr,
+):
+    """Program (block of anchors, share of the rows): running maximum, sum and weighted sum of its
+    share, as in flash attention with the rows as keys and values. Logits are in base 2.
+    """
     i = tl.program_id(0) * BN + tl.arange(0, BN)
     c = tl.arange(0, BC)
-    f = tl.load(f_ptr + i[:, None].to(tl.int64) * C + c[None, :], mask=(i[:, None] < N) & (c[None, :] < C), other=0.0)
+    f = tl.load(
+        f_ptr + i[:, None].to(tl.int64) * C + c[None, :],
+        mask=(i[:, None] < N) & (c[None, :] < C),
+        other=0.0,
+    )
     f = (f.to(tl.float32) * scale).to(tl.float16)  # [BN, BC]
     top = tl.full([BN], float("-inf"), tl.float32)
     total = tl.zeros([BN], tl.float32)
@@ -68,15 +95,21 @@ def _softmax_kernel(f_ptr, rows_ptr, bits_ptr, top_ptr, total_ptr, mean_ptr, N, 
     start = tl.program_id(1) * length
     for first in range(start, tl.minimum(start + length, M), BM):
         j = first + tl.arange(0, BM)
-        v = tl.load(rows_ptr + j[:, None].to(tl.int64) * C + c[None, :], mask=(j[:, None] < M) & (c[None, :] < C),
-                    other=0.0)  # [BM, BC]
+        v = tl.load(
+            rows_ptr + j[:, None].to(tl.int64) * C + c[None, :],
+            mask=(j[:, None] < M) & (c[None, :] < C),
+            other=0.0,
+        )  # [BM, BC]
         x = tl.dot(f, tl.trans(v))  # [BN, BM]
         x = tl.where(j[None, :] < M, x, float("-inf"))
         if MASKED:
             column = tl.arange(0, BM)[None, :]
-            word = tl.load(bits_ptr + first // 32)[:, None]  # of each anchor, the bits of the next 32 rows
+            # of each anchor, the bits of the next 32 rows
+            word = tl.load(bits_ptr + first // 32)[:, None]
             for b in tl.static_range(1, BM // 32):
-                word = tl.where(column // 32 == b, tl.load(bits_ptr + first // 32 + b)[:, None], word)
+                word = tl.where(
+                    column // 32 == b, tl.load(bits_ptr + first // 32 + b)[:, None], word
+                )
             x = tl.where((word >> (column % 32)) & 1 != 0, float("-inf"), x)
         new = tl.maximum(top, tl.max(x, 1))
         shift = tl.where(new == float("-inf"), 0.0, new)  # absent rows alone so far: no inf - inf
@@ -88,13 +121,18 @@ def _softmax_kernel(f_ptr, rows_ptr, bits_ptr, top_ptr, total_ptr, mean_ptr, N, 
     out = tl.program_id(1).to(tl.int64) * N + i
     tl.store(top_ptr + out, top, mask=i < N)
     tl.store(total_ptr + out, total, mask=i < N)
-    tl.store(mean_ptr + out[:, None] * C + c[None, :], mean, mask=(i[:, None] < N) & (c[None, :] < C))
+    tl.store(
+        mean_ptr + out[:, None] * C + c[None, :], mean, mask=(i[:, None] < N) & (c[None, :] < C)
+    )
 
 
 @torch.no_grad()
-def softmax_pass(f: Tensor, rows: Tensor, T: float, absent: Tensor | None = None,
-                 tile: Tile | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """As `softmax.softmax_pass`: f [N, C], rows [M, C], absent [n, R] -> lse [N], mean [N, C], top [N]."""
+def softmax_pass(
+    f: Tensor, rows: Tensor, T: float, absent: Tensor | None = None, tile: Tile | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `softmax.softmax_pass`: f [N, C], rows [M, C], absent [n, R] -> lse [N], mean [N, C], top
+    [N].
+    """
     (N, C), M, n = f.shape, len(rows), 1 if absent is None else len(absent)
     tile = tile or softmax_tile(C)
     blocks = triton.cdiv(N, tile.anchors)
@@ -108,15 +146,36 @@ def softmax_pass(f: Tensor, rows: Tensor, T: float, absent: Tensor | None = None
     with torch.cuda.device_of(f):
         if absent is not None:
             R = absent.shape[1]
-            _bits_kernel[(n, triton.cdiv(R, 128))](absent.contiguous(), bits, R, M, words, BLOCK=128)
+            _bits_kernel[(n, triton.cdiv(R, 128))](
+                absent.contiguous(), bits, R, M, words, BLOCK=128
+            )
         _softmax_kernel[(blocks, shares)](
-            f.contiguous(), rows.half().contiguous(), bits, top, total, mean, N, M, n, words, math.log2(math.e) / T,
-            length, C=C, MASKED=absent is not None, BN=tile.anchors, BM=tile.rows,
-            BC=max(16, triton.next_power_of_2(C)), SHARES=_SCALE, num_warps=tile.warps, num_stages=tile.stages)  # fmt: skip
+            f.contiguous(),
+            rows.half().contiguous(),
+            bits,
+            top,
+            total,
+            mean,
+            N,
+            M,
+            n,
+            words,
+            math.log2(math.e) / T,
+            length,
+            C=C,
+            MASKED=absent is not None,
+            BN=tile.anchors,
+            BM=tile.rows,
+            BC=max(16, triton.next_power_of_2(C)),
+            SHARES=_SCALE,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
     highest = top.amax(0)  # [N]
     weight = torch.exp2(top - torch.where(highest == -torch.inf, 0, highest))  # [shares, N]
     whole = (weight * total).sum(0)
-    mean = torch.einsum("sn,snc->nc", weight, mean) / (whole.clamp(min=1) * _SCALE)[:, None]  # of no row: 0
+    # of no row: 0
+    mean = torch.einsum("sn,snc->nc", weight, mean) / (whole.clamp(min=1) * _SCALE)[:, None]
     return (highest + whole.log2()) * math.log(2), mean, highest * math.log(2)
 
 
@@ -124,59 +183,116 @@ def softmax_pass(f: Tensor, rows: Tensor, T: float, absent: Tensor | None = None
 
 
 @triton.jit
-def _maxima_kernel(q_ptr, bank_ptr, out_ptr, N, M, groups, per, C: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
-                   BC: tl.constexpr):
-    """Program (block of queries, run of `per` groups of BM rows): the largest score of each query in each group."""
+def _maxima_kernel(
+    q_ptr,
+    bank_ptr,
+    out_ptr,
+    N,
+    M,
+    groups,
+    per,
+    C: tl.constexpr,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """Program (block of queries, run of `per` groups of BM rows): the largest score of each query
+    in each group.
+    """
     i = tl.program_id(0) * BN + tl.arange(0, BN)
     c = tl.arange(0, BC)
-    q = tl.load(q_ptr + i[:, None].to(tl.int64) * C + c[None, :], mask=(i[:, None] < N) & (c[None, :] < C), other=0.0)
+    q = tl.load(
+        q_ptr + i[:, None].to(tl.int64) * C + c[None, :],
+        mask=(i[:, None] < N) & (c[None, :] < C),
+        other=0.0,
+    )
     first = tl.program_id(1) * per
     out_ptr += first.to(tl.int64) * N + i
     for g in range(first, tl.minimum(first + per, groups)):
         j = g * BM + tl.arange(0, BM)
-        v = tl.load(bank_ptr + j[:, None].to(tl.int64) * C + c[None, :], mask=(j[:, None] < M) & (c[None, :] < C),
-                    other=0.0)
+        v = tl.load(
+            bank_ptr + j[:, None].to(tl.int64) * C + c[None, :],
+            mask=(j[:, None] < M) & (c[None, :] < C),
+            other=0.0,
+        )
         x = tl.where(j[None, :] < M, tl.dot(q, tl.trans(v)), float("-inf"))  # [BN, BM]
         tl.store(out_ptr + (g - first) * N, tl.max(x, 1), mask=i < N)
 
 
 @triton.jit
-def _rescore_kernel(q_ptr, bank_ptr, group_ptr, out_ptr, M, k, C: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):
+def _rescore_kernel(
+    q_ptr, bank_ptr, group_ptr, out_ptr, M, k, C: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr
+):
     """Program (query, one of its k groups): the scores of the group's rows in float32."""
     i, slot = tl.program_id(0).to(tl.int64), tl.program_id(1)
     c = tl.arange(0, BC)
     q = tl.load(q_ptr + i * C + c, mask=c < C, other=0.0).to(tl.float32)
     j = tl.load(group_ptr + i * k + slot) * BM + tl.arange(0, BM)  # int64 [BM]
-    v = tl.load(bank_ptr + j[:, None] * C + c[None, :], mask=(j[:, None] < M) & (c[None, :] < C), other=0.0)
+    v = tl.load(
+        bank_ptr + j[:, None] * C + c[None, :], mask=(j[:, None] < M) & (c[None, :] < C), other=0.0
+    )
     score = tl.sum(v.to(tl.float32) * q[None, :], 1)
-    tl.store(out_ptr + (i * k + slot) * BM + tl.arange(0, BM), tl.where(j < M, score, float("-inf")))
+    tl.store(
+        out_ptr + (i * k + slot) * BM + tl.arange(0, BM), tl.where(j < M, score, float("-inf"))
+    )
 
 
 def group_maxima(queries: Tensor, bank: Tensor, tile: Tile | None = None) -> Tensor:
-    """queries [N, C], bank [M, C], both float16 -> [M / GROUP rounded up, N] float32: the best score of each group of rows."""
+    """queries [N, C], bank [M, C], both float16 -> [M / GROUP rounded up, N] float32: the best
+    score of each group of rows.
+    """
     (N, C), M = queries.shape, len(bank)
     tile = tile or search_tile(C)
-    groups, blocks = triton.cdiv(M, tile.rows), triton.cdiv(N, tile.anchors)
+    groups = triton.cdiv(M, tile.rows)
+    blocks = triton.cdiv(N, tile.anchors)
     per = max(1, min(64, triton.cdiv(groups * blocks, 4 * _processors(bank.device))))
     out = torch.empty(groups, N, device=bank.device)
     with torch.cuda.device_of(bank):
-        # blocks of queries vary fastest: programs that run together share their rows in the L2 cache
+        # blocks of queries vary fastest: programs that run together share their rows in the L2
+        # cache
         _maxima_kernel[(blocks, triton.cdiv(groups, per))](
-            queries.contiguous(), bank.contiguous(), out, N, M, groups, per, C=C, BN=tile.anchors, BM=tile.rows,
-            BC=max(16, triton.next_power_of_2(C)), num_warps=tile.warps, num_stages=tile.stages)  # fmt: skip
+            queries.contiguous(),
+            bank.contiguous(),
+            out,
+            N,
+            M,
+            groups,
+            per,
+            C=C,
+            BN=tile.anchors,
+            BM=tile.rows,
+            BC=max(16, triton.next_power_of_2(C)),
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
     return out
 
 
 def rescore(queries: Tensor, bank: Tensor, groups: Tensor) -> Tensor:
-    """Scores in float32 of the rows of groups [N, k]: [N, k * GROUP], -inf where the bank has ended."""
+    """Scores in float32 of the rows of groups [N, k]: [N, k * GROUP], -inf where the bank has
+    ended.
+    """
     (N, C), k = queries.shape, groups.shape[1]
     out = torch.empty(N, k * GROUP, device=bank.device)
     with torch.cuda.device_of(bank):
         _rescore_kernel[(N, k)](
-            queries.contiguous(), bank.contiguous(), groups.contiguous(), out, len(bank), k,
-            C=C, BM=GROUP, BC=triton.next_power_of_2(C), num_warps=4)  # fmt: skip
+            queries.contiguous(),
+            bank.contiguous(),
+            groups.contiguous(),
+            out,
+            len(bank),
+            k,
+            C=C,
+            BM=GROUP,
+            BC=triton.next_power_of_2(C),
+            num_warps=4,
+        )
     return out
 
 
 def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    return (
+        torch.cuda.get_device_properties(device).multi_processor_count
+        if device.type == "cuda"
+        else 1
+    )

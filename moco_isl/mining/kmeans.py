@@ -11,18 +11,24 @@ from moco_isl.mining.neighbors import Tick, topk
 Tensor = torch.Tensor
 
 
-def kmeans(features: Tensor, G: int, iterations: int, generator: torch.Generator, tick: Tick | None = None) -> tuple[Tensor, Tensor]:
-    """Spherical k-means of unit rows [M, C] into G <= M clusters: cluster of each row [M] int64, unit centroids [G, C] float32.
+def kmeans(
+    features: Tensor, G: int, iterations: int, generator: torch.Generator, tick: Tick | None = None
+) -> tuple[Tensor, Tensor]:
+    """Spherical k-means of unit rows [M, C] into G <= M clusters: cluster of each row [M] int64,
+    unit centroids [G, C] float32.
 
-    Starts from G rows drawn by `generator` (CPU) and ends when no row changes its cluster, or after `iterations` rounds. A
-    cluster that has lost all its rows starts anew from the row that is least like its own centroid.
+    Starts from G rows drawn by `generator` (CPU) and ends when no row changes its cluster, or after
+    `iterations` rounds. A cluster that has lost all its rows starts anew from the row that is least
+    like its own centroid.
     """
     M = len(features)
     centroids = features[torch.randperm(M, generator=generator)[:G].to(features.device)].float()
     cluster = None
     for _ in range(iterations):
         cosine, nearest = topk(features, centroids.to(features.dtype), 1, tick=tick)
-        cosine, nearest = cosine.squeeze(1), nearest.squeeze(1)  # [M]
+        # [M]
+        cosine = cosine.squeeze(1)
+        nearest = nearest.squeeze(1)
         if cluster is not None and torch.equal(cluster, nearest):
             break
         cluster = nearest

@@ -3,14 +3,21 @@
 Letters: M images, C feature dimension, N anchors of a block, k nearest looked at.
 """
 
-
 import torch
 
 from moco_isl import dist
 from moco_isl.errors import BadInput, Interrupted, RunFailed
 from moco_isl.mining.edges import Edges
 from moco_isl.mining.estimate import Views
-from moco_isl.mining.gan import Discriminator, GANFit, GANSettings, Generator, collapse, fit_gan, networks_shape
+from moco_isl.mining.gan import (
+    Discriminator,
+    GANFit,
+    GANSettings,
+    Generator,
+    collapse,
+    fit_gan,
+    networks_shape,
+)
 from moco_isl.mining.ivf import IVF
 from moco_isl.mining.neighbors import Tick, topk
 from moco_isl.mining.positives import PositiveSets
@@ -26,8 +33,14 @@ class NoMiner:
     def __init__(self):
         self.report: dict = {}
 
-    def mine(self, features: Tensor, positives: PositiveSets, rng: torch.Generator, tick: Tick | None = None,
-             views: Views | None = None) -> PositiveSets:
+    def mine(
+        self,
+        features: Tensor,
+        positives: PositiveSets,
+        rng: torch.Generator,
+        tick: Tick | None = None,
+        views: Views | None = None,
+    ) -> PositiveSets:
         return positives
 
     def state_dict(self) -> dict:
@@ -49,7 +62,9 @@ class KNNMiner(RoundMiner):
         super().__init__(**rules)
         self.k = k
 
-    def find(self, features: Tensor, positives: PositiveSets, seed: int, tick: Tick | None) -> tuple[Edges, str]:
+    def find(
+        self, features: Tensor, positives: PositiveSets, seed: int, tick: Tick | None
+    ) -> tuple[Edges, str]:
         k = min(self.k, len(features) - 1)
         bank = self.searchable(features, tick)
         block = lambda anchors, number: topk(features[anchors], bank, k, anchors, tick=tick)
@@ -58,30 +73,52 @@ class KNNMiner(RoundMiner):
 
 
 class GANMiner(RoundMiner):
-    """ISL's miner: a GAN on the features (Eq. 1), the best of five proxies an anchor (Eq. 3), what is near to it (Eq. 2).
+    """ISL's miner: a GAN on the features (Eq. 1), the best of five proxies an anchor (Eq. 3), what
+    is near to it (Eq. 2).
 
-    iters, min_iters: cap and minimum of a round's GAN training, by the number of images where None (see GANSettings).
-    threshold: an anchor whose best score is not above it adds nothing. radius: R in cosine for radius_mode "confidence"
-    (the surer, the wider), the Euclidean distance r for "fixed". candidates: how many images nearest to a proxy are
-    looked at. G, D and their Adam moments are where the next round starts, unless they collapsed.
+    iters, min_iters: cap and minimum of a round's GAN training, by the number of images where None
+    (see GANSettings).
+    threshold: an anchor whose best score is not above it adds nothing. radius: R in cosine for
+    radius_mode "confidence" (the surer, the wider), the Euclidean distance r for "fixed".
+    candidates: how many images nearest to a proxy are looked at. G, D and their Adam moments are
+    where the next round starts, unless they collapsed.
 
-    An edge is as sure as its image is similar to the proxy. The score decides what Eq. 2 and 3 say and no more: it was
-    seen to rank nothing (the upper half of the scores held the less precise proxies).
+    An edge is as sure as its image is similar to the proxy. The score decides what Eq. 2 and 3 say
+    and no more: it was seen to rank nothing (the upper half of the scores held the less precise
+    proxies).
     """
 
     name = "gan"
 
-    def __init__(self, *, iters: int | None = None, min_iters: int | None = None,
-                 batch: int = 256, lam: float = 1.0, lr: float = 1e-4, triplets: int = 5, threshold: float = 0.5,
-                 radius: float = 0.6, radius_mode: str = "confidence", candidates: int = 10, **rules):
+    def __init__(
+        self,
+        *,
+        iters: int | None = None,
+        min_iters: int | None = None,
+        batch: int = 256,
+        lam: float = 1.0,
+        lr: float = 1e-4,
+        triplets: int = 5,
+        threshold: float = 0.5,
+        radius: float = 0.6,
+        radius_mode: str = "confidence",
+        candidates: int = 10,
+        **rules,
+    ):
         super().__init__(**rules)
         if radius_mode not in ("confidence", "fixed"):
             raise BadInput(f"radius mode {radius_mode!r} is unknown: use confidence or fixed")
         self.settings = GANSettings(iters, min_iters, batch, lam, lr, triplets)
-        self.threshold, self.radius, self.radius_mode, self.candidates = threshold, radius, radius_mode, candidates
-        self.networks: dict | None = None  # weights of G and D; on rank 0, which fits them, the state of their optimizers too
+        self.threshold = threshold
+        self.radius = radius
+        self.radius_mode = radius_mode
+        self.candidates = candidates
+        # weights of G and D; on rank 0, which fits them, the state of their optimizers too
+        self.networks: dict | None = None
 
-    def find(self, features: Tensor, positives: PositiveSets, seed: int, tick: Tick | None) -> tuple[Edges, str]:
+    def find(
+        self, features: Tensor, positives: PositiveSets, seed: int, tick: Tick | None
+    ) -> tuple[Edges, str]:
         M, device = len(features), features.device
         fit = self.fit(features, positives, seed, tick)
         self.report |= {**fit.report, "threshold": self.threshold, "radius": self.radius}
@@ -90,16 +127,20 @@ class GANMiner(RoundMiner):
             k = min(self.candidates, M - 1)
             bank = self.searchable(features, tick)
             anchors, score, near, cosine, to_triplet = best_proxies(
-                fit, features, positives, seed, k, self.settings.triplets, tick, bank)  # fmt: skip
+                fit, features, positives, seed, k, self.settings.triplets, tick, bank
+            )
             figures = _statistics(M, score, near, to_triplet)
             self.report |= figures
             # a hub's share falls with the size of the bank it is among
             natural = fit.report["natural_hub"] * fit.report["probe_bank"] / M
             why = collapse(figures["hub"], figures["distinct"], natural, self.settings)
-        self.networks = None if why else {"G": fit.G.state_dict(), "D": fit.D.state_dict(), **fit.optimizers}
+        self.networks = (
+            None if why else {"G": fit.G.state_dict(), "D": fit.D.state_dict(), **fit.optimizers}
+        )
         if why:
             return Edges(none.long(), none.long(), none), why
-        joins = radius_rule(score, cosine, self.threshold, self.radius, self.radius_mode)  # [n, candidates]
+        # [n, candidates]
+        joins = radius_rule(score, cosine, self.threshold, self.radius, self.radius_mode)
         self.report["why"] = self._silence(joins)
         return Edges(anchors[:, None].expand_as(joins)[joins], near[joins], cosine[joins]), ""
 
@@ -109,12 +150,23 @@ class GANMiner(RoundMiner):
             return ""
         highest = self.report["score_max"]
         if highest <= self.threshold:
-            return (f"no proxy scored above {self.threshold:g} (the best {highest:.2f}): the discriminator still tells them all "
-                    "from real triplets; give the GAN more iterations or lower --isl-threshold")
-        return f"no image lies within the radius of a proxy: change --isl-radius ({self.radius:g}, {self.radius_mode})"
+            return (
+                f"no proxy scored above {self.threshold:g} (the best {highest:.2f}): the"
+                " discriminator still tells them all from real triplets; give the GAN more"
+                " iterations or lower --isl-threshold"
+            )
+        return (
+            f"no image lies within the radius of a proxy: change --isl-radius ({self.radius:g},"
+            f" {self.radius_mode})"
+        )
 
-    def fit(self, features: Tensor, positives: PositiveSets, seed: int, tick: Tick | None = None) -> GANFit:
-        """G and D, fitted by rank 0 and equal on all ranks. What ends rank 0's fit is raised on all."""
+    def fit(
+        self, features: Tensor, positives: PositiveSets, seed: int, tick: Tick | None = None
+    ) -> GANFit:
+        """G and D, fitted by rank 0 and equal on all ranks.
+
+        What ends rank 0's fit is raised on all.
+        """
         fit, status = None, None
         if dist.is_main():
             try:
@@ -124,29 +176,40 @@ class GANMiner(RoundMiner):
                 status = type(error).__name__, str(error), None
         error, text, report = dist.broadcast_object(status)
         if error:
-            raise {"Interrupted": Interrupted, "BadInput": BadInput, "RunFailed": RunFailed}[error](text)
+            raise {"Interrupted": Interrupted, "BadInput": BadInput, "RunFailed": RunFailed}[error](
+                text
+            )
         if fit is None:
             C = features.shape[1]
-            fit = GANFit(Generator(C).to(features.device), Discriminator(C).to(features.device), report, text)
+            fit = GANFit(
+                Generator(C).to(features.device), Discriminator(C).to(features.device), report, text
+            )
         for x in (*fit.G.state_dict().values(), *fit.D.state_dict().values()):
             dist.broadcast(x)
         return fit
 
     @torch.no_grad()
-    def ranking(self, features: Tensor, positives: PositiveSets, anchors: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor] | None:
-        """What the last round's proxies of some anchors [A] would take first, whatever threshold, radius and budget: for reports.
+    def ranking(
+        self, features: Tensor, positives: PositiveSets, anchors: Tensor, k: int
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """What the last round's proxies of some anchors [A] would take first, whatever threshold,
+        radius and budget: for reports.
 
-        features [M, C] and positives: those the round started from. Returns the score of each anchor's best proxy [A], the k images
-        nearest to it [A, k] and their cosine to it [A, k]; None where the round collapsed. Its triplets are draws of its own.
+        features [M, C] and positives: those the round started from. Returns the score of each
+        anchor's best proxy [A], the k images nearest to it [A, k] and their cosine to it [A, k];
+        None where the round collapsed. Its triplets are draws of its own.
         """
         if self.networks is None:
             return None
         M, C = features.shape
-        G, D = Generator(C).to(features.device), Discriminator(C).to(features.device)
+        G = Generator(C).to(features.device)
+        D = Discriminator(C).to(features.device)
         G.load_state_dict(self.networks["G"])
         D.load_state_dict(self.networks["D"])
         draws = torch.Generator().manual_seed(M)
-        sampler = TripletSampler(features, positives, M, torch.Generator().manual_seed(M), self.settings.triplets)
+        sampler = TripletSampler(
+            features, positives, M, torch.Generator().manual_seed(M), self.settings.triplets
+        )
         sampler.capacity = None  # nothing is captured here
         parts = []
         for part in anchors.split(block_size(M)):
@@ -166,21 +229,32 @@ class GANMiner(RoundMiner):
 
 
 @torch.no_grad()
-def best_proxies(fit: GANFit, features: Tensor, positives: PositiveSets, seed: int, k: int, triplets: int = 5,
-                 tick: Tick | None = None, bank: Tensor | IVF | None = None) -> list[Tensor]:
-    """The best proxy (Eq. 3) of every anchor of this rank's share, and the k images nearest to it, never the anchor.
+def best_proxies(
+    fit: GANFit,
+    features: Tensor,
+    positives: PositiveSets,
+    seed: int,
+    k: int,
+    triplets: int = 5,
+    tick: Tick | None = None,
+    bank: Tensor | IVF | None = None,
+) -> list[Tensor]:
+    """The best proxy (Eq. 3) of every anchor of this rank's share, and the k images nearest to it,
+    never the anchor.
 
-    bank: what the images are searched in, `RoundMiner.searchable` of the features; None: the features.
+    bank: what the images are searched in, `RoundMiner.searchable` of the features; None: the
+    features.
 
-    Returns anchors [n], score [n], near [n, k], cosine of near to the proxy [n, k], cosines of the proxy to a, p, n
-    [n, 3]. What is drawn for an anchor depends on the seed and its block: not on the ranks.
+    Returns anchors [n], score [n], near [n, k], cosine of near to the proxy [n, k], cosines of the
+    proxy to a, p, n [n, 3]. What is drawn for an anchor depends on the seed and its block: not on
+    the ranks.
     """
     M, device = len(features), features.device
     sampler = TripletSampler(features, positives, M, torch.Generator().manual_seed(seed), triplets)
     sampler.capacity = None  # nothing is captured here
 
     def block(anchors: Tensor, number: int) -> tuple[Tensor, ...]:
-        draws = torch.Generator().manual_seed((seed + 0x9E3779B97F4A7C15 * (number + 1)) % 2 ** 63)
+        draws = torch.Generator().manual_seed((seed + 0x9E3779B97F4A7C15 * (number + 1)) % 2**63)
         score, proxy, to_triplet = proxies_of(fit.G, fit.D, features, sampler, anchors, draws)
         cosine, near = topk(proxy, features if bank is None else bank, k, anchors, tick=tick)
         return score, near, cosine, to_triplet
@@ -188,9 +262,19 @@ def best_proxies(fit: GANFit, features: Tensor, positives: PositiveSets, seed: i
     return over_blocks(M, device, block, tick)
 
 
-def proxies_of(G: Generator, D: Discriminator, features: Tensor, sampler: TripletSampler, anchors: Tensor,
-               draws: torch.Generator) -> tuple[Tensor, ...]:
-    """Eq. 3 for anchors [N]: score [N] and proxy [N, C] of the best triplet, cosines of the proxy to a, p, n [N, 3]."""
+def proxies_of(
+    G: Generator,
+    D: Discriminator,
+    features: Tensor,
+    sampler: TripletSampler,
+    anchors: Tensor,
+    draws: torch.Generator,
+) -> tuple[Tensor, ...]:
+    """Eq.
+
+    3 for anchors [N]: score [N] and proxy [N, C] of the best triplet, cosines of the proxy to a, p,
+    n [N, 3].
+    """
     windows = sampler.spread(int(torch.randint(sampler.M, (1,), generator=draws)))
     u = torch.rand(sampler.triplets, len(anchors), generator=draws).to(features.device)
     a, tries = features[anchors].float(), []
@@ -198,55 +282,87 @@ def proxies_of(G: Generator, D: Discriminator, features: Tensor, sampler: Triple
         p = features[sampler.draw_positives(anchors, u[t])].float()
         n = features[sampler.draw_negatives(anchors, window)].float()
         proxy = G(a, p, n)  # [N, C]
-        tries.append((D(a, proxy, n).sigmoid(), proxy, torch.stack([(proxy * x).sum(1) for x in (a, p, n)], 1)))
+        tries.append(
+            (
+                D(a, proxy, n).sigmoid(),
+                proxy,
+                torch.stack([(proxy * x).sum(1) for x in (a, p, n)], 1),
+            )
+        )
     return best_of(*(torch.stack(x) for x in zip(*tries)))
 
 
 def best_of(score: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
-    """Eq. 3. score [t, N] of t triplets an anchor, values [t, N, ...] -> the highest score [N] and its values [N, ...]."""
+    """Eq.
+
+    3. score [t, N] of t triplets an anchor, values [t, N, ...] -> the highest score [N] and its
+    values [N, ...].
+    """
     score, t = score.max(0)
     row = torch.arange(len(t), device=t.device)
     return score, *(value[t, row] for value in values)
 
 
-def radius_rule(score: Tensor, cosine: Tensor, threshold: float, radius: float, mode: str) -> Tensor:
-    """Eq. 2. score [N] of proxies, cosine [N, k] of images to them -> which images become positives, [N, k] bool.
+def radius_rule(
+    score: Tensor, cosine: Tensor, threshold: float, radius: float, mode: str
+) -> Tensor:
+    """Eq. 2. score [N] of proxies, cosine [N, k] of images to them -> which images become
+    positives, [N, k] bool.
 
-    "confidence": cosine > R + (1 - s)(1 - R); "fixed": Euclidean distance < r, with d^2 = 2 - 2 cos; both where s > threshold.
+    "confidence": cosine > R + (1 - s)(1 - R); "fixed": Euclidean distance < r, with d^2 = 2 - 2
+    cos; both where s > threshold.
     """
     if mode == "confidence":
         near = cosine > (radius + (1 - score) * (1 - radius))[:, None]
     else:
-        near = 2 - 2 * cosine < radius ** 2
+        near = 2 - 2 * cosine < radius**2
     return near & (score > threshold)[:, None]
 
 
 def _statistics(M: int, score: Tensor, near: Tensor, to_triplet: Tensor) -> dict:
-    """The watchdog's figures over the best proxies of all ranks; the hub among at most ten nearest, as the probe's."""
+    """The watchdog's figures over the best proxies of all ranks; the hub among at most ten nearest,
+    as the probe's.
+    """
     hits = dist.all_reduce_sum(torch.bincount(near[:, :10].flatten(), minlength=M))
     nearest = dist.all_reduce_sum(torch.bincount(near[:, 0], minlength=M))
     histogram = dist.all_reduce_sum(torch.histc(score, 10, 0, 1).long()).tolist()
     highest = float(dist.all_reduce_max(score.max() if len(score) else score.new_zeros(())))
-    means = (dist.all_reduce_sum(torch.cat([score[:, None], to_triplet], 1).double().sum(0)) / M).tolist()
+    means = (
+        dist.all_reduce_sum(torch.cat([score[:, None], to_triplet], 1).double().sum(0)) / M
+    ).tolist()
     names = ("score", "cos_anchor", "cos_positive", "cos_negative")
-    return {**dict(zip(names, means)), "score_max": highest, "score_histogram": histogram,
-            "hub": int(hits.max()) / M, "distinct": int((nearest > 0).sum()) / M}
+    return {
+        **dict(zip(names, means)),
+        "score_max": highest,
+        "score_histogram": histogram,
+        "hub": int(hits.max()) / M,
+        "distinct": int((nearest > 0).sum()) / M,
+    }
 
 
 def one_line(report: dict) -> str:
-    """A round's report as one line for the screen, with the precision of the sets and of both baselines where somebody judged them."""
+    """A round's report as one line for the screen, with the precision of the sets and of both
+    baselines where somebody judged them.
+    """
     if not report:
         return "no mining"
-    text = (f"{report['miner']}: {report['mean_size']:.2f} positives an image, {100 * report['coverage']:.1f} % have any, worst "
-            f"in-degree {report['worst_in_degree']}, +{report['edges_added']} -{report['edges_dropped']} edges")
+    text = (
+        f"{report['miner']}: {report['mean_size']:.2f} positives an image,"
+        f" {100 * report['coverage']:.1f} % have any, worst in-degree {report['worst_in_degree']},"
+        f" +{report['edges_added']} -{report['edges_dropped']} edges"
+    )
     if "between" in report:
         text += f", {report['between']:.1f} in between"
     if "recall" in report:
         text += f", recall {report['recall']:.3f} of the approximate search"
     if "loss_D" in report:
-        text += (f"; D {report['loss_D']:.2f} G {report['loss_G']:.2f} score {report['score']:.2f}, proxy to a/p/n "
-                 f"{report['cos_anchor']:.2f}/{report['cos_positive']:.2f}/{report['cos_negative']:.2f}, hub "
-                 f"{100 * report['hub']:.2f} %, distinct {100 * report['distinct']:.0f} %, {report['iterations']} iterations")
+        cosines = [report[f"cos_{x}"] for x in ("anchor", "positive", "negative")]
+        text += (
+            f"; D {report['loss_D']:.2f} G {report['loss_G']:.2f} score {report['score']:.2f},"
+            f" proxy to a/p/n {'/'.join(f'{x:.2f}' for x in cosines)},"
+            f" hub {100 * report['hub']:.2f} %, distinct {100 * report['distinct']:.0f} %,"
+            f" {report['iterations']} iterations"
+        )
     if report.get("precision") is not None:
         text += f"; precision {report['precision']:.3f}"
         if report.get("precision_own_nearest") is not None:
@@ -255,10 +371,16 @@ def one_line(report: dict) -> str:
                 text += f", all pairs {report['precision_all_pairs']:.3f}"
             text += ")"
     if report.get("precision_estimate") is not None:
-        text += f"; {report['precision_estimate']:.2f} estimated without labels, at most {report['precision_at_most']:.2f}"
+        text += (
+            f"; {report['precision_estimate']:.2f} estimated without labels, at most"
+            f" {report['precision_at_most']:.2f}"
+        )
     elif report.get("precision_at_most") is not None:
         text += f"; at most {report['precision_at_most']:.2f} by the estimate without labels"
     if report.get("labels_used"):
-        text += f"; LABELS WERE USED (--research-labels), right ones {report['right']}, wrong ones {report['wrong']}"
+        text += (
+            f"; LABELS WERE USED (--research-labels), right ones {report['right']}, wrong ones"
+            f" {report['wrong']}"
+        )
     text += f"; {report['seconds']:.1f} s, peak {report['peak_memory_gib']:.1f} GiB"
     return text + (f"; {report['why']}" if report["why"] else "")

@@ -1,8 +1,8 @@
 """Nearest rows and most similar pairs, in pieces: nothing of size M x M is ever held.
 
-Letters: M bank rows, Q queries, C feature dimension, k neighbours. Rows are unit vectors: a dot product is the cosine.
-`topk` and `top_pairs` are the only two ways in. Behind `topk` stand a fused kernel and, where the bank given is one, an
-approximate index (ivf.py).
+Letters: M bank rows, Q queries, C feature dimension, k neighbours. Rows are unit vectors: a dot
+product is the cosine. `topk` and `top_pairs` are the only two ways in. Behind `topk` stand a fused
+kernel and, where the bank given is one, an approximate index (ivf.py).
 """
 
 from collections.abc import Callable
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 Tensor = torch.Tensor
 Tick = Callable[[], None]  # asked often while long work goes on; what it raises ends it
 
-_BYTES = {"cpu": 32 << 20, "cuda": 1 << 30}  # of one piece of the score matrix: a CPU is quick with small ones
+# of one piece of the score matrix: a CPU is quick with small ones
+_BYTES = {"cpu": 32 << 20, "cuda": 1 << 30}
 _COLUMNS = {"cpu": 65536, "cuda": 131072}  # of one piece, at most
 _GROUP = 32  # columns whose maximum is looked at first
 
@@ -28,7 +29,10 @@ def _of(table: dict[str, int], device: torch.device) -> int:
 
 
 def _best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Exact top k of each row of scores [Q, n]. Where k is small, by way of the maxima of groups of columns."""
+    """Exact top k of each row of scores [Q, n].
+
+    Where k is small, by way of the maxima of groups of columns.
+    """
     Q, n = scores.shape
     groups = n // _GROUP
     if groups < 4 * k:
@@ -36,7 +40,8 @@ def _best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     whole = groups * _GROUP
     # The k best lie in the k groups with the largest maxima, or in the columns left over.
     top = scores[:, :whole].view(Q, groups, _GROUP).amax(2).topk(k, dim=1).indices  # [Q, k]
-    column = (top[:, :, None] * _GROUP + torch.arange(_GROUP, device=scores.device)).flatten(1)  # [Q, k * _GROUP]
+    # [Q, k * _GROUP]
+    column = (top[:, :, None] * _GROUP + torch.arange(_GROUP, device=scores.device)).flatten(1)
     if whole < n:
         rest = torch.arange(whole, n, device=scores.device).expand(Q, -1)
         column = torch.cat([column, rest], 1)
@@ -44,14 +49,22 @@ def _best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return value, column.gather(1, at)
 
 
-def topk(queries: Tensor, bank: "Tensor | IVF", k: int, exclude: Tensor | None = None, bytes_limit: int | None = None,
-         tick: Tick | None = None) -> tuple[Tensor, Tensor]:
-    """queries [Q, C], bank [M, C] -> cosine [Q, k] float32, falling, and row [Q, k] int64; equal ones by row.
+def topk(
+    queries: Tensor,
+    bank: "Tensor | IVF",
+    k: int,
+    exclude: Tensor | None = None,
+    bytes_limit: int | None = None,
+    tick: Tick | None = None,
+) -> tuple[Tensor, Tensor]:
+    """queries [Q, C], bank [M, C] -> cosine [Q, k] float32, falling, and row [Q, k] int64; equal
+    ones by row.
 
-    exclude [Q] (int64) names a bank row an own query may not find (its own; -1 for none). Scores are computed in the
-    bank's dtype (float32 accumulation); those of half-precision banks are recomputed in float32 for the rows found.
-    Holds bytes_limit bytes of scores at a time; without one, a GPU searches by a kernel that never writes them.
-    bank may be an `ivf.IVF` of such rows: then a few of the nearest are missed, and bytes_limit has no meaning.
+    exclude [Q] (int64) names a bank row an own query may not find (its own; -1 for none). Scores
+    are computed in the bank's dtype (float32 accumulation); those of half-precision banks are
+    recomputed in float32 for the rows found. Holds bytes_limit bytes of scores at a time; without
+    one, a GPU searches by a kernel that never writes them. bank may be an `ivf.IVF` of such rows:
+    then a few of the nearest are missed, and bytes_limit has no meaning.
     Raises ValueError if the bank has too few rows for k.
     """
     M = len(bank)
@@ -65,9 +78,13 @@ def topk(queries: Tensor, bank: "Tensor | IVF", k: int, exclude: Tensor | None =
     return _topk_plain(queries, bank, k, exclude, bytes_limit, tick)
 
 
-def searched_again(queries: Tensor, bank: Tensor, k: int, exclude: Tensor | None = None) -> float | None:
-    """The share of the queries [Q, C] that `topk` searches a second time, plainly, since float16 could not tell their
-    neighbours in bank [M, C] from others; None where it does not search by the kernel. Costs a search."""
+def searched_again(
+    queries: Tensor, bank: Tensor, k: int, exclude: Tensor | None = None
+) -> float | None:
+    """The share of the queries [Q, C] that `topk` searches a second time, plainly, since float16
+    could not tell their neighbours in bank [M, C] from others; None where it does not search by the
+    kernel. Costs a search.
+    """
     kernels = _kernels_for(bank, k)
     if kernels is None:
         return None
@@ -76,13 +93,19 @@ def searched_again(queries: Tensor, bank: Tensor, k: int, exclude: Tensor | None
 
 
 def _kernels_for(bank: Tensor, k: int):
-    """The kernels where they serve this bank and its groups of rows are many beside k; else None."""
+    """The kernels where they serve this bank and its groups of rows are many beside k; else
+    None.
+    """
     kernels = fused.kernels_for(bank)
     return kernels if kernels is not None and 4 * k * kernels.GROUP <= len(bank) else None
 
 
-def _topk_fused(kernels, queries: Tensor, bank: Tensor, k: int, exclude: Tensor | None, tick) -> tuple[Tensor, Tensor]:
-    """As `topk`; the few queries whose neighbours half precision cannot tell apart from others are searched plainly."""
+def _topk_fused(
+    kernels, queries: Tensor, bank: Tensor, k: int, exclude: Tensor | None, tick
+) -> tuple[Tensor, Tensor]:
+    """As `topk`; the few queries whose neighbours half precision cannot tell apart from others are
+    searched plainly.
+    """
     cosine, index, sure = fused.search(kernels, queries, bank, k, exclude, tick)
     cosine, index = in_order(cosine, index)
     unsure = (~sure).nonzero().squeeze(1)
@@ -99,7 +122,9 @@ def in_order(cosine: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     return value, index.gather(1, order).gather(1, at)
 
 
-def _topk_plain(queries: Tensor, bank: Tensor, k: int, exclude: Tensor | None, bytes_limit: int | None, tick) -> tuple[Tensor, Tensor]:
+def _topk_plain(
+    queries: Tensor, bank: Tensor, k: int, exclude: Tensor | None, bytes_limit: int | None, tick
+) -> tuple[Tensor, Tensor]:
     M = len(bank)
     limit = bytes_limit or _of(_BYTES, bank.device)
     columns = min(M, max(4 * k, _of(_COLUMNS, bank.device)))
@@ -107,14 +132,16 @@ def _topk_plain(queries: Tensor, bank: Tensor, k: int, exclude: Tensor | None, b
     cosine = torch.empty(len(queries), k, device=bank.device)
     index = torch.empty(len(queries), k, dtype=torch.int64, device=bank.device)
     for i in range(0, len(queries), rows):
-        q = queries[i:i + rows].to(bank.dtype)
-        own = None if exclude is None else exclude[i:i + rows]
+        q = queries[i : i + rows].to(bank.dtype)
+        own = None if exclude is None else exclude[i : i + rows]
         found = _search(q, bank, min(k + _spare(bank), M - (own is not None)), own, columns, tick)
         if bank.dtype != torch.float32:
-            exact = torch.einsum("qc,qkc->qk", queries[i:i + rows].float(), bank[found[1]].float())
+            exact = torch.einsum(
+                "qc,qkc->qk", queries[i : i + rows].float(), bank[found[1]].float()
+            )
             found = exact, found[1]
         value, at = in_order(*found)
-        cosine[i:i + rows], index[i:i + rows] = value[:, :k], at[:, :k]
+        cosine[i : i + rows], index[i : i + rows] = value[:, :k], at[:, :k]
     return cosine, index
 
 
@@ -123,12 +150,14 @@ def _spare(bank: Tensor) -> int:
     return 0 if bank.dtype == torch.float32 else 6
 
 
-def _search(q: Tensor, bank: Tensor, k: int, own: Tensor | None, columns: int, tick) -> tuple[Tensor, Tensor]:
+def _search(
+    q: Tensor, bank: Tensor, k: int, own: Tensor | None, columns: int, tick
+) -> tuple[Tensor, Tensor]:
     value = index = None
     for j in range(0, len(bank), columns):
         if tick is not None:
             tick()
-        scores = q @ bank[j:j + columns].T  # [rows, columns]
+        scores = q @ bank[j : j + columns].T  # [rows, columns]
         if own is not None:
             here = ((own >= j) & (own < j + scores.shape[1])).nonzero().squeeze(1)
             scores[here, own[here] - j] = -torch.inf
@@ -143,13 +172,20 @@ def _search(q: Tensor, bank: Tensor, k: int, own: Tensor | None, columns: int, t
     return value, index
 
 
-def top_pairs(features: Tensor, total: int, bytes_limit: int | None = None, seed: int = 0,
-              tick: Tick | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """The `total` most similar pairs of the whole data set: cosine [total], lower [total], higher [total], falling.
+def top_pairs(
+    features: Tensor,
+    total: int,
+    bytes_limit: int | None = None,
+    seed: int = 0,
+    tick: Tick | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The `total` most similar pairs of the whole data set: cosine [total], lower [total], higher
+    [total], falling.
 
-    Exact up to the rounding of scores in the features' dtype (equal cosines: lowest images first): a bound is guessed
-    from a sample of rows, all pairs above it are collected from the upper triangle, and the best of them are returned;
-    a bound that let too few through is lowered. features [M, C]. Raises ValueError if there are fewer pairs.
+    Exact up to the rounding of scores in the features' dtype (equal cosines: lowest images first):
+    a bound is guessed from a sample of rows, all pairs above it are collected from the upper
+    triangle, and the best of them are returned; a bound that let too few through is lowered.
+    features [M, C]. Raises ValueError if there are fewer pairs.
     """
     M = len(features)
     pairs = M * (M - 1) // 2
@@ -170,7 +206,8 @@ def top_pairs(features: Tensor, total: int, bytes_limit: int | None = None, seed
 
 def _guess_bound(features: Tensor, share: float, seed: int) -> float:
     """A cosine that somewhat more than `share` of all pairs exceed."""
-    M, generator = len(features), torch.Generator().manual_seed(seed)
+    M = len(features)
+    generator = torch.Generator().manual_seed(seed)
     rows = torch.randint(M, (min(M, 256),), generator=generator).to(features.device)
     columns = torch.randint(M, (min(M, 65536),), generator=generator).to(features.device)
     scores = (features[rows] @ features[columns].T).float()
@@ -188,7 +225,7 @@ def _pairs_above(features: Tensor, bound: float, limit: int, tick) -> tuple[Tens
         for j in range(i, M, side):
             if tick is not None:
                 tick()
-            scores = features[i:i + side] @ features[j:j + side].T
+            scores = features[i : i + side] @ features[j : j + side].T
             passed = scores >= bound
             if i == j:
                 passed.triu_(1)

@@ -1,6 +1,8 @@
-"""Research only: positives drawn from the true labels, so that how much of them is right is known. For the question how right they must be.
+"""Research only: positives drawn from the true labels, so that how much of them is right is known.
+For the question how right they must be.
 
-Letters: M images, C feature dimension, N anchors of a block, U undirected pairs, k neighbours of an image.
+Letters: M images, C feature dimension, N anchors of a block, U undirected pairs, k neighbours of an
+image.
 """
 
 import torch
@@ -19,34 +21,60 @@ _COLUMNS = 8192  # images looked through at a time for neighbours
 
 
 class OracleMiner(RoundMiner):
-    """Sets of `size` positives an image on average, of which the share `precision` has the anchor's label, to within one pair.
+    """Sets of `size` positives an image on average, of which the share `precision` has the anchor's
+    label, to within one pair.
 
-    right, wrong: where each kind of pair comes from. "uniform": drawn, every image as an anchor equally often. "near": each image's most similar
-    one of its label (of another label), then each one's second, and so on: the pairs that real mining finds, and those it mistakes for right.
-    Each round draws anew; nothing of an earlier one stays. labels [M], below 0 where unknown: such images get no positives. Raises BadInput
-    where the labels do not have as many pairs.
+    right, wrong: where each kind of pair comes from. "uniform": drawn, every image as an anchor
+    equally often. "near": each image's most similar one of its label (of another label), then each
+    one's second, and so on: the pairs that real mining finds, and those it mistakes for right. Each
+    round draws anew; nothing of an earlier one stays. labels [M], below 0 where unknown: such
+    images get no positives. Raises BadInput where the labels do not have as many pairs.
     """
 
     name = "oracle"
 
-    def __init__(self, labels: Tensor, precision: float = 1.0, size: float = 5.0, wrong: str = "uniform", right: str = "uniform"):
+    def __init__(
+        self,
+        labels: Tensor,
+        precision: float = 1.0,
+        size: float = 5.0,
+        wrong: str = "uniform",
+        right: str = "uniform",
+    ):
         super().__init__(max_share=1.0)
         if not (0 <= precision <= 1 and size > 0) or not {wrong, right} <= {"uniform", "near"}:
-            raise BadInput(f"oracle of precision {precision}, size {size}, wrong pairs {wrong!r} and right ones {right!r}: expected 0 to 1, more than 0, "
-                           "and twice uniform or near")  # fmt: skip
-        self.labels, self.origins = labels, {"right": right, "wrong": wrong}
+            raise BadInput(
+                f"oracle of precision {precision}, size {size}, wrong pairs {wrong!r} and right"
+                f" ones {right!r}: expected 0 to 1, more than 0, and twice uniform or near"
+            )
+        self.labels = labels
+        self.origins = {"right": right, "wrong": wrong}
         pairs = max(1, round(size * len(labels) / 2))
         self.numbers = {"right": round(precision * pairs)}
         self.numbers["wrong"] = pairs - self.numbers["right"]
         for (kind, number), there in zip(self.numbers.items(), _pairs_there(labels)):
             if number > there / 2:
-                raise BadInput(f"an oracle of precision {precision:g} and {size:g} positives an image needs {number} {kind} pairs, and these labels "
-                               f"make {there}: expected at most half of them; ask for smaller sets")  # fmt: skip
+                raise BadInput(
+                    f"an oracle of precision {precision:g} and {size:g} positives an image needs"
+                    f" {number} {kind} pairs, and these labels make {there}: expected at most half"
+                    " of them; ask for smaller sets"
+                )
 
-    def mine(self, features: Tensor, positives: PositiveSets, rng: torch.Generator, tick: Tick | None = None, views: Views | None = None) -> PositiveSets:
-        return super().mine(features, PositiveSets.empty(len(features), features.device), rng, tick, views)
+    def mine(
+        self,
+        features: Tensor,
+        positives: PositiveSets,
+        rng: torch.Generator,
+        tick: Tick | None = None,
+        views: Views | None = None,
+    ) -> PositiveSets:
+        return super().mine(
+            features, PositiveSets.empty(len(features), features.device), rng, tick, views
+        )
 
-    def find(self, features: Tensor, positives: PositiveSets, seed: int, tick: Tick | None) -> tuple[Edges, str]:
+    def find(
+        self, features: Tensor, positives: PositiveSets, seed: int, tick: Tick | None
+    ) -> tuple[Edges, str]:
         generator = torch.Generator().manual_seed(seed)
         pairs = []
         for kind, number in self.numbers.items():
@@ -57,18 +85,40 @@ class OracleMiner(RoundMiner):
         src, dst = (torch.cat(x).to(features.device) for x in zip(*pairs))
         self.report |= {"labels_used": True, **self.origins}
         start, stop = dist.shard(len(src))  # all ranks have drawn all; each hands in its share
-        return Edges(src[start:stop], dst[start:stop], torch.ones(stop - start, device=features.device)), ""
+        return (
+            Edges(
+                src[start:stop], dst[start:stop], torch.ones(stop - start, device=features.device)
+            ),
+            "",
+        )
 
-    def _near(self, features: Tensor, right: bool, number: int, tick: Tick | None) -> tuple[Tensor, Tensor]:
-        """Pairs [number]: each image's nearest of its label or of another, then each one's second, and so on; of the last ones the most similar."""
-        M, labels, k, src = len(features), self.labels.to(features.device), 2 * number // len(features) + 2, ()
-        while len(src) < number:  # where a few images only have such partners, lists have to be longer
+    def _near(
+        self, features: Tensor, right: bool, number: int, tick: Tick | None
+    ) -> tuple[Tensor, Tensor]:
+        """Pairs [number]: each image's nearest of its label or of another, then each one's second,
+        and so on; of the last ones the most similar.
+        """
+        M = len(features)
+        labels = self.labels.to(features.device)
+        k = 2 * number // len(features) + 2
+        src = ()
+        # where a few images only have such partners, lists have to be longer
+        while len(src) < number:
             k = min(k, M - 1)
-            block = lambda anchors, _: nearest_by_label(features, labels, anchors, right, k, tick)  # noqa: B023
-            anchors, cosine, near = (dist.all_gather_rows(x) for x in over_blocks(M, features.device, block, tick))
+            block = lambda anchors, _: nearest_by_label(features, labels, anchors, right, k, tick)
+            anchors, cosine, near = (
+                dist.all_gather_rows(x) for x in over_blocks(M, features.device, block, tick)
+            )
             found = cosine > -torch.inf
-            sureness = cosine / 4 - torch.arange(k, device=features.device)  # |cosine| <= 1: it decides within a place only
-            src, dst, (sureness,) = distinct_edges(M, anchors[:, None].expand_as(found)[found], near[found], [sureness[found]], undirected=True)
+            # |cosine| <= 1: it decides within a place only
+            sureness = cosine / 4 - torch.arange(k, device=features.device)
+            src, dst, (sureness,) = distinct_edges(
+                M,
+                anchors[:, None].expand_as(found)[found],
+                near[found],
+                [sureness[found]],
+                undirected=True,
+            )
             k *= 2
         chosen = sureness.sort(descending=True, stable=True).indices[:number]
         return src[chosen].cpu(), dst[chosen].cpu()
@@ -83,14 +133,19 @@ class OracleMiner(RoundMiner):
 def _pairs_there(labels: Tensor) -> tuple[int, int]:
     """How many undirected pairs of known labels are right, and how many wrong."""
     count = labels[labels >= 0].bincount().double()
-    all_, right = float(count.sum()) ** 2, float((count**2).sum())
+    all_ = float(count.sum()) ** 2
+    right = float((count**2).sum())
     return round((right - float(count.sum())) / 2), round((all_ - right) / 2)
 
 
-def draw_pairs(labels: Tensor, right: bool, number: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """labels [M] -> `number` distinct pairs [U], [U] with one label (right) or two, drawn uniformly among each anchor's partners.
+def draw_pairs(
+    labels: Tensor, right: bool, number: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """labels [M] -> `number` distinct pairs [U], [U] with one label (right) or two, drawn uniformly
+    among each anchor's partners.
 
-    Anchors take turns in an order of their own each turn. There must be enough pairs: twice as many as are drawn.
+    Anchors take turns in an order of their own each turn. There must be enough pairs: twice as many
+    as are drawn.
     """
     known = (labels >= 0).nonzero().squeeze(1)
     order = known[labels[known].sort(stable=True).indices]  # images, class by class
@@ -101,16 +156,22 @@ def draw_pairs(labels: Tensor, right: bool, number: int, generator: torch.Genera
     places = (partners > 0).nonzero().squeeze(1)  # in `order`, of those that can be anchors
     key = torch.empty(0, dtype=torch.int64)
     while (missing := number - len(key)) > 0:
-        turns = [places[torch.randperm(len(places), generator=generator)] for _ in range(-(-missing // len(places)))]
+        turns = [
+            places[torch.randperm(len(places), generator=generator)]
+            for _ in range(-(-missing // len(places)))
+        ]
         at = torch.cat(turns)[: missing + missing // 16 + 16]
         own = labels[order[at]]
         step = (torch.rand(len(at), generator=generator, dtype=torch.float64) * partners[at]).long()
-        if right:  # around the class, from the next image on; otherwise around all, from the next class on
+        # around the class, from the next image on; otherwise around all, from the next class on
+        if right:
             other = first[own] + (at - first[own] + 1 + step) % count[own]
         else:
             other = (first[own] + count[own] + step) % L
         a, b = order[at], order[other]
-        key = _first_of_each(torch.cat([key, torch.minimum(a, b) * len(labels) + torch.maximum(a, b)]))[:number]
+        key = _first_of_each(
+            torch.cat([key, torch.minimum(a, b) * len(labels) + torch.maximum(a, b)])
+        )[:number]
     return key // len(labels), key % len(labels)
 
 
@@ -122,9 +183,14 @@ def _first_of_each(key: Tensor) -> Tensor:
     return key[order[new].sort().values]
 
 
-def nearest_by_label(features: Tensor, labels: Tensor, anchors: Tensor, same: bool, k: int, tick: Tick | None = None) -> tuple[Tensor, Tensor]:
-    """anchors [N] -> cosine [N, k] and image [N, k] of the most similar others of the same label, or of another; -inf where there are no more."""
-    cosine, near = features.new_empty(len(anchors), 0, dtype=torch.float32), anchors.new_empty(len(anchors), 0)
+def nearest_by_label(
+    features: Tensor, labels: Tensor, anchors: Tensor, same: bool, k: int, tick: Tick | None = None
+) -> tuple[Tensor, Tensor]:
+    """anchors [N] -> cosine [N, k] and image [N, k] of the most similar others of the same label,
+    or of another; -inf where there are no more.
+    """
+    cosine = features.new_empty(len(anchors), 0, dtype=torch.float32)
+    near = anchors.new_empty(len(anchors), 0)
     queries, own = features[anchors], labels[anchors]
     for start in range(0, len(features), _COLUMNS):
         if tick is not None:
@@ -132,9 +198,15 @@ def nearest_by_label(features: Tensor, labels: Tensor, anchors: Tensor, same: bo
         here = labels[start : start + _COLUMNS]
         images = torch.arange(start, start + len(here), device=features.device)
         scores = (queries @ features[start : start + _COLUMNS].T).float()  # [N, columns]
-        allowed = ((own[:, None] == here) == same) & (own[:, None] >= 0) & (here >= 0) & (anchors[:, None] != images)
+        allowed = (
+            ((own[:, None] == here) == same)
+            & (own[:, None] >= 0)
+            & (here >= 0)
+            & (anchors[:, None] != images)
+        )
         value, at = scores.masked_fill_(~allowed, -torch.inf).topk(min(k, scores.shape[1]), dim=1)
-        cosine, near = torch.cat([cosine, value], 1), torch.cat([near, at + start], 1)
+        cosine = torch.cat([cosine, value], 1)
+        near = torch.cat([near, at + start], 1)
         cosine, keep = cosine.topk(min(k, cosine.shape[1]), dim=1)
         near = near.gather(1, keep)
     return cosine, near

@@ -11,39 +11,60 @@ Tensor = torch.Tensor
 
 
 class PositiveSets:
-    """For every image the other images that are taken to mean the same; the image itself is not stored.
+    """For every image the other images that are taken to mean the same; the image itself is not
+    stored.
 
-    Set i is members[offsets[i]:offsets[i + 1]], the surest first and among equally sure ones the lowest index first.
-      offsets  [M + 1] int64
+    Set i is members[offsets[i]:offsets[i + 1]], the surest first and among equally sure ones the
+      lowest index first. offsets  [M + 1] int64
       members  [E] int32 (M < 2^31), images
       weights  [E] float32, what an edge counts in the loss: 1 unless a miner says otherwise
       sureness [E] float32, what edges are ranked by, on the miner's own scale; never used in a loss
     """
 
     def __init__(self, offsets: Tensor, members: Tensor, weights: Tensor, sureness: Tensor):
-        self.offsets, self.members, self.weights, self.sureness = offsets, members, weights, sureness
+        self.offsets = offsets
+        self.members = members
+        self.weights = weights
+        self.sureness = sureness
 
     @classmethod
     def empty(cls, M: int, device: torch.device | str = "cpu") -> "PositiveSets":
         none = torch.empty(0, device=device)
-        return cls(torch.zeros(M + 1, dtype=torch.int64, device=device), none.int(), none, none.clone())
+        return cls(
+            torch.zeros(M + 1, dtype=torch.int64, device=device), none.int(), none, none.clone()
+        )
 
     @classmethod
-    def from_edges(cls, M: int, src: Tensor, dst: Tensor, weight: Tensor | None = None, symmetric: bool = True,
-                   sureness: Tensor | None = None) -> "PositiveSets":
+    def from_edges(
+        cls,
+        M: int,
+        src: Tensor,
+        dst: Tensor,
+        weight: Tensor | None = None,
+        symmetric: bool = True,
+        sureness: Tensor | None = None,
+    ) -> "PositiveSets":
         """Sets from edges src [E] -> dst [E], in any order and with doubles.
 
-        Self edges go; of a double edge (either direction where `symmetric`) the largest weight and the largest sureness
-        stay; `symmetric` adds the way back of every edge. Missing weights are 1, missing sureness is 0 (order by index).
-        Raises ValueError for an image outside 0..M-1. Needs about 60 bytes a directed edge while it works.
+        Self edges go; of a double edge (either direction where `symmetric`) the largest weight and
+        the largest sureness stay; `symmetric` adds the way back of every edge. Missing weights are
+        1, missing sureness is 0 (order by index).
+        Raises ValueError for an image outside 0..M-1. Needs about 60 bytes a directed edge while it
+        works.
         """
-        if len(src) and (int(torch.minimum(src.min(), dst.min())) < 0 or int(torch.maximum(src.max(), dst.max())) >= M):
+        if len(src) and (
+            int(torch.minimum(src.min(), dst.min())) < 0
+            or int(torch.maximum(src.max(), dst.max())) >= M
+        ):
             raise ValueError(f"edges must join images 0 to {M - 1}")
         src, dst, (weight, sureness) = distinct_edges(M, src, dst, [weight, sureness], symmetric)
         if symmetric:
-            # For any image first its partners of lower index, then those of higher, each ascending: sorted for the ties.
+            # For any image first its partners of lower index, then those of higher, each ascending:
+            # sorted for the ties.
             src, dst = torch.cat([dst, src]), torch.cat([src, dst])
-            weight, sureness = (None if x is None else torch.cat([x, x]) for x in (weight, sureness))
+            weight, sureness = (
+                None if x is None else torch.cat([x, x]) for x in (weight, sureness)
+            )
         if symmetric or sureness is not None:
             order = _surest_first(src, sureness)
             dst = dst[order]
@@ -52,7 +73,12 @@ class PositiveSets:
         offsets = torch.zeros(M + 1, dtype=torch.int64, device=src.device)
         torch.cumsum(torch.bincount(src, minlength=M), 0, out=offsets[1:])
         ones = lambda: torch.ones(len(dst), device=dst.device)
-        return cls(offsets, dst.int(), ones() if weight is None else weight, ones() * 0 if sureness is None else sureness)
+        return cls(
+            offsets,
+            dst.int(),
+            ones() if weight is None else weight,
+            ones() * 0 if sureness is None else sureness,
+        )
 
     @property
     def device(self) -> torch.device:
@@ -89,17 +115,23 @@ class PositiveSets:
         return torch.repeat_interleave(self.sizes(), output_size=self.num_edges)
 
     def precision(self, labels: Tensor) -> float:
-        """Share of edges whose two ends have the same label, labels [M]; NaN without edges. Logged, never used.
+        """Share of edges whose two ends have the same label, labels [M]; NaN without edges. Logged,
+        never used.
 
         A label below 0 is an unknown one: edges to it and from it are not counted.
         """
-        return float(same_label(labels.to(self.device), self.sources(), self.members).double().nanmean())
+        return float(
+            same_label(labels.to(self.device), self.sources(), self.members).double().nanmean()
+        )
 
     def lookup(self, index: Tensor, P: int, turn: int = 0) -> tuple[Tensor, Tensor]:
-        """index [N] -> positives [N, P] int64 and weights [N, P]; padding is the image itself at weight 0.
+        """index [N] -> positives [N, P] int64 and weights [N, P]; padding is the image itself at
+        weight 0.
 
-        A set larger than P gives P consecutive members, a window that moves on by P with every `turn` (the epoch) and
-        around: each positive has its turn, and no draw is needed that ranks or a resumed run would have to repeat.
+        A set larger than P gives P consecutive members, a window that moves on by P with every
+        `turn` (the epoch) and
+        around: each positive has its turn, and no draw is needed that ranks or a resumed run would
+        have to repeat.
         """
         column = torch.arange(P, device=index.device)
         if not self.num_edges:
@@ -108,47 +140,79 @@ class PositiveSets:
         size = self.offsets[index + 1] - first  # [N]
         start = torch.where(size > P, turn * P % size.clamp(min=1), 0)
         valid = column < size[:, None]  # [N, P]
-        edge = torch.where(valid, first[:, None] + (start[:, None] + column) % size.clamp(min=1)[:, None], 0)
-        return torch.where(valid, self.members[edge].long(), index[:, None]), torch.where(valid, self.weights[edge], 0)
+        edge = torch.where(
+            valid, first[:, None] + (start[:, None] + column) % size.clamp(min=1)[:, None], 0
+        )
+        return torch.where(valid, self.members[edge].long(), index[:, None]), torch.where(
+            valid, self.weights[edge], 0
+        )
 
     def union(self, other: "PositiveSets") -> "PositiveSets":
         """Edges of either; of an edge in both the larger weight and sureness. Adds no ways back."""
         both = lambda name: torch.cat([getattr(self, name), getattr(other, name).to(self.device)])
         src = torch.cat([self.sources(), other.sources().to(self.device)])
-        return PositiveSets.from_edges(self.num_images, src, both("members"), both("weights"), False, both("sureness"))
+        return PositiveSets.from_edges(
+            self.num_images, src, both("members"), both("weights"), False, both("sureness")
+        )
 
     def to(self, device: torch.device | str) -> "PositiveSets":
-        return PositiveSets(*(x.to(device) for x in (self.offsets, self.members, self.weights, self.sureness)))
+        return PositiveSets(
+            *(x.to(device) for x in (self.offsets, self.members, self.weights, self.sureness))
+        )
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {"offsets": self.offsets, "members": self.members, "weights": self.weights, "sureness": self.sureness}
+        return {
+            "offsets": self.offsets,
+            "members": self.members,
+            "weights": self.weights,
+            "sureness": self.sureness,
+        }
 
     @classmethod
     def from_state(cls, state: dict[str, Tensor]) -> "PositiveSets":
-        return cls(state["offsets"].long(), state["members"].int(), state["weights"].float(), state["sureness"].float())
+        return cls(
+            state["offsets"].long(),
+            state["members"].int(),
+            state["weights"].float(),
+            state["sureness"].float(),
+        )
 
     @staticmethod
     def state_shape(*names: str, edges: str = "E") -> schema.Holds:
-        """What a file may hold of sets: offsets, members and the values of edges so named. edges: the letter of their number in the file."""
-        shape = {"offsets": schema.Tensor("int", ("M+1",), low=0), "members": schema.Tensor("int", (edges,), low=0, high="M")}
+        """What a file may hold of sets: offsets, members and the values of edges so named.
+
+        edges: the letter of their number in the file.
+        """
+        shape = {
+            "offsets": schema.Tensor("int", ("M+1",), low=0),
+            "members": schema.Tensor("int", (edges,), low=0, high="M"),
+        }
         shape |= {name: schema.Tensor("float", (edges,)) for name in names}
         return schema.Holds(shape, _is_csr, "offsets that rise from 0 to the number of members")
 
 
 def _is_csr(state: dict[str, Tensor]) -> bool:
     offsets = state["offsets"].long()
-    return int(offsets[0]) == 0 and int(offsets[-1]) == len(state["members"]) and bool((offsets.diff() >= 0).all())
+    return (
+        int(offsets[0]) == 0
+        and int(offsets[-1]) == len(state["members"])
+        and bool((offsets.diff() >= 0).all())
+    )
 
 
 def same_label(labels: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """labels [M], images a, b (shapes that broadcast) -> float32: 1 where labels agree, 0 where not, NaN where one is below 0."""
+    """labels [M], images a, b (shapes that broadcast) -> float32: 1 where labels agree, 0 where
+    not, NaN where one is below 0.
+    """
     a, b = labels[a], labels[b]
     return torch.where((a >= 0) & (b >= 0), (a == b).float(), torch.nan)
 
 
-def distinct_edges(M: int, src: Tensor, dst: Tensor, values: list[Tensor | None],
-                   undirected: bool) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-    """Edges src [E], dst [E] without doubles and self edges, sorted by (src, dst), with the largest of each of `values` [E].
+def distinct_edges(
+    M: int, src: Tensor, dst: Tensor, values: list[Tensor | None], undirected: bool
+) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    """Edges src [E], dst [E] without doubles and self edges, sorted by (src, dst), with the largest
+    of each of `values` [E].
 
     Where `undirected`, i -> j and j -> i are one edge, returned as lower -> higher.
     """
@@ -172,8 +236,16 @@ def distinct_edges(M: int, src: Tensor, dst: Tensor, values: list[Tensor | None]
         else:
             group = new.cumsum(0).sub_(1)  # [E] which distinct edge
             key = key[new]
-            values = [None if x is None else torch.full((len(key),), -torch.inf, device=key.device)
-                      .scatter_reduce_(0, group, x.float()[order], "amax") for x in values]
+            values = [
+                (
+                    None
+                    if x is None
+                    else torch.full((len(key),), -torch.inf, device=key.device).scatter_reduce_(
+                        0, group, x.float()[order], "amax"
+                    )
+                )
+                for x in values
+            ]
     return torch.div(key, M, rounding_mode="floor"), key % M, values
 
 
@@ -182,5 +254,6 @@ def _surest_first(src: Tensor, sureness: Tensor | None) -> Tensor:
     if sureness is None:
         return src.sort(stable=True).indices
     bits = sureness.view(torch.int32).long()
-    bits = torch.where(bits < 0, -0x80000000 - bits, bits)  # as integers, floats of one sign order like their bits
+    # as integers, floats of one sign order like their bits
+    bits = torch.where(bits < 0, -0x80000000 - bits, bits)
     return (src << 32).sub_(bits).sort(stable=True).indices

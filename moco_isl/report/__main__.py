@@ -1,8 +1,10 @@
-"""Write report.html about one run or several: how training went, what was mined, and whether mining helps or hurts.
+"""Write report.html about one run or several: how training went, what was mined, and whether mining
+helps or hurts.
 
     python -m moco_isl.report RUN [RUN ...] [--labels] [--out FILE]
 
-The page is one file that works offline. Several runs are compared; it then lies in the first one's folder.
+The page is one file that works offline. Several runs are compared; it then lies in the first one's
+folder.
 """
 
 import argparse
@@ -18,14 +20,30 @@ from moco_isl.training import cli
 def get_parser() -> argparse.ArgumentParser:
     parser = cli.Parser(prog="python -m moco_isl.report", description=__doc__)
     parser.add_argument("runs", metavar="RUN", nargs="+", help="the --out folder of a run")
-    cli.add_switch(parser, "--labels", help="look the labels of the images up: precision of the mined sets, mistakes, confused classes")
-    parser.add_argument("--out", metavar="FILE", help="the page (default: RUN/report.html); over nothing but such a page")
-    parser.add_argument("--data", metavar="DIR", help="where the images lie now, if not where the run read them")
+    cli.add_switch(
+        parser,
+        "--labels",
+        help=(
+            "look the labels of the images up: precision of the mined sets, mistakes, confused"
+            " classes"
+        ),
+    )
+    parser.add_argument(
+        "--out",
+        metavar="FILE",
+        help="the page (default: RUN/report.html); over nothing but such a page",
+    )
+    parser.add_argument(
+        "--data", metavar="DIR", help="where the images lie now, if not where the run read them"
+    )
     parser.add_argument(
         "--breakeven",
         metavar="FILE",
-        help='from which precision on mined positives help, as JSON: {"meanlog": {"5": 0.84}, "logsum": 0.7}, by loss and set '
-        "size; the verdict uses it (default: RUN/breakeven.json, if there)",
+        help=(
+            'from which precision on mined positives help, as JSON: {"meanlog": {"5": 0.84},'
+            ' "logsum": 0.7}, by loss and set size; the verdict uses it (default:'
+            " RUN/breakeven.json, if there)"
+        ),
     )
     return parser
 
@@ -40,14 +58,19 @@ def _run(argv: list[str] | None, stop) -> None:
     try:
         from moco_isl.report.page import is_report, write_report
     except ImportError as error:
-        raise BadInput(f"the report needs matplotlib and jinja2 ({error}): pip install 'moco_isl[report]'") from error
+        raise BadInput(
+            f"the report needs matplotlib and jinja2 ({error}): pip install 'moco_isl[report]'"
+        ) from error
     from moco_isl.report.runs import read_runs
     from moco_isl.report.verdict import read_breakeven
 
     runs = read_runs(args.runs)
     out = Path(args.out or runs[0].path / "report.html")
     files.require_ours(out, is_report, "--out")
-    cli.check(files.kind(out.parent, "--out") == "folder", f"no folder '{out.parent}' for --out '{out}': make it first")
+    cli.check(
+        files.kind(out.parent, "--out") == "folder",
+        f"no folder '{out.parent}' for --out '{out}': make it first",
+    )
     files.require_folder(out.parent, "--out")
     breakeven = Path(args.breakeven or runs[0].path / "breakeven.json")
     table = read_breakeven(breakeven) if args.breakeven or os.path.exists(breakeven) else None

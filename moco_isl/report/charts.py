@@ -1,4 +1,6 @@
-"""Charts as inline SVG by matplotlib, coloured by the page's CSS variables, so that they follow its light and dark scheme."""
+"""Charts as inline SVG by matplotlib, coloured by the page's CSS variables, so that they follow its
+light and dark scheme.
+"""
 
 import io
 import math
@@ -12,7 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
 INCHES = (4.7, 3.0)
-BOX = (0.155, 0.14, 0.825, 0.84)  # of the axes: the same in all, so that charts side by side line up
+# of the axes: the same in all, so that charts side by side line up
+BOX = (0.155, 0.14, 0.825, 0.84)
 # Colours that no chart would use otherwise, each the stand-in of a CSS variable.
 NAMES = ("fg", "muted", "grid", "bad", "c1", "c2", "c3", "c4", "c5", "c6")
 STAND_IN = {name: f"#01{i:02x}fe" for i, name in enumerate(NAMES)}
@@ -62,7 +65,9 @@ class Chart:
     note: str = ""
 
     def inline(self, number: int) -> Markup:
-        """The SVG element, with ids that no other chart of the page has: `number` is this one's own."""
+        """The SVG element, with ids that no other chart of the page has: `number` is this one's
+        own.
+        """
         svg = re.sub(r'\bid="', f'id="f{number}-', self.svg)
         svg = re.sub(r"url\(#", f"url(#f{number}-", svg)
         return Markup(re.sub(r'xlink:href="#', f'href="#f{number}-', svg))
@@ -83,8 +88,8 @@ def line_chart(
 ) -> Chart | None:
     """A chart of lines, or None where there is nothing to draw.
 
-    marks: vertical lines at (x, refused). x_sizes: a logarithmic axis for set sizes of 1 to 100. percent: y holds shares, shown as
-    per cent.
+    marks: vertical lines at (x, refused). x_sizes: a logarithmic axis for set sizes of 1 to 100.
+    percent: y holds shares, shown as per cent.
     """
     lines = [line for line in lines if any(_finite(y) for y in line.y)]
     if not lines:
@@ -93,7 +98,13 @@ def line_chart(
         figure = Figure(figsize=INCHES)
         axes = figure.add_axes(BOX)
         for x, refused in marks:
-            axes.axvline(x, color=STAND_IN["bad" if refused else "muted"], linewidth=1, linestyle=(0, (1, 2)), zorder=1)
+            axes.axvline(
+                x,
+                color=STAND_IN["bad" if refused else "muted"],
+                linewidth=1,
+                linestyle=(0, (1, 2)),
+                zorder=1,
+            )
         for i, line in enumerate(lines):
             _draw(axes, line, 100 if percent else 1, zorder=3 - i / len(lines))  # the first on top
         axes.set_xlabel(x_label)
@@ -101,10 +112,19 @@ def line_chart(
         _scale(axes, x_sizes, whole_x, whole_y)
         svg = _to_svg(figure, title)
     legend = [
-        {"label": line.label, "colour": line.colour, "style": DASHES[line.style], "alpha": line.alpha} for line in lines if line.label
+        {
+            "label": line.label,
+            "colour": line.colour,
+            "style": DASHES[line.style],
+            "alpha": line.alpha,
+        }
+        for line in lines
+        if line.label
     ]
     if any(not refused for _, refused in marks):
-        legend.append({"label": "round of mining", "colour": "muted", "style": "dotted", "alpha": 1})
+        legend.append(
+            {"label": "round of mining", "colour": "muted", "style": "dotted", "alpha": 1}
+        )
     if any(refused for _, refused in marks):
         legend.append({"label": "refused round", "colour": "bad", "style": "dotted", "alpha": 1})
     return Chart(title, svg, legend, note)
@@ -115,7 +135,8 @@ def _finite(y) -> bool:
 
 
 def _draw(axes, line: Line, factor: float, zorder: float) -> None:
-    x, y = list(line.x), [factor * v if _finite(v) else math.nan for v in line.y]
+    x = list(line.x)
+    y = [factor * v if _finite(v) else math.nan for v in line.y]
     dots = line.dots if line.dots is not None else sum(map(_finite, line.y)) <= 20
     axes.plot(
         x,
@@ -158,7 +179,12 @@ def _scale(axes, x_sizes: bool, whole_x: bool, whole_y: bool) -> None:
 def _to_svg(figure: Figure, title: str) -> str:
     """The figure as an SVG element, sized by the box it stands in, its colours CSS variables."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    figure.savefig(
+        buffer,
+        format="svg",
+        transparent=True,
+        metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
+    )
     svg = re.sub(r"<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.S)
     svg = svg[svg.index("<svg") :]
     box = re.search(r'viewBox="[^"]*"', svg)[0]

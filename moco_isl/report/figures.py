@@ -1,7 +1,8 @@
 """The numbers behind the figures: functions of sets, similarities and labels.
 
-Letters: M images, E directed edges, A anchors, k neighbours, K classes. labels [M] int64, negative: none; pairs with such an image are left
-out of every precision. A precision over no pair at all is None.
+Letters: M images, E directed edges, A anchors, k neighbours, K classes. labels [M] int64, negative:
+none; pairs with such an image are left out of every precision. A precision over no pair at all is
+None.
 """
 
 from collections.abc import Sequence
@@ -16,8 +17,12 @@ SIZES = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100)  # positives an image, in t
 
 
 def agreement(labels: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """1 where images a and b (broadcast) have one label, 0 where two, NaN where either has none. float32."""
-    same, known = labels[a] == labels[b], (labels[a] >= 0) & (labels[b] >= 0)
+    """1 where images a and b (broadcast) have one label, 0 where two, NaN where either has none.
+
+    float32.
+    """
+    same = labels[a] == labels[b]
+    known = (labels[a] >= 0) & (labels[b] >= 0)
     return torch.where(known, same.float(), torch.nan)
 
 
@@ -28,24 +33,36 @@ def mean(correct: Tensor) -> float | None:
 
 
 def precision_of_first(correct: Tensor, sizes: Sequence[int] = SIZES) -> dict[int, float | None]:
-    """correct [A, k] in the order of a ranking of each anchor's own -> precision of the first `size` of every anchor."""
+    """correct [A, k] in the order of a ranking of each anchor's own -> precision of the first
+    `size` of every anchor.
+    """
     return {size: mean(correct[:, :size]) for size in sizes if size <= correct.shape[1]}
 
 
-def precision_of_best(value: Tensor, correct: Tensor, images: int, sizes: Sequence[float] = SIZES) -> dict[float, float | None]:
+def precision_of_best(
+    value: Tensor, correct: Tensor, images: int, sizes: Sequence[float] = SIZES
+) -> dict[float, float | None]:
     """value [E], correct [E] of pairs ranked all together -> precision of the size * images best.
 
     Sizes beyond E (by half a per cent) are left out.
     """
     order = value.flatten().sort(descending=True, stable=True).indices
     correct = correct.flatten()[order]
-    E, hits, known = len(correct), correct.nan_to_num(0).double().cumsum(0), (~correct.isnan()).cumsum(0)
-    last = {size: min(max(1, round(size * images)), E) - 1 for size in sizes if size * images <= 1.005 * E}
+    E = len(correct)
+    hits = correct.nan_to_num(0).double().cumsum(0)
+    known = (~correct.isnan()).cumsum(0)
+    last = {
+        size: min(max(1, round(size * images)), E) - 1
+        for size in sizes
+        if size * images <= 1.005 * E
+    }
     return {size: float(hits[i] / known[i]) if known[i] else None for size, i in last.items()}
 
 
 def unseen(near_cosine: Tensor, M: int, size: float) -> float:
-    """Share of anchors of which more pairs may belong to the size * A best of near_cosine [A, k] than the k that are known."""
+    """Share of anchors of which more pairs may belong to the size * A best of near_cosine [A, k]
+    than the k that are known.
+    """
     A, k = near_cosine.shape
     if k >= M - 1:
         return 0.0
@@ -54,16 +71,27 @@ def unseen(near_cosine: Tensor, M: int, size: float) -> float:
 
 
 def precision_by(value: Tensor, correct: Tensor, bins: int = 12) -> list[tuple[float, float, int]]:
-    """Groups of equal count by rising value: (mean value, precision, count) each. value [n]; correct [n]; NaNs left out."""
+    """Groups of equal count by rising value: (mean value, precision, count) each.
+
+    value [n]; correct [n]; NaNs left out.
+    """
     known = ~correct.isnan() & value.isfinite()
     value, order = value[known].sort(stable=True)
     correct = correct[known][order]
-    pieces = zip(value.tensor_split(min(bins, max(len(value), 1))), correct.tensor_split(min(bins, max(len(value), 1))))
-    return [(float(v.double().mean()), float(c.double().mean()), len(v)) for v, c in pieces if len(v)]
+    pieces = zip(
+        value.tensor_split(min(bins, max(len(value), 1))),
+        correct.tensor_split(min(bins, max(len(value), 1))),
+    )
+    return [
+        (float(v.double().mean()), float(c.double().mean()), len(v)) for v, c in pieces if len(v)
+    ]
 
 
 def share_with_at_least(sizes: Tensor) -> list[float]:
-    """sizes [M] of sets -> share of images with at least 0, 1, 2, ... positives, up to the largest set."""
+    """sizes [M] of sets -> share of images with at least 0, 1, 2, ...
+
+    positives, up to the largest set.
+    """
     count = torch.bincount(sizes)
     return (count.flip(0).cumsum(0).flip(0).double() / max(len(sizes), 1)).tolist()
 
@@ -77,14 +105,18 @@ def hubs(sets: PositiveSets, n: int = 8) -> list[tuple[int, int]]:
 
 
 def confusion(sets: PositiveSets, labels: Tensor, K: int) -> Tensor:
-    """[K, K] int64: how many wrong edges go from an image of one class (row) to one of another (column)."""
+    """[K, K] int64: how many wrong edges go from an image of one class (row) to one of another
+    (column).
+    """
     a, b = labels[sets.sources()], labels[sets.members.long()]
     wrong = (a != b) & (a >= 0) & (b >= 0)
     return torch.bincount(a[wrong] * K + b[wrong], minlength=K * K).view(K, K)
 
 
 def worst_pairs(counts: Tensor, n: int = 10) -> list[tuple[int, int, int]]:
-    """counts [K, K] of wrong edges -> (class, class, edges of either direction) of the n most confused pairs of classes."""
+    """counts [K, K] of wrong edges -> (class, class, edges of either direction) of the n most
+    confused pairs of classes.
+    """
     both = (counts + counts.T).triu(1)
     value, at = both.flatten().sort(descending=True, stable=True)
     K = len(counts)

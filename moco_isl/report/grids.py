@@ -1,4 +1,5 @@
-"""Grids of images: the same anchors with their positives over the rounds, side by side for several runs (the paper's Figure 5).
+"""Grids of images: the same anchors with their positives over the rounds, side by side for several
+runs (the paper's Figure 5).
 
 Letters: M images, E directed edges.
 """
@@ -17,7 +18,9 @@ from moco_isl.report.runs import Record, Run
 
 Tensor = torch.Tensor
 
-ANCHORS, SHOWN = 6, 8  # anchors of a grid, positives of an anchor
+# anchors of a grid, positives of an anchor
+ANCHORS = 6
+SHOWN = 8
 PHOTO = 96  # side of a thumbnail of a photo
 
 
@@ -33,7 +36,9 @@ class Cell:
 
 @dataclass
 class Row:
-    """Positives of an anchor after a round, or (round None) its nearest images; size: of the whole set."""
+    """Positives of an anchor after a round, or (round None) its nearest images; size: of the whole
+    set.
+    """
 
     round: int | None
     cells: list[Cell]
@@ -51,7 +56,10 @@ class Grid:
 
 
 class Album:
-    """Images of a data set as data URIs, each made once. labels: those to show and to judge by, or None."""
+    """Images of a data set as data URIs, each made once.
+
+    labels: those to show and to judge by, or None.
+    """
 
     def __init__(self, dataset, labels: Tensor | None):
         self.dataset, self.labels = dataset, labels
@@ -73,7 +81,9 @@ class Album:
 
 
 def data_uri(dataset, i: int) -> str:
-    """Image i: as it is (PNG) up to 64 pixels, otherwise its middle square as a thumbnail (JPEG); a grey square if it cannot be read."""
+    """Image i: as it is (PNG) up to 64 pixels, otherwise its middle square as a thumbnail (JPEG); a
+    grey square if it cannot be read.
+    """
     try:
         image = dataset.image(i)
     except Exception:  # PIL answers a broken file with almost any exception
@@ -85,13 +95,20 @@ def data_uri(dataset, i: int) -> str:
         image.save(buffer, "PNG", optimize=True)
     else:
         side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        image.resize((PHOTO, PHOTO), Image.Resampling.LANCZOS, (left, top, left + side, top + side)).save(buffer, "JPEG", quality=80)
-    return f"data:image/{'png' if small else 'jpeg'};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+        left = (image.width - side) // 2
+        top = (image.height - side) // 2
+        image.resize(
+            (PHOTO, PHOTO), Image.Resampling.LANCZOS, (left, top, left + side, top + side)
+        ).save(buffer, "JPEG", quality=80)
+    kind = "png" if small else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def choose(record: Record, labels: Tensor | None, n: int = ANCHORS) -> dict[str, list[int]]:
-    """Anchors of each grid by this round's sets: random, surest, least, and with labels mistakes. A grid without any is left out."""
+    """Anchors of each grid by this round's sets: random, surest, least, and with labels mistakes.
+
+    A grid without any is left out.
+    """
     sets = record.sets
     src, dst = sets.sources(), sets.members.long()
     with_any = record.anchors[sets.sizes()[record.anchors] > 0]
@@ -108,7 +125,9 @@ def choose(record: Record, labels: Tensor | None, n: int = ANCHORS) -> dict[str,
 
 
 def _walk(src: Tensor, dst: Tensor, value: Tensor, n: int) -> list[int]:
-    """The first n sources by falling value, none that stood in an earlier pair: a pair and its way back show the same."""
+    """The first n sources by falling value, none that stood in an earlier pair: a pair and its way
+    back show the same.
+    """
     best = value.sort(descending=True, stable=True).indices[:2000]
     chosen, seen = [], set()
     for a, b in zip(src[best].tolist(), dst[best].tolist()):
@@ -130,10 +149,16 @@ def build_grids(runs: Sequence[Run], album: Album, rounds_shown: int = 4) -> lis
     ]
     chosen = choose(first[-1].load(), album.labels)
     names = [run.name for run in runs]
-    grids = {kind: Grid(*TITLES[kind], names, [(album.cell(i), []) for i in anchors]) for kind, anchors in chosen.items()}
+    grids = {
+        kind: Grid(*TITLES[kind], names, [(album.cell(i), []) for i in anchors])
+        for kind, anchors in chosen.items()
+    }
     for run in runs:
         rows = {kind: [[] for _ in anchors] for kind, anchors in chosen.items()}
-        shown = pick([round_ for round_ in run.rounds if round_.path.exists()], rounds_shown if len(runs) == 1 else rounds_shown - 1)
+        shown = pick(
+            [round_ for round_ in run.rounds if round_.path.exists()],
+            rounds_shown if len(runs) == 1 else rounds_shown - 1,
+        )
         for round_ in shown:
             record = round_.load()
             for kind, anchors in chosen.items():
@@ -148,10 +173,25 @@ def build_grids(runs: Sequence[Run], album: Album, rounds_shown: int = 4) -> lis
 
 
 TITLES = {
-    "random": ("Random images", "Drawn among the images that have positives; the surest positives first."),
-    "surest": ("The surest pairs", "The images of the pairs that the miner was surest of in its last round; the surest positives first."),
-    "least": ("The least sure pairs", "The images of the pairs that only just got in; the least sure positives first."),
-    "mistakes": ("The worst mistakes", "The images of the wrong pairs that the miner was surest of; wrong positives first."),
+    "random": (
+        "Random images",
+        "Drawn among the images that have positives; the surest positives first.",
+    ),
+    "surest": (
+        "The surest pairs",
+        (
+            "The images of the pairs that the miner was surest of in its last round; the surest"
+            " positives first."
+        ),
+    ),
+    "least": (
+        "The least sure pairs",
+        "The images of the pairs that only just got in; the least sure positives first.",
+    ),
+    "mistakes": (
+        "The worst mistakes",
+        "The images of the wrong pairs that the miner was surest of; wrong positives first.",
+    ),
 }
 
 
@@ -169,7 +209,8 @@ def positives_row(record: Record, anchor: int, number: int, kind: str, album: Al
     if kind == "least":
         edges = edges[::-1]
     if kind == "mistakes":
-        edges.sort(key=lambda e: int(album.labels[members[e]]) == int(album.labels[anchor]))  # stable: the surest first in either half
+        # stable: the surest first in either half
+        edges.sort(key=lambda e: int(album.labels[members[e]]) == int(album.labels[anchor]))
     text = lambda e: f"cosine {record.cosine[e]:.2f}, sureness {record.sets.sureness[e]:.2f}"
     return Row(number, [album.cell(int(members[e]), anchor, text(e)) for e in edges[:SHOWN]], size)
 
@@ -180,4 +221,6 @@ def nearest_row(record: Record, anchor: int, album: Album) -> Row | None:
     if at == len(record.anchors) or int(record.anchors[at]) != anchor:
         return None
     near, cosine = (x[at, :SHOWN].tolist() for x in record.nearest)
-    return Row(None, [album.cell(i, anchor, f"cosine {c:.2f}") for i, c in zip(near, cosine)], len(near))
+    return Row(
+        None, [album.cell(i, anchor, f"cosine {c:.2f}") for i, c in zip(near, cosine)], len(near)
+    )

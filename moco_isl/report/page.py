@@ -1,4 +1,6 @@
-"""The page itself: what each part of the template is handed, and the file, written whole or not at all."""
+"""The page itself: what each part of the template is handed, and the file, written whole or not at
+all.
+"""
 
 import itertools
 import re
@@ -24,7 +26,10 @@ MOST_CLASSES = 16  # of a confusion table; above, only its worst pairs are shown
 
 @dataclass
 class Confusion:
-    """Wrong pairs of a round by class. table: (class, [(share of the largest count, count)]), empty where there are too many classes."""
+    """Wrong pairs of a round by class.
+
+    table: (class, [(share of the largest count, count)]), empty where there are too many classes.
+    """
 
     wrong: int
     edges: int
@@ -48,12 +53,19 @@ class Part:
     confusion: Confusion | None
 
 
-def write_report(runs: Sequence[Run], out: Path, labels: bool = False, root: str | None = None, breakeven: dict | None = None) -> None:
+def write_report(
+    runs: Sequence[Run],
+    out: Path,
+    labels: bool = False,
+    root: str | None = None,
+    breakeven: dict | None = None,
+) -> None:
     """Write the page about these runs to `out`.
 
-    labels: look up the labels of the data sets, for precision; they are never stored. root: where the images lie now, if they moved.
-    breakeven: see `verdict.read_breakeven`. Raises BadInput where images with --labels are gone and where `out` is there and is no such
-    page, RunFailed where it cannot be written.
+    labels: look up the labels of the data sets, for precision; they are never stored. root: where
+    the images lie now, if they moved.
+    breakeven: see `verdict.read_breakeven`. Raises BadInput where images with --labels are gone and
+    where `out` is there and is no such page, RunFailed where it cannot be written.
     """
     albums = _albums(runs, labels, root)
     parts, measured = [], []
@@ -91,7 +103,7 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    number = lambda pattern: lambda x, *a: "–" if x is None or x != x else pattern(x, *a)  # noqa: E731
+    number = lambda pattern: lambda x, *a: "–" if x is None or x != x else pattern(x, *a)
     environment.filters |= {
         "percent": number(lambda x, digits=1: f"{100 * x:.{digits}f}"),
         "decimal": number(lambda x, digits=2: f"{x:.{digits}f}"),
@@ -102,7 +114,9 @@ def _environment() -> jinja2.Environment:
 
 
 def _albums(runs: Sequence[Run], labels: bool, root: str | None) -> dict[tuple, Album]:
-    """By `Run.images`, the images of every data set that can be had; without labels those that are gone cost no more than the grids."""
+    """By `Run.images`, the images of every data set that can be had; without labels those that are
+    gone cost no more than the grids.
+    """
     albums = {}
     for run in runs:
         if not (labels or run.rounds):
@@ -111,7 +125,10 @@ def _albums(runs: Sequence[Run], labels: bool, root: str | None) -> dict[tuple, 
         if run.images in albums:
             others = len(albums[run.images].dataset)
             if M not in (None, others):
-                raise BadInput(f"run '{files.shown(run.path)}' mined {M} images, and another run of the same data {others}: give runs of the same images")
+                raise BadInput(
+                    f"run '{files.shown(run.path)}' mined {M} images, and another run of the same"
+                    f" data {others}: give runs of the same images"
+                )
             continue
         try:
             dataset = run.dataset(root, M)
@@ -132,7 +149,9 @@ def _rounds(run: Run, album: Album | None) -> list[sections.Mined]:
     return [m for round_ in run.rounds if (m := sections.mined(round_, labels, K))]
 
 
-def _part(run: Run, colour: str, rounds: list[sections.Mined], album: Album | None, breakeven: dict | None) -> Part:
+def _part(
+    run: Run, colour: str, rounds: list[sections.Mined], album: Album | None, breakeven: dict | None
+) -> Part:
     hubs = [(album.cell(i), degree) for i, degree in rounds[-1].hubs] if album and rounds else []
     judged = bool(rounds) and bool(rounds[-1].curves)
     return Part(
@@ -165,7 +184,11 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ("started from", flags.get("init")),
         ("speed", f"{statistics.median(speed):,.0f} images a second" if speed else None),
         ("on", run.facts.get("device")),
-        ("version", (run.facts.get("version") or "") + (f", {run.facts['git'][:10]}" if run.facts.get("git") else "")),
+        (
+            "version",
+            (run.facts.get("version") or "")
+            + (f", {run.facts['git'][:10]}" if run.facts.get("git") else ""),
+        ),
     ]
     return [(name, str(value)) for name, value in facts if value not in (None, "")]
 
@@ -174,12 +197,20 @@ def _row(run: Run) -> dict:
     """A line of the comparison."""
     knn = [line["knn"] for line in run.epochs if "knn" in line]
     last = run.rounds[-1].report if run.rounds else {}
-    gap = lambda rule: None if None in (last.get("precision"), last.get(rule)) else last["precision"] - last[rule]  # noqa: E731
+    gap = lambda rule: (
+        None if None in (last.get("precision"), last.get(rule)) else last["precision"] - last[rule]
+    )
     return {
-        "miner": f"{run.flags.get('miner')} ({LABELS_USED})" if run.flags.get("research_labels") else run.flags.get("miner"),
+        "miner": (
+            f"{run.flags.get('miner')} ({LABELS_USED})"
+            if run.flags.get("research_labels")
+            else run.flags.get("miner")
+        ),
         "loss": run.flags.get("isl_loss") if run.rounds else None,
         "epochs": run.epochs[-1]["epoch"] + 1 if run.epochs else 0,
-        "rounds": f"{sum(r.accepted for r in run.rounds)} of {len(run.rounds)}" if run.rounds else "–",
+        "rounds": (
+            f"{sum(r.accepted for r in run.rounds)} of {len(run.rounds)}" if run.rounds else "–"
+        ),
         "size": last.get("mean_size"),
         "coverage": last.get("coverage"),
         "hub": last.get("worst_in_degree"),
@@ -197,7 +228,11 @@ def _confusion(m: sections.Mined, album: Album) -> Confusion:
     names = list(album.dataset.classes or map(str, range(K)))
     wrong = int(counts.sum())
     shares = (counts.double() / counts.max().clamp(min=1)).tolist()
-    table = [(names[i], list(zip(shares[i], counts[i].tolist()))) for i in range(K)] if K <= MOST_CLASSES and wrong else []
+    table = (
+        [(names[i], list(zip(shares[i], counts[i].tolist()))) for i in range(K)]
+        if K <= MOST_CLASSES and wrong
+        else []
+    )
     worst = [(names[a], names[b], n, n / wrong) for a, b, n in figures.worst_pairs(counts)]
     return Confusion(wrong, m.round.report.get("edges", 0), names[:K], table, worst)
 
@@ -213,7 +248,12 @@ def _grids(runs: Sequence[Run], albums: dict[tuple, Album]) -> list[Grid]:
 def is_report(path: Path) -> bool:
     """Whether a file is a page that `write_report` wrote, this version's or an earlier one's."""
     with open(path, "rb") as file:
-        return bool(re.search(r'<meta name="generator" content="moco_isl|· moco_isl</title>'.encode(), file.read(1 << 16)))
+        return bool(
+            re.search(
+                r'<meta name="generator" content="moco_isl|· moco_isl</title>'.encode(),
+                file.read(1 << 16),
+            )
+        )
 
 
 def _write(out: Path, text: str) -> None:
@@ -221,4 +261,6 @@ def _write(out: Path, text: str) -> None:
     try:
         files.write_text(text, out)
     except OSError as error:
-        raise RunFailed(f"cannot write {out}: {error.strerror}; give another file with --out") from error
+        raise RunFailed(
+            f"cannot write {out}: {error.strerror}; give another file with --out"
+        ) from error

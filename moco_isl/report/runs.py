@@ -1,4 +1,5 @@
-"""A run folder read back: its flags, its metrics, its rounds of mining, the images it was trained on.
+"""A run folder read back: its flags, its metrics, its rounds of mining, the images it was trained
+on.
 
 Letters: M images, E directed edges of the sets, A anchors looked at, k neighbours.
 """
@@ -29,7 +30,8 @@ class Record:
         members = content["members"]
         self.sets = PositiveSets.from_state({**content, "weights": torch.ones(len(members))})
         self.cosine = content["cosine"].float()  # [E] similarity of an edge's ends
-        self.ranked = content["ranked"].long() if "ranked" in content else None  # [A, k] the miner's own ranking of `anchors`
+        # [A, k] the miner's own ranking of `anchors`
+        self.ranked = content["ranked"].long() if "ranked" in content else None
         self.score = content["score"].float() if "score" in content else None  # [A]
         self._content = content
 
@@ -40,7 +42,11 @@ class Record:
     @cached_property
     def anchors(self) -> Tensor:
         """[A] the images whose neighbours are known."""
-        return self._content["anchors"].long() if "anchors" in self._content else sample_anchors(self.M)
+        return (
+            self._content["anchors"].long()
+            if "anchors" in self._content
+            else sample_anchors(self.M)
+        )
 
     @cached_property
     def nearest(self) -> tuple[Tensor, Tensor]:
@@ -83,7 +89,11 @@ class Round:
 
 @dataclass
 class Run:
-    """A run folder. flags: the resolved flags of args.json; facts: the rest of it; steps, epochs: lines of metrics.jsonl."""
+    """A run folder.
+
+    flags: the resolved flags of args.json; facts: the rest of it; steps, epochs: lines of
+    metrics.jsonl.
+    """
 
     path: Path
     name: str
@@ -98,11 +108,20 @@ class Run:
         """What tells whether two runs counted their images alike."""
         root = self.flags.get("data")
         held_out = self.flags.get("knn_holdout") or 0
-        return (self.flags.get("dataset"), root and os.path.realpath(root), held_out, self.flags.get("seed") if held_out else None)
+        return (
+            self.flags.get("dataset"),
+            root and os.path.realpath(root),
+            held_out,
+            self.flags.get("seed") if held_out else None,
+        )
 
     def num_images(self) -> int | None:
-        """M, as the last round that left a record says; the others must say the same when they are loaded."""
-        record = next((round_.load() for round_ in reversed(self.rounds) if files.kind(round_.path)), None)
+        """M, as the last round that left a record says; the others must say the same when they are
+        loaded.
+        """
+        record = next(
+            (round_.load() for round_ in reversed(self.rounds) if files.kind(round_.path)), None
+        )
         for round_ in self.rounds:
             round_.M = record.M if record else None
         return record.M if record else None
@@ -110,20 +129,27 @@ class Run:
     def dataset(self, root: str | None = None, M: int | None = None):
         """The images it was trained on, in the order that its sets count.
 
-        root: where they lie, if not where they lay; M: how many there are. Raises BadInput where they are gone, or not those.
+        root: where they lie, if not where they lay; M: how many there are. Raises BadInput where
+        they are gone, or not those.
         """
         flags = self.flags
         root = root or flags.get("data")
         try:
-            dataset = data.build_dataset(flags["dataset"], root if flags["dataset"] != "digits" else None, "train")
+            dataset = data.build_dataset(
+                flags["dataset"], root if flags["dataset"] != "digits" else None, "train"
+            )
         except BadInput as error:
-            raise BadInput(f"the images of run '{self.path}' cannot be read: {error}. Say where they lie now with --data DIR") from error
+            raise BadInput(
+                f"the images of run '{self.path}' cannot be read: {error}. Say where they lie now"
+                " with --data DIR"
+            ) from error
         if flags.get("knn_holdout"):
             dataset, _ = data.holdout(dataset, flags["knn_holdout"], flags["seed"])
         if M is not None and len(dataset) != M:
             raise BadInput(
-                f"run '{self.path}' mined {M} images, but {root or flags['dataset']} holds {len(dataset)}: expected the images it was "
-                "trained on; say where they lie with --data DIR"
+                f"run '{self.path}' mined {M} images, but {root or flags['dataset']} holds"
+                f" {len(dataset)}: expected the images it was trained on; say where they lie with"
+                " --data DIR"
             )
         return dataset
 
@@ -137,7 +163,9 @@ def read_runs(paths: Sequence[str | Path]) -> list[Run]:
 
 
 def read_run(path: Path, name: str) -> Run:
-    expected = "expected the --out folder of a run of main_moco_isl.py, with args.json and metrics.jsonl"
+    expected = (
+        "expected the --out folder of a run of main_moco_isl.py, with args.json and metrics.jsonl"
+    )
     if files.kind(path, "RUN") != "folder":
         raise BadInput(f"no such run: '{path}'; {expected}")
     for file in ("metrics.jsonl", "args.json"):
@@ -146,11 +174,17 @@ def read_run(path: Path, name: str) -> Run:
         files.require_file(path / file)
     parser = get_parser("")
     optional = {action.dest for action in parser._actions} - {"dataset"}
-    facts, lines = read_facts(path, flags_shape(parser, optional)), read_metrics(path)
+    facts = read_facts(path, flags_shape(parser, optional))
+    lines = read_metrics(path)
     if not lines or "args" not in facts:
-        raise BadInput(f"{files.named('', path)} holds a run that has logged nothing yet: let it run for --print-freq steps at least")
+        raise BadInput(
+            f"{files.named('', path)} holds a run that has logged nothing yet: let it run for"
+            " --print-freq steps at least"
+        )
     of_kind = lambda kind: [line for line in lines if line["kind"] == kind]
-    rounds = [Round(line, path / "rounds" / f"round_{line['round']:04d}.pt") for line in of_kind("round")]
+    rounds = [
+        Round(line, path / "rounds" / f"round_{line['round']:04d}.pt") for line in of_kind("round")
+    ]
     return Run(path, name, facts.pop("args"), facts, of_kind("step"), of_kind("epoch"), rounds)
 
 

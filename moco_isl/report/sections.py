@@ -1,4 +1,5 @@
-"""What the page shows of runs: their training, their rounds of mining, and how right the mined pairs are.
+"""What the page shows of runs: their training, their rounds of mining, and how right the mined
+pairs are.
 
 Letters: M images, A anchors, K classes.
 """
@@ -19,8 +20,24 @@ from moco_isl.report.verdict import estimates
 Tensor = torch.Tensor
 
 COLOURS = ("c1", "c2", "c3", "c4", "c5", "c6")
-PART_NAMES = {"loss": "whole loss", "isl": "positives against negatives", "hpe": "hard positives, before their weight"}
-NO_PARTS = {"kind", "epoch", "total", "step", "acc1", "knn", "lr", "time", "data_time", "images_per_s", "memory_gib"}
+PART_NAMES = {
+    "loss": "whole loss",
+    "isl": "positives against negatives",
+    "hpe": "hard positives, before their weight",
+}
+NO_PARTS = {
+    "kind",
+    "epoch",
+    "total",
+    "step",
+    "acc1",
+    "knn",
+    "lr",
+    "time",
+    "data_time",
+    "images_per_s",
+    "memory_gib",
+}
 RULES = {
     "mined": "mined, the surest first",
     "ranked": "the proxies' own ranking",
@@ -38,7 +55,9 @@ def marks(run: Run) -> list[tuple[float, bool]]:
 
 
 def values(run: Run, name: str) -> tuple[list[float], list[float | None]]:
-    """Epochs done and the value of `name` there: one point an epoch, or, before a second epoch has ended, one a logged interval."""
+    """Epochs done and the value of `name` there: one point an epoch, or, before a second epoch has
+    ended, one a logged interval.
+    """
     lines = [line for line in run.epochs if name in line]
     if len(lines) >= 2 or name == "knn":
         return [line["epoch"] + 1 for line in lines], [line[name] for line in lines]
@@ -59,8 +78,15 @@ def learning_rates(run: Run) -> tuple[list[float], list[float]]:
 def training_charts(run: Run) -> list[Chart]:
     parts = [name for name in (run.epochs or run.steps or [{}])[-1] if name not in NO_PARTS]
     drawn = {name: values(run, name) for name in parts}
-    drawn = {name: (x, y) for name, (x, y) in drawn.items() if name == "loss" or (any(y) and y != drawn["loss"][1])}
-    loss = [Line(*xy, PART_NAMES.get(name, name), colour) for (name, xy), colour in zip(drawn.items(), COLOURS)]
+    drawn = {
+        name: (x, y)
+        for name, (x, y) in drawn.items()
+        if name == "loss" or (any(y) and y != drawn["loss"][1])
+    }
+    loss = [
+        Line(*xy, PART_NAMES.get(name, name), colour)
+        for (name, xy), colour in zip(drawn.items(), COLOURS)
+    ]
     found = [
         line_chart("Loss", loss, "epochs", "mean of an epoch", marks=marks(run)),
         line_chart(
@@ -71,14 +97,24 @@ def training_charts(run: Run) -> list[Chart]:
             marks=marks(run),
             note="On the query encoder's features; logged by --knn-every.",
         ),
-        line_chart("Learning rate", [Line(*learning_rates(run), dots=False, steps="post")], "epochs", "learning rate", marks=marks(run)),
+        line_chart(
+            "Learning rate",
+            [Line(*learning_rates(run), dots=False, steps="post")],
+            "epochs",
+            "learning rate",
+            marks=marks(run),
+        ),
     ]
     return [chart for chart in found if chart]
 
 
 def compared_training(runs: Sequence[Run]) -> list[Chart]:
-    lines = lambda of: [Line(*of(run), run.name, colour) for run, colour in zip(runs, itertools.cycle(COLOURS))]  # noqa: E731
-    by_round = lambda name: lines(lambda run: ([r.epoch for r in run.rounds], [r.report.get(name) for r in run.rounds]))  # noqa: E731
+    lines = lambda of: [
+        Line(*of(run), run.name, colour) for run, colour in zip(runs, itertools.cycle(COLOURS))
+    ]
+    by_round = lambda name: lines(
+        lambda run: ([r.epoch for r in run.rounds], [r.report.get(name) for r in run.rounds])
+    )
     found = [
         line_chart("Weighted kNN", lines(lambda run: values(run, "knn")), "epochs", "accuracy, %"),
         line_chart(
@@ -88,9 +124,19 @@ def compared_training(runs: Sequence[Run]) -> list[Chart]:
             "whole loss",
             note="Losses of different forms do not compare in height.",
         ),
-        line_chart("Images with any positive", by_round("coverage"), "epochs", "images, %", percent=True),
-        line_chart("Worst hub", by_round("worst_in_degree"), "epochs", "sets that one image is in, at most", whole_y=True),
-        line_chart("Precision of the sets", by_round("precision"), "epochs", "right pairs, %", percent=True),
+        line_chart(
+            "Images with any positive", by_round("coverage"), "epochs", "images, %", percent=True
+        ),
+        line_chart(
+            "Worst hub",
+            by_round("worst_in_degree"),
+            "epochs",
+            "sets that one image is in, at most",
+            whole_y=True,
+        ),
+        line_chart(
+            "Precision of the sets", by_round("precision"), "epochs", "right pairs, %", percent=True
+        ),
     ]
     return [chart for chart in found if chart]
 
@@ -102,7 +148,8 @@ def compared_training(runs: Sequence[Run]) -> list[Chart]:
 class Mined:
     """Numbers of a round with a record.
 
-    curves: rule of RULES -> {positives an image: precision}; empty without labels, as by_cosine and by_score are.
+    curves: rule of RULES -> {positives an image: precision}; empty without labels, as by_cosine and
+    by_score are.
     """
 
     round: Round
@@ -114,7 +161,9 @@ class Mined:
     by_cosine: dict[str, list[tuple[float, float, int]]]
     by_score: list[tuple[float, float, int]]
     confusion: Tensor | None
-    unseen: float  # share of anchors whose known neighbours do not reach as far as all pairs ranked at 100 positives do
+    # share of anchors whose known neighbours do not reach as far as all pairs ranked at 100
+    # positives do
+    unseen: float
     sampled: bool  # whether the anchors are a sample
 
 
@@ -123,7 +172,11 @@ def mined(round_: Round, labels: Tensor | None, K: int = 0) -> Mined | None:
     if record is None:
         return None
     sets = record.sets
-    curves, by_cosine, by_score, counts, unseen = {}, {}, [], None, 0.0
+    curves = {}
+    by_cosine = {}
+    by_score = []
+    counts = None
+    unseen = 0.0
     if labels is not None:
         curves, by_cosine, by_score, unseen = judge(record, labels)
         counts = figures.confusion(sets, labels, K)
@@ -149,7 +202,11 @@ def judge(record: Record, labels: Tensor) -> tuple[dict, dict, list, float]:
     around = figures.agreement(labels, anchors[:, None], near)  # [A, k]
     sizes = sorted({*(s for s in SIZES if s <= 1.005 * sets.mean_size), sets.mean_size})
     curves = {
-        "mined": figures.precision_of_best(sets.sureness, edges, record.M, sizes) if sets.num_edges else {},
+        "mined": (
+            figures.precision_of_best(sets.sureness, edges, record.M, sizes)
+            if sets.num_edges
+            else {}
+        ),
         "own": figures.precision_of_first(around),
         "pairs": figures.precision_of_best(cosine, around, len(anchors)),
     }
@@ -169,7 +226,10 @@ def mining_charts(run: Run, rounds: Sequence[Mined]) -> list[Chart]:
     found = [
         line_chart(
             "Size of the sets",
-            [_shaded(i, rounds, list(range(len(m.at_least))), m.at_least, steps="mid") for i, m in enumerate(rounds)],
+            [
+                _shaded(i, rounds, list(range(len(m.at_least))), m.at_least, steps="mid")
+                for i, m in enumerate(rounds)
+            ],
             "positives, at least",
             "images, %",
             percent=True,
@@ -183,25 +243,51 @@ def mining_charts(run: Run, rounds: Sequence[Mined]) -> list[Chart]:
             marks=marks(run),
             percent=True,
         ),
-        line_chart(
-            "Right pairs, by the estimate without labels",
-            [
-                Line([r.epoch for r in run.rounds], [estimates(r.report)[0] for r in run.rounds], "by two views"),
-                Line([r.epoch for r in run.rounds], [estimates(r.report)[1] for r in run.rounds], "at most", "c2"),
-                Line([r.epoch for r in run.rounds], [r.report.get("precision") for r in run.rounds], "by labels", "c3", "--"),
-            ],
-            "epochs",
-            "right pairs, %",
-            marks=marks(run),
-            percent=True,
-            note="By two views (--isl-views): 1 to 4 points off on encoders by MoCo, 7 and 8 too low on two others. At most, by the features alone: within 3 points "
-            "where it was fitted, 9 to 76 too high elsewhere.",
-        )
-        if any(estimates(r.report) != (None, None) for r in run.rounds)
-        else None,
+        (
+            line_chart(
+                "Right pairs, by the estimate without labels",
+                [
+                    Line(
+                        [r.epoch for r in run.rounds],
+                        [estimates(r.report)[0] for r in run.rounds],
+                        "by two views",
+                    ),
+                    Line(
+                        [r.epoch for r in run.rounds],
+                        [estimates(r.report)[1] for r in run.rounds],
+                        "at most",
+                        "c2",
+                    ),
+                    Line(
+                        [r.epoch for r in run.rounds],
+                        [r.report.get("precision") for r in run.rounds],
+                        "by labels",
+                        "c3",
+                        "--",
+                    ),
+                ],
+                "epochs",
+                "right pairs, %",
+                marks=marks(run),
+                percent=True,
+                note=(
+                    "By two views (--isl-views): 1 to 4 points off on encoders by MoCo, 7 and 8 too"
+                    " low on two others. At most, by the features alone: within 3 points where it"
+                    " was fitted, 9 to 76 too high elsewhere."
+                ),
+            )
+            if any(estimates(r.report) != (None, None) for r in run.rounds)
+            else None
+        ),
         line_chart(
             "Worst hub",
-            [Line([r.epoch for r in run.rounds], [r.report.get("worst_in_degree") for r in run.rounds], colour="c2")],
+            [
+                Line(
+                    [r.epoch for r in run.rounds],
+                    [r.report.get("worst_in_degree") for r in run.rounds],
+                    colour="c2",
+                )
+            ],
             "epochs",
             "sets that one image is in, at most",
             marks=marks(run),
@@ -214,14 +300,26 @@ def mining_charts(run: Run, rounds: Sequence[Mined]) -> list[Chart]:
 
 
 def _shaded(i: int, rounds: Sequence[Mined], x: list, y: list, **options) -> Line:
-    """A line of the i-th of several rounds: the later, the stronger; the first and the last named."""
+    """A line of the i-th of several rounds: the later, the stronger; the first and the last
+    named.
+    """
     label = f"round {rounds[i].round.number}" if i in (0, len(rounds) - 1) else ""
-    return Line(x, y, label, "c1", alpha=1.0 if len(rounds) == 1 else 0.4 + 0.6 * i / (len(rounds) - 1), dots=False, **options)
+    return Line(
+        x,
+        y,
+        label,
+        "c1",
+        alpha=1.0 if len(rounds) == 1 else 0.4 + 0.6 * i / (len(rounds) - 1),
+        dots=False,
+        **options,
+    )
 
 
 def gan_charts(run: Run) -> list[Chart | None]:
     """Losses, proxies and hubs along the GAN's iterations, the rounds one behind the other."""
-    figures_of, x, starts = {}, [], []
+    figures_of = {}
+    x = []
+    starts = []
     for round_ in run.rounds:
         history = round_.report.get("history")
         if not history or not history["iteration"]:
@@ -229,11 +327,21 @@ def gan_charts(run: Run) -> list[Chart | None]:
         start = x[-1] if x else 0
         starts.append((start, not round_.accepted))
         x += [start + i for i in history["iteration"]]
-        for name in ("loss_D", "loss_G", "cos_anchor", "cos_positive", "cos_negative", "distinct", "hub"):
-            figures_of.setdefault(name, []).extend(history.get(name, [None] * len(history["iteration"])))
+        for name in (
+            "loss_D",
+            "loss_G",
+            "cos_anchor",
+            "cos_positive",
+            "cos_negative",
+            "distinct",
+            "hub",
+        ):
+            figures_of.setdefault(name, []).extend(
+                history.get(name, [None] * len(history["iteration"]))
+            )
     if not x:
         return []
-    line = lambda name, label, colour: Line(x, figures_of[name], label, colour, dots=False)  # noqa: E731
+    line = lambda name, label, colour: Line(x, figures_of[name], label, colour, dots=False)
     return [
         line_chart(
             "GAN losses",
@@ -252,11 +360,17 @@ def gan_charts(run: Run) -> list[Chart | None]:
             "iterations, round after round",
             "mean cosine",
             marks=starts,
-            note="Near 0: nothing learned yet. Near 1 to the anchor: mining is plain nearest neighbours.",
+            note=(
+                "Near 0: nothing learned yet. Near 1 to the anchor: mining is plain nearest"
+                " neighbours."
+            ),
         ),
         line_chart(
             "Are the proxies spread?",
-            [line("distinct", "nearest images that differ", "c1"), line("hub", "proxies near one image, at most", "c2")],
+            [
+                line("distinct", "nearest images that differ", "c1"),
+                line("hub", "proxies near one image, at most", "c2"),
+            ],
             "iterations, round after round",
             "%",
             marks=starts,
@@ -266,16 +380,25 @@ def gan_charts(run: Run) -> list[Chart | None]:
 
 
 def score_histogram(run: Run, rounds: Sequence[Mined], bins: int = 30) -> Chart | None:
-    """How the scores of the best proxies are spread, a line a round; the threshold of the last round as a mark."""
+    """How the scores of the best proxies are spread, a line a round; the threshold of the last
+    round as a mark.
+    """
     scored = [m for m in rounds if m.score is not None]
     if not scored:
         return None
     threshold = scored[-1].round.report.get("threshold")
-    low, high = min(float(m.score.min()) for m in scored), max(float(m.score.max()) for m in scored)
+    low = min(float(m.score.min()) for m in scored)
+    high = max(float(m.score.max()) for m in scored)
     low, high = (low - 0.01, high + 0.01) if high - low < 0.02 else (low, high)
     centres = [low + (i + 0.5) * (high - low) / bins for i in range(bins)]
     lines = [
-        _shaded(i, scored, centres, (torch.histc(m.score, bins, low, high) / len(m.score)).tolist(), steps="mid")
+        _shaded(
+            i,
+            scored,
+            centres,
+            (torch.histc(m.score, bins, low, high) / len(m.score)).tolist(),
+            steps="mid",
+        )
         for i, m in enumerate(scored)
     ]
     inside = threshold is not None and low <= threshold <= high
@@ -283,7 +406,9 @@ def score_histogram(run: Run, rounds: Sequence[Mined], bins: int = 30) -> Chart 
         top = max(max(line.y) for line in lines)
         lines.append(Line([threshold, threshold], [0, top], "threshold", "bad", "--", dots=False))
     note = "" if inside or threshold is None else f"The threshold, {threshold:g}, lies outside."
-    return line_chart("Scores of the best proxies", lines, "score", "images, %", percent=True, note=note)
+    return line_chart(
+        "Scores of the best proxies", lines, "score", "images, %", percent=True, note=note
+    )
 
 
 # ---------------------------------------------------------------- precision
@@ -295,7 +420,8 @@ def precision_charts(rounds: Sequence[Mined]) -> list[Chart]:
         note = "Estimated on a sample of 4,096 images, to about a point."
     if last.unseen > 0.01:
         note += (
-            f" All pairs ranked: at 100 positives {100 * last.unseen:.0f} % of the images have more than the 512 nearest that are known."
+            f" All pairs ranked: at 100 positives {100 * last.unseen:.0f} % of the images have more"
+            " than the 512 nearest that are known."
         )
     found = [
         line_chart(
@@ -311,8 +437,16 @@ def precision_charts(rounds: Sequence[Mined]) -> list[Chart]:
         line_chart(
             f"Precision against similarity, round {last.round.number}",
             [
-                Line([x for x, _, _ in last.by_cosine[rule]], [p for _, p, _ in last.by_cosine[rule]], label, RULE_COLOURS[rule])
-                for rule, label in (("mined", "mined pairs"), ("own", "every image and its 100 nearest"))
+                Line(
+                    [x for x, _, _ in last.by_cosine[rule]],
+                    [p for _, p, _ in last.by_cosine[rule]],
+                    label,
+                    RULE_COLOURS[rule],
+                )
+                for rule, label in (
+                    ("mined", "mined pairs"),
+                    ("own", "every image and its 100 nearest"),
+                )
             ],
             "cosine",
             "right pairs, %",
@@ -333,7 +467,13 @@ def precision_charts(rounds: Sequence[Mined]) -> list[Chart]:
 
 def _rules(curves: dict[str, dict]) -> list[Line]:
     return [
-        Line(list(curves[rule]), list(curves[rule].values()), label, RULE_COLOURS[rule], "-" if rule == "mined" else "--")
+        Line(
+            list(curves[rule]),
+            list(curves[rule].values()),
+            label,
+            RULE_COLOURS[rule],
+            "-" if rule == "mined" else "--",
+        )
         for rule, label in RULES.items()
         if curves.get(rule)
     ]
@@ -343,12 +483,32 @@ def _over_epochs(rounds: Sequence[Mined], size: int) -> Chart | None:
     """The paper's Figure 3: precision at one set size over the rounds."""
     x = [m.round.epoch for m in rounds]
     lines = [
-        Line(x, [m.curves.get(rule, {}).get(size) for m in rounds], label, RULE_COLOURS[rule], "-" if rule in ("mined", "ranked") else "--")
+        Line(
+            x,
+            [m.curves.get(rule, {}).get(size) for m in rounds],
+            label,
+            RULE_COLOURS[rule],
+            "-" if rule in ("mined", "ranked") else "--",
+        )
         for rule, label in RULES.items()
     ]
     mined_as_far = any(m.curves.get("mined", {}).get(size) is not None for m in rounds)
-    note = "" if mined_as_far else f"The mined sets hold {rounds[-1].mean_size:.1f} positives an image: they do not reach {size}."
-    return line_chart(f"Precision at {size} positives an image", lines, "epochs", "right pairs, %", percent=True, note=note)
+    note = (
+        ""
+        if mined_as_far
+        else (
+            f"The mined sets hold {rounds[-1].mean_size:.1f} positives an image: they do not reach"
+            f" {size}."
+        )
+    )
+    return line_chart(
+        f"Precision at {size} positives an image",
+        lines,
+        "epochs",
+        "right pairs, %",
+        percent=True,
+        note=note,
+    )
 
 
 def compared_precision(runs: Sequence[tuple[Run, Sequence[Mined]]]) -> list[Chart]:
@@ -363,7 +523,14 @@ def compared_precision(runs: Sequence[tuple[Run, Sequence[Mined]]]) -> list[Char
                     (rounds[-1].curves["own"], f"{run.name}: own nearest", "--"),
                 )
             ]
-    chart = line_chart("Precision against set size, last rounds", lines, "positives an image", "right pairs, %", percent=True, x_sizes=True)
+    chart = line_chart(
+        "Precision against set size, last rounds",
+        lines,
+        "positives an image",
+        "right pairs, %",
+        percent=True,
+        x_sizes=True,
+    )
     return [chart] if chart else []
 
 
@@ -371,6 +538,14 @@ def fill_precision(rounds: Sequence[Mined]) -> None:
     """Into the reports of rounds that were logged without labels, what the labels say now."""
     for m in rounds:
         if m.curves.get("mined") and m.round.report.get("precision") is None:
-            own, pairs, size = m.curves["own"], m.curves["pairs"], m.mean_size
-            near: Callable[[dict], float | None] = lambda curve: curve[min(curve, key=lambda s: abs(math.log(s / size)))]  # noqa: B023
-            m.round.report |= {"precision": m.curves["mined"][size], "precision_own_nearest": near(own), "precision_all_pairs": near(pairs)}
+            own = m.curves["own"]
+            pairs = m.curves["pairs"]
+            size = m.mean_size
+            near: Callable[[dict], float | None] = lambda curve: curve[
+                min(curve, key=lambda s: abs(math.log(s / size)))
+            ]
+            m.round.report |= {
+                "precision": m.curves["mined"][size],
+                "precision_own_nearest": near(own),
+                "precision_all_pairs": near(pairs),
+            }

@@ -8,7 +8,8 @@ from moco_isl.mining.rounds import NOTHING_SURE
 from moco_isl.report.runs import Run
 from moco_isl.schema import Holds, Number, read_json
 
-# Measured on CIFAR-10 and on the digits: a third of the positives wrong cost 2 to 5 points of kNN, one in ten wrong paid.
+# Measured on CIFAR-10 and on the digits: a third of the positives wrong cost 2 to 5 points of kNN,
+# one in ten wrong paid.
 HURTS, HELPS = 0.70, 0.90
 NEAR = 0.02  # precisions this close to a bound are not told from it
 LABELS_USED = "labels were used"
@@ -22,11 +23,20 @@ class Verdict:
 
 
 def read_breakeven(path: Path) -> dict:
-    """{loss form: precision, or {mean set size: precision}}: the precision from which mined positives help. Raises BadInput."""
-    sizes = Holds({...: _PRECISION}, lambda sizes: all(0 < float(size) < math.inf for size in sizes), "set sizes above 0")
+    """{loss form: precision, or {mean set size: precision}}: the precision from which mined
+    positives help. Raises BadInput.
+    """
+    sizes = Holds(
+        {...: _PRECISION},
+        lambda sizes: all(0 < float(size) < math.inf for size in sizes),
+        "set sizes above 0",
+    )
     example = 'JSON like {"meanlog": {"5": 0.84}, "logsum": 0.7}'
     content = read_json(path, {...: (_PRECISION, sizes)}, "--breakeven", example)
-    return {form: {float(size): p for size, p in v.items()} if isinstance(v, dict) else {1.0: v} for form, v in content.items()}
+    return {
+        form: {float(size): p for size, p in v.items()} if isinstance(v, dict) else {1.0: v}
+        for form, v in content.items()
+    }
 
 
 def breakeven_of(table: dict | None, form: str, size: float) -> float | None:
@@ -38,10 +48,15 @@ def breakeven_of(table: dict | None, form: str, size: float) -> float | None:
 
 
 def judge(run: Run, table: dict | None = None) -> Verdict:
-    """By the last round's precision where the run's own log has one; of a run whose positives are drawn from labels it says that first."""
+    """By the last round's precision where the run's own log has one; of a run whose positives are
+    drawn from labels it says that first.
+    """
     verdict = _judge(run, table)
     if run.flags.get("research_labels"):
-        text = f"Research: {LABELS_USED} to draw the positives of this run, so what it reaches is no result without labels. {verdict.text}"
+        text = (
+            f"Research: {LABELS_USED} to draw the positives of this run, so what it reaches is no"
+            f" result without labels. {verdict.text}"
+        )
         return Verdict(verdict.tone, text)
     return verdict
 
@@ -50,12 +65,22 @@ def _judge(run: Run, table: dict | None) -> Verdict:
     if not run.rounds:
         mining = run.flags.get("miner", "none") != "none"
         return Verdict(
-            "open", "Nothing was mined yet: the first round is still to come." if mining else "Nothing was mined: this run is plain MoCo."
+            "open",
+            (
+                "Nothing was mined yet: the first round is still to come."
+                if mining
+                else "Nothing was mined: this run is plain MoCo."
+            ),
         )
     last = run.rounds[-1].report
     if not last.get("edges"):
-        tone = "open" if str(last.get("why")).startswith(NOTHING_SURE) else "bad"  # it was asked to be sure, and had better be
-        return Verdict(tone, f"The last round left no positives at all{_because(last)}: training went on without any.")
+        # it was asked to be sure, and had better be
+        tone = "open" if str(last.get("why")).startswith(NOTHING_SURE) else "bad"
+        return Verdict(
+            tone,
+            f"The last round left no positives at all{_because(last)}: training went on without"
+            " any.",
+        )
     refused = "" if run.rounds[-1].accepted else f" The last round added nothing{_because(last)}."
     breakeven = breakeven_of(table, run.flags.get("isl_loss", ""), last["mean_size"])
     known = last.get("precision") is not None and not math.isnan(last["precision"])
@@ -68,21 +93,32 @@ def _because(report: dict) -> str:
 
 
 def _with_labels(last: dict, breakeven: float | None) -> tuple[str, str]:
-    precision, own, pairs = last["precision"], last.get("precision_own_nearest"), last.get("precision_all_pairs")
+    precision = last["precision"]
+    own = last.get("precision_own_nearest")
+    pairs = last.get("precision_all_pairs")
     gap = 100 * (precision - own) if own is not None else 0.0
     text = f"{100 * precision:.0f} of 100 mined pairs are right"
     if own is not None:
-        text = f"Mined pairs are {_compared(gap)} each image's own nearest neighbours at equal size "
+        text = (
+            f"Mined pairs are {_compared(gap)} each image's own nearest neighbours at equal size "
+        )
         text += f"({100 * precision:.1f} % and {100 * own:.1f} %)"
         if pairs is not None:
-            text += f", and {_compared(100 * (precision - pairs))} all pairs ranked by similarity ({100 * pairs:.1f} %)"
+            text += (
+                f", and {_compared(100 * (precision - pairs))} all pairs ranked by similarity"
+                f" ({100 * pairs:.1f} %)"
+            )
     tone, consequence = _consequence(precision, gap, breakeven)
     return tone, f"{text}: with {_wrong(precision)}, {consequence}."
 
 
 def _compared(points: float) -> str:
     n = round(abs(points))
-    return "as precise as" if n == 0 else f"{n} point{'s' * (n > 1)} {'more' if points > 0 else 'less'} precise than"
+    return (
+        "as precise as"
+        if n == 0
+        else f"{n} point{'s' * (n > 1)} {'more' if points > 0 else 'less'} precise than"
+    )
 
 
 def _wrong(precision: float) -> str:
@@ -106,45 +142,83 @@ def _consequence(precision: float, gap: float, breakeven: float | None) -> tuple
         return "good", "training on them should help"
     if gap <= -3:
         return "bad", "training on them will likely do worse than on plain nearest neighbours"
-    return ("open", f"whether they help is open: below {HURTS:.2f} mining was seen to cost accuracy, from {HELPS:.2f} on it paid")
+    return (
+        "open",
+        (
+            f"whether they help is open: below {HURTS:.2f} mining was seen to cost accuracy, from"
+            f" {HELPS:.2f} on it paid"
+        ),
+    )
 
 
 def _without_labels(last: dict, breakeven: float | None) -> tuple[str, str]:
-    tone, text = "open", (
-        f"{100 * last['coverage']:.0f} % of the images have positives, {last['mean_size']:.1f} each on average over all. "
-        "How many of them are right needs labels: add --labels where there are any, or look at the images below."
+    tone = "open"
+    text = (
+        f"{100 * last['coverage']:.0f} % of the images have positives, {last['mean_size']:.1f} each"
+        " on average over all. How many of them are right needs labels: add --labels where there"
+        " are any, or look at the images below."
     )
     estimate, most = estimates(last)
     if estimate is not None:
         found, consequence = _consequence(estimate, 0.0, breakeven)
         tone = found if found == "good" else "open"  # the estimate may be too low
-        text += f" By the estimate without labels {100 * estimate:.0f} of 100 pairs are right (too few where the encoder is young): if so, {consequence}."
+        text += (
+            f" By the estimate without labels {100 * estimate:.0f} of 100 pairs are right (too few"
+            f" where the encoder is young): if so, {consequence}."
+        )
     elif most is not None:
-        text += f" By the estimate without labels at most {100 * most:.0f} of 100 pairs are right; on a weak encoder it was 35 points too high (--isl-views does better)."
+        text += (
+            f" By the estimate without labels at most {100 * most:.0f} of 100 pairs are right; on a"
+            " weak encoder it was 35 points too high (--isl-views does better)."
+        )
     if (distinct := last.get("distinct")) is not None and distinct < 0.3:
-        text += f" The proxies are crowded: only {100 * distinct:.0f} % of them have a nearest image of their own."
+        text += (
+            f" The proxies are crowded: only {100 * distinct:.0f} % of them have a nearest image of"
+            " their own."
+        )
     return tone, text
 
 
 def estimates(report: dict) -> tuple[float | None, float | None]:
-    """What share of a round's pairs is right without labels: by two views, and at most; None where it was not asked. Older runs knew the latter alone."""
-    return (report.get("precision_estimate"), report["precision_at_most"]) if "precision_at_most" in report else (None, report.get("precision_estimate"))
+    """What share of a round's pairs is right without labels: by two views, and at most; None where
+    it was not asked. Older runs knew the latter alone.
+    """
+    return (
+        (report.get("precision_estimate"), report["precision_at_most"])
+        if "precision_at_most" in report
+        else (None, report.get("precision_estimate"))
+    )
 
 
 def gains(runs: list[Run]) -> list[str]:
-    """A line for every run that mined and that one without mining can be held against: same images, start,
-    epochs, rate and batch, kNN logged in both."""
-    last = lambda run: next((line["knn"] for line in reversed(run.epochs) if "knn" in line), None)  # noqa: E731
+    """A line for every run that mined and that one without mining can be held against: same images,
+    start, epochs, rate and batch, kNN logged in both.
+    """
+    last = lambda run: next((line["knn"] for line in reversed(run.epochs) if "knn" in line), None)
     lines = []
     for run in (run for run in runs if run.rounds):
         for plain in runs:
-            same = not plain.rounds and plain.images == run.images and len(plain.epochs) == len(run.epochs)
-            same = same and all(plain.flags.get(name) == run.flags.get(name) for name in ("arch", "init", "lr", "batch_size"))
+            same = (
+                not plain.rounds
+                and plain.images == run.images
+                and len(plain.epochs) == len(run.epochs)
+            )
+            same = same and all(
+                plain.flags.get(name) == run.flags.get(name)
+                for name in ("arch", "init", "lr", "batch_size")
+            )
             if not same or last(plain) is None or last(run) is None:
                 continue
             gap = last(run) - last(plain)
-            compared = "the same as" if abs(gap) < 0.05 else f"{abs(gap):.1f} points {'above' if gap > 0 else 'below'}"
-            text = f"{run.name} ends at {last(run):.1f} % kNN, {compared} {plain.name}, which mined nothing."
+            compared = (
+                "the same as"
+                if abs(gap) < 0.05
+                else f"{abs(gap):.1f} points {'above' if gap > 0 else 'below'}"
+            )
+            text = (
+                f"{run.name} ends at {last(run):.1f} % kNN, {compared} {plain.name}, which mined"
+                " nothing."
+            )
             lines.append(f"{text} One run each: a point or less may be chance.")
             break
     return lines

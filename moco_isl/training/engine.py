@@ -1,6 +1,8 @@
-"""One epoch of training, and one round of mining. The scripts assemble, this runs; it is handed its miner and its judge.
+"""One epoch of training, and one round of mining. The scripts assemble, this runs; it is handed its
+miner and its judge.
 
-Letters: N batch (of this rank), C feature dimension, M images, P positives of an image after padding.
+Letters: N batch (of this rank), C feature dimension, M images, P positives of an image after
+padding.
 """
 
 import math
@@ -22,7 +24,9 @@ from moco_isl.training.signals import Stop
 
 @dataclass
 class Position:
-    """Where a run is: before step `step` of epoch `epoch`; `total` steps have been taken since its start."""
+    """Where a run is: before step `step` of epoch `epoch`; `total` steps have been taken since its
+    start.
+    """
 
     epoch: int = 0
     step: int = 0
@@ -30,8 +34,11 @@ class Position:
     averages: Averages = field(default_factory=Averages)
 
 
-def learning_rate(epoch: int, *, lr: float, epochs: int, cos: bool, schedule: list[int], rounds: int = 1) -> float:
-    """MoCo's learning rate of an epoch: half a cosine over the run, or x 0.1 at every epoch of the schedule.
+def learning_rate(
+    epoch: int, *, lr: float, epochs: int, cos: bool, schedule: list[int], rounds: int = 1
+) -> float:
+    """MoCo's learning rate of an epoch: half a cosine over the run, or x 0.1 at every epoch of the
+    schedule.
 
     With several rounds the epochs are divided evenly, and the schedule starts anew in each.
     """
@@ -55,8 +62,12 @@ def autocast(device: torch.device, amp: str) -> torch.autocast:
     return torch.autocast(device.type, dtype=AMP_TYPES[amp], enabled=amp != "off")
 
 
-def to_network(image: torch.Tensor, device: torch.device, amp: str = "off", channels_last: bool = False) -> torch.Tensor:
-    """[N, 3, S, S] as the network takes it: on its device and, in one go, in the type autocast would give it and in its memory format."""
+def to_network(
+    image: torch.Tensor, device: torch.device, amp: str = "off", channels_last: bool = False
+) -> torch.Tensor:
+    """[N, 3, S, S] as the network takes it: on its device and, in one go, in the type autocast
+    would give it and in its memory format.
+    """
     dtype = AMP_TYPES[amp] or image.dtype
     layout = torch.channels_last if channels_last else torch.preserve_format
     return image.to(device, dtype, non_blocking=True, memory_format=layout)
@@ -83,11 +94,14 @@ def train_one_epoch(
 ) -> bool:
     """Train from `position` to the end of its epoch; returns False when max_steps ended the run.
 
-    loader: see `data.train_loader`. log(**values) writes a line of metrics, save() a checkpoint; neither is called between a step's backward
-    pass and its end. Raises Interrupted after saving, when any rank was asked to stop, and RunFailed at a non-finite loss.
+    loader: see `data.train_loader`. log(**values) writes a line of metrics, save() a checkpoint;
+    neither is called between a step's backward pass and its end. Raises Interrupted after saving,
+    when any rank was asked to stop, and RunFailed at a non-finite loss.
     """
     isl.model.train()
-    epoch, averages, clock = position.epoch, position.averages, Clock()
+    epoch = position.epoch
+    averages = position.averages
+    clock = Clock()
     lr = optimizer.param_groups[0]["lr"]
 
     def report() -> None:
@@ -99,7 +113,8 @@ def train_one_epoch(
 
     for images, index in loader.epoch(epoch, start_step=position.step):
         clock.got_data()
-        images = [to_network(image, device, amp, channels_last) for image in images]  # 2 x [N, 3, S, S]
+        # 2 x [N, 3, S, S]
+        images = [to_network(image, device, amp, channels_last) for image in images]
         index = index.to(device, non_blocking=True)  # [N]
         with autocast(device, amp):
             loss = isl(*images, index)
@@ -118,7 +133,10 @@ def train_one_epoch(
         if stop.agreed():
             require_finite(averages, epoch, last_good())
             save()
-            raise Interrupted(f"saved at epoch {epoch}, step {position.step} of {len(loader)}: go on with --resume auto")
+            raise Interrupted(
+                f"saved at epoch {epoch}, step {position.step} of {len(loader)}: go on with"
+                " --resume auto"
+            )
         if max_steps and position.total >= max_steps:
             require_finite(averages, epoch, last_good())
             return False
@@ -128,14 +146,24 @@ def train_one_epoch(
     return True
 
 
-def mine_round(isl: ISL, miner, features: torch.Tensor, labels: torch.Tensor | None, seed: int, stop: Stop,
-               views: tuple[torch.Tensor, torch.Tensor] | None = None, sizes: tuple[int, ...] = (5, 50),
-               number: int | None = None) -> dict:
-    """One round of mining on features [M, C] (unit rows, equal on all ranks), and maybe on two views 2 x [M, C] of them; returns its report.
+def mine_round(
+    isl: ISL,
+    miner,
+    features: torch.Tensor,
+    labels: torch.Tensor | None,
+    seed: int,
+    stop: Stop,
+    views: tuple[torch.Tensor, torch.Tensor] | None = None,
+    sizes: tuple[int, ...] = (5, 50),
+    number: int | None = None,
+) -> dict:
+    """One round of mining on features [M, C] (unit rows, equal on all ranks), and maybe on two
+    views 2 x [M, C] of them; returns its report.
 
     number: of the round, from 1 on; None: the one after the last.
-    With labels [M] (on the features' device, -1: none) the report has the precision of the sets beside that of each image's own nearest at equal
-    size and of all pairs ranked at equal total; the labels are looked at after the mining. Raises Interrupted when asked to stop,
+    With labels [M] (on the features' device, -1: none) the report has the precision of the sets
+    beside that of each image's own nearest at equal size and of all pairs ranked at equal total;
+    the labels are looked at after the mining. Raises Interrupted when asked to stop,
     and RunFailed where features are not finite: then nothing has changed.
     """
     start = time.perf_counter()
@@ -143,21 +171,37 @@ def mine_round(isl: ISL, miner, features: torch.Tensor, labels: torch.Tensor | N
     # a function of seed and round: a resumed round is the same
     rng = torch.Generator().manual_seed((seed * 1_000_003 + number - 1) % 2**63)
     if not all(bool(rows.isfinite().all()) for rows in (features, *(views or ()))):
-        raise RunFailed(f"the features from which round {number} was to be mined hold NaN or infinity: the encoder has "
-                        "diverged, or the file it started from had; start anew with a lower --lr or without --amp"
-                        if dist.is_main() else "")  # fmt: skip
+        raise RunFailed(
+            f"the features from which round {number} was to be mined hold NaN or infinity: the"
+            " encoder has diverged, or the file it started from had; start anew with a lower --lr"
+            " or without --amp"
+            if dist.is_main()
+            else ""
+        )
     report = dict(isl.mine(features, miner, rng, stop.tick, views, number))
-    report |= {"round": isl.round, "seconds": time.perf_counter() - start, **_memory(features.device)}
+    report |= {
+        "round": isl.round,
+        "seconds": time.perf_counter() - start,
+        **_memory(features.device),
+    }
     if labels is not None:
         report |= judge_positives(isl, features, labels, sizes, sampled="recall" in report)
     return report
 
 
-def judge_positives(isl: ISL, features: torch.Tensor, labels: torch.Tensor, sizes: tuple[int, ...], sampled: bool = False) -> dict:
-    """Precision of the sets and of both Euclidean baselines at the sets' mean size; of the baselines at `sizes` too.
+def judge_positives(
+    isl: ISL,
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    sizes: tuple[int, ...],
+    sampled: bool = False,
+) -> dict:
+    """Precision of the sets and of both Euclidean baselines at the sets' mean size; of the
+    baselines at `sizes` too.
 
-    sampled: for a round that searched approximately, because an exact search of all images takes too long. Then own
-    nearest is that of 4,096 images, searched exactly, and all pairs are left out.
+    sampled: for a round that searched approximately, because an exact search of all images takes
+    too long. Then own nearest is that of 4,096 images, searched exactly, and all pairs are left
+    out.
     """
     mean = isl.positives.mean_size
     precision = isl.positives.precision(labels) if isl.positives.num_edges else None
@@ -168,11 +212,18 @@ def judge_positives(isl: ISL, features: torch.Tensor, labels: torch.Tensor, size
     found = baselines(features, labels, at, pairs=not sampled, anchors=anchors)
     return {
         "precision": precision,
-        **{f"precision_{rule}": found[rule][at.index(mean)] if mean and rule in found else None for rule in ("own_nearest", "all_pairs")},
+        **{
+            f"precision_{rule}": found[rule][at.index(mean)] if mean and rule in found else None
+            for rule in ("own_nearest", "all_pairs")
+        },
         "baselines": found,
     }
 
 
 def _memory(device: torch.device) -> dict[str, float]:
     """Peak memory of the GPU so far, in GiB; nothing on a CPU."""
-    return {"memory_gib": torch.cuda.max_memory_allocated(device) / 2**30} if device.type == "cuda" else {}
+    return (
+        {"memory_gib": torch.cuda.max_memory_allocated(device) / 2**30}
+        if device.type == "cuda"
+        else {}
+    )

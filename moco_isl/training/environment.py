@@ -1,4 +1,6 @@
-"""What the environment says of this process: its place among others, as torchrun, launch/ and SLURM tell it."""
+"""What the environment says of this process: its place among others, as torchrun, launch/ and SLURM
+tell it.
+"""
 
 import os
 import re
@@ -12,11 +14,16 @@ MOST = 999_999_999  # processes of a run, or cores of a process
 
 
 class BadEnvironment(BadInput):
-    """A variable of this process is wrong. Each process says it of its own, for another one need not have the same."""
+    """A variable of this process is wrong.
+
+    Each process says it of its own, for another one need not have the same.
+    """
 
 
 class Ranks(NamedTuple):
-    """This process's number among all of them and among those of its node, and how many there are."""
+    """This process's number among all of them and among those of its node, and how many there
+    are.
+    """
 
     rank: int
     world: int
@@ -27,7 +34,8 @@ class Ranks(NamedTuple):
 def ranks() -> Ranks | None:
     """Where this process stands; None if it is alone. A variable that is empty counts as not set.
 
-    Raises BadEnvironment for RANK without WORLD_SIZE and the like, for what is no number, and for one out of range.
+    Raises BadEnvironment for RANK without WORLD_SIZE and the like, for what is no number, and for
+    one out of range.
     """
     given = [name for name in PLACE if os.environ.get(name)]
     if not given:
@@ -35,8 +43,9 @@ def ranks() -> Ranks | None:
     for name in ("RANK", "WORLD_SIZE"):
         if name not in given:
             raise BadEnvironment(
-                f"the environment has {_shown(given[0])}, but no {name}: expected both RANK and WORLD_SIZE, "
-                f"as torchrun sets them, or neither; `unset {' '.join(given)}` for a process that runs alone"
+                f"the environment has {_shown(given[0])}, but no {name}: expected both RANK and"
+                f" WORLD_SIZE, as torchrun sets them, or neither; `unset {' '.join(given)}` for a"
+                " process that runs alone"
             )
     world = number("WORLD_SIZE", 1, MOST)
     local_world = number("LOCAL_WORLD_SIZE", 1, world) or 1
@@ -49,13 +58,13 @@ def check_meeting_point() -> None:
     """Raise BadEnvironment unless MASTER_ADDR and MASTER_PORT say where the ranks meet."""
     if not os.environ.get("MASTER_ADDR"):
         raise BadEnvironment(
-            "the environment has RANK and WORLD_SIZE, but no MASTER_ADDR: expected the name of rank 0's node, "
-            "as torchrun sets it"
+            "the environment has RANK and WORLD_SIZE, but no MASTER_ADDR: expected the name of rank"
+            " 0's node, as torchrun sets it"
         )
     if number("MASTER_PORT", 1, 65535) is None:
         raise BadEnvironment(
-            "the environment has RANK and WORLD_SIZE, but no MASTER_PORT: expected a free port of rank 0's node, "
-            "as torchrun sets it"
+            "the environment has RANK and WORLD_SIZE, but no MASTER_PORT: expected a free port of"
+            " rank 0's node, as torchrun sets it"
         )
 
 
@@ -68,12 +77,16 @@ def number(name: str, low: int, high: int) -> int | None:
     if not text:
         return None
     if not re.fullmatch(r"[0-9]{1,9}", text) or not low <= int(text) <= high:
-        raise BadEnvironment(f"the environment has {_shown(name)}: expected a whole number from {low} to {high}")
+        raise BadEnvironment(
+            f"the environment has {_shown(name)}: expected a whole number from {low} to {high}"
+        )
     return int(text)
 
 
 def is_first() -> bool:
-    """Whether this process is to say what all of them know: it is rank 0, or alone, or cannot tell what it is."""
+    """Whether this process is to say what all of them know: it is rank 0, or alone, or cannot tell
+    what it is.
+    """
     try:
         place = ranks()
     except BadEnvironment:

@@ -12,25 +12,36 @@ import torch
 from moco_isl import encoders
 from moco_isl.data.augment import BatchAugmentation, BatchViews
 
-GRAPHS = 64  # that torch.compile keeps of one function; with its own 8, the fifth MoCo of a process would run uncompiled
+# that torch.compile keeps of one function; with its own 8, the fifth MoCo of a process would run
+# uncompiled
+GRAPHS = 64
 
 
 def defaults(fast: bool, cuda: bool) -> dict[str, object]:
-    """Values of the flags that --fast decides where they were not given. On a CPU half precision pays only where there are
-    instructions for it, and compiling needs a C++ compiler: there they stay off unless asked for."""
-    return {"amp": "bf16" if fast and cuda else "off", "channels_last": fast, "compile": fast and cuda, "on_device": fast}
+    """Values of the flags that --fast decides where they were not given. On a CPU half precision
+    pays only where there are instructions for it, and compiling needs a C++ compiler: there they
+    stay off unless asked for.
+    """
+    return {
+        "amp": "bf16" if fast and cuda else "off",
+        "channels_last": fast,
+        "compile": fast and cuda,
+        "on_device": fast,
+    }
 
 
 @contextmanager
 def numerics(fast: bool, device: torch.device) -> Iterator[None]:
-    """On CUDA: convolutions chosen by trial, as MoCo's script has it; fast: TF32 for what float32 products are left.
+    """On CUDA: convolutions chosen by trial, as MoCo's script has it; fast: TF32 for what float32
+    products are left.
 
     For training alone: mining and judging compare float32 features, and keep full products.
     """
     if device.type != "cuda":
         yield
         return
-    precision, by_trial = torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
+    precision = torch.get_float32_matmul_precision()
+    by_trial = torch.backends.cudnn.benchmark
     if fast:
         torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
@@ -41,24 +52,38 @@ def numerics(fast: bool, device: torch.device) -> Iterator[None]:
         torch.backends.cudnn.benchmark = by_trial
 
 
-def sgd(parameters, lr: float, momentum: float, weight_decay: float, fused: bool) -> torch.optim.SGD:
+def sgd(
+    parameters, lr: float, momentum: float, weight_decay: float, fused: bool
+) -> torch.optim.SGD:
     """MoCo's optimizer; fused: one kernel for all parameters (CUDA)."""
-    return torch.optim.SGD(parameters, lr, momentum=momentum, weight_decay=weight_decay, fused=fused or None)
+    return torch.optim.SGD(
+        parameters, lr, momentum=momentum, weight_decay=weight_decay, fused=fused or None
+    )
 
 
 @torch.no_grad()
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Take over what an optimizer's state (`training.state.require_optimizer` has looked at it) remembers of parameters, laid out as the parameters
-    are. Rates and the like stay as they are here: they are the flags'.
+    """Take over what an optimizer's state (`training.state.require_optimizer` has looked at it)
+    remembers of parameters, laid out as the parameters are. Rates and the like stay as they are
+    here: they are the flags'.
 
-    A file of MoCo's holds contiguous moments. A fused kernel goes through the memory of both side by side: of a channels-last parameter it would
-    take other entries' moments, or refuse.
+    A file of MoCo's holds contiguous moments. A fused kernel goes through the memory of both side
+    by side: of a channels-last parameter it would take other entries' moments, or refuse.
     """
     groups = zip(optimizer.state_dict()["param_groups"], state["param_groups"])
-    optimizer.load_state_dict({"state": state["state"], "param_groups": [{**own, "params": saved["params"]} for own, saved in groups]})
+    optimizer.load_state_dict(
+        {
+            "state": state["state"],
+            "param_groups": [{**own, "params": saved["params"]} for own, saved in groups],
+        }
+    )
     for parameter, remembered in optimizer.state.items():
         for name, value in remembered.items():
-            if isinstance(value, torch.Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+            if (
+                isinstance(value, torch.Tensor)
+                and value.shape == parameter.shape
+                and value.stride() != parameter.stride()
+            ):
                 remembered[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
@@ -73,15 +98,20 @@ def encoders_of(model: torch.nn.Module) -> list[torch.nn.Module]:
     return [child for name, child in model.named_children() if name in ("encoder_q", "encoder_k")]
 
 
-def compiled(fn: Callable, wanted: Callable[[torch.Tensor], bool], options: dict | None = None) -> Callable:
-    """fn, compiled for those calls whose first argument is wanted. options: torch.compile's, for inductor.
+def compiled(
+    fn: Callable, wanted: Callable[[torch.Tensor], bool], options: dict | None = None
+) -> Callable:
+    """fn, compiled for those calls whose first argument is wanted. options: torch.compile's, for
+    inductor.
 
-    The others, such as a last, smaller batch or features in eval mode, run as they are: each new shape would be a
-    minute of compiling. Equal networks of one process, as those of several runs, share what was compiled for the first.
+    The others, such as a last, smaller batch or features in eval mode, run as they are: each new
+    shape would be a minute of compiling. Equal networks of one process, as those of several runs,
+    share what was compiled for the first.
     """
     from torch._dynamo import config  # an import of seconds, for those who compile
 
-    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # before torch 2.7
+    # before torch 2.7
+    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
     setattr(config, limit, max(GRAPHS, getattr(config, limit)))
     graph = torch.compile(fn, dynamic=False, options=options)
 
@@ -93,7 +123,8 @@ def compiled(fn: Callable, wanted: Callable[[torch.Tensor], bool], options: dict
 
 
 def compile_encoders(model: torch.nn.Module, batch: int, options: dict | None = None) -> None:
-    """Compile a model's encoders for training steps of `batch` images on this rank. State-dict keys stay as they are.
+    """Compile a model's encoders for training steps of `batch` images on this rank. State-dict keys
+    stay as they are.
 
     model: a MoCo, an Instance or a Rotation. options: torch.compile's, for inductor.
     """
@@ -106,7 +137,8 @@ def compile_encoders(model: torch.nn.Module, batch: int, options: dict | None = 
 def compile_augmentation(
     augmentation: Callable, views: int, device: torch.device, options: dict | None = None
 ) -> None:
-    """Compile what a loader's augmentation does on the device: on CUDA for `views` views at once, on a CPU for one photo at a time.
+    """Compile what a loader's augmentation does on the device: on CUDA for `views` views at once,
+    on a CPU for one photo at a time.
 
     Augmentations by PIL stay as they are. options: torch.compile's, for inductor.
     """
@@ -118,7 +150,13 @@ def compile_augmentation(
             last = ["blur_rows", "blur_columns"] if augmentation.blur else ["normalize"]
             names = ["numbers", "crop", "plan", "colour", *last]
         for name in names:
-            setattr(augmentation, name, compiled(getattr(augmentation, name), lambda x: len(x) == views, options))
+            setattr(
+                augmentation,
+                name,
+                compiled(getattr(augmentation, name), lambda x: len(x) == views, options),
+            )
     elif isinstance(augmentation, BatchAugmentation):
-        augmentation.adjust = tuple(compiled(adjust, lambda x: len(x) == 1, options) for adjust in augmentation.adjust)
+        augmentation.adjust = tuple(
+            compiled(adjust, lambda x: len(x) == 1, options) for adjust in augmentation.adjust
+        )
         augmentation.shifts = compiled(augmentation.shifts, lambda x: len(x) == 1, options)

@@ -11,9 +11,11 @@ from moco_isl.errors import RunFailed
 
 
 class Averages:
-    """Running means of the step's parts, since the last reading and over the epoch; remembers the first step with a non-finite loss.
+    """Running means of the step's parts, since the last reading and over the epoch; remembers the
+    first step with a non-finite loss.
 
-    Adding never waits for the device. The state goes into checkpoints, so that a resumed epoch ends with the means of the whole epoch.
+    Adding never waits for the device. The state goes into checkpoints, so that a resumed epoch ends
+    with the means of the whole epoch.
     """
 
     def __init__(self):
@@ -25,12 +27,15 @@ class Averages:
         """Parts of one step over n images."""
         values = torch.stack([value.double() for value in parts.values()])
         if self.sums is None or self.names != list(parts):
-            self.names, self.sums = list(parts), values.new_zeros(len(parts) + 1)
+            self.names = list(parts)
+            self.sums = values.new_zeros(len(parts) + 1)
             self.read = self.sums.clone()
         if self.bad_step is None:
             self.bad_step = torch.full((), -1, dtype=torch.int64, device=values.device)
         self.sums += torch.cat([values * n, values.new_full((1,), n)])
-        self.bad_step = torch.where((self.bad_step < 0) & ~torch.isfinite(parts["loss"]), step, self.bad_step)
+        self.bad_step = torch.where(
+            (self.bad_step < 0) & ~torch.isfinite(parts["loss"]), step, self.bad_step
+        )
 
     def first_bad_step(self) -> int:
         return -1 if self.bad_step is None else int(self.bad_step)
@@ -48,45 +53,76 @@ class Averages:
 
     def state_dict(self) -> dict:
         """Plain values; those of this rank."""
-        return {"names": self.names, **{k: None if x is None else x.tolist() for k, x in (("sums", self.sums), ("read", self.read))}}
+        return {
+            "names": self.names,
+            **{
+                k: None if x is None else x.tolist()
+                for k, x in (("sums", self.sums), ("read", self.read))
+            },
+        }
 
     def load_state_dict(self, state: dict, device: torch.device) -> None:
         self.names = state["names"]
-        self.sums, self.read = (None if state[k] is None else torch.tensor(state[k], dtype=torch.float64, device=device) for k in ("sums", "read"))
+        self.sums, self.read = (
+            None if state[k] is None else torch.tensor(state[k], dtype=torch.float64, device=device)
+            for k in ("sums", "read")
+        )
 
 
 class Clock:
     """Seconds a step, and of them seconds waiting for data, since the last reading."""
 
     def __init__(self):
-        self.steps, self.images, self.data = 0, 0, 0.0
+        self.steps = 0
+        self.images = 0
+        self.data = 0.0
         self.start = self.mark = time.perf_counter()
 
     def got_data(self) -> None:
         self.data += time.perf_counter() - self.mark
 
     def step_done(self, images: int) -> None:
-        self.steps, self.images, self.mark = self.steps + 1, self.images + images, time.perf_counter()
+        self.steps = self.steps + 1
+        self.images = self.images + images
+        self.mark = time.perf_counter()
 
     def read(self) -> dict[str, float]:
         """time and data_time: seconds a step; images_per_s: of all ranks."""
-        seconds, steps = max(time.perf_counter() - self.start, 1e-9), max(self.steps, 1)
-        reading = {"time": seconds / steps, "data_time": self.data / steps, "images_per_s": self.images * dist.world_size() / seconds}
+        seconds = max(time.perf_counter() - self.start, 1e-9)
+        steps = max(self.steps, 1)
+        reading = {
+            "time": seconds / steps,
+            "data_time": self.data / steps,
+            "images_per_s": self.images * dist.world_size() / seconds,
+        }
         self.__init__()
         return reading
 
 
 class Progress:
-    """What a user sees of the steps: MoCo's lines, or one bar over the whole run. Only rank 0 shows anything."""
+    """What a user sees of the steps: MoCo's lines, or one bar over the whole run.
+
+    Only rank 0 shows anything.
+    """
 
     def __init__(self, style: str, epochs: int, steps: int):
-        self.style, self.epochs, self.steps, self.bar = style, epochs, steps, None
+        self.style = style
+        self.epochs = epochs
+        self.steps = steps
+        self.bar = None
         self._named: set[int] = set()  # unreadable images
 
     def begin(self, done: int) -> None:
         """The first step is about to come, after `done` steps before this start."""
         if self.style == "bar" and dist.is_main():
-            self.bar = tqdm(total=self.epochs * self.steps, initial=done, unit="step", file=sys.stderr, dynamic_ncols=True, mininterval=0.2)
+            self.bar = tqdm(
+                total=self.epochs * self.steps,
+                initial=done,
+                unit="step",
+                file=sys.stderr,
+                dynamic_ncols=True,
+                mininterval=0.2,
+            )
 
     def step(self, epoch: int) -> None:
         if self.bar is not None:
@@ -99,10 +135,19 @@ class Progress:
             self.bar.set_postfix_str(f"loss {values['loss']:.3f}", refresh=False)
         elif dist.is_main():
             width = len(str(self.steps))
-            line = [f"Epoch: [{epoch}][{step:{width}d}/{self.steps}]", f"Time {values['time']:6.3f}", f"Data {values['data_time']:6.3f}"]
-            line += [f"Loss {values['loss']:.4e}"] + ([f"HPE {values['hpe']:.3e}"] if values.get("hpe") else [])
+            line = [
+                f"Epoch: [{epoch}][{step:{width}d}/{self.steps}]",
+                f"Time {values['time']:6.3f}",
+                f"Data {values['data_time']:6.3f}",
+            ]
+            line += [f"Loss {values['loss']:.4e}"] + (
+                [f"HPE {values['hpe']:.3e}"] if values.get("hpe") else []
+            )
             line += [f"Acc@1 {values['acc1']:6.2f}"] if "acc1" in values else []
-            print("\t".join([*line, f"lr {values['lr']:.3e}", f"{values['images_per_s']:.0f} img/s"]), flush=True)
+            print(
+                "\t".join([*line, f"lr {values['lr']:.3e}", f"{values['images_per_s']:.0f} img/s"]),
+                flush=True,
+            )
 
     def say(self, line: str) -> None:
         """A line of its own, above the bar if there is one."""
@@ -110,12 +155,22 @@ class Progress:
             tqdm.write(line, file=sys.stdout) if self.bar is not None else print(line, flush=True)
 
     def name_unreadable(self, found: list[tuple[int, str]]) -> None:
-        """A line for each unreadable image (index, path) the first time it is among those found. Every rank says its own."""
+        """A line for each unreadable image (index, path) the first time it is among those found.
+
+        Every rank says its own.
+        """
         for index, path in found:
             if index not in self._named:
                 self._named.add(index)
-                line = f"=> warning: {files.shown(path)} cannot be read; the next image stands in for it"
-                tqdm.write(line, file=sys.stdout) if self.bar is not None else print(line, flush=True)
+                line = (
+                    f"=> warning: {files.shown(path)} cannot be read; the next image stands in"
+                    " for it"
+                )
+                (
+                    tqdm.write(line, file=sys.stdout)
+                    if self.bar is not None
+                    else print(line, flush=True)
+                )
 
     def close(self) -> None:
         if self.bar is not None:
@@ -123,9 +178,19 @@ class Progress:
 
 
 def require_finite(averages: Averages, epoch: int, last_good: str) -> None:
-    """Raise RunFailed if a loss of this epoch was not finite, naming the step and the last good file ('': there is none). All ranks agree."""
+    """Raise RunFailed if a loss of this epoch was not finite, naming the step and the last good
+    file ('': there is none). All ranks agree.
+    """
     bad = averages.first_bad_step()
     worst = int(dist.all_reduce_max(torch.tensor(bad, device=averages.sums.device)))
     if worst >= 0:
-        stands = f"the last good file is {last_good}: start anew from it with --init, a lower --lr" if last_good else "nothing had been saved yet: start anew with a lower --lr"
-        raise RunFailed(f"the loss was not finite at epoch {epoch}, step {worst}; {stands} or without --amp" if dist.is_main() else "")
+        stands = (
+            f"the last good file is {last_good}: start anew from it with --init, a lower --lr"
+            if last_good
+            else "nothing had been saved yet: start anew with a lower --lr"
+        )
+        raise RunFailed(
+            f"the loss was not finite at epoch {epoch}, step {worst}; {stands} or without --amp"
+            if dist.is_main()
+            else ""
+        )

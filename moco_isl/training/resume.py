@@ -1,4 +1,6 @@
-"""What a run has to remember to go on as if it had never stopped, what of its flags may change meanwhile, and which file it starts from."""
+"""What a run has to remember to go on as if it had never stopped, what of its flags may change
+meanwhile, and which file it starts from.
+"""
 
 import hashlib
 import random
@@ -20,54 +22,124 @@ from moco_isl.training.state import require_start
 
 # everything that changes neither what is computed nor in which order
 MAY_CHANGE = {
-    "data", "download", "cache", "workers", "print_freq", "progress", "tensorboard", "device", "gpu", "world_size", "rank", "dist_url", "dist_backend",
-    "dist_timeout", "multiprocessing_distributed", "nproc_per_node", "resume", "init", "out", "config", "keep", "save_epochs", "save_every", "max_steps",
-    "knn_every", "max_bad_images", "start_epoch", "compile", "research_labels",
-}  # fmt: skip
+    "data",
+    "download",
+    "cache",
+    "workers",
+    "print_freq",
+    "progress",
+    "tensorboard",
+    "device",
+    "gpu",
+    "world_size",
+    "rank",
+    "dist_url",
+    "dist_backend",
+    "dist_timeout",
+    "multiprocessing_distributed",
+    "nproc_per_node",
+    "resume",
+    "init",
+    "out",
+    "config",
+    "keep",
+    "save_epochs",
+    "save_every",
+    "max_steps",
+    "knn_every",
+    "max_bad_images",
+    "start_epoch",
+    "compile",
+    "research_labels",
+}
 
 
 # what came later, as runs without it did
 BEFORE = {
-    "isl_recenter": False, "isl_views": False, "isl_between": 0, "isl_index": "exact", "isl_trust": "off", "isl_rounds": 1,
-    "isl_grow": False, "isl_half_bank": False, "fast": False, "on_device": False, "bn_shuffle": False,
-    "symmetric_sum": False, "isl_neighbors": None, "isl_share": 0.25, "isl_walk": 2, "isl_clusters": None,
-    "isl_clusterings": 5, "isl_background": 100, "oracle_precision": 1.0, "oracle_size": 5.0, "oracle_wrong": "uniform",
+    "isl_recenter": False,
+    "isl_views": False,
+    "isl_between": 0,
+    "isl_index": "exact",
+    "isl_trust": "off",
+    "isl_rounds": 1,
+    "isl_grow": False,
+    "isl_half_bank": False,
+    "fast": False,
+    "on_device": False,
+    "bn_shuffle": False,
+    "symmetric_sum": False,
+    "isl_neighbors": None,
+    "isl_share": 0.25,
+    "isl_walk": 2,
+    "isl_clusters": None,
+    "isl_clusterings": 5,
+    "isl_background": 100,
+    "oracle_precision": 1.0,
+    "oracle_size": 5.0,
+    "oracle_wrong": "uniform",
     "oracle_right": "uniform",
-}  # fmt: skip
+}
 OPTIONAL = MAY_CHANGE | BEFORE.keys()  # flags that a file need not have
 
 
-def check_same(saved: dict, now: dict, otherwise: str = "start a new run with --init and another --out", *,
-               epochs: int | None = None, mined: bool = True) -> None:
+def check_same(
+    saved: dict,
+    now: dict,
+    otherwise: str = "start a new run with --init and another --out",
+    *,
+    epochs: int | None = None,
+    mined: bool = True,
+) -> None:
     """Raise BadInput where flags of the saved run and of this one differ and may not.
 
-    It names both values of each, and what to do `otherwise`. --epochs may grow where what the saved run has done stays
-    as it was. epochs: how many it has begun (None: all); mined: it has had a round of mining.
+    It names both values of each, and what to do `otherwise`. --epochs may grow where what the saved
+    run has done stays as it was. epochs: how many it has begun (None: all); mined: it has had a
+    round of mining.
     """
     saved = {**BEFORE, **saved}
-    changed = [name for name in saved if name not in MAY_CHANGE and name in now and saved[name] != now[name]]
+    changed = [
+        name
+        for name in saved
+        if name not in MAY_CHANGE and name in now and saved[name] != now[name]
+    ]
     why = ""
     if "epochs" in changed and now["epochs"] > (saved["epochs"] or 0):
-        why = _what_more_epochs_change(saved, now, saved["epochs"] or 0 if epochs is None else epochs, mined)
+        why = _what_more_epochs_change(
+            saved, now, saved["epochs"] or 0 if epochs is None else epochs, mined
+        )
         if not why:
             changed.remove("epochs")
     if changed:
-        pairs = ", ".join(f"--{name.replace('_', '-')} was {saved[name]!r} and is now {now[name]!r}" for name in changed)
+        pairs = ", ".join(
+            f"--{name.replace('_', '-')} was {saved[name]!r} and is now {now[name]!r}"
+            for name in changed
+        )
         pairs += f" ({why})" if why else ""
-        raise BadInput(f"cannot resume with other settings: {pairs}. Give the same flags, or {otherwise}")
+        raise BadInput(
+            f"cannot resume with other settings: {pairs}. Give the same flags, or {otherwise}"
+        )
 
 
 def _what_more_epochs_change(saved: dict, now: dict, epochs: int, mined: bool) -> str:
-    """What of the first `epochs` epochs and of the rounds mined the --epochs of now would have changed; '' for nothing."""
+    """What of the first `epochs` epochs and of the rounds mined the --epochs of now would have
+    changed; '' for nothing.
+    """
     for epoch in range(epochs):
         before, after = (_relative_rate(epoch, flags) for flags in (saved, now))
         if before != after:
-            return f"epoch {epoch} would have been trained at {after / before:.3g} times its learning rate"
+            return (
+                f"epoch {epoch} would have been trained at {after / before:.3g} times its learning"
+                " rate"
+            )
     rounds = saved.get("isl_rounds", 1)
-    length, longer = (saved["epochs"] or 0) // rounds, now["epochs"] // rounds
+    length = (saved["epochs"] or 0) // rounds
+    longer = now["epochs"] // rounds
     mines = saved.get("miner", "none") != "none"
     if rounds > 1 and mines and saved.get("isl_every") == length != longer:
-        return f"it mines every {length} epochs, between its rounds of training, which would have {longer} epochs"
+        return (
+            f"it mines every {length} epochs, between its rounds of training, which would have"
+            f" {longer} epochs"
+        )
     if mined and _looked_at(saved) != _looked_at(now):
         return "with --isl-grow the rounds so far would have looked at more images"
     return ""
@@ -75,21 +147,35 @@ def _what_more_epochs_change(saved: dict, now: dict, epochs: int, mined: bool) -
 
 def _relative_rate(epoch: int, flags: dict) -> float:
     """The learning rate of an epoch as a share of --lr."""
-    return learning_rate(epoch, lr=1.0, epochs=flags["epochs"], cos=flags.get("cos", False),
-                         schedule=flags.get("schedule") or [], rounds=flags.get("isl_rounds") or 1)  # fmt: skip
+    return learning_rate(
+        epoch,
+        lr=1.0,
+        epochs=flags["epochs"],
+        cos=flags.get("cos", False),
+        schedule=flags.get("schedule") or [],
+        rounds=flags.get("isl_rounds") or 1,
+    )
 
 
 def _looked_at(flags: dict) -> int:
     """How many images the miner looks at, where that grows with the number of rounds; else 0."""
     own_number = flags.get("isl_neighbors") and flags.get("miner") in ("knn", "entropy")
-    grows = flags.get("isl_grow") and flags.get("miner") in ("knn", "entropy", "average", "diffusion", "cluster")
+    grows = flags.get("isl_grow") and flags.get("miner") in (
+        "knn",
+        "entropy",
+        "average",
+        "diffusion",
+        "cluster",
+    )
     return most_positives(flags) if grows and not own_number else 0
 
 
 @dataclass(frozen=True)
 class Start:
-    """What a run starts from. path: a file, None: nothing. goes_on: it is resumed, not only initialised. in_place: what is in the run's folder is
-    this very run. seen: what tells the newest checkpoint that was in that folder from any that is saved later."""
+    """What a run starts from. path: a file, None: nothing. goes_on: it is resumed, not only
+    initialised. in_place: what is in the run's folder is this very run. seen: what tells the newest
+    checkpoint that was in that folder from any that is saved later.
+    """
 
     path: str | None = None
     goes_on: bool = False
@@ -98,9 +184,11 @@ class Start:
 
 
 def find_start(resume: str, init: str | None, out: str) -> tuple[Start, dict]:
-    """The file that --resume (a path, "auto" or "") or --init names, and what is in it, tensors not yet read.
+    """The file that --resume (a path, "auto" or "") or --init names, and what is in it, tensors not
+    yet read.
 
-    Raises BadInput where it cannot be read, and where going on from it would overwrite what the run in `out` has reached since. What is found
+    Raises BadInput where it cannot be read, and where going on from it would overwrite what the run
+    in `out` has reached since. What is found
     is to be looked at again when the folder is held: see `require_unchanged`.
     """
     files.require_folder(out, "--out")
@@ -119,8 +207,11 @@ def find_start(resume: str, init: str | None, out: str) -> tuple[Start, dict]:
         in_place, last = True, newest(out)
         if last and _reached(content) < (there := _reached(_look(str(last), "resume"))):
             at = "epoch {}, {} steps".format
-            raise BadInput(f"--resume '{path}' ({at(*_reached(content))}) is older than {last} ({at(*there)}), and going on from it would overwrite "
-                           "what came after: use --resume auto, or choose another --out")
+            raise BadInput(
+                f"--resume '{path}' ({at(*_reached(content))}) is older than {last} ({at(*there)}),"
+                " and going on from it would overwrite what came after: use --resume auto, or"
+                " choose another --out"
+            )
     return Start(path, goes_on, in_place, seen), content
 
 
@@ -132,24 +223,39 @@ def _stamp(path: Path | None) -> tuple:
 
 
 def check_unsaved(start: Start, out: str, now: dict, free: Container[str] = ()) -> None:
-    """Raise BadInput where `out` holds a run without a checkpoint that this one would overwrite, and that is another one: gone checkpoints,
-    other flags than those of `now` that may not change (but for `free`)."""
+    """Raise BadInput where `out` holds a run without a checkpoint that this one would overwrite,
+    and that is another one: gone checkpoints, other flags than those of `now` that may not change
+    (but for `free`).
+    """
     saved = flags_of_unsaved(out) if start.in_place else {}
     if saved:
-        otherwise = "choose another --out: that run ended before its first checkpoint, and starting anew would overwrite its metrics.jsonl"
-        check_same({name: value for name, value in saved.items() if name not in free}, now, otherwise)
+        otherwise = (
+            "choose another --out: that run ended before its first checkpoint, and starting anew"
+            " would overwrite its metrics.jsonl"
+        )
+        check_same(
+            {name: value for name, value in saved.items() if name not in free}, now, otherwise
+        )
 
 
 def require_unchanged(start: Start, out: str) -> None:
-    """Raise BadInput where another run has saved in `out` since `find_start` looked. To be asked when the folder is held."""
+    """Raise BadInput where another run has saved in `out` since `find_start` looked.
+
+    To be asked when the folder is held.
+    """
     if start.in_place and _stamp(newest(out)) != start.seen:
-        raise BadInput(f"--out '{out}': another run has saved {newest(out) or 'and removed checkpoints'} while this one was starting: give the "
-                       "same command again")
+        raise BadInput(
+            f"--out '{out}': another run has saved {newest(out) or 'and removed checkpoints'} while"
+            " this one was starting: give the same command again"
+        )
 
 
 def _look(path: str, flag: str) -> dict:
     if not files.kind(path, f"--{flag}"):
-        raise BadInput(f"no file at --{flag} '{path}': expected a checkpoint; check the path (nothing was started)")
+        raise BadInput(
+            f"no file at --{flag} '{path}': expected a checkpoint; check the path (nothing was"
+            " started)"
+        )
     content = checkpoint.load(path, mmap=True)
     require_start(content, path, flag == "resume")
     return content
@@ -163,34 +269,55 @@ def epoch_of(content: dict) -> int | None:
 
 def _reached(content: dict) -> tuple[int, int]:
     """(epoch, steps in all), to compare files of one run."""
-    return epoch_of(content) or 0, (content.get("isl") or content.get("probe") or {}).get("total", 0)
+    return epoch_of(content) or 0, (content.get("isl") or content.get("probe") or {}).get(
+        "total", 0
+    )
 
 
 def finished(start: Start, content: dict, epochs: int, max_steps: int) -> str:
-    """How far the run to be resumed is, where nothing is left to do; '' otherwise. Raises BadInput where that is a file from elsewhere."""
-    epoch, steps = epoch_of(content) or 0, content.get("isl", {}).get("total", 0)
+    """How far the run to be resumed is, where nothing is left to do; '' otherwise.
+
+    Raises BadInput where that is a file from elsewhere.
+    """
+    epoch = epoch_of(content) or 0
+    steps = content.get("isl", {}).get("total", 0)
     if not start.goes_on or epoch < epochs and not 0 < max_steps <= steps:
         return ""
     if start.in_place:
-        return f"epoch {epoch} of {epochs}" if epoch >= epochs else f"{steps} steps of --max-steps {max_steps}"
-    raise BadInput(f"'{start.path}' has been trained for {epoch} epochs ({steps} steps), which leaves nothing to do: raise --epochs {epochs}"
-                   f"{f' or --max-steps {max_steps}' if max_steps else ''}, or start anew from its weights with --init")
+        return (
+            f"epoch {epoch} of {epochs}"
+            if epoch >= epochs
+            else f"{steps} steps of --max-steps {max_steps}"
+        )
+    raise BadInput(
+        f"'{start.path}' has been trained for {epoch} epochs ({steps} steps), which leaves nothing"
+        f" to do: raise --epochs {epochs}{f' or --max-steps {max_steps}' if max_steps else ''}, or"
+        " start anew from its weights with --init"
+    )
 
 
 def images_of(dataset) -> str:
-    """What tells these images, in this order, from as many others: of files their names below the folder, not what is in them."""
-    return hashlib.sha256("\0".join(data.names_below(dataset)).encode(errors="surrogateescape")).hexdigest()
+    """What tells these images, in this order, from as many others: of files their names below the
+    folder, not what is in them.
+    """
+    return hashlib.sha256(
+        "\0".join(data.names_below(dataset)).encode(errors="surrogateescape")
+    ).hexdigest()
 
 
 def take_over(flags, saved: dict) -> None:
-    """Flags that were not given (None) take the values that the run had: a seed that was drawn, a default that hangs on another flag."""
+    """Flags that were not given (None) take the values that the run had: a seed that was drawn, a
+    default that hangs on another flag.
+    """
     for name, value in {**BEFORE, **saved}.items():
         if name not in MAY_CHANGE and getattr(flags, name, "") is None:
             setattr(flags, name, value)
 
 
 def rng_of_ranks(device: torch.device, averages: Averages | None = None) -> list[dict]:
-    """The state of every generator of every rank, in rank order, on all ranks; with the averages, which are each rank's own too."""
+    """The state of every generator of every rank, in rank order, on all ranks; with the averages,
+    which are each rank's own too.
+    """
     state = {"torch": torch.get_rng_state(), "python": random.getstate()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
@@ -200,8 +327,10 @@ def rng_of_ranks(device: torch.device, averages: Averages | None = None) -> list
 
 
 def restore_rng(states: list[dict], device: torch.device, averages: Averages | None = None) -> bool:
-    """Put this rank's generators (and averages) back. False where there are more or fewer ranks than when it was saved: then the generators stay as
-    they are, and rank 0's averages stand for all."""
+    """Put this rank's generators (and averages) back. False where there are more or fewer ranks
+    than when it was saved: then the generators stay as they are, and rank 0's averages stand for
+    all.
+    """
     same = len(states) == dist.world_size()
     state = states[dist.rank() if same else 0]
     if averages is not None:
@@ -227,16 +356,36 @@ class Parts:
     images: str  # see images_of
 
     def state(self, position: Position, flags: dict, ranks: list[dict], metrics_size: int) -> dict:
-        """What a file holds: MoCo's keys, and what an exact resume needs. ranks: of `rng_of_ranks`; metrics_size: bytes of metrics.jsonl by now."""
-        ours = {"state": self.isl.state_dict(), "miner": self.miner.state_dict(), "scaler": self.scaler.state_dict(), "rng": ranks, "epoch": position.epoch,
-                "step": position.step, "total": position.total, "num_images": self.isl.positives.num_images, "images": self.images,
-                "metrics_size": metrics_size}  # fmt: skip
-        return {"epoch": position.epoch, "arch": flags["arch"], "state_dict": checkpoint.model_state(self.model), "optimizer": self.optimizer.state_dict(),
-                "args": flags, "isl": ours}  # fmt: skip
+        """What a file holds: MoCo's keys, and what an exact resume needs.
+
+        ranks: of `rng_of_ranks`; metrics_size: bytes of metrics.jsonl by now.
+        """
+        ours = {
+            "state": self.isl.state_dict(),
+            "miner": self.miner.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "rng": ranks,
+            "epoch": position.epoch,
+            "step": position.step,
+            "total": position.total,
+            "num_images": self.isl.positives.num_images,
+            "images": self.images,
+            "metrics_size": metrics_size,
+        }
+        return {
+            "epoch": position.epoch,
+            "arch": flags["arch"],
+            "state_dict": checkpoint.model_state(self.model),
+            "optimizer": self.optimizer.state_dict(),
+            "args": flags,
+            "isl": ours,
+        }
 
     def restore(self, content: dict, device: torch.device) -> tuple[Position, bool]:
-        """Take up everything but the model's state from a file of ours. Returns where the run is, and whether it goes on bit for bit: with other ranks than
-        those that saved the file it does not."""
+        """Take up everything but the model's state from a file of ours. Returns where the run is,
+        and whether it goes on bit for bit: with other ranks than those that saved the file it does
+        not.
+        """
         ours = content["isl"]
         load_optimizer(self.optimizer, content["optimizer"])
         self.isl.load_state_dict(ours["state"])

@@ -1,4 +1,6 @@
-"""args.json and metrics.jsonl of a run folder read back, each line held against the shape of what `run_folder.RunFolder` and the scripts write."""
+"""args.json and metrics.jsonl of a run folder read back, each line held against the shape of what
+`run_folder.RunFolder` and the scripts write.
+"""
 
 from pathlib import Path
 
@@ -12,15 +14,38 @@ WHOLE = Number(0, 10**12, whole=True)
 FIGURE = Number(-1e100, 1e100, finite=False)  # the means of a failing run may be anything
 SHARE = Number(0, 1, finite=False)
 
-_FACTS = {"command?": [str], "version?": str, "git?": (str, None), "device?": (str, None), "earlier?": [dict], "labels_used?": bool, ...: object}
+_FACTS = {
+    "command?": [str],
+    "version?": str,
+    "git?": (str, None),
+    "device?": (str, None),
+    "earlier?": [dict],
+    "labels_used?": bool,
+    ...: object,
+}
 _HISTORY = Holds(
     {"iteration": [WHOLE], ...: [FIGURE]},
     lambda history: len({len(figures) for figures in history.values()}) == 1,
     "a list of equal length for each figure",
 )
 LINES = {
-    "step": {"kind": {"step"}, "epoch": WHOLE, "step": WHOLE, "total?": WHOLE, "lr": FIGURE, "loss": FIGURE, ...: FIGURE},
-    "epoch": {"kind": {"epoch"}, "epoch": WHOLE, "total?": WHOLE, "loss": FIGURE, "knn?": Number(0, 100), ...: FIGURE},
+    "step": {
+        "kind": {"step"},
+        "epoch": WHOLE,
+        "step": WHOLE,
+        "total?": WHOLE,
+        "lr": FIGURE,
+        "loss": FIGURE,
+        ...: FIGURE,
+    },
+    "epoch": {
+        "kind": {"epoch"},
+        "epoch": WHOLE,
+        "total?": WHOLE,
+        "loss": FIGURE,
+        "knn?": Number(0, 100),
+        ...: FIGURE,
+    },
     "round": {
         "kind": {"round"},
         "epoch": WHOLE,
@@ -36,22 +61,41 @@ LINES = {
         "distinct?": SHARE,
         "threshold?": FIGURE,
         "history?": _HISTORY,
-        **{f"precision{of}?": (SHARE, None) for of in ("", "_own_nearest", "_all_pairs", "_estimate", "_at_most")},
+        **{
+            f"precision{of}?": (SHARE, None)
+            for of in ("", "_own_nearest", "_all_pairs", "_estimate", "_at_most")
+        },
         ...: object,
     },
 }
 
 
 def read_facts(folder: Path, flags: dict | None = None) -> dict:
-    """args.json in a run folder. flags: the shape of its "args", see `state.flags_shape`; None: any. Raises BadInput."""
-    return read_json(folder / "args.json", {**_FACTS, "args?": flags or dict}, expected="args.json as our scripts write it")
+    """args.json in a run folder.
+
+    flags: the shape of its "args", see `state.flags_shape`; None: any. Raises BadInput.
+    """
+    return read_json(
+        folder / "args.json",
+        {**_FACTS, "args?": flags or dict},
+        expected="args.json as our scripts write it",
+    )
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """The lines of a pretraining's metrics.jsonl; a last one that a kill has torn is left out. Raises BadInput."""
+    """The lines of a pretraining's metrics.jsonl; a last one that a kill has torn is left out.
+
+    Raises BadInput.
+    """
     path = folder / "metrics.jsonl"
-    whole = files.read_text(path, expected="metrics.jsonl as main_moco_isl.py writes it", most=MOST).split("\n")[:-1]
-    return [_line(text, f"cannot read {files.named('', path)}, line {number}") for number, text in enumerate(whole, 1) if text]
+    whole = files.read_text(
+        path, expected="metrics.jsonl as main_moco_isl.py writes it", most=MOST
+    ).split("\n")[:-1]
+    return [
+        _line(text, f"cannot read {files.named('', path)}, line {number}")
+        for number, text in enumerate(whole, 1)
+        if text
+    ]
 
 
 def _line(text: str, where: str) -> dict:
@@ -62,8 +106,10 @@ def _line(text: str, where: str) -> dict:
 
 
 def require_lines_after(folder: Path, size: int, total: int, path) -> None:
-    """Raise BadInput where the checkpoint `path` cannot stand after the first `size` bytes of metrics.jsonl: what comes behind them, and would
-    be cut, must have been logged after its `total` steps."""
+    """Raise BadInput where the checkpoint `path` cannot stand after the first `size` bytes of
+    metrics.jsonl: what comes behind them, and would be cut, must have been logged after its `total`
+    steps.
+    """
     metrics = folder / "metrics.jsonl"
     if files.kind(metrics) != "file" or metrics.stat().st_size <= size:
         return
@@ -80,5 +126,8 @@ def require_lines_after(folder: Path, size: int, total: int, path) -> None:
             break
         inside = inside or line.get("total", total) < total
     if inside:
-        raise BadInput(f"{files.named('', path)} was saved after {size} bytes of {files.named('', metrics)}, but lines from before it come behind them: "
-                       "they are not of one run; start a new one with --init and another --out")  # fmt: skip
+        raise BadInput(
+            f"{files.named('', path)} was saved after {size} bytes of {files.named('', metrics)},"
+            " but lines from before it come behind them: they are not of one run; start a new one"
+            " with --init and another --out"
+        )

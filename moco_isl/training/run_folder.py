@@ -1,4 +1,6 @@
-"""The folder of a run: one process at a time, nothing overwritten, metrics without gaps or doubles."""
+"""The folder of a run: one process at a time, nothing overwritten, metrics without gaps or
+doubles.
+"""
 
 import contextlib
 import errno
@@ -24,31 +26,43 @@ SAVED = "a checkpoint was saved here\n"  # what .lock says from then on
 
 
 class RunFolder:
-    """Files of a run under `path`: checkpoint_0199.pth.tar, checkpoint_last.pth.tar, metrics.jsonl, args.json, rounds/round_0001.pt.
+    """Files of a run under `path`: checkpoint_0199.pth.tar, checkpoint_last.pth.tar, metrics.jsonl,
+    args.json, rounds/round_0001.pt.
 
-    Opened by rank 0 alone. Raises BadInput where the folder cannot be written, holds a run that is not to be resumed, or is in use.
-    The file .lock is held while the run lives; it says whether a checkpoint has been saved in the folder (SAVED).
+    Opened by rank 0 alone. Raises BadInput where the folder cannot be written, holds a run that is
+    not to be resumed, or is in use. The file .lock is held while the run lives; it says whether a
+    checkpoint has been saved in the folder (SAVED).
     """
 
     def __init__(self, path: str | Path, resume: bool, keep: int | None = None):
-        self.path, self.keep, self._metrics = Path(path), keep, None
+        self.path = Path(path)
+        self.keep = keep
+        self._metrics = None
         check_folder(path, resume)
         lock = self.path / ".lock"
-        # a start that fails leaves nothing behind: what was not there before goes again in `close`, unless the run has begun to write
+        # a start that fails leaves nothing behind: what was not there before goes again in `close`,
+        # unless the run has begun to write
         self._made = [p for p in (lock, self.path, *self.path.absolute().parents) if not p.exists()]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = open(lock, "a")
         except OSError as error:
-            raise BadInput(f"--out '{path}' cannot be written: {error.strerror}; expected a folder to create files in") from error
+            raise BadInput(
+                f"--out '{path}' cannot be written: {error.strerror}; expected a folder to create"
+                " files in"
+            ) from error
         try:
-            # a record lock belongs to the process: forked loading workers do not inherit it, and it ends with the process however that dies
+            # a record lock belongs to the process: forked loading workers do not inherit it, and it
+            # ends with the process however that dies
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not self._is_held():
                 raise BlockingIOError  # its owner has just taken it away
         except OSError as error:
             self._lock.close()
-            raise BadInput(f"--out '{path}' is in use by a run that is alive: wait for it or stop it, or choose another --out") from error
+            raise BadInput(
+                f"--out '{path}' is in use by a run that is alive: wait for it or stop it, or"
+                " choose another --out"
+            ) from error
         try:
             check_folder(path, resume)  # again: now it is ours alone
         except BadInput:
@@ -71,17 +85,24 @@ class RunFolder:
         self._lock.close()
 
     def _is_held(self) -> bool:
-        """Whether the lock that this run holds is the one in the folder: not where that was moved, removed, or made anew."""
+        """Whether the lock that this run holds is the one in the folder: not where that was moved,
+        removed, or made anew.
+        """
         try:
             return os.path.samestat(os.fstat(self._lock.fileno()), os.stat(self.path / ".lock"))
         except OSError:
             return False
 
     def require_held(self) -> None:
-        """Raise RunFailed where the folder is no longer this run's, before anything is written there."""
+        """Raise RunFailed where the folder is no longer this run's, before anything is written
+        there.
+        """
         if not self._is_held():
-            raise RunFailed(f"{self.path} is no longer the folder of this run: it was moved, removed or made anew meanwhile, and another run may "
-                            "write there now. Nothing more is written; what was saved is where the folder went, and --resume goes on from it")
+            raise RunFailed(
+                f"{self.path} is no longer the folder of this run: it was moved, removed or made"
+                " anew meanwhile, and another run may write there now. Nothing more is written;"
+                " what was saved is where the folder went, and --resume goes on from it"
+            )
 
     def begin(self, args: dict, metrics_size: int | None) -> None:
         """The run is to be written from here on: see `write_args` and `open_metrics`."""
@@ -89,7 +110,9 @@ class RunFolder:
         self.open_metrics(metrics_size)
 
     def write_args(self, args: dict) -> None:
-        """args.json: the resolved flags, the command, the code's version and what it runs on; `earlier`: the same of the starts before this one."""
+        """args.json: the resolved flags, the command, the code's version and what it runs on;
+        `earlier`: the same of the starts before this one.
+        """
         self._made = []
         facts = {
             "args": args,
@@ -100,7 +123,11 @@ class RunFolder:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "torchvision": torchvision.__version__,
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+            "device": (
+                torch.cuda.get_device_name()
+                if torch.cuda.is_available()
+                else f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+            ),
         }
         path = self.path / "args.json"
         with self._writing(path.name):
@@ -109,17 +136,23 @@ class RunFolder:
             files.write_text(json.dumps(facts, indent=1, default=str) + "\n", path)
 
     def open_metrics(self, size: int | None) -> None:
-        """Go on with metrics.jsonl after its first `size` bytes (None: all): what was logged after the checkpoint will be logged again."""
+        """Go on with metrics.jsonl after its first `size` bytes (None: all): what was logged after
+        the checkpoint will be logged again.
+        """
         path, self._made = self.path / "metrics.jsonl", []
         with self._writing(path.name):
             if newest(self.path) is None and _was_saved(self.path):
                 self._lock.truncate(0)  # what was saved here before is gone
-            self._metrics = open(path, "ab", buffering=0)  # what a full disk refuses must not be written again at the end
+            # what a full disk refuses must not be written again at the end
+            self._metrics = open(path, "ab", buffering=0)
             there = self._metrics.tell()
             if size is not None and there > size:
                 self._metrics.truncate(size)
         if size is not None and there < size:
-            print(f"=> warning: {path} is shorter than it was when the checkpoint was saved ({there} of {size} bytes): lines are missing")
+            print(
+                f"=> warning: {path} is shorter than it was when the checkpoint was saved ({there}"
+                f" of {size} bytes): lines are missing"
+            )
 
     def log(self, **values) -> None:
         """One object into metrics.jsonl."""
@@ -135,14 +168,25 @@ class RunFolder:
             return os.fstat(self._metrics.fileno()).st_size
 
     def require_sound(self, broken: list[str], epoch: int, step: int) -> None:
-        """Raise RunFailed where some of what is to be saved has exploded (`checkpoint.exploded`), so that the last good file stays."""
+        """Raise RunFailed where some of what is to be saved has exploded (`checkpoint.exploded`),
+        so that the last good file stays.
+        """
         if broken:
-            good = f"the last good file is {self.last}: start anew from it with --init, a lower --lr" if self.last.exists() else "nothing had been saved yet: start anew with a lower --lr"
-            raise RunFailed(f"the weights have exploded at epoch {epoch}, step {step} ({checkpoint.some(broken)} not finite, or too large to be "
-                            f"squared), and are not saved; {good} or without --amp")
+            good = (
+                f"the last good file is {self.last}: start anew from it with --init, a lower --lr"
+                if self.last.exists()
+                else "nothing had been saved yet: start anew with a lower --lr"
+            )
+            raise RunFailed(
+                f"the weights have exploded at epoch {epoch}, step {step}"
+                f" ({checkpoint.some(broken)} not finite, or too large to be squared), and are not"
+                f" saved; {good} or without --amp"
+            )
 
     def save(self, state: dict, number: int | None) -> None:
-        """Write the last checkpoint; with a number (an epoch's end) under MoCo's name for that epoch as well."""
+        """Write the last checkpoint; with a number (an epoch's end) under MoCo's name for that
+        epoch as well.
+        """
         if number is None:
             with self._writing():
                 checkpoint.save(state, self.last)
@@ -174,54 +218,88 @@ class RunFolder:
 
     @contextlib.contextmanager
     def _writing(self, name: str = ""):
-        """Everything in the folder is written inside this: into the folder of this run, and what cannot be is a RunFailed that says what stands."""
+        """Everything in the folder is written inside this: into the folder of this run, and what
+        cannot be is a RunFailed that says what stands.
+        """
         self.require_held()
         try:
             yield
         except (OSError, RunFailed) as error:
-            what = f"cannot write {self.path / name}: {error.strerror}" if isinstance(error, OSError) else str(error)
-            stands = f"the last whole checkpoint is {self.last}" if self.last.exists() else "no checkpoint had been saved yet"
-            raise RunFailed(f"{what}; {stands}. Free some space, then resume with --resume auto") from error
+            what = (
+                f"cannot write {self.path / name}: {error.strerror}"
+                if isinstance(error, OSError)
+                else str(error)
+            )
+            stands = (
+                f"the last whole checkpoint is {self.last}"
+                if self.last.exists()
+                else "no checkpoint had been saved yet"
+            )
+            raise RunFailed(
+                f"{what}; {stands}. Free some space, then resume with --resume auto"
+            ) from error
 
 
 def check_folder(path: str | Path, resume: bool) -> None:
-    """Raise BadInput where no run can have its files in `path`: it cannot be written, or (without `resume`) holds one already."""
+    """Raise BadInput where no run can have its files in `path`: it cannot be written, or (without
+    `resume`) holds one already.
+    """
     path = Path(path)
     files.require_folder(path, "--out")
     found = held(path)
     if found and not resume:
-        raise BadInput(f"--out '{path}' holds a run already ({found}): add --resume auto to go on with it, or choose another --out")
+        raise BadInput(
+            f"--out '{path}' holds a run already ({found}): add --resume auto to go on with it, or"
+            " choose another --out"
+        )
     if not found:
         files.require_ours(path / "args.json", _is_args, "--out")
 
 
 def flags_of_unsaved(path: str | Path, shape: dict | None = None) -> dict:
-    """The flags of the run in `path` that ended before its first checkpoint; {} where there is no such run.
+    """The flags of the run in `path` that ended before its first checkpoint; {} where there is no
+    such run.
 
-    shape: of the flags, see `state.flags_shape`; None: any. Raises BadInput where they are of another, and where its checkpoints were there and are gone, and where nothing says what run it was: whoever started
-    anew there would overwrite what it has logged.
+    shape: of the flags, see `state.flags_shape`; None: any. Raises BadInput where they are of
+    another, and where its checkpoints were there and are gone, and where nothing says what run it
+    was: whoever started anew there would overwrite what it has logged.
     """
     path = Path(path)
     found = held(path)
     if not found or newest(path):
         return {}
-    cure = f"choose another --out (and --init to start from a file), or remove {found} and what else is left of that run"
+    cure = (
+        f"choose another --out (and --init to start from a file), or remove {found} and what else"
+        " is left of that run"
+    )
     facts = _facts(path)
     if _was_saved(path) or facts and _must_have_been_saved(path, facts["args"]):
-        raise BadInput(f"--out '{path}' holds a run ({found}) whose checkpoints are gone, so that nothing can be resumed: {cure}")
+        raise BadInput(
+            f"--out '{path}' holds a run ({found}) whose checkpoints are gone, so that nothing can"
+            f" be resumed: {cure}"
+        )
     if not facts:
-        raise BadInput(f"--out '{path}' holds a run ({found}) without a checkpoint and without the args.json that says which run it is: {cure}")
+        raise BadInput(
+            f"--out '{path}' holds a run ({found}) without a checkpoint and without the args.json"
+            f" that says which run it is: {cure}"
+        )
     return read_facts(path, shape)["args"]
 
 
 def numbered(path: Path) -> list[Path]:
     """The checkpoints of epochs' ends in a folder, in their order."""
-    found = {int(name[1]): p for p in path.glob("checkpoint_*.pth.tar") if (name := re.fullmatch(r"checkpoint_(\d{4,})\.pth\.tar", p.name))}
+    found = {
+        int(name[1]): p
+        for p in path.glob("checkpoint_*.pth.tar")
+        if (name := re.fullmatch(r"checkpoint_(\d{4,})\.pth\.tar", p.name))
+    }
     return [found[number] for number in sorted(found)]
 
 
 def newest(path: str | Path) -> Path | None:
-    """The checkpoint to go on with in a folder: the last one, or, where somebody took that away, the last numbered one."""
+    """The checkpoint to go on with in a folder: the last one, or, where somebody took that away,
+    the last numbered one.
+    """
     last = Path(path) / LAST
     return last if last.is_file() else next(reversed(numbered(Path(path))), None)
 
@@ -230,20 +308,32 @@ def held(path: Path) -> str:
     """A file that shows that a run is in a folder; '' if none is."""
     metrics = path / "metrics.jsonl"
     found = newest(path) or (metrics if metrics.is_file() and metrics.stat().st_size else None)
-    return found.name if found else next((f"rounds/{p.name}" for p in sorted(path.glob("rounds/round_*.pt"))), "")
+    return (
+        found.name
+        if found
+        else next((f"rounds/{p.name}" for p in sorted(path.glob("rounds/round_*.pt"))), "")
+    )
 
 
 def _was_saved(path: Path) -> bool:
-    """Whether .lock has the length of SAVED. It is not opened: a process that closes a file lets go of every lock it has on it."""
+    """Whether .lock has the length of SAVED.
+
+    It is not opened: a process that closes a file lets go of every lock it has on it.
+    """
     lock = path / ".lock"
     return lock.is_file() and lock.stat().st_size == len(SAVED)
 
 
 def _must_have_been_saved(path: Path, args: dict) -> bool:
-    """Whether metrics.jsonl goes on after an epoch at whose end a checkpoint was due: the .lock of earlier versions does not say."""
+    """Whether metrics.jsonl goes on after an epoch at whose end a checkpoint was due: the .lock of
+    earlier versions does not say.
+    """
     if not files.kind(path / "metrics.jsonl"):
         return False
-    start, every = (args.get(name) if type(args.get(name)) is int else 0 for name in ("start_epoch", "save_epochs"))
+    start, every = (
+        args.get(name) if type(args.get(name)) is int else 0
+        for name in ("start_epoch", "save_epochs")
+    )
     every = max(every, 1)
     logged = files.read_text(path / "metrics.jsonl", most=MOST).splitlines()
     return any(epoch // every > start // every for epoch in map(_epoch_of, logged))
@@ -274,7 +364,9 @@ def _facts(folder: Path) -> dict:
 
 
 def _starts_before(path: Path) -> list[dict]:
-    """What args.json tells of the starts so far, the first one first; a broken file tells nothing."""
+    """What args.json tells of the starts so far, the first one first; a broken file tells
+    nothing.
+    """
     try:
         facts = read_facts(path.parent)
         return [*facts.pop("earlier", []), facts]
@@ -290,7 +382,13 @@ def _git_commit() -> str | None:
     """The commit of this code where it lies in a git checkout."""
     folder = Path(__file__).resolve().parent
     try:
-        done = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=folder, capture_output=True, text=True, timeout=10)
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None

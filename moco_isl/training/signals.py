@@ -16,24 +16,35 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal
 
 
 def caught() -> list[signal.Signals]:
-    """SIGNALS, but for a SIGHUP that nohup, or whoever started this process, has told it to ignore."""
-    return [number for number in SIGNALS if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN]
+    """SIGNALS, but for a SIGHUP that nohup, or whoever started this process, has told it to
+    ignore.
+    """
+    return [
+        number
+        for number in SIGNALS
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
+    ]
 
 
 def open_standard_streams() -> None:
     """Put /dev/null where this process was started with a standard stream closed.
 
-    Otherwise the next file to be opened, such as metrics.jsonl, gets its number, and all that is said goes into that file.
+    Otherwise the next file to be opened, such as metrics.jsonl, gets its number, and all that is
+    said goes into that file.
     """
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number, so this one
+            # the lowest free number, so this one
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
 
 
 def say(line: str) -> None:
-    """Print a line from a signal handler, where `print` is not safe. Where the terminal is gone, all that comes later goes to /dev/null."""
+    """Print a line from a signal handler, where `print` is not safe.
+
+    Where the terminal is gone, all that comes later goes to /dev/null.
+    """
     if sys.stdout is None:  # closed from the start
         return
     try:
@@ -45,14 +56,18 @@ def say(line: str) -> None:
 
 
 class Stop:
-    """A context in which SIGTERM, SIGUSR1, SIGUSR2, SIGHUP (the terminal has gone) and Ctrl-C ask the run to stop at the next step.
+    """A context in which SIGTERM, SIGUSR1, SIGUSR2, SIGHUP (the terminal has gone) and Ctrl-C ask
+    the run to stop at the next step.
 
-    asked: a launcher's own question, instead of signal handlers. A second Ctrl-C ends the process at once, as usual. Signals that were
-    blocked until here, as in a process just spawned, are let in.
+    asked: a launcher's own question, instead of signal handlers. A second Ctrl-C ends the process
+    at once, as usual. Signals that were blocked until here, as in a process just spawned, are let
+    in.
     """
 
     def __init__(self, asked: Callable[[], bool] | None = None):
-        self._asked, self._flag, self._old = asked, False, {}
+        self._asked = asked
+        self._flag = False
+        self._old = {}
         # beside NCCL a CPU group, so that asking needs no word from the GPU
         nccl = dist.active() and torch.distributed.get_backend() == "nccl"
         self._group = torch.distributed.new_group(backend="gloo") if nccl else None
@@ -70,7 +85,8 @@ class Stop:
     def _handle(self, number, frame) -> None:
         if self._flag and number == signal.SIGINT:
             raise KeyboardInterrupt
-        if not self._flag and (dist.is_main() or number == signal.SIGHUP):  # each rank looks whether its terminal is there
+        # each rank looks whether its terminal is there
+        if not self._flag and (dist.is_main() or number == signal.SIGHUP):
             say(f"=> {signal.Signals(number).name}: saving and leaving at the next step")
         self._flag = True
 
@@ -87,7 +103,10 @@ class Stop:
         return bool(flag.item())
 
     def watch(self, batches: Iterable, most: int) -> Iterator:
-        """The batches, asking before each: raises Interrupted on all ranks at once. most: how many the rank with the most of them has."""
+        """The batches, asking before each: raises Interrupted on all ranks at once.
+
+        most: how many the rank with the most of them has.
+        """
         asked = 0
         for batch in batches:
             self._leave_if_agreed()

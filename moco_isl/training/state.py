@@ -1,7 +1,9 @@
-"""What a checkpoint of ours holds beside the weights, as shapes that it is held against once, where it is read, before anything is done with it.
+"""What a checkpoint of ours holds beside the weights, as shapes that it is held against once, where
+it is read, before anything is done with it.
 
-`resume.Parts.state` writes the file of a pretraining, main_lincls.py that of a probe. What a part of a run keeps has its shape next to its
-`state_dict`: `ISL.state_shape`, a miner's `state_shape`. The weights are checked by `checkpoint.match`.
+`resume.Parts.state` writes the file of a pretraining, main_lincls.py that of a probe. What a part
+of a run keeps has its shape next to its `state_dict`: `ISL.state_shape`, a miner's `state_shape`.
+The weights are checked by `checkpoint.match`.
 Letters: M images, C feature dimension.
 """
 
@@ -21,10 +23,24 @@ SMALLEST = torch.finfo(torch.float32).tiny
 # ---- what can be told of any file, before flags, images and network are known
 
 
-POSITION = {"epoch": COUNT, "step": COUNT, "total": COUNT, "metrics_size": COUNT, "num_images?": Number(1, LARGEST, whole=True), "images?": str, ...: object}
+POSITION = {
+    "epoch": COUNT,
+    "step": COUNT,
+    "total": COUNT,
+    "metrics_size": COUNT,
+    "num_images?": Number(1, LARGEST, whole=True),
+    "images?": str,
+    ...: object,
+}
 JUDGED = {"sha256?": str, "classes?": [str], "data_sha256?": str}
 BEGUN = {**POSITION, "state": {"round?": COUNT, ...: object}}
-START = {"epoch?": object, "args?": object, "isl?": BEGUN, "probe?": {**POSITION, **JUDGED}, ...: object}
+START = {
+    "epoch?": object,
+    "args?": object,
+    "isl?": BEGUN,
+    "probe?": {**POSITION, **JUDGED},
+    ...: object,
+}
 OURS = {**START, "epoch": COUNT, "arch": str, "args": dict}
 
 
@@ -35,27 +51,43 @@ def where(path) -> str:
 def require_start(content: dict, path, resume: bool) -> None:
     """Hold a file to start from against what is read of it first. Raises BadInput."""
     ours = "isl" in content or "probe" in content
-    require(content, OURS if ours else {**START, "epoch?": COUNT} if resume else START, where(path), cure=EARLIER)
+    require(
+        content,
+        OURS if ours else {**START, "epoch?": COUNT} if resume else START,
+        where(path),
+        cure=EARLIER,
+    )
 
 
-def require_flags(content: dict, path, parser: argparse.ArgumentParser, optional: set[str], known: tuple[str, ...] = ()) -> None:
-    """Hold the flags (`args`) in a file of ours against the script's parser. optional: those that files need not have; known: those that
-    are never None in them. Raises BadInput.
+def require_flags(
+    content: dict,
+    path,
+    parser: argparse.ArgumentParser,
+    optional: set[str],
+    known: tuple[str, ...] = (),
+) -> None:
+    """Hold the flags (`args`) in a file of ours against the script's parser. optional: those that
+    files need not have; known: those that are never None in them. Raises BadInput.
 
     Then no position lies past the end of the run that they describe.
     """
     shape = flags_shape(parser, optional)
     shape |= {name: shape[name][0] for name in known}
     shape |= {name: Number(1, LARGEST, whole=True) for name in ("epochs", "batch_size")}
-    texts = Holds(shape, lambda flags: all(isinstance(name, str) for name in flags), "flags by name")
+    texts = Holds(
+        shape, lambda flags: all(isinstance(name, str) for name in flags), "flags by name"
+    )
     require(content["args"], texts, f"cannot read the flags in {named('', path)}", cure=EARLIER)
     epochs, epoch = content["args"]["epochs"], content["epoch"]
     if epoch > epochs:
-        raise BadInput(f"{where(path)}: epoch is {epoch}, and its own --epochs are {epochs}; {EARLIER}")
+        raise BadInput(
+            f"{where(path)}: epoch is {epoch}, and its own --epochs are {epochs}; {EARLIER}"
+        )
 
 
 def flags_shape(parser: argparse.ArgumentParser, optional: set[str] | None = None) -> dict:
-    """The shape of `vars` of a parser's flags. What is not said is None; flags that the parser does not know may be there.
+    """The shape of `vars` of a parser's flags. What is not said is None; flags that the parser does
+    not know may be there.
 
     optional: flags that need not be there; None: all of them.
     """
@@ -69,7 +101,8 @@ def flags_shape(parser: argparse.ArgumentParser, optional: set[str] | None = Non
             kind = Number(-LARGEST - 1, LARGEST, whole=True) if action.type is int else float
             return [kind] if action.nargs in ("*", "+") else kind
         several = action.nargs in ("*", "+")
-        if action.type not in (None, str) and not several:  # a word with a meaning of its own, such as a list of numbers
+        # a word with a meaning of its own, such as a list of numbers
+        if action.type not in (None, str) and not several:
             return (str, [Number(-LARGEST - 1, LARGEST, whole=True)])
         return [str] if several else str
 
@@ -95,18 +128,32 @@ def _gpu_generator(x: torch.Tensor) -> bool:
 def _python_generator(x: tuple) -> bool:
     version, words, gauss = x
     random.Random().setstate(x)
-    return version == 3 and all(0 <= word < 2**32 for word in words) and (gauss is None or isinstance(gauss, float))
+    return (
+        version == 3
+        and all(0 <= word < 2**32 for word in words)
+        and (gauss is None or isinstance(gauss, float))
+    )
 
 
 def _go_together(averages: dict) -> bool:
-    names, sums, read = averages["names"], averages["sums"], averages["read"]
+    names = averages["names"]
+    sums = averages["sums"]
+    read = averages["read"]
     if sums is None or read is None:
         return sums is read and not names
-    return "loss" in names and len(names) == len(set(names)) == len(sums) - 1 == len(read) - 1 and 0 <= read[-1] <= sums[-1] < float("inf")
+    return (
+        "loss" in names
+        and len(names) == len(set(names)) == len(sums) - 1 == len(read) - 1
+        and 0 <= read[-1] <= sums[-1] < float("inf")
+    )
 
 
 ANY = Number(finite=False)  # the mean of a classifier whose loss is not finite
-AVERAGES = Holds({"names": [str], "sums": ([ANY], None), "read": ([ANY], None)}, _go_together, "as many sums as names, and how many images")
+AVERAGES = Holds(
+    {"names": [str], "sums": ([ANY], None), "read": ([ANY], None)},
+    _go_together,
+    "as many sums as names, and how many images",
+)
 RANK = {
     "torch": Holds(Tensor("int", (None,)), _cpu_generator, "the state of torch's generator"),
     "python": Holds(list, _python_generator, "the state of Python's generator"),
@@ -117,11 +164,17 @@ RANKS = Holds([RANK], len, "one state a rank or more")
 
 
 def _position(steps: int, epoch: int) -> dict:
-    return {"epoch": {epoch}, "step": Number(0, steps, whole=True), "total": Number(0, min(LARGEST, (epoch + 1) * steps), whole=True)}
+    return {
+        "epoch": {epoch},
+        "step": Number(0, steps, whole=True),
+        "total": Number(0, min(LARGEST, (epoch + 1) * steps), whole=True),
+    }
 
 
 def _steps_agree(ours: dict) -> bool:
-    """In the middle of an epoch there are means of what was done of it, on every rank, and never more steps than in all."""
+    """In the middle of an epoch there are means of what was done of it, on every rank, and never
+    more steps than in all.
+    """
     counted = all(rank["averages"]["sums"] is not None for rank in ours["rng"])
     return ours["step"] <= ours["total"] and (counted or not ours["step"])
 
@@ -129,10 +182,23 @@ def _steps_agree(ours: dict) -> bool:
 # ---- a pretraining
 
 
-def require_state(content: dict, path, *, model: nn.Module, isl, miner: dict, M: int, batch_size: int, momentum: float, fp16: bool) -> None:
-    """Hold a pretraining file of ours, of which `require_start` was asked, against the run that is to go on from it. Raises BadInput.
+def require_state(
+    content: dict,
+    path,
+    *,
+    model: nn.Module,
+    isl,
+    miner: dict,
+    M: int,
+    batch_size: int,
+    momentum: float,
+    fp16: bool,
+) -> None:
+    """Hold a pretraining file of ours, of which `require_start` was asked, against the run that is
+    to go on from it. Raises BadInput.
 
-    model: of builder.py, on any device. isl, miner: what `state_shape` of either says. The rest as the run's flags have it.
+    model: of builder.py, on any device. isl, miner: what `state_shape` of either says. The rest as
+    the run's flags have it.
     """
     steps, epoch = -(-M // batch_size), content["epoch"]
     ours = {
@@ -145,44 +211,88 @@ def require_state(content: dict, path, *, model: nn.Module, isl, miner: dict, M:
         "images?": str,
         "metrics_size": COUNT,
     }
-    mined = lambda ours: ours["state"].get("round", 0) <= epoch + 1  # at most once before each epoch
-    ours = Holds(Holds(ours, _steps_agree, "means of an epoch that has begun, and no more steps in it than in all"), mined, "a round an epoch at most")
-    require(content, {**OURS, "state_dict": dict, "optimizer": dict, "isl": ours}, where(path), {"M": M}, EARLIER)
-    moved = bool(momentum and content["isl"]["total"] and not fp16)  # a scaler leaves out the first steps until its scale fits
+    # at most once before each epoch
+    mined = lambda ours: ours["state"].get("round", 0) <= epoch + 1
+    ours = Holds(
+        Holds(
+            ours,
+            _steps_agree,
+            "means of an epoch that has begun, and no more steps in it than in all",
+        ),
+        mined,
+        "a round an epoch at most",
+    )
+    require(
+        content,
+        {**OURS, "state_dict": dict, "optimizer": dict, "isl": ours},
+        where(path),
+        {"M": M},
+        EARLIER,
+    )
+    # a scaler leaves out the first steps until its scale fits
+    moved = bool(momentum and content["isl"]["total"] and not fp16)
     require_optimizer(content["optimizer"], path, [list(model.parameters())], moved)
 
 
 def require_queue(content: dict, path, model: nn.Module, M: int | None) -> None:
-    """Hold what a file of ours says of the keys in its queue against a MoCo that starts from it. M: its images, where they are those to train on.
-    Raises BadInput."""
-    shape = {"isl": {"state": {"slots?": QueueSlots.state_shape(model.K), ...: object}, ...: object}, ...: object}
+    """Hold what a file of ours says of the keys in its queue against a MoCo that starts from it. M:
+    its images, where they are those to train on. Raises BadInput.
+    """
+    shape = {
+        "isl": {"state": {"slots?": QueueSlots.state_shape(model.K), ...: object}, ...: object},
+        ...: object,
+    }
     require(content, shape, where(path), {} if M is None else {"M": M}, EARLIER)
 
 
 def _scaler(enabled: bool) -> dict:
     fixed = torch.amp.GradScaler("cpu", enabled=enabled).state_dict()
-    varies = {"scale": Number(SMALLEST), "_growth_tracker": Number(0, fixed.get("growth_interval", 0), whole=True)}
+    varies = {
+        "scale": Number(SMALLEST),
+        "_growth_tracker": Number(0, fixed.get("growth_interval", 0), whole=True),
+    }
     return {name: varies.get(name, {value}) for name, value in fixed.items()}
 
 
-def require_optimizer(saved: dict, path, groups: list[list[nn.Parameter]], moved: bool = False, finite: bool = True) -> None:
-    """Hold the state of an SGD, ours or MoCo's, against the parameters it is for. moved: it must have momentum. finite: see `schema.Tensor`.
-    Raises BadInput.
+def require_optimizer(
+    saved: dict, path, groups: list[list[nn.Parameter]], moved: bool = False, finite: bool = True
+) -> None:
+    """Hold the state of an SGD, ours or MoCo's, against the parameters it is for. moved: it must
+    have momentum. finite: see `schema.Tensor`. Raises BadInput.
 
-    As in torch's files, parameters are named by any numbers, in the order in which the groups list them.
+    As in torch's files, parameters are named by any numbers, in the order in which the groups list
+    them.
     """
     numbers = Number(whole=True)
     at = f"cannot read the optimizer in {named('', path)}"
-    require(saved, {"state": dict, "param_groups": [{"params": [numbers], ...: object}], ...: object}, at, cure=EARLIER)
+    require(
+        saved,
+        {"state": dict, "param_groups": [{"params": [numbers], ...: object}], ...: object},
+        at,
+        cure=EARLIER,
+    )
     given = [group["params"] for group in saved["param_groups"]]
     order = [number for group in given for number in group]
     if list(map(len, given)) != list(map(len, groups)) or len(set(order)) < len(order):
-        raise BadInput(f"{at}: it is for other parameters ({_counts(given)}): expected {_counts(groups)}; {EARLIER}")
+        raise BadInput(
+            f"{at}: it is for other parameters ({_counts(given)}): expected {_counts(groups)};"
+            f" {EARLIER}"
+        )
     shapes = dict(zip(order, (tuple(p.shape) for group in groups for p in group)))
     momentum = lambda dims: {"momentum_buffer?": (Tensor("float", dims, finite=finite), None)}
-    require(saved["state"], {number: momentum(shape) for number, shape in shapes.items() if number in saved["state"]}, at, cure=EARLIER)
-    if moved and not any(remembered.get("momentum_buffer") is not None for remembered in saved["state"].values()):
-        raise BadInput(f"{at}: it has no momentum, and steps were taken: expected that of the parameters; {EARLIER}")
+    require(
+        saved["state"],
+        {number: momentum(shape) for number, shape in shapes.items() if number in saved["state"]},
+        at,
+        cure=EARLIER,
+    )
+    if moved and not any(
+        remembered.get("momentum_buffer") is not None for remembered in saved["state"].values()
+    ):
+        raise BadInput(
+            f"{at}: it has no momentum, and steps were taken: expected that of the parameters;"
+            f" {EARLIER}"
+        )
 
 
 def _counts(groups: list) -> str:
@@ -192,14 +302,24 @@ def _counts(groups: list) -> str:
 # ---- a probe
 
 
-def require_probe(content: dict, path, model: nn.Module, groups: list[list[nn.Parameter]], images: int | None, batch_size: int) -> None:
-    """Hold a file of main_lincls.py, of which `require_start` was asked, against the probe that takes its state. Raises BadInput.
+def require_probe(
+    content: dict,
+    path,
+    model: nn.Module,
+    groups: list[list[nn.Parameter]],
+    images: int | None,
+    batch_size: int,
+) -> None:
+    """Hold a file of main_lincls.py, of which `require_start` was asked, against the probe that
+    takes its state. Raises BadInput.
 
-    model: the classifiers, or the whole network; some of them may have diverged. groups: of the optimizer. images: how many it was
-    trained on, None if unknown.
+    model: the classifiers, or the whole network; some of them may have diverged. groups: of the
+    optimizer. images: how many it was trained on, None if unknown.
     """
     percent = Number(0, 100)
-    network = {name: shape._replace(finite=False) for name, shape in like(model.state_dict()).items()}
+    network = {
+        name: shape._replace(finite=False) for name, shape in like(model.state_dict()).items()
+    }
     ours = {
         "model": network,
         "best": {...: percent},
@@ -208,6 +328,13 @@ def require_probe(content: dict, path, model: nn.Module, groups: list[list[nn.Pa
         **JUDGED,
         "metrics_size": COUNT,
     }
-    ours = Holds(ours, _steps_agree, "means of an epoch that has begun, and no more steps in it than in all")
-    require(content, {**OURS, "state_dict": dict, "optimizer": dict, "best_acc1": percent, "probe": ours}, where(path), cure=EARLIER)
+    ours = Holds(
+        ours, _steps_agree, "means of an epoch that has begun, and no more steps in it than in all"
+    )
+    require(
+        content,
+        {**OURS, "state_dict": dict, "optimizer": dict, "best_acc1": percent, "probe": ours},
+        where(path),
+        cure=EARLIER,
+    )
     require_optimizer(content["optimizer"], path, groups, finite=False)

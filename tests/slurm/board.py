@@ -1,4 +1,6 @@
-"""Scenarios run side by side while pytest collects their outcomes one by one, and the table of what happened."""
+"""Scenarios run side by side while pytest collects their outcomes one by one, and the table of what
+happened.
+"""
 
 import time
 from collections.abc import Callable
@@ -14,7 +16,8 @@ AT_ONCE = 4  # most of a scenario is waiting for SLURM, and two ranks import tor
 
 @dataclass
 class Scenario:
-    run: Callable  # (lab, board) -> (what happened, losses equal or not: True, or None where no run completes)
+    # (lab, board) -> (what happened, losses equal or not: True, or None where no run completes)
+    run: Callable
     smoke: bool
     alone: bool
 
@@ -31,7 +34,10 @@ SCENARIOS: dict[str, Scenario] = {}
 
 
 def scenario(smoke: bool = False, alone: bool = False) -> Callable:
-    """Register a scenario. smoke: one of the six of .ci/run; alone: it disturbs the nodes and runs after all others."""
+    """Register a scenario.
+
+    smoke: one of the six of .ci/run; alone: it disturbs the nodes and runs after all others.
+    """
 
     def register(run: Callable) -> Callable:
         SCENARIOS[run.__name__] = Scenario(run, smoke, alone)
@@ -48,9 +54,12 @@ class Board:
         self.pool = ThreadPoolExecutor(AT_ONCE)
         self.last = ThreadPoolExecutor(1)
         self.references = {
-            kind: self.pool.submit(self._reference, kind, flags) for kind, flags in self._needed(names).items()
+            kind: self.pool.submit(self._reference, kind, flags)
+            for kind, flags in self._needed(names).items()
         }
-        self.results: dict[str, Future] = {n: self.pool.submit(self._timed, n) for n in names if not SCENARIOS[n].alone}
+        self.results: dict[str, Future] = {
+            n: self.pool.submit(self._timed, n) for n in names if not SCENARIOS[n].alone
+        }
         together = list(self.results.values())
         for name in names:
             if SCENARIOS[name].alone:
@@ -95,7 +104,10 @@ class Board:
         for name in SCENARIOS:
             if name in self.rows:
                 title, what, same, seconds = self.rows[name]
-                lines.append(f"| {title} | {what} | {seconds:.0f} | {equal[same] if what != 'failed' else 'failed'} |")
+                lines.append(
+                    f"| {title} | {what} | {seconds:.0f} |"
+                    f" {equal[same] if what != 'failed' else 'failed'} |"
+                )
         return "\n".join(lines)
 
     def close(self) -> None:

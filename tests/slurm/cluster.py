@@ -1,14 +1,14 @@
-"""A real SLURM cluster of two nodes on this host: private folder, sockets, ports and database, nothing of the
-system's own.
+"""A real SLURM cluster of two nodes on this host: private folder, sockets, ports and database,
+nothing of the system's own.
 
-    python tests/slurm/cluster.py install            # Debian's packages, as root; no service is started
-    python tests/slurm/cluster.py up DIR [--no-accounting]
+    python tests/slurm/cluster.py install            # Debian's packages, as root; no service is
+    started python tests/slurm/cluster.py up DIR [--no-accounting]
     python tests/slurm/cluster.py status DIR         # its processes
     python tests/slurm/cluster.py down DIR           # ends them; DIR stays
 
-Two slurmd play the nodes n1 and n2 (two lines in /etc/hosts), each with 16 pretended cores and two pretended GPUs.
-Partitions: debug (default, high priority), low (preempted after 20 s of grace), lownograce (preempted at once).
-`export SLURM_CONF=DIR/slurm.conf` uses it.
+Two slurmd play the nodes n1 and n2 (two lines in /etc/hosts), each with 16 pretended cores and two
+pretended GPUs. Partitions: debug (default, high priority), low (preempted after 20 s of grace),
+lownograce (preempted at once). `export SLURM_CONF=DIR/slurm.conf` uses it.
 """
 
 import argparse
@@ -63,7 +63,8 @@ SlurmctldTimeout=30
 SlurmdTimeout=15
 GresTypes=gpu
 NodeName=n[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{node_ports}] CPUs=16 Boards=1 \
-SocketsPerBoard=1 CoresPerSocket=16 ThreadsPerCore=1 RealMemory=8000 Gres=gpu:2 Feature=volta32gb State=UNKNOWN
+SocketsPerBoard=1 CoresPerSocket=16 ThreadsPerCore=1 RealMemory=8000 Gres=gpu:2 \
+Feature=volta32gb State=UNKNOWN
 PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=10
 PartitionName=low Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=20
 PartitionName=lownograce Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=0
@@ -91,7 +92,8 @@ LogFile={D}/log/slurmdbd.log
 PidFile={D}/run/slurmdbd.pid
 """
 DATABASE = "create database if not exists slurm_acct; " + " ".join(
-    f"create user if not exists slurm@{h} identified by 'slurm'; grant all on slurm_acct.* to slurm@{h};"
+    f"create user if not exists slurm@{h} identified by 'slurm'; grant all on slurm_acct.* to"
+    f" slurm@{h};"
     for h in ("127.0.0.1", "localhost")
 )
 
@@ -101,14 +103,15 @@ class ClusterError(RuntimeError):
 
 
 def install() -> None:
-    """Debian's packages, unless they are there. A policy forbids their services to start; one that was there before
-    stays as it was.
+    """Debian's packages, unless they are there. A policy forbids their services to start; one that
+    was there before stays as it was.
     """
     if not missing():
         return
     if os.geteuid() != 0 or not shutil.which("apt-get"):
         raise ClusterError(
-            f"SLURM is not installed ({', '.join(missing())}) and cannot be: that takes root and apt-get"
+            f"SLURM is not installed ({', '.join(missing())}) and cannot be: that takes root and"
+            " apt-get"
         )
     policy = Path("/usr/sbin/policy-rc.d")
     ours = not policy.exists()
@@ -116,19 +119,24 @@ def install() -> None:
         policy.write_text("#!/bin/sh\nexit 101\n")
         policy.chmod(0o755)
     try:
-        quiet = dict(
-            env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+        quiet = {
+            "env": {**os.environ, "DEBIAN_FRONTEND": "noninteractive"},
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.STDOUT,
+            "text": True,
+        }
+        # an old list may do; the installation says if not
+        subprocess.run(["apt-get", "update", "-qq"], **quiet)
+        done = subprocess.run(
+            ["apt-get", "install", "-y", "-qq", "--no-install-recommends", *PACKAGES], **quiet
         )
-        subprocess.run(["apt-get", "update", "-qq"], **quiet)  # an old list may do; the installation says if not
-        done = subprocess.run(["apt-get", "install", "-y", "-qq", "--no-install-recommends", *PACKAGES], **quiet)
     finally:
         if ours:
             policy.unlink()
     if done.returncode or missing():
-        raise ClusterError("apt-get could not install SLURM: " + " | ".join(done.stdout.strip().splitlines()[-3:]))
+        raise ClusterError(
+            "apt-get could not install SLURM: " + " | ".join(done.stdout.strip().splitlines()[-3:])
+        )
 
 
 def missing() -> list[str]:
@@ -146,7 +154,8 @@ def _wait(what: str, ready, seconds: float = 30) -> None:
 
 def _free_ports(count: int) -> int:
     """The first of `count` neighbouring ports that nobody holds."""
-    first = 21000 + os.getpid() % 400 * 20  # two clusters started together look in different places first
+    # two clusters started together look in different places first
+    first = 21000 + os.getpid() % 400 * 20
     for base in [*range(first, 32000, 20), *range(21000, first, 20)]:
         holders = []
         try:
@@ -163,18 +172,32 @@ def _free_ports(count: int) -> int:
 
 
 class Cluster:
-    """The daemons under one folder. `env` is the environment in which sbatch and its like talk to them."""
+    """The daemons under one folder.
+
+    `env` is the environment in which sbatch and its like talk to them.
+    """
 
     def __init__(self, folder: str | Path, accounting: bool = True) -> None:
         self.D = Path(folder).absolute()
         self.accounting = accounting
-        self.env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH_", "SUBMITIT_"))}
-        self.env |= {"SLURM_CONF": str(self.D / "slurm.conf"), "PATH": os.environ.get("PATH", "") + SBIN}
+        self.env = {
+            k: v
+            for k, v in os.environ.items()
+            if not k.startswith(("SLURM", "SBATCH_", "SUBMITIT_"))
+        }
+        self.env |= {
+            "SLURM_CONF": str(self.D / "slurm.conf"),
+            "PATH": os.environ.get("PATH", "") + SBIN,
+        }
 
     def run(self, *command: str, check: bool = True) -> str:
-        done = subprocess.run(command, env=self.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        done = subprocess.run(
+            command, env=self.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
         if check and done.returncode:
-            raise ClusterError(f"{' '.join(command)} ended with {done.returncode}: {done.stdout.strip()}")
+            raise ClusterError(
+                f"{' '.join(command)} ended with {done.returncode}: {done.stdout.strip()}"
+            )
         return done.stdout
 
     def _answers(self, *command: str) -> bool:
@@ -186,7 +209,9 @@ class Cluster:
         if missing():
             raise ClusterError(f"SLURM is not installed: {', '.join(missing())} not found")
         if os.geteuid() != 0:
-            raise ClusterError("starting the two nodes takes root: device files, /etc/hosts, the database's user")
+            raise ClusterError(
+                "starting the two nodes takes root: device files, /etc/hosts, the database's user"
+            )
         for name in ("log", "state", "spool", "run", "munge", "dev"):
             (self.D / name).mkdir(parents=True, exist_ok=True)
         self.D.chmod(0o755)
@@ -205,7 +230,10 @@ class Cluster:
                 self.start_node(node)
             _wait(
                 "the nodes",
-                lambda: self.run("sinfo", "-h", "-N", "-p", "debug", "-t", "idle", "-o", "%N").split() == NODES,
+                lambda: (
+                    self.run("sinfo", "-h", "-N", "-p", "debug", "-t", "idle", "-o", "%N").split()
+                    == NODES
+                ),
             )
         except ClusterError:
             self.down()
@@ -220,7 +248,9 @@ class Cluster:
                     raise ClusterError(f"{node} is the name of another machine here")
             except socket.gaierror:
                 text = hosts.read_text()
-                hosts.write_text(text + ("" if text.endswith("\n") or not text else "\n") + f"127.0.0.1 {node}\n")
+                hosts.write_text(
+                    text + ("" if text.endswith("\n") or not text else "\n") + f"127.0.0.1 {node}\n"
+                )
 
     def _start_munge(self) -> None:
         D, key = self.D, self.D / "munge" / "key"
@@ -240,16 +270,20 @@ class Cluster:
 
     def _write_config(self) -> None:
         port = _free_ports(5)
-        names = dict(
-            D=self.D,
-            host=socket.gethostname().split(".")[0],
-            port=port,
-            dbd_port=port + 1,
-            sql_port=port + 2,
-            node_ports=f"{port + 3}-{port + 4}",
-        )
+        names = {
+            "D": self.D,
+            "host": socket.gethostname().split(".")[0],
+            "port": port,
+            "dbd_port": port + 1,
+            "sql_port": port + 2,
+            "node_ports": f"{port + 3}-{port + 4}",
+        }
         self.sql_port = port + 2
-        accounting = ACCOUNTING.format(**names) if self.accounting else "AccountingStorageType=accounting_storage/none"
+        accounting = (
+            ACCOUNTING.format(**names)
+            if self.accounting
+            else "AccountingStorageType=accounting_storage/none"
+        )
         (self.D / "slurm.conf").write_text(SLURM_CONF.format(accounting=accounting, **names))
         # unused, but stops slurmd from looking for /sys/fs/cgroup
         (self.D / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
@@ -268,7 +302,13 @@ class Cluster:
             folder.mkdir(exist_ok=True)
             shutil.chown(folder, "mysql")
         if not (sql / "mysql").exists():
-            self.run("mariadb-install-db", "--no-defaults", "--user=mysql", f"--datadir={sql}", "--skip-test-db")
+            self.run(
+                "mariadb-install-db",
+                "--no-defaults",
+                "--user=mysql",
+                f"--datadir={sql}",
+                "--skip-test-db",
+            )
         sock = D / "run" / "sql" / "sock"
         with open(D / "log" / "mariadbd.log", "ab") as log:
             subprocess.Popen(
@@ -303,17 +343,22 @@ class Cluster:
         self.run("slurmd", "-N", node)
 
     def kill_node(self, node: str) -> None:
-        """What a power cut does: the daemon, its step daemons and everything they started are gone at once; nobody is
-        left to tell.
+        """What a power cut does: the daemon, its step daemons and everything they started are gone
+        at once; nobody is left to tell.
         """
         tasks = [
             pid
             for pid, _ in _proc("stat")
-            if (env := _environ(pid)).get("SLURMD_NODENAME") == node and env.get("SLURM_CONF") == self.env["SLURM_CONF"]
+            if (env := _environ(pid)).get("SLURMD_NODENAME") == node
+            and env.get("SLURM_CONF") == self.env["SLURM_CONF"]
         ]
         parents = {pid: int(text.rpartition(")")[2].split()[1]) for pid, text in _proc("stat")}
         daemons = dict(_proc("cmdline"))
-        steps = {parents[pid] for pid in tasks if daemons.get(parents.get(pid), "").startswith("slurmstepd")}
+        steps = {
+            parents[pid]
+            for pid in tasks
+            if daemons.get(parents.get(pid), "").startswith("slurmstepd")
+        }
         for pid in [self._pid(self.D / "run" / f"slurmd.{node}.pid"), *steps, *tasks]:
             if pid:
                 _kill(pid, signal.SIGKILL)
@@ -322,19 +367,27 @@ class Cluster:
         """The cluster's own daemons that live, by name, in the order in which they should end."""
         files = [
             *sorted(self.D.glob("run/slurmd.n*.pid")),
-            *(self.D / "run" / f for f in ("slurmctld.pid", "slurmdbd.pid", "sql/pid", "munged.pid")),
+            *(
+                self.D / "run" / f
+                for f in ("slurmctld.pid", "slurmdbd.pid", "sql/pid", "munged.pid")
+            ),
         ]
-        return {f.name.removesuffix(".pid").replace("pid", "mariadbd"): pid for f in files if (pid := self._pid(f))}
+        return {
+            f.name.removesuffix(".pid").replace("pid", "mariadbd"): pid
+            for f in files
+            if (pid := self._pid(f))
+        }
 
     def _pid(self, file: Path) -> int | None:
-        """The process of a pid file, if it lives and is a daemon of this folder (its number may long belong to
-        somebody else).
+        """The process of a pid file, if it lives and is a daemon of this folder (its number may
+        long belong to somebody else).
         """
         try:
             pid = int(file.read_text())
-            ours = (Path(f"/proc/{pid}/environ").read_bytes() + Path(f"/proc/{pid}/cmdline").read_bytes()).find(
-                bytes(self.D)
-            ) >= 0
+            ours = (
+                Path(f"/proc/{pid}/environ").read_bytes()
+                + Path(f"/proc/{pid}/cmdline").read_bytes()
+            ).find(bytes(self.D)) >= 0
             return pid if ours else None
         except (OSError, ValueError):
             return None
@@ -362,7 +415,9 @@ def _kill(pid: int, number: int) -> None:
 
 
 def _lives(pid: int) -> bool:
-    """Whether a process is there, and more than a child of ours that has ended: such a one is let go."""
+    """Whether a process is there, and more than a child of ours that has ended: such a one is let
+    go.
+    """
     try:
         return os.waitpid(pid, os.WNOHANG) == (0, 0)
     except ChildProcessError:
@@ -370,11 +425,16 @@ def _lives(pid: int) -> bool:
 
 
 def _proc(name: str):
-    """(pid, text of /proc/pid/name) of every process that can be read; a cmdline's words are joined by spaces."""
+    """(pid, text of /proc/pid/name) of every process that can be read; a cmdline's words are joined
+    by spaces.
+    """
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
             try:
-                yield int(folder.name), (folder / name).read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                yield (
+                    int(folder.name),
+                    (folder / name).read_bytes().replace(b"\0", b" ").decode(errors="replace"),
+                )
             except OSError:
                 continue
 
@@ -388,14 +448,20 @@ def _environ(pid: int) -> dict[str, str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("command", choices=["install", "up", "down", "status"])
     parser.add_argument(
         "folder",
         nargs="?",
-        help="where the cluster lives: a folder the database's user can reach, such as /tmp/cluster",
+        help=(
+            "where the cluster lives: a folder the database's user can reach, such as /tmp/cluster"
+        ),
     )
-    parser.add_argument("--no-accounting", action="store_true", help="without slurmdbd and its database")
+    parser.add_argument(
+        "--no-accounting", action="store_true", help="without slurmdbd and its database"
+    )
     args = parser.parse_args()
     if args.command != "install" and not args.folder:
         parser.error(f"{args.command} needs a folder")
@@ -407,11 +473,17 @@ def main() -> int:
         if args.command == "up":
             start = time.monotonic()
             cluster.up()
-            print(f"both nodes idle after {time.monotonic() - start:.1f} s: export SLURM_CONF={cluster.D}/slurm.conf")
+            print(
+                f"both nodes idle after {time.monotonic() - start:.1f} s: export"
+                f" SLURM_CONF={cluster.D}/slurm.conf"
+            )
         elif args.command == "down":
             cluster.down()
         else:
-            print("\n".join(f"{name} {pid}" for name, pid in cluster.processes().items()) or "nothing runs")
+            print(
+                "\n".join(f"{name} {pid}" for name, pid in cluster.processes().items())
+                or "nothing runs"
+            )
     except ClusterError as error:
         print(f"cluster: {error}", file=sys.stderr)
         return 1

@@ -1,5 +1,5 @@
-"""The cluster of the suite: brought up once, taken down at the end; skipped where there can be none, unless
-MOCO_ISL_REQUIRE_SLURM=1.
+"""The cluster of the suite: brought up once, taken down at the end; skipped where there can be
+none, unless MOCO_ISL_REQUIRE_SLURM=1.
 """
 
 import os
@@ -18,7 +18,9 @@ _boards = []
 @pytest.fixture(scope="session")
 def board(request):
     chosen = [
-        item.callspec.params["name"] for item in request.session.items if "board" in getattr(item, "fixturenames", ())
+        item.callspec.params["name"]
+        for item in request.session.items
+        if "board" in getattr(item, "fixturenames", ())
     ]
     folder = Path(tempfile.mkdtemp(prefix="moco_isl_slurm_"))
     folder.chmod(0o755)  # the database's user has to pass
@@ -48,4 +50,6 @@ def pytest_terminal_summary(terminalreporter):
         if file := os.environ.get("MOCO_ISL_SLURM_TABLE"):
             Path(file).write_text(board.table() + "\n")
         if board.folder.exists():
-            terminalreporter.write_line(f"\nsomething failed: all folders and logs are kept in {board.folder}")
+            terminalreporter.write_line(
+                f"\nsomething failed: all folders and logs are kept in {board.folder}"
+            )

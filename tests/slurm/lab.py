@@ -1,5 +1,5 @@
-"""What a scenario needs: jobs submitted as a user submits them, faults at an exact place, and the questions to ask of
-a run that has ended.
+"""What a scenario needs: jobs submitted as a user submits them, faults at an exact place, and the
+questions to ask of a run that has ended.
 """
 
 import contextlib
@@ -25,16 +25,20 @@ FAULTS = Path(__file__).with_name("faults")
 
 # 12 steps an epoch; mining before the epochs 2 and 3; every step logged
 KNN = shlex.split(
-    "--dataset digits -a digits --mlp --moco-dim 32 --moco-k 256 --moco-t 0.1 --epochs 4 -b 128 -j 0 --device cpu "
-    "--seed 1 -p 1 --miner knn --isl-start 2 --isl-every 1"
+    "--dataset digits -a digits --mlp --moco-dim 32 --moco-k 256 --moco-t 0.1 --epochs 4 -b 128 -j"
+    " 0 --device cpu --seed 1 -p 1 --miner knn --isl-start 2 --isl-every 1"
 )
 GAN = [
     *KNN[: KNN.index("--miner")],
-    *shlex.split("--miner gan --isl-start 2 --isl-every 1 --isl-gan-iters 300 --isl-gan-min-iters 100"),
+    *shlex.split(
+        "--miner gan --isl-start 2 --isl-every 1 --isl-gan-iters 300 --isl-gan-min-iters 100"
+    ),
 ]
 SINGLE = [
     *KNN[: KNN.index("--epochs")],
-    *shlex.split("--epochs 2 -b 128 -j 0 --device cpu --seed 1 -p 1 --miner knn --isl-start 1 --isl-every 1"),
+    *shlex.split(
+        "--epochs 2 -b 128 -j 0 --device cpu --seed 1 -p 1 --miner knn --isl-start 1 --isl-every 1"
+    ),
 ]
 TWO_NODES = shlex.split("--nodes 2 --gpus-per-node 0 --timeout 20")
 CLOCKS = {
@@ -63,8 +67,11 @@ def _call(module: str, argv: list[str], env: dict[str, str], cwd: str, output: s
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
-    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w", buffering=1), open(2, "w", buffering=1)
-    torch.set_num_threads(int(env.get("OMP_NUM_THREADS", 1)))  # read when torch was imported, before there was this env
+    sys.stdin = open(0)
+    sys.stdout = open(1, "w", buffering=1)
+    sys.stderr = open(2, "w", buffering=1)
+    # read when torch was imported, before there was this env
+    torch.set_num_threads(int(env.get("OMP_NUM_THREADS", 1)))
     sys.argv = [f"launch/{module}.py", *argv]
     sys.exit(importlib.import_module(f"launch.{module}").main(argv))
 
@@ -113,7 +120,9 @@ class Job:
     def at(self, name: str) -> int:
         """Wait until a fault's place is reached; the process that is there."""
         mark = self.lab.marks / f"{name}.at"
-        self.lab.until(lambda: mark.exists() and mark.read_text(), f"{name} of job {self.id}", call=self.call)
+        self.lab.until(
+            lambda: mark.exists() and mark.read_text(), f"{name} of job {self.id}", call=self.call
+        )
         return int(mark.read_text())
 
     def go(self, name: str) -> None:
@@ -123,14 +132,19 @@ class Job:
         self.lab.cluster.run("scancel", "--signal", name, self.id)
 
     def state(self) -> str:
-        found = re.search(r"JobState=(\S+)", self.lab.cluster.run("scontrol", "show", "job", self.id, check=False))
+        found = re.search(
+            r"JobState=(\S+)", self.lab.cluster.run("scontrol", "show", "job", self.id, check=False)
+        )
         return found[1] if found else ""
 
     def lives(self) -> int:
         return len(re.findall(r"life \d+ of job", self.log()))
 
     def end(self, code: int | None = 0, seconds: float = 300) -> str:
-        """Wait for the waiting command; its words. code: what it has to exit with (None: anything but 0)."""
+        """Wait for the waiting command; its words.
+
+        code: what it has to exit with (None: anything but 0).
+        """
         got = self.call.end(seconds)
         assert (got != 0) if code is None else (got == code), (
             f"exit code {got}, expected {code}:\n{self.call.text}\n{self.log(0, 'err')[-3000:]}"
@@ -160,7 +174,9 @@ class Lab:
             }
         return env
 
-    def command(self, module: str, *argv: str, faults: list[dict] = (), cwd: Path | None = None, **env: str) -> Call:
+    def command(
+        self, module: str, *argv: str, faults: list[dict] = (), cwd: Path | None = None, **env: str
+    ) -> Call:
         self.calls += 1
         return Call(
             module,
@@ -197,7 +213,14 @@ class Lab:
         )
         return Job(self, call)
 
-    def until(self, ready, what: str, seconds: float = 180, call: Call | None = None, or_ended: bool = False):
+    def until(
+        self,
+        ready,
+        what: str,
+        seconds: float = 180,
+        call: Call | None = None,
+        or_ended: bool = False,
+    ):
         """Wait for ready(); its value. A command that ends before stops the waiting."""
         end = time.monotonic() + seconds
         while True:
@@ -217,20 +240,29 @@ class Lab:
     def no_orphans(self, *jobs: Job) -> None:
         """No process of these jobs lives."""
         for job in jobs:
-            self.until(lambda job=job: not orphans(job), f"end of the processes {orphans(job)} of job {job.id}", 20)
+            self.until(
+                lambda job=job: not orphans(job),
+                f"end of the processes {orphans(job)} of job {job.id}",
+                20,
+            )
 
     def complete(self, job: Job, reference: Path | None, folder: Path | None = None) -> None:
-        """The run is done: last weights, all state and all logged losses equal the unbroken run's; one final file;
-        nothing left over.
+        """The run is done: last weights, all state and all logged losses equal the unbroken run's;
+        one final file; nothing left over.
         """
         folder = folder or job.folder
         names = sorted(p.name for p in folder.glob("checkpoint_*"))
         epochs = json.loads((folder / "args.json").read_text())["args"]["epochs"]
-        assert names == [f"checkpoint_{e:04d}.pth.tar" for e in range(epochs)] + ["checkpoint_last.pth.tar"], names
+        assert names == [f"checkpoint_{e:04d}.pth.tar" for e in range(epochs)] + [
+            "checkpoint_last.pth.tar"
+        ], names
         assert (
             not list(folder.glob("*" + checkpoint.TEMPORARY))
             and not list(folder.glob(f"{job.id}_*_failure.json"))
-            and all(json.loads(end.read_text())["state"] == "succeeded" for end in folder.glob(f"{job.id}_*_end.json"))
+            and all(
+                json.loads(end.read_text())["state"] == "succeeded"
+                for end in folder.glob(f"{job.id}_*_end.json")
+            )
             and not list(folder.glob("*.save_tmp"))
         )
         if reference is not None:
@@ -239,13 +271,16 @@ class Lab:
 
 
 def orphans(job: Job) -> list[int]:
-    """The processes that were started for a job, their children too: they carry its id in the environment they were
-    started with.
+    """The processes that were started for a job, their children too: they carry its id in the
+    environment they were started with.
     """
     found = []
     for pid, _ in _proc("stat"):
         env = _environ(pid)
-        on_slurm = env.get("SLURM_JOB_ID") == job.id and env.get("SLURM_CONF") == job.lab.cluster.env["SLURM_CONF"]
+        on_slurm = (
+            env.get("SLURM_JOB_ID") == job.id
+            and env.get("SLURM_CONF") == job.lab.cluster.env["SLURM_CONF"]
+        )
         if on_slurm or env.get("SUBMITIT_LOCAL_JOB_ID") == job.id:
             found.append(pid)
     return found
@@ -283,7 +318,9 @@ def logged(folder: Path) -> list[dict]:
 
 def first_difference(a: list[dict], b: list[dict]) -> str:
     pairs = [(i, x, y) for i, (x, y) in enumerate(zip(a, b)) if x != y]
-    return f"{len(a)} and {len(b)} lines; first at {pairs[0] if pairs else 'the end of the shorter'}"
+    return (
+        f"{len(a)} and {len(b)} lines; first at {pairs[0] if pairs else 'the end of the shorter'}"
+    )
 
 
 @contextlib.contextmanager
@@ -291,7 +328,9 @@ def small_disk(folder: Path, megabytes: int):
     """A file system of that size at folder."""
     folder.mkdir(parents=True)
     subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)], check=True, capture_output=True
+        ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)],
+        check=True,
+        capture_output=True,
     )
     try:
         yield

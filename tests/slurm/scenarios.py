@@ -1,9 +1,9 @@
-"""What clusters do to a job, one function each: it does it to a real one, and returns (what happened, were losses and
-weights equal).
+"""What clusters do to a job, one function each: it does it to a real one, and returns (what
+happened, were losses and weights equal).
 
-The twenty acceptance checks come first, by number; then what else a run has to survive. A run of `KNN` flags has four
-epochs of twelve steps and mines before the epochs 2 and 3; step 18 is the middle of epoch 1. Every resumed run is
-held against the unbroken one, bit for bit.
+The twenty acceptance checks come first, by number; then what else a run has to survive. A run of
+`KNN` flags has four epochs of twelve steps and mines before the epochs 2 and 3; step 18 is the
+middle of epoch 1. Every resumed run is held against the unbroken one, bit for bit.
 """
 
 import hashlib
@@ -26,13 +26,16 @@ from tests.slurm.board import Board, scenario
 from tests.slurm.cluster import Cluster, _environ
 from tests.slurm.lab import GAN, KNN, ROOT, SINGLE, TWO_NODES, Job, Lab, same_run, small_disk
 
-gpus = threading.Lock()  # the two pretended GPUs of a node: who takes or preempts them does so alone
+# the two pretended GPUs of a node: who takes or preempts them does so alone
+gpus = threading.Lock()
 HOLD = {"at": "step", "poll": 18, "rank": 0, "life": 0, "do": "hold"}
 ONE_NODE = shlex.split("--nodes 1 --gpus-per-node 0 --timeout 20")
 
 
 def interrupted_once(job: Job) -> None:
-    """One checkpoint call, one requeue, two lives, and in the second the run went on where it was."""
+    """One checkpoint call, one requeue, two lives, and in the second the run went on where it
+    was.
+    """
     said = job.log() + job.log(0, "err")
     assert said.count("Calling checkpoint method") == 1 and said.count("Requeued job") == 1, said
     assert job.lives() == 2 and "epoch 1, step 6 of 12" in said, said
@@ -54,14 +57,20 @@ def c01_plain_run(lab: Lab, board: Board):
     """1 plain run on two nodes"""
     board.reference()
     job, said = board.references["knn"].result()
-    assert job.folder.name == job.id and f"logs    {job.folder}" in said and "follow  tail -F" in said
+    assert (
+        job.folder.name == job.id and f"logs    {job.folder}" in said and "follow  tail -F" in said
+    )
     assert f"job {job.id} COMPLETED" in said
     lab.until(
         lambda: "COMPLETED" in lab.cluster.run("sacct", "-X", "-n", "-o", "State", "-j", job.id),
         "COMPLETED in sacct",
         30,
     )
-    assert "rank 0 of 2 on n1" in job.log(0) and "rank 1 of 2 on n2" in job.log(1) and "2 x cpu" in job.log(0)
+    assert (
+        "rank 0 of 2 on n1" in job.log(0)
+        and "rank 1 of 2 on n2" in job.log(1)
+        and "2 x cpu" in job.log(0)
+    )
     lab.complete(job, None)
     call = lab.command("status", job.folder)
     assert (
@@ -77,9 +86,9 @@ def c01_plain_run(lab: Lab, board: Board):
 def c02_what_was_asked(lab: Lab, board: Board):
     """2 every option in the sbatch file"""
     asked = shlex.split(
-        "--nodes 1 --ngpus 2 --cpus-per-task 3 --mem-gb 1.5 --timeout 33 --partition low --comment remember "
-        "--use_volta32 --account root --qos normal --exclude n2 --signal-delay 77 --env A='x y' --setup true "
-        "--sbatch hold --sbatch nice=5 --name mine --array-parallelism 7"
+        "--nodes 1 --ngpus 2 --cpus-per-task 3 --mem-gb 1.5 --timeout 33 --partition low --comment"
+        " remember --use_volta32 --account root --qos normal --exclude n2 --signal-delay 77 --env"
+        " A='x y' --setup true --sbatch hold --sbatch nice=5 --name mine --array-parallelism 7"
     )
     call = lab.command("submit", "pretrain", *asked, "--job_dir", lab.folder / "%j", "--", *KNN)
     assert call.end() == 0, call.text
@@ -107,7 +116,11 @@ def c02_what_was_asked(lab: Lab, board: Board):
     assert {f"#SBATCH --{w}" for w in wanted} <= set(lines), wanted - {
         line.removeprefix("#SBATCH --") for line in lines
     }
-    assert "export A='x y'" in lines and "true" in lines and "--cpus-per-task=3 --kill-on-bad-exit=1" in lines[-1]
+    assert (
+        "export A='x y'" in lines
+        and "true" in lines
+        and "--cpus-per-task=3 --kill-on-bad-exit=1" in lines[-1]
+    )
     shown = lab.cluster.run("scontrol", "show", "job", job.id)
     for fact in (
         "Features=volta32gb",
@@ -120,7 +133,9 @@ def c02_what_was_asked(lab: Lab, board: Board):
         assert fact in shown, fact
     lab.cluster.run("scancel", job.id)
     lab.until(
-        lambda: "remember" in lab.cluster.run("sacct", "-X", "-n", "-P", "-o", "Comment", "-j", job.id),
+        lambda: (
+            "remember" in lab.cluster.run("sacct", "-X", "-n", "-P", "-o", "Comment", "-j", job.id)
+        ),
         "the comment in sacct",
         30,
     )
@@ -140,10 +155,16 @@ def c03_devices(lab: Lab, board: Board):
         )
         four.end()
         seen = [
-            re.search(r"rank (\d) of 4 on (n\d), local rank (\d), CUDA_VISIBLE_DEVICES=(\S*),", four.log(rank)).groups()
+            re.search(
+                r"rank (\d) of 4 on (n\d), local rank (\d), CUDA_VISIBLE_DEVICES=(\S*),",
+                four.log(rank),
+            ).groups()
             for rank in range(4)
         ]
-        devices = [(node, visible.split(",")[int(local) % len(visible.split(","))]) for _, node, local, visible in seen]
+        devices = [
+            (node, visible.split(",")[int(local) % len(visible.split(","))])
+            for _, node, local, visible in seen
+        ]
         assert sorted(devices) == [("n1", "0"), ("n1", "1"), ("n2", "0"), ("n2", "1")], seen
         one = shlex.split("--nodes 1 --ngpus 1 --cpus-per-task 1 --timeout 20 --sbatch nodelist=n1")
         first = lab.submit(nodes=one, flags=SINGLE, faults=[{**HOLD, "poll": 1}])
@@ -155,7 +176,13 @@ def c03_devices(lab: Lab, board: Board):
         cards = [re.search(r"CUDA_VISIBLE_DEVICES=(\S*),", job.log())[1] for job in (first, second)]
         assert sorted(cards) == ["0", "1"], cards
     lab.no_orphans(four, first, second)
-    return f"4 tasks saw {', '.join(f'{n}:{d}' for n, d in devices)}; the second job kept GPU {cards[1]}", None
+    return (
+        (
+            f"4 tasks saw {', '.join(f'{n}:{d}' for n, d in devices)}; the second job kept GPU"
+            f" {cards[1]}"
+        ),
+        None,
+    )
 
 
 @scenario(smoke=True)
@@ -170,7 +197,10 @@ def c04_usr2(lab: Lab, board: Board):
     lab.complete(job, board.reference())
     c15_again(lab, board, job)
     return (
-        "one checkpoint, one requeue, went on at step 7 of epoch 1; requeued and relaunched when done: nothing done",
+        (
+            "one checkpoint, one requeue, went on at step 7 of epoch 1; requeued and relaunched"
+            " when done: nothing done"
+        ),
         True,
     )
 
@@ -206,7 +236,9 @@ def c05_workers_and_term(lab: Lab, board: Board):
 def preempt(lab: Lab, board: Board, partition: str) -> Job:
     """A job with GPUs in a low partition gives way to one in debug that wants them all."""
     with gpus:
-        nodes = shlex.split(f"--nodes 2 --ngpus 1 --cpus-per-task 1 --timeout 20 --partition {partition}")
+        nodes = shlex.split(
+            f"--nodes 2 --ngpus 1 --cpus-per-task 1 --timeout 20 --partition {partition}"
+        )
         job = lab.submit(nodes=nodes, faults=[HOLD])
         job.at("hold")
         other = lab.cluster.run(
@@ -253,7 +285,9 @@ def c08_time_limit(lab: Lab, board: Board):
     job = lab.submit("--timeout", "2", "--signal-delay", "30", faults=[HOLD])
     said = job.end()
     assert (
-        job.lives() > 1 and f"restarted {job.lives() - 1}x" in said and "has timed out" in job.log() + job.log(0, "err")
+        job.lives() > 1
+        and f"restarted {job.lives() - 1}x" in said
+        and "has timed out" in job.log() + job.log(0, "err")
     )
     lab.complete(job, board.reference())
     return "saved before the limit, requeued, completed", True
@@ -273,12 +307,17 @@ def c08_too_many_restarts(lab: Lab, board: Board):
     )
     said = job.end(75)
     assert (
-        job.lives() == 2 and "restarted 1 times already (--max-restarts)" in said and f"--job-dir {job.folder}" in said
+        job.lives() == 2
+        and "restarted 1 times already (--max-restarts)" in said
+        and f"--job-dir {job.folder}" in said
     ), said
     again = lab.submit(folder=job.folder)
     again.end()
     lab.complete(again, board.reference())
-    return "ended after exactly 1 restart with the command that goes on; that one completed it", True
+    return (
+        "ended after exactly 1 restart with the command that goes on; that one completed it",
+        True,
+    )
 
 
 @scenario(smoke=True)
@@ -293,7 +332,13 @@ def c09_requeued_by_the_admin(lab: Lab, board: Board):
     ports = [re.search(r"ranks met at \S+:(\d+)", line) for line in job.log().splitlines()]
     assert len({match[1] for match in ports if match}) == 2, "the port was not renewed"
     lab.complete(job, board.reference())
-    return "killed after KillWait, went on from the last periodic checkpoint (step 15, not 0), at another port", True
+    return (
+        (
+            "killed after KillWait, went on from the last periodic checkpoint (step 15, not 0), at"
+            " another port"
+        ),
+        True,
+    )
 
 
 def node_failure(lab: Lab, board: Board, node: str) -> None:
@@ -313,7 +358,10 @@ def node_failure(lab: Lab, board: Board, node: str) -> None:
 def c10_node_failure(lab: Lab, board: Board):
     """10 the second node dies and comes back"""
     node_failure(lab, board, "n2")
-    return "requeued when the node was missed, waited for it, went on; --wait never spoke of failure", True
+    return (
+        "requeued when the node was missed, waited for it, went on; --wait never spoke of failure",
+        True,
+    )
 
 
 @scenario(alone=True)
@@ -330,7 +378,8 @@ def c11_stale_results(lab: Lab, board: Board):
     job.at("hold")
     (job.folder / f"{job.id}_1_result.pkl").write_bytes(b"of the last life")
     stale = {"time": 0, "rank": 1, "node": "n2", "code": 1, "error": "Connection closed by peer"}
-    (job.folder / f"{job.id}_1_failure.json").write_text(json.dumps(stale))  # as an earlier version wrote it
+    # as an earlier version wrote it
+    (job.folder / f"{job.id}_1_failure.json").write_text(json.dumps(stale))
     (job.folder / f"{job.id}_1_end.json").write_text(json.dumps({"state": "failed", **stale}))
     job.signal()
     assert "Connection" not in job.end()
@@ -351,7 +400,10 @@ def c12_a_rank_raises(lab: Lab, board: Board):
     ), said
     assert "then rank 0 on n1: " in said and job.lives() == 1
     lab.no_orphans(job)
-    return "not requeued; rank 1's ValueError first, with its log, then rank 0's broken connection", None
+    return (
+        "not requeued; rank 1's ValueError first, with its log, then rank 0's broken connection",
+        None,
+    )
 
 
 @scenario()
@@ -362,7 +414,9 @@ def c12_a_rank_is_killed(lab: Lab, board: Board):
     start = time.monotonic()
     said = job.end(1)
     seconds = time.monotonic() - start
-    assert re.search(rf"^job {job.id} FAILED.*\nrank 1 on n2: was killed: exit code 137, signal 9", said, re.M), said
+    assert re.search(
+        rf"^job {job.id} FAILED.*\nrank 1 on n2: was killed: exit code 137, signal 9", said, re.M
+    ), said
     assert seconds < 60, (seconds, said)
     assert job.lives() == 1
     again = lab.submit(folder=job.folder)  # the job is not requeued, but the run is not lost
@@ -374,7 +428,11 @@ def c12_a_rank_is_killed(lab: Lab, board: Board):
 @scenario(smoke=True)
 def c13_signal_at_the_start(lab: Lab, board: Board):
     """13 USR2 in the first second"""
-    job = lab.submit(faults=[{"at": "start", "rank": r, "life": 0, "do": "deaf", "name": f"start{r}"} for r in (0, 1)])
+    job = lab.submit(
+        faults=[
+            {"at": "start", "rank": r, "life": 0, "do": "deaf", "name": f"start{r}"} for r in (0, 1)
+        ]
+    )
     for name in ("start0", "start1"):
         job.at(name)
     job.signal()
@@ -401,7 +459,10 @@ def c14_signal_while_a_rank_stalls(lab: Lab, board: Board):
 @scenario()
 def c14_killed_while_saving(lab: Lab, board: Board):
     """14 kill -9 in the middle of a save"""
-    job = lab.submit(flags=[*KNN, "--save-every", "5"], faults=[{"at": "save", "poll": 4, "rank": 0, "do": "kill"}])
+    job = lab.submit(
+        flags=[*KNN, "--save-every", "5"],
+        faults=[{"at": "save", "poll": 4, "rank": 0, "do": "kill"}],
+    )
     said = job.end(1)
     assert "rank 0 on n1: was killed" in said
     assert (job.folder / f"checkpoint_last.pth.tar{checkpoint.TEMPORARY}").exists()
@@ -435,12 +496,24 @@ def c16_sweep(lab: Lab, board: Board):
     }
     file = lab.folder / "three.yaml"
     file.write_text(
-        json.dumps({"base": settings, "points": [{"name": "as_it_is"}, {"moco-t": 0.2}, {"isl-budget": 2}]})
+        json.dumps(
+            {"base": settings, "points": [{"name": "as_it_is"}, {"moco-t": 0.2}, {"isl-budget": 2}]}
+        )
     )
     folder = lab.folder / "sweep"
     fault = {**HOLD, "at": "mining", "poll": 1}
     call = lab.command(
-        "sweep", file, "--cluster", "slurm", *TWO_NODES, "--wait", "--poll", "1", "--job-dir", folder, faults=[fault]
+        "sweep",
+        file,
+        "--cluster",
+        "slurm",
+        *TWO_NODES,
+        "--wait",
+        "--poll",
+        "1",
+        "--job-dir",
+        folder,
+        faults=[fault],
     )
     lab.until(lambda: call.text.count("\n  logs") == 3, "three elements", call=call)
     ids = re.findall(r"^job (\d+_\d): (\S+)\n  logs", call.text, re.M)
@@ -452,12 +525,20 @@ def c16_sweep(lab: Lab, board: Board):
     (lab.marks / "hold.go").touch()
     assert call.end() == 0, call.text
     lives = [
-        len(re.findall(r"life \d+ of job", (folder / "jobs" / job / f"{job}_0_log.out").read_text())) for job, _ in ids
+        len(
+            re.findall(r"life \d+ of job", (folder / "jobs" / job / f"{job}_0_log.out").read_text())
+        )
+        for job, _ in ids
     ]
     assert lives == [2, 1, 1], lives
-    assert all((folder / name / "checkpoint_0003.pth.tar").exists() for _, name in ids) and "| as_it_is |" in call.text
+    assert (
+        all((folder / name / "checkpoint_0003.pth.tar").exists() for _, name in ids)
+        and "| as_it_is |" in call.text
+    )
     same_run(board.reference(), folder / "as_it_is")
-    assert len(json.loads((folder / "table.json").read_text())) == 3 and not list(folder.rglob("*%*"))
+    assert len(json.loads((folder / "table.json").read_text())) == 3 and not list(
+        folder.rglob("*%*")
+    )
     return "3 folders, 3 results, one table; only the signalled element restarted", True
 
 
@@ -498,11 +579,21 @@ def c17_refused(lab: Lab, board: Board):
             and words in text
             and "Traceback" not in text
         ), (name, text)
-        assert text.count("\n") == 1 and not any(p.is_file() for p in (lab.folder / name).rglob("*")), (name, text)
+        assert text.count("\n") == 1 and not any(
+            p.is_file() for p in (lab.folder / name).rglob("*")
+        ), (name, text)
     code, text = said["nodes"]
-    assert code == 0 and re.search(r"PartitionNodeLimit|PartitionConfig", text) and "scancel" in text, text
+    assert (
+        code == 0 and re.search(r"PartitionNodeLimit|PartitionConfig", text) and "scancel" in text
+    ), text
     lab.cluster.run("scancel", re.search(r"^job (\d+)", text, re.M)[1])
-    return "exit 2 at once, one line with SLURM's reason, nothing left behind; 3 nodes: the reason why it pends", None
+    return (
+        (
+            "exit 2 at once, one line with SLURM's reason, nothing left behind; 3 nodes: the reason"
+            " why it pends"
+        ),
+        None,
+    )
 
 
 @scenario()
@@ -534,7 +625,9 @@ def c18_foreign_shell(lab: Lab, board: Board):
         "--",
         *KNN,
     ]
-    done = subprocess.run(command, cwd=elsewhere, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, cwd=elsewhere, env=env, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     (folder,) = (path for path in (elsewhere / "runs").iterdir() if path.is_dir())
     assert "CUDA_VISIBLE_DEVICES=, life" in (folder / f"{folder.name}_0_log.out").read_text()
@@ -635,7 +728,12 @@ def in_gan_training(lab: Lab, board: Board):
 @scenario()
 def in_mining(lab: Lab, board: Board):
     """USR2 in mining, in the second round"""
-    job = lab.submit(faults=[{**HOLD, "at": "mining", "poll": 1, "life": 1, "name": "second"}, {**HOLD, "poll": 30}])
+    job = lab.submit(
+        faults=[
+            {**HOLD, "at": "mining", "poll": 1, "life": 1, "name": "second"},
+            {**HOLD, "poll": 30},
+        ]
+    )
     job.at("hold")
     job.signal()
     job.at("second")
@@ -667,7 +765,9 @@ def full_folder(lab: Lab, board: Board):
     with small_disk(folder, 4):
         job = lab.submit(folder=folder)
         said = job.end(None)
-        assert "rank 0 on n1: error: " in said and "No space left" in said and f"log: {folder}" in said, said
+        assert (
+            "rank 0 on n1: error: " in said and "No space left" in said and f"log: {folder}" in said
+        ), said
         assert job.lives() == 1 and not list(folder.glob("*" + checkpoint.TEMPORARY))
         reached = checkpoint.load(folder / "checkpoint_last.pth.tar")["isl"]["total"]
         subprocess.run(["mount", "-o", "remount,size=64m", str(folder)], check=True)
@@ -676,8 +776,10 @@ def full_folder(lab: Lab, board: Board):
         lab.complete(again, board.reference(), folder)
         assert reached >= 12
     return (
-        f"exit code 3, not requeued, the last file whole (step {reached}); with more room the same command "
-        "completed it",
+        (
+            f"exit code 3, not requeued, the last file whole (step {reached}); with more room the"
+            " same command completed it"
+        ),
         True,
     )
 
@@ -711,13 +813,20 @@ def pipeline(lab: Lab, board: Board):
     job = lab.submit(*evaluations, faults=[HOLD])
     job.at("hold")
     later = [Job(lab, job.call, number) for number in (1, 2)]
-    assert all("Dependency" in lab.cluster.run("squeue", "-h", "-o", "%r", "-j", other.id) for other in later)
+    assert all(
+        "Dependency" in lab.cluster.run("squeue", "-h", "-o", "%r", "-j", other.id)
+        for other in later
+    )
     job.signal()
     said = job.end()
-    assert job.lives() == 2 and [other.folder for other in later] == [job.folder / "lincls", job.folder / "knn"]
-    assert all(f"job {other.id} COMPLETED" in said and (other.folder / "results.json").exists() for other in later), (
-        said
-    )
+    assert job.lives() == 2 and [other.folder for other in later] == [
+        job.folder / "lincls",
+        job.folder / "knn",
+    ]
+    assert all(
+        f"job {other.id} COMPLETED" in said and (other.folder / "results.json").exists()
+        for other in later
+    ), said
     lab.complete(job, board.reference())
     lab.no_orphans(*later)
     return "both waited for the final success, then ran on its checkpoint", True
@@ -726,7 +835,13 @@ def pipeline(lab: Lab, board: Board):
 @scenario()
 def pipeline_of_a_failure(lab: Lab, board: Board):
     """--then knn after a pretraining that fails"""
-    job = lab.submit("--then", "knn", nodes=ONE_NODE, flags=SINGLE, faults=[{"at": "step", "poll": 3, "do": "raise"}])
+    job = lab.submit(
+        "--then",
+        "knn",
+        nodes=ONE_NODE,
+        flags=SINGLE,
+        faults=[{"at": "step", "poll": 3, "do": "raise"}],
+    )
     said = job.end(1)
     later = Job(lab, job.call, 1)
     assert f"job {job.id} FAILED" in said and f"job {later.id} CANCELLED" in said
@@ -740,7 +855,9 @@ def cancelled(lab: Lab, board: Board):
     job.at("hold")
     lab.cluster.run("scancel", job.id)
     said = job.end(None)
-    assert f"job {job.id} CANCELLED" in said and f"--job-dir {job.folder}" in said and job.lives() == 1, said
+    assert (
+        f"job {job.id} CANCELLED" in said and f"--job-dir {job.folder}" in said and job.lives() == 1
+    ), said
     lab.no_orphans(job)
     assert checkpoint.load(job.folder / "checkpoint_last.pth.tar")["isl"]["total"] == 18
     again = lab.submit(folder=job.folder)
@@ -757,13 +874,21 @@ def a_rank_that_does_not_come(lab: Lab, board: Board):
     said = job.end(1)
     assert "\nrank 0 on n1: CannotJoin: 1 of 2 ranks did not join within 8 s: rank 1." in said, said
     lab.no_orphans(job)
-    return f"one message that names rank 1; all ended within {time.monotonic() - start:.0f} s of the submission", None
+    return (
+        (
+            f"one message that names rank 1; all ended within {time.monotonic() - start:.0f} s of"
+            " the submission"
+        ),
+        None,
+    )
 
 
 @scenario()
 def ports_in_use(lab: Lab, board: Board):
     """the job's first two ports belong to others"""
-    job = lab.submit(faults=[{"at": "join", "rank": r, "do": "deaf", "name": f"join{r}"} for r in (0, 1)])
+    job = lab.submit(
+        faults=[{"at": "join", "rank": r, "do": "deaf", "name": f"join{r}"} for r in (0, 1)]
+    )
     job.at("join0")
     ports = Place(job.id, 0, 0, 2, 0, 1, "n1", "n1").ports[:2]
     with (

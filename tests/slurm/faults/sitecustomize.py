@@ -1,12 +1,14 @@
-"""Faults at an exact place of a job, for the tests: on PYTHONPATH and with MOCO_ISL_FAULTS set, Python loads this
-before anything else.
+"""Faults at an exact place of a job, for the tests: on PYTHONPATH and with MOCO_ISL_FAULTS set,
+Python loads this before anything else.
 
-MOCO_ISL_FAULTS is a JSON list of {"rank": r, "life": l, "at": place, "poll": n, "do": what, "name": x} (no rank or
-life: any). at: start (of the interpreter), join, step (the n-th time that training asks whether to stop), gan, mining
-(the n-th ask inside),
+MOCO_ISL_FAULTS is a JSON list of {"rank": r, "life": l, "at": place, "poll": n, "do": what, "name":
+x} (no rank or
+life: any). at: start (of the interpreter), join, step (the n-th time that training asks whether to
+stop), gan, mining (the n-th ask inside),
     save (the n-th checkpoint is written, not yet renamed), end (main has come back).
 do: hold (write NAME.at into MOCO_ISL_FAULT_DIR, wait until asked to stop or
-    NAME.go is there; of an array's element i NAME_i.at), deaf (wait for NAME.go alone), sleep:s, raise, kill, exit:c.
+    NAME.go is there; of an array's element i NAME_i.at), deaf (wait for NAME.go alone), sleep:s,
+    raise, kill, exit:c.
 """
 
 import importlib.abc
@@ -22,7 +24,9 @@ from pathlib import Path
 def _matches(fault: dict, place: str) -> bool:
     rank = int(os.environ.get("SLURM_PROCID", os.environ.get("SUBMITIT_LOCAL_GLOBALID", "0")))
     life = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-    return fault["at"] == place and fault.get("rank", rank) == rank and fault.get("life", life) == life
+    return (
+        fault["at"] == place and fault.get("rank", rank) == rank and fault.get("life", life) == life
+    )
 
 
 def fire(place: str, asked=lambda: False) -> None:
@@ -41,7 +45,11 @@ def _do(fault: dict, asked) -> None:
     mark.with_name(f"{mark.name}{element}.at").write_text(str(os.getpid()))
     if what in ("hold", "deaf"):
         end = time.monotonic() + 150
-        while not mark.with_suffix(".go").exists() and not (what == "hold" and asked()) and time.monotonic() < end:
+        while (
+            not mark.with_suffix(".go").exists()
+            and not (what == "hold" and asked())
+            and time.monotonic() < end
+        ):
             time.sleep(0.05)
     elif what == "sleep":
         time.sleep(float(value))
@@ -103,7 +111,11 @@ def arm_checkpoint(module) -> None:
     os.replace = renamed
 
 
-ARM = {"launch.job": arm_job, "launch.rendezvous": arm_rendezvous, "moco_isl.checkpoint": arm_checkpoint}
+ARM = {
+    "launch.job": arm_job,
+    "launch.rendezvous": arm_rendezvous,
+    "moco_isl.checkpoint": arm_checkpoint,
+}
 
 
 class Armourer(importlib.abc.MetaPathFinder):
@@ -124,7 +136,9 @@ class Armourer(importlib.abc.MetaPathFinder):
         return spec
 
 
-FAULTS = json.loads(os.environ.get("MOCO_ISL_FAULTS", "[]")) if "SUBMITIT_EXECUTOR" in os.environ else []
+FAULTS = (
+    json.loads(os.environ.get("MOCO_ISL_FAULTS", "[]")) if "SUBMITIT_EXECUTOR" in os.environ else []
+)
 if FAULTS:
     sys.meta_path.insert(0, Armourer())
     fire("start")
