@@ -228,7 +228,8 @@ def _object_fault(value, shape: dict, name: str, sizes: dict[str, int], depth: i
             f"{_short(_inner(name, rest[0]))} is unknown: expected"
             f" {_short(names) or 'nothing here'}"
         )
-    known |= dict.fromkeys(rest, shape[...])
+    if rest:
+        known |= dict.fromkeys(rest, shape[...])
     return _first(
         _fault(value[key], one, _inner(name, key), sizes, depth + 1) for key, one in known.items()
     )
