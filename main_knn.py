@@ -13,18 +13,18 @@ from pathlib import Path
 
 import torch
 
-from moco_isl import checkpoint, data, dist, files
+from moco_isl import data, dist, files
 from moco_isl.encoders import AMP_TYPES, BACKBONE, OUTPUT, STEMS, Taps
 from moco_isl.evaluation import features, probe
 from moco_isl.evaluation.backbone import describe, load_backbone
 from moco_isl.evaluation.knn import knn_grid
-from moco_isl.training import cli
-from moco_isl.training.signals import Stop
+from moco_isl.run import checkpoint, devices, exits, flags, ranks
+from moco_isl.run.signals import Stop
 
 
-def get_parser() -> cli.Parser:
-    parser = cli.Parser(description=__doc__)
-    cli.add_data_options(parser)
+def get_parser() -> flags.Parser:
+    parser = flags.Parser(description=__doc__)
+    flags.add_data_options(parser)
     group = parser.add_argument_group("encoder")
     group.add_argument(
         "--pretrained",
@@ -103,7 +103,7 @@ def get_parser() -> cli.Parser:
         default="off",
         help="half precision in the network; bf16 on any recent GPU",
     )
-    cli.add_distributed_options(parser)
+    ranks.add_distributed_options(parser)
     return parser
 
 
@@ -115,13 +115,13 @@ def check_args(args) -> None:
         ("batch_size", 1, False),
         ("workers", 0, False),
     ):
-        cli.check_range(args, name, low, low_open=low_open)
+        flags.check_range(args, name, low, low_open=low_open)
     kept = args.features is not None and files.kind(args.features, "--features") != ""
-    cli.check(
+    flags.check(
         args.pretrained or kept,
         "no encoder: give --pretrained FILE (or --features FILE with features kept before)",
     )
-    cli.check(
+    flags.check(
         args.features is None or files.kind(args.features) != "folder",
         f"--features '{args.features}' is a folder: expected a file name",
     )
@@ -129,7 +129,7 @@ def check_args(args) -> None:
         files.require_folder(args.out, "--out")  # nothing of a run that may be in it is touched
         features.require_own(args.out, "results")
     if args.data is not None or args.dataset != "folder" or not kept:
-        cli.check_data_options(args)
+        flags.check_data_options(args)
         train = labelled_splits(args)["train"]
     if not kept:  # what does not fit shows here, before any rank starts
         encoder, info = load_backbone(
@@ -146,13 +146,13 @@ def check_args(args) -> None:
 
 def main(argv: list[str] | None = None, stop=None) -> int:
     """Run with flags argv; returns the exit code."""
-    return cli.exit_code(run, argv, stop)
+    return exits.exit_code(run, argv, stop)
 
 
 def run(argv: list[str] | None, stop) -> None:
     args = get_parser().parse_args(argv)
     check_args(args)
-    cli.launch(worker, args, stop)
+    ranks.launch(worker, args, stop)
 
 
 def say(line: str) -> None:
@@ -164,7 +164,7 @@ def worker(args, stop) -> None:
     """One rank: features of both splits, neighbours of its share of the queries, the results of
     all.
     """
-    device = cli.resolve_device(args)
+    device = devices.resolve_device(args)
     with Stop(stop) as asked:
         splits, facts = get_features(args, device, asked)
     start = time.perf_counter()
@@ -209,7 +209,7 @@ def get_features(
         args.pretrained, args.arch, args.stem, args.key, args.image_size or None
     )
     say(describe(info))
-    cli.warn_of_slow_amp(args.amp, device, trains=False)
+    devices.warn_of_slow_amp(args.amp, device, trains=False)
     if "val" not in sources:
         say(
             f"=> no val split in '{files.shown(args.data)}': each image of train is judged by all"
@@ -220,9 +220,9 @@ def get_features(
         say(f"=> warning: {line}")
     layers = [OUTPUT, BACKBONE] if info["head"] else [BACKBONE]
     taps = Taps(encoder, layers).to(device)
-    workers = cli.usable_workers(args.workers, cli.processes_here(args))
+    workers = devices.usable_workers(args.workers, ranks.processes_here(args))
     if args.cache is not None:
-        sources = cli.together(
+        sources = ranks.together(
             lambda: {
                 name: data.hold_cached(dataset, args.cache, workers, say)
                 for name, dataset in sources.items()
@@ -257,7 +257,7 @@ def get_features(
         "epoch": str(info["epoch"]),
     }
     if args.features:
-        cli.on_main(lambda: features.save(args.features, splits, facts))
+        ranks.on_main(lambda: features.save(args.features, splits, facts))
     return splits, facts
 
 
@@ -294,7 +294,7 @@ def judge(splits: dict[str, features.Split], ks: list[int], Ts: list[float]) -> 
     train, leave_one_out = splits["train"], "val" not in splits
     queries = train if leave_one_out else splits["val"]
     most = len(train.labels) - leave_one_out
-    cli.check(
+    flags.check(
         most > 0,
         "there is one image and no other to judge it by: expected more of them, or a val split",
     )

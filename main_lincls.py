@@ -18,14 +18,15 @@ from pathlib import Path
 
 import torch
 
-from moco_isl import checkpoint, data, dist, files
+from moco_isl import data, dist, files
 from moco_isl.encoders import AMP_TYPES, BACKBONE, OUTPUT, STEMS, Taps, get_head
 from moco_isl.evaluation import features, linear, probe
 from moco_isl.evaluation.backbone import describe, load_backbone
 from moco_isl.evaluation.knn import require_shots
-from moco_isl.training import cli, engine, fast, resume, state
-from moco_isl.training.run_folder import RunFolder, check_folder, flags_of_unsaved, held
-from moco_isl.training.signals import Stop
+from moco_isl.run import checkpoint, devices, exits, flags, ranks
+from moco_isl.run.folder import RunFolder, check_folder, flags_of_unsaved, held
+from moco_isl.run.signals import Stop
+from moco_isl.training import engine, fast, resume, state
 
 MOCO_LR, FINETUNE_LR = 30.0, 0.01
 # may change on resuming: they train nothing
@@ -34,9 +35,9 @@ FREE = ("pretrained", "arch", "stem", "mlp", "shots", "draws", "evaluate")
 OF_THE_RUN = ("lr", "layers", "finetune", "cache_features", "key", "seed", "holdout")
 
 
-def get_parser() -> cli.Parser:
-    parser = cli.Parser(description=__doc__)
-    cli.add_data_options(parser)
+def get_parser() -> flags.Parser:
+    parser = flags.Parser(description=__doc__)
+    flags.add_data_options(parser)
     add = parser.add_argument_group("training, as MoCo has it").add_argument
     add(
         "-a",
@@ -115,7 +116,7 @@ def get_parser() -> cli.Parser:
         metavar="FILE",
         help="what to judge: a checkpoint, ours or MoCo's, or a torchvision or timm state dict",
     )
-    cli.add_distributed_options(parser)
+    ranks.add_distributed_options(parser)
     add = parser.add_argument_group("encoder").add_argument
     add("--stem", choices=STEMS, default="auto", help="auto: as the tensors of the file show")
     add(
@@ -123,7 +124,7 @@ def get_parser() -> cli.Parser:
         action="store_true",
         help="judge the key encoder of a MoCo file, not the query encoder",
     )
-    cli.add_switch(
+    flags.add_switch(
         parser,
         "--mlp",
         default=None,
@@ -190,7 +191,7 @@ def get_parser() -> cli.Parser:
 def _layer(text: str) -> str:
     if not re.fullmatch(rf"all|{BACKBONE}|{OUTPUT}|conv\d", text):
         raise argparse.ArgumentTypeError(
-            f"'{cli.short(text)}' is no layer: expected backbone, output, conv1 ... conv5, or all"
+            f"'{flags.short(text)}' is no layer: expected backbone, output, conv1 ... conv5, or all"
         )
     return text
 
@@ -200,7 +201,7 @@ def _shots(text: str) -> list[int]:
         return [int(n) for n in text.split(",") if n]
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"'{cli.short(text)}' is no list of whole numbers: expected such as 1,5,10"
+            f"'{flags.short(text)}' is no list of whole numbers: expected such as 1,5,10"
         ) from None
 
 
@@ -230,18 +231,18 @@ def load_resumed(path: str | None) -> dict:
 
 def check_args(args) -> None:
     """Everything that can be known before any rank is started; fills in what depends on others."""
-    cli.check_data_options(args)
-    cli.check(
+    flags.check_data_options(args)
+    flags.check(
         args.resume != "auto" or (args.out and args.pretrained),
         "--resume auto needs --out, where to go on, and --pretrained",
     )
-    cli.check(
+    flags.check(
         not args.evaluate or args.resume not in ("", "auto"),
         "-e evaluates trained classifiers: name their file with --resume FILE",
     )
     if args.evaluate and args.out:
         files.require_folder(args.out, "--out")
-        cli.check(
+        flags.check(
             not held(Path(args.out)),
             f"-e writes over no run's results, and --out '{args.out}' holds a run: choose another"
             " --out",
@@ -249,7 +250,7 @@ def check_args(args) -> None:
     args.out = args.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-lincls"
     start = find_start(args)
     resumed = load_resumed(start.path)
-    cli.check(
+    flags.check(
         "isl" not in resumed,
         f"'{start.path}' is a pretraining file of main_moco_isl.py: judge it with --pretrained, and"
         " another --out",
@@ -268,37 +269,37 @@ def check_args(args) -> None:
         check_folder(args.out, start.in_place)
         resume.check_unsaved(start, args.out, vars(args), FREE)
     for name in ("epochs", "batch_size", "print_freq", "draws", "shots"):
-        cli.check_range(args, name, 1)
+        flags.check_range(args, name, 1)
     for name in ("workers", "start_epoch", "schedule", "lr", "weight_decay", "holdout"):
-        cli.check_range(args, name, 0)
-    cli.check_range(args, "momentum", 0, 1)
-    cli.check_range(args, "seed", -(2**63), 2**63 - 1)
+        flags.check_range(args, name, 0)
+    flags.check_range(args, "momentum", 0, 1)
+    flags.check_range(args, "seed", -(2**63), 2**63 - 1)
     nothing_left = (
         f"--start-epoch {args.start_epoch} leaves nothing of --epochs {args.epochs}: give a smaller"
         " one, or more epochs"
     )
-    cli.check(args.start_epoch < args.epochs or args.evaluate, nothing_left)
-    ranks = cli.total_ranks(args)
-    cli.check(
-        args.batch_size % ranks == 0,
-        f"--batch-size {args.batch_size} does not divide into {ranks} ranks: use a multiple of"
-        f" {ranks}",
+    flags.check(args.start_epoch < args.epochs or args.evaluate, nothing_left)
+    world = ranks.total_ranks(args)
+    flags.check(
+        args.batch_size % world == 0,
+        f"--batch-size {args.batch_size} does not divide into {world} world: use a multiple of"
+        f" {world}",
     )
-    cli.check(
-        not args.finetune or args.batch_size >= 2 * ranks,
+    flags.check(
+        not args.finetune or args.batch_size >= 2 * world,
         f"--finetune with --batch-size {args.batch_size} leaves one image to each of "
-        f"{ranks} ranks, and batch norm needs two: use at least {2 * ranks}",
+        f"{world} world, and batch norm needs two: use at least {2 * world}",
     )
-    cli.check(
+    flags.check(
         bool(args.pretrained or args.resume),
         "nothing to judge: give --pretrained FILE (random weights are not probed)",
     )
     probe_only = len(args.lr) > 1 or args.layers != [BACKBONE] or args.cache_features or args.shots
-    cli.check(
+    flags.check(
         not args.finetune or not probe_only,
         "--finetune trains one network: one --lr, no --layers, --cache-features, --shots",
     )
-    cli.check(
+    flags.check(
         not args.finetune or args.amp != "fp16",
         "--finetune with --amp fp16 is not offered: use --amp bf16",
     )
@@ -327,30 +328,30 @@ def main(argv: list[str] | None = None, stop=None) -> int:
 
     stop: a launcher's own 'shall we stop?', asked once a step.
     """
-    return cli.exit_code(run, argv, stop)
+    return exits.exit_code(run, argv, stop)
 
 
 def run(argv: list[str] | None, stop) -> None:
     args = get_parser().parse_args(argv)
     check_args(args)
-    cli.launch(worker, args, stop)
+    ranks.launch(worker, args, stop)
 
 
 def worker(args, stop) -> None:
     """One rank of the run."""
-    device = cli.resolve_device(args)
-    cli.warn_of_slow_amp(args.amp, device, trains=args.finetune)
+    device = devices.resolve_device(args)
+    devices.warn_of_slow_amp(args.amp, device, trains=args.finetune)
     args.seed, args.out = dist.broadcast_object((args.seed, args.out))
     torch.manual_seed(args.seed)
     # looked for again in Run: what is there then stays, for the folder is held
     folder = (
         None
         if args.evaluate
-        else cli.on_main(lambda: RunFolder(args.out, find_start(args).in_place))
+        else ranks.on_main(lambda: RunFolder(args.out, find_start(args).in_place))
     )
     try:
         with Stop(stop) as stop:
-            run = cli.together(lambda: Run(args, device, folder, stop))
+            run = ranks.together(lambda: Run(args, device, folder, stop))
             run.finish() if args.evaluate else run.train()
     finally:
         if folder is not None:
@@ -383,7 +384,7 @@ class Run:
             features.labelled(args.dataset, args.data, s, args.download) for s in ("train", "val")
         )
         self.say(data.describe(train=whole, val=self.val))
-        workers = cli.usable_workers(args.workers, cli.processes_here(args))
+        workers = devices.usable_workers(args.workers, ranks.processes_here(args))
         if args.cache is not None:
             whole, self.val = (
                 data.hold_cached(dataset, args.cache, workers, self.say)
@@ -460,11 +461,11 @@ class Run:
                 f"'{path}' probes another file than --pretrained '{args.pretrained}': give that"
                 " one, or choose another --out"
             )
-            cli.check(not args.pretrained or ours.get("sha256") == self.sha, other)
+            flags.check(not args.pretrained or ours.get("sha256") == self.sha, other)
             # older files do not say
             known = ours.get("classes", self.class_names)
             same = ours.get("data_sha256", self.data_sha) == self.data_sha
-            cli.check(
+            flags.check(
                 known == self.class_names,
                 f"the classifiers of '{path}' know the classes {checkpoint.some(known)}, and here"
                 f" they are {checkpoint.some(self.class_names)}: judge them on images of the same"
@@ -478,7 +479,7 @@ class Run:
                     "choose another --out",
                     epochs=ours["epoch"] + bool(ours["step"]),
                 )
-                cli.check(
+                flags.check(
                     same,
                     f"'{path}' was trained on other images than those of"
                     f" {args.data or args.dataset}: give the same, or choose another --out",
@@ -497,7 +498,7 @@ class Run:
             resume.restore_rng(ours["rng"], self.device, self.position.averages)
         if "optimizer" in content and not args.evaluate:
             fast.load_optimizer(self.probe.optimizer, content["optimizer"])
-        cli.check(
+        flags.check(
             not self.probe.exploded(),
             f"'{files.shown(path)}' holds classifiers that are not finite: give an older file, or"
             " start anew with a lower --lr",
@@ -543,7 +544,7 @@ class Run:
             }
             self.folder.save({**mocos, "args": vars(self.args), "probe": ours}, None)
 
-        cli.on_main(write)
+        ranks.on_main(write)
 
     def batches(self):
         args, labels = self.args, self.rest.labels.to(self.device)

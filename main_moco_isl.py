@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from moco_isl import builder, checkpoint, data, dist, files
+from moco_isl import builder, data, dist, files
 from moco_isl.encoders import (
     AMP_TYPES,
     as_in_library,
@@ -32,26 +32,29 @@ from moco_isl.errors import BadInput, Interrupted, RunFailed
 from moco_isl.evaluation.features import require_side
 from moco_isl.evaluation.knn import weighted_knn
 from moco_isl.isl import ISL
-from moco_isl.mining import ivf
-from moco_isl.mining.average import AverageMiner
-from moco_isl.mining.cluster import ClusterMiner
-from moco_isl.mining.diffusion import DiffusionMiner
-from moco_isl.mining.entropy import EntropyMiner
-from moco_isl.mining.miners import GANMiner, KNNMiner, NoMiner, one_line
-from moco_isl.mining.oracle import OracleMiner
+from moco_isl.miners.average import AverageMiner
+from moco_isl.miners.cluster import ClusterMiner
+from moco_isl.miners.diffusion import DiffusionMiner
+from moco_isl.miners.entropy import EntropyMiner
+from moco_isl.miners.gan import GANMiner
+from moco_isl.miners.knn import KNNMiner
+from moco_isl.miners.none import NoMiner
+from moco_isl.miners.oracle import OracleMiner
 from moco_isl.mining.positives import PositiveSets
-from moco_isl.rotation import Rotations
-from moco_isl.training import cli, engine, fast, options, resume, run_files, state
-from moco_isl.training.meters import Progress
+from moco_isl.mining.record import one_line, precision_of_ranking, round_record
+from moco_isl.objectives.rotnet import Rotations
+from moco_isl.ops import ivf
+from moco_isl.run import checkpoint, devices, exits, flags, logs, ranks
+from moco_isl.run.folder import RunFolder, check_folder, flags_of_unsaved
+from moco_isl.run.meters import Progress
+from moco_isl.run.signals import Stop
+from moco_isl.training import engine, fast, options, resume, state
 from moco_isl.training.options import check_args
-from moco_isl.training.round_record import precision_of_ranking, round_record
-from moco_isl.training.run_folder import RunFolder, check_folder, flags_of_unsaved
-from moco_isl.training.signals import Stop
 
 ALIKE = 0.99  # mean cosine from which features have collapsed
 
 
-def get_parser() -> cli.Parser:
+def get_parser() -> flags.Parser:
     return options.get_parser(__doc__)
 
 
@@ -59,11 +62,11 @@ def check_start(args: argparse.Namespace) -> tuple[resume.Start, dict]:
     """Which file the run starts from and what is in it; everything about the files named that can
     be known before any work.
     """
-    cli.check(
+    flags.check(
         args.resume in ("", "auto") or not args.init,
         "--resume goes on with a run, --init starts one: give only one of them",
     )
-    cli.check(
+    flags.check(
         args.resume != "auto" or args.out,
         "--resume auto needs --out: it goes on with the run in that folder",
     )
@@ -72,7 +75,7 @@ def check_start(args: argparse.Namespace) -> tuple[resume.Start, dict]:
         or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{args.arch.replace(':', '-').replace('/', '-')}"
     )
     start, content = resume.find_start(args.resume, args.init, args.out)
-    cli.check(
+    flags.check(
         "probe" not in content,
         f"'{start.path}' is a linear probe of main_lincls.py: expected a pretraining file, such as"
         " the one it was trained on",
@@ -101,7 +104,7 @@ def main(argv: list[str] | None = None, stop=None) -> int:
 
     stop: a launcher's own 'shall we stop?', asked once a step.
     """
-    return cli.exit_code(run, argv, stop)
+    return exits.exit_code(run, argv, stop)
 
 
 def run(argv: list[str] | None, stop) -> None:
@@ -115,7 +118,7 @@ def run(argv: list[str] | None, stop) -> None:
     # and what is wrong with the data and the file: before other processes are
     if args.multiprocessing_distributed:
         prepare(args, start, "meta")
-    cli.launch(worker, args, stop, start)
+    ranks.launch(worker, args, stop, start)
 
 
 def prepare(args: argparse.Namespace, start: resume.Start, device: str = "cpu") -> tuple:
@@ -125,7 +128,7 @@ def prepare(args: argparse.Namespace, start: resume.Start, device: str = "cpu") 
     whole = data.build_dataset(args.dataset, args.data, "train", args.download)
     dataset, _ = split(args, whole)
     size = args.image_size or data.native_size(dataset)
-    cli.check(
+    flags.check(
         args.miner != "oracle" or dataset.labels is not None,
         f"--miner oracle needs labels, and {args.data} has none: expected a folder a class",
     )
@@ -134,7 +137,7 @@ def prepare(args: argparse.Namespace, start: resume.Start, device: str = "cpu") 
         on_meta(lambda: build_model(args, size)) if device == "meta" else build_model(args, size)
     )
     most = min(len(dataset), args.moco_k)
-    cli.check(
+    flags.check(
         2 * args.isl_between < most,
         f"--isl-between {args.isl_between} leaves too few negatives of {most} (images, or keys of"
         " the queue): expected less than half of them",
@@ -147,19 +150,19 @@ def prepare(args: argparse.Namespace, start: resume.Start, device: str = "cpu") 
         saved = content.get("isl", {}) if start.goes_on else {}
         images = saved.get("num_images", len(dataset))
         names = saved.get("images")
-        cli.check(
+        flags.check(
             images == len(dataset),
             f"'{start.path}' was trained on {images} images, and now there are {len(dataset)}: give"
             " it the same ones, or start a new run with --init and another --out",
         )
-        cli.check(
+        flags.check(
             names is None or names == resume.images_of(dataset),
             f"'{start.path}' was trained on as many images of other names, or in another order:"
             " what was mined belongs to images by their place; give it the same ones, or start a"
             " new run with --init and another --out",
         )
         if saved and start.in_place:
-            run_files.require_lines_after(
+            logs.require_lines_after(
                 Path(args.out), saved["metrics_size"], saved["total"], start.path
             )
         if saved:
@@ -191,11 +194,11 @@ def split(args: argparse.Namespace, dataset) -> tuple:
 
 def worker(args: argparse.Namespace, stop, start: resume.Start) -> None:
     """One rank of the run."""
-    device = cli.resolve_device(args)  # before the ranks talk: they do it through their GPUs
-    cli.warn_of_slow_amp(args.amp, device, trains=True)
+    device = devices.resolve_device(args)  # before the ranks talk: they do it through their GPUs
+    devices.warn_of_slow_amp(args.amp, device, trains=True)
     args.seed, args.out, start = dist.broadcast_object((args.seed, args.out, start))
     with Stop(stop) as stop:
-        run = cli.together(lambda: Run(args, device, start, stop))
+        run = ranks.together(lambda: Run(args, device, start, stop))
         try:
             run.begin()
             run.train()
@@ -224,7 +227,7 @@ class Run:
         random.seed(args.seed)
         whole, size, self.model = prepare(args, start)
         self.say(data.describe(train=whole))
-        workers = cli.usable_workers(args.workers, cli.processes_here(args))
+        workers = devices.usable_workers(args.workers, ranks.processes_here(args))
         if args.cache is not None:
             whole = data.hold_cached(whole, args.cache, workers, self.say)
         elif args.on_device:
@@ -270,8 +273,8 @@ class Run:
         The ranks do this side by side.
         """
         args = self.args
-        self.folder = cli.on_main(lambda: RunFolder(args.out, self.start.in_place, args.keep))
-        cli.on_main(self.look_again)
+        self.folder = ranks.on_main(lambda: RunFolder(args.out, self.start.in_place, args.keep))
+        ranks.on_main(self.look_again)
         self.fused = args.fast and self.device.type == "cuda"
         # all parameters, as MoCo's file has it
         self.optimizer = fast.sgd(
@@ -307,7 +310,7 @@ class Run:
         )
         self.position = engine.Position(epoch=args.start_epoch)
         metrics_size = self._load() if self.start.path else 0
-        cli.on_main(lambda: self.folder.begin(vars(args), metrics_size))
+        ranks.on_main(lambda: self.folder.begin(vars(args), metrics_size))
         if self.start.goes_on and not self.start.in_place:
             # from here on the folder holds all that --resume auto needs, however early this run
             # dies
@@ -382,7 +385,7 @@ class Run:
         """Resume or initialise; returns how much of metrics.jsonl is to be kept (None: all)."""
         args = self.args
         path = self.start.path
-        content = cli.together(lambda: read_sound(self.start.path))
+        content = ranks.together(lambda: read_sound(self.start.path))
         filled = checkpoint.load_model(self.model, content, path)
         fills = {"encoder_k": "copied from encoder_q", "queue": "filled anew by one feature pass"}
         epoch = resume.epoch_of(content)
@@ -481,7 +484,7 @@ class Run:
             )
             self.folder.save({**state, "image_size": self.size}, number)
 
-        cli.on_main(write)
+        ranks.on_main(write)
 
     def say(self, line: str) -> None:
         if dist.is_main():
@@ -636,7 +639,7 @@ class Run:
             raise Interrupted(
                 f"saved before the mining of epoch {epoch}: go on with --resume auto"
             ) from None
-        report |= cli.on_main(lambda: self.keep_round(features, before)) or {}
+        report |= ranks.on_main(lambda: self.keep_round(features, before)) or {}
         self.progress.say(f"=> {one_line(report)}")
         self.log(kind="round", epoch=epoch, **report)
         self.save()

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from benchmarks import common
 from benchmarks.knn import peak_bytes, unit_rows
 from moco_isl.losses import bank_loss
-from moco_isl.mining.fused import kernels_for
+from moco_isl.ops.fused import kernels_for
 
 T = 0.07
 COLUMNS = [

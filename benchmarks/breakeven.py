@@ -44,7 +44,7 @@ from moco_isl.encoders import extract_features
 from moco_isl.errors import BadInput, Interrupted
 from moco_isl.evaluation.backbone import load_backbone
 from moco_isl.evaluation.knn import few_shot, nearest, vote
-from moco_isl.training import cli
+from moco_isl.run import devices
 
 FORMS = {  # loss form -> what it is called, its flags
     "logsum": ("Eq. 5 + hard positives", ["--isl-loss", "logsum", "--isl-hpe", "0.5"]),
@@ -273,7 +273,7 @@ class Judge:
             )
         if args.cache is not None:
             self.splits = [
-                data.hold_cached(split, args.cache, cli.usable_workers(args.workers, 1))
+                data.hold_cached(split, args.cache, devices.usable_workers(args.workers, 1))
                 for split in self.splits
             ]
 

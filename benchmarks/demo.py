@@ -18,10 +18,11 @@ import torch.nn.functional as F
 
 import main_moco_isl
 from benchmarks import common
-from moco_isl import checkpoint, data, files
+from moco_isl import data, files
 from moco_isl.builder import add_mlp
 from moco_isl.encoders import build_encoder, extract_features
 from moco_isl.evaluation.knn import few_shot, weighted_knn
+from moco_isl.run import checkpoint
 
 OUT = Path("runs/demo")
 COMMON = [

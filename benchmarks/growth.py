@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from benchmarks import bank_loss, common
 from benchmarks.knn import peak_bytes
 from benchmarks.mining import synthetic
+from moco_isl.miners.gan import GANMiner
 from moco_isl.mining.gan import Discriminator, GANFit, GANSettings, Generator, fit_gan
-from moco_isl.mining.miners import GANMiner
 from moco_isl.mining.positives import PositiveSets
 
 C = 128

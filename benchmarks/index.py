@@ -25,9 +25,9 @@ from benchmarks import common
 from benchmarks.knn import peak_bytes
 from benchmarks.mining import load_features, synthetic
 from moco_isl.errors import BadInput
-from moco_isl.mining import topk
-from moco_isl.mining.ivf import IVF, installed
 from moco_isl.mining.rounds import block_size
+from moco_isl.ops.ivf import IVF, installed
+from moco_isl.ops.neighbors import topk
 
 K, DIM = 10, 128
 COLUMNS = [

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from benchmarks import common
 from moco_isl.evaluation.knn import knn_grid
-from moco_isl.mining.neighbors import searched_again
+from moco_isl.ops.neighbors import searched_again
 
 CLASSES = 1000
 COLUMNS = [

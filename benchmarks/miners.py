@@ -52,14 +52,14 @@ from moco_isl import data, files
 from moco_isl.encoders import extract_features, extract_views
 from moco_isl.errors import BadInput
 from moco_isl.evaluation.backbone import load_backbone
-from moco_isl.mining.average import neighbourhood_means, with_views
+from moco_isl.miners.average import neighbourhood_means, with_views
+from moco_isl.miners.gan import best_proxies
 from moco_isl.mining.edges import under_cap
 from moco_isl.mining.estimate import Views, by_halves
 from moco_isl.mining.gan import GANFit, GANSettings, Trainer, fit_gan
-from moco_isl.mining.miners import best_proxies
-from moco_isl.mining.neighbors import topk
 from moco_isl.mining.positives import PositiveSets, distinct_edges, same_label
 from moco_isl.mining.triplets import TripletSampler
+from moco_isl.ops.neighbors import topk
 
 Tensor = torch.Tensor
 # images a [U], b [U], surest first; and where pairs do not count alike their weights [U]

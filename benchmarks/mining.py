@@ -32,10 +32,13 @@ import torch.nn.functional as F
 from benchmarks import common
 from moco_isl import dist, files
 from moco_isl.errors import BadInput
-from moco_isl.mining import GANMiner, PositiveSets, baselines, one_line, topk
+from moco_isl.miners.gan import GANMiner, best_proxies
+from moco_isl.mining.baselines import baselines
 from moco_isl.mining.edges import Edges, Rules, settle
 from moco_isl.mining.gan import Discriminator, GANFit, Generator
-from moco_isl.mining.miners import best_proxies
+from moco_isl.mining.positives import PositiveSets
+from moco_isl.mining.record import one_line
+from moco_isl.ops.neighbors import topk
 
 OURS = b'{\n "command": "python -m benchmarks.mining'  # how the file of --out begins
 

@@ -16,7 +16,7 @@ import time
 import torch
 import torch.nn.functional as F
 
-from moco_isl.mining.miners import KNNMiner
+from moco_isl.miners.knn import KNNMiner
 from moco_isl.mining.positives import PositiveSets
 from tests.ranks import run_ranks
 

@@ -112,7 +112,7 @@ class Run:
     def _main(self, env: submitit.JobEnvironment, out: str, stop: Stop) -> int:
         # here, and not above: torch takes seconds, and the signals had to be caught first
         from launch import rendezvous
-        from moco_isl.training import environment
+        from moco_isl.run import environment
 
         life = self.restarts
         if env.cluster == "slurm":

@@ -33,9 +33,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from launch import executors, options, watch
 from launch.job import SCRIPTS, Run
 from launch.tables import require_ours, write_table
-from moco_isl import files, plain_yaml, schema
+from moco_isl import files, schema
 from moco_isl.errors import BadInput, Interrupted, RunFailed
-from moco_isl.training import cli
+from moco_isl.run import flags, plain_yaml
 
 SETTING = (None, str, [str])  # null, a value or a list of them
 PLAN = {
@@ -113,8 +113,8 @@ def _main(opts: argparse.Namespace) -> int:
     tasks = (opts.nodes, opts.tasks_per_node) if opts.cluster != "none" else (1, 1)
     where = files.named("", opts.file)
     points = {name: flags_of(script, settings, where) for name, settings in plan["points"].items()}
-    for flags in points.values():
-        options.parse_script(script, flags, *tasks, check=not opts.table)
+    for argv in points.values():
+        options.parse_script(script, argv, *tasks, check=not opts.table)
     if opts.dry_run:
         return dry_run(script, points, folder, opts)
     require_ours(plan, folder)
@@ -190,7 +190,7 @@ def read_plan(file: Path) -> dict:
 def _check_name(name: str, where: str) -> None:
     if not NAME.fullmatch(name):
         raise BadInput(
-            f"{where}: '{cli.short(name)}' is no name: expected letters, digits, - and _"
+            f"{where}: '{flags.short(name)}' is no name: expected letters, digits, - and _"
         )
     if name in ("out", "resume"):
         raise BadInput(
@@ -217,7 +217,7 @@ def _value(name: str, value, switches: set[str]):
     if name.replace("_", "-") not in switches or not isinstance(value, str):
         return value
     word = value.lower()
-    return True if word in cli.ON else False if word in cli.OFF else value
+    return True if word in flags.ON else False if word in flags.OFF else value
 
 
 def _folder_name(name: str, where: str) -> str:
@@ -255,7 +255,7 @@ def flags_of(script: str, settings: dict, where: str = "the sweep") -> list[str]
         raise BadInput(f"{where}: config: expected one path")
     flags, data = options.script_parser(script).argv_of(given, where)
     if data is not None and (not data or data.startswith("-")):
-        given = cli.short(data)
+        given = flags.short(data)
         raise BadInput(
             f"{where}: data is '{given}': expected the path of a folder, such as ./{given}"
         )
@@ -302,8 +302,8 @@ def dry_run(
                 len(points),
             ).strip()
         )
-    for name, flags in points.items():
-        print(f"# ---- {name}\n" + shlex.join(_command(script, flags, folder / name)))
+    for name, argv in points.items():
+        print(f"# ---- {name}\n" + shlex.join(_command(script, argv, folder / name)))
     print("# nothing was started")
     return 0
 
@@ -320,13 +320,13 @@ def run_here(script: str, points: dict[str, list[str]], folder: Path) -> int:
     already is left alone by the script itself.
     """
     failed = []
-    for i, (name, flags) in enumerate(points.items()):
+    for i, (name, argv) in enumerate(points.items()):
         out = folder / name
         print(f"=> point {i + 1} of {len(points)}: {name}", flush=True)
         start = time.monotonic()
         with open(out / "log.txt", "a") as log:
             child = subprocess.Popen(
-                _command(script, flags, out), stdout=log, stderr=subprocess.STDOUT
+                _command(script, argv, out), stdout=log, stderr=subprocess.STDOUT
             )
             try:
                 code = child.wait()

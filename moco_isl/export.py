@@ -14,7 +14,7 @@ import torch
 import torchvision
 from torch import nn
 
-from moco_isl import __version__, checkpoint, files
+from moco_isl import __version__, files
 from moco_isl.encoders import BACKBONE, STEMS, Taps, backbone_shapes, evaluating, head_name, on_meta
 from moco_isl.errors import BadInput, RunFailed
 from moco_isl.evaluation.backbone import (
@@ -25,8 +25,8 @@ from moco_isl.evaluation.backbone import (
     to_detectron2,
 )
 from moco_isl.evaluation.features import fingerprint, read_results
-from moco_isl.training import cli
-from moco_isl.training.run_files import read_facts
+from moco_isl.run import checkpoint, exits, flags
+from moco_isl.run.logs import read_facts
 
 Tensors = dict[str, torch.Tensor]
 TOLERANCE = 1e-5
@@ -331,8 +331,8 @@ def _of_checkpoint(results: dict, sha256: str) -> dict:
 # ---- the command ---------------------------------------------------------------------------------
 
 
-def get_parser() -> cli.Parser:
-    parser = cli.Parser(prog="python -m moco_isl.export", description=__doc__)
+def get_parser() -> flags.Parser:
+    parser = flags.Parser(prog="python -m moco_isl.export", description=__doc__)
     parser.add_argument(
         "file", metavar="FILE", help="checkpoint of ours or MoCo's, or a state dict"
     )
@@ -366,7 +366,7 @@ def get_parser() -> cli.Parser:
 def _results(text: str) -> str:
     if not text.endswith(".json"):  # by its name a FILE after it is told from one more of them
         raise argparse.ArgumentTypeError(
-            f"'{cli.short(text)}' is no .json file: expected a results.json of main_knn.py or"
+            f"'{flags.short(text)}' is no .json file: expected a results.json of main_knn.py or"
             " main_lincls.py"
         )
     return text
@@ -374,7 +374,7 @@ def _results(text: str) -> str:
 
 def main(argv: list[str] | None = None, stop=None) -> int:
     """Run with flags argv; returns the exit code."""
-    return cli.exit_code(run, argv, stop)
+    return exits.exit_code(run, argv, stop)
 
 
 def run(argv: list[str] | None, stop) -> None:

@@ -32,10 +32,10 @@ from moco_isl.losses import (
     multi_positive_nce,
     softmax_over,
 )
-from moco_isl.mining import fused
 from moco_isl.mining.between import in_between
 from moco_isl.mining.positives import PositiveSets
 from moco_isl.mining.rounds import check_features
+from moco_isl.ops import fused
 from moco_isl.schema import COUNT, Holds
 
 FORMS = {"logsum": multi_positive_nce, "meanlog": multi_positive_mean_log}

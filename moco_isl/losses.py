@@ -10,7 +10,7 @@ negatives.
 
 import torch
 
-from moco_isl.mining.softmax import softmax_pass
+from moco_isl.ops.softmax import softmax_pass
 
 
 def multi_positive_nce(

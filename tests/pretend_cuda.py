@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from moco_isl.mining import fused, gan, softmax
+from moco_isl.mining import gan
+from moco_isl.ops import fused, softmax
 
 CUDA = torch.device("cuda", 0)
 T = torch.Tensor

@@ -22,8 +22,9 @@ import torch
 from PIL import Image
 
 import main_moco_isl
-from moco_isl import checkpoint
-from moco_isl.mining import gan, miners
+from moco_isl.miners import gan as gan_miner
+from moco_isl.mining import gan
+from moco_isl.run import checkpoint
 from moco_isl.training import engine
 
 SERVER = multiprocessing.get_context("forkserver")
@@ -42,8 +43,8 @@ MINED = (
 # where a process can be killed: the functions that a run is in then
 STAGES = {
     "epoch": (engine, "train_one_epoch"),
-    "GAN": (miners, "fit_gan"),
-    "mining": (miners, "best_proxies"),
+    "GAN": (gan_miner, "fit_gan"),
+    "mining": (gan_miner, "best_proxies"),
     "save": (checkpoint, "save"),
 }
 
@@ -128,7 +129,7 @@ def _child(
     os.dup2(output, 2)
     os.environ.update(environment)
     torch.set_num_threads(1)
-    gan.collapse = miners.collapse = lambda *_: ""
+    gan.collapse = gan_miner.collapse = lambda *_: ""
     if times:
         _time_stages(times)
     if kill:

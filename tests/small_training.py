@@ -9,9 +9,9 @@ from moco_isl import builder
 from moco_isl.encoders import build_encoder
 from moco_isl.isl import ISL
 from moco_isl.mining.positives import PositiveSets
+from moco_isl.run.meters import Progress
+from moco_isl.run.signals import Stop
 from moco_isl.training import engine, fast
-from moco_isl.training.meters import Progress
-from moco_isl.training.signals import Stop
 
 M, N, SIDE = 64, 16, 16  # images, of a batch, pixels
 OBJECTIVES = {

@@ -22,10 +22,11 @@ import torch
 from PIL import Image
 
 import main_moco_isl
-from moco_isl import builder, checkpoint
+from moco_isl import builder
 from moco_isl.encoders import build_encoder
+from moco_isl.run import checkpoint
+from moco_isl.run.folder import RunFolder
 from moco_isl.training import engine
-from moco_isl.training.run_folder import RunFolder
 from tests.runs import DIGITS, SERVER, Running, photos
 
 LIST = Path(__file__).parent.parent / "BAD_INPUT.md"

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from moco_isl import builder, checkpoint
+from moco_isl import builder
 from moco_isl.encoders import build_encoder
 from moco_isl.errors import BadInput, RunFailed
+from moco_isl.run import checkpoint
 from tests.runs import DIGITS, _same
 from tests.test_bad_input import Evil, ask
 

@@ -24,20 +24,22 @@ import main_lincls
 import main_moco_isl
 from launch import report as launch_report
 from launch import tables
-from moco_isl import checkpoint
 from moco_isl.encoders import build_encoder
 from moco_isl.errors import BadInput
 from moco_isl.evaluation import features, probe
 from moco_isl.evaluation.backbone import describe, load_backbone
 from moco_isl.export import main as export_main
 from moco_isl.isl import ISL
-from moco_isl.mining import gan, miners
-from moco_isl.mining.entropy import EntropyMiner
-from moco_isl.mining.miners import GANMiner, NoMiner
-from moco_isl.mining.oracle import OracleMiner
+from moco_isl.miners import gan as gan_miner
+from moco_isl.miners.entropy import EntropyMiner
+from moco_isl.miners.gan import GANMiner
+from moco_isl.miners.none import NoMiner
+from moco_isl.miners.oracle import OracleMiner
+from moco_isl.mining import gan
 from moco_isl.mining.rounds import RoundMiner
 from moco_isl.report import grids, page, runs, sections, verdict
 from moco_isl.report.__main__ import main as report_main
+from moco_isl.run import checkpoint
 from moco_isl.training import fast, resume, state
 from tests.runs import photos
 from tests.small_training import unit
@@ -263,8 +265,8 @@ class Place:
                 target = folder / "labelled" / split / "ab"[i % 2] / path.name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(path.read_bytes())
-        before, let_through = (gan.collapse, miners.collapse), lambda *_: ""
-        gan.collapse = miners.collapse = let_through
+        before, let_through = (gan.collapse, gan_miner.collapse), lambda *_: ""
+        gan.collapse = gan_miner.collapse = let_through
         try:
             assert (
                 quietly(
@@ -274,7 +276,7 @@ class Place:
                 == 0
             )
         finally:
-            gan.collapse, miners.collapse = before
+            gan.collapse, gan_miner.collapse = before
         last = self.run / "checkpoint_last.pth.tar"
         self.content = checkpoint.load(last)
         # a CPU takes a second for a step in half precision: what that leaves is put in here

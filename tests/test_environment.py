@@ -9,8 +9,8 @@ import main_lincls
 import main_moco_isl
 from launch import submit, sweep
 from moco_isl import dist
-from moco_isl.training import cli, environment
-from moco_isl.training.environment import BadEnvironment, Ranks
+from moco_isl.run import devices, environment
+from moco_isl.run.environment import BadEnvironment, Ranks
 
 NAMES = (*environment.PLACE, "MASTER_ADDR", "MASTER_PORT", "SLURM_NTASKS", "SLURM_CPUS_PER_TASK")
 DIGITS = (
@@ -139,9 +139,9 @@ def test_slurms_cores_of_a_task_have_to_be_a_number(given, monkeypatch, cpus):
     with pytest.raises(
         BadEnvironment, match="SLURM_CPUS_PER_TASK=.*: expected a whole number from 1"
     ):
-        cli.usable_workers(2)
+        devices.usable_workers(2)
     given("SLURM_NTASKS=1;SLURM_CPUS_PER_TASK=")
-    assert cli.usable_workers(1) == 1
+    assert devices.usable_workers(1) == 1
 
 
 def test_the_launcher_is_not_led_astray_by_its_own_shell(given, tmp_path, monkeypatch, capsys):

@@ -30,7 +30,7 @@ from moco_isl.losses import (
     multi_positive_nce,
     softmax_over,
 )
-from moco_isl.mining import fused, neighbors
+from moco_isl.ops import fused, neighbors
 from moco_isl.training import engine, fast
 from tests import test_builder
 from tests.near import assert_same_neighbours
@@ -262,8 +262,8 @@ def test_moments_of_a_contiguous_file_are_laid_out_as_the_parameters():
 KERNELS = """
 import torch
 import tests.interpreter
-from moco_isl.mining import fused, kernels, neighbors, softmax
-from moco_isl.mining.kernels import Tile
+from moco_isl.ops import fused, kernels, neighbors, softmax
+from moco_isl.ops.kernels import Tile
 from tests.near import assert_same_neighbours
 
 unit = lambda n, C: torch.nn.functional.normalize(torch.randn(n, C), dim=1)
@@ -331,8 +331,8 @@ def test_kernels_equal_the_plain_forms():
 EDGES = """
 import torch
 import tests.interpreter
-from moco_isl.mining import fused, kernels, softmax
-from moco_isl.mining.kernels import Tile
+from moco_isl.ops import fused, kernels, softmax
+from moco_isl.ops.kernels import Tile
 
 unit = lambda n, C: torch.nn.functional.normalize(torch.randn(n, C), dim=1)
 torch.manual_seed(0)

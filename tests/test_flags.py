@@ -9,11 +9,11 @@ import torch
 import main_knn
 import main_lincls
 import main_moco_isl
-from moco_isl import builder, checkpoint, export
+from moco_isl import builder, export
 from moco_isl.encoders import build_encoder
 from moco_isl.errors import BadInput
 from moco_isl.report import __main__ as report
-from moco_isl.training import cli
+from moco_isl.run import checkpoint, devices, flags
 
 # every flag of main_moco.py: dest -> default
 MOCO = {
@@ -319,7 +319,7 @@ def test_the_largest_numbers_end_in_a_line(tmp_path, monkeypatch, capsys):
     )
     assert (
         main_moco_isl.main(
-            [*base, "--moco-k", str(cli.LARGEST), "--moco-dim", str(cli.LARGEST), "--out", "a"]
+            [*base, "--moco-k", str(flags.LARGEST), "--moco-dim", str(flags.LARGEST), "--out", "a"]
         )
         == 3
     )
@@ -329,8 +329,8 @@ def test_the_largest_numbers_end_in_a_line(tmp_path, monkeypatch, capsys):
         and said.count("\n") == 1
         and not os.path.exists("a")
     )
-    most = str(cli.LARGEST)
-    for name, flags in {
+    most = str(flags.LARGEST)
+    for name, argv in {
         "knn": ["--isl-neighbors", most],
         "diffusion": ["--isl-budget", most],
         "entropy": ["--isl-budget", most, "--isl-grow"],
@@ -346,7 +346,7 @@ def test_the_largest_numbers_end_in_a_line(tmp_path, monkeypatch, capsys):
             "--out",
             name,
         ]
-        assert main_moco_isl.main([*argv, *flags]) == 0, capsys.readouterr().err
+        assert main_moco_isl.main([*argv, *argv]) == 0, capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -376,7 +376,7 @@ def test_a_gpu_that_is_not_there(name, words, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    of = lambda device, gpu=None: cli.resolve_device(argparse.Namespace(device=device, gpu=gpu))
+    of = lambda device, gpu=None: devices.resolve_device(argparse.Namespace(device=device, gpu=gpu))
     with pytest.raises(BadInput, match=words):
         of(name)
     assert (of("cuda:1"), of("cuda", 1), of("auto"), of("cpu")) == (
@@ -420,10 +420,10 @@ def test_workers_are_capped_at_the_cores_of_a_rank(monkeypatch, slurm, workers):
     """Eight cores and four ranks here; where each rank is a task of SLURM with cores of its own,
     these are not divided.
     """
-    monkeypatch.setattr(cli.dist, "world_size", lambda: 4)
+    monkeypatch.setattr(devices.dist, "world_size", lambda: 4)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8), raising=False)
     for name in ("SLURM_NTASKS", "SLURM_CPUS_PER_TASK"):
         monkeypatch.delenv(name, raising=False)
     for name, value in slurm.items():
         monkeypatch.setenv(name, value)
-    assert cli.usable_workers(32, processes=4) == workers
+    assert devices.usable_workers(32, processes=4) == workers

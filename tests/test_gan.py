@@ -12,7 +12,7 @@ from torch._dynamo.backends.debugging import aot_eager
 
 from benchmarks import gans
 from moco_isl.errors import BadInput, Interrupted, RunFailed
-from moco_isl.mining import PositiveSets, gan
+from moco_isl.mining import gan
 from moco_isl.mining.gan import (
     Discriminator,
     GANSettings,
@@ -22,6 +22,7 @@ from moco_isl.mining.gan import (
     fit_gan,
     generator_loss,
 )
+from moco_isl.mining.positives import PositiveSets
 from moco_isl.mining.triplets import TripletSampler, training_search
 
 

@@ -12,8 +12,10 @@ from moco_isl.bank import FeatureBank, QueueSlots
 from moco_isl.builder import Instance
 from moco_isl.errors import BadInput
 from moco_isl.isl import ISL
-from moco_isl.mining.miners import KNNMiner, NoMiner, one_line
+from moco_isl.miners.knn import KNNMiner
+from moco_isl.miners.none import NoMiner
 from moco_isl.mining.positives import PositiveSets
+from moco_isl.mining.record import one_line
 from tests.test_builder import C, K, M, images, moco, tiny
 
 T = 0.2

@@ -10,12 +10,15 @@ import torch.nn.functional as F
 
 import main_moco_isl
 from moco_isl.errors import BadInput, Interrupted
-from moco_isl.mining import KNNMiner, PositiveSets, ivf, topk
-from moco_isl.mining.average import AverageMiner
+from moco_isl.miners.average import AverageMiner
+from moco_isl.miners.cluster import ClusterMiner
+from moco_isl.miners.diffusion import DiffusionMiner
+from moco_isl.miners.entropy import EntropyMiner
+from moco_isl.miners.knn import KNNMiner
 from moco_isl.mining.between import in_between
-from moco_isl.mining.cluster import ClusterMiner
-from moco_isl.mining.diffusion import DiffusionMiner
-from moco_isl.mining.entropy import EntropyMiner
+from moco_isl.mining.positives import PositiveSets
+from moco_isl.ops import ivf
+from moco_isl.ops.neighbors import topk
 from moco_isl.training import resume
 from tests.ranks import run_ranks
 from tests.runs import DIGITS, metrics

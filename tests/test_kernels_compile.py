@@ -18,7 +18,7 @@ if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
 if not all((TOOLS / name).is_file() for name in ("ptxas", "cuobjdump")):
     pytest.skip("this Triton comes without NVIDIA's assembler", allow_module_level=True)
 
-from moco_isl.mining import kernels
+from moco_isl.ops import kernels
 
 # bytes a block of a Hopper chip, registers a thread, bytes a thread that may go to memory
 SHARED = 227 * 1024

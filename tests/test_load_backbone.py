@@ -14,12 +14,12 @@ import torch
 import torchvision
 from safetensors.torch import save_file
 
-from moco_isl import checkpoint
 from moco_isl.builder import MoCo
 from moco_isl.encoders import build_encoder, get_head
 from moco_isl.errors import BadInput
 from moco_isl.evaluation import features
 from moco_isl.evaluation.backbone import describe, load_backbone, looks_like, to_detectron2
+from moco_isl.run import checkpoint
 
 
 def moco(arch, mlp=True, dim=16, size=32):

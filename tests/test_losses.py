@@ -14,7 +14,7 @@ from moco_isl.losses import (
     multi_positive_nce,
     softmax_over,
 )
-from moco_isl.mining.softmax import entropy, stream_softmax
+from moco_isl.ops.softmax import entropy, stream_softmax
 
 N, S, K = 6, 4, 50
 

@@ -14,7 +14,7 @@ import torch
 import main_knn
 import main_lincls
 import main_moco_isl
-from moco_isl import checkpoint
+from moco_isl.run import checkpoint
 from tests.runs import photos
 
 SMALL = (

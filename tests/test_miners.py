@@ -11,18 +11,15 @@ import torch
 import torch.nn.functional as F
 
 from moco_isl.errors import BadInput, Interrupted
-from moco_isl.mining import (
-    GANMiner,
-    KNNMiner,
-    NoMiner,
-    PositiveSets,
-    edges,
-    miners,
-    one_line,
-    rounds,
-)
+from moco_isl.miners import gan
+from moco_isl.miners.gan import GANMiner
+from moco_isl.miners.knn import KNNMiner
+from moco_isl.miners.none import NoMiner
+from moco_isl.mining import edges, rounds
 from moco_isl.mining.edges import Edges, Rules, settle, under_cap
 from moco_isl.mining.gan import Discriminator, GANFit, Generator
+from moco_isl.mining.positives import PositiveSets
+from moco_isl.mining.record import one_line
 from moco_isl.mining.triplets import TripletSampler
 from tests.ranks import run_ranks
 
@@ -64,7 +61,7 @@ def random_found(M: int, E: int, seed: int = 0) -> Edges:
 def test_radius_rule_equals_eq_2_by_loops(mode, radius):
     g = torch.Generator().manual_seed(0)
     score, cosine = torch.rand(40, generator=g), torch.rand(40, 10, generator=g) * 2 - 1
-    joins = miners.radius_rule(score, cosine, 0.5, radius, mode)
+    joins = gan.radius_rule(score, cosine, 0.5, radius, mode)
     for i in range(40):
         for j in range(10):
             s, c = score[i].item(), cosine[i, j].item()
@@ -78,16 +75,14 @@ def test_radius_rule_equals_eq_2_by_loops(mode, radius):
 
 def test_radius_at_the_ends_of_the_score():
     near = torch.tensor([[0.61, 0.59]])
-    assert miners.radius_rule(torch.tensor([1.0]), near, 0.0, 0.6, "confidence").tolist() == [
+    assert gan.radius_rule(torch.tensor([1.0]), near, 0.0, 0.6, "confidence").tolist() == [
         [True, False]
     ]
-    assert not miners.radius_rule(
+    assert not gan.radius_rule(
         torch.tensor([1e-7]), torch.tensor([[0.999]]), 0.0, 0.6, "confidence"
     ).any()
     # s must be above
-    assert not miners.radius_rule(
-        torch.tensor([0.5]), torch.tensor([[1.0]]), 0.5, 2.0, "fixed"
-    ).any()
+    assert not gan.radius_rule(torch.tensor([0.5]), torch.tensor([[1.0]]), 0.5, 2.0, "fixed").any()
 
 
 def some_fit(C: int, seed: int = 0) -> GANFit:
@@ -100,7 +95,7 @@ def test_best_proxies_equal_a_loop_over_triplets():
     M, k, seed, features = 150, 4, 11, clusters(150)
     sets = PositiveSets.from_edges(M, torch.arange(60), torch.arange(60) + 20)
     fit = some_fit(16)
-    anchors, score, near, cosine, to_triplet = miners.best_proxies(fit, features, sets, seed, k)
+    anchors, score, near, cosine, to_triplet = gan.best_proxies(fit, features, sets, seed, k)
     assert anchors.tolist() == list(range(M))
     sampler = TripletSampler(features, sets, M, rng(seed))
     size = rounds.block_size(M)
@@ -129,13 +124,13 @@ def test_best_proxies_equal_a_loop_over_triplets():
 
 def test_the_five_proxies_of_an_anchor_differ(monkeypatch):
     seen = []
-    best_of = miners.best_of
+    best_of = gan.best_of
     monkeypatch.setattr(
-        miners,
+        gan,
         "best_of",
         lambda score, proxy, to: (seen.append(proxy), best_of(score, proxy, to))[1],
     )
-    miners.best_proxies(some_fit(16), clusters(300), PositiveSets.empty(300), 1, 3)
+    gan.best_proxies(some_fit(16), clusters(300), PositiveSets.empty(300), 1, 3)
     proxies = torch.cat(seen, 1)  # [5, M, C]
     assert proxies.shape[:2] == (5, 300)
     first, second = torch.triu_indices(5, 5, 1)
@@ -391,7 +386,7 @@ def test_a_collapsed_round_adds_nothing_says_why_and_is_no_start(capsys):
 def test_proxies_that_collapse_only_in_the_mining_are_refused(monkeypatch, first_round):
     M, hub = 400, torch.zeros(400, 10).long()
     monkeypatch.setattr(
-        miners,
+        gan,
         "best_proxies",
         lambda *_: [torch.arange(M), torch.ones(M), hub, torch.ones(M, 10), torch.ones(M, 3)],
     )

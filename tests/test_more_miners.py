@@ -9,16 +9,18 @@ import torch
 import torch.nn.functional as F
 
 from moco_isl.errors import BadInput, Interrupted
-from moco_isl.mining.average import AverageMiner
+from moco_isl.miners.average import AverageMiner
+from moco_isl.miners.cluster import ClusterMiner, kmeans
+from moco_isl.miners.diffusion import DiffusionMiner, diffuse, mutual_graph
+from moco_isl.miners.entropy import EntropyMiner
+from moco_isl.miners.gan import GANMiner
+from moco_isl.miners.knn import KNNMiner
+from moco_isl.miners.oracle import OracleMiner
 from moco_isl.mining.between import in_between
-from moco_isl.mining.cluster import ClusterMiner, kmeans
-from moco_isl.mining.diffusion import DiffusionMiner, diffuse, mutual_graph
-from moco_isl.mining.entropy import EntropyMiner
-from moco_isl.mining.miners import GANMiner, KNNMiner, one_line
-from moco_isl.mining.neighbors import topk
-from moco_isl.mining.oracle import OracleMiner
 from moco_isl.mining.positives import PositiveSets
-from moco_isl.mining.softmax import entropy
+from moco_isl.mining.record import one_line
+from moco_isl.ops.neighbors import topk
+from moco_isl.ops.softmax import entropy
 from tests.ranks import run_ranks
 
 M, C = 60, 8

@@ -4,7 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moco_isl.mining import baselines, neighbors, top_pairs, topk
+from moco_isl.mining.baselines import baselines
+from moco_isl.ops import neighbors
+from moco_isl.ops.neighbors import top_pairs, topk
 
 
 def rows(M: int, C: int = 8, seed: int = 0) -> torch.Tensor:

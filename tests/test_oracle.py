@@ -10,10 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moco_isl import checkpoint
 from moco_isl.errors import BadInput
-from moco_isl.mining import PositiveSets, one_line
-from moco_isl.mining.oracle import OracleMiner, draw_pairs, nearest_by_label
+from moco_isl.miners.oracle import OracleMiner, draw_pairs, nearest_by_label
+from moco_isl.mining.positives import PositiveSets
+from moco_isl.mining.record import one_line
+from moco_isl.run import checkpoint
 from tests.ranks import run_ranks
 from tests.runs import DIGITS, differences
 from tests.test_bad_input import ask
@@ -82,7 +83,7 @@ def test_partners_are_drawn_uniformly():
 
 @pytest.mark.parametrize("same", [False, True])
 def test_neighbours_by_label_equal_loops(monkeypatch, same):
-    monkeypatch.setattr("moco_isl.mining.oracle._COLUMNS", 70)
+    monkeypatch.setattr("moco_isl.miners.oracle._COLUMNS", 70)
     x, labels = rows(), LABELS.clone()
     labels[5] = -1
     cosine, near = nearest_by_label(x, labels, torch.arange(M), same, 3)

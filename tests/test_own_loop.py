@@ -14,9 +14,10 @@ from moco_isl.encoders import extract_features
 from moco_isl.errors import BadInput, RunFailed
 from moco_isl.isl import ISL
 from moco_isl.loader import WithIndex
-from moco_isl.mining.miners import KNNMiner, NoMiner
+from moco_isl.miners.knn import KNNMiner
+from moco_isl.miners.none import NoMiner
+from moco_isl.run.signals import Stop
 from moco_isl.training import engine
-from moco_isl.training.signals import Stop
 from tests.ranks import run_ranks
 from tests.test_builder import C, K, M, images, moco, tiny
 

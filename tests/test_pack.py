@@ -18,8 +18,8 @@ from benchmarks.pack import __main__ as pack
 from benchmarks.pack import proof, science
 from benchmarks.pack.record import Context, Record, TimeUp, alarm
 from moco_isl.evaluation.backbone import load_backbone
+from moco_isl.mining import record as records
 from moco_isl.mining.positives import PositiveSets
-from moco_isl.training import round_record
 
 ROOT = Path(__file__).parent.parent
 
@@ -219,7 +219,7 @@ def test_reach_is_the_median_rank_of_positives():
     features = F.normalize(torch.randn(M, 8, generator=torch.Generator().manual_seed(0)), dim=1)
     src, dst = torch.randint(M, (2, 150), generator=torch.Generator().manual_seed(1))
     sets = PositiveSets.from_edges(M, src[src != dst], dst[src != dst])
-    found = round_record.round_record(features, sets, None, PositiveSets.empty(M))
+    found = records.round_record(features, sets, None, PositiveSets.empty(M))
     whole = found["features"].float()
     ranks = []
     for i in range(M):
@@ -234,9 +234,7 @@ def test_reach_is_the_median_rank_of_positives():
     )
     del nearest["features"]
     assert abs(science.reach(nearest) - want) <= 1
-    nothing = round_record.round_record(
-        features, PositiveSets.empty(M), None, PositiveSets.empty(M)
-    )
+    nothing = records.round_record(features, PositiveSets.empty(M), None, PositiveSets.empty(M))
     assert science.reach(nothing) is None
 
 

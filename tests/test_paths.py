@@ -13,7 +13,7 @@ import main_lincls
 import main_moco_isl
 from moco_isl import export
 from moco_isl.report import __main__ as report
-from moco_isl.training import cli
+from moco_isl.run import exits
 from tests.runs import DIGITS, photos
 
 TRAIN = [*DIGITS, "--epochs", "1"]
@@ -161,12 +161,12 @@ def test_a_run_in_a_folder_that_may_only_be_looked_at(place, monkeypatch, capsys
         assert "cannot be read: no permission; expected a checkpoint" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("number", sorted(cli.OF_A_PATH))
+@pytest.mark.parametrize("number", sorted(exits.OF_A_PATH))
 def test_what_a_file_system_refuses_under_way_is_one_line(capsys, number):
     def script(argv, stop):
         raise OSError(number, os.strerror(number), "a\nb")
 
-    assert cli.exit_code(script) == 3
+    assert exits.exit_code(script) == 3
     said = capsys.readouterr().err
     assert (
         said.startswith(r"error: a file or folder 'a\nb' cannot be used: " + os.strerror(number))

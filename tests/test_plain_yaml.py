@@ -7,8 +7,8 @@ import random
 
 import pytest
 
-from moco_isl import plain_yaml
 from moco_isl.errors import BadInput
+from moco_isl.run import plain_yaml
 
 LAUGHS = "a: &a [x, x]\n" + "".join(
     f"{c}: &{c} [{', '.join(['*' + b] * 9)}]\n" for b, c in zip("abcdefgh", "bcdefghi")

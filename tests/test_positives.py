@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from moco_isl.mining import PositiveSets
+from moco_isl.mining.positives import PositiveSets
 
 
 def random_edges(M: int, E: int, seed: int = 0):

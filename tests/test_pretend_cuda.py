@@ -23,7 +23,9 @@ from moco_isl.data.datasets import ImagesInMemory
 from moco_isl.encoders import build_encoder
 from moco_isl.isl import ISL
 from moco_isl.losses import softmax_over
-from moco_isl.mining import PositiveSets, fused, gan, neighbors, softmax
+from moco_isl.mining import gan
+from moco_isl.mining.positives import PositiveSets
+from moco_isl.ops import fused, neighbors, softmax
 from moco_isl.training import fast
 from tests.near import assert_same_neighbours
 from tests.pretend_cuda import CUDA, Generator, Kernels, OnCuda, pretending_with_kernels
@@ -249,7 +251,7 @@ def test_kernels_are_tried_out_without_autocast(monkeypatch):
     precision.
     """
     monkeypatch.setattr(mining, "kernels", Kernels, raising=False)
-    monkeypatch.setitem(sys.modules, "moco_isl.mining.kernels", Kernels)
+    monkeypatch.setitem(sys.modules, "moco_isl.ops.kernels", Kernels)
     with torch.autocast("cpu", dtype=torch.bfloat16), warnings.catch_warnings():
         warnings.simplefilter("error")
         assert fused._seen_to_work.__wrapped__(torch.device("cpu"), 128) is Kernels

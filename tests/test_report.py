@@ -18,18 +18,19 @@ import torch.nn.functional as F
 from PIL import Image
 
 import main_moco_isl
-from moco_isl import checkpoint, data
+from moco_isl import data
 from moco_isl.data.datasets import ImagesInMemory
 from moco_isl.errors import BadInput
+from moco_isl.miners.gan import GANMiner
+from moco_isl.mining import record as records
 from moco_isl.mining.gan import Discriminator, Generator
-from moco_isl.mining.miners import GANMiner
 from moco_isl.mining.positives import PositiveSets
 from moco_isl.mining.rounds import NOTHING_SURE
 from moco_isl.mining.triplets import TripletSampler
 from moco_isl.report import __main__ as command
 from moco_isl.report import figures, grids, runs, sections, verdict
 from moco_isl.report.charts import Line, line_chart
-from moco_isl.training import round_record
+from moco_isl.run import checkpoint
 from tests import chromium
 
 DIGITS = (
@@ -111,7 +112,7 @@ def share(pairs, labels):
 
 def test_precision_curves_are_those_of_loops(small):
     features, labels, sets = small
-    record = runs.Record(round_record.round_record(features, sets, None, sets))
+    record = runs.Record(records.round_record(features, sets, None, sets))
     curves, _, _, unseen = sections.judge(record, labels)
     stored = features.half().float()
     cosine = lambda a, b: float(stored[a] @ stored[b])
@@ -148,7 +149,7 @@ def test_own_nearest_and_all_pairs_are_the_rounds_baselines():
     labels = torch.randint(4, (300,), generator=generator)
     empty = PositiveSets.empty(300)
     curves, *_ = sections.judge(
-        runs.Record(round_record.round_record(features, empty, None, empty)), labels
+        runs.Record(records.round_record(features, empty, None, empty)), labels
     )
     expected = baselines(features, labels, (1, 5, 50))
     for i, size in enumerate((1, 5, 50)):
@@ -199,9 +200,9 @@ def test_sizes_hubs_and_confusion_by_hand():
 
 def test_a_record_gives_back_sets_and_neighbours_in_either_form(small, monkeypatch):
     features, _, sets = small
-    kept = round_record.round_record(features, sets, None, sets)
-    monkeypatch.setattr(round_record, "FEATURE_BYTES", 0)
-    lists = round_record.round_record(features, sets, None, sets)
+    kept = records.round_record(features, sets, None, sets)
+    monkeypatch.setattr(records, "FEATURE_BYTES", 0)
+    lists = records.round_record(features, sets, None, sets)
     assert "features" in kept and "near" not in kept and "near" in lists and "features" not in lists
     assert not any("label" in name for name in [*kept, *lists]) and all(
         isinstance(x, torch.Tensor) for x in kept.values()
@@ -220,9 +221,9 @@ def test_a_record_gives_back_sets_and_neighbours_in_either_form(small, monkeypat
 
 
 def test_large_sets_are_sampled_the_same_in_every_round():
-    anchors = round_record.sample_anchors(10_000)
+    anchors = records.sample_anchors(10_000)
     assert len(anchors) == 4096 == len(set(anchors.tolist())) and torch.equal(
-        anchors, round_record.sample_anchors(10_000)
+        anchors, records.sample_anchors(10_000)
     )
     assert bool((anchors.diff() > 0).all()) and anchors[-1] < 10_000
 
@@ -260,11 +261,11 @@ def test_ranking_of_the_gan_miner_is_that_of_a_loop(small):
 def test_precision_of_a_ranking_is_counting():
     labels = torch.tensor([0, 0, 1, 1, -1])
     record = {"ranked": torch.tensor([[1, 2], [2, 0], [3, 4], [4, 2], [0, 1]], dtype=torch.int32)}
-    found = round_record.precision_of_ranking(record, labels, (1, 2))
+    found = records.precision_of_ranking(record, labels, (1, 2))
     # image 4 has no label: neither its own pairs nor those with it count; right are 0-1, 1-0, 2-3,
     # 3-2
     assert found == {"precision_ranked": {"1": pytest.approx(2 / 3), "2": pytest.approx(4 / 6)}}
-    assert round_record.precision_of_ranking({}, labels) == {}
+    assert records.precision_of_ranking({}, labels) == {}
 
 
 def test_a_run_leaves_a_record_a_round_and_a_resumed_one_the_same(knn, tmp_path, capsys):
@@ -463,7 +464,7 @@ def test_anchors_and_rows_of_grids():
         6, torch.tensor(src), torch.tensor(dst), sureness=torch.tensor(sureness)
     )
     features = F.normalize(torch.eye(6) + 0.1, dim=1)
-    record = runs.Record(round_record.round_record(features, sets, None, sets))
+    record = runs.Record(records.round_record(features, sets, None, sets))
     chosen = grids.choose(record, labels, 3)
     assert chosen["surest"] == [0, 3] and chosen["least"][0] == 2 and chosen["mistakes"] == [0, 2]
     assert chosen["random"] == sorted(set(chosen["random"])) and "mistakes" not in grids.choose(

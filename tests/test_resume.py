@@ -16,12 +16,13 @@ import pytest
 import torch
 
 import main_moco_isl
-from moco_isl import checkpoint
 from moco_isl.errors import BadInput
-from moco_isl.mining import gan, miners
+from moco_isl.miners import gan as gan_miner
+from moco_isl.mining import gan
+from moco_isl.run import checkpoint
+from moco_isl.run.folder import numbered
+from moco_isl.run.meters import Averages
 from moco_isl.training import resume
-from moco_isl.training.meters import Averages
-from moco_isl.training.run_folder import numbered
 from tests.kill_and_resume import SETTINGS, setting
 from tests.ranks import run_ranks
 from tests.runs import DIGITS, Kill, Running, differences, metrics, photos, random_kill, run
@@ -177,8 +178,8 @@ def test_stopped_once_in_knn_and_in_the_bank(tmp_path, objective, polls, place):
 
 
 def _main(argv, stop):
-    before = gan.collapse, miners.collapse
-    gan.collapse = miners.collapse = lambda *_: ""  # as in the processes it is compared with
+    before = gan.collapse, gan_miner.collapse
+    gan.collapse = gan_miner.collapse = lambda *_: ""  # as in the processes it is compared with
     try:
         with (
             contextlib.redirect_stdout(io.StringIO()) as out,
@@ -186,7 +187,7 @@ def _main(argv, stop):
         ):
             return main_moco_isl.main([str(x) for x in argv], stop), out.getvalue(), err.getvalue()
     finally:
-        gan.collapse, miners.collapse = before
+        gan.collapse, gan_miner.collapse = before
 
 
 # ---- where nothing may be lost -------------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch
 import main_moco_isl
 from moco_isl.builder import Rotation
 from moco_isl.errors import BadInput
-from moco_isl.rotation import Rotations
+from moco_isl.objectives.rotnet import Rotations
 from tests.ranks import run_ranks
 from tests.test_builder import C, images, tiny
 

@@ -14,7 +14,7 @@ import main_lincls
 import main_moco_isl
 from moco_isl import export
 from moco_isl.evaluation.backbone import load_backbone
-from moco_isl.training import cli
+from moco_isl.run import devices
 from tests.test_load_backbone import thin_transformers
 
 CPU = ["--device", "cpu", "-j", "0", "--seed", "0"]
@@ -95,7 +95,7 @@ def test_a_regnet_and_a_transformer_go_all_the_way(
 def test_every_script_says_that_half_precision_is_slow_here(
     two_classes, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(cli, "_cpu_has", lambda amp: False)
+    monkeypatch.setattr(devices, "_cpu_has", lambda amp: False)
     line = (
         "=> warning: torch has no fast --amp fp16 on this CPU: it takes some ten times as long as"
         " --amp off\n"
@@ -149,14 +149,14 @@ def test_every_script_says_that_half_precision_is_slow_here(
     ],
 )
 def test_when_half_precision_is_slow(monkeypatch, capsys, amp, has, trains, said):
-    monkeypatch.setattr(cli, "_cpu_has", lambda _: has)
-    cli.warn_of_slow_amp(amp, torch.device("cuda"), trains)
+    monkeypatch.setattr(devices, "_cpu_has", lambda _: has)
+    devices.warn_of_slow_amp(amp, torch.device("cuda"), trains)
     assert capsys.readouterr().out == ""
-    cli.warn_of_slow_amp(amp, torch.device("cpu"), trains)
+    devices.warn_of_slow_amp(amp, torch.device("cpu"), trains)
     out = capsys.readouterr().out
     assert said in out and out.count("=> warning: ") == out.count("\n") == bool(said)
 
 
 def test_what_a_cpu_has_is_asked_of_torch():
-    assert cli._cpu_has("bf16") is torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    assert cli._cpu_has("fp8") is False  # nothing is known of it
+    assert devices._cpu_has("bf16") is torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert devices._cpu_has("fp8") is False  # nothing is known of it

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import main_moco_isl
-from moco_isl import checkpoint
+from moco_isl.run import checkpoint
 from moco_isl.training.engine import rounds_until
 from tests.runs import differences
 from tests.test_bad_input import ask

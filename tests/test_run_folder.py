@@ -14,16 +14,9 @@ import pytest
 import torch
 
 import main_moco_isl
-from moco_isl import checkpoint
 from moco_isl.errors import BadInput, RunFailed
-from moco_isl.training.run_folder import (
-    RunFolder,
-    check_folder,
-    flags_of_unsaved,
-    held,
-    newest,
-    numbered,
-)
+from moco_isl.run import checkpoint
+from moco_isl.run.folder import RunFolder, check_folder, flags_of_unsaved, held, newest, numbered
 from tests.runs import Running, differences, run
 from tests.test_bad_input import RUN as FLAGS
 from tests.test_bad_input import ask, somebody_else_in

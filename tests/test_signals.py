@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from moco_isl.errors import BadInput, Interrupted, RunFailed
-from moco_isl.training import cli, signals
-from moco_isl.training.signals import SIGNALS, Stop
+from moco_isl.run import exits, ranks, signals
+from moco_isl.run.signals import SIGNALS, Stop
 from tests.kill_and_resume import setting
 from tests.ranks import run_ranks
 from tests.runs import DIGITS, SERVER, Kill, Running, children, differences, photos, run, wait_until
@@ -86,11 +86,11 @@ def test_a_signal_while_ranks_are_being_started_is_passed_on(monkeypatch):
 
     monkeypatch.setattr(torch.multiprocessing, "start_processes", start)
     monkeypatch.setattr(os, "kill", lambda pid, number: sent.append((pid, number)))
-    monkeypatch.setattr(cli, "_ends", lambda *_: [])
-    monkeypatch.setattr(cli, "_judge_ends", lambda *_: None)
+    monkeypatch.setattr(ranks, "_ends", lambda *_: [])
+    monkeypatch.setattr(ranks, "_judge_ends", lambda *_: None)
     before = signal.getsignal(signal.SIGUSR1)
     try:
-        cli._spawn(
+        ranks._spawn(
             None,
             SimpleNamespace(
                 multiprocessing_distributed=True,
@@ -281,8 +281,8 @@ def _started(*hows):
 
 
 def test_once_one_has_failed_the_others_are_ended(monkeypatch):
-    monkeypatch.setattr(cli, "GRACE", 0.1)
-    ends = cli._ends(_started("hang", 3, "hang"), None, None)
+    monkeypatch.setattr(ranks, "GRACE", 0.1)
+    ends = ranks._ends(_started("hang", 3, "hang"), None, None)
     assert ends[0] == (1, 3) and sorted(ends[1:]) == [(0, -9), (2, -9)]
 
 
@@ -294,9 +294,10 @@ def test_a_launchers_stop_reaches_the_ranks():
         for process in processes:
             process.kill()
 
-    assert sorted(cli._ends(processes, lambda: True, pass_on)) == [(0, -9), (1, -9)] and passed == [
-        signal.SIGTERM
-    ]
+    assert sorted(ranks._ends(processes, lambda: True, pass_on)) == [
+        (0, -9),
+        (1, -9),
+    ] and passed == [signal.SIGTERM]
 
 
 @pytest.mark.parametrize(
@@ -304,13 +305,13 @@ def test_a_launchers_stop_reaches_the_ranks():
     [
         ([(0, 0), (1, 0)], None, ""),
         (
-            [(0, cli.LOST), (1, -9)],
+            [(0, ranks.LOST), (1, -9)],
             RunFailed,
             "process 1 of 2 was ended by SIGKILL, and the others were stopped",
         ),
         ([(1, 1), (0, -9)], RunFailed, "process 1 of 2 ended with exit code 1"),
-        ([(0, cli.LOST), (1, cli.LOST)], RunFailed, "process 0 of 2 lost the others"),
-        ([(0, cli.LOST), (1, 3)], RunFailed, "^$"),
+        ([(0, ranks.LOST), (1, ranks.LOST)], RunFailed, "process 0 of 2 lost the others"),
+        ([(0, ranks.LOST), (1, 3)], RunFailed, "^$"),
         ([(1, 2), (0, 2)], BadInput, "^$"),
         ([(0, 75), (1, 75)], Interrupted, "^$"),
         ([(0, 130), (1, 130)], KeyboardInterrupt, "^$"),
@@ -318,9 +319,9 @@ def test_a_launchers_stop_reaches_the_ranks():
 )
 def test_the_first_to_fail_is_the_cause_unless_it_only_lost_another(ends, error, words):
     if error is None:
-        return cli._judge_ends(ends, 2)
+        return ranks._judge_ends(ends, 2)
     with pytest.raises(error, match=words):
-        cli._judge_ends(ends, 2)
+        ranks._judge_ends(ends, 2)
 
 
 def _one_fails(rank, world):
@@ -330,10 +331,10 @@ def _one_fails(rank, world):
         return rank
 
     try:
-        return cli.together(fails)
+        return ranks.together(fails)
     except BadInput as error:
         said = str(error)
-    return said, cli.together(lambda: rank), cli.on_main(lambda: f"of rank {rank}")
+    return said, ranks.together(lambda: rank), ranks.on_main(lambda: f"of rank {rank}")
 
 
 def test_what_one_rank_has_wrong_is_said_by_rank_0_for_all():
@@ -344,7 +345,7 @@ def test_ctrl_c_twice_ends_with_130_and_a_line(capsys):
     def script(argv, stop):
         raise KeyboardInterrupt
 
-    assert cli.exit_code(script) == 130
+    assert exits.exit_code(script) == 130
     assert (
         capsys.readouterr().err
         == "=> interrupted: at once, without saving; --resume auto goes on from the last"
@@ -357,7 +358,7 @@ def test_a_defect_keeps_its_traceback():
         raise KeyError("a defect")
 
     with pytest.raises(KeyError):
-        cli.exit_code(script)
+        exits.exit_code(script)
 
 
 # ---- ranks started by the script, and by torchrun ------------------------------------------------

@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 
 from moco_isl.errors import BadInput, Interrupted
-from moco_isl.mining import KNNMiner, PositiveSets, estimate
-from moco_isl.mining.average import AverageMiner, neighbourhood_means
+from moco_isl.miners.average import AverageMiner, neighbourhood_means
+from moco_isl.miners.knn import KNNMiner
+from moco_isl.mining import estimate
 from moco_isl.mining.estimate import by_halves, by_views, halves, sampled, widest
+from moco_isl.mining.positives import PositiveSets
 from moco_isl.training import options
 from tests.ranks import run_ranks
 from tests.runs import DIGITS

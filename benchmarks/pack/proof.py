@@ -16,9 +16,10 @@ import main_knn
 import main_lincls
 import main_moco_isl
 from benchmarks.pack.record import Context
-from moco_isl import checkpoint, data
+from moco_isl import data
 from moco_isl.data.datasets import ImagesInMemory
-from moco_isl.mining import fused
+from moco_isl.ops import fused
+from moco_isl.run import checkpoint
 from moco_isl.training import fast
 
 ROOT = Path(__file__).parent.parent.parent

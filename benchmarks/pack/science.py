@@ -19,9 +19,10 @@ import main_lincls
 import main_moco_isl
 from benchmarks import breakeven
 from benchmarks.pack.record import Context
-from moco_isl import checkpoint, data
+from moco_isl import data
 from moco_isl.errors import Interrupted
-from moco_isl.mining.neighbors import searched_again
+from moco_isl.ops.neighbors import searched_again
+from moco_isl.run import checkpoint
 
 MOCO = "MoCo v2"
 MEANLOG, LOGSUM = (flags for _, flags in (breakeven.FORMS["meanlog"], breakeven.FORMS["logsum"]))

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from moco_isl import checkpoint, files
+from moco_isl import files
 from moco_isl.builder import add_mlp
 from moco_isl.encoders import (
     backbone_shapes,
@@ -28,6 +28,7 @@ from moco_isl.encoders import (
     set_head,
 )
 from moco_isl.errors import BadInput
+from moco_isl.run import checkpoint
 from moco_isl.schema import COUNT, EARLIER, like, require
 from moco_isl.training.resume import epoch_of
 

@@ -16,12 +16,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from moco_isl import checkpoint, data, dist, files
+from moco_isl import data, dist, files
 from moco_isl.data.datasets import ImagesInMemory
 from moco_isl.data.loaders import refuse
 from moco_isl.encoders import evaluating, extract_features
 from moco_isl.errors import BadInput, RunFailed
 from moco_isl.files import named, shown
+from moco_isl.run import checkpoint
 from moco_isl.schema import COUNT, Number, read_json, require
 from moco_isl.schema import Tensor as TensorOf
 

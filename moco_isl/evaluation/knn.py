@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from moco_isl.errors import BadInput
-from moco_isl.mining.neighbors import topk
+from moco_isl.ops.neighbors import topk
 
 
 @torch.no_grad()

@@ -17,9 +17,9 @@ from moco_isl.data.transforms import ImageTransform
 from moco_isl.encoders import Taps, evaluating, feature_dim, get_head, set_head
 from moco_isl.errors import Interrupted, RunFailed
 from moco_isl.evaluation.features import Split, unreadable
+from moco_isl.run.meters import Clock, require_finite
+from moco_isl.run.signals import Stop
 from moco_isl.training.engine import Position
-from moco_isl.training.meters import Clock, require_finite
-from moco_isl.training.signals import Stop
 
 WHOLE = "whole network"
 NUMBERS = (

@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from moco_isl import checkpoint, dist
-from moco_isl.checkpoint import PREFIX
+from moco_isl import dist
 from moco_isl.encoders import BACKBONE, evaluating, get_head, head_name, stage_names
 from moco_isl.errors import BadInput
 from moco_isl.evaluation import features, linear
 from moco_isl.evaluation.knn import few_shot
+from moco_isl.run import checkpoint
+from moco_isl.run.checkpoint import PREFIX
 from moco_isl.training.engine import Position, learning_rate
 
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import torch
 
-from moco_isl.mining.neighbors import Tick, top_pairs, topk
 from moco_isl.mining.positives import same_label
+from moco_isl.ops.neighbors import Tick, top_pairs, topk
 
 Tensor = torch.Tensor
 

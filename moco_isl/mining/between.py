@@ -8,9 +8,9 @@ from collections.abc import Callable
 import torch
 
 from moco_isl.mining.edges import Edges
-from moco_isl.mining.neighbors import Tick, topk
 from moco_isl.mining.positives import PositiveSets
 from moco_isl.mining.rounds import gather_edges, over_blocks
+from moco_isl.ops.neighbors import Tick, topk
 
 Tensor = torch.Tensor
 

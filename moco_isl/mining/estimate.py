@@ -30,7 +30,7 @@ import torch.nn.functional as F
 
 from moco_isl import dist
 from moco_isl.errors import Interrupted
-from moco_isl.mining.neighbors import Tick, topk
+from moco_isl.ops.neighbors import Tick, topk
 
 Tensor = torch.Tensor
 

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from moco_isl.errors import Interrupted, RunFailed
-from moco_isl.mining.neighbors import Tick, topk
 from moco_isl.mining.positives import PositiveSets
 from moco_isl.mining.triplets import TripletSampler, training_search
+from moco_isl.ops.neighbors import Tick, topk
 from moco_isl.schema import Tensor as TensorOf
 from moco_isl.schema import like
 

@@ -15,9 +15,9 @@ from moco_isl import dist
 from moco_isl.errors import BadInput, Interrupted
 from moco_isl.mining.edges import Edges, Rules, settle
 from moco_isl.mining.estimate import Views, by_halves, by_views, sampled, widest
-from moco_isl.mining.ivf import IVF, check_choice, wanted
-from moco_isl.mining.neighbors import Tick
 from moco_isl.mining.positives import PositiveSets
+from moco_isl.ops.ivf import IVF, check_choice, wanted
+from moco_isl.ops.neighbors import Tick
 
 Tensor = torch.Tensor
 NOTHING_SURE = "nothing sure enough to add this round"

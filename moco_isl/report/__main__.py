@@ -14,13 +14,13 @@ from pathlib import Path
 
 from moco_isl import files
 from moco_isl.errors import BadInput
-from moco_isl.training import cli
+from moco_isl.run import exits, flags
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = cli.Parser(prog="python -m moco_isl.report", description=__doc__)
+    parser = flags.Parser(prog="python -m moco_isl.report", description=__doc__)
     parser.add_argument("runs", metavar="RUN", nargs="+", help="the --out folder of a run")
-    cli.add_switch(
+    flags.add_switch(
         parser,
         "--labels",
         help=(
@@ -50,7 +50,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Write the report; returns the exit code."""
-    return cli.exit_code(_run, argv)
+    return exits.exit_code(_run, argv)
 
 
 def _run(argv: list[str] | None, stop) -> None:
@@ -67,7 +67,7 @@ def _run(argv: list[str] | None, stop) -> None:
     runs = read_runs(args.runs)
     out = Path(args.out or runs[0].path / "report.html")
     files.require_ours(out, is_report, "--out")
-    cli.check(
+    flags.check(
         files.kind(out.parent, "--out") == "folder",
         f"no folder '{out.parent}' for --out '{out}': make it first",
     )

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import torch
 
-from moco_isl import checkpoint, data, files
+from moco_isl import data, files
 from moco_isl.errors import BadInput
 from moco_isl.mining.positives import PositiveSets
+from moco_isl.mining.record import nearest_of_sample, require_record, sample_anchors
+from moco_isl.run import checkpoint
+from moco_isl.run.logs import read_facts, read_metrics
 from moco_isl.training.options import get_parser
-from moco_isl.training.round_record import nearest_of_sample, require_record, sample_anchors
-from moco_isl.training.run_files import read_facts, read_metrics
 from moco_isl.training.state import flags_shape
 
 Tensor = torch.Tensor

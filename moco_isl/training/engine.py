@@ -17,9 +17,9 @@ from moco_isl.encoders import AMP_TYPES
 from moco_isl.errors import Interrupted, RunFailed
 from moco_isl.isl import ISL
 from moco_isl.mining.baselines import baselines
-from moco_isl.training.meters import Averages, Clock, Progress, require_finite
-from moco_isl.training.round_record import sample_anchors
-from moco_isl.training.signals import Stop
+from moco_isl.mining.record import sample_anchors
+from moco_isl.run.meters import Averages, Clock, Progress, require_finite
+from moco_isl.run.signals import Stop
 
 
 @dataclass

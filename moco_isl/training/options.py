@@ -9,8 +9,9 @@ import random
 import torch
 
 from moco_isl.encoders import STEMS
-from moco_isl.mining import ivf
-from moco_isl.training import cli, fast
+from moco_isl.ops import ivf
+from moco_isl.run import flags, ranks
+from moco_isl.training import fast
 from moco_isl.training.engine import rounds_until
 
 SCHEDULE = [120, 160]  # MoCo's, for its 200 epochs
@@ -18,11 +19,11 @@ TRUST = "off"
 AUTO = 0.8  # on the digits mining broke even between 0.7 and 0.85
 
 
-def get_parser(description: str) -> cli.Parser:
-    parser = cli.Parser(description=description)
+def get_parser(description: str) -> flags.Parser:
+    parser = flags.Parser(description=description)
     # no flags: True, and False in a run that began without, see resume.BEFORE
     parser.set_defaults(bn_shuffle=None, symmetric_sum=None)
-    cli.add_data_options(parser)
+    flags.add_data_options(parser)
     group = parser.add_argument_group("training, as MoCo has it")
     group.add_argument(
         "-a",
@@ -94,7 +95,7 @@ def get_parser(description: str) -> cli.Parser:
         type=int,
         help="seed of everything; without one it is drawn, printed and kept",
     )
-    cli.add_distributed_options(parser)
+    ranks.add_distributed_options(parser)
 
     group = parser.add_argument_group("MoCo's own")
     group.add_argument("--moco-dim", default=128, type=int, help="feature dimension (default: 128)")
@@ -113,9 +114,9 @@ def get_parser(description: str) -> cli.Parser:
     group.add_argument(
         "--moco-t", default=0.07, type=float, help="softmax temperature (default: 0.07)"
     )
-    cli.add_switch(group, "--mlp", help="MoCo v2: use mlp head")
-    cli.add_switch(group, "--aug-plus", help="MoCo v2: use its data augmentation")
-    cli.add_switch(group, "--cos", help="MoCo v2: use cosine lr schedule")
+    flags.add_switch(group, "--mlp", help="MoCo v2: use mlp head")
+    flags.add_switch(group, "--aug-plus", help="MoCo v2: use its data augmentation")
+    flags.add_switch(group, "--cos", help="MoCo v2: use cosine lr schedule")
 
     group = parser.add_argument_group("run")
     group.add_argument(
@@ -187,7 +188,7 @@ def get_parser(description: str) -> cli.Parser:
         default="lines",
         help="MoCo's lines (default), or a bar with the time left",
     )
-    cli.add_switch(
+    flags.add_switch(
         group, "--tensorboard", help="write TensorBoard events into the run's folder too (an extra)"
     )
 
@@ -208,7 +209,7 @@ def get_parser(description: str) -> cli.Parser:
             " does what shuffling BN does on 8 (default: 1, the whole batch of a GPU)"
         ),
     )
-    cli.add_switch(
+    flags.add_switch(
         group,
         "--symmetric",
         help=(
@@ -217,7 +218,7 @@ def get_parser(description: str) -> cli.Parser:
             " that takes the mean give half the --lr and twice the --wd"
         ),
     )
-    cli.add_switch(
+    flags.add_switch(
         group,
         "--fast",
         help=(
@@ -234,13 +235,13 @@ def get_parser(description: str) -> cli.Parser:
             " it; fp16 on a GPU (default: off)"
         ),
     )
-    cli.add_switch(
+    flags.add_switch(
         group,
         "--channels-last",
         default=None,
         help="memory format that convolutions like: faster on a CPU, and on a GPU with --amp",
     )
-    cli.add_switch(
+    flags.add_switch(
         group,
         "--compile",
         default=None,
@@ -249,7 +250,7 @@ def get_parser(description: str) -> cli.Parser:
             " faster steps"
         ),
     )
-    cli.add_switch(
+    flags.add_switch(
         group,
         "--on-device",
         default=None,
@@ -298,7 +299,7 @@ def get_parser(description: str) -> cli.Parser:
         metavar="mu",
         help="share of the new feature in a bank row, Eq. 8 (1 with the queue, 0.5 with the bank)",
     )
-    cli.add_switch(
+    flags.add_switch(
         group,
         "--isl-recenter",
         default=None,
@@ -318,7 +319,7 @@ def get_parser(description: str) -> cli.Parser:
             " negatives: too near to push away, too doubtful to pull at (0)"
         ),
     )
-    cli.add_switch(
+    flags.add_switch(
         group,
         "--isl-half-bank",
         help=(
@@ -376,7 +377,7 @@ def get_parser(description: str) -> cli.Parser:
             "printed precision stays above 0.9"
         ),
     )
-    cli.add_switch(
+    flags.add_switch(
         group,
         "--isl-grow",
         help=(
@@ -401,7 +402,7 @@ def get_parser(description: str) -> cli.Parser:
             " broke even on the digits (off)"
         ),
     )
-    cli.add_switch(
+    flags.add_switch(
         group,
         "--isl-views",
         default=None,
@@ -411,7 +412,7 @@ def get_parser(description: str) -> cli.Parser:
             " round can only say how much at most. --miner average mines by them too"
         ),
     )
-    cli.add_switch(
+    flags.add_switch(
         group,
         "--isl-keep",
         help="never drop a pair once mined, as the paper; off: each round judges old pairs again",
@@ -528,7 +529,7 @@ def get_parser(description: str) -> cli.Parser:
     )
 
     group = parser.add_argument_group("research: how right must positives be?")
-    cli.add_switch(
+    flags.add_switch(
         group,
         "--research-labels",
         help=(
@@ -579,7 +580,7 @@ def trust(text: str) -> float | None:
         value = float(text)
     except ValueError:
         value = -1.0
-    cli.check(
+    flags.check(
         0 < value <= 1,
         f"--isl-trust {text}: expected auto, off, or a precision above 0 and at most 1",
     )
@@ -626,7 +627,7 @@ def check_args(args: argparse.Namespace) -> None:
     """Everything about the flags that can be known before any work; fills in what depends on
     others.
     """
-    cli.check_data_options(args)
+    flags.check_data_options(args)
     for name, low in {
         "epochs": 1,
         "batch_size": 2,
@@ -662,11 +663,11 @@ def check_args(args: argparse.Namespace) -> None:
         "isl_start": 0,
         "isl_between": 0,
     }.items():
-        cli.check_range(args, name, low)
-    cli.check_range(args, "seed", -(2**63), 2**63 - 1)
+        flags.check_range(args, name, low)
+    flags.check_range(args, "seed", -(2**63), 2**63 - 1)
     for name, low, high, low_open in [
         ("moco_t", 0, float("inf"), True),
-        ("isl_budget", 0, cli.LARGEST, True),
+        ("isl_budget", 0, flags.LARGEST, True),
         ("moco_m", 0, 1, False),
         ("momentum", 0, 1, False),
         ("isl_threshold", 0, 1, False),
@@ -675,69 +676,69 @@ def check_args(args: argparse.Namespace) -> None:
         ("isl_max_share", 0, 1, True),
         ("isl_share", 0, 1, True),
         ("oracle_precision", 0, 1, False),
-        ("oracle_size", 0, cli.LARGEST, True),
+        ("oracle_size", 0, flags.LARGEST, True),
     ]:
-        cli.check_range(args, name, low, high, low_open)
-    cli.check(
+        flags.check_range(args, name, low, high, low_open)
+    flags.check(
         args.start_epoch < args.epochs,
         f"--start-epoch {args.start_epoch} leaves nothing of --epochs {args.epochs}: give a smaller"
         " one, or more epochs",
     )
-    ranks = cli.total_ranks(args)
-    cli.check(
-        args.batch_size % (ranks * args.bn_splits) == 0,
-        f"--batch-size {args.batch_size} does not divide into {ranks} ranks x {args.bn_splits}"
-        f" batch norm splits: use a multiple of {ranks * args.bn_splits}",
+    world = ranks.total_ranks(args)
+    flags.check(
+        args.batch_size % (world * args.bn_splits) == 0,
+        f"--batch-size {args.batch_size} does not divide into {world} world x {args.bn_splits}"
+        f" batch norm splits: use a multiple of {world * args.bn_splits}",
     )
-    cli.check(
-        args.batch_size >= 2 * ranks,
-        f"--batch-size {args.batch_size} leaves one image to each of {ranks} ranks, and batch "
-        f"norm needs two: use at least {2 * ranks}, or fewer ranks",
+    flags.check(
+        args.batch_size >= 2 * world,
+        f"--batch-size {args.batch_size} leaves one image to each of {world} world, and batch "
+        f"norm needs two: use at least {2 * world}, or fewer world",
     )
     keys = args.batch_size * (2 if args.symmetric else 1)
-    cli.check(
+    flags.check(
         args.objective != "queue" or args.moco_k >= keys,
         f"--moco-k {args.moco_k} is smaller than the {keys} keys of one step: use at least that",
     )
-    cli.check(
+    flags.check(
         args.objective == "queue" or not args.symmetric, "--symmetric belongs to --objective queue"
     )
-    cli.check(
+    flags.check(
         args.objective == "queue" or not args.isl_between,
         "--isl-between belongs to --objective queue: the bank's softmax is over all images",
     )
-    cli.check(
+    flags.check(
         args.objective != "rotnet" or args.miner == "none",
         "--objective rotnet has no use for positives: leave --miner none",
     )
     bound = trust(args.isl_trust)
     oracle = args.miner == "oracle"
-    cli.check(
+    flags.check(
         not oracle or args.research_labels,
         "--miner oracle draws positives from the labels: add --research-labels to say that this run"
         " may, or choose a miner that needs none",
     )
-    cli.check(
+    flags.check(
         oracle or not args.research_labels,
         f"--research-labels is for --miner oracle, and --miner {args.miner} uses no labels: leave"
         " it off",
     )
-    cli.check(
+    flags.check(
         not oracle or not (args.isl_grow or args.isl_keep or bound or args.isl_views),
         "--miner oracle draws its sets anew each round, of --oracle-size, and knows "
         "how right they are: leave --isl-grow, --isl-keep, --isl-trust and --isl-views off",
     )
-    cli.check(
+    flags.check(
         args.isl_index != "ivf" or ivf.installed(),
         "--isl-index ivf needs the package faiss, which is not installed: pip install"
         " 'moco_isl[faiss]'",
     )
-    cli.check(
+    flags.check(
         not oracle or args.isl_index == "exact",
         "--miner oracle searches by label, always exactly: leave --isl-index off",
     )
     fewest, most = args.isl_gan_min_iters, args.isl_gan_iters
-    cli.check(
+    flags.check(
         None in (fewest, most) or fewest <= most,
         f"--isl-gan-min-iters {args.isl_gan_min_iters} is more than --isl-gan-iters"
         f" {args.isl_gan_iters}",
@@ -750,7 +751,7 @@ def check_args(args: argparse.Namespace) -> None:
     if args.seed is None:
         args.seed = random.SystemRandom().randrange(2**31)
     length, odd = divmod(args.epochs, args.isl_rounds)
-    cli.check(
+    flags.check(
         not odd,
         f"--epochs {args.epochs} does not divide into {args.isl_rounds} rounds of equal length: use"
         f" a multiple of {args.isl_rounds}",

@@ -10,14 +10,15 @@ from pathlib import Path
 
 import torch
 
-from moco_isl import checkpoint, data, dist, files
+from moco_isl import data, dist, files
 from moco_isl.errors import BadInput
 from moco_isl.isl import ISL
+from moco_isl.run import checkpoint
+from moco_isl.run.folder import flags_of_unsaved, newest
+from moco_isl.run.meters import Averages
 from moco_isl.training.engine import Position, learning_rate
 from moco_isl.training.fast import load_optimizer
-from moco_isl.training.meters import Averages
 from moco_isl.training.options import most_positives
-from moco_isl.training.run_folder import flags_of_unsaved, newest
 from moco_isl.training.state import require_start
 
 # everything that changes neither what is computed nor in which order
@@ -352,7 +353,7 @@ class Parts:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     isl: ISL
-    miner: object  # see mining.miners
+    miner: object  # see mining.rounds.Miner
     images: str  # see images_of
 
     def state(self, position: Position, flags: dict, ranks: list[dict], metrics_size: int) -> dict:

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from launch import report
-from moco_isl import checkpoint
+from moco_isl.run import checkpoint
 from tests.slurm.cluster import Cluster, _environ, _proc
 
 ROOT = Path(__file__).resolve().parents[2]

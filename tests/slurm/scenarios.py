@@ -21,7 +21,7 @@ from pathlib import Path
 
 from launch import report
 from launch.rendezvous import Place
-from moco_isl import checkpoint
+from moco_isl.run import checkpoint
 from tests.slurm.board import Board, scenario
 from tests.slurm.cluster import Cluster, _environ
 from tests.slurm.lab import GAN, KNN, ROOT, SINGLE, TWO_NODES, Job, Lab, same_run, small_disk

@@ -114,7 +114,7 @@ def arm_checkpoint(module) -> None:
 ARM = {
     "launch.job": arm_job,
     "launch.rendezvous": arm_rendezvous,
-    "moco_isl.checkpoint": arm_checkpoint,
+    "moco_isl.run.checkpoint": arm_checkpoint,
 }
 
 

@@ -1,14 +1,10 @@
-"""The miners: none, nearest neighbours, and ISL's GAN.
-
-Letters: M images, C feature dimension, N anchors of a block, k nearest looked at.
-"""
+"""ISL: images near confident proxies, which a GAN makes of triplets, become positives."""
 
 import torch
 
 from moco_isl import dist
 from moco_isl.errors import BadInput, Interrupted, RunFailed
 from moco_isl.mining.edges import Edges
-from moco_isl.mining.estimate import Views
 from moco_isl.mining.gan import (
     Discriminator,
     GANFit,
@@ -18,58 +14,13 @@ from moco_isl.mining.gan import (
     fit_gan,
     networks_shape,
 )
-from moco_isl.mining.ivf import IVF
-from moco_isl.mining.neighbors import Tick, topk
 from moco_isl.mining.positives import PositiveSets
 from moco_isl.mining.rounds import RoundMiner, block_size, over_blocks
 from moco_isl.mining.triplets import TripletSampler
+from moco_isl.ops.ivf import IVF
+from moco_isl.ops.neighbors import Tick, topk
 
 Tensor = torch.Tensor
-
-
-class NoMiner:
-    """Adds nothing and takes nothing away: MoCo."""
-
-    def __init__(self):
-        self.report: dict = {}
-
-    def mine(
-        self,
-        features: Tensor,
-        positives: PositiveSets,
-        rng: torch.Generator,
-        tick: Tick | None = None,
-        views: Views | None = None,
-    ) -> PositiveSets:
-        return positives
-
-    def state_dict(self) -> dict:
-        return {}
-
-    def load_state_dict(self, state: dict) -> None:
-        pass
-
-    def state_shape(self, dim: int) -> dict:
-        return {}
-
-
-class KNNMiner(RoundMiner):
-    """The k nearest of every image; an edge is as sure as it is similar."""
-
-    name = "knn"
-
-    def __init__(self, k: int = 10, **rules):
-        super().__init__(**rules)
-        self.k = k
-
-    def find(
-        self, features: Tensor, positives: PositiveSets, seed: int, tick: Tick | None
-    ) -> tuple[Edges, str]:
-        k = min(self.k, len(features) - 1)
-        bank = self.searchable(features, tick)
-        block = lambda anchors, number: topk(features[anchors], bank, k, anchors, tick=tick)
-        anchors, cosine, near = over_blocks(len(features), features.device, block, tick)
-        return Edges(anchors.repeat_interleave(k), near.flatten(), cosine.flatten()), ""
 
 
 class GANMiner(RoundMiner):
@@ -338,49 +289,3 @@ def _statistics(M: int, score: Tensor, near: Tensor, to_triplet: Tensor) -> dict
         "hub": int(hits.max()) / M,
         "distinct": int((nearest > 0).sum()) / M,
     }
-
-
-def one_line(report: dict) -> str:
-    """A round's report as one line for the screen, with the precision of the sets and of both
-    baselines where somebody judged them.
-    """
-    if not report:
-        return "no mining"
-    text = (
-        f"{report['miner']}: {report['mean_size']:.2f} positives an image,"
-        f" {100 * report['coverage']:.1f} % have any, worst in-degree {report['worst_in_degree']},"
-        f" +{report['edges_added']} -{report['edges_dropped']} edges"
-    )
-    if "between" in report:
-        text += f", {report['between']:.1f} in between"
-    if "recall" in report:
-        text += f", recall {report['recall']:.3f} of the approximate search"
-    if "loss_D" in report:
-        cosines = [report[f"cos_{x}"] for x in ("anchor", "positive", "negative")]
-        text += (
-            f"; D {report['loss_D']:.2f} G {report['loss_G']:.2f} score {report['score']:.2f},"
-            f" proxy to a/p/n {'/'.join(f'{x:.2f}' for x in cosines)},"
-            f" hub {100 * report['hub']:.2f} %, distinct {100 * report['distinct']:.0f} %,"
-            f" {report['iterations']} iterations"
-        )
-    if report.get("precision") is not None:
-        text += f"; precision {report['precision']:.3f}"
-        if report.get("precision_own_nearest") is not None:
-            text += f" (own nearest {report['precision_own_nearest']:.3f}"
-            if report.get("precision_all_pairs") is not None:
-                text += f", all pairs {report['precision_all_pairs']:.3f}"
-            text += ")"
-    if report.get("precision_estimate") is not None:
-        text += (
-            f"; {report['precision_estimate']:.2f} estimated without labels, at most"
-            f" {report['precision_at_most']:.2f}"
-        )
-    elif report.get("precision_at_most") is not None:
-        text += f"; at most {report['precision_at_most']:.2f} by the estimate without labels"
-    if report.get("labels_used"):
-        text += (
-            f"; LABELS WERE USED (--research-labels), right ones {report['right']}, wrong ones"
-            f" {report['wrong']}"
-        )
-    text += f"; {report['seconds']:.1f} s, peak {report['peak_memory_gib']:.1f} GiB"
-    return text + (f"; {report['why']}" if report["why"] else "")

@@ -9,8 +9,8 @@ import torch
 
 from moco_isl.files import named
 from moco_isl.mining.edges import pair_cosines
-from moco_isl.mining.neighbors import topk
 from moco_isl.mining.positives import PositiveSets, same_label
+from moco_isl.ops.neighbors import topk
 from moco_isl.schema import Holds, require
 from moco_isl.schema import Tensor as TensorOf
 
@@ -153,3 +153,49 @@ def precision_of_ranking(
             str(size): float(same[:, :size].nanmean().nan_to_num()) for size in sizes
         }
     }
+
+
+def one_line(report: dict) -> str:
+    """A round's report as one line for the screen, with the precision of the sets and of both
+    baselines where somebody judged them.
+    """
+    if not report:
+        return "no mining"
+    text = (
+        f"{report['miner']}: {report['mean_size']:.2f} positives an image,"
+        f" {100 * report['coverage']:.1f} % have any, worst in-degree {report['worst_in_degree']},"
+        f" +{report['edges_added']} -{report['edges_dropped']} edges"
+    )
+    if "between" in report:
+        text += f", {report['between']:.1f} in between"
+    if "recall" in report:
+        text += f", recall {report['recall']:.3f} of the approximate search"
+    if "loss_D" in report:
+        cosines = [report[f"cos_{x}"] for x in ("anchor", "positive", "negative")]
+        text += (
+            f"; D {report['loss_D']:.2f} G {report['loss_G']:.2f} score {report['score']:.2f},"
+            f" proxy to a/p/n {'/'.join(f'{x:.2f}' for x in cosines)},"
+            f" hub {100 * report['hub']:.2f} %, distinct {100 * report['distinct']:.0f} %,"
+            f" {report['iterations']} iterations"
+        )
+    if report.get("precision") is not None:
+        text += f"; precision {report['precision']:.3f}"
+        if report.get("precision_own_nearest") is not None:
+            text += f" (own nearest {report['precision_own_nearest']:.3f}"
+            if report.get("precision_all_pairs") is not None:
+                text += f", all pairs {report['precision_all_pairs']:.3f}"
+            text += ")"
+    if report.get("precision_estimate") is not None:
+        text += (
+            f"; {report['precision_estimate']:.2f} estimated without labels, at most"
+            f" {report['precision_at_most']:.2f}"
+        )
+    elif report.get("precision_at_most") is not None:
+        text += f"; at most {report['precision_at_most']:.2f} by the estimate without labels"
+    if report.get("labels_used"):
+        text += (
+            f"; LABELS WERE USED (--research-labels), right ones {report['right']}, wrong ones"
+            f" {report['wrong']}"
+        )
+    text += f"; {report['seconds']:.1f} s, peak {report['peak_memory_gib']:.1f} GiB"
+    return text + (f"; {report['why']}" if report["why"] else "")

@@ -21,9 +21,10 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from moco_isl import files, plain, schema
+from moco_isl import files, schema
 from moco_isl.errors import BadInput, RunFailed
 from moco_isl.files import TEMPORARY, shown
+from moco_isl.run import plain
 
 PREFIX = "module."
 # names that DDP, torch.compile, FSDP and checkpointing put in

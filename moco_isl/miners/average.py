@@ -14,10 +14,10 @@ from moco_isl import dist
 from moco_isl.errors import BadInput
 from moco_isl.mining.edges import Edges
 from moco_isl.mining.estimate import Views
-from moco_isl.mining.ivf import IVF
-from moco_isl.mining.neighbors import Tick, topk
 from moco_isl.mining.positives import PositiveSets
 from moco_isl.mining.rounds import RoundMiner, over_blocks
+from moco_isl.ops.ivf import IVF
+from moco_isl.ops.neighbors import Tick, topk
 
 Tensor = torch.Tensor
 

@@ -14,8 +14,8 @@ import math
 import torch
 
 from moco_isl.errors import BadInput
-from moco_isl.mining.kmeans import kmeans
-from moco_isl.mining.neighbors import Tick, in_order, topk
+from moco_isl.ops.kmeans import kmeans
+from moco_isl.ops.neighbors import Tick, in_order, topk
 
 Tensor = torch.Tensor
 

@@ -11,9 +11,9 @@ from moco_isl import dist
 from moco_isl.errors import BadInput
 from moco_isl.mining.edges import Edges
 from moco_isl.mining.estimate import Views
-from moco_isl.mining.neighbors import Tick
 from moco_isl.mining.positives import PositiveSets, distinct_edges
 from moco_isl.mining.rounds import RoundMiner, over_blocks
+from moco_isl.ops.neighbors import Tick
 
 Tensor = torch.Tensor
 

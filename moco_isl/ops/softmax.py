@@ -5,7 +5,7 @@ Letters: M rows, N anchors, C feature dimension, T temperature.
 
 import torch
 
-from moco_isl.mining.fused import kernels_for
+from moco_isl.ops.fused import kernels_for
 
 Tensor = torch.Tensor
 

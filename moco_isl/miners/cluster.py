@@ -10,10 +10,10 @@ import torch
 from moco_isl import dist
 from moco_isl.errors import BadInput, Interrupted
 from moco_isl.mining.edges import Edges
-from moco_isl.mining.kmeans import kmeans
-from moco_isl.mining.neighbors import Tick, topk
 from moco_isl.mining.positives import PositiveSets
 from moco_isl.mining.rounds import RoundMiner, over_blocks
+from moco_isl.ops.kmeans import kmeans
+from moco_isl.ops.neighbors import Tick, topk
 
 Tensor = torch.Tensor
 

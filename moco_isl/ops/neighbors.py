@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from moco_isl.mining import fused
+from moco_isl.ops import fused
 
 if TYPE_CHECKING:
-    from moco_isl.mining.ivf import IVF
+    from moco_isl.ops.ivf import IVF
 
 Tensor = torch.Tensor
 Tick = Callable[[], None]  # asked often while long work goes on; what it raises ends it

@@ -9,10 +9,10 @@ import torch
 from moco_isl import dist
 from moco_isl.errors import BadInput
 from moco_isl.mining.edges import Edges
-from moco_isl.mining.neighbors import Tick, topk
 from moco_isl.mining.positives import PositiveSets
 from moco_isl.mining.rounds import RoundMiner, over_blocks
-from moco_isl.mining.softmax import entropy
+from moco_isl.ops.neighbors import Tick, topk
+from moco_isl.ops.softmax import entropy
 from moco_isl.schema import COUNT
 
 Tensor = torch.Tensor

@@ -43,7 +43,7 @@ def _seen_to_work(device: torch.device, C: int) -> ModuleType | None:
     are of another size.
     """
     try:
-        from moco_isl.mining import kernels
+        from moco_isl.ops import kernels
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)

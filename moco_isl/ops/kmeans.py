@@ -6,7 +6,7 @@ Letters: M rows, C feature dimension, G clusters.
 import torch
 import torch.nn.functional as F
 
-from moco_isl.mining.neighbors import Tick, topk
+from moco_isl.ops.neighbors import Tick, topk
 
 Tensor = torch.Tensor
 

@@ -16,10 +16,11 @@ from pathlib import Path
 import torch
 import torchvision
 
-from moco_isl import __version__, checkpoint, files
+from moco_isl import __version__, files
 from moco_isl.errors import BadInput, RunFailed
+from moco_isl.run import checkpoint
+from moco_isl.run.logs import MOST, read_facts
 from moco_isl.schema import COUNT, parse_json, require
-from moco_isl.training.run_files import MOST, read_facts
 
 LAST = "checkpoint_last.pth.tar"
 SAVED = "a checkpoint was saved here\n"  # what .lock says from then on

@@ -1,0 +1,1 @@
+"""Who finds the positives: one file a miner."""

@@ -1,0 +1,29 @@
+"""The baseline: the nearest images of each are its positives."""
+
+import torch
+
+from moco_isl.mining.edges import Edges
+from moco_isl.mining.positives import PositiveSets
+from moco_isl.mining.rounds import RoundMiner, over_blocks
+from moco_isl.ops.neighbors import Tick, topk
+
+Tensor = torch.Tensor
+
+
+class KNNMiner(RoundMiner):
+    """The k nearest of every image; an edge is as sure as it is similar."""
+
+    name = "knn"
+
+    def __init__(self, k: int = 10, **rules):
+        super().__init__(**rules)
+        self.k = k
+
+    def find(
+        self, features: Tensor, positives: PositiveSets, seed: int, tick: Tick | None
+    ) -> tuple[Edges, str]:
+        k = min(self.k, len(features) - 1)
+        bank = self.searchable(features, tick)
+        block = lambda anchors, number: topk(features[anchors], bank, k, anchors, tick=tick)
+        anchors, cosine, near = over_blocks(len(features), features.device, block, tick)
+        return Edges(anchors.repeat_interleave(k), near.flatten(), cosine.flatten()), ""

@@ -1,0 +1,35 @@
+"""No mining: with this miner a run is MoCo v2."""
+
+import torch
+
+from moco_isl.mining.estimate import Views
+from moco_isl.mining.positives import PositiveSets
+from moco_isl.ops.neighbors import Tick
+
+Tensor = torch.Tensor
+
+
+class NoMiner:
+    """Adds nothing and takes nothing away: MoCo."""
+
+    def __init__(self):
+        self.report: dict = {}
+
+    def mine(
+        self,
+        features: Tensor,
+        positives: PositiveSets,
+        rng: torch.Generator,
+        tick: Tick | None = None,
+        views: Views | None = None,
+    ) -> PositiveSets:
+        return positives
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        pass
+
+    def state_shape(self, dim: int) -> dict:
+        return {}

@@ -1,0 +1,1 @@
+"""Numerics that know nothing of mining: search, softmax, clustering, and their kernels."""

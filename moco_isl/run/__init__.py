@@ -1,0 +1,1 @@
+"""What any script of ours needs to run: flags, ranks, exits, the folder, checkpoints, signals."""

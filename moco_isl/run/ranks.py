@@ -1,0 +1,365 @@
+"""Ranks: those that the environment describes or a script starts, and what they agree on."""
+
+import argparse
+import math
+import multiprocessing.connection
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch
+import torch.distributed
+import torch.multiprocessing
+
+from moco_isl import dist
+from moco_isl.errors import BadInput, Interrupted, RunFailed
+from moco_isl.run import environment, signals
+from moco_isl.run.exits import KEYBOARD, exit_code
+from moco_isl.run.flags import check, check_range, short
+from moco_isl.run.signals import SIGNALS
+
+MOCO_DIST_URL = "tcp://224.66.41.62:23456"
+
+
+def add_distributed_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("devices and processes")
+    group.add_argument(
+        "--world-size", default=-1, type=int, help="number of nodes for distributed training"
+    )
+    group.add_argument("--rank", default=-1, type=int, help="node rank for distributed training")
+    group.add_argument(
+        "--dist-url",
+        default=MOCO_DIST_URL,
+        type=str,
+        help="url used to set up distributed training (torchrun and launch/ set their own)",
+    )
+    group.add_argument(
+        "--dist-backend",
+        default="nccl",
+        type=str,
+        help="distributed backend; gloo is taken where there is no CUDA",
+    )
+    group.add_argument(
+        "--dist-timeout",
+        default=1800,
+        type=int,
+        metavar="s",
+        help="seconds after which a rank that waits for another gives up (1800)",
+    )
+    group.add_argument("--gpu", default=None, type=int, help="GPU id to use.")
+    group.add_argument(
+        "--multiprocessing-distributed",
+        action="store_true",
+        help=(
+            "Use multi-processing distributed training to launch N processes per node, which has N"
+            " GPUs. This is the fastest way to use PyTorch for either single node or multi node"
+            " data parallel training"
+        ),
+    )
+    group.add_argument(
+        "--nproc-per-node",
+        type=int,
+        default=0,
+        metavar="n",
+        help=(
+            "processes of --multiprocessing-distributed "
+            "(default: one a GPU); say it to use several CPU processes"
+        ),
+    )
+    group.add_argument(
+        "--device",
+        default="auto",
+        metavar="auto|cpu|cuda|cuda:i",
+        help="default: CUDA where there is any",
+    )
+
+
+def processes_here(args: argparse.Namespace) -> int:
+    """How many processes this node runs, before any is started."""
+    if place := environment.ranks():
+        return place.local_world
+    if not args.multiprocessing_distributed:
+        return 1
+    return args.nproc_per_node or (torch.cuda.device_count() if args.device != "cpu" else 0) or 1
+
+
+def total_ranks(args: argparse.Namespace) -> int:
+    check_distributed_options(args)
+    if place := environment.ranks():
+        return place.world
+    return processes_here(args) * max(args.world_size, 1)
+
+
+def check_distributed_options(args: argparse.Namespace) -> None:
+    check_range(args, "nproc_per_node", 0)
+    check_range(args, "dist_timeout", 1)
+    check_range(args, "gpu", 0)
+    check_range(args, "world_size", -1)
+    check_range(args, "rank", -1)
+    check(
+        re.fullmatch(r"auto|cpu|cuda(:\d+)?", args.device) is not None,
+        f"--device '{short(args.device)}' is no device: expected auto, cpu, cuda or cuda:i",
+    )
+    check(
+        not args.nproc_per_node or args.multiprocessing_distributed,
+        "--nproc-per-node says how many processes --multiprocessing-distributed starts: add that"
+        " flag",
+    )
+    place = environment.ranks()  # first of all whether it makes sense
+    if args.world_size > 1 and not place:
+        check(
+            0 <= args.rank < args.world_size,
+            f"--world-size {args.world_size} needs --rank: expected 0 to {args.world_size - 1},"
+            " another one on each node",
+        )
+        check(
+            args.dist_url != MOCO_DIST_URL,
+            "several nodes need --dist-url tcp://HOST:PORT, HOST being the node of --rank 0 and"
+            " PORT a free one there (MoCo's default is a multicast address, which torch has"
+            " given up)",
+        )
+
+
+def launch(
+    worker: Callable, args: argparse.Namespace, stop: Callable[[], bool] | None, *given
+) -> None:
+    """Run worker(args, stop, *given) in every rank: in this process, or in those that it starts.
+
+    worker must be importable, `given` picklable. Raises what the worker raised; of several
+    processes that failed, the first decides.
+    """
+    check_distributed_options(args)
+    if args.multiprocessing_distributed and not environment.ranks():
+        _spawn(worker, args, given, stop)
+        return
+    joined = join_ranks(args)
+    try:
+        worker(args, stop, *given)
+    except (BadInput, Interrupted) as error:
+        _part(joined and getattr(error, "agreed", isinstance(error, Interrupted)))
+        raise
+    _part(joined)
+
+
+def _part(together: bool) -> None:
+    """Leave the process group where all ranks do: after a failure of one the others may be gone,
+    and this would wait for them.
+    """
+    if together:
+        torch.distributed.destroy_process_group()
+
+
+def join_ranks(args: argparse.Namespace) -> bool:
+    """Join the process group that the environment (torchrun, launch/) or MoCo's --world-size and
+    --rank describe, if any.
+    """
+    if place := environment.ranks():
+        environment.check_meeting_point()
+        rank = place.rank
+        world = place.world
+        url = "env://"
+    elif args.world_size > 1:
+        rank = args.rank
+        world = args.world_size
+        url = args.dist_url
+    else:
+        return False
+    _init_process_group(args, rank, world, url)
+    return True
+
+
+def _init_process_group(args: argparse.Namespace, rank: int, world: int, url: str) -> None:
+    backend = args.dist_backend
+    if backend == "nccl" and (args.device == "cpu" or not torch.cuda.is_available()):
+        backend = "gloo"
+        if rank == 0:
+            print("=> no CUDA here: --dist-backend gloo instead of nccl")
+    try:
+        torch.distributed.init_process_group(
+            backend,
+            init_method=url,
+            rank=rank,
+            world_size=world,
+            timeout=timedelta(seconds=args.dist_timeout),
+        )
+    except (RuntimeError, ValueError, torch.distributed.DistError) as error:
+        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+        raise RunFailed(
+            f"rank {rank} of {world} could not join the others at"
+            f" {os.environ.get('MASTER_ADDR', url)} within {args.dist_timeout} s: {reason}"
+        ) from error
+
+
+def together(fn: Callable):
+    """fn() on every rank.
+
+    Where it raises one of our errors on any, all raise it: rank 0 with its text, so that it is said
+    once.
+    """
+    result = error = None
+    try:
+        result = fn()
+    except (BadInput, RunFailed, Interrupted) as caught:
+        error = caught
+    found = [
+        x
+        for x in dist.gather_objects(None if error is None else (type(error).__name__, str(error)))
+        if x
+    ]
+    if not found:
+        return result
+    kind, text = found[0]
+    agreed = {"BadInput": BadInput, "RunFailed": RunFailed, "Interrupted": Interrupted}[kind](
+        text if dist.is_main() else ""
+    )
+    agreed.agreed = True
+    raise agreed from error
+
+
+def on_main(fn: Callable):
+    """fn() on rank 0, its result there and None elsewhere; what it raises of our errors is raised
+    on every rank, and only rank 0 says it.
+    """
+    return together(lambda: fn() if dist.is_main() else None)
+
+
+# exit code between a rank and its parent: another rank was gone, so that one is the cause
+LOST = 70
+GRACE = 10  # seconds that the ranks have to end by themselves once one of them has ended early
+
+
+def _spawn(
+    worker: Callable, args: argparse.Namespace, given: tuple, stop: Callable[[], bool] | None
+) -> None:
+    """--multiprocessing-distributed: n processes on this node.
+
+    Signals that the parent gets are passed on, or what `stop` says if there is one.
+    """
+    n = processes_here(args)
+    if args.dist_url == MOCO_DIST_URL:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            args.dist_url = f"tcp://127.0.0.1:{s.getsockname()[1]}"
+    processes, early = [], []
+
+    def pass_on(number, frame=None) -> None:
+        if number == signal.SIGHUP:
+            signals.say("=> SIGHUP: passed on")
+        if not processes:
+            early.append(number)
+        # Ctrl-C reaches the ranks from the terminal too, and twice would mean at once
+        for process in processes:
+            if process.is_alive():
+                os.kill(process.pid, signal.SIGTERM if number == signal.SIGINT else number)
+
+    handled = (
+        signals.caught()
+        if stop is None and threading.current_thread() is threading.main_thread()
+        else ()
+    )
+    old = {number: signal.signal(number, pass_on) for number in handled}
+    # blocked in the ranks until their `Stop` takes them: one that comes while a rank is still
+    # importing is neither lost nor deadly. Blocked in this thread alone: a library's own threads
+    # still take what is sent to this process, so its handlers have to be in place by now
+    unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        processes += torch.multiprocessing.start_processes(
+            _spawned, (worker, args, n, given), nprocs=n, join=False, start_method="spawn"
+        ).processes
+        signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
+        for number in early:
+            pass_on(number)
+        _judge_ends(_ends(processes, stop, pass_on), n)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def _ends(
+    processes: list, stop: Callable[[], bool] | None, pass_on: Callable[[int], None]
+) -> list[tuple[int, int]]:
+    """Wait for all; (index, exit code) of each in the order in which they ended.
+
+    Once one has failed the others get GRACE seconds.
+    """
+    alive = {process.sentinel: i for i, process in enumerate(processes)}
+    ends = []
+    deadline = math.inf
+    while alive:
+        left = max(0, deadline - time.monotonic())
+        ready = multiprocessing.connection.wait(list(alive), min(left, 0.5 if stop else 3600))
+        if stop is not None and stop():
+            pass_on(signal.SIGTERM)
+            stop = None
+        for sentinel in ready:
+            i = alive.pop(sentinel)
+            processes[i].join()
+            ends.append((i, processes[i].exitcode))
+            if processes[i].exitcode:
+                deadline = min(deadline, time.monotonic() + GRACE)
+        # they may hang where no Python runs that could take a softer signal
+        if time.monotonic() >= deadline:
+            for i in alive.values():
+                processes[i].kill()
+    return ends
+
+
+def _judge_ends(ends: list[tuple[int, int]], n: int) -> None:
+    """Raise what the first process to fail stands for; those that only lost another rank are not
+    the cause.
+    """
+    failed = [(i, code) for i, code in ends if code]
+    if not failed:
+        return
+    i, code = next(((i, code) for i, code in failed if code != LOST), failed[0])
+    if code == KEYBOARD:
+        raise KeyboardInterrupt
+    for kind in (BadInput, RunFailed, Interrupted):
+        if code == kind.exit_code:
+            raise kind("")  # the process has said why
+    how = (
+        f"was ended by {signal.Signals(-code).name}"
+        if code < 0
+        else "lost the others"
+        if code == LOST
+        else f"ended with exit code {code}"
+    )
+    raise RunFailed(
+        f"process {i} of {n} {how}, and the others were stopped. Resume with --resume auto"
+    )
+
+
+def _spawned(
+    local_rank: int, worker: Callable, args: argparse.Namespace, n: int, given: tuple
+) -> None:
+    rank = max(args.rank, 0) * n + local_rank
+    world = n * max(args.world_size, 1)
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_RANK": str(local_rank),
+        "LOCAL_WORLD_SIZE": str(n),
+    }
+
+    def run(_argv, _stop) -> None:
+        _init_process_group(args, rank, world, args.dist_url)
+        worker(args, None, *given)
+        torch.distributed.destroy_process_group()
+
+    try:
+        code = exit_code(run, lost=LOST)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    if code:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # not through the interpreter's end, which may wait for ranks that are gone
