@@ -518,7 +518,7 @@ class Run:
 
         Every rank has to call it.
         """
-        ranks = resume.rng_of_ranks(self.device, self.position.averages)
+        generators = resume.rng_of_ranks(self.device, self.position.averages)
         position = self.position
 
         def write() -> None:
@@ -526,7 +526,7 @@ class Run:
             ours = {
                 "model": self.probe.model.state_dict(),
                 "best": self.best,
-                "rng": ranks,
+                "rng": generators,
                 "epoch": position.epoch,
                 "step": position.step,
                 "total": position.total,

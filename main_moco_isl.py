@@ -473,11 +473,11 @@ class Run:
         """checkpoint_last, and with a number checkpoint_<number>: MoCo's keys, and what an exact
         resume needs. Every rank has to call it.
         """
-        ranks = resume.rng_of_ranks(self.device, self.position.averages)
+        generators = resume.rng_of_ranks(self.device, self.position.averages)
 
         def write() -> None:
             state = self.parts.state(
-                self.position, vars(self.args), ranks, self.folder.metrics_size()
+                self.position, vars(self.args), generators, self.folder.metrics_size()
             )
             self.folder.require_sound(
                 checkpoint.exploded(state), self.position.epoch, self.position.step

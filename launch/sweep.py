@@ -253,18 +253,18 @@ def flags_of(script: str, settings: dict, where: str = "the sweep") -> list[str]
     config = given.pop("config", None)
     if config is not None and not isinstance(config, str):
         raise BadInput(f"{where}: config: expected one path")
-    flags, data = options.script_parser(script).argv_of(given, where)
+    argv, data = options.script_parser(script).argv_of(given, where)
     if data is not None and (not data or data.startswith("-")):
         given = flags.short(data)
         raise BadInput(
             f"{where}: data is '{given}': expected the path of a folder, such as ./{given}"
         )
-    for text in [*flags, config or "", data or ""]:
+    for text in [*argv, config or "", data or ""]:
         options.require_one_line(text, f"{where}:")
     return [
         *([] if data is None else [data]),
         *([] if config is None else [f"--config={config}"]),
-        *flags,
+        *argv,
     ]
 
 
