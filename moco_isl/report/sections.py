@@ -266,9 +266,9 @@ def estimate_chart(run: Run) -> Chart | None:
         marks=marks(run),
         percent=True,
         note=(
-            "By two views (--isl-trust): on CIFAR-10 and the digits 13 points too low to 7 too high,"
-            " on letters of many fonts 37 too high. At most, by the features alone: up to 76 points"
-            " too high."
+            "By two views (--isl-trust): on CIFAR-10 and the digits 13 points too low to 7 too"
+            " high, on letters of many fonts 37 too high. At most, by the features alone: up to 76"
+            " points too high."
         ),
     )
 
