@@ -17,7 +17,7 @@ import main_knn
 import main_lincls
 import main_moco_isl
 from benchmarks import common, growth, step
-from moco_isl import data
+from moco_isl import data, ops
 from moco_isl.builder import MoCo
 from moco_isl.data.datasets import ImagesInMemory
 from moco_isl.encoders import build_encoder
