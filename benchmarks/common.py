@@ -1,23 +1,21 @@
-"""What every benchmark shares: timing, the machine's own ceilings, the table on the screen and the
-file beside it.
+"""What every benchmark and study shares: timing, the machine's own ceilings, a table on the screen
+and the file that keeps it.
 
-A benchmark writes benchmarks/results/<name>-<device>.json; `python -m benchmarks.results` makes
-RESULTS.md of them all. The schema:
+A table is kept as <folder>/results/<name>-<device>.json, and `python -m benchmarks.results` writes
+<folder>/RESULTS.md from all of them; folder is benchmarks or studies. Such a file holds what the
+page shows, a row a line:
 
-    title, command, date, device, versions     text; device may be {name, kind, cores, threads,
-    load, ...}, versions {python, torch, ...}
-    rows: [{column: value, ...}, ...]          values are numbers, text or None; or lists, in the
-    order of `columns`
-    notes: [text, ...]                         what a reader has to know
-    columns: [[key, heading], ...]             what the page shows of a row and in which order; or
-    just [key, ...]
-    name, commit, n, and anything else         kept, not shown but for n: how often each was
-    repeated
+    title, command, date, commit, device, versions     text; device may be {name, kind, cores,
+                                                       threads, load}, versions {python, torch, ...}
+    columns: [[key, heading], ...]                     which values of a row are shown, in order
+    rows: [{key: value, ...}, ...]                     numbers, text or None
+    notes: [text, ...]                                 what a reader has to know
+    name, n                                            of the file; how often each row was repeated
 
-Without `columns` the rows are timings: {what, value, unit, low, high, n}, `value` the median of n
-repeats, low and high their extremes, warm-up excluded. Of such a row may also be said: bar, goal
-(in its unit, what is to be reached), ratio and of (how many times as fast as the row named),
-images_per_s, memory_gib, floor.
+Without `columns` the rows are timings: {what, value, unit, low, high, n}. value is the median of n
+repeats, low and high are their extremes, the warm-up is excluded. Such a row may also have: bar and
+goal (in its unit, what has to be reached and what is hoped for), ratio and of (how many times as
+fast as the row named), images_per_s, memory_gib, floor.
 """
 
 import argparse
@@ -272,22 +270,13 @@ def versions() -> dict:
 
 
 def commit() -> str | None:
-    """The commit, and whether a tracked file is other than in it; results of the benchmark before
-    are no such file.
-    """
+    """The commit, "-dirty" added where a tracked file has changed since; results may have."""
     git = lambda *words: subprocess.run(
         ["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True
     ).stdout.strip()
     try:
-        changed = git(
-            "status",
-            "--porcelain",
-            "--untracked-files=no",
-            "--",
-            ":/",
-            ":(exclude,top)benchmarks/results",
-            ":(exclude,top)benchmarks/RESULTS.md",
-        )
+        but = (":(exclude,top)*/results/*", ":(exclude,top)*/RESULTS.md")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", *but)
         name = git("rev-parse", "--short=12", "HEAD")
     except FileNotFoundError:
         return None
@@ -295,10 +284,12 @@ def commit() -> str | None:
 
 
 class Result:
-    """Rows of one benchmark, shown as they come and written at the end.
+    """Rows of one table, shown as they come and written at the end.
 
     columns: [(key, heading), ...] of rows that are no timings.
     """
+
+    folder = RESULTS
 
     def __init__(
         self,
@@ -320,15 +311,11 @@ class Result:
         if of is not None:
             row |= {"ratio": self[of]["value"] / row["value"], "of": of}
         self.rows.append(row)
-        print(
-            "  "
-            + (
-                in_words(row)
-                if self.columns is None
-                else "  ".join(f"{cell(row.get(key)):<12}" for key, _ in self.columns)
-            ),
-            flush=True,
-        )
+        if self.columns is None:
+            text = in_words(row)
+        else:
+            text = "  ".join(f"{cell(row.get(key)):<12}" for key, _ in self.columns)
+        print(f"  {text}", flush=True)
         return row
 
     def note(self, text: str) -> None:
@@ -351,28 +338,44 @@ class Result:
             "rows": self.rows,
             "notes": self.notes,
         }
-        path = Path(folder or RESULTS) / f"{self.name}-{slug(self.device)}.json"
+        path = Path(folder or self.folder) / f"{self.name}-{slug(self.device)}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        files.write_text(json.dumps(facts, indent=1) + "\n", path)
+        files.write_text(as_text(facts), path)
         return path
 
 
+def as_text(facts: dict) -> str:
+    """The facts of a table as JSON: a key a line, and a row a line. What is None is left out, and
+    numbers keep six digits.
+    """
+    lines = []
+    for key, value in facts.items():
+        text = json.dumps(value)
+        if key == "rows":
+            rows = [json.dumps(_kept(row)) for row in value]
+            text = "[\n  " + ",\n  ".join(rows) + "\n ]"
+        lines.append(f' "{key}": {text}')
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def _kept(value):
+    """A value of a table as its file keeps it."""
+    if isinstance(value, dict):
+        return {key: _kept(x) for key, x in value.items() if x is not None}
+    if isinstance(value, list | tuple):
+        return [_kept(x) for x in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
 def _command() -> str:
-    """What was typed, but for where the file was to go."""
+    """What was typed, without --out and without the folders of absolute paths."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    # where things lie here is nobody else's business
+    module = spec.name.removesuffix(".__main__") if spec else Path(sys.argv[0]).stem
     given = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
     if "--out" in given:
         at = given.index("--out")
         del given[at : at + 2]
-    return shlex.join(
-        [
-            "python",
-            "-m",
-            spec.name.removesuffix(".__main__") if spec else Path(sys.argv[0]).stem,
-            *given,
-        ]
-    )
+    return shlex.join(["python", "-m", module, *given])
 
 
 def in_words(row: dict) -> str:
