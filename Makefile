@@ -17,7 +17,7 @@ OUT ?= runs/gpu
 PY := $(VENV)/bin/python
 
 demo: $(VENV)/.installed
-	$(PY) -m benchmarks.demo --seeds $(SEEDS)
+	$(PY) -m studies.demo --seeds $(SEEDS)
 
 test: $(VENV)/.installed
 	$(PY) -m pytest -q -n $(TEST_PROCESSES) --dist loadfile -m "not slurm and not long" tests

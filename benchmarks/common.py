@@ -60,15 +60,19 @@ class Timing:
 
     def row(self, what: str, unit: str = "ms", **more) -> dict:
         scale = {"ms": 1e3, "s": 1.0, "us": 1e6}[unit]
-        return {
-            "what": what,
-            "value": self.median * scale,
-            "unit": unit,
-            "low": min(self.seconds) * scale,
-            "high": max(self.seconds) * scale,
-            "n": len(self.seconds),
-            **more,
-        }
+        return {**extremes(what, [x * scale for x in self.seconds], unit), **more}
+
+
+def extremes(what: str, values: list[float], unit: str) -> dict:
+    """A row of timings: median, least, most and number of the values."""
+    return {
+        "what": what,
+        "value": statistics.median(values),
+        "unit": unit,
+        "low": min(values),
+        "high": max(values),
+        "n": len(values),
+    }
 
 
 def by_cpu_time(device: torch.device) -> bool:
@@ -345,8 +349,9 @@ class Result:
 
 
 def as_text(facts: dict) -> str:
-    """The facts of a table as JSON: a key a line, and a row a line. What is None is left out, and
-    numbers keep six digits.
+    """The facts of a table as JSON: a key a line, a row a line.
+
+    Of a row what is None is left out, and numbers keep six digits, but for those in lists.
     """
     lines = []
     for key, value in facts.items():
@@ -358,13 +363,10 @@ def as_text(facts: dict) -> str:
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
-def _kept(value):
-    """A value of a table as its file keeps it."""
-    if isinstance(value, dict):
-        return {key: _kept(x) for key, x in value.items() if x is not None}
-    if isinstance(value, list | tuple):
-        return [_kept(x) for x in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+def _kept(row: dict) -> dict:
+    """What its file keeps of a row."""
+    number = lambda x: float(f"{x:.6g}") if isinstance(x, float) else x
+    return {key: number(value) for key, value in row.items() if value is not None}
 
 
 def _command() -> str:

@@ -60,7 +60,8 @@ def of_timing(row: dict) -> dict:
 
 def table(facts: dict) -> str:
     """The rows as a Markdown table; of timings only those columns that any row fills."""
-    rows, columns = facts["rows"], facts.get("columns")
+    rows = facts["rows"]
+    columns = facts.get("columns")
     if columns is None:
         rows = [of_timing(row) for row in rows]
         filled = {key for row in rows for key, value in row.items() if value is not None}
@@ -109,7 +110,8 @@ def section(facts: dict) -> str:
 
 def page(folder: Path) -> str:
     """The text of a folder's RESULTS.md."""
-    parts, others = [f"{TITLE}\n\n{WRITTEN}{ABOUT.get(folder.name, '')}".rstrip()], []
+    parts = [f"{TITLE}\n\n{WRITTEN}{ABOUT.get(folder.name, '')}".rstrip()]
+    others = []
     for path in sorted((folder / "results").glob("*.json")):
         try:
             parts.append(section(json.loads(path.read_text())))

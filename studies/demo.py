@@ -1,8 +1,8 @@
 """make demo: MoCo v2 on the embedded digits, then three equal continuations: without mining, with
-kNN mining, with GAN mining.
+kNN mining and with GAN mining.
 
-Prints a table, true whatever it shows, and writes it to runs/demo/table.json. Only the first GPU or
-the CPU is used.
+Prints a table, whatever it shows, and writes it to runs/demo/table.json. Only the first GPU or the
+CPU is used.
 """
 
 import argparse
@@ -14,145 +14,78 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+from torch import nn
 
 import main_moco_isl
 from benchmarks import common
-from moco_isl import data, files
+from moco_isl import files
 from moco_isl.builder import add_mlp
-from moco_isl.encoders import build_encoder, extract_features
-from moco_isl.evaluation.knn import few_shot, weighted_knn
-from moco_isl.run import checkpoint
+from moco_isl.encoders import build_encoder
+from studies.figures import HERE, Judge, metrics
 
 OUT = Path("runs/demo")
-COMMON = [
-    "--dataset",
-    "digits",
-    "-a",
-    "digits",
-    "--mlp",
-    "--moco-dim",
-    "64",
-    "--moco-k",
-    "512",
-    "--moco-t",
-    "0.1",
-    "--moco-m",
-    "0.99",
-    "-b",
-    "128",
-    "-j",
-    "0",
-    "--wd",
-    "5e-4",
-    "--cos",
-    "--progress",
-    "bar",
-    "--keep",
-    "1",
-    "-p",
-    "12",
-]
+DIGITS = ["--config", str(HERE / "flags_digits.yaml")]
 PRETRAIN = ["--epochs", "60", "--lr", "0.06"]
 CONTINUE = ["--epochs", "60", "--lr", "0.02"]
-MINING = [
-    "--isl-every",
-    "20",
-    "--isl-budget",
-    "10",
-    "--isl-loss",
-    "meanlog",
-    "--isl-hpe",
-    "0",
-    "--isl-gan-iters",
-    "3000",
-    "--isl-gan-min-iters",
-    "2000",
-]
-COLUMNS = {
-    "knn": "kNN %",
-    "one_shot": "1-shot %",
-    "size": "set size",
-    "precision": "precision",
-    "own_nearest": "own nearest",
-    "all_pairs": "all pairs",
+MINING = "--isl-every 20 --isl-budget 10 --isl-loss meanlog --isl-hpe 0".split()
+GAN = "--isl-gan-iters 3000 --isl-gan-min-iters 2000".split()
+CONTINUATIONS = {  # title -> flags
+    "+ 60, no mining": ["--miner", "none"],
+    "+ 60, kNN mining": ["--miner", "knn", *MINING],
+    "+ 60, GAN mining": ["--miner", "gan", *MINING, *GAN],
+}
+COLUMNS = {  # key -> heading, digits behind the point
+    "knn": ("kNN %", 1),
+    "one_shot": ("1-shot %", 1),
+    "size": ("set size", 1),
+    "precision": ("precision", 3),
+    "own_nearest": ("own nearest", 3),
+    "all_pairs": ("all pairs", 3),
 }
 
 
-def pretrain(
-    name: str, seed: int, *flags: str, folder: Path = OUT
-) -> tuple[torch.nn.Module, list[dict]]:
-    """One run of the main script in <folder>/<name>-<seed>: its query encoder, and its rounds of
-    mining.
-    """
-    out = run_folder(name, seed, folder)
-    print(f"\n{name}, seed {seed}", flush=True)
-    code = main_moco_isl.main([*COMMON, "--seed", str(seed), "--out", str(out), *flags])
-    if code:
-        sys.exit(code)
-    encoder = untrained(seed, mlp="--no-mlp" not in flags)
-    state = checkpoint.load(out / "checkpoint_last.pth.tar")["state_dict"]
-    encoder.load_state_dict(
-        {
-            n.removeprefix("module.encoder_q."): v
-            for n, v in state.items()
-            if n.startswith("module.encoder_q.")
-        }
-    )
-    lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
-    return encoder, [line for line in lines if line["kind"] == "round"]
+class Pixels(nn.Module):
+    """An encoder that returns the pixels of the first channel."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images[:, :1].flatten(1)
 
 
-def run_folder(name: str, seed: int, folder: Path = OUT) -> Path:
-    return folder / f"{name}-{seed}"
-
-
-def untrained(seed: int, mlp: bool = True) -> torch.nn.Module:
+def untrained(seed: int) -> nn.Module:
     torch.manual_seed(seed)
     encoder = build_encoder("digits", 64)
-    if mlp:
-        add_mlp(encoder)
+    add_mlp(encoder)
     return encoder
 
 
-def judge(encoder: torch.nn.Module | None, train, val) -> dict[str, float]:
-    """Weighted kNN (k 50, T 0.1) and 1-shot accuracy on the held-out split; encoder None: raw
-    pixels.
-    """
-    bank, queries = (_features(encoder, dataset) for dataset in (train, val))
-    found = weighted_knn(queries, bank, train.labels, k=50, T=0.1)
-    one_shot, _ = few_shot(bank, train.labels, queries, val.labels, shots=1, draws=20, seed=0)
-    return {"knn": (found == val.labels).float().mean().item() * 100, "one_shot": one_shot * 100}
+def pretrain(out: Path, seed: int, flags: list[str]) -> Path:
+    """Run the main script in `out`; its last checkpoint. Exits where the run fails."""
+    print(f"\n{out.name}", flush=True)
+    own = ["--seed", str(seed), "--progress", "bar", "--out", str(out)]
+    code = main_moco_isl.main([*DIGITS, *own, *flags])
+    if code:
+        sys.exit(code)
+    return out / "checkpoint_last.pth.tar"
 
 
-def _features(encoder: torch.nn.Module | None, dataset) -> torch.Tensor:
-    transform = data.get_eval_transform("digits", data.native_size(dataset))
-    loader = data.eval_loader(dataset, transform=transform, batch_size=512)
-    if encoder is not None:
-        return extract_features(encoder, loader, len(dataset), "cpu")
-    return F.normalize(torch.cat([images[:, :1].flatten(1) for images, _ in loader]), dim=1)
-
-
-def one_seed(seed: int, train, val) -> dict[str, dict]:
+def one_seed(seed: int, judge: Judge) -> dict[str, dict]:
     """Row name -> figures of that row."""
-    rows = {"raw pixels": judge(None, train, val), "untrained": judge(untrained(seed), train, val)}
-    moco, _ = pretrain("moco", seed, *PRETRAIN)
-    rows["MoCo v2, 60 epochs"] = judge(moco, train, val)
-    init = ["--init", str(run_folder("moco", seed) / "checkpoint_last.pth.tar")]
-    for miner, title in (
-        ("none", "+ 60, no mining"),
-        ("knn", "+ 60, kNN mining"),
-        ("gan", "+ 60, GAN mining"),
-    ):
-        encoder, rounds = pretrain(
-            miner, seed, *CONTINUE, *init, "--miner", miner, *(MINING if miner != "none" else [])
-        )
-        rows[title] = judge(encoder, train, val) | mined(rounds)
+    rows = {
+        "raw pixels": judge.figures(*judge.features_by(Pixels())),
+        "untrained": judge.figures(*judge.features_by(untrained(seed))),
+    }
+    start = pretrain(OUT / f"moco-{seed}", seed, PRETRAIN)
+    rows["MoCo v2, 60 epochs"] = judge(start)
+    for title, flags in CONTINUATIONS.items():
+        out = OUT / f"{flags[1]}-{seed}"
+        file = pretrain(out, seed, [*CONTINUE, "--init", str(start), *flags])
+        rows[title] = judge(file) | mined(out)
     return rows
 
 
-def mined(rounds: list[dict]) -> dict:
-    """Figures of the last of some rounds of mining."""
+def mined(out: Path) -> dict:
+    """Figures of a run's last round of mining; {} where it had none."""
+    rounds = [line for line in metrics(out) if line["kind"] == "round"]
     if not rounds:
         return {}
     last = rounds[-1]
@@ -161,30 +94,21 @@ def mined(rounds: list[dict]) -> dict:
         "precision": last["precision"],
         "own_nearest": last["precision_own_nearest"],
         "all_pairs": last["precision_all_pairs"],
-        "accepted": sum(r["accepted"] for r in rounds),
-        "rounds": len(rounds),
     }
 
 
 def table(seeds: list[dict[str, dict]]) -> str:
-    lines = [" " * 22 + "".join(f"{title:>16}" for title in COLUMNS.values())]
+    lines = [" " * 22 + "".join(f"{heading:>16}" for heading, _ in COLUMNS.values())]
     for name in seeds[0]:
-        lines.append(
-            f"{name:22}" + "".join(f"{figure(seeds, name, column):>16}" for column in COLUMNS)
-        )
+        cells = [cell(seeds, name, column) for column in COLUMNS]
+        lines.append(f"{name:22}" + "".join(f"{text:>16}" for text in cells))
     return "\n".join(lines)
 
 
-def figure(seeds: list[dict[str, dict]], name: str, column: str) -> str:
-    """Mean and standard deviation over the seeds of one figure; '' where that row has none."""
+def cell(seeds: list[dict[str, dict]], name: str, column: str) -> str:
+    """Mean and standard deviation over the seeds of one figure; "" where that row has none."""
     values = [seed[name][column] for seed in seeds if seed[name].get(column) is not None]
-    return (
-        common.spread(
-            values, digits=3 if column in ("precision", "own_nearest", "all_pairs") else 1
-        )
-        if values
-        else ""
-    )
+    return common.spread(values, digits=COLUMNS[column][1]) if values else ""
 
 
 def main() -> None:
@@ -198,10 +122,8 @@ def main() -> None:
     args = parser.parse_args()
     start = time.time()
     shutil.rmtree(OUT, ignore_errors=True)
-    train = data.build_dataset("digits")
-    val = data.build_dataset("digits", split="val")
-    seeds = [one_seed(seed, train, val) for seed in range(args.seeds)]
-    text = table(seeds)
+    judge = Judge(DIGITS, 50, "cpu")
+    seeds = [one_seed(seed, judge) for seed in range(args.seeds)]
     seconds = time.time() - start
     facts = {
         "command": f"make demo SEEDS={args.seeds}",
@@ -211,19 +133,14 @@ def main() -> None:
         "seeds": seeds,
     }
     files.write_text(json.dumps(facts, indent=1) + "\n", OUT / "table.json")
-    spread = (
-        f"mean ± standard deviation of n = {args.seeds} seeds"
-        if args.seeds > 1
-        else "n = 1 seed; make demo SEEDS=3 shows the spread"
-    )
+    spread = "n = 1 seed; make demo SEEDS=3 shows the spread"
+    if args.seeds > 1:
+        spread = f"mean ± standard deviation of n = {args.seeds} seeds"
     print(
         f"\nUCI digits, 1,437 images to train on, 360 held out; {spread}; {seconds:.0f} s. Files in"
-        f" {OUT}/\n\n{text}\n"
-    )
-    print(
-        "kNN: weighted, k 50. 1-shot: one labelled image a class, mean of 20 draws. Last round of"
-        " mining: set size, share of true labels in the sets,\nand beside it that of each image's"
-        " own nearest and of all pairs ranked, at equal size."
+        f" {OUT}/\n\n{table(seeds)}\n\nkNN: weighted, k 50. 1-shot: one labelled image a class,"
+        " mean of 20 draws. Last round of mining: set size, share of true labels in the\nsets, and"
+        " beside it that of each image's own nearest and of all pairs ranked, at equal size."
     )
 
 

@@ -1,15 +1,15 @@
 """How far off are the estimates without labels (moco_isl/mining/estimate.py)? Beside the truth,
 over sets of 1 to 50 positives an image by four rules.
 
-    python -m benchmarks.estimate digits FILE.safetensors ...      features [M, C] and labels [M];
-    digits: a converged MoCo v2 a seed python -m benchmarks.estimate --run FILE.pth.tar cifar10 DIR
-    a checkpoint and its images, for which there are views too; may be given often
+    python -m studies.estimate digits FILE.safetensors ...     features [M, C] and labels [M];
+                                                               digits: see studies/miners.py
+    python -m studies.estimate --run FILE.pth.tar cifar10 DIR  a checkpoint and its images, of which
+                                                               there are views too; may be repeated
 
 Rules: each image's own nearest, all pairs by cosine, shared neighbours, neighbourhood means (see
-benchmarks.miners). An error is of one set of
-pairs, in points: the estimate's mean over 2,000 of them less the share of them that is right. By
-halves of the features (a bound from above), and where there are images by two augmented views of
-each. Labels judge and choose nothing.
+studies/miners.py). An error is of one set of pairs, in points: the estimate's mean over 2,000 of
+them less the share of them that is right. By halves of the features (a bound from above), and where
+there are images by two augmented views of each. Labels judge and choose nothing.
 """
 
 import statistics
@@ -18,12 +18,15 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import common, miners
+from benchmarks import common
 from moco_isl.errors import BadInput
 from moco_isl.mining.estimate import Views, by_halves, by_views
 from moco_isl.mining.positives import same_label
+from studies import miners
+from studies.figures import Result
 
-SIZES, SAMPLE = [1, 2, 5, 10, 20, 50], 2000
+SIZES = [1, 2, 5, 10, 20, 50]
+SAMPLE = 2000
 
 
 def sets(features: torch.Tensor) -> dict[str, miners.Pairs]:
@@ -35,7 +38,8 @@ def sets(features: torch.Tensor) -> dict[str, miners.Pairs]:
         "shared neighbours": lists.by_shared(),
         "neighbourhood means": lists.by_means(50),
     }
-    draw, found = torch.Generator().manual_seed(0), {}
+    draw = torch.Generator().manual_seed(0)
+    found = {}
     for size in (size for size in SIZES if size <= K):
         a = torch.randint(M, (SAMPLE,), generator=draw)
         place = torch.randint(size, (SAMPLE,), generator=draw)
@@ -50,8 +54,8 @@ def sets(features: torch.Tensor) -> dict[str, miners.Pairs]:
 def errors(
     features: torch.Tensor, labels: torch.Tensor, views: Views | None = None
 ) -> dict[str, dict[str, float]]:
-    """Name of a set -> what is right of it ("truth"), and less that each estimate of it ("halves",
-    "views"), all in per cent.
+    """Name of a set -> the share of it that is right ("truth"), and by how much each estimate of it
+    ("halves", "views") is above that, all in per cent.
     """
     found = {}
     for name, (a, b) in sets(features).items():
@@ -71,9 +75,7 @@ def sources(args) -> dict[str, miners.Source]:
     found = {}
     for file in args.files:
         if file == "digits":
-            digits = miners.of_digits(
-                1 if args.quick else args.seeds, args.device, args.starts, args.quick
-            )
+            digits = miners.of_digits(args.seeds, args.device, args.runs)
             found |= {f"digits, seed {seed}": source for seed, source in enumerate(digits)}
         else:
             found[Path(file).stem.removeprefix("features_")] = miners.from_file(
@@ -104,33 +106,19 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--seeds", type=int, default=3, help="of the digits (3)")
     parser.add_argument(
-        "--starts",
-        type=Path,
-        default=Path("runs/breakeven/digits-20"),
-        help="folder with the digits' converged runs, made where they are not there",
+        "--runs", type=Path, default=Path("runs"), help="where the digits' sweeps have run (runs)"
     )
     args = parser.parse_args(argv)
     common.begin(args)
-    result = common.Result(
-        "estimate",
-        "The estimates without labels, less the truth, in points",
-        args.device,
-        [
-            ("of", "features"),
-            ("M", "images"),
-            ("truth", "truth, %"),
-            *(
-                (f"{by}_{key}", f"by {by}: {title}")
-                for by in ("views", "halves")
-                for key, title in (
-                    ("mean", "mean error"),
-                    ("size", "of |error|"),
-                    ("range", "least to most"),
-                )
-            ),
-            ("n", "sets"),
-        ],
-    )
+    columns = [("of", "features"), ("M", "images"), ("truth", "truth, %")]
+    for by in ("views", "halves"):
+        columns += [
+            (f"{by}_mean", f"by {by}: mean error"),
+            (f"{by}_size", f"by {by}: of |error|"),
+            (f"{by}_range", f"by {by}: least to most"),
+        ]
+    title = "The estimates without labels, less the truth, in points"
+    result = Result("estimate", title, args.device, [*columns, ("n", "sets")])
     try:
         if wrong := [run for run in args.run if not 2 <= len(run) <= 3]:
             raise BadInput(
@@ -145,7 +133,6 @@ def main(argv: list[str] | None = None) -> int:
                 "M": len(source.labels),
                 "truth": f"{min(truth):.0f} to {max(truth):.0f}",
                 "n": len(found),
-                "sets": found,
             }
             for by in ("views", "halves"):
                 if off := [x[by] for x in found.values() if by in x]:
@@ -156,7 +143,7 @@ def main(argv: list[str] | None = None) -> int:
                     }
             result.add(row)
     except BadInput as error:
-        print(f"benchmarks.estimate: {error}", file=sys.stderr)
+        print(f"studies.estimate: {error}", file=sys.stderr)
         return error.exit_code
     result.note(
         "The constants were fitted to labels: by views on seed 0 of the digits, by halves there and"

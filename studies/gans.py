@@ -1,5 +1,5 @@
-"""Other GANs on the same features, each one small change of ISL's (Eq. 1): is a proxy or a score of
-theirs better? For benchmarks.miners.
+"""GANs that differ from ISL's (Eq. 1) in one thing each: are their proxies or scores better? For
+studies/miners.py.
 
 Letters: N anchors of a batch, C feature dimension, S candidates of a draw.
 """
@@ -17,9 +17,7 @@ Tensor = torch.Tensor
 
 
 class SpectralNorm(Trainer):
-    """D's layers have the spectral norm 1 (Miyato et al., 2018): its logit moves no faster than the
-    triplet.
-    """
+    """D's layers have spectral norm 1 (Miyato et al., 2018), so that its logit is 1-Lipschitz."""
 
     def networks(self, C: int) -> tuple[Generator, Discriminator]:
         G, D = super().networks(C)
@@ -29,7 +27,7 @@ class SpectralNorm(Trainer):
 
 
 class GradientPenalty(Trainer):
-    """D pays half of `gamma` times the squared gradient of its logit at real triplets (R1;
+    """D's loss has gamma / 2 times the squared gradient of its logit at real triplets added (R1;
     Mescheder et al., 2018).
     """
 
@@ -45,12 +43,11 @@ class GradientPenalty(Trainer):
 
 
 class GradedSampler(TripletSampler):
-    """The negative is the most similar of the first g candidates of a draw, g between `fewest` and
-    all of them, uniform in its logarithm.
+    """The negative is the most similar of the first g candidates of a draw; log g is uniform
+    between log(fewest) and that of all candidates.
     """
 
-    # more than an anchor may strike out: itself and the five positives that it has at most here
-    fewest = 16
+    fewest = 16  # more than the anchor and its positives, at most five here, which are struck out
 
     def draw_negatives(self, anchors: Tensor, offset: Tensor | int) -> Tensor:
         candidates, scores = self.score_candidates(anchors, offset)
@@ -70,9 +67,9 @@ class GradedNegatives(Trainer):
 
 
 class MatchedFalse(Trainer):
-    """D has to tell a third false triplet too: a real image in the positive's place that belongs to
-    another anchor (as Reed et al., 2016, do with texts). Its score then speaks of whether anchor
-    and positive match, and not only of whether the positive looks real.
+    """D has a third false triplet to tell: the positive is real, but of another anchor (as Reed et
+    al., 2016, do with texts). Its score then says whether anchor and positive match, and not only
+    whether the positive looks real.
     """
 
     def loss_of_D(self, a: Tensor, p: Tensor, n: Tensor, proxy: Tensor) -> Tensor:

@@ -1,37 +1,36 @@
 """Every way to rank pairs, beside both Euclidean baselines: precision, coverage and the worst hub
 at mean set sizes 0.5 to 50.
 
-    python -m benchmarks.miners FILE.safetensors           features [M, C] and labels [M] of real
-    images; no GAN: minutes on a CPU python -m benchmarks.miners FILE --gan 3               with the
-    rows of the GANs, three seeds each (half an hour of CPU a seed at 50,000 images) python -m
-    benchmarks.miners digits --gan 3             the digits: a converged MoCo v2 a seed, those of
-    benchmarks.breakeven python -m benchmarks.miners FILE.pth.tar --of cifar10 DIR   the features
-    that a checkpoint makes of these images
+    python -m studies.miners FILE.safetensors       features [M, C] and labels [M] of real images,
+                                                    without a GAN: minutes on a CPU
+    python -m studies.miners FILE --gan 3           with the rows of the GANs, three seeds each
+                                                    (half an hour of CPU a seed at 50,000 images)
+    python -m studies.miners digits --gan 3         the digits by a converged MoCo v2 a seed: the
+                                                    runs of start_digits.yaml and gain_digits.yaml
+    python -m studies.miners FILE.pth.tar --of cifar10 DIR
+                                                    what a checkpoint makes of these images
 
-Rows: own nearest (directed edges), then pairs of the whole data set, the surest first:
+Pairs of the whole data set, the surest first, but for the rows marked "directed":
+  own nearest                directed: each image's nearest by cosine
   all pairs                  by cosine
   shared neighbours          by how many of the 20 nearest they share, then by cosine
   mutual rank                by the worse of the two places that they have in each other's lists
   CSLS                       by twice the cosine less each image's mean cosine to its 10 nearest
-  neighbourhood means        by the cosine of the means over their nearest (--miner average), 20 and
-                             50 of them; with an in-degree cap; and weighed: a pair counts by how
-                             right the estimate without labels holds it for with two views
-                             neighbourhood means of 50 of what an image and two augmented views of
-                             it have in common, where there are images two snapshots              by
-                             the worse cosine of two snapshots of the encoder, where the features of
-                             an earlier one are there (the digits) GAN, published             each
-                             anchor's images nearest to its best proxy (directed edges, Eq. 3
-                             without a radius) GAN, surest pairs          the same pairs, those
-                             nearest to their proxy first GAN, five proxies agree    the anchor's
-                             nearest by the worst cosine to any of its five proxies GAN, five and
-                             shared       the same plus the share of their 20 nearest that they
-                             share GAN, all seeds agree       the anchor's nearest by the worst
-                             cosine to any of the proxies of n GANs
-and surest pairs of other GANs (benchmarks/gans.py): positives from sets (drawn from the 5 nearest
-and not the anchor's own row), spectral norm, gradient penalty, graded negatives; and, matched false
-triplets: the anchor's nearest by D's score of them, as positives drawn from sets. Candidates are
-each image's 100 nearest. Labels judge and choose nothing. Each seed leaves a file in --folder and
-is not run again.
+  neighbourhood means        by the cosine of the means over their 20 or 50 nearest (--miner
+                             average); with an in-degree cap; weighed by the estimate without
+                             labels; with two views: means of what an image and two augmented views
+                             of it have in common, where there are images
+  two snapshots              by the worse cosine of two snapshots of the encoder, where there are
+                             features of an earlier one
+  GAN, published             directed: images nearest to each anchor's best proxy (Eq. 3, no radius)
+  GAN, surest pairs          the same pairs, those nearest to their proxy first
+  GAN, five proxies agree    an anchor's nearest by the worst cosine to its five proxies
+  GAN, five and shared       the same plus the share of their 20 nearest that they share
+  GAN, all seeds agree       an anchor's nearest by the worst cosine to the proxies of n GANs
+and the surest pairs of other GANs (studies/gans.py): positives from sets (drawn from the 5 nearest,
+not the anchor's own row), spectral norm, gradient penalty, graded negatives, and matched false
+triplets (an anchor's nearest by D's score of them). Candidates are each image's 100 nearest. Labels
+judge and choose nothing. A seed's figures are kept in --folder and made once.
 
 Letters: M images, C feature dimension, k neighbours.
 """
@@ -46,7 +45,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import breakeven, common, gans
+from benchmarks import common
 from benchmarks.mining import load_features
 from moco_isl import data, files
 from moco_isl.encoders import extract_features, extract_views
@@ -60,10 +59,11 @@ from moco_isl.mining.gan import GANFit, GANSettings, Trainer, fit_gan
 from moco_isl.mining.positives import PositiveSets, distinct_edges, same_label
 from moco_isl.mining.triplets import TripletSampler
 from moco_isl.ops.neighbors import topk
+from studies import gans
+from studies.figures import Result
 
 Tensor = torch.Tensor
-# images a [U], b [U], surest first; and where pairs do not count alike their weights [U]
-Pairs = tuple[Tensor, ...]
+Pairs = tuple[Tensor, ...]  # images a [U], b [U], surest first; or with weights [U] of the pairs
 SIZES = [0.5, 1, 2, 5, 10, 20, 50]
 K = 100
 SHARED = 20
@@ -78,8 +78,9 @@ KINDS = {
 
 @dataclass
 class Source:
-    """Features [M, C] and labels [M]; before [M, C]: of an earlier snapshot of the encoder; views 2
-    x [M, C]: of augmented views.
+    """Features [M, C] and labels [M] of images.
+
+    before [M, C]: by an earlier snapshot of the encoder; views 2 x [M, C]: of augmented views.
     """
 
     features: Tensor
@@ -92,7 +93,8 @@ class Lists:
     """Each image's nearest images and their cosines, [M, K] each."""
 
     def __init__(self, features: Tensor):
-        self.features, self.M = features, len(features)
+        self.features = features
+        self.M = len(features)
         self.anchors = torch.arange(self.M, device=features.device)
         self.cosine, self.near = topk(features, features, min(K, self.M - 1), self.anchors)
 
@@ -113,9 +115,7 @@ class Lists:
 
     @functools.cached_property
     def shared(self) -> Tensor:
-        """[M, K]: how many of the SHARED nearest an image and each of its nearest have in
-        common.
-        """
+        """[M, K]: how many of their SHARED nearest an image and each of its nearest share."""
         first = self.near[:, :SHARED].int()
         return torch.cat(
             [
@@ -136,9 +136,7 @@ class Lists:
         return means.pairs(means.cosine)
 
     def worst_rank(self) -> Tensor:
-        """[M, K]: the larger of the places that an image and each of its nearest have in each
-        other's lists.
-        """
+        """[M, K]: an image and its nearest have places in each other's lists; the larger one."""
         place = torch.arange(self.near.shape[1], device=self.near.device)
         back = []
         for rows in self.anchors.split(512):
@@ -163,7 +161,8 @@ def without_gan(
     lists: Lists, before: Tensor | None = None, views: Views | None = None
 ) -> dict[str, Pairs]:
     """Row -> pairs, surest first."""
-    cosine, near = lists.cosine, lists.near
+    cosine = lists.cosine
+    near = lists.near
     local = cosine[:, :10].mean(1)
     rows = {
         "all pairs": lists.by_cosine(),
@@ -188,10 +187,13 @@ def without_gan(
 
 @torch.no_grad()
 def with_gan(lists: Lists, seed: int, iters: int | None) -> tuple[dict[str, Pairs], Tensor, Tensor]:
-    """Row -> pairs, surest first; the images nearest to each anchor's best proxy [M, K]; the worst
-    cosine of an anchor's nearest to its proxies [M, K].
+    """The rows of one seed's GANs.
+
+    Returns row -> pairs, surest first; the images nearest to each anchor's best proxy [M, K]; the
+    worst cosine of an anchor's nearest to its proxies [M, K].
     """
-    x, M = lists.features, lists.M
+    x = lists.features
+    M = lists.M
     alone = PositiveSets.empty(M, x.device)
     nearest = PositiveSets.from_edges(
         M, lists.anchors.repeat_interleave(5), lists.near[:, :5].flatten(), symmetric=False
@@ -202,7 +204,8 @@ def with_gan(lists: Lists, seed: int, iters: int | None) -> tuple[dict[str, Pair
         _, _, near, cosine, _ = best_proxies(fit, x, sets, seed, min(K, M - 1))
         return lists.pairs(cosine, near), near
 
-    fit, rows = fit_of(alone), {}
+    fit = fit_of(alone)
+    rows = {}
     rows["GAN, surest pairs"], near = surest(fit, alone)
     worst = _of_five(lambda a, n: fit.G(a, a, n), lists, seed).amin(2)  # [M, K]
     rows["GAN, five proxies agree"] = lists.pairs(worst)
@@ -235,10 +238,9 @@ def _negatives(lists: Lists, seed: int):
 
 
 def _of_five(proxy, lists: Lists, seed: int) -> Tensor:
-    """[M, K, 5]: cosine of each of an anchor's proxies, proxy(a, n) [N, C], to each of its
-    nearest.
-    """
-    x, parts = lists.features, []
+    """[M, K, 5]: cosines of an anchor's nearest to its proxies, which are proxy(a, n) [N, C]."""
+    x = lists.features
+    parts = []
     for rows, negatives in _negatives(lists, seed):
         proxies = torch.stack([proxy(x[rows].float(), n) for n in negatives], 2)  # [N, C, 5]
         parts.append(x[lists.near[rows]].float() @ proxies)
@@ -246,15 +248,12 @@ def _of_five(proxy, lists: Lists, seed: int) -> Tensor:
 
 
 def _scores(fit: GANFit, lists: Lists, seed: int) -> Tensor:
-    """[M, K, 5]: D's logit of each of an anchor's nearest in the positive's place, with each of its
-    negatives.
-    """
+    """[M, K, 5]: D's logit of an anchor, each of its nearest as the positive, and each negative."""
     x = lists.features
     k = lists.near.shape[1]
     parts = []
     for rows, negatives in _negatives(lists, seed):
-        # [N k, C]
-        a = x[rows].float().repeat_interleave(k, 0)
+        a = x[rows].float().repeat_interleave(k, 0)  # [N k, C]
         p = x[lists.near[rows]].float().flatten(0, 1)
         parts.append(
             torch.stack([fit.D(a, p, n.repeat_interleave(k, 0)).view(-1, k) for n in negatives], 2)
@@ -286,7 +285,8 @@ def undirected(
     M = len(labels)
     same = same_label(labels, a, b)
     found = {}
-    weight = torch.where(same.isnan(), 0, torch.ones_like(same) if weight is None else weight)
+    weight = torch.ones_like(same) if weight is None else weight
+    weight = torch.where(same.isnan(), 0, weight)
     right = same.nan_to_num() * weight
     for size in SIZES:
         if (n := round(size * M / 2)) <= len(a):
@@ -302,8 +302,8 @@ def undirected(
 def study(
     sources: list[Source], seeds: int, iters: int | None, folder: Path
 ) -> dict[str, list[dict]]:
-    """Row -> its figures by size, one dict a source (rows without a GAN) or a seed (of source seed
-    % len(sources)).
+    """Row -> its figures by size: a dict a source, or for rows of GANs a dict a seed, of which
+    each has source number seed % len(sources).
     """
     rows: dict[str, list[dict]] = {}
     worst = []
@@ -333,8 +333,8 @@ def study(
 def _seed(
     source: Source, lists: Lists, seed: int, iters: int | None, folder: Path
 ) -> tuple[dict[str, dict], Tensor]:
-    """Figures of a seed's rows of the GANs, and the worst cosines [M, K]: from its file, or made
-    and written.
+    """Figures of a seed's rows of the GANs and the worst cosines [M, K], made where the seed has no
+    file in `folder` yet.
     """
     done = folder / f"seed-{seed}.pt"
     key = {"iters": iters, "images": lists.M, "sum": round(float(lists.cosine.double().sum()), 2)}
@@ -360,40 +360,31 @@ def _seed(
     return figures, worst
 
 
-def show(rows: dict[str, list[dict]], result: common.Result) -> None:
-    """A row each; the last columns: by how many points it is at least above the better of both
+def show(rows: dict[str, list[dict]], result: Result) -> None:
+    """Add a row each; its last columns: by how many points it is at least above the better of both
     baselines, over all sizes and at 5 and 50.
     """
+    baselines = ("own nearest", "all pairs")
     mean = {
         name: {s: statistics.fmean(f[s]["precision"] for f in seeds) for s in seeds[0]}
         for name, seeds in rows.items()
     }
-    best = {
-        f"{s:g}": max(mean[name].get(f"{s:g}", 0) for name in ("own nearest", "all pairs"))
-        for s in SIZES
-    }
+    best = {s: max(mean[name].get(s, 0) for name in baselines) for s in map("{:g}".format, SIZES)}
     for name, seeds in rows.items():
-        at = lambda s: (
-            common.spread([100 * f[s]["precision"] for f in seeds]) if s in seeds[0] else None
-        )
-        over = {s: 100 * (mean[name][s] - best[s]) for s in mean[name]}
-        middle = {key: statistics.fmean(f["5"][key] for f in seeds) for key in ("coverage", "hub")}
-        gain = {"least": min(over.values()), "over_5": over.get("5"), "over_50": over.get("50")}
-        result.add(
-            {
-                "row": name,
-                **{f"at_{s:g}": at(f"{s:g}") for s in SIZES},
-                "coverage": round(100 * middle["coverage"]),
-                "hub": round(middle["hub"]),
-                **(
-                    {}
-                    if name in ("own nearest", "all pairs")
-                    else {key: f"{x:+.1f}" for key, x in gain.items() if x is not None}
-                ),
-                "n": len(seeds),
-                "figures": seeds,
+        cells = {"row": name, "n": len(seeds)}
+        for s in seeds[0]:
+            cells[f"at_{s}"] = common.spread([100 * f[s]["precision"] for f in seeds])
+        cells["coverage"] = round(100 * statistics.fmean(f["5"]["coverage"] for f in seeds))
+        cells["hub"] = round(statistics.fmean(f["5"]["hub"] for f in seeds))
+        if name not in baselines:
+            over = {s: 100 * (mean[name][s] - best[s]) for s in mean[name]}
+            gains = {
+                "least": min(over.values()),
+                "over_5": over.get("5"),
+                "over_50": over.get("50"),
             }
-        )
+            cells |= {key: f"{x:+.1f}" for key, x in gains.items() if x is not None}
+        result.add(cells)
 
 
 # ---------------------------------------------------------------- the features
@@ -421,18 +412,16 @@ def of_checkpoint(file: Path, dataset: str, root: str | None, device: torch.devi
     images = data.build_dataset(dataset, root, "train")
     if images.labels is None:
         raise BadInput(f"{root} has no labels to judge by: expected a folder a class")
-    size, M = data.native_size(images), len(images)
+    size = data.native_size(images)
+    M = len(images)
     encoder, _ = load_backbone(file, image_size=size)
     encoder.to(device)
     plain = data.eval_loader(
         images, transform=data.get_eval_transform(dataset, size), batch_size=256, device=device
     )
+    augmentation = data.get_augmentation(dataset, aug_plus=True, size=size)
     seen = data.view_loader(
-        images,
-        augmentation=data.get_augmentation(dataset, aug_plus=True, size=size),
-        batch_size=256,
-        seed=0,
-        device=device,
+        images, augmentation=augmentation, batch_size=256, seed=0, device=device
     )
     return Source(
         extract_features(encoder, plain, M, device),
@@ -441,21 +430,21 @@ def of_checkpoint(file: Path, dataset: str, root: str | None, device: torch.devi
     )
 
 
-def of_digits(seeds: int, device: torch.device, starts: Path, quick: bool) -> list[Source]:
-    """The train images by the converged MoCo v2 of each seed after 20 more epochs, with the
-    features before those.
+def of_digits(seeds: int, device: torch.device, runs: Path) -> list[Source]:
+    """The digits' train images by the MoCo v2 of each seed in gain_digits, which has trained 20
+    more epochs without mining, with the features before those, of start_digits.
     """
-    flags = breakeven.shared_parser("").parse_args(
-        ["--device", str(device), "--epochs", "20", *(["--quick"] if quick else [])]
-    )
-    runs = breakeven.Runs(starts, breakeven.setting(flags), device)
     sources = []
     for seed in range(seeds):
-        start = runs.start(seed)
-        runs.go_on(f"gain0-{seed}", seed, ["--miner", "none"], keep=True)
-        end = starts / f"gain0-{seed}" / "checkpoint_last.pth.tar"
-        source = of_checkpoint(end, "digits", None, device)
-        source.before = runs.judge.features(start)[0][0]
+        files = [
+            runs / "gain_digits" / f"none,seed={seed}" / "checkpoint_last.pth.tar",
+            runs / "start_digits" / f"moco,seed={seed}" / "checkpoint_last.pth.tar",
+        ]
+        if missing := [file for file in files if not file.is_file()]:
+            study = f"studies/{missing[0].parent.parent.name}.yaml"
+            raise BadInput(f"no file at {missing[0]}: run python launch/sweep.py {study} first")
+        source, before = (of_checkpoint(file, "digits", None, device) for file in files)
+        source.before = before.features
         sources.append(source)
     return sources
 
@@ -480,10 +469,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--iters", type=int, help="cap of the GAN's iterations (90 sqrt(M))")
     parser.add_argument("--folder", type=Path, help="where a seed's figures go (runs/miners/NAME)")
     parser.add_argument(
-        "--starts",
-        type=Path,
-        default=Path("runs/breakeven/digits-20"),
-        help="folder with the digits' converged runs, made where they are not there",
+        "--runs", type=Path, default=Path("runs"), help="where the digits' sweeps have run (runs)"
     )
     return parser
 
@@ -492,7 +478,8 @@ def main(argv: list[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
     common.begin(args)
     if args.quick:
-        args.images, args.iters = args.images or 1000, 50
+        args.images = args.images or 1000
+        args.iters = 50
     name = Path(args.file).stem.removeprefix("features_") + (
         f"-{args.images}" if args.images and args.file != "digits" else ""
     )
@@ -506,29 +493,21 @@ def main(argv: list[str] | None = None) -> int:
         ("over_50", "at 50"),
         ("n", "n"),
     ]
+    folder = args.folder or Path("runs/miners") / (name + ("-quick" if args.quick else ""))
     try:
-        digits = args.file == "digits"
         if args.of:
             name = Path(args.file).resolve().parent.name
-            sources = [
-                of_checkpoint(Path(args.file), args.of[0], *args.of[1:2] or [None], args.device)
-            ]
+            root = args.of[1] if len(args.of) > 1 else None
+            sources = [of_checkpoint(Path(args.file), args.of[0], root, args.device)]
+        elif args.file == "digits":
+            sources = of_digits(max(1, args.gan), args.device, args.runs)
         else:
-            sources = (
-                of_digits(max(1, args.gan), args.device, args.starts, args.quick)
-                if digits
-                else from_file(args.file, args.device, args.images)
-            )
-        rows = study(
-            sources,
-            args.gan,
-            args.iters,
-            args.folder or Path("runs/miners") / (name + ("-quick" if args.quick else "")),
-        )
+            sources = from_file(args.file, args.device, args.images)
+        rows = study(sources, args.gan, args.iters, folder)
     except BadInput as error:
-        print(f"benchmarks.miners: {error}", file=sys.stderr)
+        print(f"studies.miners: {error}", file=sys.stderr)
         return error.exit_code
-    result = common.Result(
+    result = Result(
         f"miners-{name}",
         f"Precision of mined pairs, {name}, {len(sources[0].labels):,} images",
         args.device,

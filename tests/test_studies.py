@@ -1,5 +1,5 @@
-"""The break-even study: its crossing against brute force and planted lines, its runs made once, its
-files in the forms that others read.
+"""The studies: their sweeps are flags that the scripts take, one judge makes their tables, and
+break-even is found where it was planted.
 """
 
 import json
@@ -9,12 +9,21 @@ import xml.etree.ElementTree
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 
 import main_moco_isl
-from benchmarks import breakeven, gain
-from benchmarks.breakeven import bootstrap, closer, crossing, monotone
+from launch import options, sweep
+from moco_isl import schema
 from moco_isl.report.verdict import breakeven_of, read_breakeven
 from moco_isl.training.options import check_args
+from studies import breakeven, demo, judge
+from studies.breakeven import bootstrap, closer, crossing, monotone
+from studies.figures import HERE, Judge
+
+SWEEPS = sorted(path for path in HERE.glob("*.yaml") if not path.name.startswith("flags_"))
+
+# ---------------------------------------------------------------- break-even
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -63,158 +72,142 @@ def test_closer_halves_what_is_unknown():
     assert closer(planted(0.3)) == 0.45 and closer(planted(0.99)) == 0.975
 
 
-def test_the_cifar_form_gives_flags_that_the_script_takes():
-    args = breakeven.get_parser().parse_args(
-        ["--dataset", "cifar10", "somewhere", "--device", "cpu", "--flags", "-b 256"]
+@pytest.mark.parametrize("right", ["near", "uniform"])
+def test_break_evens_on_the_page_are_those_of_the_gains_on_the_page(right, tmp_path):
+    read = lambda name: json.loads((HERE / "results" / f"{name}-cpu.json").read_text())["rows"]
+    gains = read(f"breakeven-digits-right-{right}-gains")
+    found = breakeven.evens_table("x", {}, gains, torch.device("cpu")).rows
+    assert found == read(f"breakeven-digits-right-{right}")
+    breakeven.draw(gains, tmp_path / "breakeven.svg")
+    xml.etree.ElementTree.parse(tmp_path / "breakeven.svg")
+
+
+# ---------------------------------------------------------------- sweeps and their judge
+
+
+@pytest.mark.parametrize("file", SWEEPS, ids=lambda file: file.stem)
+def test_a_study_is_flags_that_the_script_takes(file, monkeypatch):
+    monkeypatch.chdir(HERE.parent)
+    plan = sweep.read_plan(file)
+    schema.require(plan["judge"], judge.PART, "judge")
+    rows = {run.row for run in judge.runs_of(plan, Path("x"))}
+    assert set(plan["judge"].get("over", [])) <= rows
+    for settings in plan["points"].values():
+        flags = sweep.flags_of("pretrain", {**settings, "init": None, "device": "cpu"})
+        args = options.parse_script("pretrain", flags, 1, 1, check=False)
+        args.download = args.dataset != "digits"  # CIFAR stands for a folder
+        check_args(args)
+        first = file.parent / f"{settings.get('init', '').partition('/')[2].partition('/')[0]}.yaml"
+        assert "init" not in settings or first in SWEEPS
+
+
+def small_study(tmp_path, points: list[dict], seeds=(0,), **part) -> Path:
+    """A sweep of runs of one epoch over 437 digits; they have ended."""
+    base = {"config": str(HERE / "flags_digits.yaml"), "epochs": 1, "knn-holdout": 1000}
+    base |= {"moco-dim": 16, "moco-k": 128, "device": "cpu"}
+    file = tmp_path / "study.yaml"
+    file.write_text(
+        yaml.safe_dump({"base": base, "points": points, "seeds": list(seeds), "judge": part})
     )
-    setting = breakeven.setting(args)
-    for point in (
-        breakeven.Point(1),
-        *(breakeven.Point(1, form, 2, 0.8) for form in breakeven.FORMS),
-    ):
-        flags = main_moco_isl.get_parser().parse_args(
-            [*setting.common, *setting.go_on, *point.flags("near", "near", 20), "--seed", "1"]
-        )
-        check_args(flags)
-        assert (flags.dataset, flags.data, flags.arch, flags.batch_size) == (
-            "cifar10",
-            "somewhere",
-            "resnet18w32",
-            256,
-        )
-        assert flags.research_labels == (point.form is not None) and flags.oracle_right == (
-            "uniform" if point.form is None else "near"
-        )
+    for name, settings in sweep.read_plan(file)["points"].items():  # as sweep.main, in one process
+        flags = sweep.flags_of("pretrain", settings)
+        assert main_moco_isl.main([*flags, "--out", str(tmp_path / "runs" / name)]) == 0
+    return file
 
 
-def written(folder, name):
-    return next(
-        found
-        for path in folder.glob("*.json")
-        if (found := json.loads(path.read_text()))["name"] == name
-    )
+def judged(tmp_path, file: Path) -> dict[str, dict]:
+    """Name -> table that the judge wrote."""
+    flags = ["--job-dir", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
+    assert judge.main([str(file), *flags, "--device", "cpu"]) == 0
+    tables = [json.loads(path.read_text()) for path in (tmp_path / "out").glob("*.json")]
+    return {table["name"]: table for table in tables}
 
 
-def test_a_study_is_made_once_and_goes_on(tmp_path, monkeypatch):
-    command = [
-        "--quick",
-        "--seeds",
-        "1",
-        "--device",
-        "cpu",
-        "--folder",
-        str(tmp_path / "runs"),
-        "--out",
-        str(tmp_path),
-        "--flags",
-        "--knn-holdout 1000",
+def test_the_table_of_a_study(tmp_path, monkeypatch):
+    (tmp_path / "even.json").write_text('{"logsum": {"5": 0.43, "20": 0.9}}')
+    points = [
+        {"name": "none", "miner": "none"},
+        {"name": "knn", "miner": "knn", "isl-start": 0, "isl-budget": 4, "isl-loss": "logsum"},
     ]
-    assert breakeven.main([*command, "--minutes", "0"]) == 75 and not list(tmp_path.glob("*.json"))
-    assert breakeven.main(command) == 0
-    assert sorted(p.name for p in (tmp_path / "runs").glob("*-0*.json")) == [
-        "meanlog-size5-precision0.5-0-right-near.json",
-        "meanlog-size5-precision0.95-0-right-near.json",
-        "none-0.json",
-        "start-0.json",
-    ]
+    even = str(tmp_path / "even.json")
+    shown = ["knn", "one_shot", "near"]
+    file = small_study(tmp_path, points, (0, 1), figures=shown, over=["none"], breakeven=even)
+    none, knn = judged(tmp_path, file)["study"]["rows"]
+    assert (none["row"], none["n"], knn["row"], knn["n"]) == ("none", 2, "knn", 2)
+    assert "gain_knn" not in none and "size" not in none and knn["breakeven"] == 0.43
+    kept = {
+        row: [
+            json.loads((tmp_path / "runs" / f"{row},seed={seed}" / "judged.json").read_text())
+            for seed in (0, 1)
+        ]
+        for row in ("none", "knn")
+    }
+    values = [x["one_shot"] for x in kept["knn"]]
+    assert knn["one_shot"] == f"{statistics.fmean(values):.1f} ± {statistics.stdev(values):.1f}"
+    pairs = [a["one_shot"] - b["one_shot"] for a, b in zip(kept["knn"], kept["none"])]
+    assert knn["gain_one_shot"].startswith(f"{statistics.fmean(pairs):+.1f} ± ")
+    line = (tmp_path / "runs" / "knn,seed=1" / "metrics.jsonl").read_text()
+    assert '"kind": "round"' in line and 0 < knn["precision"] < 1 and knn["seconds"] > 0
+    monkeypatch.setattr(Judge, "features", lambda *_: pytest.fail("judged twice"))
+    assert judged(tmp_path, file)["study"]["rows"] == [none, knn]
+    (tmp_path / "runs" / "knn,seed=1" / "checkpoint_last.pth.tar").unlink()
+    table = judged(tmp_path, file)["study"]
+    assert table["rows"][1]["n"] == 1 and "1 runs have not ended: knn,seed=1" in table["notes"][-1]
+
+
+def test_a_study_of_an_oracle_has_gains_and_break_evens(tmp_path):
+    mined = {"miner": "oracle", "research-labels": True, "isl-start": 0}
+    mined |= {"isl-loss": "meanlog", "isl-hpe": 0, "oracle-size": 5}
+    points = [{"name": "none", "miner": "none"}]
+    points += [{**mined, "name": f"p{p}", "oracle-precision": p} for p in (0.5, 0.95)]
+    file = small_study(tmp_path, points, figures=["knn", "one_shot", "near"], title="digits")
+    tables = judged(tmp_path, file)
+    assert set(tables) == {"study", "study-gains"}
+    rows = tables["study-gains"]["rows"]
+    assert [row.get("precision") for row in rows] == [None, 0.5, 0.95]
+    read = lambda name: json.loads((tmp_path / "runs" / name / "judged.json").read_text())["knn"]
+    assert rows[2]["knn_gains"] == [pytest.approx(read("p0.95,seed=0") - read("none,seed=0"))]
+    assert "Labels were used" in tables["study"]["notes"][0]
     table = read_breakeven(tmp_path / "runs" / "breakeven.json")
     assert breakeven_of(table, "meanlog", 4.0) is not None
     xml.etree.ElementTree.parse(tmp_path / "runs" / "breakeven.svg")
-    result = written(tmp_path, "breakeven-digits-right-near-gains")
-    row = next(row for row in result["rows"] if row["precision"] == 0.95)
-    point, none = (
-        json.loads((tmp_path / "runs" / f"{name}.json").read_text())
-        for name in ("meanlog-size5-precision0.95-0-right-near", "none-0")
-    )
-    assert (
-        row["knn_gains"] == [pytest.approx(point["knn"] - none["knn"])]
-        and "--research-labels" in point["flags"]
-    )
-    assert "Labels were used" in written(tmp_path, "breakeven-digits-right-near")["notes"][0]
-    monkeypatch.setattr(
-        main_moco_isl, "main", lambda *_: pytest.fail("a run that has ended was run again")
-    )
-    again = tmp_path / "again"
-    assert breakeven.main([*command[:-4], "--out", str(again), *command[-2:]]) == 0
-    assert written(again, "breakeven-digits-right-near-gains")["rows"] == result["rows"]
-    assert breakeven.main([*command, "--every", "7"]) == 2, "other flags under the same name"
-    assert Path(tmp_path / "runs" / "start-0" / "checkpoint_last.pth.tar").exists()
 
 
-def test_gains_have_a_row_each_beside_their_break_even(tmp_path):
-    command = [
-        "--quick",
-        "--seeds",
-        "1",
-        "--device",
-        "cpu",
-        "--folder",
-        str(tmp_path / "runs"),
-        "--out",
-        str(tmp_path),
-        "--flags",
-        "--knn-holdout 1000",
+def test_what_cannot_be_judged_is_one_line(tmp_path, capsys):
+    file = tmp_path / "study.yaml"
+    file.write_text("base: {dataset: digits}\npoints: [{name: a}]\nseeds: [0]\n")
+    assert judge.main([str(file), "--job-dir", str(tmp_path / "runs")]) == 2
+    assert "no run in" in capsys.readouterr().err
+    file.write_text("points: [{name: a}]\njudge: {figures: [top1]}\n")
+    assert judge.main([str(file)]) == 2
+    said = capsys.readouterr().err
+    assert "judge: figures[0] is 'top1'" in said and said.count("\n") == 1
+
+
+def test_the_demo_prints_a_row_a_run(tmp_path, monkeypatch, capsys):
+    """make demo, of two steps a run."""
+    monkeypatch.setattr(demo, "OUT", tmp_path / "demo")
+    short = ["--epochs", "1", "--max-steps", "2", "--device", "cpu"]
+    for name in ("PRETRAIN", "CONTINUE"):
+        monkeypatch.setattr(demo, name, short)
+    monkeypatch.setattr(demo, "GAN", [])
+    quick = {title: [*flags[:2]] for title, flags in demo.CONTINUATIONS.items()}
+    for flags in quick.values():
+        if flags[1] != "none":
+            flags += (
+                "--isl-start 0 --isl-budget 4 --isl-gan-iters 20 --isl-gan-min-iters 10".split()
+            )
+    monkeypatch.setattr(demo, "CONTINUATIONS", quick)
+    monkeypatch.setattr("sys.argv", ["demo"])
+    demo.main()
+    said = capsys.readouterr().out
+    lines = said[said.index("kNN %") :].splitlines()[1:7]
+    assert [line[:20].strip() for line in lines] == [
+        "raw pixels",
+        "untrained",
+        "MoCo v2, 60 epochs",
+        *quick,
     ]
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "breakeven.json").write_text('{"meanlog": {"5": 0.43, "20": 0.9}}')
-    assert gain.main([*command, "--rows", "own nearest (knn)"]) == 0
-    rows = written(tmp_path, "gain-digits")["rows"]
-    assert [row["row"] for row in rows] == ["no mining", "own nearest (knn)"]
-    assert rows[0]["gain"] is None and rows[0]["breakeven"] is None
-    figures = [json.loads((tmp_path / "runs" / f"gain{i}-0.json").read_text()) for i in (0, 1)]
-    assert float(rows[1]["gain"]) == pytest.approx(figures[1]["knn"] - figures[0]["knn"], abs=0.051)
-    assert (rows[1]["size"], rows[1]["breakeven"]) == ("10.00", "0.90") and float(
-        rows[1]["precision"]
-    ) == pytest.approx(figures[1]["rounds"][-1]["precision"], abs=0.006)
-    assert 10 < float(rows[1]["linear"]) <= 100
-    assert (
-        gain.main(["--dataset", "cifar10", "--device", "cpu", "--folder", str(tmp_path / "no")])
-        == 2
-    )
-
-
-@pytest.mark.parametrize("dataset", ["digits", "cifar10"])
-def test_rows_of_the_gain_are_flags_that_the_script_takes(dataset):
-    args = breakeven.shared_parser("").parse_args(
-        ["--dataset", dataset, *(["somewhere"] if dataset != "digits" else []), "--device", "cpu"]
-    )
-    setting = breakeven.setting(args)
-    for title, row in gain.rows_of(args).items():
-        flags = main_moco_isl.get_parser().parse_args(
-            [*setting.common, *setting.go_on, *row, "--seed", "1"]
-        )
-        check_args(flags)
-        assert (flags.isl_budget, flags.isl_loss) == (
-            (10, "meanlog") if dataset == "digits" else (5, "logsum")
-        ) or title == "no mining"
-
-
-def test_right_positives_from_anywhere_have_runs_and_results_of_their_own(tmp_path):
-    command = [
-        "--quick",
-        "--seeds",
-        "1",
-        "--device",
-        "cpu",
-        "--folder",
-        str(tmp_path / "runs"),
-        "--out",
-        str(tmp_path),
-        "--flags",
-        "--knn-holdout 1000",
-    ]
-    assert breakeven.main([*command, "--right", "uniform"]) == 0
-    assert sorted(p.name for p in (tmp_path / "runs").glob("*-0*.json")) == [
-        "meanlog-size5-precision0.5-0-right-uniform.json",
-        "meanlog-size5-precision0.95-0-right-uniform.json",
-        "none-0.json",
-        "start-0.json",
-    ]
-    assert "right ones: uniform" in written(tmp_path, "breakeven-digits-right-uniform")["notes"][0]
-    assert (tmp_path / "runs" / "breakeven-right-uniform.json").exists() and not (
-        tmp_path / "runs" / "breakeven.json"
-    ).exists()
-    flags = json.loads(
-        (tmp_path / "runs" / "meanlog-size5-precision0.5-0-right-uniform.json").read_text()
-    )["flags"]
-    assert flags[flags.index("--oracle-right") + 1] == "uniform"
+    assert lines[0].split()[2:] == ["94.2", "62.7"], "pixels are no encoder's"
+    table = json.loads((tmp_path / "demo" / "table.json").read_text())
+    assert table["seeds"][0]["+ 60, kNN mining"]["size"] > 0

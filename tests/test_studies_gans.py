@@ -1,4 +1,4 @@
-"""The other GANs of benchmarks.gans: each is the one change that it says, and trains."""
+"""The GANs of studies/gans.py: each is the one change that it says, and trains."""
 
 import math
 
@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import gans
 from moco_isl.mining.gan import GANSettings, Trainer, discriminator_loss, fit_gan
 from moco_isl.mining.positives import PositiveSets
+from studies import gans
 from tests.test_miners import clusters
 
 

@@ -1,4 +1,4 @@
-"""The ways to rank pairs of benchmarks.miners against loops, and their figures."""
+"""The ways to rank pairs of studies/miners.py against loops, and their figures."""
 
 import json
 
@@ -6,12 +6,13 @@ import pytest
 import torch
 
 import main_moco_isl
-from benchmarks import miners
 from moco_isl.errors import BadInput
 from moco_isl.miners.average import with_views
 from moco_isl.mining.gan import GANSettings, fit_gan
 from moco_isl.mining.positives import PositiveSets
 from moco_isl.mining.triplets import TripletSampler
+from studies import miners
+from studies.figures import Result
 from tests.runs import DIGITS
 from tests.test_miners import clusters
 
@@ -125,9 +126,8 @@ def test_every_row_has_its_figures(lists, tmp_path):
     }
     with pytest.raises(BadInput, match="other features or iterations"):
         miners.study([source], 1, 6, tmp_path)
-    result = miners.common.Result(
-        "miners-test", "test", torch.device("cpu"), [("row", "row"), ("least", "least")]
-    )
+    columns = [("row", "row"), ("least", "least")]
+    result = Result("miners-test", "test", torch.device("cpu"), columns)
     miners.show(rows, result)
     assert ["least" in row for row in result.rows] == [
         name not in ("own nearest", "all pairs") for name in rows
@@ -155,13 +155,15 @@ def test_a_checkpoint_is_judged_on_its_images(tmp_path):
     source = miners.of_checkpoint(file, "digits", None, torch.device("cpu"))
     a, b = miners.Lists(with_views(source.features, source.views)).by_means(50)
     wanted = miners.undirected(a, b, labels=source.labels)
-    assert (
-        rows["  of 50, with two views"]["figures"] == [wanted]
-        and wanted != rows["neighbourhood means of 50"]["figures"][0]
-    )
-    assert (
-        miners.main(
-            [file, "--of", "cifar10", str(tmp_path), "--device", "cpu", "--out", str(tmp_path)]
-        )
-        == 2
-    )
+    shown = {f"at_{size}": f"{100 * x['precision']:.1f}" for size, x in wanted.items()}
+    row = rows["  of 50, with two views"]
+    assert {key: row[key] for key in shown} == shown
+    assert shown["at_5"] != rows["neighbourhood means of 50"]["at_5"]
+    nowhere = [file, "--of", "cifar10", str(tmp_path), "--device", "cpu", "--out", str(tmp_path)]
+    assert miners.main(nowhere) == 2
+
+
+def test_the_digits_need_the_runs_of_two_sweeps(tmp_path, capsys):
+    assert miners.main(["digits", "--runs", str(tmp_path), "--device", "cpu"]) == 2
+    said = capsys.readouterr().err
+    assert "run python launch/sweep.py studies/gain_digits.yaml first" in said
