@@ -1,12 +1,13 @@
 """The 10 nearest of every image, exactly and by the approximate index of --isl-index ivf: seconds,
-memory, recall.
+memory and recall.
 
     python -m benchmarks.index                          100,000 and 1,000,000 unit rows of a
-    mixture, C = 128 python -m benchmarks.index features.safetensors     and as many grown from the
-    features [n, C] of real images
+                                                        mixture, C = 128
+    python -m benchmarks.index features.safetensors     and as many grown from the features [n, C]
+                                                        of real images
 
 Mixture: 100 rows around each of M / 100 random centres (`benchmarks.mining.synthetic`). Grown: a
-row is a point between a real row and one of its 10 nearest, with noise of length 0.3; so it has the
+row lies between a real row and one of its 10 nearest, with noise of length 0.3, and so has the
 crowds of real features at any size. Seconds of ivf are those of all M queries: building (k-means,
 lists, the choice of nprobe) and searching, in blocks as a round does it. Exact search is timed on a
 sample of queries and multiplied. Recall is that of the same sample, which is not the one that chose
@@ -29,7 +30,8 @@ from moco_isl.mining.rounds import block_size
 from moco_isl.ops.ivf import IVF, installed
 from moco_isl.ops.neighbors import topk
 
-K, DIM = 10, 128
+K = 10
+DIM = 128
 COLUMNS = [
     ("features", "features"),
     ("M", "M"),
@@ -66,7 +68,8 @@ def grown(features: torch.Tensor, M: int) -> torch.Tensor:
 def seconds(fn: Callable[[], object], device: torch.device) -> tuple[object, float, float]:
     """What fn() returns, its seconds of CPU time of all threads, and of the wall."""
     common.synchronize(device)
-    cpu, wall = time.process_time(), time.perf_counter()
+    cpu = time.process_time()
+    wall = time.perf_counter()
     found = fn()
     common.synchronize(device)
     return found, time.process_time() - cpu, time.perf_counter() - wall
@@ -84,7 +87,8 @@ def measure(
     result: common.Result, name: str, rows: torch.Tensor, sample: int, repeats: int
 ) -> None:
     """Two rows of the table: exact and ivf."""
-    M, device = len(rows), rows.device
+    M = len(rows)
+    device = rows.device
     generator = torch.Generator().manual_seed(1)  # the index draws by 0
     chosen = torch.randperm(M, generator=generator)[:sample].to(device)
     before = peak_bytes(device, reset=True)
@@ -108,7 +112,8 @@ def measure(
     )
 
     before = peak_bytes(device, reset=True)
-    times, index = [], None
+    times = []
+    index = None
     for _ in range(repeats):
         index = None  # two at a time would be two copies
         index, build_cpu, build_wall = seconds(lambda: IVF(rows), device)
@@ -153,7 +158,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     common.begin(args)
     if args.quick:
-        args.sizes, args.queries = [2000], 200
+        args.sizes = [2000]
+        args.queries = 200
     try:
         if not installed():
             raise BadInput("this needs the package faiss: pip install 'moco_isl[faiss]'")

@@ -1,12 +1,12 @@
-"""Photos from JPEG files to two views: images a second and core, the published PIL pipeline and
-others in turns in one process.
+"""Photos from JPEG files to two views: images a second and core, by the published PIL pipeline and
+by others, in turns in one process.
 
-    python -m benchmarks.input [--photos DIR]        DIR: any folder of JPEGs; default:
-    imagenette_mini in MOCO_ISL_DATA, else drawn pictures
+    python -m benchmarks.input [--photos DIR]     DIR: any folder of JPEGs; default: imagenette_mini
+                                                  in MOCO_ISL_DATA, else drawn pictures
 
-One thread, no workers: CPU time of everything, so that images/s are those of a core. "worker's
-part" is what is left on the CPU where a GPU finishes the views. Photos of 224 px as they are, and
-the same enlarged to about 500 px.
+One thread, no workers, and CPU time of everything: images/s are those of a core. "worker's part" is
+what is left on the CPU where a GPU finishes the views. Photos of 224 px as they are, and the same
+enlarged to about 500 px.
 """
 
 import os

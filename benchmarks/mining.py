@@ -1,17 +1,19 @@
-"""One round of mining measured: precision beside both Euclidean baselines, hubs, coverage, seconds,
-memory.
+"""One round of mining: precision beside both Euclidean baselines, hubs, coverage, seconds, memory.
 
-    python -m benchmarks.mining features.safetensors               features [M, C] and labels [M] of
-    real images python -m benchmarks.mining --size 1281167 --iters 200 --worst 1 --no-table     the
-    memory and seconds of that many
+    python -m benchmarks.mining features.safetensors      features [M, C] and labels [M] of real
+                                                          images
+    python -m benchmarks.mining --size 1281167 --iters 200 --worst 1 --no-table
+                                                          memory and seconds of that many
 
 Rows of the table, precision at mean set sizes 1, 5, 10, 50:
-  own nearest       each image's nearest by cosine
-  all pairs         the most similar pairs of the whole data set, equally many
-  GAN proxies       the images nearest to each anchor's best proxy, whatever its score (Eq. 3, no
-radius) GAN surest pairs  the pairs of the row above most similar to their proxy, over the whole
-data set, under the in-degree cap Below it the round itself, as a run does it. Memory is what the
-process (or the GPU) held at most beyond the features.
+  own nearest         each image's nearest by cosine
+  all pairs           the most similar pairs of the whole data set, equally many
+  GAN proxies         the images nearest to each anchor's best proxy, whatever its score (Eq. 3
+                      without a radius)
+  GAN surest pairs    those of these pairs that are most similar to their proxy, of the whole data
+                      set, under the in-degree cap
+Below it the round itself, as a run does it. Memory is what the process (or the GPU) held at most
+beyond the features.
 """
 
 import argparse
@@ -113,8 +115,8 @@ def load(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
 def load_features(
     file: str, device: str | torch.device, dtype: torch.dtype = torch.float32
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """features [M, C] unit rows, labels [M] and, where the file has them, the features of an
-    earlier snapshot `before` [M, C].
+    """features [M, C] unit rows, labels [M], and `before` [M, C] of an earlier snapshot of the
+    encoder, or None where the file has none.
     """
     from safetensors.torch import load_file
 
@@ -165,13 +167,14 @@ def held_gib(device: str) -> float:
 
 
 class WorstCase(GANMiner):
-    """Mines the first of W shares of the anchors; everything joins, and shifted copies of its edges
-    stand for the other shares.
+    """Mines the first of W shares of the anchors and lets every candidate join; shifted copies of
+    its edges stand for the other shares.
     """
 
     def __init__(self, shares: int, **kwargs):
         super().__init__(**{**kwargs, "threshold": -1.0, "radius": 10.0, "radius_mode": "fixed"})
-        self.settings.max_hub, self.settings.min_distinct = 1.0, 0.0
+        self.settings.max_hub = 1.0
+        self.settings.min_distinct = 0.0
         self.shares = shares
 
     def find(self, features, positives, seed, tick):
@@ -181,7 +184,8 @@ class WorstCase(GANMiner):
             found, why = super().find(features, positives, seed, tick)
         finally:
             dist.shard = own
-        M, step = len(features), int(found.src.max()) + 1
+        M = len(features)
+        step = int(found.src.max()) + 1
         shifted = lambda x: torch.cat([((x + i * step) % M).int() for i in range(self.shares)])
         return (
             Edges(shifted(found.src), shifted(found.dst), found.sureness.repeat(self.shares)),
@@ -217,7 +221,8 @@ def table(
 
     GAN rows: of the last round's networks, empty sets.
     """
-    M, k = len(features), max(args.sizes)
+    M = len(features)
+    k = max(args.sizes)
     start = time.perf_counter()
     found = baselines(features, labels, args.sizes)
     rows = {
@@ -344,7 +349,8 @@ def main(argv: list[str] | None = None) -> int:
             f"M = {len(features):,}, C = {features.shape[1]}, {features.dtype}, on {name},"
             f" {torch.get_num_threads()} threads, torch {torch.__version__}"
         )
-        start, cpu = time.perf_counter(), time.process_time()
+        start = time.perf_counter()
+        cpu = time.process_time()
         _, reports = rounds(args, miner, features, labels)
         rows = {} if args.no_table else table(args, miner, features, labels)
     except BadInput as error:

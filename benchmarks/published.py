@@ -13,7 +13,8 @@ from torchvision import transforms
 from moco_isl.encoders import build_encoder
 from moco_isl.loader import GaussianBlur
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
 
 
 def encoder_with_mlp(arch: str, dim: int, size: int) -> nn.Module:
