@@ -261,33 +261,11 @@ def test_index_without_faiss_is_one_line(monkeypatch, capsys):
     )
 
 
-def test_table_of_mining(tmp_path):
-    out = tmp_path / "mining.json"
-    assert (
-        mining.main(
-            [
-                "--size",
-                "600",
-                "--iters",
-                "40",
-                "--min-iters",
-                "20",
-                "--device",
-                "cpu",
-                "--sizes",
-                "1",
-                "5",
-                "--out",
-                str(out),
-            ]
-        )
-        == 0
-    )
-    page = results.section(json.loads(out.read_text()))
-    assert "| round 0 |" in page and "| own nearest |" in page and "precision at 5" in page
-    assert out.read_bytes().startswith(mining.OURS)
-    out.write_text("notes")
-    assert mining.main(["--size", "600", "--out", str(out)]) == 2 and out.read_text() == "notes"
+def test_table_of_mining(tmp_path, capsys):
+    found = rows(written(mining.main, tmp_path, "--sizes 1 5")["mining-cpu.json"])
+    assert list(found)[:3] == ["round 0", "own nearest", "all pairs"]
+    assert found["round 0"]["seconds"] > 0 and 0 < found["own nearest"]["at_5"] <= 1
+    assert mining.main([]) == 2 and "give a feature file or --size M" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- what they are made of
