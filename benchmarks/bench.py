@@ -100,14 +100,9 @@ def main(argv: list[str] | None = None) -> int:
     gpu = args.device.startswith("cuda")
     began = time.perf_counter()
     left = lambda: args.minutes * 60 - (time.perf_counter() - began)
-    more = [
-        "--device",
-        args.device,
-        "--out",
-        str(args.out.absolute()),
-        *([] if gpu else ["--threads", "1"]),
-        *(["--quick"] if args.quick else []),
-    ]
+    more = ["--device", args.device, "--out", str(args.out.absolute())]
+    more += [] if gpu else ["--threads", "1"]
+    more += ["--quick"] if args.quick else []
     parts = {
         name: part
         for name, part in (GPU if gpu else CPU).items()
@@ -129,10 +124,8 @@ def main(argv: list[str] | None = None) -> int:
             said[name] = "left out: no time was left"
             continue
         since = time.perf_counter()
-        said[name] = (
-            end(start(part, more), min(most, left()))
-            or f"done in {time.perf_counter() - since:.0f} s"
-        )
+        failed = end(start(part, more), min(most, left()))
+        said[name] = failed or f"done in {time.perf_counter() - since:.0f} s"
     print(f"\n{(time.perf_counter() - began) / 60:.1f} minutes")
     for name, text in said.items():
         print(f"  {name}: {text}", flush=True)

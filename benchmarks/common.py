@@ -54,10 +54,6 @@ class Timing:
     def median(self) -> float:
         return statistics.median(self.seconds)
 
-    @property
-    def best(self) -> float:
-        return min(self.seconds)
-
     def row(self, what: str, unit: str = "ms", **more) -> dict:
         scale = {"ms": 1e3, "s": 1.0, "us": 1e6}[unit]
         return {**extremes(what, [x * scale for x in self.seconds], unit), **more}
@@ -76,9 +72,7 @@ def extremes(what: str, values: list[float], unit: str) -> dict:
 
 
 def by_cpu_time(device: torch.device) -> bool:
-    """Whether a table of this device counts CPU time (of all threads): a GPU is ours alone, a CPU
-    mostly is not.
-    """
+    """Whether tables of this device count CPU time, since others use the machine too."""
     return device.type == "cpu"
 
 
@@ -93,9 +87,7 @@ def synchronize(device: torch.device) -> None:
 def once(
     fn: Callable[[], object], device: torch.device, inner: int = 1, cpu_time: bool = False
 ) -> float:
-    """Seconds of one of `inner` calls in a row; cpu_time: of all threads of this process instead of
-    the wall's.
-    """
+    """Seconds of one of `inner` calls in a row; cpu_time: of all threads, not of the wall."""
     clock = time.process_time if cpu_time else time.perf_counter
     synchronize(device)
     start = clock()
@@ -125,9 +117,8 @@ def in_turns(
     warmup: int = 1,
     cpu_time: bool = False,
 ) -> dict[str, Timing]:
-    """Side by side: each once, then each again.
-
-    What else the machine does then falls on all of them alike; the i-th seconds belong together.
+    """Timings of several calls: each once, then each again, so that what else the machine does
+    falls on all of them alike. The i-th seconds of all belong together.
     """
     for fn in fns.values():
         for _ in range(warmup):
@@ -149,62 +140,40 @@ def exponent(sizes: list[int], seconds: list[float]) -> float:
 # ---------------------------------------------------------------- ceilings
 
 
+def fastest(fn: Callable[[], object], device: torch.device, inner: int = 1) -> float:
+    """Seconds of the best of five, for a ceiling."""
+    return min(timed(fn, device, 5, 3, inner, by_cpu_time(device)).seconds)
+
+
 def matmul_rate(device: torch.device, dtype: torch.dtype, side: int = 8192) -> float:
-    """FLOP/s of a product of square matrices of random numbers; a ceiling, so the best of five."""
-    side = side if device.type == "cuda" else 1024
+    """FLOP/s of a product of square matrices of random numbers."""
+    gpu = device.type == "cuda"
+    side = side if gpu else 1024
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    return (
-        2
-        * side**3
-        / timed(
-            lambda: a @ b,
-            device,
-            repeats=5,
-            warmup=3,
-            inner=5 if device.type == "cuda" else 2,
-            cpu_time=by_cpu_time(device),
-        ).best
-    )
+    return 2 * side**3 / fastest(lambda: a @ b, device, inner=5 if gpu else 2)
 
 
 def convolution_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a 3x3 convolution of 256 channels in the layout that suits the device: on some CPUs
-    twice those of the product.
+    """FLOP/s of a 3x3 convolution of 256 channels in the layout that suits the device; on some CPUs
+    it is twice that of a product.
     """
-    N, side, layout = (
-        (256, 56, torch.channels_last)
-        if device.type == "cuda"
-        else (32, 8, torch.contiguous_format)
-    )
+    N, side, layout = 32, 8, torch.contiguous_format
+    if device.type == "cuda":
+        N, side, layout = 256, 56, torch.channels_last
     x, w = (
         torch.randn(shape, device=device).to(dtype=dtype, memory_format=layout)
         for shape in ((N, 256, side, side), (256, 256, 3, 3))
     )
     flops = 2 * 256 * 256 * 9 * N * side**2
-    return (
-        flops
-        / timed(
-            lambda: torch.conv2d(x, w, padding=1),
-            device,
-            repeats=5,
-            warmup=3,
-            inner=5,
-            cpu_time=by_cpu_time(device),
-        ).best
-    )
+    return flops / fastest(lambda: torch.conv2d(x, w, padding=1), device, inner=5)
 
 
 def copy_rate(device: torch.device) -> float:
     """Bytes/s, read and written, of a copy far larger than any cache."""
-    x = torch.empty(
-        2**30 if device.type == "cuda" else 2**27, dtype=torch.uint8, device=device
-    ).random_()
+    size = 2**30 if device.type == "cuda" else 2**27
+    x = torch.empty(size, dtype=torch.uint8, device=device).random_()
     y = torch.empty_like(x)
-    return (
-        2
-        * x.numel()
-        / timed(lambda: y.copy_(x), device, repeats=5, warmup=2, cpu_time=by_cpu_time(device)).best
-    )
+    return 2 * size / fastest(lambda: y.copy_(x), device)
 
 
 def peak_gib(device: torch.device, reset: bool = False) -> float | None:
@@ -222,18 +191,15 @@ def peak_gib(device: torch.device, reset: bool = False) -> float | None:
 
 
 def slug(device: torch.device) -> str:
-    """h200, cpu, ... : what result files are named after."""
-    return (
-        torch.cuda.get_device_name(device).lower().removeprefix("nvidia ").replace(" ", "-")
-        if device.type == "cuda"
-        else "cpu"
-    )
+    """What result files are named after: cpu, or the GPU's name, as h200."""
+    if device.type != "cuda":
+        return "cpu"
+    name = torch.cuda.get_device_name(device).lower()
+    return name.removeprefix("nvidia ").replace(" ", "-")
 
 
 def is_h200(device: torch.device) -> bool:
-    """Bars and goals in seconds were set for this GPU; beside another one's figures they would say
-    nothing.
-    """
+    """Whether this is the GPU that bars and goals in seconds were set for."""
     return device.type == "cuda" and "H200" in torch.cuda.get_device_name(device)
 
 
@@ -294,6 +260,7 @@ class Result:
     """
 
     folder = RESULTS
+    unshown: tuple[str, ...] = ()  # keys of a row that the file keeps beside those of its columns
 
     def __init__(
         self,
@@ -330,6 +297,10 @@ class Result:
         return next(row for row in self.rows if row["what"] == what)
 
     def write(self, folder: Path | str | None = None) -> Path:
+        rows = self.rows
+        if self.columns is not None:
+            kept = {*self.unshown, *(key for key, _ in self.columns)}
+            rows = [{key: x for key, x in row.items() if key in kept} for row in rows]
         facts = {
             "name": self.name,
             "title": self.title,
@@ -339,7 +310,7 @@ class Result:
             "device": machine(self.device),
             "versions": versions(),
             **({} if self.columns is None else {"columns": self.columns}),
-            "rows": self.rows,
+            "rows": rows,
             "notes": self.notes,
         }
         path = Path(folder or self.folder) / f"{self.name}-{slug(self.device)}.json"
@@ -399,9 +370,8 @@ def in_words(row: dict) -> str:
 
 def spread(values: list[float], sign: str = "", digits: int = 1) -> str:
     """Mean ± standard deviation; of one value the value. sign "+": always with one."""
-    return f"{statistics.fmean(values):{sign}.{digits}f}" + (
-        f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    )
+    mean = f"{statistics.fmean(values):{sign}.{digits}f}"
+    return mean + f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
 def short(x: float) -> str:
@@ -437,7 +407,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--out",
         metavar="DIR",
-        help="where the JSON goes (default: benchmarks/results; quick runs write none unless told)",
+        help="where the JSON goes (default: results/ of its folder; none if --quick)",
     )
     return parser
 

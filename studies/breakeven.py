@@ -137,8 +137,9 @@ def gains_table(
     columns = [("loss", "loss"), ("size", "positives an image"), ("precision", "precision")]
     columns += [*METRICS.items(), ("n", "n")]
     title = part.get("title", name)
-    result = Result(f"{name}-gains", f"Gains of positives of known precision, {title}", device)
-    result.columns = columns
+    title = f"Gains of positives of known precision, {title}"
+    result = Result(f"{name}-gains", title, device, columns)
+    result.unshown = tuple(f"{m}_gains" for m in METRICS)
     none = found[bare]
     cells = {m: common.spread([x[m] for x in none.values()]) for m in METRICS}
     result.add({"loss": "no positives", "size": 0, "n": len(none), **cells})

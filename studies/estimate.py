@@ -75,7 +75,7 @@ def sources(args) -> dict[str, miners.Source]:
     found = {}
     for file in args.files:
         if file == "digits":
-            digits = miners.of_digits(args.seeds, args.device, args.runs)
+            digits = miners.of_digits(args.seeds, args.device, args.sweeps)
             found |= {f"digits, seed {seed}": source for seed, source in enumerate(digits)}
         else:
             found[Path(file).stem.removeprefix("features_")] = miners.from_file(
@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--seeds", type=int, default=3, help="of the digits (3)")
     parser.add_argument(
-        "--runs", type=Path, default=Path("runs"), help="where the digits' sweeps have run (runs)"
+        "--sweeps", type=Path, default=Path("runs"), help="where the digits' sweeps have run (runs)"
     )
     args = parser.parse_args(argv)
     common.begin(args)

@@ -469,7 +469,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--iters", type=int, help="cap of the GAN's iterations (90 sqrt(M))")
     parser.add_argument("--folder", type=Path, help="where a seed's figures go (runs/miners/NAME)")
     parser.add_argument(
-        "--runs", type=Path, default=Path("runs"), help="where the digits' sweeps have run (runs)"
+        "--sweeps", type=Path, default=Path("runs"), help="where the digits' sweeps have run (runs)"
     )
     return parser
 
@@ -480,9 +480,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.quick:
         args.images = args.images or 1000
         args.iters = 50
-    name = Path(args.file).stem.removeprefix("features_") + (
-        f"-{args.images}" if args.images and args.file != "digits" else ""
-    )
+    name = Path(args.file).stem.removeprefix("features_")
+    if args.images and args.file != "digits":
+        name += f"-{args.images}"
     columns = [
         ("row", "ranked by"),
         *((f"at_{s:g}", f"{s:g}") for s in SIZES),
@@ -493,26 +493,22 @@ def main(argv: list[str] | None = None) -> int:
         ("over_50", "at 50"),
         ("n", "n"),
     ]
-    folder = args.folder or Path("runs/miners") / (name + ("-quick" if args.quick else ""))
     try:
         if args.of:
             name = Path(args.file).resolve().parent.name
             root = args.of[1] if len(args.of) > 1 else None
             sources = [of_checkpoint(Path(args.file), args.of[0], root, args.device)]
         elif args.file == "digits":
-            sources = of_digits(max(1, args.gan), args.device, args.runs)
+            sources = of_digits(max(1, args.gan), args.device, args.sweeps)
         else:
             sources = from_file(args.file, args.device, args.images)
+        folder = args.folder or Path("runs/miners") / (name + "-quick" * args.quick)
         rows = study(sources, args.gan, args.iters, folder)
     except BadInput as error:
         print(f"studies.miners: {error}", file=sys.stderr)
         return error.exit_code
-    result = Result(
-        f"miners-{name}",
-        f"Precision of mined pairs, {name}, {len(sources[0].labels):,} images",
-        args.device,
-        columns,
-    )
+    title = f"Precision of mined pairs, {name}, {len(sources[0].labels):,} images"
+    result = Result(f"miners-{name}", title, args.device, columns)
     show(rows, result)
     result.note(
         "Precision in per cent at mean set sizes 0.5 to 50 (mean ± standard deviation of n seeds),"

@@ -164,6 +164,6 @@ def test_a_checkpoint_is_judged_on_its_images(tmp_path):
 
 
 def test_the_digits_need_the_runs_of_two_sweeps(tmp_path, capsys):
-    assert miners.main(["digits", "--runs", str(tmp_path), "--device", "cpu"]) == 2
+    assert miners.main(["digits", "--sweeps", str(tmp_path), "--device", "cpu"]) == 2
     said = capsys.readouterr().err
     assert "run python launch/sweep.py studies/gain_digits.yaml first" in said
