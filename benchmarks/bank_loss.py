@@ -45,8 +45,9 @@ COLUMNS = [
 
 
 class WholeSoftmax(torch.autograd.Function):
-    """lse [N] and the mean row [N, C] under p = softmax; one [N, M] float16 matrix holds the logits
-    and then p.
+    """lse [N] and mean row [N, C] under softmax, by one [N, M] float16 matrix.
+
+    It holds the logits and then, in place, the softmax.
     """
 
     ROWS = 16  # of it in float32 at a time
@@ -97,9 +98,7 @@ def gradient(loss, f, *rest) -> torch.Tensor:
 
 
 def measure(loss, bank: torch.Tensor, batch: tuple, repeat: int, device: torch.device) -> dict:
-    """Seconds of forward and backward (all repeats), peak memory beyond that held before, and the
-    error on 16 images.
-    """
+    """Seconds of forward and backward (all repeats), MiB they add, error on 16 images."""
     before = peak_bytes(device, reset=True)
     f, *rest = batch
     gradient(loss, f, bank, *rest)

@@ -117,8 +117,9 @@ def in_turns(
     warmup: int = 1,
     cpu_time: bool = False,
 ) -> dict[str, Timing]:
-    """Timings of several calls: each once, then each again, so that what else the machine does
-    falls on all of them alike. The i-th seconds of all belong together.
+    """Timings of several calls, taken in turns.
+
+    What else the machine does falls on all of them alike; the i-th seconds of all belong together.
     """
     for fn in fns.values():
         for _ in range(warmup):
@@ -154,9 +155,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, side: int = 8192) -> f
 
 
 def convolution_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a 3x3 convolution of 256 channels in the layout that suits the device; on some CPUs
-    it is twice that of a product.
-    """
+    """FLOP/s of a 3x3 convolution of 256 channels; on some CPUs twice that of a product."""
     N, side, layout = 32, 8, torch.contiguous_format
     if device.type == "cuda":
         N, side, layout = 256, 56, torch.channels_last

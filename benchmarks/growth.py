@@ -47,8 +47,9 @@ class NearAnchor(Generator):
 
 
 class FittedMiner(GANMiner):
-    """A round after the GAN's training, in which every proxy scores enough and most images near to
-    it join.
+    """A round without the GAN's training.
+
+    Every proxy scores enough, and most images near to it join.
     """
 
     def __init__(self, device: torch.device):
@@ -78,9 +79,7 @@ def features_of(M: int, device: torch.device) -> torch.Tensor:
 
 
 def time_gan(args: argparse.Namespace, compiled: bool) -> tuple[common.Timing, float]:
-    """Seconds of args.iters iterations on args.gan_images features, and of the first 20, which
-    compile.
-    """
+    """Seconds of args.iters iterations of the GAN, and of the first 20, which compile."""
     device = args.device
     M = args.gan_images
     features = features_of(M, device)
@@ -160,8 +159,9 @@ def measure_loss(args: argparse.Namespace, result: common.Result) -> None:
 
 
 def add_exponents(result: common.Result, what: str, points: list[tuple[int, float, float]]) -> None:
-    """Add the exponents of points (M, seconds, memory); that of memory only where none is 0, which
-    stands for too little to be seen.
+    """Add the exponents of points (M, seconds, memory).
+
+    That of memory is left out where a point has 0, which stands for too little to be seen.
     """
     if len(points) < 2:
         return

@@ -97,25 +97,23 @@ def measure(
         (least, _), cpu, wall = seconds(lambda: topk(rows[chosen], rows, K, chosen), device)
         times.append((cpu * M / sample, wall * M / sample))
     cpu, wall = map(statistics.median, zip(*times))
+    row = {"features": name, "M": M, "n": repeats}
     result.add(
         {
-            "features": name,
-            "M": M,
+            **row,
             "search": "exact",
             "cpu": cpu,
             "wall": wall,
             "recall": 1.0,
             "memory_gib": held(device, before),
             "queries": f"{sample:,}, multiplied",
-            "n": repeats,
         }
     )
 
     before = peak_bytes(device, reset=True)
     times = []
-    index = None
     for _ in range(repeats):
-        index = None  # two at a time would be two copies
+        index = None  # the one before is freed first: two would be two copies
         index, build_cpu, build_wall = seconds(lambda: IVF(rows), device)
         near, cpu, wall = seconds(lambda: in_blocks(rows, index, M), device)
         times.append((build_cpu + cpu, build_wall + wall, build_cpu))
@@ -124,8 +122,7 @@ def measure(
     recall = float((cosine >= least[:, -1:] - 1e-6).double().mean())
     result.add(
         {
-            "features": name,
-            "M": M,
+            **row,
             "search": "ivf",
             "cpu": cpu,
             "wall": wall,
@@ -135,7 +132,6 @@ def measure(
             "nprobe": index.nprobe,
             "memory_gib": held(device, before),
             "queries": f"{M:,}",
-            "n": repeats,
         }
     )
 
@@ -167,24 +163,16 @@ def main(argv: list[str] | None = None) -> int:
     except BadInput as error:
         print(f"benchmarks.index: {error}", file=sys.stderr)
         return error.exit_code
-    result = common.Result(
-        "index",
-        "The 10 nearest of every image, exactly and by an approximate index",
-        args.device,
-        COLUMNS,
-    )
+    title = "The 10 nearest of every image, exactly and by an approximate index"
+    result = common.Result("index", title, args.device, COLUMNS)
     try:
         for M in args.sizes:
-            rows, _ = synthetic(M, DIM, "cpu", torch.float32, 0)
-            measure(result, "mixture", rows.to(args.device), min(args.queries, M), args.repeats)
+            kinds = {"mixture": lambda M=M: synthetic(M, DIM, "cpu", torch.float32, 0)[0]}
             if real is not None:
-                measure(
-                    result,
-                    "grown from real ones",
-                    grown(real, M).to(args.device),
-                    min(args.queries, M),
-                    args.repeats,
-                )
+                kinds["grown from real ones"] = lambda M=M: grown(real, M)
+            for kind, rows_of in kinds.items():
+                rows = rows_of().to(args.device)
+                measure(result, kind, rows, min(args.queries, M), args.repeats)
     finally:  # what was measured before an error is not lost
         result.note(
             "CPU s: of all threads. The wall's seconds depend on what else the machine did; the two"

@@ -103,8 +103,9 @@ def load(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
 def load_features(
     file: str, device: str | torch.device, dtype: torch.dtype = torch.float32
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """features [M, C] unit rows, labels [M], and `before` [M, C] of an earlier snapshot of the
-    encoder, or None where the file has none.
+    """features [M, C] unit rows, labels [M], and features `before` [M, C] of an earlier encoder.
+
+    `before` is None where the file has none. Raises BadInput.
     """
     from safetensors.torch import load_file
 
@@ -141,8 +142,9 @@ def synthetic(
 
 
 class WorstCase(GANMiner):
-    """Mines the first of W shares of the anchors and lets every candidate join; shifted copies of
-    its edges stand for the other shares.
+    """Mines the first of W shares of the anchors and lets every candidate join.
+
+    Shifted copies of its edges stand for the other shares.
     """
 
     def __init__(self, shares: int, **kwargs):
@@ -197,8 +199,9 @@ def rounds(
 def table(
     args: argparse.Namespace, miner: GANMiner, features: torch.Tensor, labels: torch.Tensor
 ) -> dict[str, dict]:
-    """Row -> precision at each size, hub, seconds. GAN rows: by the last round's networks, with
-    empty sets.
+    """Row -> precision at each size, hub, seconds.
+
+    The rows of the GAN are by the last round's networks, with empty sets.
     """
     M = len(features)
     k = max(args.sizes)

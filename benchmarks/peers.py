@@ -67,9 +67,7 @@ def moco_step(
 def nnclr_step(
     arch: str, size: int, dim: int, K: int, device: torch.device, T: float = 0.1
 ) -> Step:
-    """NNCLR by lightly: both views through one encoder, with gradient; nearest neighbours out of a
-    memory bank of K.
-    """
+    """NNCLR by lightly: both views through one encoder, neighbours out of a memory bank of K."""
     from lightly.loss import NTXentLoss
     from lightly.models.modules import NNCLRPredictionHead, NNCLRProjectionHead, NNMemoryBankModule
 

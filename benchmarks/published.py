@@ -1,5 +1,4 @@
-"""MoCo v2 as it was published, restated in plain words of our own: what the field runs today, and
-what the others are measured against.
+"""MoCo v2 as it was published, written anew: what the other forms of a step are measured against.
 
 Full-precision parameters, contiguous images, no compiler, one momentum update a parameter, logits
 of own key and queue joined in one tensor, and a pipeline of PIL operations for the images.
@@ -62,8 +61,9 @@ class PublishedMoCo(nn.Module):
 
 
 def published_step(model: PublishedMoCo, lr: float = 0.03):
-    """step(im_q, im_k): forward, cross-entropy, accuracy, backward, SGD; and, as it does, the loss
-    read back every step.
+    """step(im_q, im_k): forward, cross-entropy, accuracy, backward, SGD.
+
+    It reads the loss back in every step, as the published script does.
     """
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=1e-4)
 

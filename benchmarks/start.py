@@ -56,8 +56,9 @@ def cpu_seconds() -> float:
 
 
 def measure_cache(args) -> None:
-    """Small images held on the device, by what is in the cache: seconds, and CPU seconds of a whole
-    run of one step.
+    """Small images held on the device, by what is in the cache.
+
+    Seconds to the first step, and CPU seconds of a whole run of one step.
     """
     arch = "digits" if args.quick else "resnet18w32"
     flags = f"-a {arch} -b 64 -j 8 --fast --no-compile --mlp --aug-plus --cos --seed 0".split()

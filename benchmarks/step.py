@@ -320,8 +320,10 @@ def build_all(
     only: set[str] | None = None,
     more: Sequence[str] = (),
 ) -> tuple[dict[str, Turn], dict[str, float | None], list[str]]:
-    """The forms, warmed up by two turns each; GiB that each needs at most beyond the others; and
-    the names of those that could not be built.
+    """The forms, warmed up by two turns each.
+
+    Returns name -> turn; name -> GiB that it needs at most beyond the others; names of those that
+    could not be built.
     """
     turns = {}
     memory = {}
@@ -354,8 +356,9 @@ def build_all(
 def measure(
     name: str, work: Work, device: torch.device, args: argparse.Namespace
 ) -> Iterator[common.Result]:
-    """The table, the same with the floor, and with --profile a second one, each as soon as it is
-    done. Raises RuntimeError at the end where a form is missing.
+    """The table, the same with the floor, and with --profile a second one, each when it is done.
+
+    Raises RuntimeError at the end where a form is missing.
     """
     rows = f"M {work.M:,}" if work.bank else f"K {work.K:,}"
     title = f"{work.title}: {work.arch}, {work.size} px, batch {work.N}, {rows}"

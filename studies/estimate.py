@@ -54,8 +54,9 @@ def sets(features: torch.Tensor) -> dict[str, miners.Pairs]:
 def errors(
     features: torch.Tensor, labels: torch.Tensor, views: Views | None = None
 ) -> dict[str, dict[str, float]]:
-    """Name of a set -> the share of it that is right ("truth"), and by how much each estimate of it
-    ("halves", "views") is above that, all in per cent.
+    """Name of a set -> share of it that is right ("truth"), and the errors of the estimates.
+
+    An error ("halves", "views") is the estimate less the truth; all in per cent.
     """
     found = {}
     for name, (a, b) in sets(features).items():

@@ -27,8 +27,9 @@ class SpectralNorm(Trainer):
 
 
 class GradientPenalty(Trainer):
-    """D's loss has gamma / 2 times the squared gradient of its logit at real triplets added (R1;
-    Mescheder et al., 2018).
+    """D's loss has gamma / 2 times its squared gradient at real triplets added.
+
+    R1; Mescheder et al., 2018.
     """
 
     gamma = 1.0
@@ -43,8 +44,9 @@ class GradientPenalty(Trainer):
 
 
 class GradedSampler(TripletSampler):
-    """The negative is the most similar of the first g candidates of a draw; log g is uniform
-    between log(fewest) and that of all candidates.
+    """The negative is the most similar of the first g candidates of a draw.
+
+    log g is uniform between log(fewest) and that of all candidates.
     """
 
     fewest = 16  # more than the anchor and its positives, at most five here, which are struck out
@@ -67,9 +69,10 @@ class GradedNegatives(Trainer):
 
 
 class MatchedFalse(Trainer):
-    """D has a third false triplet to tell: the positive is real, but of another anchor (as Reed et
-    al., 2016, do with texts). Its score then says whether anchor and positive match, and not only
-    whether the positive looks real.
+    """D has a third false triplet to tell: its positive is real, but of another anchor.
+
+    So Reed et al., 2016, do with texts. The score then says whether anchor and positive match, and
+    not only whether the positive looks real.
     """
 
     def loss_of_D(self, a: Tensor, p: Tensor, n: Tensor, proxy: Tensor) -> Tensor:

@@ -168,7 +168,7 @@ def table(name: str, part: dict, found: dict[str, dict[str, dict]], device: torc
     known = read_breakeven(Path(part["breakeven"])) if "breakeven" in part else None
     columns = [("row", ""), *((key, HEADINGS[key]) for key in shown)]
     if over:
-        columns += [(f"gain_{key}", f"{HEADINGS[key].removesuffix(' %')} over it") for key in shown]
+        columns += [(f"gain_{key}", f"gain, {HEADINGS[key].replace(' %', '')}") for key in shown]
     columns += [(key, ROUND[key][0]) for key in rounds]
     columns += [("breakeven", "break-even")] if known else []
     columns += [("seconds", "seconds"), ("n", "n")]

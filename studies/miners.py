@@ -99,8 +99,9 @@ class Lists:
         self.cosine, self.near = topk(features, features, min(K, self.M - 1), self.anchors)
 
     def pairs(self, score: Tensor, near: Tensor | None = None) -> Pairs:
-        """Distinct undirected pairs, the highest score first; score [M, k] of the images near [M,
-        k].
+        """Distinct undirected pairs, the highest score first.
+
+        score [M, k]: of the images near [M, k].
         """
         near = self.near if near is None else near
         a, b, (value,) = distinct_edges(
@@ -302,8 +303,9 @@ def undirected(
 def study(
     sources: list[Source], seeds: int, iters: int | None, folder: Path
 ) -> dict[str, list[dict]]:
-    """Row -> its figures by size: a dict a source, or for rows of GANs a dict a seed, of which
-    each has source number seed % len(sources).
+    """Row -> its figures by size: a dict a source, or for rows of GANs a dict a seed.
+
+    A seed has source number seed % len(sources).
     """
     rows: dict[str, list[dict]] = {}
     worst = []
@@ -333,8 +335,9 @@ def study(
 def _seed(
     source: Source, lists: Lists, seed: int, iters: int | None, folder: Path
 ) -> tuple[dict[str, dict], Tensor]:
-    """Figures of a seed's rows of the GANs and the worst cosines [M, K], made where the seed has no
-    file in `folder` yet.
+    """Figures of a seed by row of the GANs, and the worst cosines [M, K].
+
+    They are kept in `folder`, and made where the seed has no file there yet.
     """
     done = folder / f"seed-{seed}.pt"
     key = {"iters": iters, "images": lists.M, "sum": round(float(lists.cosine.double().sum()), 2)}
@@ -361,8 +364,10 @@ def _seed(
 
 
 def show(rows: dict[str, list[dict]], result: Result) -> None:
-    """Add a row each; its last columns: by how many points it is at least above the better of both
-    baselines, over all sizes and at 5 and 50.
+    """Add a row each.
+
+    Its last columns: by how many points it is at least above the better of both baselines, over all
+    sizes, at 5 and at 50.
     """
     baselines = ("own nearest", "all pairs")
     mean = {
@@ -406,9 +411,7 @@ def from_file(file: str, device: torch.device, images: int | None) -> list[Sourc
 
 
 def of_checkpoint(file: Path, dataset: str, root: str | None, device: torch.device) -> Source:
-    """What the query encoder of a checkpoint makes of a data set's train images and of two MoCo v2
-    views of each.
-    """
+    """A data set's train images and two MoCo v2 views of each by a checkpoint's query encoder."""
     images = data.build_dataset(dataset, root, "train")
     if images.labels is None:
         raise BadInput(f"{root} has no labels to judge by: expected a folder a class")
@@ -431,8 +434,9 @@ def of_checkpoint(file: Path, dataset: str, root: str | None, device: torch.devi
 
 
 def of_digits(seeds: int, device: torch.device, runs: Path) -> list[Source]:
-    """The digits' train images by the MoCo v2 of each seed in gain_digits, which has trained 20
-    more epochs without mining, with the features before those, of start_digits.
+    """The digits' train images by each seed's MoCo v2 of gain_digits, trained 20 more epochs.
+
+    The features before those epochs are of start_digits. Raises BadInput where a run is missing.
     """
     sources = []
     for seed in range(seeds):

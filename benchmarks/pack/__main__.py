@@ -104,9 +104,7 @@ def one_part(name: str, args: argparse.Namespace) -> int:
 
 
 def fall_back(record: Record, name: str, message: str) -> None:
-    """Print a warning; where it says that a slower way was taken, also note it, since the figures
-    are of that way.
-    """
+    """Print a warning, and note it where it says that a slower way was taken."""
     print(f"warning: {message}", flush=True)
     if "used instead" in message:
         record.add("note", f"{name}: {message}"[:300])

@@ -93,9 +93,7 @@ def kernels_work(C: int, device: torch.device) -> dict:
 
 
 def optimizer_equals(device: torch.device) -> dict:
-    """Weights after five steps of SGD, fused on the device and plain on the CPU, by the same
-    gradients.
-    """
+    """Weights after five equal steps of SGD, fused on the device and plain on the CPU."""
     g = torch.Generator().manual_seed(0)
     start = torch.randn(300, 40, generator=g)
     gradients = torch.randn(5, 300, 40, generator=g)
@@ -119,8 +117,10 @@ def graphs() -> int:
 
 
 def steps_equal(name: str, device: torch.device, rehearsal: bool) -> dict:
-    """Losses of 12 steps beside the plain path's: in bf16, channels last, compiled, with fused
-    optimizer and loss. Not ok either where nothing was compiled or the kernels were left out.
+    """Losses of 12 fast steps beside the plain path's.
+
+    Fast: bf16, channels last, compiled, fused optimizer and loss. Not ok either where nothing was
+    compiled or the kernels were left out.
     """
     from tests import small_training as small
 
@@ -257,9 +257,7 @@ def scripts(context: Context) -> None:
 
 
 def states_apart(a: Path, b: Path) -> float:
-    """Relative difference of the optimizer's momenta, or of the queues if that is larger, in the
-    last files of two runs.
-    """
+    """Relative difference of two runs' last momenta, or of their queues if that is larger."""
     files = [checkpoint.load(folder / "checkpoint_last.pth.tar") for folder in (a, b)]
     momenta = [
         torch.cat(
@@ -279,9 +277,7 @@ def losses(folder: Path) -> list[float]:
 
 
 def judged(main: Callable[[], int]) -> dict:
-    """Exit code of a script that judges the digits, and the accuracy of the backbone's features
-    that it prints.
-    """
+    """Exit code of a script that judges the digits, and the accuracy it prints of the backbone."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         code = main()

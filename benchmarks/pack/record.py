@@ -47,8 +47,9 @@ TITLES = {
 
 
 class TimeUp(BaseException):
-    """The time of a row or of a part is over. No Exception, so that no `except Exception` around a
-    trial takes it for that trial's failure.
+    """The time of a row or of a part is over.
+
+    No Exception: an `except Exception` around a trial must not take it for a failure.
     """
 
 
@@ -138,9 +139,7 @@ class Record:
         return "\n\n".join(["\n".join(notes), *parts]) + "\n"
 
     def archive(self, work: Path) -> None:
-        """Replace results.tgz: rows, table, and of the work folder the logs' ends, metrics and
-        results.
-        """
+        """Replace results.tgz: rows, table, and the work folder's logs, metrics and results."""
         with self.alone():
             temporary = self.out / f".results.{os.getpid()}.tmp"
             with tarfile.open(temporary, "w:gz") as tar:
@@ -242,9 +241,7 @@ class Context:
 
     @contextlib.contextmanager
     def row(self, part: str, what: str, seconds: float = math.inf) -> Iterator[dict]:
-        """A row of the record, filled in inside; an error or the alarm inside becomes what the row
-        says.
-        """
+        """A row of the record, filled in inside; an error or alarm becomes what the row says."""
         figures: dict = {}
         try:
             with alarm(max(min(seconds, self.left()), 0.01)):

@@ -113,8 +113,9 @@ class Science:
         self.M = len(self.judging.splits[0])
 
     def judge(self, file: Path) -> dict:
-        """Figures in per cent of the query encoder in a checkpoint, on held-out images: kNN and
-        1-shot by its output, linear by its backbone.
+        """Figures in per cent on held-out images, of the query encoder in a checkpoint.
+
+        kNN and 1-shot are by its output, linear by its backbone.
         """
         train, val = self.judging.features(file)
         if not self.looked and (again := searched_again(val[0], train[0], self.k)) is not None:
@@ -203,9 +204,7 @@ def reach(record: dict[str, torch.Tensor]) -> float | None:
 
 
 def keep_encoder(file: Path, out: Path) -> None:
-    """The query encoder of a checkpoint in half precision, under MoCo's names: `--init` and the
-    judges take it.
-    """
+    """The query encoder of a checkpoint in half precision, under MoCo's names."""
     content = checkpoint.load(file)
     mine = {
         name: x.half() if x.is_floating_point() else x
