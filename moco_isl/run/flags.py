@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from moco_isl import __version__, files
 from moco_isl.errors import BadInput
+from moco_isl.files import short
 from moco_isl.run import plain_yaml
 
 DATASETS = ("folder", "cifar10", "cifar100", "svhn", "digits")
@@ -195,14 +196,6 @@ def _takes(kind: Callable | None, text: str) -> bool:
     except (ValueError, TypeError, argparse.ArgumentTypeError):
         return False
     return True
-
-
-def short(text: str, most: int = 60) -> str:
-    """A text that somebody gave, as it may stand in a message: escaped, and its beginning where it
-    is long.
-    """
-    text = files.shown(text)
-    return text if len(text) <= most else f"{text[: most - 10]}... ({len(text)} characters)"
 
 
 class _ConfigOnly(argparse.ArgumentParser):
