@@ -544,7 +544,7 @@ def test_a_batch_that_cannot_be_handed_over_ends_the_epoch(folder, monkeypatch, 
     finally:
         loader.close()
     # in the loop, or where the news found this process
-    assert words in (reading.befell(caught.value) or str(caught.value))
+    assert words in (reading.trouble(caught.value) or str(caught.value))
 
 
 def test_few_open_files_are_not_the_images_fault(folder, monkeypatch):
@@ -595,7 +595,7 @@ def test_few_open_files_are_not_the_images_fault(folder, monkeypatch):
     ],
 )
 def test_what_the_machine_ran_out_of_is_said_in_a_line(error, words):
-    assert words in reading.befell(error) and "\n" not in reading.befell(error)
+    assert words in reading.trouble(error) and "\n" not in reading.trouble(error)
 
 
 @pytest.mark.parametrize(
@@ -608,7 +608,7 @@ def test_what_the_machine_ran_out_of_is_said_in_a_line(error, words):
     ],
 )
 def test_other_errors_are_not_taken_for_the_workers(error):
-    assert reading.befell(error) == ""
+    assert reading.trouble(error) == ""
 
 
 @pytest.mark.skipif(not small_shared_memory(), reason="no file system can be mounted here")
