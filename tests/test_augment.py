@@ -89,16 +89,24 @@ def test_jitter_applies_the_four_in_each_images_own_order(images):
         [[0, 1, 2, 3], [3, 2, 1, 0], [1, 3, 0, 2], [2, 0, 3, 1], [3, 0, 1, 2], [1, 2, 0, 3]]
     )
     steps = [TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue]
-    got = augment.colour_jitter(images, factors, order)
-    for image, turn, mine in zip(images, order.tolist(), got):
+    by_rows = augment._jitter_by_rows(images, factors, order.tolist(), [False] * 6)
+    at_once = torch.stack(augment._jitter_at_once(images.unbind(1), factors, order), 1)
+    for image, turn, one, other in zip(images, order.tolist(), by_rows, at_once):
         for step in turn:
             image = steps[step](image, factors[0, step].item())
-        torch.testing.assert_close(mine, image, atol=5e-5, rtol=0)
+        torch.testing.assert_close(one, image, atol=5e-5, rtol=0)
+        torch.testing.assert_close(other, image, atol=5e-5, rtol=0)
+
+
+def gaussian_blur(images, sigma):
+    """Blur by sigma [N] pixels, with the kernel and the passes of the augmentation."""
+    kernel = augment.blur_kernel(sigma)
+    return augment.blur_along(augment.blur_along(images, kernel, 3), kernel, 2)
 
 
 def test_blur_is_torchvisions_inside_and_repeats_the_border(images):
     sigma = torch.tensor([0.0, 0.1, 0.5, 1.0, 1.5, 2.0])
-    got = augment.gaussian_blur(images, sigma)
+    got = gaussian_blur(images, sigma)
     torch.testing.assert_close(got[0], images[0], atol=1e-6, rtol=0)
     for image, s, mine in zip(images[1:], sigma[1:].tolist(), got[1:]):
         padded = torch.nn.functional.pad(image[None], (6, 6, 6, 6), mode="replicate")[0]
@@ -108,7 +116,7 @@ def test_blur_is_torchvisions_inside_and_repeats_the_border(images):
 
 def test_blur_is_near_pils(images):
     pil = [TF.to_pil_image(image) for image in images]
-    got = augment.gaussian_blur(images, torch.full((6,), 1.5))
+    got = gaussian_blur(images, torch.full((6,), 1.5))
     for image, mine in zip(pil, got):
         want = TF.to_tensor(image.filter(ImageFilter.GaussianBlur(1.5)))
         assert (mine - want).abs().max() < 0.03  # PIL blurs by three boxes, in 8 bits
