@@ -76,9 +76,7 @@ def build_encoder(
 
 
 def encoder_names() -> list[str]:
-    """The names `build_encoder` takes, with two examples of narrow ResNets; timm's names follow
-    `timm.list_models()`.
-    """
+    """The names `build_encoder` takes, of narrow ResNets two; timm's are `timm.list_models()`."""
     names = {*_torchvision_names(), "digits", "resnet18w16", "resnet18w32"}
     return sorted(names - NO_LINEAR_HEAD)
 
@@ -95,7 +93,8 @@ def _library_of(name: str) -> Callable[[str, int, int | None], nn.Module] | None
 
 
 def _unknown(name: str) -> BadInput:
-    what, lower = f"unknown architecture {name!r}", name.lower()
+    what = f"unknown architecture {name!r}"
+    lower = name.lower()
     try:
         import timm
 
@@ -362,7 +361,8 @@ def feature_dim(encoder: nn.Module) -> int:
 
 # ---- layers by name, for the probe ---------------------------------------------------------------
 
-OUTPUT, BACKBONE = "output", "backbone"
+OUTPUT = "output"
+BACKBONE = "backbone"
 
 
 def stage_names(encoder: nn.Module) -> dict[str, str]:
@@ -444,7 +444,8 @@ class SplitBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def _splits(self, x: torch.Tensor) -> int:
         """The largest number of parts that divides the batch and leaves a part two values."""
-        N, values = len(x), x[0, 0].numel()  # a part of a single value has no variance
+        N = len(x)
+        values = x[0, 0].numel()  # of an image in a channel; a part of one has no variance
         for splits in range(min(self.num_splits, N), 1, -1):
             if N % splits == 0 and N // splits * values > 1:
                 return splits

@@ -89,7 +89,8 @@ def require_file(path: AnyPath, flag: str = "", expected: str = "a file") -> Pat
 
     expected: words for what kind of file, such as "a checkpoint".
     """
-    found, name = kind(path, flag), named(flag, path)
+    found = kind(path, flag)
+    name = named(flag, path)
     if not found:
         raise BadInput(f"{name}: no such file; expected {expected}; check the path")
     if found != "file":
@@ -106,7 +107,8 @@ def require_ours(path: AnyPath, is_ours: Callable[[Path], bool], flag: str = "")
 
     A command asks this before its work, and again right before it writes.
     """
-    found, name = kind(path, flag), named(flag, path)
+    found = kind(path, flag)
+    name = named(flag, path)
     if found == "folder":
         raise BadInput(f"{name} is a folder: expected the name of a file to write")
     if found == "other":
@@ -132,7 +134,8 @@ def require_folder(path: AnyPath, flag: str, may_be_read_only: bool = False) -> 
     """
     path = Path(path)
     nearest = next(p for p in (path, *path.parents) if kind(p, flag))
-    what, expected = f"{named(flag, path)} cannot be written", "a folder to create files in"
+    what = f"{named(flag, path)} cannot be written"
+    expected = "a folder to create files in"
     if kind(nearest) != "folder":
         raise BadInput(f"{what}: {shown(nearest)} is a file; expected {expected}")
     if may_be_read_only and nearest == path:
@@ -161,7 +164,8 @@ def read_text(
     path: AnyPath, flag: str = "", expected: str = "a text file", most: int = 64 << 20
 ) -> str:
     """The text of a UTF-8 file of at most `most` bytes. Raises BadInput."""
-    path, name = require_file(path, flag, expected), named(flag, path)
+    path = require_file(path, flag, expected)
+    name = named(flag, path)
     try:
         if path.stat().st_size > most:
             raise BadInput(f"{name} has more than {most} bytes: expected {expected}")

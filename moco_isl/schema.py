@@ -241,7 +241,8 @@ def _tensor_fault(value, shape: Tensor, name: str, sizes: dict[str, int]) -> str
             if dim is not None and size != dim:
                 return _wrong(value, name, str(shape))
             continue
-        letter, more = dim.removesuffix("+1"), int(dim.endswith("+1"))
+        letter = dim.removesuffix("+1")
+        more = int(dim.endswith("+1"))
         stands_for = sizes.setdefault(letter, size - more)
         if size != stands_for + more or stands_for < 0:
             return _wrong(value, name, f"{shape}, with {letter} = {stands_for}")

@@ -81,8 +81,7 @@ def _central_shape(H: int, W: int) -> tuple[int, int]:
 
 
 def _resize_weights(start: torch.Tensor, length: torch.Tensor, full: int, S: int) -> torch.Tensor:
-    """Antialiased bilinear resize of the pixels [start, start + length) to S: a matrix for each
-    image, [N, S, full].
+    """Bilinear, antialiased resize of pixels [start, start + length) to S: matrices [N, S, full].
 
     Each output pixel is a triangle as wide as the step between two of them, at least one input
     pixel wide, as PIL and torchvision's antialias compute it.
@@ -132,7 +131,8 @@ def weighted_shifts(padded: torch.Tensor, kernel: torch.Tensor, dim: int) -> tor
 
     The result is taps - 1 pixels shorter.
     """
-    taps, weights = kernel.shape[1], kernel.to(padded.dtype)
+    taps = kernel.shape[1]
+    weights = kernel.to(padded.dtype)
     length = padded.shape[dim] - taps + 1
     total = padded.narrow(dim, 0, length) * _spread(weights[:, 0], padded)
     for i in range(1, taps):
@@ -390,8 +390,10 @@ class BatchAugmentation(BatchViews):
         box: in pixels of the full size (H, W), which the image may have been decoded smaller than.
         """
         down, across = image.shape[1] / full[0], image.shape[2] / full[1]
-        top, left = round(box[0] * down), round(box[1] * across)
-        h, w = max(round(box[2] * down), 1), max(round(box[3] * across), 1)
+        top = round(box[0] * down)
+        left = round(box[1] * across)
+        h = max(round(box[2] * down), 1)
+        w = max(round(box[3] * across), 1)
         part = image[None, :, top : top + h, left : left + w]
         view = F.interpolate(part, (self.size, self.size), mode="bilinear", antialias=True)[0]
         return view.flip(2) if mirror else view
@@ -456,8 +458,7 @@ class BatchAugmentation(BatchViews):
     def _finish_by_rows(
         self, crops: torch.Tensor, factors, order, jittered, to_grey, kernel, blurred
     ) -> torch.Tensor:
-        order, idle = order.tolist(), (~jittered).tolist()
-        to_grey, blurred = to_grey.tolist(), blurred.tolist()
+        order, idle, to_grey, blurred = (x.tolist() for x in (order, ~jittered, to_grey, blurred))
         scale, shift = self._affine
         done = torch.empty(crops.shape, dtype=self.dtype)
         few = max(1, _CACHE // crops[0].numel())

@@ -248,7 +248,8 @@ def layout_of(found: Found, numbered_by: list[str] | None = None) -> Layout:
     numbered_by: the classes of train, where they number these images. Raises BadInput where all
     folders look like splits.
     """
-    counts, parts = found.counts(), found.parts()
+    counts = found.counts()
+    parts = found.parts()
     names = [found.classes[owner] for owner in sorted(counts) if owner != _ROOT]
     if len(names) > 1 and all(map(is_split_name, names)):
         raise _only_splits(found.root, names)
@@ -312,7 +313,8 @@ def skipped_words(skipped: Counter[str]) -> str:
     kinds = sorted(skipped.items(), key=lambda kind: (-kind[1], kind[0]))
     counted = ("broken link", "repeated folder")
     words = [_many(n, what) if what in counted else f"{n} {what}" for what, n in kinds[:_NAMED]]
-    if rest := sum(n for _, n in kinds[_NAMED:]):
+    rest = sum(n for _, n in kinds[_NAMED:])
+    if rest:
         words.append(f"{rest} others")
     advice = ""
     if not skipped.keys().isdisjoint(_OTHER_IMAGES):

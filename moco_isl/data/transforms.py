@@ -87,7 +87,8 @@ def get_augmentation(
         options = {"size": size, "aug_plus": aug_plus, "flip": flip, "blur": blur}
         return BatchAugmentation(*STATISTICS[name], **options)
     crop = T.RandomResizedCrop(size, scale=(_SMALLEST_CROP, 1.0))
-    grey, flip = T.RandomGrayscale(p=0.2), T.RandomHorizontalFlip(flip)
+    grey = T.RandomGrayscale(p=0.2)
+    flip = T.RandomHorizontalFlip(flip)
     if aug_plus:
         jitter = T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8)  # not strengthened
         blur = [T.RandomApply([GaussianBlur((0.1, 2.0))], p=0.5)] if size > SMALL else []
