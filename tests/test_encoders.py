@@ -263,9 +263,8 @@ def test_batches_counted_at_once_are_those_counted_one_by_one(name):
     with Counted() as at_once:
         counting(x)
     norms = [m for m in plain.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    counted = sum(m.training for m in norms) - (
-        arch == "resnet18w8"
-    )  # less the one with no momentum
+    own = arch == "resnet18w8"  # then one counts by itself
+    counted = sum(m.training for m in norms) - own
     assert one_by_one.names.count("add_") - at_once.names.count("add_") == counted
     assert at_once.names.count("_foreach_add_") == 1
 

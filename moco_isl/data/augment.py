@@ -83,8 +83,8 @@ def _central_shape(H: int, W: int) -> tuple[int, int]:
 def _resize_weights(start: torch.Tensor, length: torch.Tensor, full: int, S: int) -> torch.Tensor:
     """Bilinear, antialiased resize of pixels [start, start + length) to S: matrices [N, S, full].
 
-    Each output pixel is a triangle as wide as the step between two of them, at least one input
-    pixel wide, as PIL and torchvision's antialias compute it.
+    An output pixel weighs input pixels by a triangle, which falls to 0 at a distance of one step
+    between output pixels, or of one input pixel if that is more, as PIL and torchvision do.
     """
     step = (length / S)[:, None, None]
     place = torch.arange(S, device=start.device)[:, None] + 0.5

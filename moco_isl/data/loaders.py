@@ -260,8 +260,8 @@ class _FileLoader:
             # its own: an iteration draws a number, which must not move the user's random state
             generator=torch.Generator(),
         )
-        end = multiprocessing.util.Finalize
-        self.close = end(self, reading.end, args=([self._loader],), exitpriority=100)
+        finalize = multiprocessing.util.Finalize
+        self.close = finalize(self, reading.end, args=([self._loader],), exitpriority=100)
 
     def bad_images(self) -> list[tuple[int, str]]:
         """(index, path) of the images that could not be read so far, on this rank."""
@@ -402,10 +402,8 @@ class MemoryTrainLoader(_MemoryLoader):
         order = torch.cat(steps).to(self.images.device)  # one copy to the device an epoch
         for index in order.split([len(rows) for rows in steps]):
             images = self.images[index]
-            yield (
-                self.augmentation.views(images, self.plan.seed, epoch, index, self.views),
-                index,
-            )
+            of_epoch = self.plan.seed, epoch, index
+            yield self.augmentation.views(images, *of_epoch, self.views), index
 
 
 class MemoryEvalLoader(_MemoryLoader):
