@@ -26,10 +26,10 @@ from moco_isl.encoders import (
     extract_features,
     extract_views,
     on_meta,
+    require_side,
     split_batch_norm,
 )
 from moco_isl.errors import BadInput, Interrupted, RunFailed
-from moco_isl.evaluation.features import require_side
 from moco_isl.evaluation.knn import weighted_knn
 from moco_isl.miners.average import AverageMiner
 from moco_isl.miners.cluster import ClusterMiner

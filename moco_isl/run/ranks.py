@@ -214,6 +214,12 @@ def on_main(fn: Callable):
     return together(lambda: fn() if dist.is_main() else None)
 
 
+def say(line: str) -> None:
+    """Print a line, if there is one, on rank 0."""
+    if line and dist.is_main():
+        print(line, flush=True)
+
+
 # ---- processes of this node ----------------------------------------------------------------------
 
 
