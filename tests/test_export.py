@@ -15,7 +15,7 @@ from moco_isl import export
 from moco_isl.builder import MoCo
 from moco_isl.encoders import build_encoder
 from moco_isl.evaluation.backbone import load_backbone
-from moco_isl.evaluation.features import fingerprint
+from moco_isl.evaluation.subject import fingerprint
 
 
 def write_moco(path, arch, stem="imagenet", mlp=True):

@@ -17,10 +17,12 @@ from moco_isl.builder import MoCo
 from moco_isl.data.draws import permutation
 from moco_isl.encoders import build_encoder, get_head, set_head
 from moco_isl.errors import RunFailed
-from moco_isl.evaluation import linear, probe
+from moco_isl.evaluation import linear, probe, probing
 from moco_isl.evaluation.backbone import load_backbone
 from moco_isl.evaluation.features import Split
 from moco_isl.evaluation.knn import few_shot
+from moco_isl.evaluation.subject import mismatches
+from moco_isl.run import checkpoint
 from tests.ranks import run_ranks
 
 
@@ -52,21 +54,13 @@ def moco_file(tmp_path_factory):
 
 
 def flags_of(moco_file, out, *more):
-    fixed = [
-        "--pretrained",
-        moco_file,
-        "--dataset",
-        "digits",
-        "--workers",
-        0,
-        "--device",
-        "cpu",
-        "--seed",
-        0,
-        "--out",
-        out,
-    ]
-    return [str(flag) for flag in (*fixed, *more)]
+    fixed = "--dataset digits --workers 0 --device cpu --seed 0 --out"
+    return words("--pretrained", moco_file, fixed, out, *more)
+
+
+def words(*flags):
+    """argv of flags, of which one may be a text of several words."""
+    return [word for flag in flags for word in str(flag).split() or [""]]
 
 
 def run(moco_file, out, *more, **options):
@@ -285,7 +279,7 @@ def test_the_rate_is_chosen_on_held_out_images_not_on_val():
     names = ["conv1@0.1", "conv1@1", "conv1@10"]
     val = {n: {"top1": t, "top5": 90.0} for n, t in zip(names, (50.0, 40.0, 60.0))}
     held = {n: {"top1": t, "top5": 90.0} for n, t in zip(names, (30.0, 44.0, 44.0))}
-    rows = probe.result_rows(names, val, held, {}, {"conv1": 8})
+    rows = probing.result_rows(names, val, held, {}, {"conv1": 8})
     # best held out, the lower of two equal rates
     assert [row["chosen"] for row in rows] == [False, True, False]
     assert [row["top1"] for row in rows] == [50.0, 40.0, 60.0]
@@ -293,18 +287,22 @@ def test_the_rate_is_chosen_on_held_out_images_not_on_val():
 
 def test_traps_are_warned_of_and_only_those():
     info = {"head": "linear", "args": {"dataset": "cifar10", "mlp": False, "image_size": 32}}
-    fine = {"batch_size": 256, "lr_given": False, "mlp": None, "dataset": "cifar10", "size": 32}
-    assert probe.traps(info, **fine) == []
-    assert probe.traps(info, **{**fine, "batch_size": 2048, "lr_given": True}) == []
-    for change, said in [
-        ({"batch_size": 2048}, "--lr 240"),
-        ({"mlp": True}, "--mlp says an MLP head, but the file has a linear one"),
-        ({"dataset": "svhn"}, "trained on cifar10, judged on svhn"),
-        ({"size": 224}, "side 32, judged on side 224"),
+    fine = {"batch_size": 256, "lr_given": False, "mlp": None}
+    assert probing.traps(info, **fine) == []
+    assert probing.traps(info, **{**fine, "batch_size": 2048, "lr_given": True}) == []
+    same = {"dataset": "cifar10", "side": 32}
+    assert mismatches(info, **same) == []
+    for found, said in [
+        (probing.traps(info, **{**fine, "batch_size": 2048}), "--lr 240"),
+        (
+            probing.traps(info, **{**fine, "mlp": True}),
+            "--mlp says an MLP head, but the file has a linear one",
+        ),
+        (mismatches(info, **{**same, "dataset": "svhn"}), "trained on cifar10, judged on svhn"),
+        (mismatches(info, **{**same, "side": 224}), "side 32, judged on side 224"),
+        (mismatches({"head": "mlp", "args": {"mlp": False}}, **same), "own flags"),
     ]:
-        (warning,) = probe.traps(info, **{**fine, **change})
-        assert said in warning
-    assert "own flags" in probe.traps({"head": "mlp", "args": {"mlp": False}}, **fine)[0]
+        assert len(found) == 1 and said in found[0]
 
 
 # ---- the script, on the embedded digits
@@ -316,19 +314,7 @@ def cached_run(moco_file, tmp_path_factory):
     code = run(
         moco_file,
         out,
-        "--cache-features",
-        "--lr",
-        0.3,
-        30,
-        "--epochs",
-        6,
-        "--schedule",
-        4,
-        5,
-        "--layers",
-        "all",
-        "--shots",
-        "1,5",
+        "--cache-features --lr 0.3 30 --epochs 6 --schedule 4 5 --layers all --shots 1,5",
     )
     assert code == 0
     return out
@@ -384,18 +370,7 @@ def test_evaluate_takes_the_held_out_images_and_the_protocol_from_the_file(cache
     """Without a seed of its own it would hold out other images, those trained on, and choose by
     them.
     """
-    flags = [
-        "--dataset",
-        "digits",
-        "--device",
-        "cpu",
-        "--workers",
-        "0",
-        "--out",
-        str(tmp_path),
-        "-e",
-        "--resume",
-    ]
+    flags = words("--dataset digits --device cpu --workers 0 --out", tmp_path, "-e --resume")
     assert main_lincls.main([*flags, str(cached_run / "checkpoint_last.pth.tar")]) == 0
     before, after = results(cached_run), results(tmp_path)
     same = ("classifiers", "protocol", "seed", "held_out", "train_images", "epochs", "batch_size")
@@ -409,40 +384,39 @@ def test_evaluate_judges_the_encoder_that_was_probed(moco_file, tmp_path):
             t.neg_()
     torch.save(content, tmp_path / "two.pth.tar")
     assert (
-        run(
-            tmp_path / "two.pth.tar",
-            tmp_path / "a",
-            "--key",
-            "--cache-features",
-            "--epochs",
-            3,
-            "--lr",
-            1,
-        )
+        run(tmp_path / "two.pth.tar", tmp_path / "a", "--key --cache-features --epochs 3 --lr 1")
         == 0
     )
     evaluate = ["-e", "--resume", tmp_path / "a" / "checkpoint_last.pth.tar"]
     # without --key: the file says it
     assert run(tmp_path / "two.pth.tar", tmp_path / "b", *evaluate) == 0
-    assert (
-        main_lincls.main(
-            [
-                str(a)
-                for a in (
-                    "--dataset",
-                    "digits",
-                    "--device",
-                    "cpu",
-                    "--out",
-                    tmp_path / "c",
-                    *evaluate,
-                )
-            ]
-        )
-        == 0
-    )
+    flags = words("--dataset digits --device cpu --out", tmp_path / "c", *evaluate)
+    assert main_lincls.main(flags) == 0
     first, *others = (results(tmp_path / name)["classifiers"][0]["top1"] for name in "abc")
     assert others == [first, first] and results(tmp_path / "b")["encoder"] == "key"
+
+
+def test_each_file_is_read_once(moco_file, tmp_path, monkeypatch):
+    read = []
+
+    def noted(function, path_of):
+        def call(*given, **options):
+            read.append(path_of(*given))
+            return function(*given, **options)
+
+        return call
+
+    load = noted(checkpoint.load, lambda path: str(path))
+    monkeypatch.setattr(checkpoint, "load", load)
+    build = noted(data.build_dataset, lambda name, root, split, download: split)
+    monkeypatch.setattr(data, "build_dataset", build)
+    flags = ["--cache-features", "--lr", 1, "--resume", "auto"]
+    assert run(moco_file, tmp_path, *flags, "--epochs", 1) == 0
+    assert sorted(read) == sorted([str(moco_file), "train", "val"])
+    read.clear()
+    saved = str(tmp_path / "checkpoint_last.pth.tar")
+    assert run(moco_file, tmp_path, *flags, "--epochs", 2) == 0
+    assert sorted(read) == sorted([str(moco_file), saved, "train", "val"])
 
 
 def test_evaluate_writes_over_no_run(moco_file, cached_run, capsys):
@@ -517,21 +491,9 @@ def test_mocos_protocol_end_to_end_and_its_file(moco_file, tmp_path, capsys):
     torch.save(
         {k: content[k] for k in ("epoch", "arch", "state_dict", "best_acc1", "optimizer")}, moco_own
     )
-    flags = [
-        "--resume",
-        moco_own,
-        "--dataset",
-        "digits",
-        "--workers",
-        0,
-        "--device",
-        "cpu",
-        "--epochs",
-        3,
-        "--out",
-        tmp_path / "own",
-    ]
-    assert main_lincls.main([str(f) for f in (*flags, "-e")]) == 0
+    digits = "--dataset digits --workers 0 --device cpu --epochs 3"
+    flags = words("-e --resume", moco_own, digits, "--out", tmp_path / "own")
+    assert main_lincls.main(flags) == 0
     assert results(tmp_path / "own")["classifiers"][0]["top1"] == row["top1"]
 
 
@@ -553,11 +515,7 @@ def test_a_stop_while_features_are_taken_is_an_interruption(moco_file, tmp_path,
 @pytest.mark.parametrize("protocol", [[], ["--cache-features"], ["--finetune"]])
 def test_a_run_stopped_in_an_epoch_ends_as_the_unbroken_one(moco_file, tmp_path, protocol):
     flags = [
-        "--epochs",
-        3,
-        "--schedule",
-        2,
-        "--lr",
+        "--epochs 3 --schedule 2 --lr",
         *([0.01] if "--finetune" in protocol else [0.1, 1]),
         *protocol,
     ]
@@ -594,18 +552,7 @@ def test_two_ranks_equal_one_process(moco_file, tmp_path, protocol):
     # 1,436 images in batches of 64: shares are equal on two ranks, as the augmented protocol needs
     # them
     flags = [
-        "--holdout",
-        1,
-        "--lr",
-        0.01,
-        0.1,
-        "--epochs",
-        2,
-        "--batch-size",
-        64,
-        "--layers",
-        "conv3",
-        "backbone",
+        "--holdout 1 --lr 0.01 0.1 --epochs 2 --batch-size 64 --layers conv3 backbone",
         *protocol,
     ]
     assert run(moco_file, tmp_path / "one", *flags) == 0
@@ -707,16 +654,9 @@ def test_a_missing_class_in_val_keeps_labels_in_place(moco_file, tmp_path):
         run(
             moco_file,
             tmp_path / "out",
-            "--dataset",
-            "folder",
+            "--dataset folder",
             root,
-            "--image-size",
-            16,
-            "--cache-features",
-            "--epochs",
-            30,
-            "--lr",
-            1,
+            "--image-size 16 --cache-features --epochs 30 --lr 1",
         )
         == 0
     )
@@ -725,21 +665,7 @@ def test_a_missing_class_in_val_keeps_labels_in_place(moco_file, tmp_path):
 
 
 def test_other_settings_or_another_file_cannot_be_resumed(moco_file, cached_run, tmp_path, capsys):
-    same = [
-        "--cache-features",
-        "--lr",
-        0.3,
-        30,
-        "--epochs",
-        6,
-        "--schedule",
-        4,
-        5,
-        "--layers",
-        "all",
-        "--resume",
-        "auto",
-    ]
+    same = ["--cache-features --lr 0.3 30 --epochs 6 --schedule 4 5 --layers all --resume auto"]
     assert run(moco_file, cached_run, *same, "--momentum", 0.5) == 2
     assert "--momentum was 0.9 and is now 0.5" in capsys.readouterr().err
     other = tmp_path / "other.pth"
@@ -818,7 +744,7 @@ def test_a_run_in_the_folder_is_not_overwritten_by_another(
         return "the table"
 
     with monkeypatch.context() as patched:
-        patched.setattr(probe, "table", moved)
+        patched.setattr(probing, "table", moved)
         assert run(moco_file, out, *same, "--resume", "auto") == 3
     assert (
         "is no longer the folder of this run" in capsys.readouterr().err and contents(out) == before
@@ -868,15 +794,7 @@ def test_an_older_file_of_the_same_folder_is_refused(moco_file, tmp_path, capsys
     assert run(moco_file, tmp_path, "--cache-features", "--epochs", 2, "--resume", "auto") == 0
     reached = (tmp_path / "checkpoint_last.pth.tar").read_bytes()
     assert (
-        run(
-            moco_file,
-            tmp_path,
-            "--cache-features",
-            "--epochs",
-            2,
-            "--resume",
-            tmp_path / "older.pth.tar",
-        )
+        run(moco_file, tmp_path, "--cache-features --epochs 2 --resume", tmp_path / "older.pth.tar")
         == 2
     )
     assert (

@@ -184,13 +184,12 @@ class Start:
     seen: tuple = ()
 
 
-def find_start(resume: str, init: str | None, out: str) -> tuple[Start, dict]:
-    """The file that --resume (a path, "auto" or "") or --init names, and what is in it, tensors not
-    yet read.
+def find_start(resume: str, init: str | None, out: str, mmap: bool = True) -> tuple[Start, dict]:
+    """The file that --resume (a path, "auto" or "") or --init names, and what is in it.
 
-    Raises BadInput where it cannot be read, and where going on from it would overwrite what the run
-    in `out` has reached since. What is found
-    is to be looked at again when the folder is held: see `require_unchanged`.
+    mmap: tensors are not yet read, see `checkpoint.load`. What is found is to be looked at again
+    when the folder is held: see `require_unchanged`. Raises BadInput where the file cannot be read,
+    and where going on from it would overwrite what the run in `out` has reached since.
     """
     files.require_folder(out, "--out")
     auto, seen = resume == "auto", _stamp(newest(out))
@@ -202,7 +201,7 @@ def find_start(resume: str, init: str | None, out: str) -> tuple[Start, dict]:
     path = str(found) if found else init if auto else resume or init
     if not path:
         return Start(), {}
-    content = _look(path, "resume" if resume and path != init else "init")
+    content = _look(path, "resume" if resume and path != init else "init", mmap)
     goes_on, in_place = bool(found or resume and not auto), auto
     if resume and not auto and Path(out).exists() and Path(path).resolve().parent.samefile(out):
         in_place, last = True, newest(out)
@@ -251,13 +250,13 @@ def require_unchanged(start: Start, out: str) -> None:
         )
 
 
-def _look(path: str, flag: str) -> dict:
+def _look(path: str, flag: str, mmap: bool = True) -> dict:
     if not files.kind(path, f"--{flag}"):
         raise BadInput(
             f"no file at --{flag} '{path}': expected a checkpoint; check the path (nothing was"
             " started)"
         )
-    content = checkpoint.load(path, mmap=True)
+    content = checkpoint.load(path, mmap=mmap)
     require_start(content, path, flag == "resume")
     return content
 
