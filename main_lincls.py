@@ -27,9 +27,9 @@ from moco_isl.run.folder import RunFolder, check_folder, flags_of_unsaved
 from moco_isl.run.signals import Stop
 from moco_isl.training import resume, state
 
-# may change on resuming: they train nothing
+# flags that may change on resuming, beside resume.MAY_CHANGE: they do not touch the training
 FREE = {"pretrained", "arch", "stem", "mlp", "shots", "draws", "evaluate"}
-# what -e takes from the file: the same classifiers and split
+# flags that -e takes from the file: which classifiers, and which images are held out
 OF_THE_RUN = ("lr", "layers", "finetune", "cache_features", "key", "seed", "holdout")
 
 
@@ -99,7 +99,7 @@ def settle_flags(args, resumed: Resumed) -> None:
 
 def check_subject(args, resumed: Resumed) -> Subject:
     """What is judged; raises BadInput where flags, files and images do not go together."""
-    # MoCo's own file holds the encoder, too
+    # a file of MoCo's holds the encoder, too
     resumes = bool(resumed.path) and not (resumed.is_ours and args.pretrained)
     path = resumed.path if resumes else args.pretrained
     encoder = (path, args.arch, args.stem, args.key and not resumes)
@@ -149,7 +149,7 @@ def worker(args, stop, resumed: Resumed, subject: Subject) -> None:
 
 def assemble(args, device, folder, stop: Stop, resumed: Resumed, subject: Subject):
     """A probe of the subject, in the state that the file to go on with has. Raises BadInput."""
-    if not args.evaluate:  # now that no other run can write there
+    if not args.evaluate:  # the folder is held: no other run can write there any more
         resume.require_unchanged(resumed.start, args.out)
         resume.check_unsaved(resumed.start, args.out, vars(args), FREE)
     ranks.say(describe(subject.info))
@@ -163,7 +163,7 @@ def assemble(args, device, folder, stop: Stop, resumed: Resumed, subject: Subjec
     images = probing.hold_out(subject, args.holdout, len(args.lr), args.seed)
     require_shots(images.train.labels, max(args.shots, default=0))
     head = get_head(subject.encoder) if subject.info["head"] else None
-    torch.manual_seed(args.seed)  # the classifiers start as it says, however the files were read
+    torch.manual_seed(args.seed)  # the start of the classifiers hangs on nothing else
     probe = Probe(
         subject.encoder,
         None if args.finetune else layer_names(subject.encoder, args.layers),

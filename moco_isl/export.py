@@ -47,7 +47,8 @@ def export(
     names are mapped back and the tensors compared. Raises BadInput where the library has no such
     network, RunFailed on a difference.
     """
-    path, out = Path(path), Path(out)
+    path = Path(path)
+    out = Path(out)
     _check_out(path, to, out)
     has_card = to == "safetensors" or (to == "timm" and out.suffix == ".safetensors")
     if results and not has_card:
@@ -68,7 +69,7 @@ def export(
     checkpoint.require_writable(out, "--out")
     try:
         _compare(encoder, info, write())
-    except BaseException:  # what is not proven does not stay
+    except BaseException:  # a file that was not compared must not stay
         out.unlink(missing_ok=True)
         raise
     proof = "same output on a fixed tensor"
@@ -305,7 +306,7 @@ def get_parser() -> flags.Parser:
 
 
 def _results(text: str) -> str:
-    if not text.endswith(".json"):  # else a FILE behind the flag would be one more of them
+    if not text.endswith(".json"):  # so that a FILE behind these is not taken for one of them
         raise argparse.ArgumentTypeError(
             f"'{flags.short(text)}' is no .json file: expected a results.json of main_knn.py or"
             " main_lincls.py"

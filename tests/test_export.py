@@ -1,6 +1,4 @@
-"""Every library gets the backbone in its own form and answers as ours does; MoCo's own probe reads
-our files.
-"""
+"""Every library reads what we export, and answers as ours; MoCo's own probe reads our files."""
 
 import json
 from functools import partial

@@ -41,9 +41,7 @@ def same(encoder, state):
 
 
 def thin_transformers(monkeypatch):
-    """torchvision's vision transformers of one layer and 16 numbers, for the time that they
-    take.
-    """
+    """torchvision's vision transformers with one layer of 16 numbers: larger ones take long."""
     module = torchvision.models.vision_transformer
     whole = torchvision.models.vision_transformer._vision_transformer
     thin = {"num_layers": 1, "num_heads": 2, "hidden_dim": 16, "mlp_dim": 32}
@@ -521,8 +519,9 @@ class Evil:
 
 
 class Pointer:
-    """An array of objects that says of itself that it is one of bytes: numpy's own unpickling takes
-    them for addresses.
+    """An array of objects that claims to hold bytes, which numpy's own unpickling trusts.
+
+    It takes the bytes for addresses.
     """
 
     def __reduce__(self):

@@ -45,10 +45,10 @@ _GROUPED = {  # (depth, groups, width of the first block's 3x3 convolution) -> t
     (50, 1, 128): "wide_resnet50_2",
     (101, 1, 128): "wide_resnet101_2",
 }
-# how the architectures begin that have either stem
+# beginnings of the names of architectures that have both stems
 _STEMMED = ("resnet", "resnext", "wide_resnet", "alexnet")
 LARGEST_SIDE = 4096  # of images, as --image-size has it
-# extra classifiers of torchvision's Inceptions, which no one probes
+# extra classifiers of torchvision's Inceptions, which are left out
 _AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")
 
 
@@ -79,7 +79,7 @@ def load_backbone(
     if content is None:
         content, metadata = read_file(path)
     state, left = _state_dict(content, path)
-    if "isl" in content or "probe" in content:  # ours, in which they say what it was trained on
+    if "isl" in content or "probe" in content:  # a file of ours has these, and right
         require(
             content,
             {"epoch": COUNT, "args": _TRAINED_ON, ...: object},
@@ -124,7 +124,7 @@ def load_backbone(
     return encoder, info
 
 
-# flags that are looked at, as files of ours hold them; those of other files count where they fit
+# flags that are looked at, as files of ours hold them; a flag of another file counts if it fits
 _TRAINED_ON = {
     "dataset?": (str, None),
     "mlp?": (bool, None),
@@ -182,7 +182,7 @@ def _args(content: dict, metadata: dict[str, str]) -> dict:
         args = vars(args)
     if not isinstance(args, dict) or not args:
         args = {key: metadata[key] for key in ("dataset", "image_size") if key in metadata}
-    # ours have both: the flag may be 0
+    # files of ours have both, and the flag may be 0
     side = _side(args.get("image_size")) or _side(content.get("image_size"))
     args = {**args, "image_size": side}
     return {
@@ -412,7 +412,7 @@ def _load(
     own = encoder.state_dict()
     place = head_name(encoder) + "."
     own = {name: t for name, t in own.items() if head or not name.startswith(place)}
-    # files from before it existed lack it
+    # files of older torch lack it
     optional = {name for name in own if name.endswith("num_batches_tracked")}
     missing = [name for name in own if name not in state and name not in optional]
     extra = [name for name in state if name not in own]

@@ -48,7 +48,7 @@ def vote(
     for start in range(0, len(similarity), rows):
         sim = similarity[start : start + rows]
         labels = neighbour_labels[start : start + rows]
-        # divided by the largest weight of its row, which changes no vote, so that none overflows
+        # divided by the largest weight of the row: no vote changes, and none overflows
         weight = ((sim - sim[:, :1]) / T).exp()
         votes = torch.zeros(len(sim), num_classes, device=sim.device)  # [rows, classes]
         votes.scatter_add_(1, labels, weight)

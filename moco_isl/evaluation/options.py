@@ -51,9 +51,7 @@ def knn_parser(description: str) -> flags.Parser:
     add("--T", type=float, nargs="+", default=[0.1], help=T)
     batch = "images at a time on each rank (default: 256)"
     add("-b", "--batch-size", type=int, default=256, help=batch)
-    out = (
-        "folder for results.json (default: none is written); it keeps results of other checkpoints"
-    )
+    out = "folder for results.json (default: none); results of other checkpoints in it are kept"
     add("--out", metavar="DIR", help=out)
     kept = "keep the features in this file, or use those that are in it"
     add("--features", metavar="FILE.safetensors", help=kept)

@@ -18,7 +18,7 @@ from moco_isl.run import checkpoint, ranks
 from moco_isl.training import resume
 from moco_isl.training.state import require_start
 
-LOOKED_AT = 10_000  # files whose sizes tell one data set from another of the same names
+LOOKED_AT = 10_000  # files whose sizes go into `identity`
 
 
 class ReadOnce:
