@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moco_isl.mining.gan import GANSettings, Trainer, discriminator_loss, fit_gan
+from moco_isl.mining.gan import GANSettings, discriminator_loss
+from moco_isl.mining.gan_training import Trainer, fit_gan
 from moco_isl.mining.positives import PositiveSets
 from studies import gans
 from tests.test_miners import clusters
