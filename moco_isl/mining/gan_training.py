@@ -123,7 +123,7 @@ class Trainer:
     anchors, so that triplets are the same for any number of iterations a graph. Products on a GPU
     are in TF32, also those that find the hardest negative (one within 0.005 of it is as hard).
 
-    Another kind of GAN overrides `sampler_kind`, `networks` or `loss_of_D` (benchmarks/gans.py).
+    Another kind of GAN overrides `sampler_kind`, `networks` or `loss_of_D` (studies/gans.py).
     """
 
     sampler_kind = TripletSampler
