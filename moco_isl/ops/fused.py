@@ -24,8 +24,8 @@ def kernels_for(rows: Tensor) -> ModuleType | None:
     """The module of kernels if it serves these rows: at most 256 wide, on a CUDA device where it
     was seen to work.
     """
-    device, C = rows.device, rows.shape[1]
-    return _seen_to_work(device, C) if device.type == "cuda" and C <= _WIDEST else None
+    C = rows.shape[1]
+    return _seen_to_work(rows.device, C) if rows.device.type == "cuda" and C <= _WIDEST else None
 
 
 def try_out(device: torch.device, C: int) -> bool:
@@ -115,10 +115,10 @@ def search(
     sure: whatever the rounding to float16 did, no row that was left out is one of the k best.
     exclude [Q]: a row that the query may not find, -1 for none.
     """
-    size, M = kernels.GROUP, len(bank)
+    size = kernels.GROUP
     bank = bank.contiguous()
     half = bank if bank.dtype == torch.float16 else bank.half()
-    groups = -(-M // size)
+    groups = -(-len(bank) // size)
     looked = min(groups, k + (exclude is not None) + spare(k))  # an own row may lift its group
     step = max(1, min(_BYTES // (4 * groups), _BYTES // (4 * looked * size)))
     cosine = torch.empty(len(queries), k, device=bank.device)

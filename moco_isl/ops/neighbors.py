@@ -155,11 +155,13 @@ def _search(
         v, at = _best(scores, min(k, scores.shape[1]))
         at = at + j
         if value is not None:
-            v, at = torch.cat([value, v], 1), torch.cat([index, at], 1)
+            v = torch.cat([value, v], 1)
+            at = torch.cat([index, at], 1)
             if v.shape[1] > k:
                 v, keep = v.topk(k, dim=1)
                 at = at.gather(1, keep)
-        value, index = v, at
+        value = v
+        index = at
     return value, index
 
 
@@ -210,7 +212,8 @@ def _pairs_above(features: Tensor, bound: float, limit: int, tick) -> tuple[Tens
     """Cosines and keys (lower * M + higher) of all pairs above or at the bound."""
     M = len(features)
     side = max(1, min(M, int((limit / 4) ** 0.5)))
-    cosines, keys = [], []
+    cosines = []
+    keys = []
     for i in range(0, M, side):
         for j in range(i, M, side):
             if tick is not None:
