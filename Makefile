@@ -48,7 +48,7 @@ format: $(VENV)/.installed
 	$(PY) -m ruff format .
 
 docs: $(VENV)/.docs
-	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 install: $(VENV)/.installed
 

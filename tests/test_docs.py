@@ -9,14 +9,19 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
 
 import main_knn
 import main_lincls
 import main_moco_isl
 from launch import status, submit, sweep
 from moco_isl import export
+from moco_isl.isl import ISL
+from moco_isl.loader import WithIndex
 from moco_isl.report import __main__ as report
 from studies import readme_picture as result
+from tests.test_builder import C, M, images, moco
 
 ROOT = Path(__file__).parent.parent
 WRITTEN = {"bad_input.md", "flags.md", "results.md"}  # by a program, or of what one wrote
@@ -90,3 +95,34 @@ def test_the_picture_shows_the_results():
         assert f"{mean:+.1f} ± {spread:.1f}" in picture
     for size in result.curves():
         assert f"{size:g} an image" in picture
+
+
+def test_the_python_page_runs():
+    """The loop around a tiny MoCo; the miner and the data set of a user's own."""
+    pictures = images(M, 0)
+    dataset = [((x, x.flip(2)), 0) for x in pictures]
+    model = moco()
+    given = {
+        "model": model,
+        "dataset": dataset,
+        "loader": DataLoader(WithIndex(dataset), batch_size=4),
+        "ordered_loader": DataLoader(TensorDataset(pictures, torch.arange(M)), batch_size=8),
+        "device": "cpu",
+        "epochs": 1,
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+        "images": (255 * pictures).to(torch.uint8),
+        "labels": torch.arange(M) % 2,
+        "classes": ["even", "odd"],
+    }
+    for block in re.findall(
+        r"^```python\n(.*?)^```", (ROOT / "docs" / "python.md").read_text(), re.M | re.S
+    ):
+        exec(block, given)
+    assert given["loss"] > 0
+    isl = ISL(moco(), M)
+    features = torch.nn.functional.normalize(torch.rand(M, C), dim=1)
+    isl.mine(features, given["MyMiner"](steps=2, budget=[2]))
+    first = isl.positives.members[: isl.positives.offsets[1]]
+    assert len(first) and set(first.tolist()) <= {1, 2, M - 1, M - 2}
+    row = given["row"]
+    assert len(row.open(None, "train", False)) == M and row.size == 32
