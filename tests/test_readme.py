@@ -117,6 +117,7 @@ def run(command, monkeypatch):
     if rest[0] == "-m":
         by = runpy.run_module
         del rest[0]
+        monkeypatch.delitem(sys.modules, f"{rest[0]}.__main__", raising=False)  # imported by tests
     monkeypatch.setattr(sys, "argv", rest)
     with pytest.raises(SystemExit) as end:
         by(rest[0], run_name="__main__")
