@@ -34,7 +34,7 @@ from moco_isl.mining.gan_training import fit_gan
 from moco_isl.mining.positives import PositiveSets
 
 C = 128
-# s, s, ms on an H200 at the sizes: to be reached, hoped for
+# s, s, ms on an H200 at the largest size of each table: to be reached, hoped for
 BARS = {"gan": (20, 6), "mining": (30, 10), "loss": (20, 10)}
 SIZES = {"cuda": [10_000, 100_000, 1_281_167], "cpu": [2000, 6000, 20_000]}
 LOSS_SIZES = {"cuda": [10_000, 100_000, 1_281_167], "cpu": [10_000, 30_000, 100_000]}

@@ -85,7 +85,7 @@ ON_CPU = {
     "bank": {"N": 128, "M": 20_000, "steps": 1},
 }
 QUICK = {"size": 32, "N": 4, "K": 64, "M": 200, "steps": 1, "arch": "resnet18w16"}
-# ms a step at the sizes on an H200: what is to be reached, and what is hoped for
+# ms a step on an H200 at the sizes of ROWS: what is to be reached, and what is hoped for
 BARS = {
     "photos": (55, 45),
     "w64": (512 / 20_000 * 1e3, 512 / 31_000 * 1e3),

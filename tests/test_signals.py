@@ -211,6 +211,11 @@ def test_what_is_said_with_stdout_closed_goes_into_no_file(tmp_path):
         wait_until(
             lambda: (metrics.exists() and metrics.stat().st_size) or process.poll() is not None
         )
+        if Path("/proc/self/fd").exists():
+            opened = [os.readlink(f"/proc/{process.pid}/fd/{number}") for number in (1, 2)]
+            if opened != ["/dev/null", "/dev/null"]:
+                process.kill()
+            assert opened == ["/dev/null", "/dev/null"]
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 75
     assert all(json.loads(line)["kind"] for line in metrics.read_text().splitlines())

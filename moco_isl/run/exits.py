@@ -11,7 +11,7 @@ import torch.distributed
 from moco_isl import dist, files
 from moco_isl.data import workers
 from moco_isl.errors import BadInput, Interrupted, RunFailed, first_line
-from moco_isl.run import environment
+from moco_isl.run import environment, signals
 from moco_isl.run.environment import BadEnvironment
 
 KEYBOARD = 130  # what a shell makes of a process that Ctrl-C ended
@@ -37,6 +37,7 @@ def exit_code(
     lost: the exit code where the run failed because another rank is gone. Errors that neither the
     user nor the machine caused are raised.
     """
+    signals.open_standard_streams()
     files.print_any_name()
     try:
         script(argv, stop)
