@@ -40,7 +40,7 @@ from moco_isl.mining.rounds import RoundMiner
 from moco_isl.report import grids, page, runs, sections, verdict
 from moco_isl.report.__main__ import main as report_main
 from moco_isl.run import checkpoint
-from moco_isl.training import fast, resume, state
+from moco_isl.training import engine, fast, pretrain, resume, state
 from tests.runs import photos
 from tests.small_training import unit
 
@@ -339,9 +339,9 @@ def read_resume(place: Place, draw: random.Random) -> None:
     content = damaged(place.content, draw)
     with in_place_of_files(content):
         args = main_moco_isl.get_parser().parse_args(argv)
-        start, _ = main_moco_isl.check_start(args)
-        resume.finished(start, content, args.epochs, args.max_steps)
-        _, _, model = main_moco_isl.prepare(args, start)
+        start, taken = main_moco_isl.check_start(args)
+        resume.finished(start, taken, args.epochs, args.max_steps)
+        images, model = main_moco_isl.prepare(args, start, taken)
         checkpoint.load_model(model, content, start.path)
         optimizer = fast.sgd(model.parameters(), 0.1, 0.9, 1e-4, False)
         isl = ISL(model, M, between=2)
@@ -351,7 +351,8 @@ def read_resume(place: Place, draw: random.Random) -> None:
             torch.amp.GradScaler("cpu"),
             isl,
             main_moco_isl.build_miner(args, None),
-            "",
+            resume.images_of(images.train),
+            engine.Position(),
         )
         if flag == "--resume" and "isl" in content:
             parts.restore(content, torch.device("cpu"))
@@ -359,13 +360,8 @@ def read_resume(place: Place, draw: random.Random) -> None:
             positives, weight = isl.positives.lookup(everyone, 4)
             isl.bank.lookup(positives)
             isl.slots.absent(positives, weight > 0)
-        elif (
-            flag == "--init"
-            and "isl" in content
-            and (slots := content["isl"]["state"].get("slots"))
-        ):
-            if content["isl"].get("images") == place.content["isl"]["images"]:  # as Run._know_queue
-                isl.slots.take_over(slots["owner"], oldest=int(model.queue_ptr))
+        elif flag == "--init":
+            pretrain.know_queue(parts, content, args.dataset)
         elif flag == "--resume" and "optimizer" in content:
             fast.load_optimizer(optimizer, content["optimizer"])
 
@@ -708,26 +704,6 @@ def test_a_miner_that_keeps_a_state_says_its_shape():
 
 def subclasses(kind: type) -> set[type]:
     return {one for below in kind.__subclasses__() for one in {below, *subclasses(below)}}
-
-
-FIRST = """arch aug_plus batch_size bn_splits channels_last compile cos data dataset device amp
-epochs image_size init isl_bank_mix isl_budget isl_candidates isl_every
-isl_gan_iters isl_gan_min_iters isl_hpe isl_keep isl_lambda isl_loss
-isl_max_positives isl_max_share isl_radius isl_radius_mode isl_start isl_threshold
-isl_triplets knn_holdout lr miner mlp moco_dim moco_k moco_m moco_t momentum
-objective schedule seed stem symmetric weight_decay"""
-
-
-def test_files_of_the_first_version_have_all_the_flags_that_are_asked_for():
-    """What came later is a flag that files need not have: it may change, or `resume.BEFORE` says
-    what runs without it did.
-    """
-    required = {
-        name
-        for name in state.flags_shape(main_moco_isl.get_parser(), resume.OPTIONAL)
-        if name is not ... and not name.endswith("?")
-    }
-    assert required <= set(FIRST.split())
 
 
 def test_rates_are_the_flags_and_not_the_files(place):

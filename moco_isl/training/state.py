@@ -28,12 +28,15 @@ POSITION = {
     "step": COUNT,
     "total": COUNT,
     "metrics_size": COUNT,
-    "num_images?": Number(1, LARGEST, whole=True),
-    "images?": str,
     ...: object,
 }
-JUDGED = {"sha256?": str, "classes?": [str], "data_sha256?": str}
-BEGUN = {**POSITION, "state": {"round?": COUNT, ...: object}}
+JUDGED = {"sha256": str, "classes": [str], "data_sha256": str}
+BEGUN = {
+    **POSITION,
+    "state": {"round?": COUNT, ...: object},
+    "num_images": Number(1, LARGEST, whole=True),
+    "images": str,
+}
 START = {
     "epoch?": object,
     "args?": object,
@@ -63,15 +66,14 @@ def require_flags(
     content: dict,
     path,
     parser: argparse.ArgumentParser,
-    optional: set[str],
     known: tuple[str, ...] = (),
 ) -> None:
-    """Hold the flags (`args`) in a file of ours against the script's parser. optional: those that
-    files need not have; known: those that are never None in them. Raises BadInput.
+    """Hold the flags (`args`) in a file of ours against the script's parser. known: those that are
+    never None in them. Raises BadInput.
 
     Then no position lies past the end of the run that they describe.
     """
-    shape = flags_shape(parser, optional)
+    shape = flags_shape(parser, optional=set())
     shape |= {name: shape[name][0] for name in known}
     shape |= {name: Number(1, LARGEST, whole=True) for name in ("epochs", "batch_size")}
     texts = Holds(
@@ -207,8 +209,8 @@ def require_state(
         "scaler": _scaler(fp16),
         "rng": RANKS,
         **_position(steps, epoch),
-        "num_images?": {M},
-        "images?": str,
+        "num_images": {M},
+        "images": str,
         "metrics_size": COUNT,
     }
     # at most once before each epoch
