@@ -19,7 +19,7 @@ from contextlib import closing
 
 import torch
 
-from moco_isl import builder, data, dist, files
+from moco_isl import builder, data, dist
 from moco_isl.encoders import build_encoder, on_meta, require_side, split_batch_norm
 from moco_isl.evaluation.knn import weighted_knn
 from moco_isl.isl import ISL
@@ -34,9 +34,9 @@ from moco_isl.miners.oracle import OracleMiner
 from moco_isl.objectives.rotnet import Rotations
 from moco_isl.run import devices, exits, flags, ranks
 from moco_isl.run.folder import check_folder
-from moco_isl.run.meters import Progress, say
+from moco_isl.run.meters import Progress
 from moco_isl.run.signals import Stop
-from moco_isl.training import engine, fast, options, pretrain, resume, state
+from moco_isl.training import options, pretrain, resume, state
 from moco_isl.training.options import check_args
 
 
@@ -72,10 +72,6 @@ def check_start(args: argparse.Namespace) -> tuple[resume.Start, dict]:
     were not given taken from the run that goes on. Raises BadInput before any work.
     """
     flags.check(
-        args.resume in ("", "auto") or not args.init,
-        "--resume goes on with a run, --init starts one: give only one of them",
-    )
-    flags.check(
         args.resume != "auto" or args.out,
         "--resume auto needs --out: it goes on with the run in that folder",
     )
@@ -83,22 +79,10 @@ def check_start(args: argparse.Namespace) -> tuple[resume.Start, dict]:
     args.out = args.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{name}"
     shape = state.flags_shape(get_parser())
     start, content = resume.find_start(args.resume, args.init, args.out, shape)
-    flags.check(
-        "probe" not in content,
-        f"'{start.path}' is a linear probe of main_lincls.py: expected a pretraining file, such as"
-        " the one it was trained on",
-    )
-    ours = content.get("isl") if start.goes_on else None
-    if ours:
-        state.require_flags(content, start.path, get_parser())
-    resume.take_over(args, content["args"] if ours else start.unsaved)
+    resume.take_over(args, resume.saved_flags(start, content, get_parser()))
     check_args(args)
     check_folder(args.out, start.in_place)
-    resume.check_unsaved(start, vars(args))
-    if ours:
-        begun = ours["epoch"] + bool(ours["step"])
-        mined = ours["state"].get("round", 0) > 0
-        resume.check_same(content["args"], vars(args), epochs=begun, mined=mined)
+    resume.check_flags(start, content, vars(args))
     return start, content
 
 
@@ -151,106 +135,43 @@ def worker(args: argparse.Namespace, stop, start: resume.Start, content: dict) -
     args.seed, args.out, start = dist.broadcast_object((args.seed, args.out, start))
     if start != own:  # a shared file system may show another rank another file
         content.clear()
+    plan = chosen(pretrain.Plan, args, mines=args.miner != "none")
+    numerics = chosen(pretrain.Numerics, args)
     with Stop(stop) as stop:
         reader, model = ranks.together(lambda: get_ready(args, start, content, device, stop))
         with closing(reader):
-            parts = build_parts(args, model, reader)
+            isl = build_isl(args, model, reader.M)
+            miner = build_miner(args, reader.labels)
+            parts = pretrain.assemble(model, isl, miner, reader, plan, numerics)
             folder = pretrain.take_folder(args.out, start, args.keep)
             progress = Progress(args.progress, args.epochs, len(reader.loader))
             with closing(pretrain.Journal(folder, progress, parts.position)) as journal:
                 save = pretrain.Saver(parts, folder, vars(args), reader.images.side, device)
                 pretrain.begin(start, content, parts, reader, journal, save, args.tensorboard)
-                plan = chosen(pretrain.Plan, args, mines=args.miner != "none")
                 for line in warnings(args, reader, model, plan):
                     journal.say(f"=> {line}")
-                journal.say(
-                    f"=> {reader.M} images, {len(reader.loader)} steps an epoch,"
-                    f" {dist.world_size()} x {device}, seed {args.seed}, files in"
-                    f" {files.shown(args.out)}"
-                )
-                numerics = chosen(pretrain.Numerics, args)
                 pretrain.train(parts, reader, plan, numerics, journal, save, stop, weighted_knn)
 
 
 def get_ready(
     args: argparse.Namespace, start: resume.Start, content: dict, device: torch.device, stop: Stop
 ) -> tuple[pretrain.Reader, torch.nn.Module]:
-    """All that a rank can do apart from the others: read the file, open the images, build the
-    model. Writes nothing but --cache.
+    """All that a rank does apart from the others: read the file, open the images, build the model.
+
+    Writes nothing but --cache.
     """
     torch.manual_seed(args.seed)
     random.seed(args.seed)
     if start.path and not content:
         content |= resume.read(start)
     images, model = prepare(args, start, content)
-    say(data.describe(train=images.whole))
-    workers = devices.usable_workers(args.workers, ranks.processes_here(args))
-    whole = images.whole
-    if args.cache is not None:
-        whole = data.hold_cached(whole, args.cache, workers, say)
-    elif args.on_device:
-        whole = data.hold_small(whole, workers)
-    images = pretrain.split(whole, args.knn_holdout, args.seed, images.side)
-    views = 2 if args.objective == "queue" or args.objective == "bank" and args.isl_hpe else 1
-    augmentation = data.get_augmentation(
-        args.dataset, aug_plus=args.aug_plus, size=images.side, on_device=args.on_device
-    )
-    loader = data.train_loader(
-        images.train,
-        augmentation=augmentation,
-        batch_size=args.batch_size,
-        seed=args.seed,
-        workers=workers,
-        device=device,
-        multiple=args.bn_splits,
-        max_bad_images=args.max_bad_images,
-        views=views,
-    )
-    if args.compile:
-        batch = views * args.batch_size // dist.world_size()
-        fast.compile_augmentation(augmentation, batch, device)
-    layout = torch.channels_last if args.channels_last else torch.preserve_format
-    model.to(device, memory_format=layout)
+    model.to(device, memory_format=chosen(pretrain.Numerics, args).layout)
     if args.tensorboard:
         pretrain.tensorboard_writer()  # raises where it is not installed
-    labels = images.train.labels
-    reader = pretrain.Reader(
-        images=images,
-        labels=None if labels is None else labels.to(device),
-        loader=loader,
-        augmentation=augmentation,
-        transform=data.get_eval_transform(args.dataset, images.side),
-        batch_size=args.batch_size,
-        workers=workers,
-        seed=args.seed,
-        device=device,
-        amp=args.amp,
-        stop=stop,
-    )
-    return reader, model
-
-
-def build_parts(
-    args: argparse.Namespace, model: torch.nn.Module, reader: pretrain.Reader
-) -> resume.Parts:
-    """What is trained, and what a checkpoint holds. Every rank has to call it."""
-    # all parameters, as in MoCo's files
-    fused = args.fast and reader.device.type == "cuda"
-    optimizer = fast.sgd(model.parameters(), args.lr, args.momentum, args.weight_decay, fused)
-    isl = build_isl(args, model, reader.M)
-    if args.fast:
-        fast.count_batches_at_once(model)
-    if args.compile:
-        fast.compile_encoders(model, args.batch_size // dist.world_size())
-    return resume.Parts(
-        model=model,
-        optimizer=optimizer,
-        scaler=torch.amp.GradScaler(reader.device.type, enabled=args.amp == "fp16"),
-        isl=isl,
-        miner=build_miner(args, reader.labels),
-        images=resume.images_of(reader.images.train),
-        position=engine.Position(epoch=args.start_epoch),
-    )
+    workers = devices.usable_workers(args.workers, ranks.processes_here(args))
+    views = 2 if args.objective == "queue" or args.objective == "bank" and args.isl_hpe else 1
+    reading = chosen(pretrain.Reading, args, views=views, workers=workers)
+    return pretrain.open_reader(images, reading, device, stop), model
 
 
 def warnings(

@@ -24,7 +24,7 @@ from moco_isl.mining.record import one_line, precision_of_ranking, round_record
 from moco_isl.ops import ivf
 from moco_isl.run import checkpoint, logs, ranks
 from moco_isl.run.folder import RunFolder
-from moco_isl.run.meters import Averages, Progress
+from moco_isl.run.meters import Averages, Progress, say
 from moco_isl.run.signals import Stop
 from moco_isl.training import engine, fast, resume, state
 
@@ -36,8 +36,11 @@ class Plan:
     """What a run does when, by the flags of these names. mines: there is a miner."""
 
     mines: bool
+    start_epoch: int
     epochs: int
     lr: float
+    momentum: float
+    weight_decay: float
     cos: bool
     schedule: list[int]
     isl_rounds: int
@@ -78,7 +81,34 @@ class Numerics:
 
     amp: str
     channels_last: bool
+    compile: bool
     fast: bool
+
+    @property
+    def layout(self) -> torch.memory_format:
+        return torch.channels_last if self.channels_last else torch.preserve_format
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How images are read, by the flags of these names. workers: processes of this rank.
+
+    batch_size: of all ranks. views: of an image in a step.
+    """
+
+    views: int
+    workers: int
+    dataset: str
+    cache: str | None
+    on_device: bool
+    knn_holdout: int
+    aug_plus: bool
+    batch_size: int
+    bn_splits: int
+    max_bad_images: int
+    seed: int
+    amp: str
+    compile: bool
 
 
 # ---- before anything is written: the images, and what is known of the file
@@ -175,19 +205,14 @@ class Reader:
     """How a rank reads the images: in batches to train on, and in passes of an encoder over all.
 
     labels [M]: on the device, None where there are none; they are looked at for the log alone.
-    batch_size: of all ranks. seed: of the augmentation.
     """
 
     images: Images
     labels: torch.Tensor | None
     loader: object  # see data.train_loader
     augmentation: Callable
-    transform: Callable
-    batch_size: int
-    workers: int
-    seed: int
+    settings: Reading
     device: torch.device
-    amp: str
     stop: Stop
 
     @property
@@ -202,10 +227,10 @@ class Reader:
         dataset = self.images.train if dataset is None else dataset
         loader = data.eval_loader(
             dataset,
-            transform=self.transform,
+            transform=data.get_eval_transform(self.settings.dataset, self.images.side),
             shard=dist.shard(len(dataset)),
-            batch_size=self.batch_size,
-            workers=self.workers,
+            batch_size=self.settings.batch_size,
+            workers=self.settings.workers,
             device=self.device,
         )
         return self._pass(extract_features, encoder, loader, loader, len(dataset))
@@ -217,10 +242,11 @@ class Reader:
         loader = data.view_loader(
             self.images.train,
             augmentation=self.augmentation,
-            seed=self.seed,
+            seed=self.settings.seed,
             shard=dist.shard(self.M),
-            batch_size=self.batch_size // dist.world_size(),  # two views an image, as in a step
-            workers=self.workers,
+            # two views an image, as in a step
+            batch_size=self.settings.batch_size // dist.world_size(),
+            workers=self.settings.workers,
             device=self.device,
         )
         return self._pass(extract_views, encoder, loader, loader.epoch(epoch), self.M)
@@ -236,12 +262,77 @@ class Reader:
         most = int(dist.all_reduce_max(torch.tensor(len(loader), device=self.device)))
         watched = self.stop.watch(batches, most)
         try:
-            return extract(encoder, watched, M, self.device, amp=AMP_TYPES[self.amp])
+            return extract(encoder, watched, M, self.device, amp=AMP_TYPES[self.settings.amp])
         finally:
             loader.close()
 
     def close(self) -> None:
         self.loader.close()
+
+
+def open_reader(images: Images, settings: Reading, device: torch.device, stop: Stop) -> Reader:
+    """A reader of the images, which are decoded and kept first where the settings say so.
+
+    Writes nothing but the cache. Raises BadInput for images that cannot be read.
+    """
+    whole = images.whole
+    say(data.describe(train=whole))
+    if settings.cache is not None:
+        whole = data.hold_cached(whole, settings.cache, settings.workers, say)
+    elif settings.on_device:
+        whole = data.hold_small(whole, settings.workers)
+    images = split(whole, settings.knn_holdout, settings.seed, images.side)
+    augmentation = data.get_augmentation(
+        settings.dataset,
+        aug_plus=settings.aug_plus,
+        size=images.side,
+        on_device=settings.on_device,
+    )
+    loader = data.train_loader(
+        images.train,
+        augmentation=augmentation,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        workers=settings.workers,
+        device=device,
+        multiple=settings.bn_splits,
+        max_bad_images=settings.max_bad_images,
+        views=settings.views,
+    )
+    if settings.compile:
+        shown = settings.views * settings.batch_size // dist.world_size()
+        fast.compile_augmentation(augmentation, shown, device)
+    labels = images.train.labels
+    labels = None if labels is None else labels.to(device)
+    return Reader(images, labels, loader, augmentation, settings, device, stop)
+
+
+# ---- what is trained
+
+
+def assemble(
+    model: nn.Module, isl: ISL, miner, reader: Reader, plan: Plan, numerics: Numerics
+) -> resume.Parts:
+    """All that a checkpoint holds the state of, put around a model on its device and its objective.
+
+    miner: see mining.rounds.Miner.
+    """
+    cuda = reader.device.type == "cuda"
+    optimizer = fast.sgd(
+        model.parameters(),  # all of them, as in MoCo's files
+        plan.lr,
+        plan.momentum,
+        plan.weight_decay,
+        fused=numerics.fast and cuda,
+    )
+    scaler = torch.amp.GradScaler(reader.device.type, enabled=numerics.amp == "fp16")
+    if numerics.fast:
+        fast.count_batches_at_once(model)
+    if numerics.compile:
+        fast.compile_encoders(model, reader.settings.batch_size // dist.world_size())
+    names = resume.images_of(reader.images.train)
+    position = engine.Position(epoch=plan.start_epoch)
+    return resume.Parts(model, optimizer, scaler, isl, miner, names, position)
 
 
 # ---- what a run says and writes
@@ -353,7 +444,7 @@ def begin(
     """Load what the run starts from, and open its files. `content` is empty afterwards."""
     metrics_size = 0
     if start.path:
-        metrics_size = load(start, content, parts, reader, journal.say, save.flags)
+        metrics_size = load(start, content, parts, reader, save.flags)
     content.clear()  # it is as large as the model and the bank
     ranks.on_main(lambda: journal.folder.begin(save.flags, metrics_size))
     if start.goes_on and not start.in_place:
@@ -371,7 +462,6 @@ def load(
     content: dict,
     parts: resume.Parts,
     reader: Reader,
-    say: Callable[[str], None],
     flags: dict,
 ) -> int | None:
     """Resume or initialise the parts of a run from a file; returns how many bytes of metrics.jsonl
@@ -388,7 +478,7 @@ def load(
         refill_queue(parts, reader)
         say(f"=> queue filled with features of {min(reader.M, parts.model.K)} images")
     if not start.goes_on:
-        warn_of_labels(content, start.path, say)
+        warn_of_labels(content, start.path)
         if isinstance(parts.model, MoCo) and "queue" not in filled:
             know_queue(parts, content, flags["dataset"])
         if isinstance(parts.isl, ISL) and not isinstance(parts.model, MoCo):
@@ -402,17 +492,11 @@ def load(
         else:
             say("=> it has no optimizer either: that one starts fresh")
         return None
-    resume_exactly(content, start.path, parts, reader.device, say)
+    resume_exactly(content, start.path, parts, reader.device)
     return content["isl"]["metrics_size"] if start.in_place else 0
 
 
-def resume_exactly(
-    content: dict,
-    path: str,
-    parts: resume.Parts,
-    device: torch.device,
-    say: Callable[[str], None],
-) -> None:
+def resume_exactly(content: dict, path: str, parts: resume.Parts, device: torch.device) -> None:
     """Take up all of a file of ours, and say where the run will not go on bit for bit. Raises
     RunFailed where the ranks have read different files.
     """
@@ -429,7 +513,7 @@ def resume_exactly(
         )
 
 
-def warn_of_labels(content: dict, path: str, say: Callable[[str], None]) -> None:
+def warn_of_labels(content: dict, path: str) -> None:
     flags = content.get("args")
     if isinstance(flags, dict) and flags.get("research_labels") is True:
         say(
@@ -463,7 +547,7 @@ def refill_queue(parts: resume.Parts, reader: Reader) -> None:
         raise Interrupted(
             "before the first step, so there was nothing to save: give the same command again"
         ) from None
-    generator = torch.Generator().manual_seed(reader.seed)
+    generator = torch.Generator().manual_seed(reader.settings.seed)
     order = torch.randperm(reader.M, generator=generator).to(reader.device)
     begin = int(model.queue_ptr)
     while begin < model.K:
@@ -500,7 +584,7 @@ def warnings(
             " it reaches is no result without labels"
         )
     if isinstance(model, MoCo) and model.K > M:
-        step = reader.batch_size * (2 if symmetric else 1)
+        step = reader.settings.batch_size * (2 if symmetric else 1)
         suits = max(step, 2 ** ((M // 2).bit_length() - 1))
         lines.append(
             f"warning: the queue ({model.K}) is longer than the data set ({M}): {model.K / M:.1f}"
@@ -553,7 +637,12 @@ def train(
     Raises Interrupted after saving, when any rank was asked to stop, and RunFailed where the run
     cannot go on.
     """
-    isl, position = parts.isl, parts.position
+    isl = parts.isl
+    position = parts.position
+    journal.say(
+        f"=> {reader.M} images, {len(reader.loader)} steps an epoch, {dist.world_size()} x"
+        f" {reader.device}, seed {reader.settings.seed}, files in {files.shown(save.flags['out'])}"
+    )
     for epoch in range(position.epoch, plan.epochs):
         for group in parts.optimizer.param_groups:
             group["lr"] = plan.rate(epoch)
@@ -611,7 +700,7 @@ def mine(
         features = reader.features(encoder)  # [M, C]
         views = reader.views(encoder, epoch) if plan.isl_views else None  # 2 x [M, C]
         report = engine.mine_round(
-            isl, miner, features, reader.labels, reader.seed, stop, views, number=number
+            isl, miner, features, reader.labels, reader.settings.seed, stop, views, number=number
         )
     except Interrupted:  # as if this round had not begun
         miner.load_state_dict(miner_before)

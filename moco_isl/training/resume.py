@@ -2,6 +2,7 @@
 meanwhile, and which file it starts from.
 """
 
+import argparse
 import hashlib
 import random
 from collections.abc import Container
@@ -19,7 +20,7 @@ from moco_isl.run.meters import Averages
 from moco_isl.training.engine import Position, learning_rate
 from moco_isl.training.fast import load_optimizer
 from moco_isl.training.options import most_positives
-from moco_isl.training.state import require_start
+from moco_isl.training.state import require_flags, require_start
 
 # everything that changes neither what is computed nor in which order
 MAY_CHANGE = {
@@ -170,6 +171,8 @@ def find_start(
     reached since. What is found is to be looked at again when the folder is held: see
     `require_unchanged`.
     """
+    if resume not in ("", "auto") and init:
+        raise BadInput("--resume goes on with a run, --init starts one: give only one of them")
     files.require_folder(out, "--out")
     auto = resume == "auto"
     last = newest(out)
@@ -222,6 +225,35 @@ def _stamp(path: Path | None) -> tuple:
         return ()
     found = path.stat()
     return path.name, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def saved_flags(start: Start, content: dict, parser: argparse.ArgumentParser) -> dict:
+    """The flags of the pretraining that a start goes on with; {} where it begins a new one.
+
+    content: of its file. Raises BadInput for a file of another script, and for flags that are not
+    those of the parser.
+    """
+    if "probe" in content:
+        raise BadInput(
+            f"'{start.path}' is a linear probe of main_lincls.py: expected a pretraining file, such"
+            " as the one it was trained on"
+        )
+    if not start.goes_on or "isl" not in content:
+        return start.unsaved
+    require_flags(content, start.path, parser)
+    return content["args"]
+
+
+def check_flags(start: Start, content: dict, now: dict) -> None:
+    """Raise BadInput where flags of the pretraining that goes on differ from those of `now`, and
+    may not.
+    """
+    check_unsaved(start, now)
+    ours = content.get("isl")
+    if start.goes_on and ours:
+        begun = ours["epoch"] + bool(ours["step"])
+        mined = ours["state"].get("round", 0) > 0
+        check_same(content["args"], now, epochs=begun, mined=mined)
 
 
 def check_unsaved(start: Start, now: dict, free: Container[str] = ()) -> None:

@@ -18,6 +18,7 @@ from moco_isl.errors import BadInput
 from moco_isl.files import named
 from moco_isl.schema import COUNT, EARLIER, LARGEST, Holds, Number, Tensor, like, require
 
+ANEW = f"{EARLIER}, or start a new run from its weights with --init"
 SMALLEST = torch.finfo(torch.float32).tiny
 
 # ---- what can be told of any file, before flags, images and network are known
@@ -53,13 +54,17 @@ def where(path) -> str:
 
 def require_start(content: dict, path, resume: bool) -> None:
     """Hold a file to start from against what is read of it first. Raises BadInput."""
-    ours = "isl" in content or "probe" in content
-    require(
-        content,
-        OURS if ours else {**START, "epoch?": COUNT} if resume else START,
-        where(path),
-        cure=EARLIER,
-    )
+    shape = START
+    if "isl" in content or "probe" in content:
+        shape = OURS
+    elif resume:
+        shape = {**START, "epoch?": COUNT}
+    require(content, shape, where(path), cure=_cure(content) if resume else EARLIER)
+
+
+def _cure(content: dict) -> str:
+    """What to do where a file cannot be gone on with: it is damaged, or of another version."""
+    return ANEW if "isl" in content else EARLIER
 
 
 def require_flags(
@@ -79,11 +84,12 @@ def require_flags(
     texts = Holds(
         shape, lambda flags: all(isinstance(name, str) for name in flags), "flags by name"
     )
-    require(content["args"], texts, f"cannot read the flags in {named('', path)}", cure=EARLIER)
+    cure = _cure(content)
+    require(content["args"], texts, f"cannot read the flags in {named('', path)}", cure=cure)
     epochs, epoch = content["args"]["epochs"], content["epoch"]
     if epoch > epochs:
         raise BadInput(
-            f"{where(path)}: epoch is {epoch}, and its own --epochs are {epochs}; {EARLIER}"
+            f"{where(path)}: epoch is {epoch}, and its own --epochs are {epochs}; {cure}"
         )
 
 
@@ -229,7 +235,7 @@ def require_state(
         {**OURS, "state_dict": dict, "optimizer": dict, "isl": ours},
         where(path),
         {"M": M},
-        EARLIER,
+        ANEW,
     )
     # a scaler leaves out the first steps until its scale fits
     moved = bool(momentum and content["isl"]["total"] and not fp16)
