@@ -172,7 +172,7 @@ def check_file(
             fp16=fp16,
         )
     elif ours and isinstance(model, MoCo):
-        known = ours["images"] == names
+        known = ours.get("images") == names
         state.require_queue(content, start.path, model, len(images) if known else None)
     elif start.goes_on and "optimizer" in content:
         state.require_optimizer(content["optimizer"], start.path, [list(model.parameters())])
@@ -186,11 +186,11 @@ def check_file(
 def _require_images(ours: dict, M: int, names: str, path: str) -> None:
     """Raise BadInput where a file of ours was trained on other images than the M of these names."""
     cure = "give it the same ones, or start a new run with --init and another --out"
-    if ours["num_images"] != M:
+    if ours.get("num_images", M) != M:  # `require_state` says what is missing
         raise BadInput(
             f"'{path}' was trained on {ours['num_images']} images, and now there are {M}: {cure}"
         )
-    if ours["images"] != names:
+    if ours.get("images", names) != names:
         raise BadInput(
             f"'{path}' was trained on as many images of other names, or in another order: what was"
             f" mined belongs to images by their place; {cure}"
@@ -530,7 +530,7 @@ def know_queue(parts: resume.Parts, content: dict, dataset: str) -> None:
     slots = ours["state"].get("slots") if ours else None
     if slots is None:
         return
-    if content["args"].get("dataset") == dataset and ours["images"] == parts.images:
+    if content["args"].get("dataset") == dataset and ours.get("images") == parts.images:
         parts.isl.slots.take_over(slots["owner"], oldest=int(parts.model.queue_ptr))
     parts.isl.slots.held = slots["held"]
 
