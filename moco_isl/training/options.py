@@ -687,13 +687,13 @@ def check_args(args: argparse.Namespace) -> None:
     world = ranks.total_ranks(args)
     flags.check(
         args.batch_size % (world * args.bn_splits) == 0,
-        f"--batch-size {args.batch_size} does not divide into {world} world x {args.bn_splits}"
+        f"--batch-size {args.batch_size} does not divide into {world} ranks x {args.bn_splits}"
         f" batch norm splits: use a multiple of {world * args.bn_splits}",
     )
     flags.check(
         args.batch_size >= 2 * world,
-        f"--batch-size {args.batch_size} leaves one image to each of {world} world, and batch "
-        f"norm needs two: use at least {2 * world}, or fewer world",
+        f"--batch-size {args.batch_size} leaves one image to each of {world} ranks, and batch "
+        f"norm needs two: use at least {2 * world}, or fewer ranks",
     )
     keys = args.batch_size * (2 if args.symmetric else 1)
     flags.check(
