@@ -230,6 +230,12 @@ def on_main(fn: Callable):
     return together(lambda: fn() if dist.is_main() else None)
 
 
+def say(line: str) -> None:
+    """Print a line, if there is one, on rank 0."""
+    if line and dist.is_main():
+        print(line, flush=True)
+
+
 # exit code between a rank and its parent: another rank was gone, so that one is the cause
 LOST = 70
 GRACE = 10  # seconds that the ranks have to end by themselves once one of them has ended early

@@ -24,7 +24,7 @@ from moco_isl.mining.record import one_line, precision_of_ranking, round_record
 from moco_isl.ops import ivf
 from moco_isl.run import checkpoint, logs, ranks
 from moco_isl.run.folder import RunFolder
-from moco_isl.run.meters import Averages, Progress, say
+from moco_isl.run.meters import Averages, Progress
 from moco_isl.run.signals import Stop
 from moco_isl.training import engine, fast, resume, state
 from moco_isl.training.reading import Reader
@@ -318,13 +318,13 @@ def load(
     filled = checkpoint.load_model(parts.model, content, start.path)
     fills = {"encoder_k": "copied from encoder_q", "queue": "filled anew by one feature pass"}
     epoch = resume.epoch_of(content)
-    say(
+    ranks.say(
         f"=> loaded '{files.shown(start.path)}' (epoch {'unknown' if epoch is None else epoch})"
         + "".join(f"; it has no {part}, which is {fills[part]}" for part in filled)
     )
     if "queue" in filled:
         refill_queue(parts, reader)
-        say(f"=> queue filled with features of {min(reader.M, parts.model.K)} images")
+        ranks.say(f"=> queue filled with features of {min(reader.M, parts.model.K)} images")
     if not start.goes_on:
         warn_of_labels(content, start.path)
         if isinstance(parts.model, MoCo) and "queue" not in filled:
@@ -338,7 +338,7 @@ def load(
         if "optimizer" in content:
             fast.load_optimizer(parts.optimizer, content["optimizer"])
         else:
-            say("=> it has no optimizer either: that one starts fresh")
+            ranks.say("=> it has no optimizer either: that one starts fresh")
         return None
     resume_exactly(content, start.path, parts, reader.device)
     return content["isl"]["metrics_size"] if start.in_place else 0
@@ -355,7 +355,7 @@ def resume_exactly(content: dict, path: str, parts: resume.Parts, device: torch.
             " behind? Start again"
         )
     if not same:
-        say(
+        ranks.say(
             f"=> '{files.shown(path)}' was saved by {len(content['isl']['rng'])} ranks, here are"
             f" {dist.world_size()}: going on, but not bit for bit"
         )
@@ -364,7 +364,7 @@ def resume_exactly(content: dict, path: str, parts: resume.Parts, device: torch.
 def warn_of_labels(content: dict, path: str) -> None:
     flags = content.get("args")
     if isinstance(flags, dict) and flags.get("research_labels") is True:
-        say(
+        ranks.say(
             f"=> warning: labels were used in the training of '{files.shown(path)}'"
             " (--research-labels), and so in what is made of it here"
         )

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from moco_isl import data, dist
 from moco_isl.encoders import AMP_TYPES, extract_features, extract_views
-from moco_isl.run.meters import say
+from moco_isl.run.ranks import say
 from moco_isl.run.signals import Stop
 from moco_isl.training import fast
 

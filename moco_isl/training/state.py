@@ -41,7 +41,7 @@ START = {
     "epoch?": object,
     "args?": object,
     "isl?": BEGUN,
-    "probe?": {**POSITION, "sha256?": str, "classes?": [str], "data_sha256?": str},
+    "probe?": POSITION,
     ...: object,
 }
 OURS = {**START, "epoch": COUNT, "arch": str, "args": dict}
