@@ -148,7 +148,15 @@ def worker(args: argparse.Namespace, stop, start: resume.Start, content: dict) -
             with closing(pretrain.Journal(folder, progress, parts.position)) as journal:
                 save = pretrain.Saver(parts, folder, vars(args), reader.images.side, device)
                 pretrain.begin(start, content, parts, reader, journal, save, args.tensorboard)
-                for line in warnings(args, reader, model, plan):
+                for line in pretrain.warnings(
+                    parts,
+                    reader,
+                    plan,
+                    arch=args.arch,
+                    stem=args.stem,
+                    research_labels=args.research_labels,
+                    idle=options.idle(args),
+                ):
                     journal.say(f"=> {line}")
                 pretrain.train(parts, reader, plan, numerics, journal, save, stop, weighted_knn)
 
@@ -172,22 +180,6 @@ def get_ready(
     views = 2 if args.objective == "queue" or args.objective == "bank" and args.isl_hpe else 1
     settings = chosen(reading.Reading, args, views=views, workers=workers)
     return reading.open_reader(images, settings, device, stop), model
-
-
-def warnings(
-    args: argparse.Namespace, reader: reading.Reader, model: torch.nn.Module, plan: pretrain.Plan
-) -> list[str]:
-    return pretrain.warnings(
-        reader,
-        model,
-        plan,
-        arch=args.arch,
-        stem=args.stem,
-        symmetric=args.symmetric,
-        research_labels=args.research_labels,
-        exact_search=args.miner not in ("none", "oracle") and args.isl_index == "exact",
-        idle=options.idle(args),
-    )
 
 
 def chosen(kind: type, args: argparse.Namespace, **more):

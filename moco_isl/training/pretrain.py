@@ -408,23 +408,21 @@ def refill_queue(parts: resume.Parts, reader: Reader) -> None:
 
 
 def warnings(
+    parts: resume.Parts,
     reader: Reader,
-    model: nn.Module,
     plan: Plan,
     *,
     arch: str,
     stem: str,
-    symmetric: bool,
     research_labels: bool,
-    exact_search: bool,
     idle: list[str],
 ) -> list[str]:
     """What a run of these settings does that its user may not expect, a line each.
 
-    exact_search: rounds search all images exactly though they need not. idle: flags that were given
-    and change nothing.
+    idle: flags that were given and change nothing.
     """
     M = reader.M
+    model = parts.model
     lines = []
     if research_labels:
         lines.append(
@@ -432,7 +430,7 @@ def warnings(
             " it reaches is no result without labels"
         )
     if isinstance(model, MoCo) and model.K > M:
-        step = reader.settings.batch_size * (2 if symmetric else 1)
+        step = reader.settings.batch_size * (2 if parts.isl.symmetric else 1)
         suits = max(step, 2 ** ((M // 2).bit_length() - 1))
         lines.append(
             f"warning: the queue ({model.K}) is longer than the data set ({M}): {model.K / M:.1f}"
@@ -451,7 +449,8 @@ def warnings(
         lines.append(
             f"warning: without --miner nothing is mined, and {', '.join(idle)} changes nothing"
         )
-    if exact_search and ivf.wins(M, reader.device):
+    exact = plan.mines and not research_labels and getattr(parts.miner, "index", "") == "exact"
+    if exact and ivf.wins(M, reader.device):
         lines.append(
             f"{M} images are searched exactly, which takes a time that grows with their square:"
             " --isl-index ivf would be faster"
@@ -478,9 +477,7 @@ def train(
     judge: Callable[..., torch.Tensor],
 ) -> None:
     """Train from the position of the parts to the end of the plan, with the rounds of mining and
-    the saves that are due.
-
-    judge: weighted kNN, see `knn_accuracy`.
+    the saves that are due. judge: weighted kNN, see `knn_accuracy`.
 
     Raises Interrupted after saving, when any rank was asked to stop, and RunFailed where the run
     cannot go on.
@@ -536,7 +533,8 @@ def mine(
     number: int,
 ) -> None:
     """The round of this number in the plan, before an epoch. Raises Interrupted after saving."""
-    isl, miner = parts.isl, parts.miner
+    isl = parts.isl
+    miner = parts.miner
     before = isl.positives
     miner_before = copy.deepcopy(miner.state_dict())
     generators = resume.rng_of_ranks(reader.device)
@@ -634,7 +632,8 @@ def knn_accuracy(reader: Reader, encoder: nn.Module, judge: Callable[..., torch.
     """
     bank = reader.features(encoder)  # [M, C]
     held_out = reader.images.held_out
-    queries, truth = bank, reader.labels
+    queries = bank
+    truth = reader.labels
     if held_out is not None:
         queries = reader.features(encoder, held_out)
         truth = held_out.labels.to(reader.device)

@@ -1,5 +1,5 @@
-"""What a run has to remember to go on as if it had never stopped, what of its flags may change
-meanwhile, and which file it starts from.
+"""Resume: which file a run starts from, which flags may change meanwhile, and all that a run keeps
+to go on as if it had never stopped.
 """
 
 import argparse
@@ -289,16 +289,15 @@ def require_unchanged(start: Start, out: str) -> None:
 
 
 def epoch_of(content: dict) -> int | None:
-    """The epoch a file was saved before, where it says that."""
+    """The epoch that comes next after a file; None where the file does not say."""
     epoch = content.get("epoch")
     return epoch if isinstance(epoch, int) and not isinstance(epoch, bool) else None
 
 
 def _reached(content: dict) -> tuple[int, int]:
     """(epoch, steps in all), to compare files of one run."""
-    return epoch_of(content) or 0, (content.get("isl") or content.get("probe") or {}).get(
-        "total", 0
-    )
+    ours = content.get("isl") or content.get("probe") or {}
+    return epoch_of(content) or 0, ours.get("total", 0)
 
 
 def finished(start: Start, content: dict, epochs: int, max_steps: int) -> str:
@@ -310,31 +309,28 @@ def finished(start: Start, content: dict, epochs: int, max_steps: int) -> str:
     steps = content.get("isl", {}).get("total", 0)
     if not start.goes_on or epoch < epochs and not 0 < max_steps <= steps:
         return ""
+    if start.in_place and epoch >= epochs:
+        return f"epoch {epoch} of {epochs}"
     if start.in_place:
-        return (
-            f"epoch {epoch} of {epochs}"
-            if epoch >= epochs
-            else f"{steps} steps of --max-steps {max_steps}"
-        )
+        return f"{steps} steps of --max-steps {max_steps}"
+    more = f" or --max-steps {max_steps}" if max_steps else ""
     raise BadInput(
         f"'{start.path}' has been trained for {epoch} epochs ({steps} steps), which leaves nothing"
-        f" to do: raise --epochs {epochs}{f' or --max-steps {max_steps}' if max_steps else ''}, or"
-        " start anew from its weights with --init"
+        f" to do: raise --epochs {epochs}{more}, or start anew from its weights with --init"
     )
 
 
 def images_of(dataset) -> str:
-    """What tells these images, in this order, from as many others: of files their names below the
-    folder, not what is in them.
+    """A digest of the names of these images below their folder, in their order; not of what is in
+    them.
     """
-    return hashlib.sha256(
-        "\0".join(data.names_below(dataset)).encode(errors="surrogateescape")
-    ).hexdigest()
+    names = "\0".join(data.names_below(dataset))
+    return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
 
 
 def take_over(flags, saved: dict) -> None:
-    """Flags that were not given (None) take the values that the run had: a seed that was drawn, a
-    default that hangs on another flag.
+    """Give flags that were not said (None) the values that the run had, such as a seed that was
+    drawn.
     """
     for name, value in saved.items():
         if name not in MAY_CHANGE and getattr(flags, name, "") is None:
@@ -342,8 +338,8 @@ def take_over(flags, saved: dict) -> None:
 
 
 def rng_of_ranks(device: torch.device, averages: Averages | None = None) -> list[dict]:
-    """The state of every generator of every rank, in rank order, on all ranks; with the averages,
-    which are each rank's own too.
+    """The states of the random generators of every rank, in rank order, on all ranks; with those of
+    the averages, which differ between the ranks too.
     """
     state = {"torch": torch.get_rng_state(), "python": random.getstate()}
     if device.type == "cuda":
@@ -354,9 +350,10 @@ def rng_of_ranks(device: torch.device, averages: Averages | None = None) -> list
 
 
 def restore_rng(states: list[dict], device: torch.device, averages: Averages | None = None) -> bool:
-    """Put this rank's generators (and averages) back. False where there are more or fewer ranks
-    than when it was saved: then the generators stay as they are, and rank 0's averages stand for
-    all.
+    """Put this rank's generators, and its averages, back.
+
+    Returns False where there are more or fewer ranks than when the states were saved: then the
+    generators stay as they are, and all ranks take the averages of rank 0.
     """
     same = len(states) == dist.world_size()
     state = states[dist.rank() if same else 0]

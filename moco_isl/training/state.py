@@ -1,6 +1,6 @@
-"""What a checkpoint of ours holds beside the weights, as shapes that it is held against once, where
-it is read, before anything is done with it.
+"""The shapes of all that a checkpoint of ours holds beside the weights.
 
+A file is held against them once, where it is read, before anything is done with it.
 `resume.Parts.state` writes the file of a pretraining, main_lincls.py that of a probe. What a part
 of a run keeps has its shape next to its `state_dict`: `ISL.state_shape`, a miner's `state_shape`.
 The weights are checked by `checkpoint.match`.
@@ -72,10 +72,8 @@ def require_flags(
     parser: argparse.ArgumentParser,
     known: tuple[str, ...] = (),
 ) -> None:
-    """Hold the flags (`args`) in a file of ours against the script's parser. known: those that are
-    never None in them. Raises BadInput.
-
-    Then no position lies past the end of the run that they describe.
+    """Hold the flags (`args`) in a file of ours against the script's parser, and its epoch against
+    the run that they describe. known: flags that are never None. Raises BadInput.
     """
     shape = flags_shape(parser, optional=set())
     shape |= {name: shape[name][0] for name in known}
@@ -93,8 +91,8 @@ def require_flags(
 
 
 def flags_shape(parser: argparse.ArgumentParser, optional: set[str] | None = None) -> dict:
-    """The shape of `vars` of a parser's flags. What is not said is None; flags that the parser does
-    not know may be there.
+    """The shape of `vars` of a parser's flags: what is not said is None, and there may be others
+    that the parser does not know.
 
     optional: flags that need not be there; None: all of them.
     """
@@ -179,8 +177,8 @@ def _position(steps: int, epoch: int) -> dict:
 
 
 def _steps_agree(ours: dict) -> bool:
-    """In the middle of an epoch there are means of what was done of it, on every rank, and never
-    more steps than in all.
+    """Whether every rank has averages in the middle of an epoch, and no more steps were taken in it
+    than in all.
     """
     counted = all(rank["averages"]["sums"] is not None for rank in ours["rng"])
     return ours["step"] <= ours["total"] and (counted or not ours["step"])
@@ -242,8 +240,9 @@ def require_state(
 
 
 def require_queue(content: dict, path, model: nn.Module, M: int | None) -> None:
-    """Hold what a file of ours says of the keys in its queue against a MoCo that starts from it. M:
-    its images, where they are those to train on. Raises BadInput.
+    """Hold what a file of ours says of its queue's keys against a MoCo that starts from it.
+
+    M: how many images, where the file was trained on the same; else None. Raises BadInput.
     """
     shape = {
         "isl": {"state": {"slots?": QueueSlots.state_shape(model.K), ...: object}, ...: object},
