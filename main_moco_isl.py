@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from moco_isl import builder, data, dist, files
+from moco_isl import data, dist, files
 from moco_isl.encoders import (
     AMP_TYPES,
     as_in_library,
@@ -31,7 +31,6 @@ from moco_isl.encoders import (
 from moco_isl.errors import BadInput, Interrupted, RunFailed
 from moco_isl.evaluation.features import require_side
 from moco_isl.evaluation.knn import weighted_knn
-from moco_isl.isl import ISL
 from moco_isl.miners.average import AverageMiner
 from moco_isl.miners.cluster import ClusterMiner
 from moco_isl.miners.diffusion import DiffusionMiner
@@ -42,7 +41,8 @@ from moco_isl.miners.none import NoMiner
 from moco_isl.miners.oracle import OracleMiner
 from moco_isl.mining.positives import PositiveSets
 from moco_isl.mining.record import one_line, precision_of_ranking, round_record
-from moco_isl.objectives.rotnet import Rotations
+from moco_isl.objectives import OBJECTIVES
+from moco_isl.objectives.base import Objective
 from moco_isl.ops import ivf
 from moco_isl.run import checkpoint, devices, exits, flags, logs, ranks
 from moco_isl.run.folder import RunFolder, check_folder, flags_of_unsaved
@@ -136,12 +136,6 @@ def prepare(args: argparse.Namespace, start: resume.Start, device: str = "cpu") 
     model = (
         on_meta(lambda: build_model(args, size)) if device == "meta" else build_model(args, size)
     )
-    most = min(len(dataset), args.moco_k)
-    flags.check(
-        2 * args.isl_between < most,
-        f"--isl-between {args.isl_between} leaves too few negatives of {most} (images, or keys of"
-        " the queue): expected less than half of them",
-    )
     if device != "meta":  # on which not every network runs
         require_side(model.encoder_q, args.arch, size)
     if start.path:
@@ -166,7 +160,10 @@ def prepare(args: argparse.Namespace, start: resume.Start, device: str = "cpu") 
                 Path(args.out), saved["metrics_size"], saved["total"], start.path
             )
         if saved:
-            shapes = {"isl": isl_shape(args, model), "miner": miner.state_shape(args.moco_dim)}
+            shapes = {
+                "isl": OBJECTIVES[args.objective].state_shape(model),
+                "miner": miner.state_shape(args.moco_dim),
+            }
             state.require_state(
                 content,
                 start.path,
@@ -177,7 +174,7 @@ def prepare(args: argparse.Namespace, start: resume.Start, device: str = "cpu") 
                 momentum=args.momentum,
                 fp16=args.amp == "fp16",
             )
-        elif "isl" in content and args.objective == "queue":
+        elif "isl" in content and OBJECTIVES[args.objective].has_queue:
             known = content["isl"].get("images") == resume.images_of(dataset)
             state.require_queue(content, start.path, model, len(dataset) if known else None)
         elif start.goes_on and "optimizer" in content:
@@ -239,7 +236,7 @@ class Run:
         self.M = len(dataset)
         self.transform = data.get_eval_transform(args.dataset, size)
         self.ordered = {"batch_size": args.batch_size, "workers": workers, "device": device}
-        views = 2 if args.objective == "queue" or args.objective == "bank" and args.isl_hpe else 1
+        views = OBJECTIVES[args.objective].views(args.isl_hpe)
         self.augmentation = data.get_augmentation(
             args.dataset, aug_plus=args.aug_plus, size=size, on_device=args.on_device
         )
@@ -281,25 +278,7 @@ class Run:
             self.model.parameters(), args.lr, args.momentum, args.weight_decay, self.fused
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.amp == "fp16")
-        self.isl = (
-            Rotations(self.model, self.M)
-            if args.objective == "rotnet"
-            else ISL(
-                self.model,
-                self.M,
-                P=min(args.isl_max_positives, self.M),
-                form=args.isl_loss,
-                hpe=args.isl_hpe,
-                bank_mix=args.isl_bank_mix,
-                recenter=args.isl_recenter,
-                between=args.isl_between,
-                symmetric=args.symmetric,
-                symmetric_sum=args.symmetric_sum,
-                seed=args.seed,
-                bank_dtype=torch.float16 if args.isl_half_bank else torch.float32,
-                fast=args.fast,
-            )
-        )
+        self.isl = build_objective(args, self.model, self.M)
         if args.fast:
             fast.count_batches_at_once(self.model)
         if args.compile:
@@ -316,7 +295,7 @@ class Run:
             # dies
             self.save()
         self.progress.begin(self.position.total)
-        if self.start.path and args.objective != "rotnet":
+        if self.start.path:
             self.mean_cosine = self.isl.mean_cosine()
         if self.folder is not None and args.tensorboard:
             self.writer = tensorboard_writer()(args.out, purge_step=self.position.total)
@@ -406,11 +385,14 @@ class Run:
                 " (--research-labels), and so in what is made of it here"
             )
         if not self.start.goes_on:
-            if args.objective == "queue" and "queue" not in filled:
-                self._know_queue(content)
-            # of features: random rows would undo what the encoder has learned
-            if args.objective == "bank":
-                self.isl.bank.fill(self.features(self.model.encoder_q))
+            if "queue" not in filled:
+                ours = content.get("isl", {})
+                same_images = (
+                    bool(ours)
+                    and content["args"].get("dataset") == args.dataset
+                    and ours.get("images") == self.images
+                )
+                self.isl.start_from(ours.get("state", {}), same_images, self.features)
             return 0
         if "isl" not in content:
             self._go_on_from_moco(content)
@@ -427,19 +409,6 @@ class Run:
                 f" are {dist.world_size()}: going on, but not bit for bit"
             )
         return content["isl"]["metrics_size"] if self.start.in_place else 0
-
-    def _know_queue(self, content: dict) -> None:
-        """What a file of ours says of its queue's keys: how many there are and, where it is of the
-        same images, whose.
-        """
-        ours = content.get("isl", {})
-        flags = content.get("args", {})
-        slots = ours.get("state", {}).get("slots")
-        if slots is None:
-            return
-        if flags.get("dataset") == self.args.dataset and ours.get("images") == self.images:
-            self.isl.slots.take_over(slots["owner"], oldest=int(self.model.queue_ptr))
-        self.isl.slots.held = slots.get("held")
 
     def _go_on_from_moco(self, content: dict) -> None:
         self.position.epoch = resume.epoch_of(content) or self.args.start_epoch
@@ -505,23 +474,7 @@ class Run:
                 "=> warning: --research-labels: the positives of this run are drawn from the"
                 " labels; what it reaches is no result without labels"
             )
-        if (
-            args.objective == "queue"
-            and args.bn_splits > 1
-            and not args.bn_shuffle
-            and dist.world_size() == 1
-        ):
-            self.say(
-                "=> warning: this run began before keys were shuffled between the parts of"
-                " --bn-splits, and goes on so: a key is normalised with the images of its query,"
-                " which gives it away; a new run with --init and another --out shuffles them"
-            )
-        if args.symmetric and not args.symmetric_sum:
-            self.say(
-                "=> warning: this run began when --symmetric took the mean of both directions, and"
-                " goes on so; a new run takes their sum, as MoCo's notebook does"
-            )
-        if args.objective == "queue" and args.moco_k > self.M:
+        if OBJECTIVES[args.objective].has_queue and args.moco_k > self.M:
             step = args.batch_size * (2 if args.symmetric else 1)
             suits = max(step, 2 ** ((self.M // 2).bit_length() - 1))
             self.say(
@@ -619,9 +572,8 @@ class Run:
             self.miner.rules.budget = self.args.isl_budget * number
         self.miner.begin(number)
         try:
-            encoder = self.model.encoder_k if self.isl.queue_objective else self.model.encoder_q
-            features = self.features(encoder)
-            views = self.views(encoder, epoch) if self.args.isl_views else None
+            features = self.features(self.isl.encoder)
+            views = self.views(self.isl.encoder, epoch) if self.args.isl_views else None
             report = engine.mine_round(
                 self.isl,
                 self.miner,
@@ -655,9 +607,9 @@ class Run:
     def end_of_epoch(self, epoch: int) -> None:
         """kNN where it is due, the epoch's line, the checkpoint where it is due."""
         values = self.position.averages.epoch()
-        if self.args.objective != "rotnet":
-            before = self.mean_cosine
-            self.mean_cosine = self.isl.mean_cosine()
+        before = self.mean_cosine
+        self.mean_cosine = self.isl.mean_cosine()
+        if self.mean_cosine is not None:
             values["mean_cosine"] = self.mean_cosine
             # of a young encoder they are, but less so with every epoch
             if self.mean_cosine > ALIKE and 1 - self.mean_cosine < 1.1 * (1 - before):
@@ -724,26 +676,31 @@ def build_model(args: argparse.Namespace, size: int) -> torch.nn.Module:
         encoder = build_encoder(args.arch, num_classes, args.stem, size)
         return split_batch_norm(encoder, args.bn_splits) if args.bn_splits > 1 else encoder
 
-    if args.objective == "queue":
-        return builder.MoCo(
-            base_encoder,
-            args.moco_dim,
-            args.moco_k,
-            args.moco_m,
-            args.moco_t,
-            args.mlp,
-            args.bn_shuffle,
-        )
-    if args.objective == "rotnet":
-        return builder.Rotation(base_encoder, args.moco_dim, args.mlp)
-    return builder.Instance(base_encoder, args.moco_dim, args.moco_t, args.mlp)
+    return OBJECTIVES[args.objective].build_model(
+        base_encoder,
+        dim=args.moco_dim,
+        K=args.moco_k,
+        m=args.moco_m,
+        T=args.moco_t,
+        mlp=args.mlp,
+    )
 
 
-def isl_shape(args: argparse.Namespace, model: torch.nn.Module):
-    """What the file of such a run holds of its `ISL`, or of what stands where one stands."""
-    if args.objective == "rotnet":
-        return Rotations.state_shape()
-    return ISL.state_shape(model, args.moco_dim, args.isl_between)
+def build_objective(args: argparse.Namespace, model: torch.nn.Module, M: int) -> Objective:
+    objective = OBJECTIVES[args.objective]
+    options = {
+        "P": min(args.isl_max_positives, M),
+        "form": args.isl_loss,
+        "hpe": args.isl_hpe,
+        "bank_mix": args.isl_bank_mix,
+        "symmetric": args.symmetric,
+        "seed": args.seed,
+        "bank_dtype": torch.float16 if args.isl_half_bank else torch.float32,
+        "fast": args.fast,
+    }
+    taken = objective.options()
+    given = {name: value for name, value in options.items() if value is not None and name in taken}
+    return objective(model, M, **given)
 
 
 def build_miner(args: argparse.Namespace, labels: torch.Tensor | None):

@@ -1,4 +1,4 @@
-"""MoCo as its users know it, and the query encoder alone for the bank objective.
+"""MoCo as its users know it.
 
 Letters: N batch, C (`dim`) feature dimension, K queue length, m momentum of the key encoder, T
 temperature.
@@ -37,7 +37,6 @@ class MoCo(nn.Module):
         m: float = 0.999,
         T: float = 0.07,
         mlp: bool = False,
-        bn_shuffle: bool = True,
     ):
         """
         dim: feature dimension (default: 128)
@@ -45,14 +44,12 @@ class MoCo(nn.Module):
         m: moco momentum of updating key encoder (default: 0.999)
         T: softmax temperature (default: 0.07)
         base_encoder: called as base_encoder(num_classes=dim)
-        bn_shuffle: on one device, shuffle keys where batch norm takes parts of a batch; False is
-        for runs that began without
         """
         super().__init__()
+        self.dim = dim
         self.K = K
         self.m = m
         self.T = T
-        self.bn_shuffle = bn_shuffle
         self.encoder_q = base_encoder(num_classes=dim)
         self.encoder_k = base_encoder(num_classes=dim)
         if mlp:
@@ -129,7 +126,7 @@ class MoCo(nn.Module):
         """
         world, n = dist.world_size(), len(im_k)
         if world == 1:
-            if not (self.bn_shuffle and self._takes_parts()):
+            if not self._takes_parts():
                 return F.normalize(self.encoder_k(im_k).float(), dim=1)
             order = torch.randperm(n, device=im_k.device)
             return F.normalize(self.encoder_k(im_k[order]).float(), dim=1)[order.argsort()]
@@ -179,70 +176,6 @@ class MoCo(nn.Module):
 
 def _after_loading(model: MoCo, _keys) -> None:
     model._forget_pairs()
-
-
-class Instance(nn.Module):
-    """The query encoder alone, for the bank objective (non-parametric instance discrimination): its
-    keys are the bank's rows.
-
-    Named `encoder_q`, so that files of both objectives are read by the same tools.
-    """
-
-    shown_of_an_image = 1
-
-    def __init__(
-        self,
-        base_encoder: Callable[..., nn.Module],
-        dim: int = 128,
-        T: float = 0.1,
-        mlp: bool = False,
-    ):
-        super().__init__()
-        self.dim, self.T = dim, T
-        self.encoder_q = base_encoder(num_classes=dim)
-        if mlp:
-            add_mlp(self.encoder_q)
-
-    def encode(self, image: torch.Tensor) -> torch.Tensor:
-        """f: [N, C] unit rows, float32, of images [N, 3, S, S]."""
-        return F.normalize(self.encoder_q(image).float(), dim=1)
-
-    forward = encode
-
-
-class Rotation(nn.Module):
-    """The query encoder and a classifier of rotations on its output, for the rotnet objective."""
-
-    shown_of_an_image = 4  # a batch goes through the encoder in all four positions at once
-
-    def __init__(self, base_encoder: Callable[..., nn.Module], dim: int = 128, mlp: bool = False):
-        super().__init__()
-        self.encoder_q = base_encoder(num_classes=dim)
-        if mlp:
-            add_mlp(self.encoder_q)
-        self.classifier = nn.Linear(dim, 4)
-
-    def encode(self, image: torch.Tensor) -> torch.Tensor:
-        """Images [N, 3, S, S] -> logits [4N, 4] of the N as they are, then turned by 90, 180 and
-        270 degrees.
-        """
-        turned = torch.cat(
-            [torch.rot90(image, quarter, (2, 3)) for quarter in range(self.shown_of_an_image)]
-        )
-        return self.classifier(F.relu(self.encoder_q(turned)))
-
-    forward = encode
-
-
-class Encode(nn.Module):
-    """`model.encode` as a `forward`, which is what DistributedDataParallel wants to wrap."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, *images: torch.Tensor, **options):
-        return self.model.encode(*images, **options)
 
 
 def add_mlp(encoder: nn.Module) -> None:

@@ -344,7 +344,7 @@ def read_resume(place: Place, draw: random.Random) -> None:
         _, _, model = main_moco_isl.prepare(args, start)
         checkpoint.load_model(model, content, start.path)
         optimizer = fast.sgd(model.parameters(), 0.1, 0.9, 1e-4, False)
-        isl = ISL(model, M, between=2)
+        isl = ISL(model, M)
         parts = resume.Parts(
             model,
             optimizer,

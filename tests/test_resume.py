@@ -574,55 +574,6 @@ def test_a_run_from_before_a_flag_goes_on_as_it_did():
         assert (flags.isl_recenter, flags.seed) == (wanted, 3)
 
 
-def forget(file: Path, name: str) -> dict:
-    """Make of a checkpoint one that was written before there was such an argument; returns its
-    content.
-    """
-    content = checkpoint.load(file)
-    content["args"].pop(name)
-    checkpoint.save(content, file)
-    return content
-
-
-@pytest.mark.parametrize("old", [True, False])
-def test_a_run_that_began_before_keys_were_shuffled_goes_on_so_and_is_told(tmp_path, old):
-    """Shuffling draws from torch's generator, and nothing else in a step does."""
-    last = tmp_path / "checkpoint_last.pth.tar"
-    flags = [*DIGITS, "--epochs", "2", "--bn-splits", "4", "--out", str(tmp_path)]
-    assert ask([*flags, "--max-steps", "1"])[0] == 0
-    before = forget(last, "bn_shuffle") if old else checkpoint.load(last)
-    code, out, _ = ask([*flags, "--max-steps", "2", "--resume", "auto"])
-    after = checkpoint.load(last)
-    assert (
-        code == 0
-        and after["args"]["bn_shuffle"] is not old
-        and ("before keys were shuffled" in out) is old
-    )
-    assert torch.equal(*(content["isl"]["rng"][0]["torch"] for content in (before, after))) is old
-
-
-def test_a_symmetric_run_that_began_with_the_mean_goes_on_with_it_and_is_told(tmp_path):
-    def losses(out: str, *flags: str) -> list[float]:
-        still = ["--symmetric", "--lr", "0", "--moco-m", "1"]
-        code, said, _ = ask(
-            [*DIGITS, "--epochs", "2", *still, "-p", "1", "--out", str(tmp_path / out), *flags]
-        )
-        assert code == 0 and ("took the mean of both directions" in said) is (
-            out == "old" and "--resume" in flags
-        )
-        return [line["loss"] for line in metrics(tmp_path / out)]
-
-    new = losses("new", "--max-steps", "3")
-    losses("old", "--max-steps", "1")
-    forget(tmp_path / "old" / "checkpoint_last.pth.tar", "symmetric_sum")
-    assert losses("old", "--max-steps", "3", "--resume", "auto") == pytest.approx(
-        [new[0], new[1] / 2, new[2] / 2]
-    )
-    assert not checkpoint.load(tmp_path / "old" / "checkpoint_last.pth.tar")["args"][
-        "symmetric_sum"
-    ]
-
-
 def test_a_flag_that_a_run_did_not_know_may_not_change_it():
     resume.check_same(
         {"seed": 3}, {"seed": 3, "isl_between": 0, "isl_views": False, "isl_recenter": False}
