@@ -78,19 +78,21 @@ class QueueObjective(MinedObjective):
 
     def loss(self, q: Tensor, k: Tensor, index: Tensor) -> Parts:
         """Loss of q [N, C] with keys k [N, C] of images index [N]. It changes no state."""
-        queue = self.model.queue.t()  # [K, C]
-        T = self.model.T
-        if not self.active:
-            loss, acc1 = info_nce(q, k, queue, T, self.fast)
+        if not self.active:  # MoCo v2
+            loss, acc1 = info_nce(q, k, self.model.queue.t(), self.model.T, self.fast)
             return {"loss": loss, "isl": loss, "hpe": loss.new_zeros(()), "acc1": acc1}
+        T = self.model.T
+        queue = self.model.queue.t()  # [K, C]
 
-        # The positives of each image, its own key the first of them, and their rows.
+        # The mined positives of each image, and their rows.
         mined, weight = self.positives.lookup(index, self.P, self.turn)  # [N, P] each
         bank_rows = self.bank.lookup(mined)  # [N, P, C]
         rows = self.recentered(bank_rows)  # [N, P, C]
         hard = None
         if self.hpe:
             hard = hard_positive(self.bank.lookup(index), bank_rows, weight, rows, k)  # [N, C]
+
+        # The own key counts as a positive too. The slots of all of them are no negatives.
         images = torch.cat([index[:, None], mined], dim=1)  # [N, 1 + P]
         weight = torch.cat([torch.ones_like(weight[:, :1]), weight], dim=1)  # [N, 1 + P]
         absent = self.slots.absent(images, weight > 0) if self.mask else None  # [N, (1 + P) S]
