@@ -23,16 +23,16 @@ def ISL(model: nn.Module, num_images: int, **options) -> Objective:
     """The objective that goes around a model.
 
     Around a `MoCo` it is the queue objective, which is MoCo v2 while its `active` is False. Around
-    an `Instance` it is the bank objective: a softmax over all images. In a process group it wraps
-    the model in DistributedDataParallel itself, and a MoCo's queue and the bank become those of
-    rank 0.
+    an `Instance` it is the bank objective, a softmax over all images. In a process group it wraps
+    the model in DistributedDataParallel itself, and queue and bank become those of rank 0.
 
     model: bare, neither wrapped nor compiled. num_images: M; `index` of a batch counts in 0 ..
     M - 1. options: the fields of `QueueObjective` or `BankObjective`.
     Raises BadInput for what cannot work.
     """
     objective = _objective_around(model)
-    if unknown := sorted(options.keys() - objective.options()):
+    unknown = sorted(options.keys() - objective.options())
+    if unknown:
         raise BadInput(
             f"ISL({type(model).__name__}, ...) has no option {', '.join(unknown)}: expected some of"
             f" {', '.join(sorted(objective.options()))}"

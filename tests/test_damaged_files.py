@@ -359,13 +359,10 @@ def read_resume(place: Place, draw: random.Random) -> None:
             positives, weight = isl.positives.lookup(everyone, 4)
             isl.bank.lookup(positives)
             isl.slots.absent(positives, weight > 0)
-        elif (
-            flag == "--init"
-            and "isl" in content
-            and (slots := content["isl"]["state"].get("slots"))
-        ):
-            if content["isl"].get("images") == place.content["isl"]["images"]:  # as Run._know_queue
-                isl.slots.take_over(slots["owner"], oldest=int(model.queue_ptr))
+        elif flag == "--init" and "isl" in content:
+            ours = content["isl"]
+            same_images = ours.get("images") == place.content["isl"]["images"]
+            isl.start_from(ours["state"], same_images, None)
         elif flag == "--resume" and "optimizer" in content:
             fast.load_optimizer(optimizer, content["optimizer"])
 
