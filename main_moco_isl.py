@@ -19,10 +19,9 @@ from contextlib import closing
 
 import torch
 
-from moco_isl import builder, data, dist
+from moco_isl import data, dist
 from moco_isl.encoders import build_encoder, on_meta, require_side, split_batch_norm
 from moco_isl.evaluation.knn import weighted_knn
-from moco_isl.isl import ISL
 from moco_isl.miners.average import AverageMiner
 from moco_isl.miners.cluster import ClusterMiner
 from moco_isl.miners.diffusion import DiffusionMiner
@@ -31,7 +30,8 @@ from moco_isl.miners.gan import GANMiner
 from moco_isl.miners.knn import KNNMiner
 from moco_isl.miners.none import NoMiner
 from moco_isl.miners.oracle import OracleMiner
-from moco_isl.objectives.rotnet import Rotations
+from moco_isl.objectives import OBJECTIVES
+from moco_isl.objectives.base import Objective
 from moco_isl.run import devices, exits, flags, ranks
 from moco_isl.run.folder import check_folder
 from moco_isl.run.meters import Progress
@@ -100,12 +100,6 @@ def prepare(
         f"--miner oracle needs labels, and {args.data} has none: expected a folder a class",
     )
     miner = build_miner(args, images.train.labels)
-    most = min(len(images.train), args.moco_k)
-    flags.check(
-        2 * args.isl_between < most,
-        f"--isl-between {args.isl_between} leaves too few negatives of {most} (images, or keys of"
-        " the queue): expected less than half of them",
-    )
     if device == "meta":  # on which not every network runs
         model = on_meta(lambda: build_model(args, images.side))
     else:
@@ -117,7 +111,7 @@ def prepare(
             content,
             images.train,
             model,
-            isl_shape=isl_shape(args, model),
+            isl_shape=OBJECTIVES[args.objective].state_shape(model),
             miner_shape=miner.state_shape(args.moco_dim),
             batch_size=args.batch_size,
             momentum=args.momentum,
@@ -140,7 +134,7 @@ def worker(args: argparse.Namespace, stop, start: resume.Start, content: dict) -
     with Stop(stop) as stop:
         reader, model = ranks.together(lambda: get_ready(args, start, content, device, stop))
         with closing(reader):
-            isl = build_isl(args, model, reader.M)
+            isl = build_objective(args, model, reader.M)
             miner = build_miner(args, reader.labels)
             parts = pretrain.assemble(model, isl, miner, reader, plan, numerics)
             folder = pretrain.take_folder(args.out, start, args.keep)
@@ -177,7 +171,7 @@ def get_ready(
     if args.tensorboard:
         pretrain.tensorboard_writer()  # raises where it is not installed
     workers = devices.usable_workers(args.workers, ranks.processes_here(args))
-    views = 2 if args.objective == "queue" or args.objective == "bank" and args.isl_hpe else 1
+    views = OBJECTIVES[args.objective].views(args.isl_hpe)
     settings = chosen(reading.Reading, args, views=views, workers=workers)
     return reading.open_reader(images, settings, device, stop), model
 
@@ -193,47 +187,31 @@ def build_model(args: argparse.Namespace, size: int) -> torch.nn.Module:
         encoder = build_encoder(args.arch, num_classes, args.stem, size)
         return split_batch_norm(encoder, args.bn_splits) if args.bn_splits > 1 else encoder
 
-    if args.objective == "queue":
-        return builder.MoCo(
-            base_encoder,
-            args.moco_dim,
-            args.moco_k,
-            args.moco_m,
-            args.moco_t,
-            args.mlp,
-            args.bn_shuffle,
-        )
-    if args.objective == "rotnet":
-        return builder.Rotation(base_encoder, args.moco_dim, args.mlp)
-    return builder.Instance(base_encoder, args.moco_dim, args.moco_t, args.mlp)
-
-
-def build_isl(args: argparse.Namespace, model: torch.nn.Module, M: int) -> ISL | Rotations:
-    """What gives the loss of a model on M images."""
-    if args.objective == "rotnet":
-        return Rotations(model, M)
-    return ISL(
-        model,
-        M,
-        P=min(args.isl_max_positives, M),
-        form=args.isl_loss,
-        hpe=args.isl_hpe,
-        bank_mix=args.isl_bank_mix,
-        recenter=args.isl_recenter,
-        between=args.isl_between,
-        symmetric=args.symmetric,
-        symmetric_sum=args.symmetric_sum,
-        seed=args.seed,
-        bank_dtype=torch.float16 if args.isl_half_bank else torch.float32,
-        fast=args.fast,
+    return OBJECTIVES[args.objective].build_model(
+        base_encoder,
+        dim=args.moco_dim,
+        K=args.moco_k,
+        m=args.moco_m,
+        T=args.moco_t,
+        mlp=args.mlp,
     )
 
 
-def isl_shape(args: argparse.Namespace, model: torch.nn.Module):
-    """What the file of such a run holds of its `ISL`, or of what stands where one stands."""
-    if args.objective == "rotnet":
-        return Rotations.state_shape()
-    return ISL.state_shape(model, args.moco_dim, args.isl_between)
+def build_objective(args: argparse.Namespace, model: torch.nn.Module, M: int) -> Objective:
+    objective = OBJECTIVES[args.objective]
+    options = {
+        "P": min(args.isl_max_positives, M),
+        "form": args.isl_loss,
+        "hpe": args.isl_hpe,
+        "bank_mix": args.isl_bank_mix,
+        "symmetric": args.symmetric,
+        "seed": args.seed,
+        "bank_dtype": torch.float16 if args.isl_half_bank else torch.float32,
+        "fast": args.fast,
+    }
+    taken = objective.options()
+    given = {name: value for name, value in options.items() if value is not None and name in taken}
+    return objective(model, M, **given)
 
 
 def build_miner(args: argparse.Namespace, labels: torch.Tensor | None):

@@ -231,7 +231,6 @@ TOGETHER = [
     ),
     ("a zone around the bank", [*RUN, *OUT, "--objective", "bank", "--isl-between", "5"]),
     ("a bound that is none", [*RUN, *OUT, "--miner", "knn", "--isl-trust", "sure"]),
-    ("a zone that leaves no negatives", [*RUN, *OUT, "--miner", "knn", "--isl-between", "700"]),
     (
         "an oracle that is to grow",
         [*RUN, *OUT, "--miner", "oracle", "--research-labels", "--isl-grow"],

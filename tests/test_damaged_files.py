@@ -344,7 +344,7 @@ def read_resume(place: Place, draw: random.Random) -> None:
         images, model = main_moco_isl.prepare(args, start, taken)
         checkpoint.load_model(model, content, start.path)
         optimizer = fast.sgd(model.parameters(), 0.1, 0.9, 1e-4, False)
-        isl = ISL(model, M, between=2)
+        isl = ISL(model, M)
         parts = resume.Parts(
             model,
             optimizer,
@@ -361,7 +361,7 @@ def read_resume(place: Place, draw: random.Random) -> None:
             isl.bank.lookup(positives)
             isl.slots.absent(positives, weight > 0)
         elif flag == "--init":
-            pretrain.know_queue(parts, content, args.dataset)
+            pretrain.initialise(parts, content, args.dataset, None)
         elif flag == "--resume" and "optimizer" in content:
             fast.load_optimizer(optimizer, content["optimizer"])
 

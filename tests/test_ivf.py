@@ -15,7 +15,6 @@ from moco_isl.miners.cluster import ClusterMiner
 from moco_isl.miners.diffusion import DiffusionMiner
 from moco_isl.miners.entropy import EntropyMiner
 from moco_isl.miners.knn import KNNMiner
-from moco_isl.mining.between import in_between
 from moco_isl.mining.positives import PositiveSets
 from moco_isl.ops import ivf
 from moco_isl.ops.neighbors import topk
@@ -150,14 +149,6 @@ def test_miners_build_an_index_once_a_bank_and_find_nearly_the_same(kind, monkey
     assert len(found["exact"] & found["ivf"]) > 0.85 * len(found["exact"])
 
 
-@needs_faiss
-def test_the_zone_in_between_is_searched_by_the_miners_index():
-    bank, miner = crowds(), KNNMiner(5, index="ivf")
-    sets = miner.mine(bank, PositiveSets.empty(len(bank)), torch.Generator())
-    exact, near = in_between(bank, sets, 20), in_between(bank, sets, 20, None, miner.searchable)
-    assert near.mean_size == pytest.approx(exact.mean_size, rel=0.05)
-
-
 def _mined(rank, world, index):
     bank = crowds()
     miner = AverageMiner(k=10, candidates=5, index=index)
@@ -200,8 +191,6 @@ def test_rounds_of_the_main_script(miner, tmp_path, capsys):
         "0",
         "--isl-every",
         "1",
-        "--isl-between",
-        "4",
     ]
     assert main_moco_isl.main([*argv, "--isl-index", "ivf", "--out", str(tmp_path / "ivf")]) == 0
     said = capsys.readouterr().out

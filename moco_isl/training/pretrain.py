@@ -18,9 +18,9 @@ from moco_isl import dist, files
 from moco_isl.builder import MoCo
 from moco_isl.encoders import as_in_library
 from moco_isl.errors import BadInput, Interrupted, RunFailed
-from moco_isl.isl import ISL
 from moco_isl.mining.positives import PositiveSets
 from moco_isl.mining.record import one_line, precision_of_ranking, round_record
+from moco_isl.objectives.base import Objective
 from moco_isl.ops import ivf
 from moco_isl.run import checkpoint, logs, ranks
 from moco_isl.run.folder import RunFolder
@@ -159,7 +159,7 @@ def _require_images(ours: dict, M: int, names: str, path: str) -> None:
 
 
 def assemble(
-    model: nn.Module, isl: ISL, miner, reader: Reader, plan: Plan, numerics: Numerics
+    model: nn.Module, isl: Objective, miner, reader: Reader, plan: Plan, numerics: Numerics
 ) -> resume.Parts:
     """All that a checkpoint holds the state of, put around a model on its device and its objective.
 
@@ -298,7 +298,7 @@ def begin(
     if start.goes_on and not start.in_place:
         save()  # now the folder has all that --resume auto needs, however early this run ends
     journal.progress.begin(parts.position.total)
-    if start.path and isinstance(parts.isl, ISL):
+    if start.path:
         journal.mean_cosine = parts.isl.mean_cosine()
     if tensorboard and journal.folder is not None:
         path = journal.folder.path
@@ -327,11 +327,8 @@ def load(
         ranks.say(f"=> queue filled with features of {min(reader.M, parts.model.K)} images")
     if not start.goes_on:
         warn_of_labels(content, start.path)
-        if isinstance(parts.model, MoCo) and "queue" not in filled:
-            know_queue(parts, content, flags["dataset"])
-        if isinstance(parts.isl, ISL) and not isinstance(parts.model, MoCo):
-            # of features: random rows would undo what the encoder has learned
-            parts.isl.bank.fill(reader.features(parts.model.encoder_q))
+        if "queue" not in filled:
+            initialise(parts, content, flags["dataset"], reader.features)
         return 0
     if "isl" not in content:
         parts.position.epoch = epoch or flags["start_epoch"]
@@ -370,17 +367,21 @@ def warn_of_labels(content: dict, path: str) -> None:
         )
 
 
-def know_queue(parts: resume.Parts, content: dict, dataset: str) -> None:
-    """Take over what a file of ours says of its queue's keys: how many there are and, where it was
-    trained on the same images, whose.
+def initialise(
+    parts: resume.Parts,
+    content: dict,
+    dataset: str,
+    features: Callable[[nn.Module], torch.Tensor],
+) -> None:
+    """Begin a new run from the file of another: its objective takes over what it can use.
+
+    features(encoder): a pass over all images -> [M, C] unit rows.
     """
-    ours = content.get("isl")
-    slots = ours["state"].get("slots") if ours else None
-    if slots is None:
-        return
-    if content["args"].get("dataset") == dataset and ours.get("images") == parts.images:
-        parts.isl.slots.take_over(slots["owner"], oldest=int(parts.model.queue_ptr))
-    parts.isl.slots.held = slots["held"]
+    ours = content.get("isl", {})
+    flags = content.get("args", {})
+    same_images = bool(ours) and ours.get("images") == parts.images
+    same_images = same_images and flags.get("dataset") == dataset
+    parts.isl.start_from(ours.get("state", {}), same_images, features)
 
 
 @torch.no_grad()
@@ -430,7 +431,7 @@ def warnings(
             " it reaches is no result without labels"
         )
     if isinstance(model, MoCo) and model.K > M:
-        step = reader.settings.batch_size * (2 if parts.isl.symmetric else 1)
+        step = reader.settings.batch_size * parts.isl.directions
         suits = max(step, 2 ** ((M // 2).bit_length() - 1))
         lines.append(
             f"warning: the queue ({model.K}) is longer than the data set ({M}): {model.K / M:.1f}"
@@ -541,10 +542,9 @@ def mine(
     if plan.isl_grow:
         miner.rules.budget = plan.isl_budget * number
     miner.begin(number)
-    encoder = parts.model.encoder_k if isl.queue_objective else parts.model.encoder_q
     try:
-        features = reader.features(encoder)  # [M, C]
-        views = reader.views(encoder, epoch) if plan.isl_views else None  # 2 x [M, C]
+        features = reader.features(isl.encoder)  # [M, C]
+        views = reader.views(isl.encoder, epoch) if plan.isl_views else None  # 2 x [M, C]
         report = engine.mine_round(
             isl, miner, features, reader.labels, reader.settings.seed, stop, views, number=number
         )
@@ -591,9 +591,10 @@ def end_of_epoch(
     position = parts.position
     epoch = position.epoch
     values = position.averages.epoch()
-    if isinstance(parts.isl, ISL):
-        values["mean_cosine"] = parts.isl.mean_cosine()
-        warn_of_collapse(journal, epoch, values["mean_cosine"])
+    mean_cosine = parts.isl.mean_cosine()
+    if mean_cosine is not None:
+        values["mean_cosine"] = mean_cosine
+        warn_of_collapse(journal, epoch, mean_cosine)
     if plan.knn_every and reader.labels is not None and (epoch + 1) % plan.knn_every == 0:
         try:
             values["knn"] = knn_accuracy(reader, parts.model.encoder_q, judge)
