@@ -32,14 +32,7 @@ from moco_isl.errors import BadInput, Interrupted, RunFailed
 from moco_isl.evaluation.features import require_side
 from moco_isl.evaluation.knn import weighted_knn
 from moco_isl.isl import ISL
-from moco_isl.miners.average import AverageMiner
-from moco_isl.miners.cluster import ClusterMiner
-from moco_isl.miners.diffusion import DiffusionMiner
-from moco_isl.miners.entropy import EntropyMiner
-from moco_isl.miners.gan import GANMiner
-from moco_isl.miners.knn import KNNMiner
-from moco_isl.miners.none import NoMiner
-from moco_isl.miners.oracle import OracleMiner
+from moco_isl.miners import find_miner
 from moco_isl.mining.positives import PositiveSets
 from moco_isl.mining.record import one_line, precision_of_ranking, round_record
 from moco_isl.objectives.rotnet import Rotations
@@ -49,7 +42,7 @@ from moco_isl.run.folder import RunFolder, check_folder, flags_of_unsaved
 from moco_isl.run.meters import Progress
 from moco_isl.run.signals import Stop
 from moco_isl.training import engine, fast, options, resume, state
-from moco_isl.training.options import check_args
+from moco_isl.training.options import build_miner, check_args
 
 ALIKE = 0.99  # mean cosine from which features have collapsed
 
@@ -81,7 +74,8 @@ def check_start(args: argparse.Namespace) -> tuple[resume.Start, dict]:
         " the one it was trained on",
     )
     if "isl" in content:
-        state.require_flags(content, start.path, get_parser(), resume.OPTIONAL)
+        parser = get_parser()
+        state.require_flags(content, start.path, parser, parser.optional())
     if start.goes_on and "isl" in content:
         resume.take_over(args, content["args"])
     elif start.in_place and (
@@ -129,18 +123,12 @@ def prepare(args: argparse.Namespace, start: resume.Start, device: str = "cpu") 
     dataset, _ = split(args, whole)
     size = args.image_size or data.native_size(dataset)
     flags.check(
-        args.miner != "oracle" or dataset.labels is not None,
-        f"--miner oracle needs labels, and {args.data} has none: expected a folder a class",
+        not find_miner(args.miner).uses_labels or dataset.labels is not None,
+        f"--miner {args.miner} needs labels, and {args.data} has none: expected a folder a class",
     )
     miner = build_miner(args, dataset.labels)
     model = (
         on_meta(lambda: build_model(args, size)) if device == "meta" else build_model(args, size)
-    )
-    most = min(len(dataset), args.moco_k)
-    flags.check(
-        2 * args.isl_between < most,
-        f"--isl-between {args.isl_between} leaves too few negatives of {most} (images, or keys of"
-        " the queue): expected less than half of them",
     )
     if device != "meta":  # on which not every network runs
         require_side(model.encoder_q, args.arch, size)
@@ -291,10 +279,7 @@ class Run:
                 form=args.isl_loss,
                 hpe=args.isl_hpe,
                 bank_mix=args.isl_bank_mix,
-                recenter=args.isl_recenter,
-                between=args.isl_between,
                 symmetric=args.symmetric,
-                symmetric_sum=args.symmetric_sum,
                 seed=args.seed,
                 bank_dtype=torch.float16 if args.isl_half_bank else torch.float32,
                 fast=args.fast,
@@ -505,22 +490,6 @@ class Run:
                 "=> warning: --research-labels: the positives of this run are drawn from the"
                 " labels; what it reaches is no result without labels"
             )
-        if (
-            args.objective == "queue"
-            and args.bn_splits > 1
-            and not args.bn_shuffle
-            and dist.world_size() == 1
-        ):
-            self.say(
-                "=> warning: this run began before keys were shuffled between the parts of"
-                " --bn-splits, and goes on so: a key is normalised with the images of its query,"
-                " which gives it away; a new run with --init and another --out shuffles them"
-            )
-        if args.symmetric and not args.symmetric_sum:
-            self.say(
-                "=> warning: this run began when --symmetric took the mean of both directions, and"
-                " goes on so; a new run takes their sum, as MoCo's notebook does"
-            )
         if args.objective == "queue" and args.moco_k > self.M:
             step = args.batch_size * (2 if args.symmetric else 1)
             suits = max(step, 2 ** ((self.M // 2).bit_length() - 1))
@@ -544,7 +513,8 @@ class Run:
                 " nothing"
             )
         if (
-            args.miner not in ("none", "oracle")
+            args.miner != "none"
+            and not args.research_labels
             and args.isl_index == "exact"
             and ivf.wins(self.M, self.device)
         ):
@@ -615,13 +585,11 @@ class Run:
         before = self.isl.positives
         miner = copy.deepcopy(self.miner.state_dict())
         generators = resume.rng_of_ranks(self.device)
-        if self.args.isl_grow:
-            self.miner.rules.budget = self.args.isl_budget * number
         self.miner.begin(number)
         try:
             encoder = self.model.encoder_k if self.isl.queue_objective else self.model.encoder_q
             features = self.features(encoder)
-            views = self.views(encoder, epoch) if self.args.isl_views else None
+            views = self.views(encoder, epoch) if self.miner.wants_views else None
             report = engine.mine_round(
                 self.isl,
                 self.miner,
@@ -732,7 +700,6 @@ def build_model(args: argparse.Namespace, size: int) -> torch.nn.Module:
             args.moco_m,
             args.moco_t,
             args.mlp,
-            args.bn_shuffle,
         )
     if args.objective == "rotnet":
         return builder.Rotation(base_encoder, args.moco_dim, args.mlp)
@@ -743,56 +710,7 @@ def isl_shape(args: argparse.Namespace, model: torch.nn.Module):
     """What the file of such a run holds of its `ISL`, or of what stands where one stands."""
     if args.objective == "rotnet":
         return Rotations.state_shape()
-    return ISL.state_shape(model, args.moco_dim, args.isl_between)
-
-
-def build_miner(args: argparse.Namespace, labels: torch.Tensor | None):
-    """labels [M]: of the training images, for the one miner that is allowed to see them."""
-    rules = {
-        "budget": args.isl_budget,
-        "keep": args.isl_keep,
-        "max_share": args.isl_max_share,
-        "trust": options.trust(args.isl_trust),
-        "index": args.isl_index,
-    }
-    most = options.most_positives(vars(args))
-    if args.miner == "none":
-        return NoMiner()
-    if args.miner == "oracle":
-        return OracleMiner(
-            labels, args.oracle_precision, args.oracle_size, args.oracle_wrong, args.oracle_right
-        )
-    if args.miner == "knn":
-        return KNNMiner(k=args.isl_neighbors or most, **rules)
-    if args.miner == "average":
-        return AverageMiner(k=args.isl_neighbors or 50, candidates=4 * most, **rules)
-    if args.miner == "entropy":
-        return EntropyMiner(
-            k=args.isl_neighbors or most, share=args.isl_share, T=args.moco_t, **rules
-        )
-    if args.miner == "diffusion":
-        return DiffusionMiner(
-            k=args.isl_neighbors or 20, steps=args.isl_walk, candidates=4 * most, **rules
-        )
-    if args.miner == "cluster":
-        return ClusterMiner(
-            clusters=args.isl_clusters,
-            clusterings=args.isl_clusterings,
-            background=args.isl_background,
-            candidates=4 * most,
-            **rules,
-        )
-    return GANMiner(
-        iters=args.isl_gan_iters,
-        min_iters=args.isl_gan_min_iters,
-        lam=args.isl_lambda,
-        triplets=args.isl_triplets,
-        threshold=args.isl_threshold,
-        radius=args.isl_radius,
-        radius_mode=args.isl_radius_mode,
-        candidates=args.isl_candidates,
-        **rules,
-    )
+    return ISL.state_shape(model, args.moco_dim)
 
 
 def tensorboard_writer():

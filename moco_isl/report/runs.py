@@ -136,9 +136,7 @@ class Run:
         flags = self.flags
         root = root or flags.get("data")
         try:
-            dataset = data.build_dataset(
-                flags["dataset"], root if flags["dataset"] != "digits" else None, "train"
-            )
+            dataset = data.build_dataset(flags["dataset"], root, "train")
         except BadInput as error:
             raise BadInput(
                 f"the images of run '{self.path}' cannot be read: {error}. Say where they lie now"

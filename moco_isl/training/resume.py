@@ -18,69 +18,8 @@ from moco_isl.run.folder import flags_of_unsaved, newest
 from moco_isl.run.meters import Averages
 from moco_isl.training.engine import Position, learning_rate
 from moco_isl.training.fast import load_optimizer
-from moco_isl.training.options import most_positives
+from moco_isl.training.options import MAY_CHANGE
 from moco_isl.training.state import require_start
-
-# everything that changes neither what is computed nor in which order
-MAY_CHANGE = {
-    "data",
-    "download",
-    "cache",
-    "workers",
-    "print_freq",
-    "progress",
-    "tensorboard",
-    "device",
-    "gpu",
-    "world_size",
-    "rank",
-    "dist_url",
-    "dist_backend",
-    "dist_timeout",
-    "multiprocessing_distributed",
-    "nproc_per_node",
-    "resume",
-    "init",
-    "out",
-    "config",
-    "keep",
-    "save_epochs",
-    "save_every",
-    "max_steps",
-    "knn_every",
-    "max_bad_images",
-    "start_epoch",
-    "compile",
-    "research_labels",
-}
-
-
-# what came later, as runs without it did
-BEFORE = {
-    "isl_recenter": False,
-    "isl_views": False,
-    "isl_between": 0,
-    "isl_index": "exact",
-    "isl_trust": "off",
-    "isl_rounds": 1,
-    "isl_grow": False,
-    "isl_half_bank": False,
-    "fast": False,
-    "on_device": False,
-    "bn_shuffle": False,
-    "symmetric_sum": False,
-    "isl_neighbors": None,
-    "isl_share": 0.25,
-    "isl_walk": 2,
-    "isl_clusters": None,
-    "isl_clusterings": 5,
-    "isl_background": 100,
-    "oracle_precision": 1.0,
-    "oracle_size": 5.0,
-    "oracle_wrong": "uniform",
-    "oracle_right": "uniform",
-}
-OPTIONAL = MAY_CHANGE | BEFORE.keys()  # flags that a file need not have
 
 
 def check_same(
@@ -97,7 +36,6 @@ def check_same(
     run has done stays as it was. epochs: how many it has begun (None: all); mined: it has had a
     round of mining.
     """
-    saved = {**BEFORE, **saved}
     changed = [
         name
         for name in saved
@@ -141,8 +79,6 @@ def _what_more_epochs_change(saved: dict, now: dict, epochs: int, mined: bool) -
             f"it mines every {length} epochs, between its rounds of training, which would have"
             f" {longer} epochs"
         )
-    if mined and _looked_at(saved) != _looked_at(now):
-        return "with --isl-grow the rounds so far would have looked at more images"
     return ""
 
 
@@ -156,19 +92,6 @@ def _relative_rate(epoch: int, flags: dict) -> float:
         schedule=flags.get("schedule") or [],
         rounds=flags.get("isl_rounds") or 1,
     )
-
-
-def _looked_at(flags: dict) -> int:
-    """How many images the miner looks at, where that grows with the number of rounds; else 0."""
-    own_number = flags.get("isl_neighbors") and flags.get("miner") in ("knn", "entropy")
-    grows = flags.get("isl_grow") and flags.get("miner") in (
-        "knn",
-        "entropy",
-        "average",
-        "diffusion",
-        "cluster",
-    )
-    return most_positives(flags) if grows and not own_number else 0
 
 
 @dataclass(frozen=True)
@@ -310,7 +233,7 @@ def take_over(flags, saved: dict) -> None:
     """Flags that were not given (None) take the values that the run had: a seed that was drawn, a
     default that hangs on another flag.
     """
-    for name, value in {**BEFORE, **saved}.items():
+    for name, value in saved.items():
         if name not in MAY_CHANGE and getattr(flags, name, "") is None:
             setattr(flags, name, value)
 
