@@ -241,14 +241,10 @@ def test_what_is_never_dropped_stays():
 
 
 def test_the_flag_names_a_bound():
-    assert (options.trust("off"), options.trust("auto"), options.trust("0.7")) == (
-        None,
-        options.AUTO,
-        0.7,
-    )
+    assert [bound_of(x) for x in ("off", None, "auto", "0.7", 0.7)] == [None, None, AUTO, 0.7, 0.7]
     for wrong in ("sure", "0", "1.2", "nan"):
         with pytest.raises(BadInput, match="expected auto, off, or a precision"):
-            options.trust(wrong)
+            KNNMiner(trust=wrong)
 
 
 def test_views_decide_where_they_are_there():
@@ -270,16 +266,12 @@ def test_views_decide_where_they_are_there():
 
 
 def test_views_are_asked_for_by_a_bound():
-    flags = lambda *more: options.get_parser("").parse_args([*DIGITS, "--miner", "knn", *more])
-    for more, expected in [
-        ([], False),
-        (["--isl-trust", "auto"], True),
-        (["--isl-trust", "auto", "--no-isl-views"], False),
-        (["--isl-views"], True),
-    ]:
-        args = flags(*more)
-        options.check_args(args)
-        assert args.isl_views is expected
+    @dataclass(eq=False)
+    class Looks(KNNMiner):
+        uses_views = True
+
+    assert not KNNMiner().wants_views and Looks().wants_views and not NoMiner().wants_views
+    assert KNNMiner(trust="auto").wants_views and KNNMiner(trust=0.5).wants_views
 
 
 def test_a_run_says_its_estimate_and_that_nothing_is_sure(tmp_path):
