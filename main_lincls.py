@@ -282,13 +282,13 @@ def check_args(args) -> None:
     world = ranks.total_ranks(args)
     flags.check(
         args.batch_size % world == 0,
-        f"--batch-size {args.batch_size} does not divide into {world} world: use a multiple of"
+        f"--batch-size {args.batch_size} does not divide into {world} ranks: use a multiple of"
         f" {world}",
     )
     flags.check(
         not args.finetune or args.batch_size >= 2 * world,
         f"--finetune with --batch-size {args.batch_size} leaves one image to each of "
-        f"{world} world, and batch norm needs two: use at least {2 * world}",
+        f"{world} ranks, and batch norm needs two: use at least {2 * world}",
     )
     flags.check(
         bool(args.pretrained or args.resume),

@@ -1,3 +1,4 @@
-"""Pretraining, probe and kNN on a SLURM cluster, through submitit. Imports the scripts' parsers and
-mains; nothing imports this.
+"""Pretraining, probe and kNN on a SLURM cluster, through submitit.
+
+It imports the scripts' parsers and mains; nothing imports this.
 """

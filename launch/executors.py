@@ -1,5 +1,6 @@
-"""From options to submitit: what sbatch is given, and a submission to SLURM, to this machine, or
-into this process.
+"""From options to submitit: what sbatch is given, and how a job is submitted.
+
+To SLURM, to this machine, or into this process.
 """
 
 import argparse
@@ -49,8 +50,10 @@ class SlurmText(submitit.SlurmExecutor):
 
 
 def python_command(opts: argparse.Namespace) -> str:
-    """How a node starts Python. USR2 is ignored until the run listens to it: by default it would
-    end an interpreter that is still importing.
+    """How a node starts Python.
+
+    USR2 is ignored until the run listens to it: by default it would end an interpreter that is
+    still importing.
     """
     python = opts.python or (shlex.quote(sys.executable) if not opts.container else "python")
     container = opts.container + " " if opts.container else ""
@@ -124,8 +127,9 @@ def submit(
     command: list[str],
     after: str | None = None,
 ) -> list[Entry]:
-    """Submit runs, several as one array, with logs in `folder` (%j: the job's id); writes
-    launch.jsonl there. BadInput with SLURM's reason if refused.
+    """Submit runs, several as one array, and note them in launch.jsonl.
+
+    folder: of the logs (%j: the job's id). Raises BadInput with SLURM's reason if it refuses.
     """
     ticket = uuid.uuid4().hex
     runs = [dataclasses.replace(run, ticket=ticket) for run in runs]
@@ -181,8 +185,9 @@ def note(entry: Entry, folder: str) -> None:
 
 
 def _half_submitted(folder: str) -> set[Path]:
-    """The files that submitit writes before it knows whether sbatch takes the job; others may have
-    theirs there too.
+    """What submitit writes before it knows whether sbatch takes the job.
+
+    Other submissions may have theirs there too.
     """
     fixed = submitit.core.utils.JobPaths.get_first_id_independent_folder(folder)
     return {*fixed.glob(".submission_file_*.sh"), *fixed.glob("*.pkl")} if fixed.is_dir() else set()
@@ -249,9 +254,7 @@ def _local(opts: argparse.Namespace, folder: str) -> submitit.LocalExecutor:
 
 
 def why_stuck(job_id: str, seconds: float = 2) -> str:
-    """Why a job that was just submitted will not start, if SLURM says so within a moment; ''
-    otherwise.
-    """
+    """SLURM's reason why a job that was just submitted will not start; '' if it gives none."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         job = slurm.ask(job_id)

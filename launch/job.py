@@ -1,11 +1,10 @@
-"""What runs on the nodes: one `Run` a task, which submitit pickles, starts, and after an
-interruption starts again.
+"""What runs on the nodes: one `Run` a task, which submitit pickles, starts and restarts.
 
 Life of a task: forget what the last life left, meet the other ranks, run the script's main with a
 `stop` that signals set. When main has saved and comes back with 75, all ranks came back together:
 rank 0 lets submitit requeue the job, and all wait to be ended. However a life ends, each rank
-leaves a record beside the logs (`end_file`): that the job succeeded, or which rank failed first, is
-read from there. The pickles of submitit are for submitit alone.
+leaves a record beside the logs (`end_file`): it says whether the job succeeded, or which rank
+failed first. The pickles of submitit are for submitit alone.
 """
 
 import contextlib
@@ -37,10 +36,11 @@ LOCAL_RESTARTS = 5  # submitit's controller of local jobs starts a job six times
 
 
 class Stop:
-    """The `stop` that main polls: true once SLURM asked for the node. USR2 is sent ahead of a
-    preemption and of the time limit; TERM comes when a job is cancelled or requeued, and is the
-    only notice of preemption on clusters
-    without preempt_send_user_signal: saving is right for all.
+    """The `stop` that main polls: true once SLURM asked for the node.
+
+    USR2 is sent ahead of a preemption and of the time limit. TERM comes when a job is cancelled or
+    requeued, and is the only notice of preemption on clusters without preempt_send_user_signal.
+    In each case it is right to save.
     """
 
     def __init__(self) -> None:
@@ -79,17 +79,12 @@ class Run:
     ticket: str = dataclasses.field(default="", compare=False)
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
-        """The next life, for submitit; made of what the constructor set, as it may be asked for
-        before __call__.
-        """
-        return submitit.helpers.DelayedSubmission(
-            dataclasses.replace(self, restarts=self.restarts + 1)
-        )
+        """The next life, for submitit, which may ask for it before __call__."""
+        next_life = dataclasses.replace(self, restarts=self.restarts + 1)
+        return submitit.helpers.DelayedSubmission(next_life)
 
     def __call__(self) -> dict:
-        # first of all: until here a signal goes to submitit's handler, as good as long as nothing
-        # runs
-        stop = Stop()
+        stop = Stop()  # first of all: until here a signal goes to submitit's handler
         env = submitit.JobEnvironment()
         _forget_last_life(env)
         out = self.out.replace("%j", env.job_id)
@@ -142,18 +137,14 @@ class Run:
         if store is None:  # asked to stop before anything ran: there is nothing to save
             return Interrupted.exit_code
         if place.rank == 0:
-            print(
-                f"=> {place.world} ranks met at {place.first_node}:{os.environ['MASTER_PORT']}",
-                flush=True,
-            )
+            where = f"{place.first_node}:{os.environ['MASTER_PORT']}"
+            print(f"=> {place.world} ranks met at {where}", flush=True)
         flags = [*self.flags, "--out", out]
         if self.resume is not None:
-            # it alone looks, for a shared file system may show the others an older state
+            # rank 0 alone looks, for a shared file system may show the others an older state
             if place.rank == 0:
-                store.set(
-                    "launch/resume",
-                    "auto" if any(Path(out).glob("checkpoint_*.pth.tar")) else self.resume,
-                )
+                saved = any(Path(out).glob("checkpoint_*.pth.tar"))
+                store.set("launch/resume", "auto" if saved else self.resume)
             flags += ["--resume", store.get("launch/resume").decode()]
         return importlib.import_module(SCRIPTS[self.script]).main(flags, stop)
 
@@ -162,18 +153,14 @@ class Run:
 
         Comes back if there is no next life.
         """
-        most = (
-            self.max_restarts if env.cluster == "slurm" else min(self.max_restarts, LOCAL_RESTARTS)
-        )
-        go_on = (
-            f"The run is saved: the same command with --job-dir {shlex.quote(out)} goes on with it"
-        )
+        most = self.max_restarts
+        if env.cluster != "slurm":
+            most = min(most, LOCAL_RESTARTS)
+        again = f"the same command with --job-dir {shlex.quote(out)} goes on with it"
+        go_on = f"The run is saved: {again}"
         if self.restarts >= most:
-            _say(
-                env,
-                f"=> not requeued: restarted {self.restarts} times already (--max-restarts)."
-                f" {go_on}",
-            )
+            times = f"restarted {self.restarts} times already (--max-restarts)"
+            _say(env, f"=> not requeued: {times}. {go_on}")
             return
         if env.cluster == "slurm":
             self._requeue(env, stop)
@@ -199,12 +186,12 @@ class Run:
 
 
 def _forget_last_life(env: submitit.JobEnvironment) -> None:
-    """Remove what this rank left when it was ended: a stale error would be taken for this life's,
-    and submitit stumbles over half-written files.
+    """Remove what this rank's last life left.
+
+    A stale error would be taken for this life's, and submitit stumbles over half-written files.
     """
     paths = env.paths
-    rank = (paths.folder, env.job_id, env.global_rank)
-    stale = [paths.result_pickle, end_file(*rank), earlier_end_file(*rank)]
+    stale = [paths.result_pickle, end_file(paths.folder, env.job_id, env.global_rank)]
     if env.global_rank == 0:
         stale.append(paths.submitted_pickle.with_suffix(".pkl.save_tmp"))
     for file in [*stale, paths.result_pickle.with_suffix(".pkl.save_tmp")]:
@@ -212,12 +199,13 @@ def _forget_last_life(env: submitit.JobEnvironment) -> None:
 
 
 def _wait_for_lock(out: Path, stop: Stop, seconds: float = 180) -> None:
-    """After a node failed, rank 0's last life may breathe on where SLURM cannot reach it, or a dead
-    node's lock may
-    outlive it: a restart waits for the run folder for a while, where a second run would be refused
-    at once.
+    """Wait a while for the run folder that the last life may still hold.
+
+    After a node failed, rank 0's last life may run on where SLURM cannot reach it, or a dead node's
+    lock may outlive it. A second run would be refused at once.
     """
-    lock, end = out / ".lock", time.monotonic() + seconds
+    lock = out / ".lock"
+    end = time.monotonic() + seconds
     while lock.exists() and time.monotonic() < end and not stop():
         try:
             with open(lock, "a") as file:
@@ -232,14 +220,10 @@ def end_file(folder: Path, job_id: str, rank: int) -> Path:
     return folder / f"{job_id}_{rank}_end.json"
 
 
-def earlier_end_file(folder: Path, job_id: str, rank: int) -> Path:
-    """What an earlier version wrote, and only where a rank failed: the same without `state`."""
-    return folder / f"{job_id}_{rank}_failure.json"
-
-
 def _record(env: submitit.JobEnvironment, state: str, code: int, error: str) -> None:
-    """How, when and where this rank ended, in a file that is whole or not there. A full disk may
-    refuse it: the logs and the exit code remain.
+    """Note how, when and where this rank ended, in a file that is whole or not there.
+
+    A full disk may refuse it: the logs and the exit code remain.
     """
     facts = {
         "state": state,

@@ -1,5 +1,6 @@
-"""The command lines of submit.py and sweep.py: what is asked of the cluster, and the flags of the
-script, parsed by the script's own parser.
+"""The command lines of submit.py and sweep.py.
+
+What is asked of the cluster, and the flags of the script, parsed by the script's own parser.
 """
 
 import argparse
@@ -23,22 +24,15 @@ from moco_isl.errors import BadInput
 
 # names that would reach the job through sbatch and mean something else there
 FOREIGN = (
-    "RANK",
-    "WORLD_SIZE",
-    "LOCAL_RANK",
-    "LOCAL_WORLD_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-    "CUDA_VISIBLE_DEVICES",
-    "GROUP_RANK",
-    "ROLE_RANK",
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    *("CUDA_VISIBLE_DEVICES", "GROUP_RANK", "ROLE_RANK"),
 )
 FOREIGN_PREFIXES = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_", "TORCHELASTIC_", "PMI", "OMPI_")
 # without it neither sbatch nor the job's own scontrol finds a cluster of this name
 FAMILIAR = {"SLURM_CONF"}
 
-# What stands in the sbatch file, or in a command: of a line that ended early the rest would run as
-# a command. --setup, --container and --python are shell by what they are for.
+# These stand in the sbatch file, or in a command, where what follows a line end would run as a
+# command. --setup, --container and --python hold shell commands.
 ONE_LINE = (
     *("job_dir", "name", "partition", "account", "qos", "comment", "constraint", "exclude"),
     *("container", "python", "sbatch", "srun", "env"),
@@ -61,6 +55,14 @@ RANGES = {  # lowest and highest value
 }
 
 
+CLUSTERS = {
+    "slurm": "submit, several runs as a job array",
+    "local": "processes of this machine, in the background",
+    "debug": "one task in this very process",
+    "none": "one after another on this machine",
+}
+
+
 class LauncherParser(argparse.ArgumentParser):
     def add_version(self) -> None:
         self.add_argument("--version", action="version", version=f"moco_isl {__version__}")
@@ -76,19 +78,7 @@ def add_cluster_options(parser: argparse.ArgumentParser, clusters: tuple[str, ..
         "--cluster",
         choices=clusters,
         default=clusters[0],
-        help="; ".join(
-            {
-                "slurm": (
-                    "slurm: submit (default)"
-                    if clusters[0] == "slurm"
-                    else "slurm: submit a job array"
-                ),
-                "local": "local: processes of this machine, in the background",
-                "debug": "debug: one task in this very process",
-                "none": "none: one after another on this machine (default)",
-            }[c]
-            for c in clusters
-        ),
+        help="; ".join(f"{name}: {CLUSTERS[name]}" for name in clusters) + f" ({clusters[0]})",
     )
     group.add_argument(
         "--nodes", "--nnodes", type=int, default=1, metavar="n", help="nodes of a job (1)"
@@ -259,9 +249,7 @@ def check_numbers(opts: argparse.Namespace) -> None:
 
 
 def _check_texts(opts: argparse.Namespace) -> None:
-    """Raise BadInput for a text that would not stand in the sbatch file as what it is meant to
-    be.
-    """
+    """Raise BadInput for a text that would mean something else in the sbatch file."""
     for name in ONE_LINE:
         value = getattr(opts, name)
         for text in value if isinstance(value, list) else [value or ""]:
@@ -291,10 +279,9 @@ def require_one_line(text: str, what: str, but: str = "", utf8: bool = False) ->
     bad = [c for c in text if c not in but and unicodedata.category(c) in kinds]
     if bad:
         text = text if len(text) < 100 else f"{text[:100]}..."
-        raise BadInput(
-            f"{what} '{text}' holds {files.shown(bad[0])}: expected UTF-8 text in one line, leave"
-            " it out"
-        )
+        found = files.shown(bad[0])
+        expected = "expected UTF-8 text in one line, leave it out"
+        raise BadInput(f"{what} '{text}' holds {found}: {expected}")
 
 
 def folder_of(job_dir: str, cluster: str) -> str:
@@ -315,8 +302,9 @@ def flag_of(name: str) -> str:
 def split_flags(
     parser: argparse.ArgumentParser, argv: list[str]
 ) -> tuple[argparse.Namespace, list[str]]:
-    """The launcher's options, and the script's flags: all after `--`, and before it what the
-    launcher does not know.
+    """The launcher's options, and the script's flags.
+
+    The script's are all after `--`, and before it what the launcher does not know.
     """
     cut = argv.index("--") if "--" in argv else len(argv)
     opts, flags = parser.parse_known_args(argv[:cut])
@@ -324,9 +312,9 @@ def split_flags(
 
 
 def take_run_flags(flags: list[str]) -> tuple[list[str], str]:
-    """The flags without --resume, and its value ('auto' if it was not there). The run folder is the
-    launcher's
-    business: --out raises BadInput.
+    """The flags without --resume, and its value ('auto' if it was not there).
+
+    Raises BadInput for --out: the run folder is the launcher's business.
     """
     mine = LauncherParser(add_help=False, allow_abbrev=False)
     mine.add_argument("--resume", default="auto")
@@ -356,9 +344,9 @@ def takes(script: str, flag: str) -> bool:
 def parse_script(
     script: str, flags: list[str], nodes: int, tasks_per_node: int, check: bool = True
 ) -> argparse.Namespace:
-    """The script's own reading of its flags, and with `check` its own checks, as if it were one of
-    its ranks. Raises
-    what it raises: BadInput.
+    """The script's own reading of its flags, as if it were one of its ranks.
+
+    check: also the script's own checks. Raises BadInput, as the script does.
     """
     module = importlib.import_module(SCRIPTS[script])
     as_rank = {
@@ -385,11 +373,8 @@ def words(text: str, option: str) -> list[str]:
 @contextlib.contextmanager
 def clean_environment() -> Iterator[None]:
     """Without what a shell inside another job, or under torchrun, has set."""
-    foreign = {
-        k: v
-        for k, v in os.environ.items()
-        if (k in FOREIGN or k.startswith(FOREIGN_PREFIXES)) and k not in FAMILIAR
-    }
+    is_foreign = lambda name: name in FOREIGN or name.startswith(FOREIGN_PREFIXES)
+    foreign = {k: v for k, v in os.environ.items() if is_foreign(k) and k not in FAMILIAR}
     for name in foreign:
         del os.environ[name]
     try:

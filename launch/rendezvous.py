@@ -30,9 +30,7 @@ class CannotJoin(RuntimeError):
 
 @dataclass
 class Place:
-    """Where a rank stands: its number among all and among those of its node, and the node of rank
-    0.
-    """
+    """Where a rank stands among all ranks and among those of its node."""
 
     job: str  # unique among the jobs that run
     life: int  # 0, then one more with every restart
@@ -55,8 +53,7 @@ class Place:
 
 
 def join(place: Place, seconds: float, stop: Callable[[], bool]) -> TCPStore | None:
-    """Meet the other ranks; returns the store, with MASTER_ADDR, RANK and the like in the
-    environment.
+    """Meet the other ranks and return the store; sets MASTER_ADDR, RANK and the like.
 
     The store has to be kept as long as ranks may want to talk. None if stop() came first. Raises
     CannotJoin after `seconds`, naming who is missing.
@@ -144,8 +141,9 @@ def _listens(host: str, port: int) -> bool:
 
 
 def _client(host: str, port: int, seconds: float = 5) -> TCPStore | None:
-    """The store at host:port; None if what listens there is no store. In a thread: the constructor
-    waits for ever on a listener that is mute.
+    """The store at host:port; None if what listens there is no store.
+
+    In a thread: the constructor waits for ever on a listener that is mute.
     """
     found = []
 

@@ -1,9 +1,9 @@
-"""What became of a job, in words: from SLURM, from the records and logs that its ranks left, and
-from the run's own metrics.
+"""What became of a job, in words.
 
-A job's folder holds launch.jsonl (a line a submission), and per job J and rank R: J_R_log.out,
+From SLURM, from the records and logs that its ranks left, and from the run's own metrics. A job's
+folder holds launch.jsonl (a line a submission), and per job J and rank R: J_R_log.out,
 J_R_log.err and, of a rank that has ended, J_R_end.json. Whoever may write into the folder may have
-written them: they are checked as they are read, and what submitit has pickled beside them is never
+written them: they are checked as they are read. The pickles of submitit beside them are never
 loaded.
 """
 
@@ -17,7 +17,7 @@ import shutil
 from pathlib import Path
 
 from launch import slurm
-from launch.job import FAILED, INTERRUPTED, NEW_LIFE, SCRIPTS, SUCCEEDED, earlier_end_file, end_file
+from launch.job import FAILED, INTERRUPTED, NEW_LIFE, SCRIPTS, SUCCEEDED, end_file
 from launch.slurm import JobState
 from moco_isl import files, schema
 from moco_isl.errors import BadInput, Interrupted
@@ -38,14 +38,14 @@ JOB_ID = {
     "slurm": re.compile(r"[0-9]{1,18}(_[0-9]{1,9})?"),
     "local": re.compile(r"[1-9][0-9]{0,8}"),
 }
-EARLIER_END = {
+END = {
+    "state": {SUCCEEDED, FAILED, INTERRUPTED},
     "time": float,
     "rank": Number(0, 1_000_000, whole=True),
     "node": str,
     "code": Number(-255, 255, whole=True),
     "error": str,
 }
-END = {"state": {SUCCEEDED, FAILED, INTERRUPTED}, **EARLIER_END}
 
 # what a rank says whose partner has gone: a consequence, not a cause
 CONSEQUENCE = re.compile(
@@ -55,8 +55,7 @@ CONSEQUENCE = re.compile(
     r"could not join the others|rank 0 ended while|lost another rank|was ended with the others"
 )
 SRUN_SAYS = re.compile(r"^srun: error: (\S+): tasks? ((?:[0-9]{1,7}[,-])*[0-9]{1,7}): (.+)$")
-# what submitit says in the log of a rank; of jobs of an earlier version, all that there is to tell
-# success by
+# what submitit says in the log of a rank
 STARTS = re.compile(r"^submitit INFO \(.*\) - Starting with JobEnvironment\(", re.M)
 SUCCESS = re.compile(r"^submitit INFO \(.*\) - Job completed successfully$", re.M)
 # after this line ranks are killed because SLURM ends the job
@@ -90,11 +89,8 @@ class Failure:
     @property
     def word(self) -> str:
         """What it said last, or with which code it ended."""
-        return (
-            self.error.strip().splitlines()[0]
-            if self.error.strip()
-            else f"ended with exit code {self.code}"
-        )
+        said = self.error.strip().splitlines()
+        return said[0] if said else f"ended with exit code {self.code}"
 
     @property
     def consequence(self) -> bool:
@@ -126,15 +122,12 @@ def _entry(line: str, where: str) -> Entry:
     pattern = JOB_ID[facts["cluster"]]
     if not pattern.fullmatch(facts["job"]):
         job = files.shown(facts["job"])[:40]
-        raise BadInput(
-            f"{where}: job is '{job}': expected the number that {facts['cluster']} gave it"
-        )
+        expected = f"expected the number that {facts['cluster']} gave it"
+        raise BadInput(f"{where}: job is '{job}': {expected}")
     for name in ("folder", "out"):
         if "\0" in facts[name] or not _is_name(facts[name]):
-            raise BadInput(
-                f"{where}: {name} is '{files.shown(facts[name])[:40]}': expected the path of a"
-                " folder"
-            )
+            given = files.shown(facts[name])[:40]
+            raise BadInput(f"{where}: {name} is '{given}': expected the path of a folder")
     return Entry(**facts)
 
 
@@ -159,9 +152,7 @@ def parse(text: str, where: str):
 
 
 def state(entry: Entry) -> JobState:
-    """From SLURM; from the files of the ranks where SLURM has forgotten the job or has no part in
-    it.
-    """
+    """From SLURM, or from the files of the ranks where SLURM does not know the job."""
     if entry.cluster == "slurm" and (job := slurm.ask(entry.job)):
         return job
     if entry.cluster == "local" and _alive(entry):
@@ -175,14 +166,11 @@ def state(entry: Entry) -> JobState:
 
 
 def restarts(entry: Entry, job: JobState) -> int:
-    """How often the job has been started again: SLURM's count, else as the first rank's log has
-    it.
-    """
+    """How often the job was started again: SLURM's count, or the one in the first rank's log."""
     if job.restarts is not None:
         return job.restarts
-    lives = re.findall(
-        rf"life ([0-9]{{1,9}}) of job {re.escape(entry.job)}", _text(entry.log(0, "out"))
-    )
+    life = rf"life ([0-9]{{1,9}}) of job {re.escape(entry.job)}"
+    lives = re.findall(life, _text(entry.log(0, "out")))
     return int(lives[-1]) - 1 if lives else 0
 
 
@@ -203,8 +191,9 @@ def _alive(entry: Entry) -> bool:
 
 
 def succeeded(entry: Entry, rank: int) -> bool:
-    """Whether a rank's last life ended well, by its record, or by its log if it left none (an
-    earlier version).
+    """Whether a rank's last life ended well, by its record, or by its log if it left none.
+
+    A full disk may have refused the record.
     """
     try:
         end = _end(entry, rank)
@@ -220,19 +209,19 @@ def _end(entry: Entry, rank: int) -> dict | None:
 
     Raises BadInput for one that is damaged.
     """
-    of = (Path(entry.folder), entry.job, rank)
-    for file, shape in ((end_file(*of), END), (earlier_end_file(*of), EARLIER_END)):
-        if files.kind(file):
-            where = f"the record '{files.shown(file)}'"
-            facts = parse(files.read_text(file, "the record", "a rank's end", most=2**20), where)
-            schema.require(facts, shape, where)
-            return {"state": FAILED, **facts}
-    return None
+    file = end_file(Path(entry.folder), entry.job, rank)
+    if not files.kind(file):
+        return None
+    where = f"the record '{files.shown(file)}'"
+    facts = parse(files.read_text(file, "the record", "a rank's end", most=2**20), where)
+    schema.require(facts, END, where)
+    return facts
 
 
 def failures(entry: Entry) -> list[Failure]:
-    """The ranks that failed, the one that began it first: causes before consequences, those with a
-    word before those without, then by time.
+    """The ranks that failed, the one that began it first.
+
+    Causes come before consequences, those that said a word before those that did not, then by time.
     """
     found = {}
     for rank in range(entry.tasks):
@@ -251,10 +240,12 @@ def failures(entry: Entry) -> list[Failure]:
 
 
 def _srun_says(entry: Entry) -> list[tuple[int, str, str]]:
-    """(rank, node, how it ended) as srun tells it at the end of rank 0's log: of ranks that were
-    killed, all that there is.
+    """(rank, node, how it ended) as srun tells it at the end of rank 0's log.
+
+    Of ranks that were killed there is nothing else.
     """
-    told, over = [], False
+    told = []
+    over = False
     for line in _this_life(entry.log(0)):
         if TAKEN_DOWN.search(line):
             break
@@ -264,10 +255,8 @@ def _srun_says(entry: Entry) -> list[tuple[int, str, str]]:
             if over:
                 words = "was ended with the others"
             elif words.startswith("Killed"):
-                words = (
-                    "was killed: exit code 137, signal 9 (by the kernel for want of memory, or by"
-                    " hand)"
-                )
+                by = "by the kernel for want of memory, or by hand"
+                words = f"was killed: exit code 137, signal 9 ({by})"
             told += [(rank, match[1], words) for rank in _numbers(match[2], entry.tasks)]
     return told
 
@@ -302,16 +291,12 @@ def _text(file: Path, most: int = 2**20) -> str:
 
 
 def progress(out: str) -> dict:
-    """The last epoch, step, loss, images_per_s and kNN that a run logged; {} if it logged
-    nothing.
-    """
+    """The last epoch, step, loss, images_per_s, kNN that a run logged; {} if it logged nothing."""
     return _last(out, ("step", "epoch"), ("epoch", "step", "loss", "images_per_s", "knn", "total"))
 
 
 def last_round(out: str) -> dict:
-    """The last mining round: mean size of the sets, and their precision if there were labels; {} if
-    there was none.
-    """
+    """The last mining round: mean size and, with labels, precision of the sets; {} without one."""
     return _last(out, ("round",), ("mean_size", "precision", "precision_own_nearest"))
 
 
@@ -328,9 +313,7 @@ def _last(out: str, kinds: tuple[str, ...], names: tuple[str, ...]) -> dict:
 
 
 def is_number(value) -> bool:
-    """Whether a value from a file is a number that can be shown and drawn: finite, and no thousand
-    digits.
-    """
+    """Whether a value from a file is a number that can be shown: finite, and no thousand digits."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
 
 
@@ -351,21 +334,15 @@ ADVICE = {
 
 
 def explain(entry: Entry, job: JobState, lines: int = 12) -> list[str]:
-    """Why a job ended without success: the first cause with its log and the end of it, then the
-    ranks that only followed.
-    """
+    """Why a job ended without success: the first cause, the end of its log, and who followed."""
     exit_code = f" (exit code {job.exit_code})" if job.exit_code not in ("", "0:0") else ""
-    text = [
-        f"job {entry.job} {job.state}{exit_code}"
-        + (f": {ADVICE[job.state]}" if job.state in ADVICE else "")
-    ]
+    advice = f": {ADVICE[job.state]}" if job.state in ADVICE else ""
+    text = [f"job {entry.job} {job.state}{exit_code}{advice}"]
     found = failures(entry)
     if found:
         first = found[0]
-        text += [
-            f"rank {first.rank} on {first.node}: {first.word}",
-            f"log: {entry.log(first.rank)}",
-        ]
+        text.append(f"rank {first.rank} on {first.node}: {first.word}")
+        text.append(f"log: {entry.log(first.rank)}")
         text += ["  | " + line for line in _this_life(entry.log(first.rank))[-lines:]]
         text += [
             f"then rank {other.rank} on {other.node}: {other.word[:160]}" for other in found[1:4]

@@ -1,5 +1,7 @@
-"""What SLURM knows about a job: from slurmctld while it remembers (MinJobAge, 5 minutes after the
-end), then from the accounting if there is one.
+"""What SLURM knows about a job.
+
+From slurmctld while it remembers (MinJobAge, 5 minutes after the end), then from the accounting if
+there is one.
 """
 
 import re
@@ -9,17 +11,8 @@ from dataclasses import dataclass
 # ours, of a job that SLURM does not know: all its ranks have saved and left
 INTERRUPTED = "INTERRUPTED"
 FINAL = {
-    INTERRUPTED,
-    "COMPLETED",
-    "FAILED",
-    "CANCELLED",
-    "TIMEOUT",
-    "NODE_FAIL",
-    "OUT_OF_MEMORY",
-    "BOOT_FAIL",
-    "DEADLINE",
-    "PREEMPTED",
-    "REVOKED",
+    *(INTERRUPTED, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"),
+    *("BOOT_FAIL", "DEADLINE", "PREEMPTED", "REVOKED"),
 }
 LEAVING = {"COMPLETING", "PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT"}
 # shown for a moment by jobs that are about to be requeued
@@ -51,9 +44,7 @@ class JobState:
 
 
 def ask(job_id: str) -> JobState | None:
-    """The state of a job, or of an array's element A_i; None where SLURM knows nothing of it or
-    cannot be asked.
-    """
+    """The state of a job, or of an array's element A_i; None where SLURM does not know it."""
     return _from_controller(job_id) or _from_accounting(job_id)
 
 

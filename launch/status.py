@@ -1,6 +1,5 @@
 #!/usr/bin/env python
-"""What a job is doing: state, restarts, last epoch and loss, images/s; and why it failed, if it
-did.
+"""What a job is doing: state, restarts, last epoch and loss, images/s; and why it failed.
 
 python launch/status.py runs/4711            the last submission into this folder
 python launch/status.py runs/4711 --all      all of them, and those that follow the pretraining
@@ -25,25 +24,13 @@ def get_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_version()
-    parser.add_argument(
-        "job_dir",
-        metavar="JOB_DIR",
-        type=Path,
-        help="the folder that submit.py or sweep.py printed",
-    )
-    parser.add_argument(
-        "--all",
-        action="store_true",
-        help="every submission into the folder, and into those below it",
-    )
+    folder = "the folder that submit.py or sweep.py printed"
+    parser.add_argument("job_dir", metavar="JOB_DIR", type=Path, help=folder)
+    every = "every submission into the folder, and into those below it"
+    parser.add_argument("--all", action="store_true", help=every)
     parser.add_argument("--wait", action="store_true", help="until the job has ended")
-    parser.add_argument(
-        "--poll",
-        type=float,
-        default=5,
-        metavar="s",
-        help="seconds between two looks while waiting (5)",
-    )
+    poll = "seconds between two looks while waiting (5)"
+    parser.add_argument("--poll", type=float, default=5, metavar="s", help=poll)
     return parser
 
 
@@ -61,32 +48,27 @@ def main(argv: list[str] | None = None) -> int:
     states = {entry.job: report.state(entry) for entry in entries}
     for entry in entries:
         print("\n".join(describe(entry, states[entry.job])), flush=True)
-    return int(
-        any(
-            job.final and not job.may_return and job.state != "COMPLETED" for job in states.values()
-        )
-    )
+    return int(any(_failed(job) for job in states.values()))
+
+
+def _failed(job: report.JobState) -> bool:
+    return job.final and not job.may_return and job.state != "COMPLETED"
 
 
 def find(folder: Path, everything: bool) -> list[Entry]:
     """The last submission into a folder; of a sweep's folder the last of each point; or all."""
-    records = (
-        [folder / report.RECORDS]
-        if files.kind(folder / report.RECORDS) and not everything
-        else sorted(folder.rglob(report.RECORDS), key=lambda f: (len(f.parts), f))
-    )
+    own = folder / report.RECORDS
+    if files.kind(own) and not everything:
+        records = [own]
+    else:
+        records = sorted(folder.rglob(report.RECORDS), key=lambda f: (len(f.parts), f))
     if not records:
-        raise BadInput(
-            f"no {report.RECORDS} in '{folder}': expected the folder that submit.py or sweep.py"
-            " printed"
-        )
-    found = [
-        entry
-        for file in records
-        for entry in report.read_entries(file.parent)[
-            slice(None) if everything else slice(-1, None)
-        ]
-    ]
+        expected = "expected the folder that submit.py or sweep.py printed"
+        raise BadInput(f"no {report.RECORDS} in '{folder}': {expected}")
+    found = []
+    for file in records:
+        entries = report.read_entries(file.parent)
+        found += entries if everything else entries[-1:]
     # a sweep notes a job twice: with its logs, and in its point
     return list({entry.job: entry for entry in found}.values())
 
@@ -108,7 +90,7 @@ def describe(entry: Entry, job: report.JobState) -> list[str]:
         f"  folder {entry.out}",
         f"  log    {entry.log(0, 'out')}",
     ]
-    if (job.final and not job.may_return and job.state != "COMPLETED") or job.state == "UNKNOWN":
+    if _failed(job) or job.state == "UNKNOWN":
         lines += ["  " + line for line in report.explain(entry, job)]
     return [files.shown(line) for line in lines]
 

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Run a script of this repository on a SLURM cluster; it comes back by itself after preemption,
-time limit and node failure.
+"""Run a script of this repository on a SLURM cluster.
 
-    python launch/submit.py pretrain --nodes 4 --gpus-per-node 8 --partition gpu --job-dir runs/%j
-    -- --config FILE DIR python launch/submit.py lincls|knn ... -- --pretrained FILE DIR
-    python launch/submit.py pretrain ... --then lincls,knn --lincls "DIR --lr 30"     and when it is
-    done, evaluate python launch/submit.py pretrain --cluster local --gpus-per-node 2 ...
-    the same without SLURM
+It comes back by itself after preemption, time limit and node failure.
+
+    python launch/submit.py pretrain --nodes 4 --gpus-per-node 8 --job-dir runs/%j -- DIR --mlp
+    python launch/submit.py lincls|knn ... -- --pretrained FILE DIR
+    python launch/submit.py pretrain ... --then lincls,knn --lincls "DIR --lr 30"    evaluates too
+    python launch/submit.py pretrain --cluster local --gpus-per-node 2 ...           without SLURM
 
 After `--` come the script's own flags (--help shows them too), but --out and --resume: the run
 folder is --job-dir, and a run goes on where its last checkpoint is. The same command with --job-dir
@@ -238,8 +238,9 @@ def dry_run(plan: list[Run], opts: argparse.Namespace) -> int:
 
 
 def submit_all(plan: list[Run], opts: argparse.Namespace, command: list[str]) -> int:
-    """Submit the plan. SLURM holds what follows until the first has succeeded; on this machine that
-    is waited for here.
+    """Submit the plan.
+
+    SLURM holds what follows until the first has succeeded; on this machine this process waits.
     """
     first = executors.submit(opts, plan[:1], plan[0].out, _name(plan[0], opts), command)[0]
     tell(first, opts)
@@ -287,9 +288,7 @@ def tell(entry: Entry, opts: argparse.Namespace) -> None:
 
 
 def debug(run: Run) -> int:
-    """One task in this very process; the debugger opens where it fails if there is somebody to
-    type.
-    """
+    """One task in this very process; where it fails a debugger opens, if somebody can type."""
     files.require_folder(run.out, "--job-dir")
     Path(run.out).mkdir(parents=True, exist_ok=True)
     os.environ["SUBMITIT_FOLDER"] = run.out

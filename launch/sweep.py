@@ -1,10 +1,10 @@
 #!/usr/bin/env python
 """Run one script at many settings: one folder a point, one table at the end.
 
-    python launch/sweep.py FILE.yaml                               one after another on this
-    machine; again: it goes on python launch/sweep.py FILE.yaml --cluster slurm --nodes 1     as one
-    job array; each point survives as a job does python launch/sweep.py FILE.yaml --table
-    the table of what is there so far
+    python launch/sweep.py FILE.yaml             one after another here; again: it goes on
+    python launch/sweep.py FILE.yaml --cluster slurm --nodes 1
+                                                 as one job array; each point survives as a job does
+    python launch/sweep.py FILE.yaml --table     the table of what is there so far
 
 FILE.yaml:
     script: pretrain                    # or lincls, knn (default: pretrain)
@@ -132,11 +132,12 @@ def _main(opts: argparse.Namespace) -> int:
 
 
 def read_plan(file: Path) -> dict:
-    """The sweep: script, points {name: all settings}, own {name: those of the point}, columns,
-    figures. Or BadInput.
+    """The sweep of a file: (script, points, own, columns, figures).
+
+    points: {name: all settings}; own: {name: those of the point}.
 
     Settings are as `plain_yaml.read` gives them: texts, lists of texts, None. A switch's word is
-    made true or false.
+    made true or false. Raises BadInput.
     """
     where = files.named("", file)
     plan = plain_yaml.read(file, "", "a sweep: base, grid, points, ... (see --help)")
@@ -211,9 +212,7 @@ def _switches(script: str) -> set[str]:
 
 
 def _value(name: str, value, switches: set[str]):
-    """A setting's value as it is shown: True or False of a switch, and of anything else what the
-    file says.
-    """
+    """A setting's value as it is shown: True or False of a switch, otherwise the file's text."""
     if name.replace("_", "-") not in switches or not isinstance(value, str):
         return value
     word = value.lower()
@@ -316,8 +315,9 @@ def make_folders(folders: list[Path]) -> None:
 
 
 def run_here(script: str, points: dict[str, list[str]], folder: Path) -> int:
-    """One point after another; a point that fails does not stop the others. What is finished
-    already is left alone by the script itself.
+    """One point after another; a point that fails does not stop the others.
+
+    The script itself leaves alone what is finished already.
     """
     failed = []
     for i, (name, argv) in enumerate(points.items()):

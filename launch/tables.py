@@ -14,9 +14,7 @@ CREATOR = "moco_isl"  # how a curve is known again
 
 
 def write_table(plan: dict, folder: Path) -> None:
-    """Print and write table.md and table.json: a row a point, its own settings and what it logged
-    last.
-    """
+    """Print and write table.md and table.json: a row a point, with what it logged last."""
     rows = [
         {
             "point": name,
@@ -44,9 +42,7 @@ def write_table(plan: dict, folder: Path) -> None:
 
 
 def require_ours(plan: dict, folder: Path) -> None:
-    """Raise BadInput where a file that `write_table` is to write is there and is not one that it
-    wrote.
-    """
+    """Raise BadInput where a file that `write_table` is to write is there and is not its own."""
     curves = [curve_name(number, wanted) for number, wanted in enumerate(plan["figures"] or [])]
     begins = {
         "table.md": "| point ",
@@ -82,9 +78,7 @@ def _write(text: str, path: Path) -> None:
 
 
 def _number(value):
-    """A setting as it is written in the sweep's file; as a number, where it is one, to draw
-    over.
-    """
+    """A setting as the sweep's file has it; as a number, where it is one, to draw over."""
     for kind in (int, float) if isinstance(value, str) else ():
         with contextlib.suppress(ValueError):
             if report.is_number(number := kind(value)):
@@ -102,8 +96,7 @@ ROWS = {"knn": "results", "lincls": "classifiers"}  # where results.json has wha
 
 
 def results(script: str, out: Path) -> dict:
-    """What a point has to show: of a pretraining what it logged last, of an evaluation its
-    results.json.
+    """What a point logged last, or the results.json of an evaluation.
 
     {} where there is none yet. Raises BadInput where the file is none of ours.
     """
@@ -126,10 +119,9 @@ def results(script: str, out: Path) -> dict:
 
 
 def write_curves(figures: list[dict], rows: list[dict], folder: Path) -> list[Path]:
-    """Draw an SVG for each {x: a setting, y: a column} into folder, from the points that name x
-    themselves.
+    """Draw an SVG for each {x: a setting, y: a column} into folder.
 
-    Raises BadInput without matplotlib.
+    From the points that name x themselves. Raises BadInput without matplotlib.
     """
     try:
         from matplotlib.figure import Figure

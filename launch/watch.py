@@ -1,5 +1,6 @@
-"""Waiting for jobs: what SLURM calls final need not be the end, and what it has forgotten must not
-be waited for.
+"""Waiting for jobs.
+
+What SLURM calls final need not be the end, and what it has forgotten must not be waited for.
 """
 
 import time
@@ -52,8 +53,8 @@ def _shown(job: JobState) -> str:
 
 
 def outcome(entries: list[Entry], states: dict[str, JobState]) -> int:
-    """Say what became of the jobs; 0 if all succeeded, else the exit code of the first that did not
-    (1 where none is known).
+    """Say what became of the jobs; 0 if all succeeded, else the exit code of the first that did
+    not (1 where none is known).
     """
     code = 0
     for entry in entries:

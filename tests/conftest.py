@@ -3,7 +3,10 @@
 import os
 import signal
 
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests send it, and under nohup it would be ignored
+# tests send these to processes that they start; under nohup, or in the background, those would
+# ignore them
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 
 import pytest  # noqa: E402 (what is set above is read when torch is imported)

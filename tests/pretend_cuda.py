@@ -1,9 +1,9 @@
-"""A CPU that passes for a CUDA device, for tests of what a GPU alone would run: tensors "on" it are
-computed by the CPU and say `cuda:0`.
+"""A CPU that passes for a CUDA device, for tests of what a GPU alone would run.
+
+Tensors "on" it are computed by the CPU and say `cuda:0`.
 
     with pretending() as seen: ...
-    with pretending_with_kernels() as seen: ...      the fused kernels and the GAN's captured graph
-    have stand-ins too
+    with pretending_with_kernels() as seen: ...     the fused kernels too
 
 Inside, what a GPU would refuse is refused: operations on tensors of two devices, a generator of
 another device, `numpy()`. `seen.waits` names the calls for which the host would wait for the

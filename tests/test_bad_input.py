@@ -1,8 +1,7 @@
-"""Everything a user can get wrong, and what goes wrong under way: one line that says what, what was
-expected and what to do, and the exit code.
+"""Everything a user can get wrong, and what goes wrong under way.
 
-python -m tests.test_bad_input      writes BAD_INPUT.md, the list of them; a test holds the file to
-it
+One line says what, what was expected and what to do; the exit code is 2 or 3.
+`python -m tests.test_bad_input` writes BAD_INPUT.md, the list of them; a test holds it.
 """
 
 import contextlib

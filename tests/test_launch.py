@@ -524,8 +524,8 @@ def test_a_job_that_slurm_forgot_is_judged_by_how_its_ranks_ended(forgotten):
     assert report.state(forgotten).state == "FAILED"
 
 
-def test_a_job_of_an_earlier_version_is_judged_by_its_logs(forgotten):
-    """It left no record of success, but a pickle of submitit's."""
+def test_a_job_whose_records_were_refused_is_judged_by_its_logs(forgotten):
+    """As a full disk refuses them."""
     start = (
         "submitit INFO (2026-11-01 10:00:00,000) - Starting with JobEnvironment(job_id=7,"
         " global_rank=0(3))\n"
@@ -537,10 +537,6 @@ def test_a_job_of_an_earlier_version_is_judged_by_its_logs(forgotten):
     # the last life did not come to its end
     forgotten.log(1, "out").write_text(start + success + start + "Epoch 0\n")
     assert report.state(forgotten).state == "UNKNOWN"
-    record = {"time": 1.0, "rank": 1, "node": "n1", "code": 1, "error": "ValueError: boom"}
-    job.earlier_end_file(Path(forgotten.folder), "7", 1).write_text(json.dumps(record))
-    assert report.state(forgotten).state == "FAILED"
-    assert "rank 1 on n1: ValueError: boom" in report.explain(forgotten, report.state(forgotten))
 
 
 class Evil:
@@ -904,23 +900,19 @@ def test_a_run_that_was_asked_to_stop_leaves_that_on_record(
 
 
 def test_a_new_life_forgets_how_the_last_one_ended(tmp_path, monkeypatch, no_environment_left):
-    names = ("end_file", "earlier_end_file")
     seen = []
 
     def act(stop):
         env = job.submitit.JobEnvironment()
-        seen.extend(getattr(job, name)(env.paths.folder, env.job_id, 0).exists() for name in names)
+        seen.append(job.end_file(env.paths.folder, env.job_id, 0).exists())
         return 0
 
     FakeMain(monkeypatch, act)
     # the id of a job in this process is not known before: any such file is its own
-    for name in names:
-        monkeypatch.setattr(
-            job, name, lambda folder, job_id, rank, name=name: folder / f"0_{name}.json"
-        )
-        (tmp_path / "debug").mkdir(exist_ok=True)
-        (tmp_path / "debug" / f"0_{name}.json").write_text("{}")
-    assert in_debug(tmp_path)[0] == 0 and seen == [False, False]
+    monkeypatch.setattr(job, "end_file", lambda folder, job_id, rank: folder / "0_end.json")
+    (tmp_path / "debug").mkdir()
+    (tmp_path / "debug" / "0_end.json").write_text("{}")
+    assert in_debug(tmp_path)[0] == 0 and seen == [False]
 
 
 def test_a_full_disk_leaves_no_half_a_record_and_does_not_change_the_end(

@@ -17,7 +17,7 @@ import main_knn
 import main_lincls
 import main_moco_isl
 from benchmarks import common, growth, step
-from moco_isl import data, mining
+from moco_isl import data, ops
 from moco_isl.builder import MoCo
 from moco_isl.data.datasets import ImagesInMemory
 from moco_isl.encoders import build_encoder
@@ -250,7 +250,7 @@ def test_kernels_are_tried_out_without_autocast(monkeypatch):
     """Their first use may come from within a step, and the reference products would be in half
     precision.
     """
-    monkeypatch.setattr(mining, "kernels", Kernels, raising=False)
+    monkeypatch.setattr(ops, "kernels", Kernels, raising=False)
     monkeypatch.setitem(sys.modules, "moco_isl.ops.kernels", Kernels)
     with torch.autocast("cpu", dtype=torch.bfloat16), warnings.catch_warnings():
         warnings.simplefilter("error")

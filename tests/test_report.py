@@ -403,12 +403,7 @@ def test_verdicts():
             and words in guessed.text
         )
     bound = verdict.judge(run_of({"precision_estimate": None, "precision_at_most": 0.97}), table)
-    older = verdict.judge(run_of({"precision_estimate": 0.97}), table)
-    assert (
-        bound.tone == older.tone == "open"
-        and "at most 97 of 100 pairs are right" in bound.text
-        and bound.text == older.text
-    )
+    assert bound.tone == "open" and "at most 97 of 100 pairs are right" in bound.text
     refused = judged(0.95, 0.9, accepted=False, why="the GAN collapsed")
     assert "The last round added nothing (the GAN collapsed)." in refused.text
     assert verdict.judge(run_of({"edges": 0, "why": "it collapsed"})).tone == "bad"

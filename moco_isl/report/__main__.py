@@ -1,5 +1,4 @@
-"""Write report.html about one run or several: how training went, what was mined, and whether mining
-helps or hurts.
+"""Write report.html about runs: how training went, what was mined, whether mining helps or hurts.
 
     python -m moco_isl.report RUN [RUN ...] [--labels] [--out FILE]
 

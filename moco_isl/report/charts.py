@@ -1,5 +1,6 @@
-"""Charts as inline SVG by matplotlib, coloured by the page's CSS variables, so that they follow its
-light and dark scheme.
+"""Charts as inline SVG, drawn by matplotlib and coloured by the page's CSS variables.
+
+So they follow the page's light and dark scheme.
 """
 
 import io
@@ -14,9 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
 INCHES = (4.7, 3.0)
-# of the axes: the same in all, so that charts side by side line up
-BOX = (0.155, 0.14, 0.825, 0.84)
-# Colours that no chart would use otherwise, each the stand-in of a CSS variable.
+BOX = (0.155, 0.14, 0.825, 0.84)  # of the axes; one for all, so that charts side by side line up
+# colours that no chart uses otherwise, each of which stands for a CSS variable
 NAMES = ("fg", "muted", "grid", "bad", "c1", "c2", "c3", "c4", "c5", "c6")
 STAND_IN = {name: f"#01{i:02x}fe" for i, name in enumerate(NAMES)}
 STEPS = [1, 2, 2.5, 5, 10]  # between the ticks of an axis
@@ -65,9 +65,7 @@ class Chart:
     note: str = ""
 
     def inline(self, number: int) -> Markup:
-        """The SVG element, with ids that no other chart of the page has: `number` is this one's
-        own.
-        """
+        """The SVG element; `number`, this chart's own, makes its ids differ from other charts'."""
         svg = re.sub(r'\bid="', f'id="f{number}-', self.svg)
         svg = re.sub(r"url\(#", f"url(#f{number}-", svg)
         return Markup(re.sub(r'xlink:href="#', f'href="#f{number}-', svg))
@@ -98,13 +96,8 @@ def line_chart(
         figure = Figure(figsize=INCHES)
         axes = figure.add_axes(BOX)
         for x, refused in marks:
-            axes.axvline(
-                x,
-                color=STAND_IN["bad" if refused else "muted"],
-                linewidth=1,
-                linestyle=(0, (1, 2)),
-                zorder=1,
-            )
+            colour = STAND_IN["bad" if refused else "muted"]
+            axes.axvline(x, color=colour, linewidth=1, linestyle=(0, (1, 2)), zorder=1)
         for i, line in enumerate(lines):
             _draw(axes, line, 100 if percent else 1, zorder=3 - i / len(lines))  # the first on top
         axes.set_xlabel(x_label)
@@ -112,22 +105,19 @@ def line_chart(
         _scale(axes, x_sizes, whole_x, whole_y)
         svg = _to_svg(figure, title)
     legend = [
-        {
-            "label": line.label,
-            "colour": line.colour,
-            "style": DASHES[line.style],
-            "alpha": line.alpha,
-        }
+        _entry(line.label, line.colour, DASHES[line.style], line.alpha)
         for line in lines
         if line.label
     ]
     if any(not refused for _, refused in marks):
-        legend.append(
-            {"label": "round of mining", "colour": "muted", "style": "dotted", "alpha": 1}
-        )
+        legend.append(_entry("round of mining", "muted", "dotted"))
     if any(refused for _, refused in marks):
-        legend.append({"label": "refused round", "colour": "bad", "style": "dotted", "alpha": 1})
+        legend.append(_entry("refused round", "bad", "dotted"))
     return Chart(title, svg, legend, note)
+
+
+def _entry(label: str, colour: str, style: str, alpha: float = 1) -> dict:
+    return {"label": label, "colour": colour, "style": style, "alpha": alpha}
 
 
 def _finite(y) -> bool:

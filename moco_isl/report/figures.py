@@ -17,9 +17,9 @@ SIZES = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100)  # positives an image, in t
 
 
 def agreement(labels: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """1 where images a and b (broadcast) have one label, 0 where two, NaN where either has none.
+    """float32: 1 where images a and b have one label, 0 where two, NaN where either has none.
 
-    float32.
+    a and b are broadcast.
     """
     same = labels[a] == labels[b]
     known = (labels[a] >= 0) & (labels[b] >= 0)
@@ -33,8 +33,9 @@ def mean(correct: Tensor) -> float | None:
 
 
 def precision_of_first(correct: Tensor, sizes: Sequence[int] = SIZES) -> dict[int, float | None]:
-    """correct [A, k] in the order of a ranking of each anchor's own -> precision of the first
-    `size` of every anchor.
+    """Precision of the first `size` of every anchor.
+
+    correct: [A, k], each anchor's own ranking, the best first.
     """
     return {size: mean(correct[:, :size]) for size in sizes if size <= correct.shape[1]}
 
@@ -42,9 +43,9 @@ def precision_of_first(correct: Tensor, sizes: Sequence[int] = SIZES) -> dict[in
 def precision_of_best(
     value: Tensor, correct: Tensor, images: int, sizes: Sequence[float] = SIZES
 ) -> dict[float, float | None]:
-    """value [E], correct [E] of pairs ranked all together -> precision of the size * images best.
+    """Precision of the size * images best of pairs that are ranked all together.
 
-    Sizes beyond E (by half a per cent) are left out.
+    value: [E], correct: [E]. Sizes beyond E (by half a per cent) are left out.
     """
     order = value.flatten().sort(descending=True, stable=True).indices
     correct = correct.flatten()[order]
@@ -60,8 +61,9 @@ def precision_of_best(
 
 
 def unseen(near_cosine: Tensor, M: int, size: float) -> float:
-    """Share of anchors of which more pairs may belong to the size * A best of near_cosine [A, k]
-    than the k that are known.
+    """Share of anchors whose k known neighbours may be too few.
+
+    More than k of their pairs may belong to the size * A best of near_cosine [A, k].
     """
     A, k = near_cosine.shape
     if k >= M - 1:
@@ -88,10 +90,7 @@ def precision_by(value: Tensor, correct: Tensor, bins: int = 12) -> list[tuple[f
 
 
 def share_with_at_least(sizes: Tensor) -> list[float]:
-    """sizes [M] of sets -> share of images with at least 0, 1, 2, ...
-
-    positives, up to the largest set.
-    """
+    """Share of images with at least 0, 1, 2, ... positives, up to the largest of sizes [M]."""
     count = torch.bincount(sizes)
     return (count.flip(0).cumsum(0).flip(0).double() / max(len(sizes), 1)).tolist()
 
@@ -105,17 +104,16 @@ def hubs(sets: PositiveSets, n: int = 8) -> list[tuple[int, int]]:
 
 
 def confusion(sets: PositiveSets, labels: Tensor, K: int) -> Tensor:
-    """[K, K] int64: how many wrong edges go from an image of one class (row) to one of another
-    (column).
-    """
+    """[K, K] int64: wrong edges from an image of one class (row) to one of another (column)."""
     a, b = labels[sets.sources()], labels[sets.members.long()]
     wrong = (a != b) & (a >= 0) & (b >= 0)
     return torch.bincount(a[wrong] * K + b[wrong], minlength=K * K).view(K, K)
 
 
 def worst_pairs(counts: Tensor, n: int = 10) -> list[tuple[int, int, int]]:
-    """counts [K, K] of wrong edges -> (class, class, edges of either direction) of the n most
-    confused pairs of classes.
+    """(class, class, edges of either direction) of the n pairs of classes confused most.
+
+    counts: [K, K], see `confusion`.
     """
     both = (counts + counts.T).triu(1)
     value, at = both.flatten().sort(descending=True, stable=True)

@@ -1,5 +1,6 @@
-"""Grids of images: the same anchors with their positives over the rounds, side by side for several
-runs (the paper's Figure 5).
+"""Grids of images: the same anchors with their positives over the rounds (the paper's Figure 5).
+
+Several runs stand side by side.
 
 Letters: M images, E directed edges.
 """
@@ -18,9 +19,8 @@ from moco_isl.report.runs import Record, Run
 
 Tensor = torch.Tensor
 
-# anchors of a grid, positives of an anchor
-ANCHORS = 6
-SHOWN = 8
+ANCHORS = 6  # of a grid
+SHOWN = 8  # positives of an anchor
 PHOTO = 96  # side of a thumbnail of a photo
 
 
@@ -36,13 +36,11 @@ class Cell:
 
 @dataclass
 class Row:
-    """Positives of an anchor after a round, or (round None) its nearest images; size: of the whole
-    set.
-    """
+    """Positives of an anchor after a round, or (round None) its nearest images."""
 
     round: int | None
     cells: list[Cell]
-    size: int
+    size: int  # of the whole set
 
 
 @dataclass
@@ -81,8 +79,9 @@ class Album:
 
 
 def data_uri(dataset, i: int) -> str:
-    """Image i: as it is (PNG) up to 64 pixels, otherwise its middle square as a thumbnail (JPEG); a
-    grey square if it cannot be read.
+    """Image i: as it is (PNG) up to 64 pixels, otherwise its middle square as a thumbnail (JPEG).
+
+    A grey square stands for an image that cannot be read.
     """
     try:
         image = dataset.image(i)
@@ -90,16 +89,17 @@ def data_uri(dataset, i: int) -> str:
         image = Image.new("RGB", (32, 32), (128, 128, 128))
     if isinstance(image, Tensor):
         image = Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).numpy()))
-    buffer, small = io.BytesIO(), max(image.size) <= SMALL
+    buffer = io.BytesIO()
+    small = max(image.size) <= SMALL
     if small:
         image.save(buffer, "PNG", optimize=True)
     else:
         side = min(image.size)
         left = (image.width - side) // 2
         top = (image.height - side) // 2
-        image.resize(
-            (PHOTO, PHOTO), Image.Resampling.LANCZOS, (left, top, left + side, top + side)
-        ).save(buffer, "JPEG", quality=80)
+        square = (left, top, left + side, top + side)
+        thumbnail = image.resize((PHOTO, PHOTO), Image.Resampling.LANCZOS, square)
+        thumbnail.save(buffer, "JPEG", quality=80)
     kind = "png" if small else "jpeg"
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
@@ -125,8 +125,9 @@ def choose(record: Record, labels: Tensor | None, n: int = ANCHORS) -> dict[str,
 
 
 def _walk(src: Tensor, dst: Tensor, value: Tensor, n: int) -> list[int]:
-    """The first n sources by falling value, none that stood in an earlier pair: a pair and its way
-    back show the same.
+    """The first n sources by falling value, but none that stood in an earlier pair.
+
+    A pair and its way back would show the same images.
     """
     best = value.sort(descending=True, stable=True).indices[:2000]
     chosen, seen = [], set()
@@ -141,13 +142,13 @@ def _walk(src: Tensor, dst: Tensor, value: Tensor, n: int) -> list[int]:
 
 def build_grids(runs: Sequence[Run], album: Album, rounds_shown: int = 4) -> list[Grid]:
     """Grids of runs that count the same images; the first run with a round chooses the anchors."""
-    runs = [run for run in runs if any(round_.path.exists() for round_ in run.rounds)]
+    recorded = {run.name: [r for r in run.rounds if r.path.exists()] for run in runs}
+    runs = [run for run in runs if recorded[run.name]]
     if not runs:
         return []
-    first = [round_ for round_ in runs[0].rounds if round_.path.exists() and round_.accepted] or [
-        round_ for round_ in runs[0].rounds if round_.path.exists()
-    ]
-    chosen = choose(first[-1].load(), album.labels)
+    first = recorded[runs[0].name]
+    choosing = [round_ for round_ in first if round_.accepted] or first
+    chosen = choose(choosing[-1].load(), album.labels)
     names = [run.name for run in runs]
     grids = {
         kind: Grid(*TITLES[kind], names, [(album.cell(i), []) for i in anchors])
@@ -155,10 +156,7 @@ def build_grids(runs: Sequence[Run], album: Album, rounds_shown: int = 4) -> lis
     }
     for run in runs:
         rows = {kind: [[] for _ in anchors] for kind, anchors in chosen.items()}
-        shown = pick(
-            [round_ for round_ in run.rounds if round_.path.exists()],
-            rounds_shown if len(runs) == 1 else rounds_shown - 1,
-        )
+        shown = pick(recorded[run.name], rounds_shown - (len(runs) > 1))
         for round_ in shown:
             record = round_.load()
             for kind, anchors in chosen.items():
@@ -179,18 +177,15 @@ TITLES = {
     ),
     "surest": (
         "The surest pairs",
-        (
-            "The images of the pairs that the miner was surest of in its last round; the surest"
-            " positives first."
-        ),
+        "The pairs that the miner was surest of in its last round; the surest positives first.",
     ),
     "least": (
         "The least sure pairs",
-        "The images of the pairs that only just got in; the least sure positives first.",
+        "The pairs that only just got in; the least sure positives first.",
     ),
     "mistakes": (
         "The worst mistakes",
-        "The images of the wrong pairs that the miner was surest of; wrong positives first.",
+        "The wrong pairs that the miner was surest of; wrong positives first.",
     ),
 }
 

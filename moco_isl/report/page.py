@@ -1,6 +1,4 @@
-"""The page itself: what each part of the template is handed, and the file, written whole or not at
-all.
-"""
+"""The page: what each part of the template is handed, and the file, written whole or not at all."""
 
 import itertools
 import re
@@ -114,8 +112,9 @@ def _environment() -> jinja2.Environment:
 
 
 def _albums(runs: Sequence[Run], labels: bool, root: str | None) -> dict[tuple, Album]:
-    """By `Run.images`, the images of every data set that can be had; without labels those that are
-    gone cost no more than the grids.
+    """By `Run.images`, the images of every data set that is at hand.
+
+    Where images are gone the page has no grids of them; with labels that is bad input.
     """
     albums = {}
     for run in runs:
@@ -170,6 +169,7 @@ def _part(
 def _facts(run: Run) -> list[tuple[str, str]]:
     flags = run.flags
     done = run.epochs[-1]["epoch"] + 1 if run.epochs else 0
+    version = [run.facts.get("version"), (run.facts.get("git") or "")[:10]]
     speed = [line["images_per_s"] for line in run.steps if "images_per_s" in line]
     facts = [
         ("images", " ".join(filter(None, [flags.get("dataset"), flags.get("data")]))),
@@ -184,11 +184,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ("started from", flags.get("init")),
         ("speed", f"{statistics.median(speed):,.0f} images a second" if speed else None),
         ("on", run.facts.get("device")),
-        (
-            "version",
-            (run.facts.get("version") or "")
-            + (f", {run.facts['git'][:10]}" if run.facts.get("git") else ""),
-        ),
+        ("version", ", ".join(filter(None, version))),
     ]
     return [(name, str(value)) for name, value in facts if value not in (None, "")]
 
@@ -200,12 +196,11 @@ def _row(run: Run) -> dict:
     gap = lambda rule: (
         None if None in (last.get("precision"), last.get(rule)) else last["precision"] - last[rule]
     )
+    miner = run.flags.get("miner")
+    if run.flags.get("research_labels"):
+        miner = f"{miner} ({LABELS_USED})"
     return {
-        "miner": (
-            f"{run.flags.get('miner')} ({LABELS_USED})"
-            if run.flags.get("research_labels")
-            else run.flags.get("miner")
-        ),
+        "miner": miner,
         "loss": run.flags.get("isl_loss") if run.rounds else None,
         "epochs": run.epochs[-1]["epoch"] + 1 if run.epochs else 0,
         "rounds": (
@@ -224,15 +219,14 @@ def _row(run: Run) -> dict:
 
 
 def _confusion(m: sections.Mined, album: Album) -> Confusion:
-    counts, K = m.confusion, len(m.confusion)
+    counts = m.confusion
+    K = len(counts)
     names = list(album.dataset.classes or map(str, range(K)))
     wrong = int(counts.sum())
     shares = (counts.double() / counts.max().clamp(min=1)).tolist()
-    table = (
-        [(names[i], list(zip(shares[i], counts[i].tolist()))) for i in range(K)]
-        if K <= MOST_CLASSES and wrong
-        else []
-    )
+    table = []
+    if K <= MOST_CLASSES and wrong:
+        table = [(names[i], list(zip(shares[i], counts[i].tolist()))) for i in range(K)]
     worst = [(names[a], names[b], n, n / wrong) for a, b, n in figures.worst_pairs(counts)]
     return Confusion(wrong, m.round.report.get("edges", 0), names[:K], table, worst)
 
@@ -248,12 +242,8 @@ def _grids(runs: Sequence[Run], albums: dict[tuple, Album]) -> list[Grid]:
 def is_report(path: Path) -> bool:
     """Whether a file is a page that `write_report` wrote, this version's or an earlier one's."""
     with open(path, "rb") as file:
-        return bool(
-            re.search(
-                r'<meta name="generator" content="moco_isl|· moco_isl</title>'.encode(),
-                file.read(1 << 16),
-            )
-        )
+        ours = r'<meta name="generator" content="moco_isl|· moco_isl</title>'
+        return bool(re.search(ours.encode(), file.read(1 << 16)))
 
 
 def _write(out: Path, text: str) -> None:
@@ -261,6 +251,5 @@ def _write(out: Path, text: str) -> None:
     try:
         files.write_text(text, out)
     except OSError as error:
-        raise RunFailed(
-            f"cannot write {out}: {error.strerror}; give another file with --out"
-        ) from error
+        message = f"cannot write {out}: {error.strerror}; give another file with --out"
+        raise RunFailed(message) from error

@@ -1,5 +1,4 @@
-"""A run folder read back: its flags, its metrics, its rounds of mining, the images it was trained
-on.
+"""A run folder read back: its flags, metrics, rounds of mining, and the images it was trained on.
 
 Letters: M images, E directed edges of the sets, A anchors looked at, k neighbours.
 """
@@ -25,7 +24,7 @@ Tensor = torch.Tensor
 
 
 class Record:
-    """What a round left in the run folder (`training.round_record` says what its file holds)."""
+    """What a round left in the run folder; `mining.record` says what its file holds."""
 
     def __init__(self, content: dict[str, Tensor]):
         members = content["members"]
@@ -43,11 +42,9 @@ class Record:
     @cached_property
     def anchors(self) -> Tensor:
         """[A] the images whose neighbours are known."""
-        return (
-            self._content["anchors"].long()
-            if "anchors" in self._content
-            else sample_anchors(self.M)
-        )
+        if "anchors" in self._content:
+            return self._content["anchors"].long()
+        return sample_anchors(self.M)
 
     @cached_property
     def nearest(self) -> tuple[Tensor, Tensor]:
@@ -90,17 +87,13 @@ class Round:
 
 @dataclass
 class Run:
-    """A run folder.
-
-    flags: the resolved flags of args.json; facts: the rest of it; steps, epochs: lines of
-    metrics.jsonl.
-    """
+    """A run folder."""
 
     path: Path
     name: str
-    flags: dict
-    facts: dict
-    steps: list[dict]
+    flags: dict  # of args.json, resolved
+    facts: dict  # what else args.json holds
+    steps: list[dict]  # lines of metrics.jsonl
     epochs: list[dict]
     rounds: list[Round]
 
@@ -117,12 +110,12 @@ class Run:
         )
 
     def num_images(self) -> int | None:
-        """M, as the last round that left a record says; the others must say the same when they are
-        loaded.
+        """M, as the last round that left a record says it.
+
+        The other rounds must say the same when they are loaded.
         """
-        record = next(
-            (round_.load() for round_ in reversed(self.rounds) if files.kind(round_.path)), None
-        )
+        recorded = [round_ for round_ in reversed(self.rounds) if files.kind(round_.path)]
+        record = recorded[0].load() if recorded else None
         for round_ in self.rounds:
             round_.M = record.M if record else None
         return record.M if record else None
@@ -135,6 +128,8 @@ class Run:
         """
         flags = self.flags
         root = root or flags.get("data")
+        if flags["dataset"] == "digits":
+            root = None
         try:
             dataset = data.build_dataset(flags["dataset"], root, "train")
         except BadInput as error:

@@ -1,5 +1,4 @@
-"""What the page shows of runs: their training, their rounds of mining, and how right the mined
-pairs are.
+"""What the page shows of runs: training, rounds of mining, and how right the mined pairs are.
 
 Letters: M images, A anchors, K classes.
 """
@@ -25,19 +24,7 @@ PART_NAMES = {
     "isl": "positives against negatives",
     "hpe": "hard positives, before their weight",
 }
-NO_PARTS = {
-    "kind",
-    "epoch",
-    "total",
-    "step",
-    "acc1",
-    "knn",
-    "lr",
-    "time",
-    "data_time",
-    "images_per_s",
-    "memory_gib",
-}
+NO_PARTS = set("kind epoch total step acc1 knn lr time data_time images_per_s memory_gib".split())
 RULES = {
     "mined": "mined, the surest first",
     "ranked": "the proxies' own ranking",
@@ -55,8 +42,9 @@ def marks(run: Run) -> list[tuple[float, bool]]:
 
 
 def values(run: Run, name: str) -> tuple[list[float], list[float | None]]:
-    """Epochs done and the value of `name` there: one point an epoch, or, before a second epoch has
-    ended, one a logged interval.
+    """Epochs done and the value of `name` there.
+
+    One point an epoch or, before a second epoch has ended, one a logged interval.
     """
     lines = [line for line in run.epochs if name in line]
     if len(lines) >= 2 or name == "knn":
@@ -73,6 +61,11 @@ def learning_rates(run: Run) -> tuple[list[float], list[float]]:
         first.setdefault(line["epoch"], line["lr"])
     epochs, rates = list(first), list(first.values())
     return (epochs + [epochs[-1] + 1], rates + rates[-1:]) if first else ([], [])
+
+
+def over_rounds(run: Run, of: Callable[[dict], float | None]) -> tuple[list, list]:
+    """Epochs done before each round, and what `of` finds in the round's report."""
+    return [r.epoch for r in run.rounds], [of(r.report) for r in run.rounds]
 
 
 def training_charts(run: Run) -> list[Chart]:
@@ -109,12 +102,9 @@ def training_charts(run: Run) -> list[Chart]:
 
 
 def compared_training(runs: Sequence[Run]) -> list[Chart]:
-    lines = lambda of: [
-        Line(*of(run), run.name, colour) for run, colour in zip(runs, itertools.cycle(COLOURS))
-    ]
-    by_round = lambda name: lines(
-        lambda run: ([r.epoch for r in run.rounds], [r.report.get(name) for r in run.rounds])
-    )
+    coloured = list(zip(runs, itertools.cycle(COLOURS)))
+    lines = lambda of: [Line(*of(run), run.name, colour) for run, colour in coloured]
+    by_round = lambda name: lines(lambda run: over_rounds(run, lambda report: report.get(name)))
     found = [
         line_chart("Weighted kNN", lines(lambda run: values(run, "knn")), "epochs", "accuracy, %"),
         line_chart(
@@ -148,8 +138,8 @@ def compared_training(runs: Sequence[Run]) -> list[Chart]:
 class Mined:
     """Numbers of a round with a record.
 
-    curves: rule of RULES -> {positives an image: precision}; empty without labels, as by_cosine and
-    by_score are.
+    curves: rule of RULES -> {positives an image: precision}.
+    Without labels curves, by_cosine and by_score are empty.
     """
 
     round: Round
@@ -161,9 +151,7 @@ class Mined:
     by_cosine: dict[str, list[tuple[float, float, int]]]
     by_score: list[tuple[float, float, int]]
     confusion: Tensor | None
-    # share of anchors whose known neighbours do not reach as far as all pairs ranked at 100
-    # positives do
-    unseen: float
+    unseen: float  # share of anchors whose known neighbours are too few, see figures.unseen
     sampled: bool  # whether the anchors are a sample
 
 
@@ -197,19 +185,19 @@ def mined(round_: Round, labels: Tensor | None, K: int = 0) -> Mined | None:
 
 def judge(record: Record, labels: Tensor) -> tuple[dict, dict, list, float]:
     """curves, by_cosine, by_score and unseen of a round."""
-    sets, (near, cosine), anchors = record.sets, record.nearest, record.anchors
+    sets = record.sets
+    anchors = record.anchors
+    near, cosine = record.nearest
     edges = figures.agreement(labels, sets.sources(), sets.members.long())  # [E]
     around = figures.agreement(labels, anchors[:, None], near)  # [A, k]
     sizes = sorted({*(s for s in SIZES if s <= 1.005 * sets.mean_size), sets.mean_size})
     curves = {
-        "mined": (
-            figures.precision_of_best(sets.sureness, edges, record.M, sizes)
-            if sets.num_edges
-            else {}
-        ),
+        "mined": {},
         "own": figures.precision_of_first(around),
         "pairs": figures.precision_of_best(cosine, around, len(anchors)),
     }
+    if sets.num_edges:
+        curves["mined"] = figures.precision_of_best(sets.sureness, edges, record.M, sizes)
     by_cosine = {
         "mined": figures.precision_by(record.cosine, edges),
         "own": figures.precision_by(cosine[:, :100].flatten(), around[:, :100].flatten()),
@@ -223,6 +211,8 @@ def judge(record: Record, labels: Tensor) -> tuple[dict, dict, list, float]:
 
 
 def mining_charts(run: Run, rounds: Sequence[Mined]) -> list[Chart]:
+    coverage = over_rounds(run, lambda report: report.get("coverage"))
+    worst = over_rounds(run, lambda report: report.get("worst_in_degree"))
     found = [
         line_chart(
             "Size of the sets",
@@ -237,57 +227,16 @@ def mining_charts(run: Run, rounds: Sequence[Mined]) -> list[Chart]:
         ),
         line_chart(
             "Images with any positive",
-            [Line([r.epoch for r in run.rounds], [r.report.get("coverage") for r in run.rounds])],
+            [Line(*coverage)],
             "epochs",
             "images, %",
             marks=marks(run),
             percent=True,
         ),
-        (
-            line_chart(
-                "Right pairs, by the estimate without labels",
-                [
-                    Line(
-                        [r.epoch for r in run.rounds],
-                        [estimates(r.report)[0] for r in run.rounds],
-                        "by two views",
-                    ),
-                    Line(
-                        [r.epoch for r in run.rounds],
-                        [estimates(r.report)[1] for r in run.rounds],
-                        "at most",
-                        "c2",
-                    ),
-                    Line(
-                        [r.epoch for r in run.rounds],
-                        [r.report.get("precision") for r in run.rounds],
-                        "by labels",
-                        "c3",
-                        "--",
-                    ),
-                ],
-                "epochs",
-                "right pairs, %",
-                marks=marks(run),
-                percent=True,
-                note=(
-                    "By two views (--isl-views): 1 to 4 points off on encoders by MoCo, 7 and 8 too"
-                    " low on two others. At most, by the features alone: within 3 points where it"
-                    " was fitted, 9 to 76 too high elsewhere."
-                ),
-            )
-            if any(estimates(r.report) != (None, None) for r in run.rounds)
-            else None
-        ),
+        estimate_chart(run),
         line_chart(
             "Worst hub",
-            [
-                Line(
-                    [r.epoch for r in run.rounds],
-                    [r.report.get("worst_in_degree") for r in run.rounds],
-                    colour="c2",
-                )
-            ],
+            [Line(*worst, colour="c2")],
             "epochs",
             "sets that one image is in, at most",
             marks=marks(run),
@@ -299,20 +248,40 @@ def mining_charts(run: Run, rounds: Sequence[Mined]) -> list[Chart]:
     return [chart for chart in found if chart]
 
 
-def _shaded(i: int, rounds: Sequence[Mined], x: list, y: list, **options) -> Line:
-    """A line of the i-th of several rounds: the later, the stronger; the first and the last
-    named.
-    """
-    label = f"round {rounds[i].round.number}" if i in (0, len(rounds) - 1) else ""
-    return Line(
-        x,
-        y,
-        label,
-        "c1",
-        alpha=1.0 if len(rounds) == 1 else 0.4 + 0.6 * i / (len(rounds) - 1),
-        dots=False,
-        **options,
+def estimate_chart(run: Run) -> Chart | None:
+    if all(estimates(round_.report) == (None, None) for round_ in run.rounds):
+        return None
+    by_views = over_rounds(run, lambda report: estimates(report)[0])
+    at_most = over_rounds(run, lambda report: estimates(report)[1])
+    by_labels = over_rounds(run, lambda report: report.get("precision"))
+    return line_chart(
+        "Right pairs, by the estimate without labels",
+        [
+            Line(*by_views, "by two views"),
+            Line(*at_most, "at most", "c2"),
+            Line(*by_labels, "by labels", "c3", "--"),
+        ],
+        "epochs",
+        "right pairs, %",
+        marks=marks(run),
+        percent=True,
+        note=(
+            "By two views (--isl-trust): on CIFAR-10 and the digits 13 points too low to 7 too"
+            " high, on letters of many fonts 37 too high. At most, by the features alone: up to 76"
+            " points too high."
+        ),
     )
+
+
+def _shaded(i: int, rounds: Sequence[Mined], x: list, y: list, **options) -> Line:
+    """A line of the i-th of several rounds: the later, the stronger.
+
+    The first and the last are named.
+    """
+    last = len(rounds) - 1
+    label = f"round {rounds[i].round.number}" if i in (0, last) else ""
+    alpha = 0.4 + 0.6 * i / last if last else 1.0
+    return Line(x, y, label, "c1", alpha=alpha, dots=False, **options)
 
 
 def gan_charts(run: Run) -> list[Chart | None]:
@@ -327,18 +296,9 @@ def gan_charts(run: Run) -> list[Chart | None]:
         start = x[-1] if x else 0
         starts.append((start, not round_.accepted))
         x += [start + i for i in history["iteration"]]
-        for name in (
-            "loss_D",
-            "loss_G",
-            "cos_anchor",
-            "cos_positive",
-            "cos_negative",
-            "distinct",
-            "hub",
-        ):
-            figures_of.setdefault(name, []).extend(
-                history.get(name, [None] * len(history["iteration"]))
-            )
+        unknown = [None] * len(history["iteration"])
+        for name in "loss_D loss_G cos_anchor cos_positive cos_negative distinct hub".split():
+            figures_of.setdefault(name, []).extend(history.get(name, unknown))
     if not x:
         return []
     line = lambda name, label, colour: Line(x, figures_of[name], label, colour, dots=False)
@@ -380,8 +340,9 @@ def gan_charts(run: Run) -> list[Chart | None]:
 
 
 def score_histogram(run: Run, rounds: Sequence[Mined], bins: int = 30) -> Chart | None:
-    """How the scores of the best proxies are spread, a line a round; the threshold of the last
-    round as a mark.
+    """How the scores of the best proxies are spread, a line a round.
+
+    The threshold of the last round is marked.
     """
     scored = [m for m in rounds if m.score is not None]
     if not scored:
@@ -391,16 +352,8 @@ def score_histogram(run: Run, rounds: Sequence[Mined], bins: int = 30) -> Chart 
     high = max(float(m.score.max()) for m in scored)
     low, high = (low - 0.01, high + 0.01) if high - low < 0.02 else (low, high)
     centres = [low + (i + 0.5) * (high - low) / bins for i in range(bins)]
-    lines = [
-        _shaded(
-            i,
-            scored,
-            centres,
-            (torch.histc(m.score, bins, low, high) / len(m.score)).tolist(),
-            steps="mid",
-        )
-        for i, m in enumerate(scored)
-    ]
+    shares = [(torch.histc(m.score, bins, low, high) / len(m.score)).tolist() for m in scored]
+    lines = [_shaded(i, scored, centres, share, steps="mid") for i, share in enumerate(shares)]
     inside = threshold is not None and low <= threshold <= high
     if inside:
         top = max(max(line.y) for line in lines)
@@ -415,7 +368,8 @@ def score_histogram(run: Run, rounds: Sequence[Mined], bins: int = 30) -> Chart 
 
 
 def precision_charts(rounds: Sequence[Mined]) -> list[Chart]:
-    last, note = rounds[-1], ""
+    last = rounds[-1]
+    note = ""
     if last.sampled:
         note = "Estimated on a sample of 4,096 images, to about a point."
     if last.unseen > 0.01:
@@ -437,16 +391,12 @@ def precision_charts(rounds: Sequence[Mined]) -> list[Chart]:
         line_chart(
             f"Precision against similarity, round {last.round.number}",
             [
+                Line(*_columns(last.by_cosine["mined"]), "mined pairs", RULE_COLOURS["mined"]),
                 Line(
-                    [x for x, _, _ in last.by_cosine[rule]],
-                    [p for _, p, _ in last.by_cosine[rule]],
-                    label,
-                    RULE_COLOURS[rule],
-                )
-                for rule, label in (
-                    ("mined", "mined pairs"),
-                    ("own", "every image and its 100 nearest"),
-                )
+                    *_columns(last.by_cosine["own"]),
+                    "every image and its 100 nearest",
+                    RULE_COLOURS["own"],
+                ),
             ],
             "cosine",
             "right pairs, %",
@@ -455,7 +405,7 @@ def precision_charts(rounds: Sequence[Mined]) -> list[Chart]:
         ),
         line_chart(
             f"Precision against score, round {last.round.number}",
-            [Line([x for x, _, _ in last.by_score], [p for _, p, _ in last.by_score], colour="c4")],
+            [Line(*_columns(last.by_score), colour="c4")],
             "score of the best proxy",
             "right among the 10 nearest to it, %",
             percent=True,
@@ -465,42 +415,32 @@ def precision_charts(rounds: Sequence[Mined]) -> list[Chart]:
     return [chart for chart in found if chart]
 
 
+def _columns(groups: list[tuple[float, float, int]]) -> tuple[list[float], list[float]]:
+    """Mean values and precisions of `figures.precision_by`."""
+    return [value for value, _, _ in groups], [precision for _, precision, _ in groups]
+
+
 def _rules(curves: dict[str, dict]) -> list[Line]:
-    return [
-        Line(
-            list(curves[rule]),
-            list(curves[rule].values()),
-            label,
-            RULE_COLOURS[rule],
-            "-" if rule == "mined" else "--",
-        )
-        for rule, label in RULES.items()
-        if curves.get(rule)
-    ]
+    lines = []
+    for rule, label in RULES.items():
+        if curve := curves.get(rule):
+            style = "-" if rule == "mined" else "--"
+            lines.append(Line(list(curve), list(curve.values()), label, RULE_COLOURS[rule], style))
+    return lines
 
 
 def _over_epochs(rounds: Sequence[Mined], size: int) -> Chart | None:
     """The paper's Figure 3: precision at one set size over the rounds."""
     x = [m.round.epoch for m in rounds]
-    lines = [
-        Line(
-            x,
-            [m.curves.get(rule, {}).get(size) for m in rounds],
-            label,
-            RULE_COLOURS[rule],
-            "-" if rule in ("mined", "ranked") else "--",
-        )
-        for rule, label in RULES.items()
-    ]
-    mined_as_far = any(m.curves.get("mined", {}).get(size) is not None for m in rounds)
-    note = (
-        ""
-        if mined_as_far
-        else (
-            f"The mined sets hold {rounds[-1].mean_size:.1f} positives an image: they do not reach"
-            f" {size}."
-        )
-    )
+    lines = []
+    for rule, label in RULES.items():
+        y = [m.curves.get(rule, {}).get(size) for m in rounds]
+        style = "-" if rule in ("mined", "ranked") else "--"
+        lines.append(Line(x, y, label, RULE_COLOURS[rule], style))
+    note = ""
+    if all(m.curves.get("mined", {}).get(size) is None for m in rounds):
+        mean = rounds[-1].mean_size
+        note = f"The mined sets hold {mean:.1f} positives an image: they do not reach {size}."
     return line_chart(
         f"Precision at {size} positives an image",
         lines,
@@ -516,13 +456,11 @@ def compared_precision(runs: Sequence[tuple[Run, Sequence[Mined]]]) -> list[Char
     lines = []
     for (run, rounds), colour in zip(runs, itertools.cycle(COLOURS)):
         if rounds and rounds[-1].curves:
-            lines += [
-                Line(list(c), list(c.values()), name, colour, style)
-                for c, name, style in (
-                    (rounds[-1].curves["mined"], run.name, "-"),
-                    (rounds[-1].curves["own"], f"{run.name}: own nearest", "--"),
-                )
-            ]
+            mined = rounds[-1].curves["mined"]
+            own = rounds[-1].curves["own"]
+            lines.append(Line(list(mined), list(mined.values()), run.name, colour))
+            name = f"{run.name}: own nearest"
+            lines.append(Line(list(own), list(own.values()), name, colour, "--"))
     chart = line_chart(
         "Precision against set size, last rounds",
         lines,
@@ -538,14 +476,13 @@ def fill_precision(rounds: Sequence[Mined]) -> None:
     """Into the reports of rounds that were logged without labels, what the labels say now."""
     for m in rounds:
         if m.curves.get("mined") and m.round.report.get("precision") is None:
-            own = m.curves["own"]
-            pairs = m.curves["pairs"]
-            size = m.mean_size
-            near: Callable[[dict], float | None] = lambda curve: curve[
-                min(curve, key=lambda s: abs(math.log(s / size)))
-            ]
             m.round.report |= {
-                "precision": m.curves["mined"][size],
-                "precision_own_nearest": near(own),
-                "precision_all_pairs": near(pairs),
+                "precision": m.curves["mined"][m.mean_size],
+                "precision_own_nearest": _at(m.curves["own"], m.mean_size),
+                "precision_all_pairs": _at(m.curves["pairs"], m.mean_size),
             }
+
+
+def _at(curve: dict[float, float | None], size: float) -> float | None:
+    """The precision at the set size that is the nearest to this one."""
+    return curve[min(curve, key=lambda s: abs(math.log(s / size)))]

@@ -48,8 +48,9 @@ def breakeven_of(table: dict | None, form: str, size: float) -> float | None:
 
 
 def judge(run: Run, table: dict | None = None) -> Verdict:
-    """By the last round's precision where the run's own log has one; of a run whose positives are
-    drawn from labels it says that first.
+    """By the last round's precision where the run's own log has one.
+
+    Of a run whose positives are drawn from labels it says so first.
     """
     verdict = _judge(run, table)
     if run.flags.get("research_labels"):
@@ -63,24 +64,16 @@ def judge(run: Run, table: dict | None = None) -> Verdict:
 
 def _judge(run: Run, table: dict | None) -> Verdict:
     if not run.rounds:
-        mining = run.flags.get("miner", "none") != "none"
-        return Verdict(
-            "open",
-            (
-                "Nothing was mined yet: the first round is still to come."
-                if mining
-                else "Nothing was mined: this run is plain MoCo."
-            ),
-        )
+        if run.flags.get("miner", "none") == "none":
+            return Verdict("open", "Nothing was mined: this run is plain MoCo.")
+        return Verdict("open", "Nothing was mined yet: the first round is still to come.")
     last = run.rounds[-1].report
     if not last.get("edges"):
-        # it was asked to be sure, and had better be
+        # with --isl-trust an empty round is an answer, without it a failure
         tone = "open" if str(last.get("why")).startswith(NOTHING_SURE) else "bad"
-        return Verdict(
-            tone,
-            f"The last round left no positives at all{_because(last)}: training went on without"
-            " any.",
-        )
+        because = _because(last)
+        text = f"The last round left no positives at all{because}: training went on without any."
+        return Verdict(tone, text)
     refused = "" if run.rounds[-1].accepted else f" The last round added nothing{_because(last)}."
     breakeven = breakeven_of(table, run.flags.get("isl_loss", ""), last["mean_size"])
     known = last.get("precision") is not None and not math.isnan(last["precision"])
@@ -99,10 +92,8 @@ def _with_labels(last: dict, breakeven: float | None) -> tuple[str, str]:
     gap = 100 * (precision - own) if own is not None else 0.0
     text = f"{100 * precision:.0f} of 100 mined pairs are right"
     if own is not None:
-        text = (
-            f"Mined pairs are {_compared(gap)} each image's own nearest neighbours at equal size "
-        )
-        text += f"({100 * precision:.1f} % and {100 * own:.1f} %)"
+        text = f"Mined pairs are {_compared(gap)} each image's own nearest neighbours at equal size"
+        text += f" ({100 * precision:.1f} % and {100 * own:.1f} %)"
         if pairs is not None:
             text += (
                 f", and {_compared(100 * (precision - pairs))} all pairs ranked by similarity"
@@ -114,11 +105,9 @@ def _with_labels(last: dict, breakeven: float | None) -> tuple[str, str]:
 
 def _compared(points: float) -> str:
     n = round(abs(points))
-    return (
-        "as precise as"
-        if n == 0
-        else f"{n} point{'s' * (n > 1)} {'more' if points > 0 else 'less'} precise than"
-    )
+    if n == 0:
+        return "as precise as"
+    return f"{n} point{'s' * (n > 1)} {'more' if points > 0 else 'less'} precise than"
 
 
 def _wrong(precision: float) -> str:
@@ -131,24 +120,17 @@ def _consequence(precision: float, gap: float, breakeven: float | None) -> tuple
         measured = f"the break-even measured for this loss is {breakeven:.2f}"
         if abs(precision - breakeven) <= NEAR:
             return "open", f"training on them will change little; {measured}"
-        return (
-            ("good", f"training on them should help; {measured}")
-            if precision > breakeven
-            else ("bad", f"training on them will likely hurt; {measured}")
-        )
+        if precision > breakeven:
+            return "good", f"training on them should help; {measured}"
+        return "bad", f"training on them will likely hurt; {measured}"
     if precision < HURTS:
         return "bad", "training on them will likely hurt"
     if precision >= HELPS:
         return "good", "training on them should help"
     if gap <= -3:
         return "bad", "training on them will likely do worse than on plain nearest neighbours"
-    return (
-        "open",
-        (
-            f"whether they help is open: below {HURTS:.2f} mining was seen to cost accuracy, from"
-            f" {HELPS:.2f} on it paid"
-        ),
-    )
+    seen = f"below {HURTS:.2f} mining was seen to cost accuracy, from {HELPS:.2f} on it paid"
+    return "open", f"whether they help is open: {seen}"
 
 
 def _without_labels(last: dict, breakeven: float | None) -> tuple[str, str]:
@@ -169,7 +151,7 @@ def _without_labels(last: dict, breakeven: float | None) -> tuple[str, str]:
     elif most is not None:
         text += (
             f" By the estimate without labels at most {100 * most:.0f} of 100 pairs are right; on a"
-            " weak encoder it was 35 points too high (--isl-views does better)."
+            " weak encoder it was 35 points too high (--isl-trust makes a better one)."
         )
     if (distinct := last.get("distinct")) is not None and distinct < 0.3:
         text += (
@@ -180,45 +162,38 @@ def _without_labels(last: dict, breakeven: float | None) -> tuple[str, str]:
 
 
 def estimates(report: dict) -> tuple[float | None, float | None]:
-    """What share of a round's pairs is right without labels: by two views, and at most; None where
-    it was not asked. Older runs knew the latter alone.
+    """The share of a round's pairs that is right, estimated without labels: by two views, at most.
+
+    None where there is no such estimate.
     """
-    return (
-        (report.get("precision_estimate"), report["precision_at_most"])
-        if "precision_at_most" in report
-        else (None, report.get("precision_estimate"))
-    )
+    return report.get("precision_estimate"), report.get("precision_at_most")
 
 
 def gains(runs: list[Run]) -> list[str]:
-    """A line for every run that mined and that one without mining can be held against: same images,
-    start, epochs, rate and batch, kNN logged in both.
-    """
-    last = lambda run: next((line["knn"] for line in reversed(run.epochs) if "knn" in line), None)
+    """A line for every run that mined and has a counterpart without mining, see `_comparable`."""
     lines = []
     for run in (run for run in runs if run.rounds):
-        for plain in runs:
-            same = (
-                not plain.rounds
-                and plain.images == run.images
-                and len(plain.epochs) == len(run.epochs)
-            )
-            same = same and all(
-                plain.flags.get(name) == run.flags.get(name)
-                for name in ("arch", "init", "lr", "batch_size")
-            )
-            if not same or last(plain) is None or last(run) is None:
-                continue
-            gap = last(run) - last(plain)
-            compared = (
-                "the same as"
-                if abs(gap) < 0.05
-                else f"{abs(gap):.1f} points {'above' if gap > 0 else 'below'}"
-            )
-            text = (
-                f"{run.name} ends at {last(run):.1f} % kNN, {compared} {plain.name}, which mined"
-                " nothing."
-            )
-            lines.append(f"{text} One run each: a point or less may be chance.")
-            break
+        plain = next((other for other in runs if _comparable(run, other)), None)
+        if plain is None:
+            continue
+        gap = _last_knn(run) - _last_knn(plain)
+        compared = "the same as"
+        if abs(gap) >= 0.05:
+            compared = f"{abs(gap):.1f} points {'above' if gap > 0 else 'below'}"
+        text = f"{run.name} ends at {_last_knn(run):.1f} % kNN, {compared} {plain.name}"
+        lines.append(f"{text}, which mined nothing. One run each: a point or less may be chance.")
     return lines
+
+
+def _comparable(run: Run, plain: Run) -> bool:
+    """Whether a run without mining differs from this one in nothing else, and both logged kNN."""
+    if plain.rounds or plain.images != run.images or len(plain.epochs) != len(run.epochs):
+        return False
+    same = ("arch", "init", "lr", "batch_size")
+    if any(plain.flags.get(name) != run.flags.get(name) for name in same):
+        return False
+    return _last_knn(plain) is not None and _last_knn(run) is not None
+
+
+def _last_knn(run: Run) -> float | None:
+    return next((line["knn"] for line in reversed(run.epochs) if "knn" in line), None)

@@ -1,8 +1,7 @@
-"""A real SLURM cluster of two nodes on this host: private folder, sockets, ports and database,
-nothing of the system's own.
+"""A real SLURM cluster of two nodes on this host: private folder, sockets, ports and database.
 
-    python tests/slurm/cluster.py install            # Debian's packages, as root; no service is
-    started python tests/slurm/cluster.py up DIR [--no-accounting]
+    python tests/slurm/cluster.py install            # Debian's packages, as root; starts no service
+    python tests/slurm/cluster.py up DIR [--no-accounting]
     python tests/slurm/cluster.py status DIR         # its processes
     python tests/slurm/cluster.py down DIR           # ends them; DIR stays
 

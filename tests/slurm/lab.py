@@ -258,7 +258,6 @@ class Lab:
         ], names
         assert (
             not list(folder.glob("*" + checkpoint.TEMPORARY))
-            and not list(folder.glob(f"{job.id}_*_failure.json"))
             and all(
                 json.loads(end.read_text())["state"] == "succeeded"
                 for end in folder.glob(f"{job.id}_*_end.json")

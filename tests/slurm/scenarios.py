@@ -378,8 +378,6 @@ def c11_stale_results(lab: Lab, board: Board):
     job.at("hold")
     (job.folder / f"{job.id}_1_result.pkl").write_bytes(b"of the last life")
     stale = {"time": 0, "rank": 1, "node": "n2", "code": 1, "error": "Connection closed by peer"}
-    # as an earlier version wrote it
-    (job.folder / f"{job.id}_1_failure.json").write_text(json.dumps(stale))
     (job.folder / f"{job.id}_1_end.json").write_text(json.dumps({"state": "failed", **stale}))
     job.signal()
     assert "Connection" not in job.end()

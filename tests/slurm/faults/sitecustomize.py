@@ -1,14 +1,12 @@
-"""Faults at an exact place of a job, for the tests: on PYTHONPATH and with MOCO_ISL_FAULTS set,
-Python loads this before anything else.
+"""Faults at an exact place of a job, for the tests.
 
-MOCO_ISL_FAULTS is a JSON list of {"rank": r, "life": l, "at": place, "poll": n, "do": what, "name":
-x} (no rank or
-life: any). at: start (of the interpreter), join, step (the n-th time that training asks whether to
-stop), gan, mining (the n-th ask inside),
-    save (the n-th checkpoint is written, not yet renamed), end (main has come back).
-do: hold (write NAME.at into MOCO_ISL_FAULT_DIR, wait until asked to stop or
-    NAME.go is there; of an array's element i NAME_i.at), deaf (wait for NAME.go alone), sleep:s,
-    raise, kill, exit:c.
+On PYTHONPATH and with MOCO_ISL_FAULTS set, Python loads this before anything else. It is a JSON
+list of {"rank": r, "life": l, "at": place, "poll": n, "do": what, "name": x}; no rank or life: any.
+at: start (of the interpreter), join, step (the n-th time that training asks whether to stop), gan,
+    mining (the n-th ask inside), save (the n-th checkpoint is written, not yet renamed), end (main
+    has come back).
+do: hold (write NAME.at into MOCO_ISL_FAULT_DIR, wait until asked to stop or NAME.go is there; of an
+    array's element i NAME_i.at), deaf (wait for NAME.go alone), sleep:s, raise, kill, exit:c.
 """
 
 import importlib.abc
