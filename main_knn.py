@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from moco_isl import data, dist, files
-from moco_isl.encoders import AMP_TYPES, BACKBONE, OUTPUT, STEMS, Taps
+from moco_isl.encoders import AMP_TYPES, BACKBONE, OUTPUT, STEMS, Taps, require_side
 from moco_isl.evaluation import features, probe
 from moco_isl.evaluation.backbone import describe, load_backbone
 from moco_isl.evaluation.knn import knn_grid
@@ -135,7 +135,7 @@ def check_args(args) -> None:
         encoder, info = load_backbone(
             args.pretrained, args.arch, args.stem, args.key, args.image_size or None
         )
-        features.require_side(encoder, info["arch"], features.side(args.image_size, info, train))
+        require_side(encoder, info["arch"], features.side(args.image_size, info, train))
         if args.features:
             checkpoint.require_writable(args.features, "--features")
     else:

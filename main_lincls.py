@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from moco_isl import data, dist, files
-from moco_isl.encoders import AMP_TYPES, BACKBONE, OUTPUT, STEMS, Taps, get_head
+from moco_isl.encoders import AMP_TYPES, BACKBONE, OUTPUT, STEMS, Taps, get_head, require_side
 from moco_isl.evaluation import features, linear, probe
 from moco_isl.evaluation.backbone import describe, load_backbone
 from moco_isl.evaluation.knn import require_shots
@@ -225,7 +225,7 @@ def load_resumed(path: str | None) -> dict:
     content = checkpoint.load(path)
     state.require_start(content, path, resume=True)
     if "probe" in content:
-        state.require_flags(content, path, get_parser(), resume.MAY_CHANGE | {*FREE}, OF_THE_RUN)
+        state.require_flags(content, path, get_parser(), OF_THE_RUN)
     return content
 
 
@@ -267,7 +267,7 @@ def check_args(args) -> None:
     args.lr = sorted(set(args.lr or [FINETUNE_LR if args.finetune else MOCO_LR]))
     if not args.evaluate:
         check_folder(args.out, start.in_place)
-        resume.check_unsaved(start, args.out, vars(args), FREE)
+        resume.check_unsaved(start, vars(args), FREE)
     for name in ("epochs", "batch_size", "print_freq", "draws", "shots"):
         flags.check_range(args, name, 1)
     for name in ("workers", "start_epoch", "schedule", "lr", "weight_decay", "holdout"):
@@ -318,7 +318,7 @@ def check_args(args) -> None:
         features.labelled(args.dataset, args.data, split, args.download)
         for split in ("train", "val")
     )
-    features.require_side(encoder, info["arch"], features.side(args.image_size, info, train))
+    require_side(encoder, info["arch"], features.side(args.image_size, info, train))
     require_shots(train.labels, max(args.shots, default=0))
     features.require_own(args.out, "classifiers")
 
@@ -433,7 +433,7 @@ class Run:
         metrics_size = 0
         if path:
             metrics_size = self.resume(content, path, head)
-        resume.check_unsaved(start, args.out, vars(args), FREE)
+        resume.check_unsaved(start, vars(args), FREE)
         if folder is not None:
             folder.write_args(vars(args))
             folder.open_metrics(metrics_size)

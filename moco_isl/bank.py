@@ -145,5 +145,5 @@ class QueueSlots:
             "slots": Holds(slots, lambda x: x.shape[1] > 0, "a slot or more of each image"),
             "visits": Tensor("int", ("M",), low=0),
             "owner": Tensor("int", (K,), low=-1, high="M"),
-            "held?": (Number(0, K, whole=True), None),
+            "held": (Number(0, K, whole=True), None),
         }

@@ -221,6 +221,21 @@ def as_in_library(encoder: nn.Module, name: str) -> bool:
     return backbone_shapes(encoder) == backbone_shapes(on_meta(lambda: library(name, 1, None)))
 
 
+def require_side(encoder: nn.Module, arch: str, side: int) -> None:
+    """Raise BadInput where an encoder, on the CPU or the meta device, does not take images of this
+    side.
+    """
+    try:
+        with evaluating(encoder):
+            encoder(torch.zeros(1, 3, side, side, device=next(encoder.parameters()).device))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise BadInput(
+            f"{arch} does not take images of side {side} ({reason.rstrip('.')}): give the"
+            " --image-size it was made for"
+        ) from error
+
+
 def backbone_shapes(encoder: nn.Module) -> dict[str, torch.Size]:
     """Shapes by name of all that an encoder holds but its head."""
     place = head_name(encoder) + "."

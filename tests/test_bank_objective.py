@@ -356,8 +356,7 @@ def run(out, line):
 def test_rounds_mine_between_them_and_the_budget_grows(tmp_path, miner):
     lines = run(
         tmp_path,
-        f"--epochs 3 --isl-rounds 3 --miner {miner} --isl-budget 1.5 3"
-        " --isl-keep",
+        f"--epochs 3 --isl-rounds 3 --miner {miner} --isl-budget 1.5 3 --isl-keep",
     )
     rounds = [line for line in lines if line["kind"] == "round"]
     assert [(line["epoch"], line["miner"]) for line in rounds] == [(1, miner), (2, miner)]

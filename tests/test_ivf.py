@@ -19,7 +19,6 @@ from moco_isl.mining.between import in_between
 from moco_isl.mining.positives import PositiveSets
 from moco_isl.ops import ivf
 from moco_isl.ops.neighbors import topk
-from moco_isl.training import resume
 from tests.ranks import run_ranks
 from tests.runs import DIGITS, metrics
 from tests.test_neighbors import loop_topk, rows
@@ -201,8 +200,6 @@ def test_rounds_of_the_main_script(miner, tmp_path, capsys):
         "0",
         "--isl-every",
         "1",
-        "--isl-between",
-        "4",
     ]
     assert main_moco_isl.main([*argv, "--isl-index", "ivf", "--out", str(tmp_path / "ivf")]) == 0
     said = capsys.readouterr().out
@@ -249,12 +246,6 @@ def test_without_faiss_it_is_bad_input(tmp_path, monkeypatch, capsys):
         " 'moco_isl[faiss]'\n"
     )
     assert capsys.readouterr().err == line and not (tmp_path / "new").exists()
-
-
-def test_older_runs_were_exact():
-    resume.check_same({"seed": 3}, {"seed": 3, "isl_index": "exact"})
-    with pytest.raises(BadInput, match="--isl-index was 'exact' and is now 'ivf'"):
-        resume.check_same({"seed": 3}, {"seed": 3, "isl_index": "ivf"})
 
 
 def test_exact_runs_never_import_faiss(monkeypatch):

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import statistics
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -14,10 +15,11 @@ import torch.nn.functional as F
 from moco_isl.errors import BadInput, Interrupted
 from moco_isl.miners.average import AverageMiner, neighbourhood_means
 from moco_isl.miners.knn import KNNMiner
+from moco_isl.miners.none import NoMiner
 from moco_isl.mining import estimate
 from moco_isl.mining.estimate import by_halves, by_views, halves, sampled, widest
 from moco_isl.mining.positives import PositiveSets
-from moco_isl.training import options
+from moco_isl.mining.rounds import AUTO, bound_of
 from tests.ranks import run_ranks
 from tests.runs import DIGITS
 from tests.test_bad_input import ask

@@ -19,7 +19,7 @@ from torch import nn
 from moco_isl import data, dist, files
 from moco_isl.data.datasets import ImagesInMemory
 from moco_isl.data.loaders import refuse
-from moco_isl.encoders import evaluating, extract_features
+from moco_isl.encoders import extract_features
 from moco_isl.errors import BadInput, RunFailed
 from moco_isl.files import named, shown
 from moco_isl.run import checkpoint
@@ -59,21 +59,6 @@ def side(asked: int, info: dict, dataset) -> int:
 
 
 @torch.no_grad()
-def require_side(encoder: nn.Module, arch: str, side: int) -> None:
-    """Raise BadInput where an encoder, on the CPU or the meta device, does not take images of this
-    side.
-    """
-    try:
-        with evaluating(encoder):
-            encoder(torch.zeros(1, 3, side, side, device=next(encoder.parameters()).device))
-    except (RuntimeError, AssertionError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise BadInput(
-            f"{arch} does not take images of side {side} ({reason.rstrip('.')}): give the"
-            " --image-size it was made for"
-        ) from error
-
-
 def identity(splits: Iterable) -> str:
     """What tells data from other data, in short: the labels; of files, decoded or not, the names
     below their folder and the sizes of up to LOOKED_AT, spread over them; of other images in memory

@@ -92,14 +92,6 @@ class Parser(argparse.ArgumentParser):
                 )
             delattr(args, action.dest)
 
-    def optional(self) -> set[str]:
-        """The flags that the file of a run need not have: a resume may change them, or they belong
-        to a class that was not chosen.
-        """
-        owned = {action.dest for action in self._owned()}
-        changing = [a for a in self._actions if hasattr(a, "flag") and a.flag.may_change]
-        return owned | {action.dest for action in changing}
-
     def format_help(self) -> str:
         """The help of the common flags, and of the chosen class's own; with --help-all, of all."""
         real = {action: action.help for action in self._actions}

@@ -21,8 +21,7 @@ from moco_isl import __version__, files
 from moco_isl.errors import BadInput, RunFailed
 from moco_isl.options import opt
 from moco_isl.run import checkpoint
-from moco_isl.run.logs import MOST, read_facts
-from moco_isl.schema import COUNT, parse_json, require
+from moco_isl.run.logs import read_facts
 
 LAST = "checkpoint_last.pth.tar"
 SAVED = "a checkpoint was saved here\n"  # what .lock says from then on
@@ -324,7 +323,7 @@ def flags_of_unsaved(path: str | Path, shape: dict | None = None) -> dict:
         " is left of that run"
     )
     facts = _facts(path)
-    if _was_saved(path) or facts and _must_have_been_saved(path, facts["args"]):
+    if _was_saved(path):
         raise BadInput(
             f"--out '{path}' holds a run ({found}) whose checkpoints are gone, so that nothing can"
             f" be resumed: {cure}"
@@ -373,31 +372,6 @@ def _was_saved(path: Path) -> bool:
     """
     lock = path / ".lock"
     return lock.is_file() and lock.stat().st_size == len(SAVED)
-
-
-def _must_have_been_saved(path: Path, args: dict) -> bool:
-    """Whether metrics.jsonl goes on after an epoch at whose end a checkpoint was due: the .lock of
-    earlier versions does not say.
-    """
-    if not files.kind(path / "metrics.jsonl"):
-        return False
-    start, every = (
-        args.get(name) if type(args.get(name)) is int else 0
-        for name in ("start_epoch", "save_epochs")
-    )
-    every = max(every, 1)
-    logged = files.read_text(path / "metrics.jsonl", most=MOST).splitlines()
-    return any(epoch // every > start // every for epoch in map(_epoch_of, logged))
-
-
-def _epoch_of(text: str) -> int:
-    """The epoch that a line of metrics.jsonl is of; 0 for a line that does not say."""
-    try:
-        line = parse_json(text, "")
-        require(line, {"epoch": COUNT, ...: object}, "")
-    except BadInput:
-        return 0
-    return line["epoch"]
 
 
 def _is_args(path: Path) -> bool:

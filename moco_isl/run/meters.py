@@ -99,6 +99,12 @@ class Clock:
         return reading
 
 
+def say(line: str) -> None:
+    """Print a line, on rank 0 alone."""
+    if dist.is_main():
+        print(line, flush=True)
+
+
 class Progress:
     """What a user sees of the steps: MoCo's lines, or one bar over the whole run.
 

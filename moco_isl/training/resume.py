@@ -2,10 +2,11 @@
 meanwhile, and which file it starts from.
 """
 
+import argparse
 import hashlib
 import random
 from collections.abc import Container
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from moco_isl.run.meters import Averages
 from moco_isl.training.engine import Position, learning_rate
 from moco_isl.training.fast import load_optimizer
 from moco_isl.training.options import MAY_CHANGE
-from moco_isl.training.state import require_start
+from moco_isl.training.state import require_flags, require_start
 
 
 def check_same(
@@ -28,13 +29,11 @@ def check_same(
     otherwise: str = "start a new run with --init and another --out",
     *,
     epochs: int | None = None,
-    mined: bool = True,
 ) -> None:
     """Raise BadInput where flags of the saved run and of this one differ and may not.
 
     It names both values of each, and what to do `otherwise`. --epochs may grow where what the saved
-    run has done stays as it was. epochs: how many it has begun (None: all); mined: it has had a
-    round of mining.
+    run has done stays as it was. epochs: how many it has begun (None: all).
     """
     changed = [
         name
@@ -43,9 +42,8 @@ def check_same(
     ]
     why = ""
     if "epochs" in changed and now["epochs"] > (saved["epochs"] or 0):
-        why = _what_more_epochs_change(
-            saved, now, saved["epochs"] or 0 if epochs is None else epochs, mined
-        )
+        begun = saved["epochs"] or 0 if epochs is None else epochs
+        why = _what_more_epochs_change(saved, now, begun)
         if not why:
             changed.remove("epochs")
     if changed:
@@ -59,9 +57,9 @@ def check_same(
         )
 
 
-def _what_more_epochs_change(saved: dict, now: dict, epochs: int, mined: bool) -> str:
-    """What of the first `epochs` epochs and of the rounds mined the --epochs of now would have
-    changed; '' for nothing.
+def _what_more_epochs_change(saved: dict, now: dict, epochs: int) -> str:
+    """What the --epochs of now would have changed in the first `epochs` epochs and in the schedule
+    of mining; '' for nothing.
     """
     for epoch in range(epochs):
         before, after = (_relative_rate(epoch, flags) for flags in (saved, now))
@@ -96,47 +94,79 @@ def _relative_rate(epoch: int, flags: dict) -> float:
 
 @dataclass(frozen=True)
 class Start:
-    """What a run starts from. path: a file, None: nothing. goes_on: it is resumed, not only
-    initialised. in_place: what is in the run's folder is this very run. seen: what tells the newest
-    checkpoint that was in that folder from any that is saved later.
+    """What a run starts from.
+
+    path: a file, None: nothing. goes_on: it is resumed, not only initialised. in_place: what is in
+    the run's folder is this very run. seen: what tells the newest checkpoint that was in that
+    folder from any that is saved later. unsaved: the flags of the run in that folder, where it
+    ended before its first checkpoint.
     """
 
     path: str | None = None
     goes_on: bool = False
     in_place: bool = False
     seen: tuple = ()
+    unsaved: dict = field(default_factory=dict)
 
 
-def find_start(resume: str, init: str | None, out: str) -> tuple[Start, dict]:
-    """The file that --resume (a path, "auto" or "") or --init names, and what is in it, tensors not
-    yet read.
+def find_start(
+    resume: str, init: str | None, out: str, flags: dict | None = None
+) -> tuple[Start, dict]:
+    """The file that --resume (a path, "auto" or "") or --init names, and what is in it: the one
+    time that it is read.
 
-    Raises BadInput where it cannot be read, and where going on from it would overwrite what the run
-    in `out` has reached since. What is found
-    is to be looked at again when the folder is held: see `require_unchanged`.
+    flags: the shape of a run's flags, see `state.flags_shape`; None: any. Raises BadInput where the
+    file cannot be read, and where going on from it would overwrite what the run in `out` has
+    reached since. What is found is to be looked at again when the folder is held: see
+    `require_unchanged`.
     """
+    if resume not in ("", "auto") and init:
+        raise BadInput("--resume goes on with a run, --init starts one: give only one of them")
     files.require_folder(out, "--out")
-    auto, seen = resume == "auto", _stamp(newest(out))
-    found = newest(out) if auto else None
-    if auto and found is None:
-        flags_of_unsaved(out)
-        if not init:
-            return Start(in_place=True), {}
-    path = str(found) if found else init if auto else resume or init
-    if not path:
-        return Start(), {}
-    content = _look(path, "resume" if resume and path != init else "init")
-    goes_on, in_place = bool(found or resume and not auto), auto
-    if resume and not auto and Path(out).exists() and Path(path).resolve().parent.samefile(out):
-        in_place, last = True, newest(out)
-        if last and _reached(content) < (there := _reached(_look(str(last), "resume"))):
-            at = "epoch {}, {} steps".format
-            raise BadInput(
-                f"--resume '{path}' ({at(*_reached(content))}) is older than {last} ({at(*there)}),"
-                " and going on from it would overwrite what came after: use --resume auto, or"
-                " choose another --out"
-            )
-    return Start(path, goes_on, in_place, seen), content
+    auto = resume == "auto"
+    last = newest(out)
+    seen = _stamp(last)
+    if auto and last is not None:
+        return Start(str(last), True, True, seen), _read(str(last), "resume")
+    if auto:
+        unsaved = flags_of_unsaved(out, flags)
+        return Start(init, False, True, seen, unsaved), _read(init, "init") if init else {}
+    if not resume:
+        return Start(init), _read(init, "init") if init else {}
+    content = _read(resume, "resume")
+    in_place = Path(out).exists() and Path(resume).resolve().parent.samefile(out)
+    if in_place and last is not None and not last.samefile(resume):
+        _require_newest(content, resume, last)
+    return Start(resume, True, in_place, seen), content
+
+
+def read(start: Start) -> dict:
+    """What is in the file of a start that another rank has found. Raises BadInput."""
+    return _read(start.path, "resume" if start.goes_on else "init")
+
+
+def _read(path: str, flag: str) -> dict:
+    if not files.kind(path, f"--{flag}"):
+        raise BadInput(
+            f"no file at --{flag} '{path}': expected a checkpoint; check the path (nothing was"
+            " started)"
+        )
+    content = checkpoint.load(path)
+    require_start(content, path, flag == "resume")
+    return content
+
+
+def _require_newest(content: dict, path: str, last: Path) -> None:
+    """Raise BadInput where a run's last file has gone further than the one to be resumed."""
+    there = checkpoint.load(last, mmap=True)
+    require_start(there, last, True)
+    if _reached(content) < _reached(there):
+        at = "epoch {}, {} steps".format
+        raise BadInput(
+            f"--resume '{path}' ({at(*_reached(content))}) is older than {last}"
+            f" ({at(*_reached(there))}), and going on from it would overwrite what came after: use"
+            " --resume auto, or choose another --out"
+        )
 
 
 def _stamp(path: Path | None) -> tuple:
@@ -146,43 +176,64 @@ def _stamp(path: Path | None) -> tuple:
     return path.name, found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def check_unsaved(start: Start, out: str, now: dict, free: Container[str] = ()) -> None:
-    """Raise BadInput where `out` holds a run without a checkpoint that this one would overwrite,
-    and that is another one: gone checkpoints, other flags than those of `now` that may not change
-    (but for `free`).
+def saved_flags(start: Start, content: dict, parser: argparse.ArgumentParser) -> dict:
+    """The flags of the pretraining that a start goes on with; {} where it begins a new one.
+
+    content: of its file. Raises BadInput for a file of another script, and for flags that are not
+    those of the parser.
     """
-    saved = flags_of_unsaved(out) if start.in_place else {}
-    if saved:
-        otherwise = (
-            "choose another --out: that run ended before its first checkpoint, and starting anew"
-            " would overwrite its metrics.jsonl"
+    if "probe" in content:
+        raise BadInput(
+            f"'{start.path}' is a linear probe of main_lincls.py: expected a pretraining file, such"
+            " as the one it was trained on"
         )
-        check_same(
-            {name: value for name, value in saved.items() if name not in free}, now, otherwise
-        )
+    if not start.goes_on or "isl" not in content:
+        return start.unsaved
+    require_flags(content, start.path, parser)
+    return content["args"]
+
+
+def check_flags(start: Start, content: dict, now: dict) -> None:
+    """Raise BadInput where flags of the pretraining that goes on differ from those of `now`, and
+    may not.
+    """
+    check_unsaved(start, now)
+    ours = content.get("isl")
+    if start.goes_on and ours:
+        begun = ours["epoch"] + bool(ours["step"])
+        check_same(content["args"], now, epochs=begun)
+
+
+def check_unsaved(start: Start, now: dict, free: Container[str] = ()) -> None:
+    """Raise BadInput where the run in the folder ended before its first checkpoint, and had other
+    flags than those of `now` that may not change (but for `free`): this one would overwrite it.
+    """
+    saved = {name: value for name, value in start.unsaved.items() if name not in free}
+    check_same(
+        saved,
+        now,
+        "choose another --out: that run ended before its first checkpoint, and starting anew would"
+        " overwrite its metrics.jsonl",
+    )
 
 
 def require_unchanged(start: Start, out: str) -> None:
-    """Raise BadInput where another run has saved in `out` since `find_start` looked.
+    """Raise BadInput where another run was in `out` since `find_start` looked.
 
     To be asked when the folder is held.
     """
-    if start.in_place and _stamp(newest(out)) != start.seen:
+    if not start.in_place:
+        return
+    if _stamp(newest(out)) != start.seen:
         raise BadInput(
             f"--out '{out}': another run has saved {newest(out) or 'and removed checkpoints'} while"
             " this one was starting: give the same command again"
         )
-
-
-def _look(path: str, flag: str) -> dict:
-    if not files.kind(path, f"--{flag}"):
+    if flags_of_unsaved(out) != start.unsaved:
         raise BadInput(
-            f"no file at --{flag} '{path}': expected a checkpoint; check the path (nothing was"
-            " started)"
+            f"--out '{out}': another run was in it while this one was starting: give the same"
+            " command again"
         )
-    content = checkpoint.load(path, mmap=True)
-    require_start(content, path, flag == "resume")
-    return content
 
 
 def epoch_of(content: dict) -> int | None:
@@ -278,8 +329,9 @@ class Parts:
     isl: ISL
     miner: object  # see mining.rounds.Miner
     images: str  # see images_of
+    position: Position
 
-    def state(self, position: Position, flags: dict, ranks: list[dict], metrics_size: int) -> dict:
+    def state(self, flags: dict, ranks: list[dict], metrics_size: int) -> dict:
         """What a file holds: MoCo's keys, and what an exact resume needs.
 
         ranks: of `rng_of_ranks`; metrics_size: bytes of metrics.jsonl by now.
@@ -289,15 +341,15 @@ class Parts:
             "miner": self.miner.state_dict(),
             "scaler": self.scaler.state_dict(),
             "rng": ranks,
-            "epoch": position.epoch,
-            "step": position.step,
-            "total": position.total,
+            "epoch": self.position.epoch,
+            "step": self.position.step,
+            "total": self.position.total,
             "num_images": self.isl.positives.num_images,
             "images": self.images,
             "metrics_size": metrics_size,
         }
         return {
-            "epoch": position.epoch,
+            "epoch": self.position.epoch,
             "arch": flags["arch"],
             "state_dict": checkpoint.model_state(self.model),
             "optimizer": self.optimizer.state_dict(),
@@ -305,15 +357,16 @@ class Parts:
             "isl": ours,
         }
 
-    def restore(self, content: dict, device: torch.device) -> tuple[Position, bool]:
-        """Take up everything but the model's state from a file of ours. Returns where the run is,
-        and whether it goes on bit for bit: with other ranks than those that saved the file it does
-        not.
+    def restore(self, content: dict, device: torch.device) -> bool:
+        """Take up everything but the model's state from a file of ours. Returns whether the run
+        goes on bit for bit: with other ranks than those that saved the file it does not.
         """
         ours = content["isl"]
         load_optimizer(self.optimizer, content["optimizer"])
         self.isl.load_state_dict(ours["state"])
         self.miner.load_state_dict(ours["miner"])
         self.scaler.load_state_dict(ours["scaler"])
-        position = Position(ours["epoch"], ours["step"], ours["total"])
-        return position, restore_rng(ours["rng"], device, position.averages)
+        self.position.epoch = ours["epoch"]
+        self.position.step = ours["step"]
+        self.position.total = ours["total"]
+        return restore_rng(ours["rng"], device, self.position.averages)

@@ -18,6 +18,7 @@ from moco_isl.errors import BadInput
 from moco_isl.files import named
 from moco_isl.schema import COUNT, EARLIER, LARGEST, Holds, Number, Tensor, like, require
 
+ANEW = f"{EARLIER}, or start a new run from its weights with --init"
 SMALLEST = torch.finfo(torch.float32).tiny
 
 # ---- what can be told of any file, before flags, images and network are known
@@ -28,12 +29,15 @@ POSITION = {
     "step": COUNT,
     "total": COUNT,
     "metrics_size": COUNT,
-    "num_images?": Number(1, LARGEST, whole=True),
-    "images?": str,
     ...: object,
 }
-JUDGED = {"sha256?": str, "classes?": [str], "data_sha256?": str}
-BEGUN = {**POSITION, "state": {"round?": COUNT, ...: object}}
+JUDGED = {"sha256": str, "classes": [str], "data_sha256": str}
+BEGUN = {
+    **POSITION,
+    "state": {"round?": COUNT, ...: object},
+    "num_images": Number(1, LARGEST, whole=True),
+    "images": str,
+}
 START = {
     "epoch?": object,
     "args?": object,
@@ -50,38 +54,42 @@ def where(path) -> str:
 
 def require_start(content: dict, path, resume: bool) -> None:
     """Hold a file to start from against what is read of it first. Raises BadInput."""
-    ours = "isl" in content or "probe" in content
-    require(
-        content,
-        OURS if ours else {**START, "epoch?": COUNT} if resume else START,
-        where(path),
-        cure=EARLIER,
-    )
+    shape = START
+    if "isl" in content or "probe" in content:
+        shape = OURS
+    elif resume:
+        shape = {**START, "epoch?": COUNT}
+    require(content, shape, where(path), cure=_cure(content) if resume else EARLIER)
+
+
+def _cure(content: dict) -> str:
+    """What to do where a file cannot be gone on with: it is damaged, or of another version."""
+    return ANEW if "isl" in content else EARLIER
 
 
 def require_flags(
     content: dict,
     path,
     parser: argparse.ArgumentParser,
-    optional: set[str],
     known: tuple[str, ...] = (),
 ) -> None:
-    """Hold the flags (`args`) in a file of ours against the script's parser. optional: those that
-    files need not have; known: those that are never None in them. Raises BadInput.
+    """Hold the flags (`args`) in a file of ours against the script's parser. known: those that are
+    never None in them. Raises BadInput.
 
     Then no position lies past the end of the run that they describe.
     """
-    shape = flags_shape(parser, optional)
+    shape = flags_shape(parser, optional=set())
     shape |= {name: shape[name][0] for name in known}
     shape |= {name: Number(1, LARGEST, whole=True) for name in ("epochs", "batch_size")}
     texts = Holds(
         shape, lambda flags: all(isinstance(name, str) for name in flags), "flags by name"
     )
-    require(content["args"], texts, f"cannot read the flags in {named('', path)}", cure=EARLIER)
+    cure = _cure(content)
+    require(content["args"], texts, f"cannot read the flags in {named('', path)}", cure=cure)
     epochs, epoch = content["args"]["epochs"], content["epoch"]
     if epoch > epochs:
         raise BadInput(
-            f"{where(path)}: epoch is {epoch}, and its own --epochs are {epochs}; {EARLIER}"
+            f"{where(path)}: epoch is {epoch}, and its own --epochs are {epochs}; {cure}"
         )
 
 
@@ -89,7 +97,8 @@ def flags_shape(parser: argparse.ArgumentParser, optional: set[str] | None = Non
     """The shape of `vars` of a parser's flags. What is not said is None; flags that the parser does
     not know may be there.
 
-    optional: flags that need not be there; None: all of them.
+    optional: flags that need not be there; None: all of them. Those that belong to one choice of
+    another flag, as a miner's, are always optional: only that choice has them.
     """
 
     def one(action: argparse.Action):
@@ -107,8 +116,8 @@ def flags_shape(parser: argparse.ArgumentParser, optional: set[str] | None = Non
         return [str] if several else str
 
     actions = [a for a in parser._actions if a.default is not argparse.SUPPRESS]
-    optional = {a.dest for a in actions} if optional is None else optional
-    return {a.dest + "?" * (a.dest in optional): (one(a), None) for a in actions} | {...: object}
+    free = lambda a: optional is None or a.dest in optional or hasattr(a, "owners")
+    return {a.dest + "?" * free(a): (one(a), None) for a in actions} | {...: object}
 
 
 # ---- generators and means of every rank
@@ -207,8 +216,8 @@ def require_state(
         "scaler": _scaler(fp16),
         "rng": RANKS,
         **_position(steps, epoch),
-        "num_images?": {M},
-        "images?": str,
+        "num_images": {M},
+        "images": str,
         "metrics_size": COUNT,
     }
     # at most once before each epoch
@@ -227,7 +236,7 @@ def require_state(
         {**OURS, "state_dict": dict, "optimizer": dict, "isl": ours},
         where(path),
         {"M": M},
-        EARLIER,
+        ANEW,
     )
     # a scaler leaves out the first steps until its scale fits
     moved = bool(momentum and content["isl"]["total"] and not fp16)
