@@ -59,10 +59,20 @@ class Flag:
         """The values that it takes, in words; '' for any of its kind."""
         if self.choices:
             return ", ".join([*self.choices, *(["my.module:Name"] if self.plugin else [])])
-        if self.low is None:
+        if self.low is None or self.low < -LARGEST:
             return ""
         bounds = f"{'more than' if self.low_open else 'at least'} {self.low:g}"
         return bounds if self.high >= LARGEST else f"{bounds}, at most {self.high:g}"
+
+    @property
+    def default_text(self) -> str:
+        """The default as it would be typed; on or off of a switch, '' for none."""
+        if self.default is None or self.default == "":
+            return ""
+        if isinstance(self.default, bool):
+            return "on" if self.default else "off"
+        values = self.default if isinstance(self.default, list) else [self.default]
+        return " ".join(f"{x:g}" if isinstance(x, float) else str(x) for x in values)
 
 
 def opt(

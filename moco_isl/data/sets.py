@@ -322,7 +322,7 @@ class DataOptions:
         plugin=True,
         metavar="NAME",
         help=f"what DIR holds: {', '.join(SETS)} (embedded, needs no DIR), or a row of your own as"
-        " my.module:row (folder)",
+        " my.module:row",
     )
     download: bool = opt(
         False,
@@ -351,8 +351,7 @@ class DataOptions:
         metavar="n",
         may_change=True,
         rare=True,
-        help="go on past this many unreadable images, each named (0); raise it for a crawl of the"
-        " web",
+        help="go on past this many unreadable images, each named; raise it for a crawl of the web",
     )
 
 

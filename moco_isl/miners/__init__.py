@@ -1,5 +1,7 @@
 """Who finds the positives: one file a miner, and the table of their names."""
 
+import dataclasses
+
 from moco_isl.errors import BadInput
 from moco_isl.miners.average import AverageMiner
 from moco_isl.miners.cluster import ClusterMiner
@@ -39,4 +41,6 @@ def find_miner(name: str) -> type:
             f"--miner {name} is no miner: expected a class made from"
             " moco_isl.mining.rounds.RoundMiner"
         )
+    if any(isinstance(value, dataclasses.Field) for value in vars(kind).values()):
+        raise BadInput(f"--miner {name} has flags: put @dataclass(eq=False) before the class")
     return kind

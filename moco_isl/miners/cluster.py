@@ -38,15 +38,13 @@ class ClusterMiner(RoundMiner):
         metavar="n",
         help="clusters of a clustering (one for 40 images, as published for ImageNet)",
     )
-    clusterings: int = opt(
-        5, "--isl-clusterings", low=1, metavar="n", help="how many clusterings (5)"
-    )
+    clusterings: int = opt(5, "--isl-clusterings", low=1, metavar="n", help="how many clusterings")
     background: int = opt(
         100,
         "--isl-background",
         low=1,
         metavar="k",
-        help="positives are among the k nearest (100)",
+        help="positives are among the k nearest",
     )
     candidates: int | None = None
     iterations: int = 20

@@ -47,7 +47,7 @@ class DiffusionMiner(RoundMiner):
         help="nearest images of each in the graph (20)",
     )
     steps: int = opt(
-        2, "--isl-walk", low=1, metavar="n", help="edges of the longest walk through the graph (2)"
+        2, "--isl-walk", low=1, metavar="n", help="edges of the longest walk through the graph"
     )
     candidates: int | None = None
     decay: float = 0.9

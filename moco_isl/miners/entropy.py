@@ -48,7 +48,7 @@ class EntropyMiner(RoundMiner):
         low_open=True,
         high=1,
         metavar="x",
-        help="the surest share of all images mines, another x each round (0.25)",
+        help="the surest share of all images mines, another x each round",
     )
     T: float = opt(
         default_of(MoCo, "T"),

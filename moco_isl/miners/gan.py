@@ -45,7 +45,7 @@ class GANMiner(RoundMiner):
         "--isl-candidates",
         low=1,
         metavar="k",
-        help="nearest images of a proxy that may join (10)",
+        help="nearest images of a proxy that may join",
     )
     threshold: float = opt(
         0.5,
@@ -53,7 +53,7 @@ class GANMiner(RoundMiner):
         low=0,
         high=1,
         metavar="s",
-        help="a proxy whose score is not above this adds nothing (0.5)",
+        help="a proxy whose score is not above this adds nothing",
     )
     radius: float = opt(
         0.6,
@@ -61,7 +61,7 @@ class GANMiner(RoundMiner):
         low=0,
         high=2,
         metavar="r",
-        help="cosine (confidence) or Euclidean distance (fixed) within which images join (0.6)",
+        help="cosine (confidence) or Euclidean distance (fixed) within which images join",
     )
     radius_mode: str = opt(
         "confidence",
@@ -74,14 +74,14 @@ class GANMiner(RoundMiner):
         "--isl-triplets",
         low=1,
         metavar="n",
-        help="triplets an anchor; the best proxy counts (5)",
+        help="triplets an anchor; the best proxy counts",
     )
     lam: float = opt(
         GANSettings.lam,
         "--isl-lambda",
         low=0,
         metavar="l",
-        help="Eq. 1: larger makes proxies explore more (1)",
+        help="Eq. 1: larger makes proxies explore more",
     )
     iters: int | None = opt(
         GANSettings.iters,

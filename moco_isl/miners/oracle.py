@@ -45,7 +45,7 @@ class OracleMiner(RoundMiner):
         low=0,
         high=1,
         metavar="p",
-        help="share of its positives that have the anchor's label (1)",
+        help="share of its positives that have the anchor's label",
     )
     size: float = opt(
         5.0,
@@ -54,20 +54,20 @@ class OracleMiner(RoundMiner):
         low_open=True,
         high=LARGEST,
         metavar="s",
-        help="its positives an image on average (5)",
+        help="its positives an image on average",
     )
     wrong: str = opt(
         "uniform",
         "--oracle-wrong",
         choices=("uniform", "near"),
-        help="its wrong positives: uniform (default), or near: the most similar images of another"
+        help="its wrong positives: uniform, or near: the most similar images of another"
         " label, as mining's own mistakes are",
     )
     right: str = opt(
         "uniform",
         "--oracle-right",
         choices=("uniform", "near"),
-        help="its right positives: uniform (default), or near: the most similar images of the same"
+        help="its right positives: uniform, or near: the most similar images of the same"
         " label, which teach less, as those that mining finds",
     )
 

@@ -99,7 +99,7 @@ class RoundMiner:
         high=LARGEST,
         several="+",
         metavar="x",
-        help="mean positives of an image after a round, the surest first (5); raise it while the"
+        help="mean positives of an image after a round, the surest first; raise it while the"
         " printed precision stays above 0.9. Several: of the first round, the second, ..., and the"
         " last of them from then on; 0.5 1 1.5 2 is the published code's",
     )
@@ -111,7 +111,7 @@ class RoundMiner:
         high=1,
         metavar="x",
         rare=True,
-        help="no image is a positive of more than this share of all images (0.05)",
+        help="no image is a positive of more than this share of all images",
     )
     trust: float | str | None = opt(
         "off",
@@ -119,7 +119,7 @@ class RoundMiner:
         metavar="auto|p|off",
         help="keep the widest sets, within the budget, of which this share is right by an estimate"
         " without labels, and none where nothing is that sure; auto: 0.8, about where mining broke"
-        " even on the digits (off). The estimate takes two more feature passes a round",
+        " even on the digits. The estimate takes two more feature passes a round",
     )
     keep: bool = opt(
         False,
@@ -134,7 +134,7 @@ class RoundMiner:
         help="how a round searches all images. ivf: approximately, by the extra faiss, with 0.95 of"
         " the 10 nearest found; of use from some 100,000 images on a CPU. auto: ivf from there (14"
         " million on a GPU) where faiss is installed. exact: what is mined depends on no extra"
-        " (default). What measures is always searched exactly: the estimates, the GAN's probe and"
+        ". What measures is always searched exactly: the estimates, the GAN's probe and"
         " the centroids of k-means",
     )
 

@@ -313,8 +313,7 @@ class _Plugins:
 
 class _HelpAll(argparse.Action):
     def __init__(self, option_strings, dest, help):
-        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS)
-        self.help = help
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help=help)
 
     def __call__(self, parser, namespace, values, option_string=None):
         parser._shows_all = True
@@ -342,7 +341,9 @@ def _add(group, flag: Flag, default) -> argparse.Action:
 
 
 def _help(flag: Flag) -> str:
-    return flag.help.replace("%", "%%")
+    default = "" if flag.kind is bool else flag.default_text
+    text = f"{flag.help} (default: {default})" if default else flag.help
+    return text.replace("%", "%%")
 
 
 def _type(flag: Flag) -> Callable | None:
@@ -412,9 +413,9 @@ def may_change(*kinds: type) -> set[str]:
 
 _HEAD = """# Flags of main_moco_isl.py
 
-Written by `python -m moco_isl.training.options docs/flags.md` from the fields that the flags are;
-do not edit. A default in brackets stands in the text of a flag where it depends on others.
-*resume*: a run that goes on may say another value.
+`python -m moco_isl.training.options docs/flags.md` writes this page from the code: edit it there.
+Where the default depends on other flags, the last column says it. *resume*: a run that is resumed
+may be given another value.
 """
 _COLUMNS = "| flag | default | takes | resume | what it does |\n|---|---|---|---|---|"
 
@@ -439,18 +440,9 @@ def _table(title: str, found: list[Flag]) -> str:
         names = ", ".join(f"`{name}`" for name in flag.names)
         if flag.metavar and not flag.names[0].startswith("-"):
             names = f"`{flag.metavar}`"
-        cells = (names, _default(flag), flag.range, "yes" if flag.may_change else "", flag.help)
+        cells = (names, flag.default_text, flag.range, "yes" if flag.may_change else "", flag.help)
         lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     return "\n".join([*lines, ""])
-
-
-def _default(flag: Flag) -> str:
-    if flag.kind is bool and flag.default is not None:
-        return "on" if flag.default else "off"
-    if flag.default is None or flag.default == "":
-        return ""
-    values = flag.default if isinstance(flag.default, list) else [flag.default]
-    return " ".join(f"{x:g}" if isinstance(x, float) else str(x) for x in values)
 
 
 # ---- the images; `data` is imported inside, so that launch/ need not wait for torch --------------

@@ -62,7 +62,7 @@ class FolderOptions:
         metavar="n",
         may_change=True,
         rare=True,
-        help="save after every n-th epoch and after the last one (1); raise it where an epoch takes"
+        help="save after every n-th epoch and after the last one; raise it where an epoch takes"
         " seconds. Rounds of mining and signals save in any case",
     )
     save_every: int = opt(

@@ -54,7 +54,7 @@ class DistributedOptions:
         metavar="s",
         may_change=True,
         rare=True,
-        help="seconds after which a rank that waits for another gives up (1800)",
+        help="seconds after which a rank that waits for another gives up",
     )
     gpu: int | None = opt(None, low=0, may_change=True, help="GPU id to use.")
     multiprocessing_distributed: bool = opt(
@@ -77,7 +77,7 @@ class DistributedOptions:
         "auto",
         metavar="auto|cpu|cuda|cuda:i",
         may_change=True,
-        help="default: CUDA where there is any",
+        help="auto: CUDA where there is any",
     )
 
 

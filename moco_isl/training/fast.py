@@ -34,7 +34,7 @@ class SpeedOptions:
         None,
         choices=AMP_TYPES,
         help="half precision in the network; bf16 on any recent GPU, or a CPU with instructions for"
-        " it; fp16 on a GPU (off)",
+        " it; fp16 on a GPU (off unless --fast says so)",
     )
     channels_last: bool | None = opt(
         None,

@@ -35,7 +35,7 @@ class TrainingOptions:
         "-a",
         "--arch",
         help="encoder: torchvision's classifiers (but squeezenet), timm:<name>, resnet18w32"
-        " (narrow), alexnet, digits (resnet50)",
+        " (narrow), alexnet, digits",
     )
     workers: int = opt(
         32,
@@ -43,9 +43,9 @@ class TrainingOptions:
         "--workers",
         low=0,
         may_change=True,
-        help="number of data loading workers (32), at most one a core",
+        help="number of data loading workers, at most one a core",
     )
-    epochs: int = opt(200, low=1, help="number of total epochs to run (200)")
+    epochs: int = opt(200, low=1, help="number of total epochs to run")
     start_epoch: int = opt(
         0, low=0, may_change=True, help="manual epoch number (useful on restarts)"
     )
@@ -54,23 +54,21 @@ class TrainingOptions:
         "-b",
         "--batch-size",
         low=2,
-        help="mini-batch size (256), the total of all GPUs on all nodes",
+        help="mini-batch size, the total of all GPUs on all nodes",
     )
     lr: float = opt(
-        0.03, "--lr", "--learning-rate", low=0, help="initial learning rate for batch 256 (0.03)"
+        0.03, "--lr", "--learning-rate", low=0, help="initial learning rate for batch 256"
     )
     schedule: list[int] = opt(
         SCHEDULE,
         low=0,
         several="*",
-        help="learning rate schedule (when to drop lr by 10x); with --isl-rounds epochs of each"
-        " round (120 160, or 60 % and 80 % of a round)",
+        help="learning rate schedule (when to drop lr by 10x); with several --isl-rounds"
+        " epochs of each, if not said 60 % and 80 % of it",
     )
-    momentum: float = opt(0.9, low=0, high=1, help="momentum of SGD solver (0.9)")
-    weight_decay: float = opt(1e-4, "--wd", "--weight-decay", low=0, help="weight decay (1e-4)")
-    print_freq: int = opt(
-        10, "-p", "--print-freq", low=1, may_change=True, help="print frequency (10)"
-    )
+    momentum: float = opt(0.9, low=0, high=1, help="momentum of SGD solver")
+    weight_decay: float = opt(1e-4, "--wd", "--weight-decay", low=0, help="weight decay")
+    print_freq: int = opt(10, "-p", "--print-freq", low=1, may_change=True, help="print frequency")
     resume: str = opt(
         "",
         may_change=True,
@@ -89,19 +87,19 @@ class TrainingOptions:
 class MoCoOptions:
     """MoCo's own flags; where its class has the default, the default is read from there."""
 
-    dim: int = opt(default_of(MoCo, "dim"), "--moco-dim", low=1, help="feature dimension (128)")
+    dim: int = opt(default_of(MoCo, "dim"), "--moco-dim", low=1, help="feature dimension")
     K: int = opt(
-        default_of(MoCo, "K"), "--moco-k", low=1, help="queue size; number of negative keys (65536)"
+        default_of(MoCo, "K"), "--moco-k", low=1, help="queue size; number of negative keys"
     )
     m: float = opt(
         default_of(MoCo, "m"),
         "--moco-m",
         low=0,
         high=1,
-        help="moco momentum of updating key encoder (0.999)",
+        help="moco momentum of updating key encoder",
     )
     T: float = opt(
-        default_of(MoCo, "T"), "--moco-t", low=0, low_open=True, help="softmax temperature (0.07)"
+        default_of(MoCo, "T"), "--moco-t", low=0, low_open=True, help="softmax temperature"
     )
     mlp: bool = opt(default_of(MoCo, "mlp"), help="MoCo v2: use mlp head")
     aug_plus: bool = opt(False, help="MoCo v2: use its data augmentation")
@@ -135,7 +133,7 @@ class WatchOptions:
         choices=("lines", "bar"),
         may_change=True,
         rare=True,
-        help="MoCo's lines (default), or a bar with the time left",
+        help="MoCo's lines, or a bar with the time left",
     )
     tensorboard: bool = opt(
         False,
@@ -161,7 +159,7 @@ class NetworkOptions:
         metavar="n",
         rare=True,
         help="batch norm over n parts of a batch, and keys shuffled between the parts: 8 on one GPU"
-        " does what shuffling BN does on 8 (1, the whole batch of a GPU)",
+        " does what shuffling BN does on 8; 1: the whole batch of a GPU",
     )
     symmetric: bool = opt(
         False,
@@ -193,7 +191,7 @@ class LossOptions:
         "--isl-hpe",
         low=0,
         metavar="w",
-        help="weight of hard positive enhancement, Eq. 6 (0.5); 0 turns it off",
+        help="weight of hard positive enhancement, Eq. 6; 0 turns it off",
     )
     P: int = opt(
         default_of(ISL, "P"),
@@ -201,7 +199,7 @@ class LossOptions:
         low=1,
         metavar="P",
         rare=True,
-        help="positives of an image that a step looks at (32); larger sets take turns",
+        help="positives of an image that a step looks at; larger sets take turns",
     )
     bank_mix: float | None = opt(
         default_of(ISL, "bank_mix"),
@@ -241,7 +239,7 @@ class MiningOptions:
         low=1,
         metavar="n",
         help="n equal rounds of training, each with a learning rate schedule of its own, and mining"
-        " between them, as the paper, which has 4 (1)",
+        " between them, as the paper, which has 4",
     )
     start: int | None = opt(
         None,
