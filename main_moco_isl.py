@@ -29,7 +29,7 @@ from moco_isl.run import devices, exits, flags, ranks
 from moco_isl.run.folder import check_folder
 from moco_isl.run.meters import Progress
 from moco_isl.run.signals import Stop
-from moco_isl.training import options, pretrain, resume, state
+from moco_isl.training import options, pretrain, reading, resume, state
 from moco_isl.training.options import build_miner, check_args
 
 
@@ -81,13 +81,13 @@ def check_start(args: argparse.Namespace) -> tuple[resume.Start, dict]:
 
 def prepare(
     args: argparse.Namespace, start: resume.Start, content: dict, device: str = "cpu"
-) -> tuple[pretrain.Images, torch.nn.Module]:
+) -> tuple[reading.Images, torch.nn.Module]:
     """The images and a model on a device, fit for each other and for the file to start from.
 
     Writes nothing.
     """
     whole = data.build_dataset(args.dataset, args.data, "train", args.download)
-    images = pretrain.split(whole, args.knn_holdout, args.seed, args.image_size)
+    images = reading.split(whole, args.knn_holdout, args.seed, args.image_size)
     flags.check(
         not find_miner(args.miner).uses_labels or images.train.labels is not None,
         f"--miner {args.miner} needs labels, and {args.data} has none: expected a folder a class",
@@ -142,7 +142,7 @@ def worker(args: argparse.Namespace, stop, start: resume.Start, content: dict) -
 
 def get_ready(
     args: argparse.Namespace, start: resume.Start, content: dict, device: torch.device, stop: Stop
-) -> tuple[pretrain.Reader, torch.nn.Module]:
+) -> tuple[reading.Reader, torch.nn.Module]:
     """All that a rank does apart from the others: read the file, open the images, build the model.
 
     Writes nothing but --cache.
@@ -157,12 +157,12 @@ def get_ready(
         pretrain.tensorboard_writer()  # raises where it is not installed
     workers = devices.usable_workers(args.workers, ranks.processes_here(args))
     views = 2 if args.objective == "queue" or args.objective == "bank" and args.isl_hpe else 1
-    reading = chosen(pretrain.Reading, args, views=views, workers=workers)
-    return pretrain.open_reader(images, reading, device, stop), model
+    settings = chosen(reading.Reading, args, views=views, workers=workers)
+    return reading.open_reader(images, settings, device, stop), model
 
 
 def warnings(
-    args: argparse.Namespace, reader: pretrain.Reader, model: torch.nn.Module, plan: pretrain.Plan
+    args: argparse.Namespace, reader: reading.Reader, model: torch.nn.Module, plan: pretrain.Plan
 ) -> list[str]:
     return pretrain.warnings(
         reader,

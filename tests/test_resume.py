@@ -22,6 +22,7 @@ from moco_isl.mining import gan
 from moco_isl.run import checkpoint
 from moco_isl.run.folder import numbered
 from moco_isl.run.meters import Averages
+from moco_isl.run.signals import Stop
 from moco_isl.training import resume
 from tests.kill_and_resume import SETTINGS, setting
 from tests.ranks import run_ranks
@@ -538,8 +539,82 @@ def test_each_rank_keeps_its_generators_and_averages():
         assert interval == {"loss": 2.0 + 10 * rank} and epoch == want == {"loss": 6.0}
 
 
-def test_what_was_not_said_is_as_it_was():
-    for given, wanted in ((None, 3), (4, 4)):
-        args = argparse.Namespace(seed=given, out=None)
-        resume.take_over(args, {"seed": 3, "out": "elsewhere"})
-        assert (args.seed, args.out) == (wanted, None)
+def test_flags_that_were_not_given_are_those_of_the_run():
+    flags = argparse.Namespace(seed=None, isl_every=None, isl_start=3, out=None)
+    resume.take_over(flags, {"seed": 3, "isl_every": 2, "isl_start": 1, "out": "x", "other": 1})
+    assert vars(flags) == {"seed": 3, "isl_every": 2, "isl_start": 3, "out": None}
+
+
+@pytest.mark.parametrize(
+    "entry, words",
+    [
+        ("args/schedule", "cannot read the flags in '{}': it has no 'schedule'"),
+        ("isl/images", "cannot read the state in '{}': isl has no 'images'"),
+        ("isl/state/slots/held", "cannot read the state in '{}': isl.state.slots has no 'held'"),
+    ],
+)
+def test_what_a_file_of_another_version_lacks_is_said_in_a_line(finished, tmp_path, entry, words):
+    """And its weights can be trained on, as the line says."""
+    file = tmp_path / "other.pth.tar"
+    content = inside = checkpoint.load(finished / "checkpoint_0000.pth.tar")
+    *way, last = entry.split("/")
+    for key in way:
+        inside = inside[key]
+    del inside[last]
+    checkpoint.save(content, file)
+    out = tmp_path / "out"
+    code, _, err = ask([*FLAGS, "--resume", str(file), "--out", str(out)])
+    assert code == 2 and not out.exists()
+    assert err == (
+        f"error: {words.format(file)}; take another file, such as an earlier checkpoint, or start"
+        " a new run from its weights with --init\n"
+    )
+    if last != "held":
+        argv = [*FLAGS, "--init", str(file), "--out", str(out), "--max-steps", "1"]
+        assert ask(argv)[0] == 0
+
+
+# ---- how often a file is read --------------------------------------------------------------------
+
+
+@pytest.fixture
+def loads(monkeypatch):
+    """The files that were read so far by this process."""
+    paths, load = [], checkpoint.load
+
+    def counted(path, *args, **options):
+        paths.append(str(path))
+        return load(path, *args, **options)
+
+    monkeypatch.setattr(checkpoint, "load", counted)
+    return paths
+
+
+@pytest.mark.parametrize("way", ["--resume auto", "--resume FILE", "--init FILE", "elsewhere"])
+def test_a_start_reads_its_file_once(finished, tmp_path, loads, way):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    (out / "checkpoint_last.pth.tar").unlink()
+    (out / "checkpoint_0001.pth.tar").unlink()
+    file = str(out / "checkpoint_0000.pth.tar")
+    target = tmp_path / "new" if way in ("--init FILE", "elsewhere") else out
+    flag = way.replace("elsewhere", "--resume FILE").replace("FILE", file).split()
+    assert ask([*FLAGS, *flag, "--out", str(target), "--max-steps", "30"])[0] == 0
+    assert loads == [file]
+
+
+def test_a_parent_of_ranks_reads_the_file_once_and_each_rank_once(
+    finished, tmp_path, loads, monkeypatch
+):
+    given = []
+    monkeypatch.setattr(main_moco_isl.ranks, "launch", lambda *args: given.append(args))
+    file = str(finished / "checkpoint_0000.pth.tar")
+    argv = [*FLAGS, "--multiprocessing-distributed", "--nproc-per-node", "2"]
+    argv += ["--resume", file, "--out", str(tmp_path / "new")]
+    assert ask(argv)[0] == 0
+    [(_, args, _, start, content)] = given
+    assert loads == [file] and content == {}, "large tensors are not sent to the ranks"
+    with Stop(lambda: False) as stop:
+        reader, _ = main_moco_isl.get_ready(args, start, content, torch.device("cpu"), stop)
+    reader.close()
+    assert loads == [file, file] and content["isl"]

@@ -6,7 +6,7 @@ Letters: C feature dimension, M images.
 
 import copy
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from moco_isl import data, dist, files
+from moco_isl import dist, files
 from moco_isl.builder import MoCo
-from moco_isl.encoders import AMP_TYPES, as_in_library, extract_features, extract_views
+from moco_isl.encoders import as_in_library
 from moco_isl.errors import BadInput, Interrupted, RunFailed
 from moco_isl.isl import ISL
 from moco_isl.mining.positives import PositiveSets
@@ -27,6 +27,7 @@ from moco_isl.run.folder import RunFolder
 from moco_isl.run.meters import Averages, Progress, say
 from moco_isl.run.signals import Stop
 from moco_isl.training import engine, fast, resume, state
+from moco_isl.training.reading import Reader
 
 ALIKE = 0.99  # the mean cosine above which all features count as alike
 
@@ -86,50 +87,7 @@ class Numerics:
         return torch.channels_last if self.channels_last else torch.preserve_format
 
 
-@dataclass(frozen=True)
-class Reading:
-    """How images are read, by the flags of these names. workers: processes of this rank.
-
-    batch_size: of all ranks. views: of an image in a step.
-    """
-
-    views: int
-    workers: int
-    dataset: str
-    cache: str | None
-    on_device: bool
-    knn_holdout: int
-    aug_plus: bool
-    batch_size: int
-    bn_splits: int
-    max_bad_images: int
-    seed: int
-    amp: str
-    compile: bool
-
-
-# ---- before anything is written: the images, and what is known of the file
-
-
-@dataclass(frozen=True)
-class Images:
-    """whole: a data set as it was opened. train: what of it is trained on. held_out: the rest,
-    which kNN is judged on, or None. side: of a crop, in pixels.
-    """
-
-    whole: Dataset
-    train: Dataset
-    held_out: Dataset | None
-    side: int
-
-
-def split(whole: Dataset, holdout: int, seed: int, side: int = 0) -> Images:
-    """A data set with `holdout` images of it, drawn by the seed, held out.
-
-    side: of a crop; 0: as it suits the images.
-    """
-    train, held_out = data.holdout(whole, holdout, seed) if holdout else (whole, None)
-    return Images(whole, train, held_out, side or data.native_size(train))
+# ---- before anything is written: what is known of the file
 
 
 def check_file(
@@ -169,7 +127,7 @@ def check_file(
             fp16=fp16,
         )
     elif ours and isinstance(model, MoCo):
-        known = ours["images"] == names
+        known = ours.get("images") == names
         state.require_queue(content, start.path, model, len(images) if known else None)
     elif start.goes_on and "optimizer" in content:
         state.require_optimizer(content["optimizer"], start.path, [list(model.parameters())])
@@ -183,125 +141,15 @@ def check_file(
 def _require_images(ours: dict, M: int, names: str, path: str) -> None:
     """Raise BadInput where a file of ours was trained on other images than the M of these names."""
     cure = "give it the same ones, or start a new run with --init and another --out"
-    if ours["num_images"] != M:
+    if ours.get("num_images", M) != M:  # `require_state` says what is missing
         raise BadInput(
             f"'{path}' was trained on {ours['num_images']} images, and now there are {M}: {cure}"
         )
-    if ours["images"] != names:
+    if ours.get("images", names) != names:
         raise BadInput(
             f"'{path}' was trained on as many images of other names, or in another order: what was"
             f" mined belongs to images by their place; {cure}"
         )
-
-
-# ---- reading images
-
-
-@dataclass
-class Reader:
-    """How a rank reads the images: in batches to train on, and in passes of an encoder over all.
-
-    labels [M]: on the device, None where there are none; they are looked at for the log alone.
-    """
-
-    images: Images
-    labels: torch.Tensor | None
-    loader: object  # see data.train_loader
-    augmentation: Callable
-    settings: Reading
-    device: torch.device
-    stop: Stop
-
-    @property
-    def M(self) -> int:
-        return len(self.images.train)
-
-    def features(self, encoder: nn.Module, dataset: Dataset | None = None) -> torch.Tensor:
-        """[M, C] unit rows, equal on all ranks: centre crops through the encoder in eval mode.
-
-        dataset: None for the images to train on. Raises Interrupted when asked to stop.
-        """
-        dataset = self.images.train if dataset is None else dataset
-        loader = data.eval_loader(
-            dataset,
-            transform=data.get_eval_transform(self.settings.dataset, self.images.side),
-            shard=dist.shard(len(dataset)),
-            batch_size=self.settings.batch_size,
-            workers=self.settings.workers,
-            device=self.device,
-        )
-        return self._pass(extract_features, encoder, loader, loader, len(dataset))
-
-    def views(self, encoder: nn.Module, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """2 x [M, C] unit rows, equal on all ranks: both views of every image, as this epoch draws
-        them, through the encoder in eval mode. Raises Interrupted when asked to stop.
-        """
-        loader = data.view_loader(
-            self.images.train,
-            augmentation=self.augmentation,
-            seed=self.settings.seed,
-            shard=dist.shard(self.M),
-            # two views an image, as in a step
-            batch_size=self.settings.batch_size // dist.world_size(),
-            workers=self.settings.workers,
-            device=self.device,
-        )
-        return self._pass(extract_views, encoder, loader, loader.epoch(epoch), self.M)
-
-    def _pass(self, extract: Callable, encoder: nn.Module, loader, batches: Iterable, M: int):
-        """extract(encoder, batches, M, ...), of which each rank brings its share; closes the
-        loader.
-        """
-        # the averages of batch norm differ between the ranks since the last step; a file holds
-        # those of rank 0
-        for buffer in encoder.buffers():
-            dist.broadcast(buffer)
-        most = int(dist.all_reduce_max(torch.tensor(len(loader), device=self.device)))
-        watched = self.stop.watch(batches, most)
-        try:
-            return extract(encoder, watched, M, self.device, amp=AMP_TYPES[self.settings.amp])
-        finally:
-            loader.close()
-
-    def close(self) -> None:
-        self.loader.close()
-
-
-def open_reader(images: Images, settings: Reading, device: torch.device, stop: Stop) -> Reader:
-    """A reader of the images, which are decoded and kept first where the settings say so.
-
-    Writes nothing but the cache. Raises BadInput for images that cannot be read.
-    """
-    whole = images.whole
-    say(data.describe(train=whole))
-    if settings.cache is not None:
-        whole = data.hold_cached(whole, settings.cache, settings.workers, say)
-    elif settings.on_device:
-        whole = data.hold_small(whole, settings.workers)
-    images = split(whole, settings.knn_holdout, settings.seed, images.side)
-    augmentation = data.get_augmentation(
-        settings.dataset,
-        aug_plus=settings.aug_plus,
-        size=images.side,
-        on_device=settings.on_device,
-    )
-    loader = data.train_loader(
-        images.train,
-        augmentation=augmentation,
-        batch_size=settings.batch_size,
-        seed=settings.seed,
-        workers=settings.workers,
-        device=device,
-        multiple=settings.bn_splits,
-        max_bad_images=settings.max_bad_images,
-        views=settings.views,
-    )
-    if settings.compile:
-        shown = settings.views * settings.batch_size // dist.world_size()
-        fast.compile_augmentation(augmentation, shown, device)
-    labels = images.train.labels
-    labels = None if labels is None else labels.to(device)
-    return Reader(images, labels, loader, augmentation, settings, device, stop)
 
 
 # ---- what is trained
@@ -527,7 +375,7 @@ def know_queue(parts: resume.Parts, content: dict, dataset: str) -> None:
     slots = ours["state"].get("slots") if ours else None
     if slots is None:
         return
-    if content["args"].get("dataset") == dataset and ours["images"] == parts.images:
+    if content["args"].get("dataset") == dataset and ours.get("images") == parts.images:
         parts.isl.slots.take_over(slots["owner"], oldest=int(parts.model.queue_ptr))
     parts.isl.slots.held = slots["held"]
 

@@ -31,18 +31,17 @@ POSITION = {
     "metrics_size": COUNT,
     ...: object,
 }
-JUDGED = {"sha256": str, "classes": [str], "data_sha256": str}
 BEGUN = {
     **POSITION,
     "state": {"round?": COUNT, ...: object},
-    "num_images": Number(1, LARGEST, whole=True),
-    "images": str,
+    "num_images?": Number(1, LARGEST, whole=True),
+    "images?": str,
 }
 START = {
     "epoch?": object,
     "args?": object,
     "isl?": BEGUN,
-    "probe?": {**POSITION, **JUDGED},
+    "probe?": {**POSITION, "sha256?": str, "classes?": [str], "data_sha256?": str},
     ...: object,
 }
 OURS = {**START, "epoch": COUNT, "arch": str, "args": dict}
@@ -334,7 +333,9 @@ def require_probe(
         "best": {...: percent},
         "rng": RANKS,
         **_position(LARGEST if images is None else -(-images // batch_size), content["epoch"]),
-        **JUDGED,
+        "sha256": str,
+        "classes": [str],
+        "data_sha256": str,
         "metrics_size": COUNT,
     }
     ours = Holds(
