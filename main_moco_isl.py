@@ -19,18 +19,17 @@ from contextlib import closing
 
 import torch
 
-from moco_isl import builder, data, dist
+from moco_isl import data, dist
 from moco_isl.encoders import build_encoder, on_meta, require_side, split_batch_norm
 from moco_isl.evaluation.knn import weighted_knn
-from moco_isl.isl import ISL
 from moco_isl.miners import find_miner
-from moco_isl.objectives.rotnet import Rotations
+from moco_isl.objectives import OBJECTIVES
 from moco_isl.run import devices, exits, flags, ranks
 from moco_isl.run.folder import check_folder
 from moco_isl.run.meters import Progress
 from moco_isl.run.signals import Stop
 from moco_isl.training import options, pretrain, reading, resume, state
-from moco_isl.training.options import build_miner, check_args
+from moco_isl.training.options import build_miner, build_objective, check_args
 
 
 def get_parser() -> flags.Parser:
@@ -104,7 +103,7 @@ def prepare(
             content,
             images.train,
             model,
-            isl_shape=isl_shape(args, model),
+            isl_shape=OBJECTIVES[args.objective].state_shape(model),
             miner_shape=miner.state_shape(args.moco_dim),
             batch_size=args.batch_size,
             momentum=args.momentum,
@@ -127,7 +126,7 @@ def worker(args: argparse.Namespace, stop, start: resume.Start, content: dict) -
     with Stop(stop) as stop:
         reader, model = ranks.together(lambda: get_ready(args, start, content, device, stop))
         with closing(reader):
-            isl = build_isl(args, model, reader.M)
+            isl = build_objective(args, model, reader.M)
             miner = build_miner(args, reader.labels)
             parts = pretrain.assemble(model, isl, miner, reader, plan, numerics)
             folder = pretrain.take_folder(args.out, start, args.keep)
@@ -156,7 +155,7 @@ def get_ready(
     if args.tensorboard:
         pretrain.tensorboard_writer()  # raises where it is not installed
     workers = devices.usable_workers(args.workers, ranks.processes_here(args))
-    views = 2 if args.objective == "queue" or args.objective == "bank" and args.isl_hpe else 1
+    views = OBJECTIVES[args.objective].views(args.isl_hpe)
     settings = chosen(reading.Reading, args, views=views, workers=workers)
     return reading.open_reader(images, settings, device, stop), model
 
@@ -188,43 +187,14 @@ def build_model(args: argparse.Namespace, size: int) -> torch.nn.Module:
         encoder = build_encoder(args.arch, num_classes, args.stem, size)
         return split_batch_norm(encoder, args.bn_splits) if args.bn_splits > 1 else encoder
 
-    if args.objective == "queue":
-        return builder.MoCo(
-            base_encoder,
-            args.moco_dim,
-            args.moco_k,
-            args.moco_m,
-            args.moco_t,
-            args.mlp,
-        )
-    if args.objective == "rotnet":
-        return builder.Rotation(base_encoder, args.moco_dim, args.mlp)
-    return builder.Instance(base_encoder, args.moco_dim, args.moco_t, args.mlp)
-
-
-def build_isl(args: argparse.Namespace, model: torch.nn.Module, M: int) -> ISL | Rotations:
-    """What gives the loss of a model on M images."""
-    if args.objective == "rotnet":
-        return Rotations(model, M)
-    return ISL(
-        model,
-        M,
-        P=min(args.isl_max_positives, M),
-        form=args.isl_loss,
-        hpe=args.isl_hpe,
-        bank_mix=args.isl_bank_mix,
-        symmetric=args.symmetric,
-        seed=args.seed,
-        bank_dtype=torch.float16 if args.isl_half_bank else torch.float32,
-        fast=args.fast,
+    return OBJECTIVES[args.objective].build_model(
+        base_encoder,
+        dim=args.moco_dim,
+        K=args.moco_k,
+        m=args.moco_m,
+        T=args.moco_t,
+        mlp=args.mlp,
     )
-
-
-def isl_shape(args: argparse.Namespace, model: torch.nn.Module):
-    """What the file of such a run holds of its `ISL`, or of what stands where one stands."""
-    if args.objective == "rotnet":
-        return Rotations.state_shape()
-    return ISL.state_shape(model, args.moco_dim)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from moco_isl.data.datasets import ImagesInMemory
 from moco_isl.encoders import build_encoder
 from moco_isl.isl import ISL
 from moco_isl.mining.positives import PositiveSets
+from moco_isl.objectives.bank import Instance
 from moco_isl.run.meters import Progress
 from moco_isl.run.signals import Stop
 from moco_isl.training import engine, fast
@@ -213,7 +214,7 @@ def our_model(
     encoder = lambda num_classes: build_encoder(work.arch, num_classes, image_size=work.size)
     torch.manual_seed(0)
     model = (
-        builder.Instance(encoder, DIM, 0.1)
+        Instance(encoder, DIM, 0.1)
         if work.bank
         else builder.MoCo(encoder, DIM, work.K, 0.999, 0.2, mlp=True)
     )

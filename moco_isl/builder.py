@@ -1,4 +1,4 @@
-"""MoCo as its users know it, and the query encoder alone for the bank objective.
+"""MoCo v1 and v2: https://arxiv.org/abs/1911.05722, https://arxiv.org/abs/2003.04297.
 
 Letters: N batch, C (`dim`) feature dimension, K queue length, m momentum of the key encoder, T
 temperature.
@@ -17,14 +17,15 @@ from moco_isl.errors import BadInput
 
 
 class MoCo(nn.Module):
-    """A query encoder, a key encoder that follows it, and a queue of keys:
-    https://arxiv.org/abs/1911.05722.
+    """A query encoder, a key encoder that follows it, and a queue of keys.
 
     Drop-in for `moco.builder.MoCo`: same arguments, same `forward`, same state-dict keys and
     shapes. It also runs on one device and on a CPU, the batch need not divide K, and `encode` gives
-    q and k to those who bring their own loss. Shuffling BN: keys are encoded in a random order,
-    among other images than their queries. That takes several devices, or on one a batch norm over
-    parts of the batch (`encoders.split_batch_norm`, or MoCo's own SplitBatchNorm).
+    q and k to those who bring their own loss.
+
+    Shuffling BN: a key is normalised among other images than its query. That takes several devices,
+    or on one a batch norm over parts of the batch (`encoders.split_batch_norm`, or MoCo's own
+    SplitBatchNorm).
     """
 
     shown_of_an_image = 1  # how many images the encoder sees at once of each in the batch
@@ -37,7 +38,6 @@ class MoCo(nn.Module):
         m: float = 0.999,
         T: float = 0.07,
         mlp: bool = False,
-        bn_shuffle: bool = True,
     ):
         """
         dim: feature dimension (default: 128)
@@ -45,14 +45,12 @@ class MoCo(nn.Module):
         m: moco momentum of updating key encoder (default: 0.999)
         T: softmax temperature (default: 0.07)
         base_encoder: called as base_encoder(num_classes=dim)
-        bn_shuffle: on one device, shuffle keys where batch norm takes parts of a batch; False is
-        for runs that began without
         """
         super().__init__()
+        self.dim = dim
         self.K = K
         self.m = m
         self.T = T
-        self.bn_shuffle = bn_shuffle
         self.encoder_q = base_encoder(num_classes=dim)
         self.encoder_k = base_encoder(num_classes=dim)
         if mlp:
@@ -60,8 +58,7 @@ class MoCo(nn.Module):
             add_mlp(self.encoder_k)
         self.copy_query_to_key()
         queue = F.normalize(torch.randn(dim, K), dim=0)
-        # [C, K] to the reader and in files; in memory a key is contiguous, so that enqueuing writes
-        # whole rows
+        # [C, K], as in MoCo's files; in memory each key is contiguous, for enqueuing whole rows.
         self.register_buffer("queue", queue.t().contiguous().t())
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
         self._forget_pairs()
@@ -75,14 +72,13 @@ class MoCo(nn.Module):
 
     @torch.no_grad()
     def _momentum_update_key_encoder(self) -> None:
+        """k <- m k + (1 - m) q, for every parameter."""
         if self._pairs is None:  # the walk through a ResNet-50's layers takes half a millisecond
             self._pairs = list(self.encoder_k.parameters()), list(self.encoder_q.parameters())
         torch._foreach_lerp_(*self._pairs, 1 - self.m)
 
     def _forget_pairs(self) -> None:
-        """Parameters and layers may have become other objects: look for them again at the next
-        step.
-        """
+        """Look for parameters and layers again at the next step: they may be other objects now."""
         self._pairs: tuple[list[nn.Parameter], list[nn.Parameter]] | None = None
         self._in_parts: bool | None = None
 
@@ -99,7 +95,7 @@ class MoCo(nn.Module):
         return super()._apply(*args, **kwargs)
 
     def train(self, mode: bool = True) -> "MoCo":
-        self._forget_pairs()  # every epoch begins so: a layer exchanged by hand is noticed
+        self._forget_pairs()  # called at every epoch, which notices a layer exchanged by hand
         return super().train(mode)
 
     @torch.no_grad()
@@ -124,36 +120,33 @@ class MoCo(nn.Module):
 
     @torch.no_grad()
     def _encode_keys(self, im_k: torch.Tensor) -> torch.Tensor:
-        """k [N, C], each image encoded on a random rank, or on one device in a random part of the
-        batch: shuffling BN.
+        """k [N, C]: shuffling BN, each image encoded on a random rank, or on one device in a random
+        part of the batch.
         """
-        world, n = dist.world_size(), len(im_k)
-        if world == 1:
-            if not (self.bn_shuffle and self._takes_parts()):
-                return F.normalize(self.encoder_k(im_k).float(), dim=1)
-            order = torch.randperm(n, device=im_k.device)
-            return F.normalize(self.encoder_k(im_k[order]).float(), dim=1)[order.argsort()]
-        # an equal share of every rank's images to every rank: 1 / world of the bytes of gathering
-        # all on all
-        if n % world == 0:
-            order = torch.randperm(n, device=im_k.device)
-            k = F.normalize(self.encoder_k(dist.exchange_rows(im_k[order])).float(), dim=1)
+        N = len(im_k)
+        world = dist.world_size()
+        encoded = lambda images: F.normalize(self.encoder_k(images).float(), dim=1)
+        if world == 1 and not self._takes_parts():
+            return encoded(im_k)
+        if N % world == 0:
+            # Every rank gives each rank an equal share of its images, in a random order, and gets
+            # their keys back. In a world of one only the order is left of it.
+            order = torch.randperm(N, device=im_k.device)
+            k = encoded(dist.exchange_rows(im_k[order]))
             return dist.exchange_rows(k)[order.argsort()]
-        everything = dist.all_gather_rows(im_k)  # [n * world, 3, S, S]
+        everything = dist.all_gather_rows(im_k)  # [N * world, 3, S, S]
         order = dist.broadcast(torch.randperm(len(everything), device=im_k.device))
-        mine = order.view(world, n)[dist.rank()]
-        k = F.normalize(self.encoder_k(everything[mine]).float(), dim=1)
-        back = torch.argsort(order).view(world, n)[dist.rank()]
-        return dist.all_gather_rows(k)[back]
+        mine = order.view(world, N)[dist.rank()]
+        back = order.argsort().view(world, N)[dist.rank()]
+        return dist.all_gather_rows(encoded(everything[mine]))[back]
 
     def encode(
         self, im_q: torch.Tensor, im_k: torch.Tensor, symmetric: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries with gradient and keys without, unit rows; moves the key encoder one momentum
-        step.
+        """Queries with gradient and keys without; moves the key encoder one momentum step.
 
-        im_q, im_k: [N, 3, S, S]. Returns q and k, [N, C] float32. With `symmetric` each view is
-        query once and key once: [2N, C], the second half with the roles of the views exchanged.
+        im_q, im_k: [N, 3, S, S]. Returns q and k, unit rows [N, C] float32. With `symmetric` each
+        view is query once and key once: [2N, C], the second half with the views exchanged.
         """
         q = F.normalize(self.encoder_q(im_q).float(), dim=1)
         if symmetric:
@@ -170,7 +163,7 @@ class MoCo(nn.Module):
         q, k = self.encode(im_q, im_k)
         l_pos = torch.einsum("nc,nc->n", q, k).unsqueeze(-1)  # [N, 1]
         l_neg = torch.einsum("nc,ck->nk", q, self.queue.clone().detach())  # [N, K]
-        # autocast's float16 ends at 65,504
+        # Divided in float32: under autocast products are float16, which ends at 65,504.
         logits = torch.cat([l_pos, l_neg], dim=1).float() / self.T
         labels = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
         self.enqueue(dist.all_gather_rows(k))
@@ -181,74 +174,8 @@ def _after_loading(model: MoCo, _keys) -> None:
     model._forget_pairs()
 
 
-class Instance(nn.Module):
-    """The query encoder alone, for the bank objective (non-parametric instance discrimination): its
-    keys are the bank's rows.
-
-    Named `encoder_q`, so that files of both objectives are read by the same tools.
-    """
-
-    shown_of_an_image = 1
-
-    def __init__(
-        self,
-        base_encoder: Callable[..., nn.Module],
-        dim: int = 128,
-        T: float = 0.1,
-        mlp: bool = False,
-    ):
-        super().__init__()
-        self.dim, self.T = dim, T
-        self.encoder_q = base_encoder(num_classes=dim)
-        if mlp:
-            add_mlp(self.encoder_q)
-
-    def encode(self, image: torch.Tensor) -> torch.Tensor:
-        """f: [N, C] unit rows, float32, of images [N, 3, S, S]."""
-        return F.normalize(self.encoder_q(image).float(), dim=1)
-
-    forward = encode
-
-
-class Rotation(nn.Module):
-    """The query encoder and a classifier of rotations on its output, for the rotnet objective."""
-
-    shown_of_an_image = 4  # a batch goes through the encoder in all four positions at once
-
-    def __init__(self, base_encoder: Callable[..., nn.Module], dim: int = 128, mlp: bool = False):
-        super().__init__()
-        self.encoder_q = base_encoder(num_classes=dim)
-        if mlp:
-            add_mlp(self.encoder_q)
-        self.classifier = nn.Linear(dim, 4)
-
-    def encode(self, image: torch.Tensor) -> torch.Tensor:
-        """Images [N, 3, S, S] -> logits [4N, 4] of the N as they are, then turned by 90, 180 and
-        270 degrees.
-        """
-        turned = torch.cat(
-            [torch.rot90(image, quarter, (2, 3)) for quarter in range(self.shown_of_an_image)]
-        )
-        return self.classifier(F.relu(self.encoder_q(turned)))
-
-    forward = encode
-
-
-class Encode(nn.Module):
-    """`model.encode` as a `forward`, which is what DistributedDataParallel wants to wrap."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, *images: torch.Tensor, **options):
-        return self.model.encode(*images, **options)
-
-
 def add_mlp(encoder: nn.Module) -> None:
-    """MoCo v2's head: the last linear layer preceded by a hidden layer as wide as the features, and
-    a ReLU.
-    """
+    """MoCo v2's head: a hidden layer as wide as the features and a ReLU before the last layer."""
     head = get_head(encoder)
     width = head.weight.shape[1]
     set_head(encoder, nn.Sequential(nn.Linear(width, width), nn.ReLU(), head))

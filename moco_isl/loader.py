@@ -1,6 +1,4 @@
-"""Two crops of one image, blurred like SimCLR's, together with the image's position in the data
-set.
-"""
+"""Two crops of one image, blurred like SimCLR's, with the image's place in the data set."""
 
 import random
 from collections.abc import Callable
@@ -27,8 +25,9 @@ class TwoCropsTransform:
 
 
 class GaussianBlur:
-    """Gaussian blur of a PIL image with a radius drawn uniformly from sigma, in pixels (SimCLR,
-    arXiv 2002.05709).
+    """Gaussian blur of a PIL image: SimCLR, https://arxiv.org/abs/2002.05709.
+
+    The radius is drawn uniformly from sigma, in pixels.
     """
 
     def __init__(self, sigma: tuple[float, float] = (0.1, 2.0)):
@@ -58,7 +57,9 @@ class WithIndex(Dataset):
     def __getitem__(self, index: int) -> tuple[Any, int]:
         sample = self.dataset[index]
         views = sample[0] if isinstance(sample, (tuple, list)) else sample
-        return (views if self.transform is None else self.transform(views)), index
+        if self.transform is not None:
+            views = self.transform(views)
+        return views, index
 
 
 def check_index(index: torch.Tensor, n: int, M: int, values: bool = True) -> None:

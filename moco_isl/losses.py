@@ -1,41 +1,54 @@
 """The losses of MoCo and ISL as pure functions of tensors: no state, no device, no rank.
 
 Letters: N batch, C feature dimension, K queue length, M images, P positives of an image after
-padding, T temperature. Logits are cosines divided by T. A logit of -inf is absent: a negative that
-the queue mask took out. A weight of 0 is padding. All sums are taken in float32, whatever the
-logits are stored in. A row whose negatives are all absent has
-nothing to be told from: its cross-entropy and its KL are 0, and so are their gradients by the
-negatives.
+padding, S = 1 + P with the image's own, T temperature. Logits are cosines divided by T. A weight
+of 0 is padding. Sums are taken in float32, whatever the logits are stored in.
+
+A row whose negatives are all absent has nothing to be told from: the log-sum-exp (lse) of its
+negatives is -inf, and its cross-entropy with one positive, its KL and its gradients are 0.
 """
 
 import torch
 
 from moco_isl.ops.softmax import softmax_pass
 
+Tensor = torch.Tensor
 
-def multi_positive_nce(
-    l_pos: torch.Tensor, l_neg: torch.Tensor, weight: torch.Tensor | None = None
-) -> torch.Tensor:
+
+def info_nce(
+    q: Tensor, k: Tensor, queue: Tensor, T: float, fused: bool = False
+) -> tuple[Tensor, Tensor]:
+    """MoCo's cross-entropy of q [N, C] with its keys k [N, C] among the queue [K, C].
+
+    Returns the mean over N, and acc1: in how many per cent of the rows the own key comes first.
+    """
+    l_own = (q * k).sum(1, keepdim=True) / T  # [N, 1]
+    lse, top, _, _ = softmax_over(q, queue, T, fused=fused)
+    return multi_positive_nce(l_own, lse), accuracy(l_own, top)
+
+
+def accuracy(l_own: Tensor, top: Tensor) -> Tensor:
+    """Per cent of the own logits [N, 1] that are at least the largest of the negatives, top [N]."""
+    return (l_own[:, 0] >= top).float().mean() * 100
+
+
+def multi_positive_nce(l_pos: Tensor, lse: Tensor, weight: Tensor | None = None) -> Tensor:
     """Log of the sum over the positives: Eq. 5 of the paper with the queue as negatives.
 
     Args:
-        l_pos: [N, S] logits of the S = 1 + P positives, the own key first.
-        l_neg: [N, K] logits of the negatives.
+        l_pos: [N, S] logits of the positives, the own key first.
+        lse: [N] log of the sum of exp over the logits of the negatives.
         weight: [N, S], 0 for padding; None: all 1.
 
     Returns:
         Scalar, the mean over N of -log [ sum_S w e^l / (sum_S w e^l + sum_K e^l) ]. With S = 1 it
         is MoCo's cross-entropy.
     """
-    l_pos = _with_weight(l_pos.float(), weight)
-    positive = torch.logsumexp(l_pos, dim=1)  # [N]
-    negative = _logsumexp(l_neg.float())  # [N]
-    return (torch.logaddexp(positive, negative) - positive).mean()
+    positive = torch.logsumexp(_with_weight(l_pos.float(), weight), dim=1)  # [N]
+    return (torch.logaddexp(positive, lse) - positive).mean()
 
 
-def multi_positive_mean_log(
-    l_pos: torch.Tensor, l_neg: torch.Tensor, weight: torch.Tensor | None = None
-) -> torch.Tensor:
+def multi_positive_mean_log(l_pos: Tensor, lse: Tensor, weight: Tensor | None = None) -> Tensor:
     """Mean of the logs: every positive has to be likely, not just the easiest.
 
     Arguments as in `multi_positive_nce`. Returns the mean over N of - sum_S w log [ e^l / (sum_S
@@ -45,33 +58,18 @@ def multi_positive_mean_log(
     l_pos = l_pos.float()
     weight = torch.ones_like(l_pos) if weight is None else weight.float()
     present = l_pos.masked_fill(weight == 0, -torch.inf)
-    total = torch.logaddexp(torch.logsumexp(present, dim=1), _logsumexp(l_neg.float()))  # [N]
+    total = torch.logaddexp(torch.logsumexp(present, dim=1), lse)  # [N]
     log_p = torch.where(weight > 0, l_pos - total[:, None], 0)  # [N, S]
     return -((weight * log_p).sum(1) / weight.sum(1)).mean()
 
 
-def hard_positive_kl(l_hard: torch.Tensor, l_anchor: torch.Tensor) -> torch.Tensor:
-    """Hard positive enhancement, Eq. 6: KL(sg[p_h] || p_i) over the same negatives, mean over N.
-
-    Args:
-        l_hard: [N, K] logits of the hard positive against the negatives; no gradient flows into
-        them.
-        l_anchor: [N, K] logits of the anchor against the same negatives, -inf at the same places.
-    """
-    # [N, 1]: two equal distributions in their place differ by 0
-    none = (l_hard == -torch.inf).all(1, keepdim=True)
-    log_h = torch.log_softmax(l_hard.detach().float().masked_fill(none, 0), dim=1)
-    log_i = torch.log_softmax(l_anchor.float().masked_fill(none, 0), dim=1)
-    present = log_h > -torch.inf
-    # masked twice, so that neither the value nor the gradient ever sees inf - inf
-    difference = torch.where(present, log_h, 0) - torch.where(present, log_i, 0)
-    return (log_h.exp() * difference).sum(1).mean()
+FORMS = {"logsum": multi_positive_nce, "meanlog": multi_positive_mean_log}
 
 
 class _SoftmaxOver(torch.autograd.Function):
     """See `softmax_over`.
 
-    The gradient of lse, mean / T, is at hand when the pass is over: neither logits nor rows are
+    The gradient of lse, mean / T, is known when the pass is over, so neither logits nor rows are
     kept for backward.
     """
 
@@ -87,28 +85,29 @@ class _SoftmaxOver(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    def backward(ctx, grad_lse: torch.Tensor, *_):
+    def backward(ctx, grad_lse: Tensor, *_):
         (mean,) = ctx.saved_tensors
         return grad_lse[:, None] * mean / ctx.T, None, None, None, None, None, None
 
 
 def softmax_over(
-    f: torch.Tensor,
-    rows: torch.Tensor,
+    f: Tensor,
+    rows: Tensor,
     T: float,
     *,
-    hard: torch.Tensor | None = None,
-    absent: torch.Tensor | None = None,
+    hard: Tensor | None = None,
+    absent: Tensor | None = None,
     chunk: int | None = None,
     fused: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """All that the losses need of the softmax of f, and of `hard`, over all rows: one pass, and no
-    [N, R] tensor in either direction.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """All that the losses need of the softmax of f, and of `hard`, over all rows, in one pass.
+
+    Nothing of size [N, R] is held, neither forward nor backward.
 
     Args:
-        f: [N, C] float32 with gradient. hard: [N, C] without, or None. rows: [R, C], the queue's
-        keys or the bank; they may be overwritten before backward. absent: [N, A] int64, rows that
-        do not count for a feature and its `hard`, R for none.
+        f: [N, C] float32 with gradient. hard: [N, C] without, or None.
+        rows: [R, C], the queue's keys or the bank; they may be overwritten before backward.
+        absent: [N, A] int64, rows that do not count for a feature and its `hard`, R for none.
         chunk: rows at a time. fused: by a kernel, where it works (CUDA).
 
     Returns:
@@ -120,20 +119,29 @@ def softmax_over(
     return _SoftmaxOver.apply(f, hard, rows, T, absent, chunk, fused)
 
 
-def linear_kl(
-    f: torch.Tensor,
-    lse: torch.Tensor,
-    hard: torch.Tensor,
-    lse_h: torch.Tensor,
-    mean_h: torch.Tensor,
-    T: float,
-) -> torch.Tensor:
-    """Eq. 6 from what `softmax_over` returns, mean over N: KL(p_h || p_i) = (h - f_i) E_h / T -
-    lse_h + lse_i, with E_h = mean_h.
+def hard_positive(
+    own: Tensor, bank_rows: Tensor, weight: Tensor, rows: Tensor, other: Tensor
+) -> Tensor:
+    """The hard positive h of Eq. 6, [N, C]: the least similar member of each set.
 
-    It needs no pass over the anchor's logits, since they are linear in f. Of rows in half precision
-    it can come out below 0 by the rounding of E_h, some 1e-3. A feature of which no row counts (lse
-    -inf) adds 0.
+    It is the one whose bank row in bank_rows [N, P, C] has the smallest cosine with the image's own
+    bank row in own [N, C]; padding (weight [N, P] of 0) is never chosen. What is returned of it is
+    taken from rows [N, P, C], and for an empty set from other [N, C], features of another view.
+    """
+    cosine = (own[:, None] * bank_rows).sum(2)  # [N, P]; no product, which autocast would halve
+    place = cosine.masked_fill(weight == 0, torch.inf).argmin(dim=1)  # [N]
+    chosen = rows[torch.arange(len(rows), device=rows.device), place]
+    return torch.where((weight > 0).any(1, keepdim=True), chosen, other)
+
+
+def linear_kl(
+    f: Tensor, lse: Tensor, hard: Tensor, lse_h: Tensor, mean_h: Tensor, T: float
+) -> Tensor:
+    """Hard positive enhancement, Eq. 6, from what `softmax_over` returns; mean over N.
+
+    KL(p_h || p_i) = (h - f_i) E_h / T - lse_h + lse_i, with E_h = mean_h: the anchor's logits are
+    linear in f, so no second pass over them is needed. Of rows in half precision it can come out
+    below 0 by the rounding of E_h, some 1e-3. A feature of which no row counts (lse -inf) adds 0.
     """
     none = lse == -torch.inf  # [N]
     lse_h = lse_h.masked_fill(none, 0)
@@ -142,25 +150,24 @@ def linear_kl(
 
 
 def bank_loss(
-    f: torch.Tensor,
-    bank: torch.Tensor,
-    positives: torch.Tensor,
-    weight: torch.Tensor,
+    f: Tensor,
+    bank: Tensor,
+    positives: Tensor,
+    weight: Tensor,
     T: float,
-    hard: torch.Tensor | None = None,
+    hard: Tensor | None = None,
     form: str = "logsum",
     chunk: int | None = None,
     fused: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """The exact softmax over all M bank rows: Eq. 4 and 5 (or the mean of logs), and Eq. 6.
 
-    Nothing of size N x M is held, in neither direction (`softmax_over`, `linear_kl`). A bank in
-    half precision is read by half-precision products; autocast changes nothing here.
+    A bank in half precision is read by half-precision products; autocast changes nothing here.
 
     Args:
         f: [N, C] unit features with gradient. bank: [M, C] unit rows, float32 or half precision.
-        positives: [N, S] bank rows that count as positive, the own row among them. weight: [N, S],
-        0 for padding.
+        positives: [N, S] bank rows that count as positive, the own row among them.
+        weight: [N, S], 0 for padding.
         hard: [N, C] features h of the hard positives, without gradient; None: no Eq. 6.
         form: "logsum" (Eq. 5) or "meanlog". chunk, fused: see `softmax_over`.
 
@@ -172,21 +179,13 @@ def bank_loss(
         lse, _, lse_h, mean_h = softmax_over(f, bank, T, hard=hard, chunk=chunk, fused=fused)
         l_pos = torch.einsum("nc,nsc->ns", f, bank[positives].float()) / T
         if form == "logsum":
-            loss = (lse - torch.logsumexp(_with_weight(l_pos, weight), dim=1)).mean()
+            isl = (lse - torch.logsumexp(_with_weight(l_pos, weight), dim=1)).mean()
         else:
-            loss = (lse - (weight * l_pos).sum(1) / weight.sum(1)).mean()
-        return loss, (
-            loss.new_zeros(()) if hard is None else linear_kl(f, lse, hard, lse_h, mean_h, T)
-        )
+            isl = (lse - (weight * l_pos).sum(1) / weight.sum(1)).mean()
+        if hard is None:
+            return isl, isl.new_zeros(())
+        return isl, linear_kl(f, lse, hard, lse_h, mean_h, T)
 
 
-def _logsumexp(logits: torch.Tensor) -> torch.Tensor:
-    """[N, n] -> [N]: torch's, but where all of a row are -inf the gradient is 0 and not NaN."""
-    none = (logits == -torch.inf).all(1)  # [N]
-    return torch.logsumexp(logits.masked_fill(none[:, None], 0), dim=1).masked_fill(
-        none, -torch.inf
-    )
-
-
-def _with_weight(l_pos: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+def _with_weight(l_pos: Tensor, weight: Tensor | None) -> Tensor:
     return l_pos if weight is None else l_pos + weight.float().log()

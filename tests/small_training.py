@@ -9,6 +9,7 @@ from moco_isl import builder
 from moco_isl.encoders import build_encoder
 from moco_isl.isl import ISL
 from moco_isl.mining.positives import PositiveSets
+from moco_isl.objectives.bank import Instance
 from moco_isl.run.meters import Progress
 from moco_isl.run.signals import Stop
 from moco_isl.training import engine, fast
@@ -57,7 +58,7 @@ def front(name, is_fast, device="cpu"):
     model = (
         builder.MoCo(encoder, 16, 64, 0.9, 0.2, mlp=True)
         if objective == "queue"
-        else builder.Instance(encoder, 16, 0.2)
+        else Instance(encoder, 16, 0.2)
     ).to(device)
     isl = ISL(model, M, P=4, hpe=hpe, active=mined or objective == "bank", fast=is_fast)
     if mined:

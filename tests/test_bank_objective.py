@@ -1,6 +1,5 @@
-"""The paper's own objective: the softmax over all images (Eq.
-
-4 to 8) as whole steps against loops, its memory, its rounds.
+"""The paper's own objective, the softmax over all images, Eq. 4 to 8: whole steps against loops,
+its memory, its rounds.
 """
 
 import json
@@ -15,11 +14,11 @@ from torch.utils._pytree import tree_leaves
 
 import main_moco_isl
 from moco_isl.bank import FeatureBank
-from moco_isl.builder import Instance
 from moco_isl.errors import BadInput
 from moco_isl.isl import ISL
 from moco_isl.losses import bank_loss
 from moco_isl.mining.positives import PositiveSets
+from moco_isl.objectives.bank import Instance
 from moco_isl.training.engine import learning_rate
 from tests.ranks import run_ranks
 from tests.test_builder import images, tiny
@@ -53,10 +52,9 @@ def softmax_by_loops(f, bank):
 
 
 def step_by_loops(isl, f, bank, index, second):
-    """Eq.
+    """Eq. 5 (or the mean of logs) plus 0.5 x Eq. 6 of the batch in float64.
 
-    5 (or the mean of logs) plus 0.5 x Eq. 6 of the batch in float64; f [N, C] with gradient,
-    second: features of the other views.
+    f: [N, C] with gradient. second: features of the other views.
     """
     total = 0
     offsets, members, weights = (
@@ -139,14 +137,14 @@ def test_only_images_without_positives_have_their_second_view_encoded():
         assert seen == [(16, True)] + [(n, False) for n in expected]
     isl.positives = PositiveSets.empty(M)
     before = isl.model.encoder_q[2].running_mean.clone()
-    isl._second_views(images(16, 1), torch.ones(16, dtype=torch.bool))
+    isl.second_views(images(16, 1), torch.ones(16, dtype=torch.bool))
     assert torch.equal(isl.model.encoder_q[2].running_mean, before) and isl.model.encoder_q.training
 
 
 def test_second_views_land_on_their_images():
     isl = build(with_norm)
     wanted = torch.tensor([False, True, False, False, True, True, False, False])
-    found = isl._second_views(images(8, 1), wanted)
+    found = isl.second_views(images(8, 1), wanted)
     isl.model.eval()
     assert torch.allclose(found[wanted], isl.model.encode(images(8, 1))[wanted], atol=1e-6)
 
@@ -273,10 +271,10 @@ def test_a_bank_in_half_precision_stays_so():
     isl(images(3, 0), images(3, 1), torch.tensor([0, 1, 7])).backward()
     assert isl.bank.rows.dtype == torch.float16
     assert torch.allclose(isl.bank.rows.float().norm(dim=1), torch.ones(M), atol=2e-3)
-    other = FeatureBank(dtype=torch.float16)
+    other = FeatureBank(C, dtype=torch.float16)
     other.load_state_dict(isl.bank.state_dict())
     assert torch.equal(other.rows, isl.bank.rows)
-    other.fill(torch.ones(2, 3))
+    other.fill(torch.ones(2, C))
     assert other.rows.dtype == torch.float16
 
 

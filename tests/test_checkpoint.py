@@ -14,6 +14,7 @@ import torch
 from moco_isl import builder
 from moco_isl.encoders import build_encoder
 from moco_isl.errors import BadInput, RunFailed
+from moco_isl.objectives.bank import Instance
 from moco_isl.run import checkpoint
 from tests.runs import DIGITS, _same
 from tests.test_bad_input import Evil, ask
@@ -231,7 +232,7 @@ def test_a_whole_file_is_taken_as_it_is():
 
 def test_the_bank_takes_a_mocos_query_encoder():
     torch.manual_seed(1)
-    model = builder.Instance(lambda num_classes: build_encoder("digits", num_classes), 16, mlp=True)
+    model = Instance(lambda num_classes: build_encoder("digits", num_classes), 16, mlp=True)
     source = moco()
     assert checkpoint.load_model(model, {"state_dict": checkpoint.model_state(source)}, "x") == []
     assert torch.equal(model.encoder_q.fc[2].weight, source.encoder_q.fc[2].weight)

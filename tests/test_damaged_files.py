@@ -40,7 +40,7 @@ from moco_isl.mining.rounds import RoundMiner
 from moco_isl.report import grids, page, runs, sections, verdict
 from moco_isl.report.__main__ import main as report_main
 from moco_isl.run import checkpoint
-from moco_isl.training import engine, fast, pretrain, resume, state
+from moco_isl.training import engine, fast, resume, state
 from tests.runs import photos
 from tests.small_training import unit
 
@@ -347,7 +347,7 @@ def read_resume(place: Place, draw: random.Random) -> None:
         images, model = main_moco_isl.prepare(args, start, taken)
         checkpoint.load_model(model, content, start.path)
         optimizer = fast.sgd(model.parameters(), 0.1, 0.9, 1e-4, False)
-        isl = ISL(model, M, between=2)
+        isl = ISL(model, M)
         parts = resume.Parts(
             model,
             optimizer,
@@ -363,8 +363,10 @@ def read_resume(place: Place, draw: random.Random) -> None:
             positives, weight = isl.positives.lookup(everyone, 4)
             isl.bank.lookup(positives)
             isl.slots.absent(positives, weight > 0)
-        elif flag == "--init":
-            pretrain.know_queue(parts, content, args.dataset)
+        elif flag == "--init" and "isl" in content:
+            ours = content["isl"]
+            same_images = ours.get("images") == place.content["isl"]["images"]
+            isl.start_from(ours["state"], same_images, None)
         elif flag == "--resume" and "optimizer" in content:
             fast.load_optimizer(optimizer, content["optimizer"])
 

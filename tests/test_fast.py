@@ -16,7 +16,6 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.published import PublishedMoCo, published_step
 from moco_isl import builder
-from moco_isl import isl as isl_module
 from moco_isl.data import augment, build_dataset, get_augmentation, hold_small, train_loader
 from moco_isl.data.augment import BatchAugmentation
 from moco_isl.data.datasets import ImagesInMemory, decode, decode_pixels
@@ -24,17 +23,19 @@ from moco_isl.data.draws import uniform, uniforms
 from moco_isl.encoders import build_encoder
 from moco_isl.isl import ISL
 from moco_isl.losses import (
-    hard_positive_kl,
     linear_kl,
     multi_positive_mean_log,
     multi_positive_nce,
     softmax_over,
 )
+from moco_isl.objectives import bank, base
+from moco_isl.objectives.rotnet import Rotation
 from moco_isl.ops import fused, neighbors
 from moco_isl.training import engine, fast
 from tests import test_builder
 from tests.near import assert_same_neighbours
 from tests.ranks import run_ranks
+from tests.references import hard_positive_kl
 from tests.small_training import OBJECTIVES, SIDE, Images, N, front, train, unit
 
 # --------------------------------------------------- photos: workers crop, the device does the rest
@@ -221,15 +222,13 @@ def test_softmax_in_one_pass_is_that_of_whole_logits(chunk):
     mask = torch.zeros(N, K + 1, dtype=torch.bool).scatter_(1, absent, True)[:, :K]
     own = (q * k).sum(1, keepdim=True) / T
     logits = [(x @ queue.T / T).masked_fill(mask, -torch.inf) for x in (q, hard)]
+    forms = multi_positive_nce, multi_positive_mean_log
     want = [
-        multi_positive_nce(own, logits[0]),
-        multi_positive_mean_log(own, logits[0]),
+        *(form(own, logits[0].logsumexp(1)) for form in forms),
         hard_positive_kl(logits[1], logits[0]),
     ]
     lse, top, lse_h, mean_h = softmax_over(q, queue, T, hard=hard, absent=absent, chunk=chunk)
-    mine = [form(own, lse[:, None]) for form in (multi_positive_nce, multi_positive_mean_log)] + [
-        linear_kl(q, lse, hard, lse_h, mean_h, T)
-    ]
+    mine = [form(own, lse) for form in forms] + [linear_kl(q, lse, hard, lse_h, mean_h, T)]
     torch.testing.assert_close(top, logits[0].amax(1))
     grads = [torch.autograd.grad(loss, q, retain_graph=True)[0] for loss in want]
     queue.zero_()
@@ -466,7 +465,7 @@ def test_every_network_of_a_class_is_compiled(graphs, caplog):
     """
     with caplog.at_level("WARNING", logger="torch._dynamo"):
         for width in range(8, 17):  # of one class, and no graph of one fits another
-            model = builder.Instance(
+            model = bank.Instance(
                 lambda num_classes, width=width: build_encoder(
                     f"resnet18w{width}", num_classes, image_size=SIDE
                 ),
@@ -498,9 +497,7 @@ def test_equal_networks_share_what_was_compiled(graphs):
 @pytest.mark.parametrize("name", ["MoCo", "symmetric MoCo", "Instance", "Rotation"])
 def test_the_batch_that_a_step_shows_an_encoder_is_the_one_compiled(name, graphs):
     encoder = lambda num_classes: build_encoder("resnet18w8", num_classes, image_size=SIDE)
-    model = {"Instance": builder.Instance, "Rotation": builder.Rotation}.get(name, builder.MoCo)(
-        encoder, 16
-    )
+    model = {"Instance": bank.Instance, "Rotation": Rotation}.get(name, builder.MoCo)(encoder, 16)
     fast.compile_encoders(model, 4)
 
     def step(n):
@@ -574,7 +571,7 @@ def test_a_step_reads_nothing_back(name, monkeypatch):
     exception, see below.
     """
     # this one stands for a GPU, whose index is looked at no more
-    monkeypatch.setattr(isl_module, "CPU", torch.device("meta"))
+    monkeypatch.setattr(base, "CPU", torch.device("meta"))
     steps, isl = [], front(name, True)
     train(isl, True)
     with Reads(steps) as reads, Lists(reads):
@@ -597,7 +594,7 @@ def test_second_views_are_counted_before_the_encoder_runs(monkeypatch):
     """
     seen = []
 
-    class Seen(isl_module.Coming):
+    class Seen(bank.Coming):
         def __init__(self, number):
             seen.append("asked")
             super().__init__(number)
@@ -606,7 +603,7 @@ def test_second_views_are_counted_before_the_encoder_runs(monkeypatch):
             seen.append("read")
             return super().__int__()
 
-    monkeypatch.setattr(isl_module, "Coming", Seen)
+    monkeypatch.setattr(bank, "Coming", Seen)
     isl = front("bank", True)
     isl.model.encoder_q.register_forward_hook(lambda *_: seen.append("encoded"))
     views, index = Images().steps[2]  # images 32 to 47: half of them without a set
@@ -669,7 +666,7 @@ def _steps_of_a_rank(rank, world, is_fast):
 
     def step(*batch):
         sent.clear()
-        loss = ISL.__call__(isl, *batch)
+        loss = isl(*batch)
         steps.append(list(sent))
         return loss
 

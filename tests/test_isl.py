@@ -9,13 +9,12 @@ import torch
 import torch.nn.functional as F
 
 from moco_isl.bank import FeatureBank, QueueSlots
-from moco_isl.builder import Instance
 from moco_isl.errors import BadInput
 from moco_isl.isl import ISL
 from moco_isl.miners.knn import KNNMiner
 from moco_isl.miners.none import NoMiner
 from moco_isl.mining.positives import PositiveSets
-from moco_isl.mining.record import one_line
+from moco_isl.objectives.bank import Instance
 from tests.test_builder import C, K, M, images, moco, tiny
 
 T = 0.2
@@ -53,31 +52,22 @@ def test_mask_off_and_no_positives_is_mocos_cross_entropy():
         assert torch.allclose(mine.grad, theirs.grad, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "form, recenter, between",
-    [("logsum", True, 0), ("logsum", False, 3), ("meanlog", True, 3), ("meanlog", False, 0)],
-)
-def test_queue_loss_equals_loops(form, recenter, between):
-    isl = with_sets(form=form, hpe=0.5, recenter=recenter, between=between)
-    zone = {0: [1, 8], 4: [2, 3, 7]} if between else {}
-    isl.zone = PositiveSets.from_edges(
-        M,
-        torch.tensor([i for i in zone for _ in zone[i]]).long(),
-        torch.tensor(sum(zone.values(), [])).long(),
-        symmetric=False,
-    )
+@pytest.mark.parametrize("mask", [True, False])
+@pytest.mark.parametrize("form", ["logsum", "meanlog"])
+def test_queue_loss_equals_loops(form, mask):
+    isl = with_sets(form=form, hpe=0.5, mask=mask)
     owner = fill_queue(isl)
     index = torch.tensor([0, 1, 4, 7])  # sets of 2, 1, 3 and none
     q, k = unit(4, 11).requires_grad_(), unit(4, 12)
-    loss = isl._queue_loss(q, k, index)
+    loss = isl.loss(q, k, index)["loss"]
     queue, bank = isl.model.queue, isl.bank.rows
     shift = sum(queue[:, j] for j in range(K)) / K - sum(bank) / M
-    shown = [(v + shift) / (v + shift).norm() for v in bank] if recenter else bank
+    shown = [(v + shift) / (v + shift).norm() for v in bank]
     total = 0
     sets = {0: [3, 9], 1: [2], 4: [5, 6, 19], 7: []}
     for row, i in enumerate(index.tolist()):
-        kept = [j for j in range(K) if owner[j] != i and owner[j] not in sets[i] + zone.get(i, [])]
-        assert len(kept) < K
+        kept = [j for j in range(K) if not mask or owner[j] not in [i, *sets[i]]]
+        assert (len(kept) < K) is mask
         negative = sum(torch.exp(q[row] @ queue[:, j] / T) for j in kept)
         positive = [torch.exp(q[row] @ v / T) for v in [k[row], *(shown[j] for j in sets[i])]]
         if form == "logsum":
@@ -97,22 +87,19 @@ def test_queue_loss_equals_loops(form, recenter, between):
 
 
 def test_positives_move_with_the_keys_that_the_bank_has_not_yet_followed():
-    for recenter in (True, False):
-        isl = with_sets(recenter=recenter)
-        fill_queue(isl)
-        isl.model.queue.copy_(F.normalize(isl.model.queue + unit(1, 99)[0][:, None], dim=0))
-        rows = isl._recentered(isl.bank.rows[None])[0]
-        away, before = (
-            float((x.mean(0) - isl.model.queue.mean(1)).norm()) for x in (rows, isl.bank.rows)
-        )
-        assert torch.allclose(rows.norm(dim=1), torch.ones(M)) and before > 0.5
-        assert away < 0.4 * before if recenter else away == before
+    isl = with_sets()
+    fill_queue(isl)
+    isl.model.queue.copy_(F.normalize(isl.model.queue + unit(1, 99)[0][:, None], dim=0))
+    rows = isl.recentered(isl.bank.rows[None])[0]
+    away = lambda x: float((x.mean(0) - isl.model.queue.mean(1)).norm())
+    assert torch.allclose(rows.norm(dim=1), torch.ones(M))
+    assert away(isl.bank.rows) > 0.5 and away(rows) < 0.4 * away(isl.bank.rows)
 
 
 def shift_of(isl):
     """By how much positives are moved before they are made unit again, seen at a row of zeros."""
     bank, isl.bank.rows = isl.bank.rows, torch.zeros(M, C)
-    moved = isl._recentered(torch.zeros(1, 1, C))[0, 0]
+    moved = isl.recentered(torch.zeros(1, 1, C))[0, 0]
     isl.bank.rows = bank
     return moved
 
@@ -127,7 +114,7 @@ def test_only_rows_that_hold_keys_count_for_the_queues_mean():
     is. K is 24.
     """
     isl, written = with_sets(), []
-    assert torch.equal(isl._recentered(isl.bank.rows[None])[0], isl.bank.rows)
+    assert torch.equal(isl.recentered(isl.bank.rows[None])[0], isl.bank.rows)
     for number, n in enumerate((5, 5, 10, 4, 7)):
         keys = keys_alike(n, number)
         isl.slots.write(isl.model.enqueue(keys), torch.arange(n))
@@ -156,22 +143,15 @@ def test_of_a_queue_from_elsewhere_all_keys_count_and_no_random_row(ptr, written
 
 
 @pytest.mark.parametrize("steps", [0, 2, 5])
-def test_a_state_of_before_tells_keys_by_their_owners(steps):
-    """Such a state does not say how many slots hold keys.
-
-    With five steps of five the queue has gone round, by one slot.
-    """
-    isl, other = with_sets(), with_sets()
+def test_of_a_queue_that_was_written_before_anybody_counted_owners_tell_keys(steps):
+    """As by the steps before a first round. The fifth one goes round, by one slot."""
+    isl, counting = with_sets(), with_sets()
+    counting.recentered(counting.bank.rows[None])
     for step in range(steps):
-        isl.slots.write(isl.model.enqueue(unit(5, step)), torch.arange(5) + step % 4 * 5)
-    shift = shift_of(isl)
-    state = isl.state_dict()
-    del state["slots"]["held"]
-    other.model.load_state_dict(isl.model.state_dict())
-    other.load_state_dict(state)
-    assert torch.equal(shift_of(other), shift) and other.slots.held == isl.slots.held == min(
-        5 * steps, K
-    )
+        for x in (isl, counting):
+            x.slots.write(x.model.enqueue(unit(5, step)), torch.arange(5) + step % 4 * 5)
+    assert isl.slots.held is None and torch.equal(shift_of(isl), shift_of(counting))
+    assert isl.slots.held == counting.slots.held == min(5 * steps, K)
 
 
 @pytest.mark.parametrize("views", [1, 2])
@@ -195,15 +175,12 @@ def test_owners_of_another_run_are_masked_as_its_own(views):
         owner[where] = index
     again = QueueSlots(M, K, views)
     again.load_state_dict(slots.state_dict())
-    assert all(
-        torch.equal(value, again.state_dict()[name])
-        for name, value in slots.state_dict().items()
-        if name != "held"
-    )
+    for name in ("slots", "visits", "owner"):
+        assert torch.equal(slots.state_dict()[name], again.state_dict()[name])
 
 
 def test_the_mean_of_many_rows_is_of_some_of_them():
-    bank = FeatureBank()
+    bank = FeatureBank(C)
     bank.fill(unit(M, 0))
     assert torch.allclose(bank.mean(), bank.rows.mean(0)) and torch.allclose(
         bank.mean(most=M // 3), bank.rows[::3].mean(0)
@@ -213,9 +190,9 @@ def test_the_mean_of_many_rows_is_of_some_of_them():
 def test_edge_weights_reach_the_loss():
     isl = with_sets(hpe=0)
     q, k, index = unit(2, 1), unit(2, 2), torch.tensor([0, 4])
-    before = isl._queue_loss(q, k, index)
+    before = isl.loss(q, k, index)["loss"]
     isl.positives.weights.mul_(0.1)
-    assert not torch.allclose(isl._queue_loss(q, k, index), before)
+    assert not torch.allclose(isl.loss(q, k, index)["loss"], before)
 
 
 @pytest.mark.parametrize(("K_slots", "views"), [(24, 1), (50, 1), (24, 2)])
@@ -243,8 +220,8 @@ def test_queue_mask_equals_loops(K_slots, views):
 
 
 def test_bank_update_is_eq_8():
-    bank = FeatureBank()
-    assert not bank.filled
+    bank = FeatureBank(C)
+    assert not bank.filled and not bank.lookup(torch.tensor([[4, 0]])).any()
     bank.fill(unit(M, 0))
     before, new = bank.rows.clone(), unit(3, 1)
     bank.update(torch.tensor([4, 0, 7]), new, mix=0.25)
@@ -278,7 +255,7 @@ def test_state_moves_last():
     index = torch.tensor([0, 1, 4])
     q, k = isl.model.encode(images(3, 0), images(3, 1))
     isl.encode = lambda *_, **__: (q, k)
-    expected = isl._queue_loss(q, k, index).item()
+    expected = isl.loss(q, k, index)["loss"].item()
     assert isl(images(3, 0), images(3, 1), index).item() == pytest.approx(expected)
     assert torch.equal(isl.model.queue[:, :3].t(), k) and isl.slots.owner[:3].tolist() == [0, 1, 4]
     assert torch.equal(isl.bank.rows[index], k)
@@ -302,15 +279,10 @@ def test_symmetric_uses_both_views():
 
 def test_symmetric_in_closed_form():
     """Queue and keys all alike: each direction has log(1 + K), MoCo's sum 2 log(1 + K). With one
-    positive, as alike: -log(2 / (2 + K)) each way, and 0 by Eq. 6. Half of it for a run that began
-    with the mean.
+    positive, as alike: -log(2 / (2 + K)) each way, and 0 by Eq. 6.
     """
-    for options, views in (
-        ({}, 1),
-        ({"symmetric": True}, 2),
-        ({"symmetric": True, "symmetric_sum": False}, 1),
-    ):
-        isl = ISL(moco(), M, mask=False, recenter=False, **options)
+    for symmetric in (False, True):
+        isl = ISL(moco(), M, mask=False, symmetric=symmetric)
         alike = unit(1, 0)
         isl.model.queue.copy_(alike.t().expand(C, K))
         isl.bank.fill(alike.expand(M, C))
@@ -321,21 +293,18 @@ def test_symmetric_in_closed_form():
                     M, torch.arange(M), (torch.arange(M) + 1) % M, symmetric=False
                 )
             loss = isl(images(4, 0), images(4, 1), torch.arange(4))
-            assert loss.item() == pytest.approx(views * wanted, abs=1e-5)
+            assert loss.item() == pytest.approx((1 + symmetric) * wanted, abs=1e-5)
             assert isl.parts["loss"] == isl.parts["isl"] == loss and isl.parts["acc1"] == 100
             assert isl.parts["hpe"] == pytest.approx(0, abs=1e-5)
 
 
 def test_symmetric_parts_add_up_to_the_loss():
-    isl, half = (ISL(moco(), M, symmetric=True, symmetric_sum=both) for both in (True, False))
-    for x in (isl, half):
-        fill_queue(x)
-        loss = x(images(4, 0), images(4, 1), torch.arange(4))
-        assert loss.item() == pytest.approx(
-            float(x.parts["isl"] + x.hpe * x.parts["hpe"]), abs=1e-5
-        )
-    assert half.parts["hpe"] > 0 and isl.parts["acc1"] == half.parts["acc1"]
-    assert all(isl.parts[name] == 2 * half.parts[name] for name in ("loss", "isl", "hpe"))
+    isl = ISL(moco(), M, symmetric=True)
+    fill_queue(isl)
+    loss = isl(images(4, 0), images(4, 1), torch.arange(4))
+    parts = isl.parts
+    assert loss.item() == pytest.approx(float(parts["isl"] + isl.hpe * parts["hpe"]), abs=1e-5)
+    assert parts["hpe"] > 0
 
 
 def test_a_large_set_takes_turns():
@@ -377,30 +346,6 @@ def test_a_miner_of_ones_own_needs_no_views():
         isl.mine(unit(M, 3), KNNMiner(), views=(unit(M, 1), unit(M - 1, 2)))
 
 
-@pytest.mark.parametrize("n", [1, 5, 100])
-def test_what_is_in_between_equals_loops(n):
-    isl, features = ISL(moco(), M, between=n), unit(M, 3)
-    report = isl.mine(features, KNNMiner(k=2, budget=2, max_share=1.0))
-    sets, zone = (
-        {i: set(x.members[x.offsets[i] : x.offsets[i + 1]].tolist()) for i in range(M)}
-        for x in (isl.positives, isl.zone)
-    )
-    for i in range(M):
-        nearest = sorted(set(range(M)) - {i}, key=lambda j: -float(features[i] @ features[j]))[:n]
-        assert zone[i] == set(nearest) - sets[i]
-    assert report["between"] == sum(map(len, zone.values())) / M
-    assert ("in between" in one_line({**report, "seconds": 0.0})) and (
-        n > 2 or isl.zone.num_edges < M
-    )
-
-
-def test_a_zone_needs_a_queue_and_its_mask():
-    with pytest.raises(BadInput, match="need a MoCo"):
-        ISL(Instance(tiny, C), M, between=3)
-    with pytest.raises(BadInput, match="mask=True"):
-        ISL(moco(), M, between=3, mask=False)
-
-
 def test_bank_objective_trains_and_updates_its_rows():
     torch.manual_seed(0)
     isl = ISL(Instance(tiny, C, T=0.1), M, hpe=0.5)
@@ -415,13 +360,8 @@ def test_bank_objective_trains_and_updates_its_rows():
     assert torch.equal(isl.bank.rows[4:], before[4:])
 
 
-@pytest.mark.parametrize("between", [0, 4])
-def test_state_dict_round_trip(between):
-    isl, fresh = with_sets(between=between), ISL(moco(), M, between=between)
-    if between:
-        isl.zone = PositiveSets.from_edges(
-            M, torch.arange(12), torch.arange(12) + 3, symmetric=False
-        )
+def test_state_dict_round_trip():
+    isl, fresh = with_sets(), ISL(moco(), M)
     isl(images(6, 0), images(6, 1), torch.arange(6))
     fresh.model.load_state_dict(isl.model.state_dict())
     fresh.load_state_dict(isl.state_dict())

@@ -15,7 +15,6 @@ from moco_isl.miners.cluster import ClusterMiner
 from moco_isl.miners.diffusion import DiffusionMiner
 from moco_isl.miners.entropy import EntropyMiner
 from moco_isl.miners.knn import KNNMiner
-from moco_isl.mining.between import in_between
 from moco_isl.mining.positives import PositiveSets
 from moco_isl.ops import ivf
 from moco_isl.ops.neighbors import topk
@@ -148,14 +147,6 @@ def test_miners_build_an_index_once_a_bank_and_find_nearly_the_same(kind, monkey
     assert len(built) == (2 if kind is AverageMiner else 1)
     assert miner.report["recall"] == min(index.recall for index in built)
     assert len(found["exact"] & found["ivf"]) > 0.85 * len(found["exact"])
-
-
-@needs_faiss
-def test_the_zone_in_between_is_searched_by_the_miners_index():
-    bank, miner = crowds(), KNNMiner(5, index="ivf")
-    sets = miner.mine(bank, PositiveSets.empty(len(bank)), torch.Generator())
-    exact, near = in_between(bank, sets, 20), in_between(bank, sets, 20, None, miner.searchable)
-    assert near.mean_size == pytest.approx(exact.mean_size, rel=0.05)
 
 
 def _mined(rank, world, index):

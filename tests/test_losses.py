@@ -8,13 +8,15 @@ import torch.nn.functional as F
 
 from moco_isl.losses import (
     bank_loss,
-    hard_positive_kl,
+    hard_positive,
+    info_nce,
     linear_kl,
     multi_positive_mean_log,
     multi_positive_nce,
     softmax_over,
 )
 from moco_isl.ops.softmax import entropy, stream_softmax
+from tests.references import hard_positive_kl
 
 N, S, K = 6, 4, 50
 
@@ -81,7 +83,7 @@ def test_forms_equal_loops_in_value_and_gradient(fast, slow, dtype, bound):
     reference = slow(*exact, weight)
     reference.backward()
     rounded = [x.to(dtype).requires_grad_() for x in (l_pos, l_neg)]
-    loss = fast(*rounded, weight)
+    loss = fast(rounded[0], rounded[1].float().logsumexp(1), weight)
     loss.backward()
     assert loss.dtype == torch.float32
     assert abs(loss.item() - reference.item()) < bound
@@ -112,17 +114,16 @@ def test_one_positive_is_cross_entropy():
     l_pos = l_pos[:, :1]
     truth = F.cross_entropy(torch.cat([l_pos, l_neg], 1).float(), torch.zeros(N, dtype=torch.long))
     for form in (multi_positive_nce, multi_positive_mean_log):
-        assert torch.allclose(form(l_pos, l_neg), truth, atol=1e-6)
+        assert torch.allclose(form(l_pos, l_neg.float().logsumexp(1)), truth, atol=1e-6)
 
 
 def test_closed_forms():
     """All logits equal: p = (S w) / (S w + K), so the values can be written down."""
-    l_pos, l_neg = torch.zeros(2, 3), torch.zeros(2, 9)
-    assert multi_positive_nce(l_pos, l_neg).item() == pytest.approx(-math.log(3 / 12))
-    assert multi_positive_mean_log(l_pos, l_neg).item() == pytest.approx(-math.log(1 / 12))
-    assert multi_positive_nce(
-        l_pos, l_neg, torch.tensor([[1.0, 0.5, 0.0]] * 2)
-    ).item() == pytest.approx(-math.log(1.5 / 10.5))
+    l_pos, lse = torch.zeros(2, 3), torch.full((2,), math.log(9))
+    weight = torch.tensor([[1.0, 0.5, 0.0]] * 2)
+    assert multi_positive_nce(l_pos, lse).item() == pytest.approx(-math.log(3 / 12))
+    assert multi_positive_mean_log(l_pos, lse).item() == pytest.approx(-math.log(1 / 12))
+    assert multi_positive_nce(l_pos, lse, weight).item() == pytest.approx(-math.log(1.5 / 10.5))
     # KL of (3/4, 1/4) from (1/2, 1/2)
     kl = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
     assert hard_positive_kl(
@@ -132,9 +133,29 @@ def test_closed_forms():
 
 def test_easy_positive_satisfies_the_sum_but_not_the_mean():
     """What separates the two forms: one easy positive among hard ones."""
-    l_pos, l_neg = torch.tensor([[10.0, -10.0]]), torch.zeros(1, 4)
-    assert multi_positive_nce(l_pos, l_neg) < 0.01
-    assert multi_positive_mean_log(l_pos, l_neg) > 5
+    l_pos, lse = torch.tensor([[10.0, -10.0]]), torch.tensor([math.log(4)])
+    assert multi_positive_nce(l_pos, lse) < 0.01
+    assert multi_positive_mean_log(l_pos, lse) > 5
+
+
+def test_info_nce_is_mocos_cross_entropy():
+    q, k, queue = unit_rows(N, 0).float(), unit_rows(N, 1).float(), unit_rows(K, 2).float()
+    whole = torch.cat([(q * k).sum(1, keepdim=True), q @ queue.T], 1) / 0.2
+    loss, acc1 = info_nce(q, k, queue, 0.2)
+    assert loss.item() == pytest.approx(F.cross_entropy(whole, torch.zeros(N).long()).item())
+    assert acc1.item() == pytest.approx(100 * (whole.argmax(1) == 0).float().mean().item())
+
+
+def test_the_hard_positive_is_the_least_similar_of_a_set():
+    own, rows, other = unit_rows(N, 0), unit_rows(N * S, 1).view(N, S, 8), unit_rows(N, 2)
+    shown = rows.roll(1, 0)
+    _, _, weight = logits()
+    weight[0] = 0  # an empty set
+    found = hard_positive(own, rows, weight, shown, other)
+    for i in range(N):
+        members = [s for s in range(S) if weight[i, s] > 0]
+        least = min(members, key=lambda s: float(own[i] @ rows[i, s]), default=None)
+        assert torch.equal(found[i], other[i] if least is None else shown[i, least])
 
 
 @pytest.mark.parametrize("chunk", [7, 1000])
@@ -199,16 +220,15 @@ def test_a_row_without_negatives_has_a_gradient(form):
     """
     l_pos, l_neg, weight = logits()
     l_neg[2] = -torch.inf
-    mine = [x.float().requires_grad_() for x in (l_pos, l_neg)]
+    mine = [l_pos.float().requires_grad_(), l_neg.float().logsumexp(1).requires_grad_()]
     form(*mine, weight.float()).backward()
-    assert all(x.grad.isfinite().all() for x in mine) and (mine[1].grad[2] == 0).all()
-    truth = [x.clone().requires_grad_() for x in (l_pos, l_neg)]
-    {multi_positive_nce: nce_by_hand, multi_positive_mean_log: mean_log_by_hand}[form](
-        *truth, weight
-    ).backward()
-    assert (mine[0].grad - truth[0].grad).abs().max() < 1e-6
+    assert all(x.grad.isfinite().all() for x in mine) and mine[1].grad[2] == 0
+    truth = l_pos.clone().requires_grad_()
+    by_hand = {multi_positive_nce: nce_by_hand, multi_positive_mean_log: mean_log_by_hand}[form]
+    by_hand(truth, l_neg, weight).backward()
+    assert (mine[0].grad - truth.grad).abs().max() < 1e-6
 
-    own, nothing = torch.zeros(3, 1, requires_grad=True), torch.full((3, 5), -torch.inf)
+    own, nothing = torch.zeros(3, 1, requires_grad=True), torch.full((3,), -torch.inf)
     loss = form(own, nothing)
     loss.backward()
     assert loss.item() == 0 and (own.grad == 0).all()
@@ -243,7 +263,7 @@ def test_a_step_whose_negatives_are_all_masked_goes_on(form):
 
     def loss_of(f, hard, absent):
         lse, _, lse_h, mean_h = softmax_over(f, rows.float(), T, hard=hard, absent=absent, chunk=7)
-        return form((f * hard).sum(1, keepdim=True) / T, lse[:, None]) + linear_kl(
+        return form((f * hard).sum(1, keepdim=True) / T, lse) + linear_kl(
             f, lse, hard, lse_h, mean_h, T
         )
 

@@ -8,14 +8,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from moco_isl import isl as isl_module
-from moco_isl.builder import Instance, MoCo
+from moco_isl.builder import MoCo
 from moco_isl.encoders import extract_features
 from moco_isl.errors import BadInput, RunFailed
 from moco_isl.isl import ISL
 from moco_isl.loader import WithIndex
 from moco_isl.miners.knn import KNNMiner
 from moco_isl.miners.none import NoMiner
+from moco_isl.objectives import base
+from moco_isl.objectives.bank import Instance
 from moco_isl.run.signals import Stop
 from moco_isl.training import engine
 from tests.ranks import run_ranks
@@ -30,7 +31,7 @@ def memory(isl):
     """All that a step leaves behind, but the networks."""
     state = isl.state_dict()
     tensors = [state["bank"]["rows"], *(state.get("slots") or {}).values()]
-    queue = [isl.model.queue, isl.model.queue_ptr] if isl.queue_objective else []
+    queue = [isl.model.queue, isl.model.queue_ptr] if isl.has_queue else []
     return [x.clone() for x in (*tensors, *queue) if isinstance(x, torch.Tensor)]
 
 
@@ -74,7 +75,7 @@ def test_on_a_gpu_values_are_looked_at_in_the_first_step_alone(monkeypatch):
 
     Types and shapes cost nothing.
     """
-    monkeypatch.setattr(isl_module, "CPU", torch.device("meta"))
+    monkeypatch.setattr(base, "CPU", torch.device("meta"))
     isl, twice = around("queue"), torch.tensor([0, 7, 2, 7])
     with pytest.raises(BadInput, match="image 7 comes 2 times"):
         isl(images(4, 0), images(4, 1), twice)
@@ -220,8 +221,8 @@ def test_a_wrapped_model_is_refused_with_what_to_do():
     with pytest.raises(
         BadInput,
         match=(
-            "given a torch.nn.modules.linear.Linear: expected a MoCo or an Instance of"
-            " moco_isl.builder"
+            "given a torch.nn.modules.linear.Linear: expected a moco_isl.builder.MoCo or a"
+            " moco_isl.objectives.bank.Instance"
         ),
     ):
         ISL(nn.Linear(2, 2), M)
@@ -234,7 +235,7 @@ def test_num_images_is_a_number_of_images(num_images):
 
 
 @pytest.mark.parametrize(
-    "option", [{"P": 0}, {"hpe": -0.5}, {"hpe": float("nan")}, {"between": -1}, {"bank_mix": 1.5}]
+    "option", [{"P": 0}, {"hpe": -0.5}, {"hpe": float("nan")}, {"bank_mix": 1.5}]
 )
 def test_options_out_of_range_are_refused(option):
     with pytest.raises(BadInput, match=f"^{next(iter(option))} is .*: expected"):
@@ -266,6 +267,16 @@ def test_features_that_are_no_unit_rows_are_not_mined(objective):
     isl.mine(rows.half(), KNNMiner())
 
 
+def test_an_unknown_option_is_refused():
+    said = (
+        r"ISL\(MoCo, ...\) has no option recentre, seeds: expected some of P, active, .*symmetric$"
+    )
+    with pytest.raises(BadInput, match=said):
+        ISL(moco(), M, seeds=1, recentre=True)
+    with pytest.raises(BadInput, match=r"ISL\(Instance, ...\) has no option symmetric: expected"):
+        around("bank", symmetric=True)
+
+
 def test_an_unknown_form_is_refused():
     with pytest.raises(BadInput, match="form 'sum' is unknown: use logsum or meanlog"):
         ISL(moco(), M, form="sum")
@@ -276,8 +287,12 @@ def test_an_unknown_form_is_refused():
 
 def _seeded_by_rank(rank, world, objective):
     torch.manual_seed(rank)
-    model = MoCo(tiny, C, 64, m=0.9, T=0.2) if objective == "queue" else Instance(tiny, C, T=0.2)
-    isl = ISL(model, 60, seed=rank)
+    if objective == "queue":
+        model = MoCo(tiny, C, 64, m=0.9, T=0.2)
+        isl = ISL(model, 60)
+    else:
+        model = Instance(tiny, C, T=0.2)
+        isl = ISL(model, 60, seed=rank)
     optimizer = torch.optim.SGD(model.encoder_q.parameters(), 0.1)
     for step in range(3):  # 48 keys of two ranks: 16 slots stay as they began
         loss = isl(
@@ -288,7 +303,7 @@ def _seeded_by_rank(rank, world, objective):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return model.state_dict(), isl.bank.rows, isl.slots and isl.slots.owner
+    return model.state_dict(), isl.bank.rows, isl.slots.owner if isl.has_queue else None
 
 
 @pytest.mark.parametrize("objective", ["queue", "bank"])

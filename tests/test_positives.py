@@ -118,9 +118,6 @@ def test_empty_sets():
     assert (sets.num_images, sets.num_edges, sets.mean_size, sets.coverage) == (6, 0, 0, 0)
     assert sets.in_degree().tolist() == [0] * 6 and math.isnan(sets.precision(torch.zeros(6)))
     assert PositiveSets.from_edges(6, torch.tensor([3]), torch.tensor([3])).num_edges == 0
-    assert as_lists(sets.union(PositiveSets.from_edges(6, torch.tensor([0]), torch.tensor([1]))))[
-        0
-    ] == [(1, 1, 0)]
 
 
 def test_lookup_equals_loops_and_windows_reach_everyone():
@@ -142,31 +139,6 @@ def test_lookup_equals_loops_and_windows_reach_everyone():
             assert list(zip(pos[n].tolist(), weights[n].tolist())) == expected
             seen[i].update(j for j, w in expected if w)
     assert seen == [{j for j, _, _ in row} for row in rows]
-
-
-def test_union_keeps_the_larger_values_and_one_way_edges():
-    a = PositiveSets.from_edges(
-        4,
-        torch.tensor([0, 0]),
-        torch.tensor([1, 2]),
-        torch.tensor([0.5, 1.0]),
-        False,
-        torch.tensor([0.1, 0.9]),
-    )
-    b = PositiveSets.from_edges(
-        4,
-        torch.tensor([0, 3]),
-        torch.tensor([1, 0]),
-        torch.tensor([0.25, 1.0]),
-        False,
-        torch.tensor([0.95, 0.0]),
-    )
-    assert [[(j, round(w, 3), round(s, 3)) for j, w, s in row] for row in as_lists(a.union(b))] == [
-        [(1, 0.5, 0.95), (2, 1.0, 0.9)],
-        [],
-        [],
-        [(0, 1.0, 0.0)],
-    ]
 
 
 def test_state_goes_through_a_file(tmp_path):

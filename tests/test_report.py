@@ -177,11 +177,9 @@ def test_unseen_counts_anchors_whose_list_ends_too_early():
 
 
 def test_sizes_hubs_and_confusion_by_hand():
-    # 0: 1 2, 1: 0 2, 2: 0 1
-    sets = PositiveSets.from_edges(5, torch.tensor([0, 0, 1]), torch.tensor([1, 2, 2]))
-    sets = sets.union(
-        PositiveSets.from_edges(5, torch.tensor([3]), torch.tensor([2]), symmetric=False)
-    )
+    # 0: 1 2, 1: 0 2, 2: 0 1, 3: 2
+    src, dst = torch.tensor([0, 0, 1, 1, 2, 2, 3]), torch.tensor([1, 2, 0, 2, 0, 1, 2])
+    sets = PositiveSets.from_edges(5, src, dst, symmetric=False)
     assert figures.share_with_at_least(sets.sizes()) == [1.0, 0.8, 0.6]
     assert figures.hubs(sets, 2) == [(2, 3), (0, 2)]
     labels = torch.tensor([0, 1, 1, 2, -1])

@@ -7,16 +7,16 @@ import pytest
 import torch
 
 import main_moco_isl
-from moco_isl.builder import Rotation
 from moco_isl.errors import BadInput
-from moco_isl.objectives.rotnet import Rotations
+from moco_isl.isl import ISL
+from moco_isl.objectives.rotnet import Rotation
 from tests.ranks import run_ranks
 from tests.test_builder import C, images, tiny
 
 
 def build(batch=6):
     torch.manual_seed(0)
-    return Rotations(Rotation(tiny, C), batch)
+    return ISL(Rotation(tiny, C), batch)
 
 
 def turned_by_loops(image, quarters):

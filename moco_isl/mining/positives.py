@@ -11,11 +11,12 @@ Tensor = torch.Tensor
 
 
 class PositiveSets:
-    """For every image the other images that are taken to mean the same; the image itself is not
-    stored.
+    """For every image the other images that are taken to mean the same, without the image itself.
 
-    Set i is members[offsets[i]:offsets[i + 1]], the surest first and among equally sure ones the
-      lowest index first. offsets  [M + 1] int64
+    Set i is members[offsets[i]:offsets[i + 1]], the surest first, and among equally sure ones the
+    lowest index first.
+
+      offsets  [M + 1] int64
       members  [E] int32 (M < 2^31), images
       weights  [E] float32, what an edge counts in the loss: 1 unless a miner says otherwise
       sureness [E] float32, what edges are ranked by, on the miner's own scale; never used in a loss
@@ -29,10 +30,9 @@ class PositiveSets:
 
     @classmethod
     def empty(cls, M: int, device: torch.device | str = "cpu") -> "PositiveSets":
+        offsets = torch.zeros(M + 1, dtype=torch.int64, device=device)
         none = torch.empty(0, device=device)
-        return cls(
-            torch.zeros(M + 1, dtype=torch.int64, device=device), none.int(), none, none.clone()
-        )
+        return cls(offsets, none.int(), none, none.clone())
 
     @classmethod
     def from_edges(
@@ -52,15 +52,13 @@ class PositiveSets:
         Raises ValueError for an image outside 0..M-1. Needs about 60 bytes a directed edge while it
         works.
         """
-        if len(src) and (
-            int(torch.minimum(src.min(), dst.min())) < 0
-            or int(torch.maximum(src.max(), dst.max())) >= M
-        ):
+        ends = [int(x) for side in (src, dst) if len(side) for x in side.aminmax()]
+        if ends and (min(ends) < 0 or max(ends) >= M):
             raise ValueError(f"edges must join images 0 to {M - 1}")
         src, dst, (weight, sureness) = distinct_edges(M, src, dst, [weight, sureness], symmetric)
         if symmetric:
-            # For any image first its partners of lower index, then those of higher, each ascending:
-            # sorted for the ties.
+            # Ties are then in order: of any image first its partners of lower index, ascending,
+            # then those of higher index.
             src, dst = torch.cat([dst, src]), torch.cat([src, dst])
             weight, sureness = (
                 None if x is None else torch.cat([x, x]) for x in (weight, sureness)
@@ -115,45 +113,33 @@ class PositiveSets:
         return torch.repeat_interleave(self.sizes(), output_size=self.num_edges)
 
     def precision(self, labels: Tensor) -> float:
-        """Share of edges whose two ends have the same label, labels [M]; NaN without edges. Logged,
-        never used.
+        """Share of edges whose two ends have the same label, labels [M]; logged, never used.
 
-        A label below 0 is an unknown one: edges to it and from it are not counted.
+        A label below 0 is an unknown one: edges to it and from it are not counted. NaN without
+        edges.
         """
-        return float(
-            same_label(labels.to(self.device), self.sources(), self.members).double().nanmean()
-        )
+        same = same_label(labels.to(self.device), self.sources(), self.members)  # [E]
+        return float(same.double().nanmean())
 
     def lookup(self, index: Tensor, P: int, turn: int = 0) -> tuple[Tensor, Tensor]:
         """index [N] -> positives [N, P] int64 and weights [N, P]; padding is the image itself at
         weight 0.
 
-        A set larger than P gives P consecutive members, a window that moves on by P with every
-        `turn` (the epoch) and
-        around: each positive has its turn, and no draw is needed that ranks or a resumed run would
-        have to repeat.
+        A set larger than P gives P consecutive members. With every `turn` (the epoch) that window
+        moves on by P, and around at the end: each positive has its turn, and no draw is needed that
+        ranks or a resumed run would have to repeat.
         """
-        column = torch.arange(P, device=index.device)
         if not self.num_edges:
             return index[:, None].repeat(1, P), torch.zeros(len(index), P, device=index.device)
-        first = self.offsets[index]
-        size = self.offsets[index + 1] - first  # [N]
-        start = torch.where(size > P, turn * P % size.clamp(min=1), 0)
-        valid = column < size[:, None]  # [N, P]
-        edge = torch.where(
-            valid, first[:, None] + (start[:, None] + column) % size.clamp(min=1)[:, None], 0
-        )
-        return torch.where(valid, self.members[edge].long(), index[:, None]), torch.where(
-            valid, self.weights[edge], 0
-        )
-
-    def union(self, other: "PositiveSets") -> "PositiveSets":
-        """Edges of either; of an edge in both the larger weight and sureness. Adds no ways back."""
-        both = lambda name: torch.cat([getattr(self, name), getattr(other, name).to(self.device)])
-        src = torch.cat([self.sources(), other.sources().to(self.device)])
-        return PositiveSets.from_edges(
-            self.num_images, src, both("members"), both("weights"), False, both("sureness")
-        )
+        column = torch.arange(P, device=index.device)
+        first = self.offsets[index][:, None]  # [N, 1]
+        size = self.offsets[index + 1][:, None] - first  # [N, 1]
+        around = size.clamp(min=1)
+        start = torch.where(size > P, turn * P % around, 0)
+        valid = column < size  # [N, P]
+        edge = torch.where(valid, first + (start + column) % around, 0)
+        members = torch.where(valid, self.members[edge].long(), index[:, None])
+        return members, torch.where(valid, self.weights[edge], 0)
 
     def to(self, device: torch.device | str) -> "PositiveSets":
         return PositiveSets(
@@ -201,20 +187,22 @@ def _is_csr(state: dict[str, Tensor]) -> bool:
 
 
 def same_label(labels: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """labels [M], images a, b (shapes that broadcast) -> float32: 1 where labels agree, 0 where
-    not, NaN where one is below 0.
+    """Whether the labels [M] of images a and b (shapes that broadcast) agree: 1 or 0, float32.
+
+    NaN where one of them is below 0, for unknown.
     """
-    a, b = labels[a], labels[b]
+    a = labels[a]
+    b = labels[b]
     return torch.where((a >= 0) & (b >= 0), (a == b).float(), torch.nan)
 
 
 def distinct_edges(
     M: int, src: Tensor, dst: Tensor, values: list[Tensor | None], undirected: bool
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-    """Edges src [E], dst [E] without doubles and self edges, sorted by (src, dst), with the largest
-    of each of `values` [E].
+    """Edges src [E], dst [E] without doubles and self edges, sorted by (src, dst).
 
-    Where `undirected`, i -> j and j -> i are one edge, returned as lower -> higher.
+    Of a double edge the largest of each of `values` [E] stays. Where `undirected`, i -> j and
+    j -> i are one edge, returned as lower -> higher.
     """
     # One int64 key an edge: M squared fits for any M below 3e9.
     key = torch.minimum(src, dst).long() if undirected else src.long()
@@ -234,18 +222,11 @@ def distinct_edges(
         if bool(new.all()):
             values = [None if x is None else x.float()[order] for x in values]
         else:
-            group = new.cumsum(0).sub_(1)  # [E] which distinct edge
+            group = new.cumsum(0).sub_(1)  # [E], which distinct edge
             key = key[new]
-            values = [
-                (
-                    None
-                    if x is None
-                    else torch.full((len(key),), -torch.inf, device=key.device).scatter_reduce_(
-                        0, group, x.float()[order], "amax"
-                    )
-                )
-                for x in values
-            ]
+            lowest = torch.full((len(key),), -torch.inf, device=key.device)
+            largest = lambda x: lowest.scatter_reduce(0, group, x.float()[order], "amax")
+            values = [None if x is None else largest(x) for x in values]
     return torch.div(key, M, rounding_mode="floor"), key % M, values
 
 

@@ -166,8 +166,6 @@ def one_line(report: dict) -> str:
         f" {100 * report['coverage']:.1f} % have any, worst in-degree {report['worst_in_degree']},"
         f" +{report['edges_added']} -{report['edges_dropped']} edges"
     )
-    if "between" in report:
-        text += f", {report['between']:.1f} in between"
     if "recall" in report:
         text += f", recall {report['recall']:.3f} of the approximate search"
     if "loss_D" in report:

@@ -1,51 +1,57 @@
-"""RotNet, a method to compare with (Gidaris et al. 2018): by which of four right angles was an
-image turned?
+"""RotNet (Gidaris et al. 2018), to compare with: by which right angle was an image turned?
 
-Letters: N batch, M images.
+Letters: N batch.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from moco_isl.builder import Rotation
-from moco_isl.isl import distributed_encode
-from moco_isl.mining.positives import PositiveSets
+from moco_isl.builder import add_mlp
+from moco_isl.objectives.base import Objective, Parts
+
+Tensor = torch.Tensor
 
 
-class Rotations:
-    """loss = rotations(image, index), around a `builder.Rotation`. It stands where an `ISL` stands,
-    with neither bank nor rounds: an image is told nothing about others.
-    """
+class Rotation(nn.Module):
+    """The query encoder and a classifier of rotations on its output."""
 
-    queue_objective = False
+    shown_of_an_image = 4  # a batch goes through the encoder in all four positions at once
 
-    def __init__(self, model: Rotation, num_images: int):
-        self.model, self.encode = model, distributed_encode(model)
-        self.positives = PositiveSets.empty(num_images, next(model.parameters()).device)  # for ever
-        self.round = 0
-        self.turn = 0
-        self.active = False
-        self.parts: dict[str, torch.Tensor] = {}  # of the last step: loss, acc1 (of four)
+    def __init__(self, base_encoder: Callable[..., nn.Module], dim: int = 128, mlp: bool = False):
+        super().__init__()
+        self.encoder_q = base_encoder(num_classes=dim)
+        if mlp:
+            add_mlp(self.encoder_q)
+        self.classifier = nn.Linear(dim, 4)
 
-    def __call__(self, image: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy of image [N, 3, S, S] in all four positions; other views and `index` are
-        not looked at.
+    def encode(self, image: Tensor) -> Tensor:
+        """Images [N, 3, S, S] -> logits [4N, 4] of the N as they are, then turned by 90, 180 and
+        270 degrees.
         """
-        logits = self.encode(image).float()  # [4N, 4]
-        truth = torch.arange(4, device=image.device).repeat_interleave(len(image))
-        loss = F.cross_entropy(logits, truth)
-        self.parts = {
-            "loss": loss.detach(),
-            "acc1": (logits.argmax(1) == truth).float().mean() * 100,
-        }
-        return loss
+        turned = [torch.rot90(image, quarter, (2, 3)) for quarter in range(4)]
+        return self.classifier(F.relu(self.encoder_q(torch.cat(turned))))
 
-    def state_dict(self) -> dict:
-        return {}
+    forward = encode
 
-    def load_state_dict(self, state: dict) -> None:
-        pass
+
+@dataclass(eq=False, repr=False, kw_only=True)
+class RotationObjective(Objective):
+    """Cross-entropy of every image in all four positions; an image is told nothing about others."""
+
+    around: ClassVar[type[nn.Module]] = Rotation
 
     @staticmethod
-    def state_shape() -> dict:
-        return {}
+    def build_model(base_encoder, *, dim: int, mlp: bool, **_) -> Rotation:
+        return Rotation(base_encoder, dim, mlp)
+
+    def step(self, image: Tensor, *rest: Tensor) -> Parts:
+        """image: [N, 3, S, S]. A second view and the index are not looked at."""
+        logits = self.encode(image).float()  # [4N, 4]
+        truth = torch.arange(4, device=image.device).repeat_interleave(len(image))
+        right = (logits.argmax(1) == truth).float().mean() * 100
+        return {"loss": F.cross_entropy(logits, truth), "acc1": right}

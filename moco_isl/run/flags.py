@@ -31,11 +31,12 @@ class Parser(argparse.ArgumentParser):
         self._shows_all = False
 
     def add_options(self, title: str, *kinds: type) -> None:
-        """A group of flags: the fields of these dataclasses."""
+        """A group of flags: the fields of these dataclasses. What they share is one flag."""
         group = self.add_argument_group(title)
         for kind in kinds:
             for flag in flags_of(kind).values():
-                _add(group, flag, flag.default)
+                if flag.name not in self._option_string_actions:
+                    _add(group, flag, flag.default)
 
     def add_plugins(self, flag: str, kinds: dict[str, type], find: Callable[[str], type]) -> None:
         """Let the flag --`flag` choose one of several classes, each with flags of its own.
@@ -425,9 +426,9 @@ def page(groups: dict[str, tuple[type, ...]], miners: dict[str, type]) -> str:
     parts = [_HEAD]
     common = set()
     for title, kinds in groups.items():
-        found = [flag for kind in kinds for flag in flags_of(kind).values()]
-        common |= {flag.name for flag in found}
-        parts.append(_table(title, found))
+        found = {flag.name: flag for kind in kinds for flag in flags_of(kind).values()}
+        common |= found.keys()
+        parts.append(_table(title, list(found.values())))
     for name, kind in miners.items():
         own = [flag for flag in flags_of(kind).values() if flag.name not in common]
         parts.append(_table(f"--miner {name}", own))

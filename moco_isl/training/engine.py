@@ -15,9 +15,9 @@ import torch
 from moco_isl import dist
 from moco_isl.encoders import AMP_TYPES
 from moco_isl.errors import Interrupted, RunFailed
-from moco_isl.isl import ISL
 from moco_isl.mining.baselines import baselines
 from moco_isl.mining.record import sample_anchors
+from moco_isl.objectives.base import Objective
 from moco_isl.run.meters import Averages, Clock, Progress, require_finite
 from moco_isl.run.signals import Stop
 
@@ -74,7 +74,7 @@ def to_network(
 
 
 def train_one_epoch(
-    isl: ISL,
+    isl: Objective,
     loader,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
@@ -147,7 +147,7 @@ def train_one_epoch(
 
 
 def mine_round(
-    isl: ISL,
+    isl: Objective,
     miner,
     features: torch.Tensor,
     labels: torch.Tensor | None,
@@ -190,7 +190,7 @@ def mine_round(
 
 
 def judge_positives(
-    isl: ISL,
+    isl: Objective,
     features: torch.Tensor,
     labels: torch.Tensor,
     sizes: tuple[int, ...],

@@ -14,16 +14,16 @@ import torch
 from moco_isl import data
 from moco_isl.builder import MoCo
 from moco_isl.encoders import STEMS
-from moco_isl.isl import FORMS, ISL
 from moco_isl.miners import MINERS, find_miner
 from moco_isl.mining.rounds import RoundMiner
+from moco_isl.objectives import OBJECTIVES
+from moco_isl.objectives.base import Objective
 from moco_isl.options import default_of, flags_of, opt
 from moco_isl.run import flags, ranks
 from moco_isl.run.folder import FolderOptions
 from moco_isl.training import fast
 
 SCHEDULE = [120, 160]  # MoCo's, for its 200 epochs
-OBJECTIVES = ("queue", "bank", "rotnet")
 
 
 @dataclass(kw_only=True)
@@ -161,55 +161,17 @@ class NetworkOptions:
         help="batch norm over n parts of a batch, and keys shuffled between the parts: 8 on one GPU"
         " does what shuffling BN does on 8; 1: the whole batch of a GPU",
     )
-    symmetric: bool = opt(
-        False,
-        help="each view is query once and key once: better epochs, at twice the price. The loss is"
-        " the sum of both directions, as in MoCo's notebook; with the settings of a library that"
-        " takes the mean give half the --lr and twice the --wd",
-    )
 
 
 @dataclass(kw_only=True)
 class LossOptions:
-    """The objective; its defaults are those of `ISL`."""
+    """Which objective, and how it keeps its bank."""
 
     objective: str = opt(
         "queue",
         choices=OBJECTIVES,
         help="queue: MoCo. bank: the paper's softmax over all images. rotnet: which way up an image"
         " is, to compare with",
-    )
-    form: str = opt(
-        default_of(ISL, "form"),
-        "--isl-loss",
-        choices=FORMS,
-        help="logsum: Eq. 5, forgiving. meanlog: learns most from clean sets, and suffers most from"
-        " wrong ones",
-    )
-    hpe: float = opt(
-        default_of(ISL, "hpe"),
-        "--isl-hpe",
-        low=0,
-        metavar="w",
-        help="weight of hard positive enhancement, Eq. 6; 0 turns it off",
-    )
-    P: int = opt(
-        default_of(ISL, "P"),
-        "--isl-max-positives",
-        low=1,
-        metavar="P",
-        rare=True,
-        help="positives of an image that a step looks at; larger sets take turns",
-    )
-    bank_mix: float | None = opt(
-        default_of(ISL, "bank_mix"),
-        "--isl-bank-mix",
-        low=0,
-        low_open=True,
-        high=1,
-        metavar="mu",
-        rare=True,
-        help="share of the new feature in a bank row, Eq. 8 (1 with the queue, 0.5 with the bank)",
     )
     half_bank: bool = opt(
         False,
@@ -273,7 +235,7 @@ GROUPS: dict[str, tuple[type, ...]] = {
     "devices and processes": (ranks.DistributedOptions,),
     "run": (FolderOptions, WatchOptions),
     "network and numerics": (NetworkOptions, fast.SpeedOptions),
-    "ISL: the loss": (LossOptions,),
+    "ISL: the loss": (LossOptions, *OBJECTIVES.values()),
     "ISL: mining": (MiningOptions, RoundMiner),
 }
 KINDS = [kind for kinds in GROUPS.values() for kind in kinds]
@@ -294,6 +256,18 @@ def build_miner(args: argparse.Namespace, labels: torch.Tensor | None):
     """
     kind = find_miner(args.miner)
     return flags.take(kind, args, **({"labels": labels} if kind.uses_labels else {}))
+
+
+def build_objective(args: argparse.Namespace, model: torch.nn.Module, M: int) -> Objective:
+    """The objective that the flags describe, around its model. M: images."""
+    kind = OBJECTIVES[args.objective]
+    more = {
+        "seed": args.seed,
+        "bank_dtype": torch.float16 if args.isl_half_bank else torch.float32,
+        "fast": args.fast,
+    }
+    more = {name: value for name, value in more.items() if name in kind.options()}
+    return flags.take(kind, args, model=model, num_images=M, **more)
 
 
 def idle(args: argparse.Namespace) -> list[str]:
@@ -337,17 +311,16 @@ def _check_batch(args: argparse.Namespace) -> None:
 
 
 def _check_objective(args: argparse.Namespace) -> None:
+    kind = OBJECTIVES[args.objective]
     keys = args.batch_size * (2 if args.symmetric else 1)
     flags.check(
-        args.objective != "queue" or args.moco_k >= keys,
+        not kind.has_queue or args.moco_k >= keys,
         f"--moco-k {args.moco_k} is smaller than the {keys} keys of one step: use at least that",
     )
+    flags.check(kind.has_queue or not args.symmetric, "--symmetric belongs to --objective queue")
     flags.check(
-        args.objective == "queue" or not args.symmetric, "--symmetric belongs to --objective queue"
-    )
-    flags.check(
-        args.objective != "rotnet" or args.miner == "none",
-        "--objective rotnet has no use for positives: leave --miner none",
+        kind.mined or args.miner == "none",
+        f"--objective {args.objective} has no use for positives: leave --miner none",
     )
 
 

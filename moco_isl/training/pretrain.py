@@ -18,9 +18,9 @@ from moco_isl import dist, files
 from moco_isl.builder import MoCo
 from moco_isl.encoders import as_in_library
 from moco_isl.errors import BadInput, Interrupted, RunFailed
-from moco_isl.isl import ISL
 from moco_isl.mining.positives import PositiveSets
 from moco_isl.mining.record import one_line, precision_of_ranking, round_record
+from moco_isl.objectives.base import Objective
 from moco_isl.ops import ivf
 from moco_isl.run import checkpoint, logs, ranks
 from moco_isl.run.folder import RunFolder
@@ -156,7 +156,7 @@ def _require_images(ours: dict, M: int, names: str, path: str) -> None:
 
 
 def assemble(
-    model: nn.Module, isl: ISL, miner, reader: Reader, plan: Plan, numerics: Numerics
+    model: nn.Module, isl: Objective, miner, reader: Reader, plan: Plan, numerics: Numerics
 ) -> resume.Parts:
     """All that a checkpoint holds the state of, put around a model on its device and its objective.
 
@@ -295,7 +295,7 @@ def begin(
     if start.goes_on and not start.in_place:
         save()  # now the folder has all that --resume auto needs, however early this run ends
     journal.progress.begin(parts.position.total)
-    if start.path and isinstance(parts.isl, ISL):
+    if start.path:
         journal.mean_cosine = parts.isl.mean_cosine()
     if tensorboard and journal.folder is not None:
         path = journal.folder.path
@@ -324,11 +324,11 @@ def load(
         say(f"=> queue filled with features of {min(reader.M, parts.model.K)} images")
     if not start.goes_on:
         warn_of_labels(content, start.path)
-        if isinstance(parts.model, MoCo) and "queue" not in filled:
-            know_queue(parts, content, flags["dataset"])
-        if isinstance(parts.isl, ISL) and not isinstance(parts.model, MoCo):
-            # of features: random rows would undo what the encoder has learned
-            parts.isl.bank.fill(reader.features(parts.model.encoder_q))
+        if "queue" not in filled:
+            ours = content.get("isl")
+            same_data = bool(ours) and content["args"].get("dataset") == flags["dataset"]
+            same_images = same_data and ours.get("images") == parts.images
+            parts.isl.start_from(ours["state"] if ours else {}, same_images, reader.features)
         return 0
     if "isl" not in content:
         parts.position.epoch = epoch or flags["start_epoch"]
@@ -365,19 +365,6 @@ def warn_of_labels(content: dict, path: str) -> None:
             f"=> warning: labels were used in the training of '{files.shown(path)}'"
             " (--research-labels), and so in what is made of it here"
         )
-
-
-def know_queue(parts: resume.Parts, content: dict, dataset: str) -> None:
-    """Take over what a file of ours says of its queue's keys: how many there are and, where it was
-    trained on the same images, whose.
-    """
-    ours = content.get("isl")
-    slots = ours["state"].get("slots") if ours else None
-    if slots is None:
-        return
-    if content["args"].get("dataset") == dataset and ours.get("images") == parts.images:
-        parts.isl.slots.take_over(slots["owner"], oldest=int(parts.model.queue_ptr))
-    parts.isl.slots.held = slots["held"]
 
 
 @torch.no_grad()
@@ -538,10 +525,9 @@ def mine(
     miner_before = copy.deepcopy(miner.state_dict())
     generators = resume.rng_of_ranks(reader.device)
     miner.begin(number)
-    encoder = parts.model.encoder_k if isl.queue_objective else parts.model.encoder_q
     try:
-        features = reader.features(encoder)  # [M, C]
-        views = reader.views(encoder, epoch) if miner.wants_views else None  # 2 x [M, C]
+        features = reader.features(isl.encoder)  # [M, C]
+        views = reader.views(isl.encoder, epoch) if miner.wants_views else None  # 2 x [M, C]
         report = engine.mine_round(
             isl, miner, features, reader.labels, reader.settings.seed, stop, views, number=number
         )
@@ -588,9 +574,10 @@ def end_of_epoch(
     position = parts.position
     epoch = position.epoch
     values = position.averages.epoch()
-    if isinstance(parts.isl, ISL):
-        values["mean_cosine"] = parts.isl.mean_cosine()
-        warn_of_collapse(journal, epoch, values["mean_cosine"])
+    mean_cosine = parts.isl.mean_cosine()
+    if mean_cosine is not None:
+        values["mean_cosine"] = mean_cosine
+        warn_of_collapse(journal, epoch, mean_cosine)
     if plan.knn_every and reader.labels is not None and (epoch + 1) % plan.knn_every == 0:
         try:
             values["knn"] = knn_accuracy(reader, parts.model.encoder_q, judge)

@@ -13,7 +13,7 @@ import torch
 
 from moco_isl import data, dist, files
 from moco_isl.errors import BadInput
-from moco_isl.isl import ISL
+from moco_isl.objectives.base import Objective
 from moco_isl.run import checkpoint
 from moco_isl.run.folder import flags_of_unsaved, newest
 from moco_isl.run.meters import Averages
@@ -326,7 +326,7 @@ class Parts:
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    isl: ISL
+    isl: Objective
     miner: object  # see mining.rounds.Miner
     images: str  # see images_of
     position: Position

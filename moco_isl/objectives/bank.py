@@ -1,0 +1,148 @@
+"""Instance discrimination + ISL, the paper's own objective: a softmax over all images.
+
+Letters: N batch, C feature dimension, M images, P positives of an image after padding, T
+temperature.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from moco_isl import dist
+from moco_isl.builder import add_mlp
+from moco_isl.encoders import evaluating
+from moco_isl.losses import bank_loss, hard_positive
+from moco_isl.objectives.base import MinedObjective, Parts
+
+Tensor = torch.Tensor
+
+
+class Instance(nn.Module):
+    """The query encoder alone (non-parametric instance discrimination): its keys are a bank's rows.
+
+    Named `encoder_q`, so that files of both objectives are read by the same tools.
+    """
+
+    shown_of_an_image = 1  # how many images the encoder sees at once of each in the batch
+
+    def __init__(
+        self,
+        base_encoder: Callable[..., nn.Module],
+        dim: int = 128,
+        T: float = 0.1,
+        mlp: bool = False,
+    ):
+        super().__init__()
+        self.dim = dim
+        self.T = T
+        self.encoder_q = base_encoder(num_classes=dim)
+        if mlp:
+            add_mlp(self.encoder_q)
+
+    def encode(self, image: Tensor) -> Tensor:
+        """f: [N, C] unit rows, float32, of images [N, 3, S, S]."""
+        return F.normalize(self.encoder_q(image).float(), dim=1)
+
+    forward = encode
+
+
+@dataclass(eq=False, repr=False, kw_only=True)
+class BankObjective(MinedObjective):
+    """Bank, mined positives and loss around an `Instance`: Eq. 4 to 8.
+
+    The bank begins with random rows. In half precision its softmax is taken by half-precision
+    products.
+    """
+
+    seed: int = 0  # of the random rows
+
+    around: ClassVar[type[nn.Module]] = Instance
+    begins_filled: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.bank.fill_random(self.num_images, torch.Generator().manual_seed(self.seed))
+        # Ranks take the rows of rank 0, whatever their seeds; equal writes then keep them equal.
+        dist.broadcast(self.bank.rows)
+
+    @staticmethod
+    def build_model(base_encoder, *, dim: int, T: float, mlp: bool, **_) -> Instance:
+        return Instance(base_encoder, dim, T, mlp)
+
+    @staticmethod
+    def views(hpe: float) -> int:
+        return 2 if hpe else 1
+
+    def step(self, im_1: Tensor, *rest: Tensor) -> Parts:
+        """im_1 is trained on; the second view only gives the hard positives of images with an empty
+        set.
+        """
+        *second, index = rest
+        mined, weight = self.positives.lookup(index, self.P, self.turn)  # [N, P] each
+        without = (weight == 0).all(dim=1)  # [N]
+        count = Coming(without.sum()) if self.hpe and self.positives.num_edges else None
+        f = self.encode(im_1)  # [N, C]
+        hard = None
+        if self.hpe:
+            other = self.second_views(*second, without, count)  # [N, C]
+            rows = self.bank.lookup(mined)  # [N, P, C]
+            hard = hard_positive(self.bank.lookup(index), rows, weight, rows, other)  # [N, C]
+        images = torch.cat([index[:, None], mined], dim=1)  # [N, 1 + P]
+        weight = torch.cat([torch.ones_like(weight[:, :1]), weight], dim=1)  # [N, 1 + P]
+        isl, hp = bank_loss(
+            f, self.bank.rows, images, weight, self.model.T, hard, self.form, fused=self.fast
+        )
+        self.bank.update(*self.of_all_ranks(index, f.detach()), self.bank_mix)
+        return {"loss": isl + self.hpe * hp, "isl": isl, "hpe": hp}
+
+    @torch.no_grad()
+    def second_views(self, im_2: Tensor, wanted: Tensor, count: "Coming | None" = None) -> Tensor:
+        """[N, C]: features of the images im_2 [N, 3, S, S] where `wanted` [N] is True.
+
+        Other rows may hold anything. The encoder is in eval mode: a feature does then not depend
+        on the other images of the batch, and batch norm's averages stay as they are.
+        count: how many are wanted; None: all may be.
+        """
+        N = len(wanted)
+        if count is None:
+            some = N
+        else:  # rounded up to eighths of a batch, for few different shapes
+            eighths = -(-int(count) * 8 // N)
+            some = min(N, eighths * N // 8)
+        first = wanted.int().argsort(descending=True, stable=True)[:some]
+        other = torch.zeros(N, self.bank.dim, device=self.device)
+        if some:
+            with evaluating(self.model.encoder_q):
+                other[first] = self.model.encode(im_2[first])
+        return other
+
+    def start_from(self, state: dict, same_images: bool, features: Callable) -> None:
+        # Random rows would undo what the encoder has learned.
+        self.bank.fill(features(self.encoder))
+
+
+class Coming:
+    """A number on its way from the device: int() waits for the work that was queued before it was
+    asked for, not for what came after.
+
+    Asked for before the encoder runs and read behind it, it leaves the device busy while the host
+    goes on.
+    """
+
+    def __init__(self, number: Tensor):
+        self.number = number
+        self.arrived = None
+        if number.device.type == "cuda":
+            self.number = torch.empty(number.shape, dtype=number.dtype, pin_memory=True)
+            self.number.copy_(number, non_blocking=True)
+            self.arrived = torch.cuda.Event()
+            self.arrived.record(torch.cuda.current_stream(number.device))
+
+    def __int__(self) -> int:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return int(self.number)

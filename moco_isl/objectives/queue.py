@@ -1,0 +1,152 @@
+"""MoCo v2 + ISL. Positives of an image: its key and the bank rows of its mined set. Negatives: the
+queue, less the keys of the image itself and of its set.
+
+Letters: N batch, C feature dimension, K queue length, M images, P positives of an image after
+padding, S slots remembered of an image, T temperature.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from moco_isl import dist
+from moco_isl.bank import QueueSlots
+from moco_isl.builder import MoCo
+from moco_isl.losses import FORMS, accuracy, hard_positive, info_nce, linear_kl, softmax_over
+from moco_isl.objectives.base import MinedObjective, Parts
+from moco_isl.options import opt
+from moco_isl.schema import Holds
+
+Tensor = torch.Tensor
+
+
+@dataclass(eq=False, repr=False, kw_only=True)
+class QueueObjective(MinedObjective):
+    """Bank, mined positives and loss around a `MoCo`. While `active` is False it is MoCo v2."""
+
+    symmetric: bool = opt(
+        False,
+        help="each view is query once and key once: better epochs, at twice the price. The loss is"
+        " the sum of both directions, as in MoCo's notebook; with the settings of a library that"
+        " takes the mean give half the --lr and twice the --wd",
+    )
+    mask: bool = True  # leave the image itself and its set out of its negatives
+
+    usual_mix: ClassVar[float] = 1.0
+    around: ClassVar[type[nn.Module]] = MoCo
+    has_queue: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.slots = QueueSlots(self.num_images, self.model.K, self.directions, self.device)
+        # The queue begins at random. Ranks take that of rank 0; equal writes then keep it equal.
+        keys = self.model.queue.t().contiguous()  # [K, C]
+        self.model.queue.copy_(dist.broadcast(keys).t())
+        dist.broadcast(self.model.queue_ptr)
+
+    @staticmethod
+    def build_model(base_encoder, *, dim: int, K: int, m: float, T: float, mlp: bool) -> MoCo:
+        return MoCo(base_encoder, dim, K, m, T, mlp)
+
+    @staticmethod
+    def views(hpe: float) -> int:
+        return 2
+
+    @property
+    def directions(self) -> int:
+        return 2 if self.symmetric else 1
+
+    @property
+    def encoder(self) -> nn.Module:
+        return self.model.encoder_k
+
+    def require_room(self, images: int) -> None:
+        self.model.require_room(images * self.directions)
+
+    def step(self, im_q: Tensor, im_k: Tensor, index: Tensor) -> Parts:
+        # [N, C] each; symmetric: [2N, C], the second half with the roles of the views exchanged
+        q, k = self.encode(im_q, im_k, symmetric=self.symmetric)
+        parts = self.loss(q, k, index.repeat(self.directions))
+        if self.symmetric:  # the mean over both directions so far
+            parts |= {name: 2 * parts[name] for name in ("loss", "isl", "hpe")}
+        for keys in k.chunk(self.directions):  # the slots take an image once a call
+            everyone, keys = self.of_all_ranks(index, keys)
+            self.slots.write(self.model.enqueue(keys), everyone)
+            if self.bank.filled:
+                self.bank.update(everyone, keys, self.bank_mix)
+        return parts
+
+    def loss(self, q: Tensor, k: Tensor, index: Tensor) -> Parts:
+        """Loss of q [N, C] with keys k [N, C] of images index [N]. It changes no state."""
+        if not self.active:  # MoCo v2
+            loss, acc1 = info_nce(q, k, self.model.queue.t(), self.model.T, self.fast)
+            return {"loss": loss, "isl": loss, "hpe": loss.new_zeros(()), "acc1": acc1}
+        T = self.model.T
+        queue = self.model.queue.t()  # [K, C]
+
+        # The mined positives of each image, and their rows.
+        mined, weight = self.positives.lookup(index, self.P, self.turn)  # [N, P] each
+        bank_rows = self.bank.lookup(mined)  # [N, P, C]
+        rows = self.recentered(bank_rows)  # [N, P, C]
+        hard = None
+        if self.hpe:
+            hard = hard_positive(self.bank.lookup(index), bank_rows, weight, rows, k)  # [N, C]
+
+        # The own key counts as a positive too. The slots of all of them are no negatives.
+        images = torch.cat([index[:, None], mined], dim=1)  # [N, 1 + P]
+        weight = torch.cat([torch.ones_like(weight[:, :1]), weight], dim=1)  # [N, 1 + P]
+        absent = self.slots.absent(images, weight > 0) if self.mask else None  # [N, (1 + P) S]
+
+        # Logits, and one pass over the queue.
+        l_own = (q * k).sum(1, keepdim=True) / T  # [N, 1]
+        l_mined = (q[:, None] * rows).sum(2) / T  # [N, P]
+        l_pos = torch.cat([l_own, l_mined], dim=1)  # [N, 1 + P]
+        lse, top, lse_h, mean_h = softmax_over(
+            q, queue, T, hard=hard, absent=absent, fused=self.fast
+        )
+
+        isl = FORMS[self.form](l_pos, lse, weight)  # Eq. 5
+        hp = isl.new_zeros(())
+        if self.hpe:
+            hp = linear_kl(q, lse, hard, lse_h, mean_h, T)  # Eq. 6
+        loss = isl + self.hpe * hp  # Eq. 7
+        return {"loss": loss, "isl": isl, "hpe": hp, "acc1": accuracy(l_own, top)}
+
+    def recentered(self, rows: Tensor) -> Tensor:
+        """Bank rows [N, P, C], moved from the bank's mean to that of the queue's keys; unit again.
+
+        Rows are up to an epoch older than keys, and all features have moved meanwhile. Left as they
+        are, that common move would tell positives from negatives, and the query would learn it.
+        Before the queue holds any keys rows stay as they are.
+        """
+        held = self.slots.count_held(self.model.queue, self.model.queue_ptr)
+        if not held or not self.bank.filled:
+            return rows
+        keys = self.model.queue[:, :held]  # [C, n]
+        return F.normalize(rows + (keys.mean(1) - self.bank.mean()), dim=-1)
+
+    def mean_feature(self) -> Tensor:
+        return self.model.queue[:, self.slots.owner >= 0].float().mean(1)
+
+    def start_from(self, state: dict, same_images: bool, features: Callable) -> None:
+        slots = state.get("slots")
+        if slots is None:
+            return
+        if same_images:
+            self.slots.take_over(slots["owner"], oldest=int(self.model.queue_ptr))
+        self.slots.held = slots["held"]
+
+    def state_dict(self) -> dict:
+        return super().state_dict() | {"slots": self.slots.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict(state)
+        self.slots.load_state_dict(state["slots"])
+
+    @classmethod
+    def state_shape(cls, model: MoCo) -> Holds:
+        return super().state_shape(model, slots=QueueSlots.state_shape(model.K))
