@@ -22,22 +22,14 @@ import torch
 from moco_isl import data, dist
 from moco_isl.encoders import build_encoder, on_meta, require_side, split_batch_norm
 from moco_isl.evaluation.knn import weighted_knn
-from moco_isl.miners.average import AverageMiner
-from moco_isl.miners.cluster import ClusterMiner
-from moco_isl.miners.diffusion import DiffusionMiner
-from moco_isl.miners.entropy import EntropyMiner
-from moco_isl.miners.gan import GANMiner
-from moco_isl.miners.knn import KNNMiner
-from moco_isl.miners.none import NoMiner
-from moco_isl.miners.oracle import OracleMiner
+from moco_isl.miners import find_miner
 from moco_isl.objectives import OBJECTIVES
-from moco_isl.objectives.base import Objective
 from moco_isl.run import devices, exits, flags, ranks
 from moco_isl.run.folder import check_folder
 from moco_isl.run.meters import Progress
 from moco_isl.run.signals import Stop
 from moco_isl.training import options, pretrain, reading, resume, state
-from moco_isl.training.options import check_args
+from moco_isl.training.options import build_miner, build_objective, check_args
 
 
 def get_parser() -> flags.Parser:
@@ -96,8 +88,8 @@ def prepare(
     whole = data.build_dataset(args.dataset, args.data, "train", args.download)
     images = reading.split(whole, args.knn_holdout, args.seed, args.image_size)
     flags.check(
-        args.miner != "oracle" or images.train.labels is not None,
-        f"--miner oracle needs labels, and {args.data} has none: expected a folder a class",
+        not find_miner(args.miner).uses_labels or images.train.labels is not None,
+        f"--miner {args.miner} needs labels, and {args.data} has none: expected a folder a class",
     )
     miner = build_miner(args, images.train.labels)
     if device == "meta":  # on which not every network runs
@@ -194,72 +186,6 @@ def build_model(args: argparse.Namespace, size: int) -> torch.nn.Module:
         m=args.moco_m,
         T=args.moco_t,
         mlp=args.mlp,
-    )
-
-
-def build_objective(args: argparse.Namespace, model: torch.nn.Module, M: int) -> Objective:
-    objective = OBJECTIVES[args.objective]
-    options = {
-        "P": min(args.isl_max_positives, M),
-        "form": args.isl_loss,
-        "hpe": args.isl_hpe,
-        "bank_mix": args.isl_bank_mix,
-        "symmetric": args.symmetric,
-        "seed": args.seed,
-        "bank_dtype": torch.float16 if args.isl_half_bank else torch.float32,
-        "fast": args.fast,
-    }
-    taken = objective.options()
-    given = {name: value for name, value in options.items() if value is not None and name in taken}
-    return objective(model, M, **given)
-
-
-def build_miner(args: argparse.Namespace, labels: torch.Tensor | None):
-    """labels [M]: of the training images, for the one miner that is allowed to see them."""
-    rules = {
-        "budget": args.isl_budget,
-        "keep": args.isl_keep,
-        "max_share": args.isl_max_share,
-        "trust": options.trust(args.isl_trust),
-        "index": args.isl_index,
-    }
-    most = options.most_positives(vars(args))
-    if args.miner == "none":
-        return NoMiner()
-    if args.miner == "oracle":
-        return OracleMiner(
-            labels, args.oracle_precision, args.oracle_size, args.oracle_wrong, args.oracle_right
-        )
-    if args.miner == "knn":
-        return KNNMiner(k=args.isl_neighbors or most, **rules)
-    if args.miner == "average":
-        return AverageMiner(k=args.isl_neighbors or 50, candidates=4 * most, **rules)
-    if args.miner == "entropy":
-        return EntropyMiner(
-            k=args.isl_neighbors or most, share=args.isl_share, T=args.moco_t, **rules
-        )
-    if args.miner == "diffusion":
-        return DiffusionMiner(
-            k=args.isl_neighbors or 20, steps=args.isl_walk, candidates=4 * most, **rules
-        )
-    if args.miner == "cluster":
-        return ClusterMiner(
-            clusters=args.isl_clusters,
-            clusterings=args.isl_clusterings,
-            background=args.isl_background,
-            candidates=4 * most,
-            **rules,
-        )
-    return GANMiner(
-        iters=args.isl_gan_iters,
-        min_iters=args.isl_gan_min_iters,
-        lam=args.isl_lambda,
-        triplets=args.isl_triplets,
-        threshold=args.isl_threshold,
-        radius=args.isl_radius,
-        radius_mode=args.isl_radius_mode,
-        candidates=args.isl_candidates,
-        **rules,
     )
 
 

@@ -563,7 +563,7 @@ def shared_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "data", metavar="DIR", nargs="?", help="as main_moco_isl.py takes it; none with the digits"
     )
-    parser.add_argument("--dataset", default="digits", choices=data.NAMES, help="(digits)")
+    parser.add_argument("--dataset", default="digits", choices=data.SETS, help="(digits)")
     parser.add_argument(
         "--init",
         metavar="FILE",

@@ -66,7 +66,6 @@ def rows_of(args: argparse.Namespace) -> dict[str, list[str]]:
             "auto",
         ],
         "own nearest, --isl-trust auto": ["--miner", "knn", *mining, "--isl-trust", "auto"],
-        "own nearest, --isl-between 20": ["--miner", "knn", *mining, "--isl-between", "20"],
     }
 
 

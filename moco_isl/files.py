@@ -25,6 +25,12 @@ def shown(name: str | bytes | os.PathLike) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def short(text: str, most: int = 60) -> str:
+    """A text of a user or a file for a message: escaped by `shown`, at most `most` characters."""
+    text = shown(text)
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
 def encodable(text: str) -> str:
     """A text as UTF-8 can hold it: what is none in it, from the bytes of a file's name, as an
     escape such as \\udcff.

@@ -46,12 +46,15 @@ from tests.small_training import unit
 
 TRIES = 200  # a reader
 M, C = 40, 8
-FLAGS = (
+BASE = (
     f"-a digits --image-size 16 --mlp --moco-dim {C} --moco-k 16 -b 16 -j 0 --seed 1 --lr 0.1"
-    " --device cpu -p 1 --epochs 3 --amp fp16 --miner gan --isl-start 1 --isl-every 1"
-    " --isl-gan-iters 8 --isl-gan-min-iters 4 --isl-threshold 0 --isl-radius-mode fixed"
-    " --isl-radius 2 --isl-between 2 --max-steps 7"
+    " --device cpu -p 1 --epochs 3 --amp fp16 --isl-start 1 --isl-every 1 --max-steps 7"
 ).split()
+GAN = (
+    "--miner gan --isl-gan-iters 8 --isl-gan-min-iters 4 --isl-threshold 0 --isl-radius 2"
+    " --isl-radius-mode fixed"
+).split()
+FLAGS = [*BASE, *GAN]
 
 
 # ---- damage --------------------------------------------------------------------------------------
@@ -645,14 +648,12 @@ def test_one_image_is_refused_whatever_the_miner(place, tmp_path, miner):
         ignore=lambda _, names: [n for n in names if n not in ("a", "00.jpg")],
     )
     flags = [
-        *FLAGS,
+        *BASE,
         "--miner",
         miner,
         *(["--research-labels"] if miner == "oracle" else []),
         "-b",
         2,
-        "--isl-between",
-        0,
         "--out",
         tmp_path / "new",
     ]
@@ -665,10 +666,10 @@ def test_one_image_is_refused_whatever_the_miner(place, tmp_path, miner):
 @pytest.mark.parametrize(
     "flags",
     [
-        "--objective bank --miner gan --isl-between 0",
-        "--objective rotnet --miner none --isl-between 0",
+        f"--objective bank {' '.join(GAN)}",
+        "--objective rotnet --miner none",
         "--symmetric --miner cluster --isl-half-bank --moco-k 32",
-        "--miner oracle --research-labels --momentum 0",
+        "--miner oracle --research-labels --oracle-size 2 --momentum 0",
         "--miner entropy",
     ],
 )
@@ -678,12 +679,10 @@ def test_what_a_run_saves_it_can_go_on_from(place, tmp_path, flags):
     """
     argv = [
         str(place.folder / "labelled"),
-        *FLAGS,
+        *BASE,
         "--amp",
         "off",
         *flags.split(),
-        "--oracle-size",
-        "2",
         "--out",
         str(tmp_path),
     ]

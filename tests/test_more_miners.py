@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from moco_isl.mining.between import in_between
 
 from moco_isl.errors import BadInput, Interrupted
 from moco_isl.miners.average import AverageMiner
@@ -16,7 +17,6 @@ from moco_isl.miners.entropy import EntropyMiner
 from moco_isl.miners.gan import GANMiner
 from moco_isl.miners.knn import KNNMiner
 from moco_isl.miners.oracle import OracleMiner
-from moco_isl.mining.between import in_between
 from moco_isl.mining.positives import PositiveSets
 from moco_isl.mining.record import one_line
 from moco_isl.ops.neighbors import topk
@@ -87,7 +87,7 @@ def test_entropy_miner_gives_the_surest_their_nearest_and_more_of_them_each_roun
     x = unit(seed=1)
     H = entropies_by_loops(x.double(), 0.2)
     surest = sorted(range(M), key=lambda i: H[i])
-    miner = EntropyMiner(k, share=0.4, T=0.2, max_share=1.0)
+    miner = EntropyMiner(k, share=0.4, T=0.2, budget=None, max_share=1.0)
     for n, anchors in [(1, 24), (2, 48), (3, 60), (4, 60)]:
         found = mine(miner, x)
         truth = [set() for _ in range(M)]
@@ -235,7 +235,7 @@ def test_kmeans_starts_an_empty_cluster_anew_from_the_worst_placed_row():
 
 def test_cluster_miner_equals_loops():
     x = unit(seed=6)
-    miner = ClusterMiner(clusters=5, clusterings=3, background=12, candidates=6, max_share=1.0)
+    miner = ClusterMiner(5, 3, background=12, candidates=6, budget=None, max_share=1.0)
     seed = int(torch.randint(2**62, (1,), generator=torch.Generator().manual_seed(0)))
     cluster = [
         kmeans(x, 5, 20, torch.Generator().manual_seed((seed + h) % 2**63))[0].tolist()
@@ -329,11 +329,11 @@ def test_senseless_settings_are_refused():
 # ---- hardly any images ---------------------------------------------------------------------------
 
 FEW = {
-    "knn": lambda k: KNNMiner(k, max_share=1),
-    "average": lambda k: AverageMiner(k, k, max_share=1),
-    "entropy": lambda k: EntropyMiner(k, 1.0, max_share=1),
-    "diffusion": lambda k: DiffusionMiner(k, candidates=k, max_share=1),
-    "cluster": lambda k: ClusterMiner(background=k, candidates=k, max_share=1),
+    "knn": lambda k: KNNMiner(k, budget=None, max_share=1),
+    "average": lambda k: AverageMiner(k, k, budget=None, max_share=1),
+    "entropy": lambda k: EntropyMiner(k, 1.0, budget=None, max_share=1),
+    "diffusion": lambda k: DiffusionMiner(k, candidates=k, budget=None, max_share=1),
+    "cluster": lambda k: ClusterMiner(background=k, candidates=k, budget=None, max_share=1),
     "gan": lambda k: GANMiner(candidates=k),
 }
 

@@ -7,53 +7,58 @@ network that has to be trained.
 Letters: M images, C feature dimension, N anchors of a block, k neighbours.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 
 from moco_isl import dist
-from moco_isl.errors import BadInput
 from moco_isl.mining.edges import Edges
 from moco_isl.mining.estimate import Views
 from moco_isl.mining.positives import PositiveSets
 from moco_isl.mining.rounds import RoundMiner, over_blocks
 from moco_isl.ops.ivf import IVF
 from moco_isl.ops.neighbors import Tick, topk
+from moco_isl.options import check_range, opt
 
 Tensor = torch.Tensor
 
 _ROWS = 256  # anchors whose neighbours' features are held at a time
 
 
+@dataclass(eq=False)
 class AverageMiner(RoundMiner):
     """Pairs of images whose neighbourhood means are similar, the surest of the whole data set
     first.
 
-    Where a round has two augmented views of every image, it is features and views together that are
-    averaged: what an encoder makes of one crop is partly chance. k: neighbours of an image that its
-    mean is taken over, together with the image itself at weight 1; a neighbour weighs its cosine to
-    the power of `power`, and nothing where that is below 0. Each image offers its `candidates` most
-    similar ones by their means.
+    Where a round has two augmented views of every image, features and views are averaged together:
+    what an encoder makes of one crop is partly chance. A mean has the image itself at weight 1; a
+    neighbour weighs its cosine to the power of `power`, and nothing where that is below 0. Each
+    image offers its `candidates` (None: four times the budget) most similar ones by their means.
     """
 
     name = "average"
+    k: int = opt(
+        50,
+        "--isl-neighbors",
+        low=1,
+        metavar="k",
+        help="nearest images that an image's mean is taken over (50)",
+    )
+    candidates: int | None = None
+    power: float = 3.0
 
-    def __init__(self, k: int = 50, candidates: int = 20, power: float = 3.0, **rules):
-        super().__init__(**rules)
-        if min(k, candidates) < 1 or power < 0:
-            raise BadInput(
-                f"means over {k} neighbours weighed by power {power:g}, {candidates} candidates:"
-                " expected at least 1, 0 and 1"
-            )
-        self.k = k
-        self.candidates = candidates
-        self.power = power
+    def __post_init__(self):
+        super().__post_init__()
+        check_range("AverageMiner: candidates", self.candidates, 1)
+        check_range("AverageMiner: power", self.power, 0)
 
     def find(
         self, features: Tensor, positives: PositiveSets, seed: int, tick: Tick | None
     ) -> tuple[Edges, str]:
         M = len(features)
         k = min(self.k, M - 1)
-        candidates = min(self.candidates, M - 1)
+        candidates = min(self.candidates or 4 * self.most, M - 1)
         rows = features if self.views is None else with_views(features, self.views)
         means = neighbourhood_means(rows, k, self.power, tick, self.searchable(rows, tick))
         bank = self.searchable(means, tick)

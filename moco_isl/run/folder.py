@@ -11,6 +11,7 @@ import platform
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,12 +19,61 @@ import torchvision
 
 from moco_isl import __version__, files
 from moco_isl.errors import BadInput, RunFailed
+from moco_isl.options import opt
 from moco_isl.run import checkpoint
 from moco_isl.run.logs import read_facts
 from moco_isl.run.meters import start_anew
 
 LAST = "checkpoint_last.pth.tar"
 SAVED = "a checkpoint was saved here\n"  # what .lock says from then on
+
+
+@dataclass(kw_only=True)
+class FolderOptions:
+    """The folder of a run, what it starts from, and when it saves."""
+
+    config: str | None = opt(
+        None,
+        metavar="FILE.yaml",
+        may_change=True,
+        help="flags by name, values as they would be typed, switches true or false; the command"
+        " line wins",
+    )
+    out: str | None = opt(
+        None, metavar="DIR", may_change=True, help="folder of the run (runs/<time>-<arch>)"
+    )
+    init: str | None = opt(
+        None,
+        metavar="FILE",
+        may_change=True,
+        help="start from the weights of this file, ours or MoCo's, at epoch 0: the way to continue"
+        " a converged MoCo with mining",
+    )
+    keep: int | None = opt(
+        None,
+        low=1,
+        metavar="n",
+        may_change=True,
+        rare=True,
+        help="keep the last n numbered checkpoints (all)",
+    )
+    save_epochs: int = opt(
+        1,
+        low=1,
+        metavar="n",
+        may_change=True,
+        rare=True,
+        help="save after every n-th epoch and after the last one; raise it where an epoch takes"
+        " seconds. Rounds of mining and signals save in any case",
+    )
+    save_every: int = opt(
+        0,
+        low=0,
+        metavar="n",
+        may_change=True,
+        rare=True,
+        help="save every n steps as well; for long epochs on machines that die",
+    )
 
 
 class RunFolder:

@@ -47,9 +47,6 @@ class Plan:
     isl_rounds: int
     isl_start: int
     isl_every: int
-    isl_budget: float
-    isl_grow: bool
-    isl_views: bool
     print_freq: int
     save_every: int
     save_epochs: int
@@ -539,12 +536,10 @@ def mine(
     before = isl.positives
     miner_before = copy.deepcopy(miner.state_dict())
     generators = resume.rng_of_ranks(reader.device)
-    if plan.isl_grow:
-        miner.rules.budget = plan.isl_budget * number
     miner.begin(number)
     try:
         features = reader.features(isl.encoder)  # [M, C]
-        views = reader.views(isl.encoder, epoch) if plan.isl_views else None  # 2 x [M, C]
+        views = reader.views(isl.encoder, epoch) if miner.wants_views else None  # 2 x [M, C]
         report = engine.mine_round(
             isl, miner, features, reader.labels, reader.settings.seed, stop, views, number=number
         )

@@ -19,41 +19,8 @@ from moco_isl.run.folder import flags_of_unsaved, newest
 from moco_isl.run.meters import Averages
 from moco_isl.training.engine import Position, learning_rate
 from moco_isl.training.fast import load_optimizer
-from moco_isl.training.options import most_positives
+from moco_isl.training.options import MAY_CHANGE
 from moco_isl.training.state import require_flags, require_start
-
-# everything that changes neither what is computed nor in which order
-MAY_CHANGE = {
-    "data",
-    "download",
-    "cache",
-    "workers",
-    "print_freq",
-    "progress",
-    "tensorboard",
-    "device",
-    "gpu",
-    "world_size",
-    "rank",
-    "dist_url",
-    "dist_backend",
-    "dist_timeout",
-    "multiprocessing_distributed",
-    "nproc_per_node",
-    "resume",
-    "init",
-    "out",
-    "config",
-    "keep",
-    "save_epochs",
-    "save_every",
-    "max_steps",
-    "knn_every",
-    "max_bad_images",
-    "start_epoch",
-    "compile",
-    "research_labels",
-}
 
 
 def check_same(
@@ -62,13 +29,11 @@ def check_same(
     otherwise: str = "start a new run with --init and another --out",
     *,
     epochs: int | None = None,
-    mined: bool = True,
 ) -> None:
     """Raise BadInput where flags of the saved run and of this one differ and may not.
 
     It names both values of each, and what to do `otherwise`. --epochs may grow where what the saved
-    run has done stays as it was. epochs: how many it has begun (None: all); mined: it has had a
-    round of mining.
+    run has done stays as it was. epochs: how many it has begun (None: all).
     """
     changed = [
         name
@@ -77,9 +42,8 @@ def check_same(
     ]
     why = ""
     if "epochs" in changed and now["epochs"] > (saved["epochs"] or 0):
-        why = _what_more_epochs_change(
-            saved, now, saved["epochs"] or 0 if epochs is None else epochs, mined
-        )
+        begun = saved["epochs"] or 0 if epochs is None else epochs
+        why = _what_more_epochs_change(saved, now, begun)
         if not why:
             changed.remove("epochs")
     if changed:
@@ -93,9 +57,9 @@ def check_same(
         )
 
 
-def _what_more_epochs_change(saved: dict, now: dict, epochs: int, mined: bool) -> str:
-    """What of the first `epochs` epochs and of the rounds mined the --epochs of now would have
-    changed; '' for nothing.
+def _what_more_epochs_change(saved: dict, now: dict, epochs: int) -> str:
+    """What the --epochs of now would have changed in the first `epochs` epochs and in the schedule
+    of mining; '' for nothing.
     """
     for epoch in range(epochs):
         before, after = (_relative_rate(epoch, flags) for flags in (saved, now))
@@ -113,8 +77,6 @@ def _what_more_epochs_change(saved: dict, now: dict, epochs: int, mined: bool) -
             f"it mines every {length} epochs, between its rounds of training, which would have"
             f" {longer} epochs"
         )
-    if mined and _looked_at(saved) != _looked_at(now):
-        return "with --isl-grow the rounds so far would have looked at more images"
     return ""
 
 
@@ -128,19 +90,6 @@ def _relative_rate(epoch: int, flags: dict) -> float:
         schedule=flags.get("schedule") or [],
         rounds=flags.get("isl_rounds") or 1,
     )
-
-
-def _looked_at(flags: dict) -> int:
-    """How many images the miner looks at, where that grows with the number of rounds; else 0."""
-    own_number = flags.get("isl_neighbors") and flags.get("miner") in ("knn", "entropy")
-    grows = flags.get("isl_grow") and flags.get("miner") in (
-        "knn",
-        "entropy",
-        "average",
-        "diffusion",
-        "cluster",
-    )
-    return most_positives(flags) if grows and not own_number else 0
 
 
 @dataclass(frozen=True)
@@ -252,8 +201,7 @@ def check_flags(start: Start, content: dict, now: dict) -> None:
     ours = content.get("isl")
     if start.goes_on and ours:
         begun = ours["epoch"] + bool(ours["step"])
-        mined = ours["state"].get("round", 0) > 0
-        check_same(content["args"], now, epochs=begun, mined=mined)
+        check_same(content["args"], now, epochs=begun)
 
 
 def check_unsaved(start: Start, now: dict, free: Container[str] = ()) -> None:

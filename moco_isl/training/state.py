@@ -94,7 +94,8 @@ def flags_shape(parser: argparse.ArgumentParser, optional: set[str] | None = Non
     """The shape of `vars` of a parser's flags: what is not said is None, and there may be others
     that the parser does not know.
 
-    optional: flags that need not be there; None: all of them.
+    optional: flags that need not be there; None: all of them. Those that belong to one choice of
+    another flag, as a miner's, are always optional: only that choice has them.
     """
 
     def one(action: argparse.Action):
@@ -112,8 +113,8 @@ def flags_shape(parser: argparse.ArgumentParser, optional: set[str] | None = Non
         return [str] if several else str
 
     actions = [a for a in parser._actions if a.default is not argparse.SUPPRESS]
-    optional = {a.dest for a in actions} if optional is None else optional
-    return {a.dest + "?" * (a.dest in optional): (one(a), None) for a in actions} | {...: object}
+    free = lambda a: optional is None or a.dest in optional or hasattr(a, "owners")
+    return {a.dest + "?" * free(a): (one(a), None) for a in actions} | {...: object}
 
 
 # ---- generators and means of every rank
