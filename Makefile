@@ -1,12 +1,16 @@
-# make demo     pretrain on the embedded digits, go on with and without mining, print the table
-# make lint     the form of the code: ruff check, ruff format (make format mends what it can)
-# make test     the whole suite but the tests marked slurm or long
-# make test-long   those that are long: the GPU pack's rehearsal, and what has to be compiled for long
-# make test-slurm   those: on a SLURM of two nodes that it installs (Debian, as root) and starts on this host
-# make bench    measure what this machine can (CPU: some minutes; GPU: everything, 8 minutes) and write benchmarks/RESULTS.md
-# make gpu IMAGES=cifar10.tar.gz OUT=dir   nine minutes on a GPU: proof, figures, training (GPU_FLAGS=--quick rehearses it on a CPU)
+# make demo       pretrain on the embedded digits, go on with and without mining, print the table
+# make lint       the form of the code: ruff check, ruff format (make format mends what it can)
+# make test       the whole suite but the tests marked slurm or long
+# make test-long  those that are long: the GPU pack's rehearsal, and what compiles for long
+# make test-slurm those on a SLURM of two nodes, installed (Debian, as root) and started here
+# make bench      measure what this machine can (CPU: some minutes; GPU: all of it, 8 minutes) and
+#                 write benchmarks/RESULTS.md
+# make gpu IMAGES=cifar10.tar.gz OUT=dir
+#                 nine minutes on a GPU: proof, figures, training (GPU_FLAGS=--quick rehearses it on
+#                 a CPU)
 # TEST_PROCESSES=n   how many files of tests make test runs side by side (2)
-# VENV=dir      use (or make) this virtual environment instead of .venv;  PYTHON=python3.12 to make it with another one
+# VENV=dir           use (or make) this virtual environment instead of .venv
+# PYTHON=python3.12  make it with another Python
 
 VENV ?= .venv
 PYTHON ?= python3
@@ -17,7 +21,7 @@ OUT ?= runs/gpu
 PY := $(VENV)/bin/python
 
 demo: $(VENV)/.installed
-	$(PY) -m benchmarks.demo --seeds $(SEEDS)
+	$(PY) -m studies.demo --seeds $(SEEDS)
 
 test: $(VENV)/.installed
 	$(PY) -m pytest -q -n $(TEST_PROCESSES) --dist loadfile -m "not slurm and not long" tests

@@ -1,19 +1,21 @@
-"""The bank objective's loss at the size of ImageNet: forward and backward, seconds and peak memory,
-the streamed form beside whole matrices.
+"""The bank objective's loss at the size of ImageNet, forward and backward: seconds and peak memory
+of the streamed form and of whole matrices.
 
-    python -m benchmarks.bank_loss                  batch 256, 32 positives, hard positives, M =
-    10,000 to 1,281,167 python -m benchmarks.bank_loss --device cpu --images 10000 100000 --threads
-    2
+    python -m benchmarks.bank_loss      batch 256, 32 positives, hard positives, M = 10,000 to
+                                        1,281,167
+    python -m benchmarks.bank_loss --device cpu --images 10000 100000 --threads 2
 
-  streamed    `losses.bank_loss`: the bank in pieces, the gradient found by the pass forward. fused:
-  the same by the kernel (CUDA) half whole  logits of the batch and of the hard positives stored in
-  float16, two [N, M] matrices; sums in float32; backward overwrites them plain       log_softmax of
-  whole float32 matrices, by autograd (left out where it would need more than --plain-gib)
+  streamed     `losses.bank_loss`: the bank in pieces, its gradient found by the forward pass
+  fused        the same by our kernel (CUDA)
+  half whole   logits of the batch and of the hard positives in float16, two [N, M] matrices; sums
+               in float32; backward overwrites them
+  plain        log_softmax of whole float32 matrices, by autograd (left out where it would need more
+               than --plain-gib)
 
-On a CPU, where half precision is slow, forms that use it need --half; CPU time stands beside the
-seconds, which others on the machine lengthen. The error is that of the gradient against float64 on
-the first 16 images, relative to the longest of their gradients. Memory is what a step adds at most
-to bank and batch.
+On a CPU half precision is slow, and its forms need --half; CPU time stands beside the seconds,
+which others on the machine lengthen. The error is that of the gradient against float64 on the first
+16 images, relative to the longest of their gradients. Memory is what a step adds at most to bank
+and batch.
 """
 
 import argparse
@@ -43,8 +45,9 @@ COLUMNS = [
 
 
 class WholeSoftmax(torch.autograd.Function):
-    """lse [N] and mean row [N, C] under p, from one [N, M] float16 matrix of logits that becomes p
-    in place.
+    """lse [N] and mean row [N, C] under softmax, by one [N, M] float16 matrix.
+
+    It holds the logits and then, in place, the softmax.
     """
 
     ROWS = 16  # of it in float32 at a time
@@ -95,15 +98,15 @@ def gradient(loss, f, *rest) -> torch.Tensor:
 
 
 def measure(loss, bank: torch.Tensor, batch: tuple, repeat: int, device: torch.device) -> dict:
-    """Seconds of forward and backward (all repeats), peak memory beyond what is there before, error
-    on 16 images.
-    """
+    """Seconds of forward and backward (all repeats), MiB they add, error on 16 images."""
     before = peak_bytes(device, reset=True)
     f, *rest = batch
     gradient(loss, f, bank, *rest)
-    seconds, cpu = [], []
+    seconds = []
+    cpu = []
     for _ in range(repeat):
-        start, started = time.perf_counter(), time.process_time()
+        start = time.perf_counter()
+        started = time.process_time()
         gradient(loss, f, bank, *rest).sum().item()  # .item() waits for the device
         seconds.append(time.perf_counter() - start)
         cpu.append(time.process_time() - started)
@@ -126,9 +129,7 @@ def measure(loss, bank: torch.Tensor, batch: tuple, repeat: int, device: torch.d
 def rows_of(
     M: int, args: argparse.Namespace, device: torch.device, failed: list[str]
 ) -> Iterator[dict]:
-    """One row a form that this device and its memory can run, as soon as it is measured; why there
-    is none of another goes to `failed`.
-    """
+    """A row a form, as soon as it is measured; why another one failed goes to `failed`."""
     bank = unit_rows(M, args.dim, device, torch.float32, 0)
     g = torch.Generator(device).manual_seed(1)
     index = torch.randint(M, (args.batch,), device=device, generator=g)
@@ -158,8 +159,7 @@ def rows_of(
     for name, rows, loss in forms:
         try:
             yield {"form": name, "images": M, **measure(loss, rows, batch, args.repeats, device)}
-        # of memory, a compiler, a driver: the other forms can still be measured
-        except Exception as error:
+        except Exception as error:  # of memory or a compiler: the other forms are measured
             failed.append(
                 f"{name}, M = {M:,}, is left out, {type(error).__name__}:"
                 f" {(str(error).strip().splitlines() or [''])[0]}"
@@ -187,7 +187,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     common.begin(args)
     if args.quick:
-        args.images, args.batch = [300, 600], 16
+        args.images = [300, 600]
+        args.batch = 16
     title = (
         f"Exact bank loss, its forms, forward and backward: batch {args.batch}, C {args.dim},"
         f" {args.positives} positives and hard positives"

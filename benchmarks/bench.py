@@ -1,10 +1,11 @@
-"""All measurements that this machine can make, the most important first: python -m benchmarks.bench
-[--minutes 8]
+"""All measurements that this machine can make, the most important first.
 
-Each part is a process of its own, with a limit of its own: one that fails or hangs costs no other,
-and its JSON is there when it ends. With --minutes, parts that no longer fit are left out and named.
-On a GPU the compilers run first, all of them side by side, so that the parts find their work done.
-At the end RESULTS.md is written. Exit code 1 where a part failed.
+    python -m benchmarks.bench [--minutes 8]
+
+Each part is a process with a time limit of its own: one that fails or hangs costs no other, and its
+JSON is there when it ends. With --minutes, parts that no longer fit are left out and named. On a
+GPU the compilers run first, all of them side by side, so that the parts find their work done. At
+the end the pages are written. Exit code 1 where a part failed.
 """
 
 import argparse
@@ -31,7 +32,6 @@ GPU = {
     "growth, loss": ("benchmarks.growth --parts loss", 100),
     "input": ("benchmarks.input --images 32 --repeats 3", 120),
     "start": ("benchmarks.start --repeats 1", 120),
-    "equal": ("benchmarks.equal", 150),
     "kNN": ("benchmarks.knn --repeats 3", 100),
 }
 WARM = (
@@ -49,7 +49,6 @@ CPU = {
     "growth": ("benchmarks.growth --repeats 3", 400),
     "input": ("benchmarks.input --images 16 --repeats 3", 400),
     "start": ("benchmarks.start --repeats 3", 200),
-    "equal": ("benchmarks.equal", 300),
     "kNN": ("benchmarks.knn --images 20000 --queries 1000 --dims 128 --repeats 3", 200),
 }
 
@@ -64,8 +63,9 @@ def start(part: str, more: list[str]) -> subprocess.Popen:
 
 
 def end(process: subprocess.Popen, seconds: float) -> str:
-    """Waits at most so long, then interrupts, so that what was measured by then is written; empty
-    where the part ended well.
+    """Wait at most so long, then interrupt the part, which writes what it has measured.
+
+    Returns "" where the part ended well, otherwise how it ended.
     """
     try:
         code = process.wait(timeout=max(1.0, seconds))
@@ -75,8 +75,7 @@ def end(process: subprocess.Popen, seconds: float) -> str:
             os.killpg(process.pid, signal.SIGINT)
             process.wait(timeout=GRACE)
         return f"not done after {seconds:.0f} s"
-    # a part that ended leaves nothing behind either, and Ctrl-C has to end compilers and workers
-    finally:
+    finally:  # compilers and workers of the part too
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -101,14 +100,9 @@ def main(argv: list[str] | None = None) -> int:
     gpu = args.device.startswith("cuda")
     began = time.perf_counter()
     left = lambda: args.minutes * 60 - (time.perf_counter() - began)
-    more = [
-        "--device",
-        args.device,
-        "--out",
-        str(args.out.absolute()),
-        *([] if gpu else ["--threads", "1"]),
-        *(["--quick"] if args.quick else []),
-    ]
+    more = ["--device", args.device, "--out", str(args.out.absolute())]
+    more += [] if gpu else ["--threads", "1"]
+    more += ["--quick"] if args.quick else []
     parts = {
         name: part
         for name, part in (GPU if gpu else CPU).items()
@@ -130,10 +124,8 @@ def main(argv: list[str] | None = None) -> int:
             said[name] = "left out: no time was left"
             continue
         since = time.perf_counter()
-        said[name] = (
-            end(start(part, more), min(most, left()))
-            or f"done in {time.perf_counter() - since:.0f} s"
-        )
+        failed = end(start(part, more), min(most, left()))
+        said[name] = failed or f"done in {time.perf_counter() - since:.0f} s"
     print(f"\n{(time.perf_counter() - began) / 60:.1f} minutes")
     for name, text in said.items():
         print(f"  {name}: {text}", flush=True)

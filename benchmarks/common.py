@@ -1,23 +1,21 @@
-"""What every benchmark shares: timing, the machine's own ceilings, the table on the screen and the
-file beside it.
+"""What every benchmark and study shares: timing, the machine's own ceilings, a table on the screen
+and the file that keeps it.
 
-A benchmark writes benchmarks/results/<name>-<device>.json; `python -m benchmarks.results` makes
-RESULTS.md of them all. The schema:
+A table is kept as <folder>/results/<name>-<device>.json, and `python -m benchmarks.results` writes
+<folder>/RESULTS.md from all of them; folder is benchmarks or studies. Such a file holds what the
+page shows, a row a line:
 
-    title, command, date, device, versions     text; device may be {name, kind, cores, threads,
-    load, ...}, versions {python, torch, ...}
-    rows: [{column: value, ...}, ...]          values are numbers, text or None; or lists, in the
-    order of `columns`
-    notes: [text, ...]                         what a reader has to know
-    columns: [[key, heading], ...]             what the page shows of a row and in which order; or
-    just [key, ...]
-    name, commit, n, and anything else         kept, not shown but for n: how often each was
-    repeated
+    title, command, date, commit, device, versions     text; device may be {name, kind, cores,
+                                                       threads, load}, versions {python, torch, ...}
+    columns: [[key, heading], ...]                     which values of a row are shown, in order
+    rows: [{key: value, ...}, ...]                     numbers, text or None
+    notes: [text, ...]                                 what a reader has to know
+    name, n                                            of the file; how often each row was repeated
 
-Without `columns` the rows are timings: {what, value, unit, low, high, n}, `value` the median of n
-repeats, low and high their extremes, warm-up excluded. Of such a row may also be said: bar, goal
-(in its unit, what is to be reached), ratio and of (how many times as fast as the row named),
-images_per_s, memory_gib, floor.
+Without `columns` the rows are timings: {what, value, unit, low, high, n}. value is the median of n
+repeats, low and high are their extremes, the warm-up is excluded. Such a row may also have: bar and
+goal (in its unit, what has to be reached and what is hoped for), ratio and of (how many times as
+fast as the row named), images_per_s, memory_gib, floor.
 """
 
 import argparse
@@ -56,27 +54,25 @@ class Timing:
     def median(self) -> float:
         return statistics.median(self.seconds)
 
-    @property
-    def best(self) -> float:
-        return min(self.seconds)
-
     def row(self, what: str, unit: str = "ms", **more) -> dict:
         scale = {"ms": 1e3, "s": 1.0, "us": 1e6}[unit]
-        return {
-            "what": what,
-            "value": self.median * scale,
-            "unit": unit,
-            "low": min(self.seconds) * scale,
-            "high": max(self.seconds) * scale,
-            "n": len(self.seconds),
-            **more,
-        }
+        return {**extremes(what, [x * scale for x in self.seconds], unit), **more}
+
+
+def extremes(what: str, values: list[float], unit: str) -> dict:
+    """A row of timings: median, least, most and number of the values."""
+    return {
+        "what": what,
+        "value": statistics.median(values),
+        "unit": unit,
+        "low": min(values),
+        "high": max(values),
+        "n": len(values),
+    }
 
 
 def by_cpu_time(device: torch.device) -> bool:
-    """Whether a table of this device counts CPU time (of all threads): a GPU is ours alone, a CPU
-    mostly is not.
-    """
+    """Whether tables of this device count CPU time, since others use the machine too."""
     return device.type == "cpu"
 
 
@@ -91,9 +87,7 @@ def synchronize(device: torch.device) -> None:
 def once(
     fn: Callable[[], object], device: torch.device, inner: int = 1, cpu_time: bool = False
 ) -> float:
-    """Seconds of one of `inner` calls in a row; cpu_time: of all threads of this process instead of
-    the wall's.
-    """
+    """Seconds of one of `inner` calls in a row; cpu_time: of all threads, not of the wall."""
     clock = time.process_time if cpu_time else time.perf_counter
     synchronize(device)
     start = clock()
@@ -123,9 +117,9 @@ def in_turns(
     warmup: int = 1,
     cpu_time: bool = False,
 ) -> dict[str, Timing]:
-    """Side by side: each once, then each again.
+    """Timings of several calls, taken in turns.
 
-    What else the machine does then falls on all of them alike; the i-th seconds belong together.
+    What else the machine does falls on all of them alike; the i-th seconds of all belong together.
     """
     for fn in fns.values():
         for _ in range(warmup):
@@ -147,62 +141,38 @@ def exponent(sizes: list[int], seconds: list[float]) -> float:
 # ---------------------------------------------------------------- ceilings
 
 
+def fastest(fn: Callable[[], object], device: torch.device, inner: int = 1) -> float:
+    """Seconds of the best of five, for a ceiling."""
+    return min(timed(fn, device, 5, 3, inner, by_cpu_time(device)).seconds)
+
+
 def matmul_rate(device: torch.device, dtype: torch.dtype, side: int = 8192) -> float:
-    """FLOP/s of a product of square matrices of random numbers; a ceiling, so the best of five."""
-    side = side if device.type == "cuda" else 1024
+    """FLOP/s of a product of square matrices of random numbers."""
+    gpu = device.type == "cuda"
+    side = side if gpu else 1024
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    return (
-        2
-        * side**3
-        / timed(
-            lambda: a @ b,
-            device,
-            repeats=5,
-            warmup=3,
-            inner=5 if device.type == "cuda" else 2,
-            cpu_time=by_cpu_time(device),
-        ).best
-    )
+    return 2 * side**3 / fastest(lambda: a @ b, device, inner=5 if gpu else 2)
 
 
 def convolution_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a 3x3 convolution of 256 channels in the layout that suits the device: on some CPUs
-    twice those of the product.
-    """
-    N, side, layout = (
-        (256, 56, torch.channels_last)
-        if device.type == "cuda"
-        else (32, 8, torch.contiguous_format)
-    )
+    """FLOP/s of a 3x3 convolution of 256 channels; on some CPUs twice that of a product."""
+    N, side, layout = 32, 8, torch.contiguous_format
+    if device.type == "cuda":
+        N, side, layout = 256, 56, torch.channels_last
     x, w = (
         torch.randn(shape, device=device).to(dtype=dtype, memory_format=layout)
         for shape in ((N, 256, side, side), (256, 256, 3, 3))
     )
     flops = 2 * 256 * 256 * 9 * N * side**2
-    return (
-        flops
-        / timed(
-            lambda: torch.conv2d(x, w, padding=1),
-            device,
-            repeats=5,
-            warmup=3,
-            inner=5,
-            cpu_time=by_cpu_time(device),
-        ).best
-    )
+    return flops / fastest(lambda: torch.conv2d(x, w, padding=1), device, inner=5)
 
 
 def copy_rate(device: torch.device) -> float:
     """Bytes/s, read and written, of a copy far larger than any cache."""
-    x = torch.empty(
-        2**30 if device.type == "cuda" else 2**27, dtype=torch.uint8, device=device
-    ).random_()
+    size = 2**30 if device.type == "cuda" else 2**27
+    x = torch.empty(size, dtype=torch.uint8, device=device).random_()
     y = torch.empty_like(x)
-    return (
-        2
-        * x.numel()
-        / timed(lambda: y.copy_(x), device, repeats=5, warmup=2, cpu_time=by_cpu_time(device)).best
-    )
+    return 2 * size / fastest(lambda: y.copy_(x), device)
 
 
 def peak_gib(device: torch.device, reset: bool = False) -> float | None:
@@ -220,18 +190,15 @@ def peak_gib(device: torch.device, reset: bool = False) -> float | None:
 
 
 def slug(device: torch.device) -> str:
-    """h200, cpu, ... : what result files are named after."""
-    return (
-        torch.cuda.get_device_name(device).lower().removeprefix("nvidia ").replace(" ", "-")
-        if device.type == "cuda"
-        else "cpu"
-    )
+    """What result files are named after: cpu, or the GPU's name, as h200."""
+    if device.type != "cuda":
+        return "cpu"
+    name = torch.cuda.get_device_name(device).lower()
+    return name.removeprefix("nvidia ").replace(" ", "-")
 
 
 def is_h200(device: torch.device) -> bool:
-    """Bars and goals in seconds were set for this GPU; beside another one's figures they would say
-    nothing.
-    """
+    """Whether this is the GPU that bars and goals in seconds were set for."""
     return device.type == "cuda" and "H200" in torch.cuda.get_device_name(device)
 
 
@@ -272,22 +239,13 @@ def versions() -> dict:
 
 
 def commit() -> str | None:
-    """The commit, and whether a tracked file is other than in it; results of the benchmark before
-    are no such file.
-    """
+    """The commit, "-dirty" added where a tracked file has changed since; results may have."""
     git = lambda *words: subprocess.run(
         ["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True
     ).stdout.strip()
     try:
-        changed = git(
-            "status",
-            "--porcelain",
-            "--untracked-files=no",
-            "--",
-            ":/",
-            ":(exclude,top)benchmarks/results",
-            ":(exclude,top)benchmarks/RESULTS.md",
-        )
+        but = (":(exclude,top)*/results/*", ":(exclude,top)*/RESULTS.md")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", *but)
         name = git("rev-parse", "--short=12", "HEAD")
     except FileNotFoundError:
         return None
@@ -295,10 +253,13 @@ def commit() -> str | None:
 
 
 class Result:
-    """Rows of one benchmark, shown as they come and written at the end.
+    """Rows of one table, shown as they come and written at the end.
 
     columns: [(key, heading), ...] of rows that are no timings.
     """
+
+    folder = RESULTS
+    unshown: tuple[str, ...] = ()  # keys of a row that the file keeps beside those of its columns
 
     def __init__(
         self,
@@ -320,15 +281,11 @@ class Result:
         if of is not None:
             row |= {"ratio": self[of]["value"] / row["value"], "of": of}
         self.rows.append(row)
-        print(
-            "  "
-            + (
-                in_words(row)
-                if self.columns is None
-                else "  ".join(f"{cell(row.get(key)):<12}" for key, _ in self.columns)
-            ),
-            flush=True,
-        )
+        if self.columns is None:
+            text = in_words(row)
+        else:
+            text = "  ".join(f"{cell(row.get(key)):<12}" for key, _ in self.columns)
+        print(f"  {text}", flush=True)
         return row
 
     def note(self, text: str) -> None:
@@ -339,6 +296,10 @@ class Result:
         return next(row for row in self.rows if row["what"] == what)
 
     def write(self, folder: Path | str | None = None) -> Path:
+        rows = self.rows
+        if self.columns is not None:
+            kept = {*self.unshown, *(key for key, _ in self.columns)}
+            rows = [{key: x for key, x in row.items() if key in kept} for row in rows]
         facts = {
             "name": self.name,
             "title": self.title,
@@ -348,31 +309,45 @@ class Result:
             "device": machine(self.device),
             "versions": versions(),
             **({} if self.columns is None else {"columns": self.columns}),
-            "rows": self.rows,
+            "rows": rows,
             "notes": self.notes,
         }
-        path = Path(folder or RESULTS) / f"{self.name}-{slug(self.device)}.json"
+        path = Path(folder or self.folder) / f"{self.name}-{slug(self.device)}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        files.write_text(json.dumps(facts, indent=1) + "\n", path)
+        files.write_text(as_text(facts), path)
         return path
 
 
+def as_text(facts: dict) -> str:
+    """The facts of a table as JSON: a key a line, a row a line.
+
+    Of a row what is None is left out, and numbers keep six digits, but for those in lists.
+    """
+    lines = []
+    for key, value in facts.items():
+        text = json.dumps(value)
+        if key == "rows":
+            rows = [json.dumps(_kept(row)) for row in value]
+            text = "[\n  " + ",\n  ".join(rows) + "\n ]"
+        lines.append(f' "{key}": {text}')
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def _kept(row: dict) -> dict:
+    """What its file keeps of a row."""
+    number = lambda x: float(f"{x:.6g}") if isinstance(x, float) else x
+    return {key: number(value) for key, value in row.items() if value is not None}
+
+
 def _command() -> str:
-    """What was typed, but for where the file was to go."""
+    """What was typed, without --out and without the folders of absolute paths."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    # where things lie here is nobody else's business
+    module = spec.name.removesuffix(".__main__") if spec else Path(sys.argv[0]).stem
     given = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
     if "--out" in given:
         at = given.index("--out")
         del given[at : at + 2]
-    return shlex.join(
-        [
-            "python",
-            "-m",
-            spec.name.removesuffix(".__main__") if spec else Path(sys.argv[0]).stem,
-            *given,
-        ]
-    )
+    return shlex.join(["python", "-m", module, *given])
 
 
 def in_words(row: dict) -> str:
@@ -394,9 +369,8 @@ def in_words(row: dict) -> str:
 
 def spread(values: list[float], sign: str = "", digits: int = 1) -> str:
     """Mean ± standard deviation; of one value the value. sign "+": always with one."""
-    return f"{statistics.fmean(values):{sign}.{digits}f}" + (
-        f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    )
+    mean = f"{statistics.fmean(values):{sign}.{digits}f}"
+    return mean + f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
 def short(x: float) -> str:
@@ -432,7 +406,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--out",
         metavar="DIR",
-        help="where the JSON goes (default: benchmarks/results; quick runs write none unless told)",
+        help="where the JSON goes (default: results/ of its folder; none if --quick)",
     )
     return parser
 

@@ -1,6 +1,6 @@
-"""What no implementation of a training step can be faster than: its products at the rate of a large
-one (of matrices or a convolution, whichever is faster), its bytes at the rate of a copy; both
-measured in the same process.
+"""The floor of a training step: no implementation is faster than its products at the rate of a
+large one (of matrices or a convolution, whichever is faster) and its bytes at the rate of a copy.
+Both rates are measured in the same process.
 """
 
 from collections.abc import Callable
@@ -21,15 +21,13 @@ PRODUCTS = (
     aten.bmm,
     aten.baddbmm,
 )
-# of a parameter in float32: SGD reads it, its gradient and its momentum and writes two of them, the
-# key's average reads two and writes one
+# in float32: SGD reads a parameter, its gradient and its momentum and writes two of them; the key's
+# average reads two and writes one
 BYTES_OF_PARAMETER = 4 * (5 + 3)
 
 
 class Elements(TorchDispatchMode):
-    """How many elements the convolutions and matrix products inside read and write, each operand
-    once.
-    """
+    """Counts the elements that convolutions and matrix products inside read and write."""
 
     def __init__(self):
         super().__init__()
@@ -45,8 +43,9 @@ class Elements(TorchDispatchMode):
 
 
 def work_of(step: Callable[[], object]) -> tuple[int, int]:
-    """FLOPs of one call, and elements that its products read and write. What lies between products
-    (batch norm, ReLU, augmentation) is counted as free.
+    """FLOPs of one call, and elements that its products read and write.
+
+    What lies between products (batch norm, ReLU, augmentation) counts nothing.
     """
     elements = Elements()
     with FlopCounterMode(display=False) as flops, elements:

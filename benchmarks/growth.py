@@ -1,20 +1,22 @@
-"""How mining and the bank loss grow with the number of images M, and the GAN's training: seconds,
-memory, fitted exponents.
+"""How mining, the bank loss and the GAN's training grow with the number of images M: seconds,
+memory and fitted exponents.
 
-    python -m benchmarks.growth                           GAN of 20,000 iterations, M = 10,000,
-    100,000 and 1,281,167 python -m benchmarks.growth --device cpu              fewer iterations, M
-    = 2,000 to 20,000 (mining) and 100,000 (loss) python -m benchmarks.growth --parts
-    gan|mining|loss
+    python -m benchmarks.growth                           M = 10,000, 100,000 and 1,281,167; a GAN
+                                                          of 20,000 iterations
+    python -m benchmarks.growth --device cpu              M = 2,000 to 20,000 (mining) and to
+                                                          100,000 (loss), fewer iterations
+    python -m benchmarks.growth --parts gan mining loss
 
-  gan      its iterations at batch 256 with the hardest of 4,096 candidates and own draws for the
-           five triplets, M = 50,000; no early end; on a GPU with compiled losses, as fits of 50,000
-           iterations and more have them, and without mining   a round without the GAN's training:
-           five triplets an anchor, the best proxy's ten nearest, joined by the radius, made into
-           sets loss     the exact softmax over all M, batch 256, P 32, hard positives, forward and
-           backward (benchmarks/bank_loss.py, which has all its forms)
+  gan      its iterations at batch 256 with the hardest of 4,096 candidates and five triplets an
+           anchor, M = 50,000, without an early end; on a GPU with compiled losses, as fits of
+           50,000 iterations and more have them, and without
+  mining   a round without the GAN's training: five triplets an anchor, the best proxy's ten nearest
+           images, joined by the radius, made into sets. Proxies lie near their anchors, as those of
+           a trained GAN do
+  loss     the exact softmax over all M, batch 256, P 32, hard positives, forward and backward
+           (benchmarks/bank_loss.py has all its forms)
 
-Proxies of the mining pass lie near their anchors, as those of a trained GAN do. Memory is what the
-work adds at most to features, bank and batch.
+Memory is what the work adds at most to features, bank and batch.
 """
 
 import argparse
@@ -45,8 +47,9 @@ class NearAnchor(Generator):
 
 
 class FittedMiner(GANMiner):
-    """A round after the GAN's training: every proxy scores enough, and most of what is near to it
-    joins.
+    """A round without the GAN's training.
+
+    Every proxy scores enough, and most images near to it join.
     """
 
     def __init__(self, device: torch.device):
@@ -64,7 +67,8 @@ class FittedMiner(GANMiner):
 
 def repeated(fn, device: torch.device, repeats: int, most_seconds: float = 30.0) -> common.Timing:
     """`repeats` timings, or as many as begin within most_seconds. The caller has warmed up."""
-    started, seconds = time.perf_counter(), []
+    started = time.perf_counter()
+    seconds = []
     while len(seconds) < repeats and (not seconds or time.perf_counter() - started < most_seconds):
         seconds.append(common.once(fn, device, cpu_time=common.by_cpu_time(device)))
     return common.Timing(seconds)
@@ -75,10 +79,9 @@ def features_of(M: int, device: torch.device) -> torch.Tensor:
 
 
 def time_gan(args: argparse.Namespace, compiled: bool) -> tuple[common.Timing, float]:
-    """Seconds of a fit of args.iters iterations on args.gan_images features, and of the first few,
-    which compile.
-    """
-    device, M = args.device, args.gan_images
+    """Seconds of args.iters iterations of the GAN, and of the first 20, which compile."""
+    device = args.device
+    M = args.gan_images
     features = features_of(M, device)
     empty = PositiveSets.empty(M, device)
     run = lambda iters: fit_gan(features, empty, GANSettings(iters, iters, compile=compiled), 0)
@@ -87,11 +90,9 @@ def time_gan(args: argparse.Namespace, compiled: bool) -> tuple[common.Timing, f
 
 
 def measure_gan(args: argparse.Namespace, result: common.Result) -> None:
-    more = (
-        {"bar": BARS["gan"][0], "goal": BARS["gan"][1]}
-        if common.is_h200(args.device) and args.iters == 20_000
-        else {}
-    )
+    more = {}
+    if common.is_h200(args.device) and args.iters == 20_000:
+        more = {"bar": BARS["gan"][0], "goal": BARS["gan"][1]}
     for compiled in (True, False) if args.device.type == "cuda" else (False,):
         timing, first = time_gan(args, compiled)
         how = ", compiled" if compiled else ""
@@ -112,16 +113,13 @@ def measure_mining(args: argparse.Namespace, result: common.Result) -> None:
         empty = PositiveSets.empty(M, device)
         mine = lambda: miner.mine(features, empty, torch.Generator().manual_seed(0))
         before = peak_bytes(device, reset=True)
-        # compilers and caches: at the smallest size, which the largest need not wait for
-        if not done:
+        if not done:  # compilers and caches, at the smallest size
             mine()
         timing = repeated(mine, device, args.repeats)
         done.append((M, timing.median, peak_bytes(device) - before))
-        more = (
-            {"bar": BARS["mining"][0], "goal": BARS["mining"][1]}
-            if common.is_h200(device) and M == 1_281_167
-            else {}
-        )
+        more = {}
+        if common.is_h200(device) and M == 1_281_167:
+            more = {"bar": BARS["mining"][0], "goal": BARS["mining"][1]}
         result.add(
             timing.row(f"mining pass, M = {M:,}", "s", memory_gib=done[-1][2] / 2**30, **more)
         )
@@ -146,7 +144,7 @@ def measure_loss(args: argparse.Namespace, result: common.Result) -> None:
             timing = common.Timing(
                 row["all_cpu_seconds" if common.by_cpu_time(args.device) else "all_seconds"]
             )
-            # too little to be seen in a process's memory
+            # on a CPU it is too little to be seen in the process's memory
             peak = row["peak_mib"] / 1024 if args.device.type == "cuda" else 0.0
             result.add(
                 timing.row(f"bank loss, {row['form']}, M = {M:,}", memory_gib=peak or None, **more)
@@ -161,24 +159,18 @@ def measure_loss(args: argparse.Namespace, result: common.Result) -> None:
 
 
 def add_exponents(result: common.Result, what: str, points: list[tuple[int, float, float]]) -> None:
-    """points: (M, seconds, memory).
+    """Add the exponents of points (M, seconds, memory).
 
-    Memory only where all of it could be seen (a CPU's high-water mark moves in steps).
+    That of memory is left out where a point has 0, which stands for too little to be seen.
     """
     if len(points) < 2:
         return
     sizes, seconds, memory = zip(*points)
-    result.add(
-        {"what": f"{what}: seconds ~ M^b, b", "value": common.exponent(sizes, seconds), "unit": ""}
-    )
+    b = common.exponent(sizes, seconds)
+    result.add({"what": f"{what}: seconds ~ M^b, b", "value": b, "unit": ""})
     if min(memory) > 0:
-        result.add(
-            {
-                "what": f"{what}: memory ~ M^b, b",
-                "value": common.exponent(sizes, memory),
-                "unit": "",
-            }
-        )
+        b = common.exponent(sizes, memory)
+        result.add({"what": f"{what}: memory ~ M^b, b", "value": b, "unit": ""})
 
 
 PARTS = {
@@ -214,10 +206,14 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     common.begin(args)
     gpu = args.device.type == "cuda"
-    args.iters = args.iters or (40 if args.quick else 20_000 if gpu else 500)
-    args.gan_images = args.gan_images or (500 if args.quick else 50_000 if gpu else 20_000)
+    iters, gan_images = (20_000, 50_000) if gpu else (500, 20_000)
     if args.quick:
-        args.images, args.batch = args.images or [300, 600], 16
+        iters = 40
+        gan_images = 500
+        args.images = args.images or [300, 600]
+        args.batch = 16
+    args.iters = args.iters or iters
+    args.gan_images = args.gan_images or gan_images
     for part in args.parts:
         measure, title = PARTS[part]
         result = common.Result(

@@ -1,12 +1,13 @@
 """The 10 nearest of every image, exactly and by the approximate index of --isl-index ivf: seconds,
-memory, recall.
+memory and recall.
 
     python -m benchmarks.index                          100,000 and 1,000,000 unit rows of a
-    mixture, C = 128 python -m benchmarks.index features.safetensors     and as many grown from the
-    features [n, C] of real images
+                                                        mixture, C = 128
+    python -m benchmarks.index features.safetensors     and as many grown from the features [n, C]
+                                                        of real images
 
 Mixture: 100 rows around each of M / 100 random centres (`benchmarks.mining.synthetic`). Grown: a
-row is a point between a real row and one of its 10 nearest, with noise of length 0.3; so it has the
+row lies between a real row and one of its 10 nearest, with noise of length 0.3, and so has the
 crowds of real features at any size. Seconds of ivf are those of all M queries: building (k-means,
 lists, the choice of nprobe) and searching, in blocks as a round does it. Exact search is timed on a
 sample of queries and multiplied. Recall is that of the same sample, which is not the one that chose
@@ -29,7 +30,8 @@ from moco_isl.mining.rounds import block_size
 from moco_isl.ops.ivf import IVF, installed
 from moco_isl.ops.neighbors import topk
 
-K, DIM = 10, 128
+K = 10
+DIM = 128
 COLUMNS = [
     ("features", "features"),
     ("M", "M"),
@@ -66,7 +68,8 @@ def grown(features: torch.Tensor, M: int) -> torch.Tensor:
 def seconds(fn: Callable[[], object], device: torch.device) -> tuple[object, float, float]:
     """What fn() returns, its seconds of CPU time of all threads, and of the wall."""
     common.synchronize(device)
-    cpu, wall = time.process_time(), time.perf_counter()
+    cpu = time.process_time()
+    wall = time.perf_counter()
     found = fn()
     common.synchronize(device)
     return found, time.process_time() - cpu, time.perf_counter() - wall
@@ -84,7 +87,8 @@ def measure(
     result: common.Result, name: str, rows: torch.Tensor, sample: int, repeats: int
 ) -> None:
     """Two rows of the table: exact and ivf."""
-    M, device = len(rows), rows.device
+    M = len(rows)
+    device = rows.device
     generator = torch.Generator().manual_seed(1)  # the index draws by 0
     chosen = torch.randperm(M, generator=generator)[:sample].to(device)
     before = peak_bytes(device, reset=True)
@@ -93,24 +97,23 @@ def measure(
         (least, _), cpu, wall = seconds(lambda: topk(rows[chosen], rows, K, chosen), device)
         times.append((cpu * M / sample, wall * M / sample))
     cpu, wall = map(statistics.median, zip(*times))
+    row = {"features": name, "M": M, "n": repeats}
     result.add(
         {
-            "features": name,
-            "M": M,
+            **row,
             "search": "exact",
             "cpu": cpu,
             "wall": wall,
             "recall": 1.0,
             "memory_gib": held(device, before),
             "queries": f"{sample:,}, multiplied",
-            "n": repeats,
         }
     )
 
     before = peak_bytes(device, reset=True)
-    times, index = [], None
+    times = []
     for _ in range(repeats):
-        index = None  # two at a time would be two copies
+        index = None  # the one before is freed first: two would be two copies
         index, build_cpu, build_wall = seconds(lambda: IVF(rows), device)
         near, cpu, wall = seconds(lambda: in_blocks(rows, index, M), device)
         times.append((build_cpu + cpu, build_wall + wall, build_cpu))
@@ -119,8 +122,7 @@ def measure(
     recall = float((cosine >= least[:, -1:] - 1e-6).double().mean())
     result.add(
         {
-            "features": name,
-            "M": M,
+            **row,
             "search": "ivf",
             "cpu": cpu,
             "wall": wall,
@@ -130,7 +132,6 @@ def measure(
             "nprobe": index.nprobe,
             "memory_gib": held(device, before),
             "queries": f"{M:,}",
-            "n": repeats,
         }
     )
 
@@ -153,7 +154,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     common.begin(args)
     if args.quick:
-        args.sizes, args.queries = [2000], 200
+        args.sizes = [2000]
+        args.queries = 200
     try:
         if not installed():
             raise BadInput("this needs the package faiss: pip install 'moco_isl[faiss]'")
@@ -161,24 +163,16 @@ def main(argv: list[str] | None = None) -> int:
     except BadInput as error:
         print(f"benchmarks.index: {error}", file=sys.stderr)
         return error.exit_code
-    result = common.Result(
-        "index",
-        "The 10 nearest of every image, exactly and by an approximate index",
-        args.device,
-        COLUMNS,
-    )
+    title = "The 10 nearest of every image, exactly and by an approximate index"
+    result = common.Result("index", title, args.device, COLUMNS)
     try:
         for M in args.sizes:
-            rows, _ = synthetic(M, DIM, "cpu", torch.float32, 0)
-            measure(result, "mixture", rows.to(args.device), min(args.queries, M), args.repeats)
+            kinds = {"mixture": lambda M=M: synthetic(M, DIM, "cpu", torch.float32, 0)[0]}
             if real is not None:
-                measure(
-                    result,
-                    "grown from real ones",
-                    grown(real, M).to(args.device),
-                    min(args.queries, M),
-                    args.repeats,
-                )
+                kinds["grown from real ones"] = lambda M=M: grown(real, M)
+            for kind, rows_of in kinds.items():
+                rows = rows_of().to(args.device)
+                measure(result, kind, rows, min(args.queries, M), args.repeats)
     finally:  # what was measured before an error is not lost
         result.note(
             "CPU s: of all threads. The wall's seconds depend on what else the machine did; the two"

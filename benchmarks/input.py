@@ -1,12 +1,12 @@
-"""Photos from JPEG files to two views: images a second and core, the published PIL pipeline and
-others in turns in one process.
+"""Photos from JPEG files to two views: images a second and core, by the published PIL pipeline and
+by others, in turns in one process.
 
-    python -m benchmarks.input [--photos DIR]        DIR: any folder of JPEGs; default:
-    imagenette_mini in MOCO_ISL_DATA, else drawn pictures
+    python -m benchmarks.input [--photos DIR]     DIR: any folder of JPEGs; default: imagenette_mini
+                                                  in MOCO_ISL_DATA, else drawn pictures
 
-One thread, no workers: CPU time of everything, so that images/s are those of a core. "worker's
-part" is what is left on the CPU where a GPU finishes the views. Photos of 224 px as they are, and
-the same enlarged to about 500 px.
+One thread, no workers, and CPU time of everything: images/s are those of a core. "worker's part" is
+what is left on the CPU where a GPU finishes the views. Photos of 224 px as they are, and the same
+enlarged to about 500 px.
 """
 
 import os
@@ -32,37 +32,26 @@ BATCH = 32
 
 
 def find_photos(given: str | None, folder: Path, n: int) -> list[Path]:
-    """n JPEGs: of the folder given, of MOCO_ISL_DATA, or drawn, with the spectrum that photos
-    have.
-    """
+    """n JPEGs: of the folder given, of MOCO_ISL_DATA, or drawn with the spectrum of photos."""
     root = Path(given) if given else Path(os.environ.get("MOCO_ISL_DATA", "/nonexistent"))
     packed = root / "imagenette_mini.tar.gz"
     if packed.is_file():
         with tarfile.open(packed) as tar:
             tar.extractall(folder / "unpacked", filter="data")
         root = folder / "unpacked"
-    root = root / "imagenette_mini" if (root / "imagenette_mini").is_dir() else root
-    found = (
-        sorted(p for p in root.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg"))
-        if root.is_dir()
-        else []
-    )
+    if (root / "imagenette_mini").is_dir():
+        root = root / "imagenette_mini"
+    found = sorted(p for p in root.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg"))
     if found:
         return [found[i * len(found) // n] for i in range(min(n, len(found)))]
     rng = np.random.default_rng(0)
     frequency = np.fft.fftfreq(224)
     falling = 1 / np.maximum(np.hypot(frequency[:, None], frequency[None]), 1 / 224)
+    noise = lambda: np.fft.ifft2(np.fft.fft2(rng.standard_normal((224, 224))) * falling).real
     for i in range(n):
-        x = np.stack(
-            [
-                np.fft.ifft2(np.fft.fft2(rng.standard_normal((224, 224))) * falling).real
-                for _ in range(3)
-            ],
-            2,
-        )
-        Image.fromarray((128 + 50 * (x - x.mean()) / x.std()).clip(0, 255).astype(np.uint8)).save(
-            folder / f"{i:03}.jpg", quality=85
-        )
+        x = np.stack([noise() for _ in range(3)], 2)
+        pixels = (128 + 50 * (x - x.mean()) / x.std()).clip(0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i:03}.jpg", quality=85)
     return sorted(folder.glob("*.jpg"))
 
 
@@ -70,11 +59,8 @@ def enlarged(photos: list[Path], folder: Path) -> list[Path]:
     """The same photos with 500 x 375 pixels, upright or not."""
     folder.mkdir()
     for i, path in enumerate(photos):
-        image = (
-            Image.open(path)
-            .convert("RGB")
-            .resize((500, 375) if i % 2 else (375, 500), Image.BICUBIC)
-        )
+        size = (500, 375) if i % 2 else (375, 500)
+        image = Image.open(path).convert("RGB").resize(size, Image.BICUBIC)
         image.save(folder / f"{i:03}.jpg", quality=90)
     return sorted(folder.glob("*.jpg"))
 
@@ -184,26 +170,20 @@ def on_gpu(result: common.Result, photos: list[Path], device: torch.device, repe
     augmentation = data.get_augmentation("folder", aug_plus=True, size=224, on_device=True)
     crops = torch.randint(0, 256, (512, 3, 224, 224), dtype=torch.uint8, device=device)
     u = uniforms(0, 0, torch.arange(512, device=device), 0, augmentation.draws)
-    result.add(
-        common.timed(lambda: augmentation.finish(crops, u), device, repeats, inner=5).row(
-            "finish 2 x 256 views on the device"
-        )
-    )
+    finish = lambda: augmentation.finish(crops, u)
+    timing = common.timed(finish, device, repeats, inner=5)
+    result.add(timing.row("finish 2 x 256 views on the device"))
     compile_augmentation(augmentation, 512, device)
-    result.add(
-        common.timed(
-            lambda: augmentation.finish(crops, u), device, repeats, warmup=3, inner=20
-        ).row("the same, compiled")
-    )
+    timing = common.timed(finish, device, repeats, warmup=3, inner=20)
+    result.add(timing.row("the same, compiled"))
     files = [torchvision.io.read_file(str(path)) for path in photos]
     try:
         torchvision.io.decode_jpeg(files[:2], device=device)
     except (RuntimeError, TypeError) as error:
         result.note(f"no decoding on the device: {str(error).splitlines()[0]}")
         return
-    row = common.timed(
-        lambda: torchvision.io.decode_jpeg(files, device=device), device, repeats
-    ).row(f"decode {len(files)} photos on the device")
+    decode = lambda: torchvision.io.decode_jpeg(files, device=device)
+    row = common.timed(decode, device, repeats).row(f"decode {len(files)} photos on the device")
     result.add(row | {"images_per_s": len(files) / row["value"] * 1e3})
 
 
@@ -230,16 +210,11 @@ def main(argv: list[str] | None = None) -> None:
             calls = candidates(photos, result.note, not args.quick and not on_host)
             for name, timing in common.in_turns(calls, CPU, args.repeats, cpu_time=True).items():
                 timing = common.Timing([seconds / len(photos) for seconds in timing.seconds])
-                first = name.startswith("published")
-                bar = (
-                    {"bar": result[f"{size}, published: PIL"]["value"] / 3}
-                    if name.startswith("ours, fast")
-                    else {}
-                )
-                result.add(
-                    timing.row(f"{size}, {name}", images_per_s=1 / timing.median, **bar),
-                    of=None if first else f"{size}, published: PIL",
-                )
+                row = timing.row(f"{size}, {name}", images_per_s=1 / timing.median)
+                published = f"{size}, published: PIL"
+                if name.startswith("ours, fast"):
+                    row["bar"] = result[published]["value"] / 3
+                result.add(row, of=None if row["what"] == published else published)
         what = "drawn pictures" if small[0].parent == Path(folder) else "photos"
         result.note(
             f"{len(small)} {what} of each size; all calls in turns in one process, one thread; bar:"

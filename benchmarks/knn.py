@@ -2,11 +2,12 @@
 unit features.
 
     python -m benchmarks.knn                  on a GPU: 1,281,167 images, 50,000 queries, 128-d and
-    2,048-d python -m benchmarks.knn --device cpu     50,000 images, 10,000 queries
+                                              2,048-d
+    python -m benchmarks.knn --device cpu     50,000 images, 10,000 queries
 
-Peak memory is what the search adds to the features themselves. Searched again: queries whose
+Peak memory is what the search adds to the features. "Searched again" is the share of queries whose
 neighbours the kernel's float16 scores could not tell from others, so that they were searched a
-second time, plainly; empty without the kernel.
+second time, plainly; it is empty without the kernel.
 """
 
 from pathlib import Path
@@ -47,8 +48,9 @@ def unit_rows(
 
 
 def peak_bytes(device: torch.device, reset: bool = False) -> int | None:
-    """Most memory held since the last reset, now being the start of the next; None where the system
-    does not tell.
+    """Most memory held since the last reset; None where the system does not tell.
+
+    reset: start anew, from what is held now.
     """
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
@@ -58,8 +60,7 @@ def peak_bytes(device: torch.device, reset: bool = False) -> int | None:
         return peak
     try:
         if reset:
-            # Linux: the high-water mark of resident memory starts anew
-            Path("/proc/self/clear_refs").write_text("5")
+            Path("/proc/self/clear_refs").write_text("5")  # Linux: resets VmHWM
         return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024
     except OSError:
         return None
@@ -120,7 +121,8 @@ def main(argv: list[str] | None = None) -> None:
         Q = 20
         args.dims = args.dims[:1]
         args.k = 10
-    dtype = (torch.float16 if gpu else torch.bfloat16) if args.half else torch.float32
+    half = torch.float16 if gpu else torch.bfloat16
+    dtype = half if args.half else torch.float32
     result = common.Result("knn", "Weighted kNN, searching and voting", args.device, COLUMNS)
     try:
         for dim in args.dims:

@@ -1,26 +1,22 @@
-"""One round of mining measured: precision beside both Euclidean baselines, hubs, coverage, seconds,
-memory.
+"""One round of mining: precision beside both Euclidean baselines, hubs, coverage, seconds, memory.
 
-    python -m benchmarks.mining features.safetensors               features [M, C] and labels [M] of
-    real images python -m benchmarks.mining --size 1281167 --iters 200 --worst 1 --no-table     the
-    memory and seconds of that many
+    python -m benchmarks.mining features.safetensors      features [M, C] and labels [M] of real
+                                                          images
+    python -m benchmarks.mining --size 1281167 --iters 200 --worst 1 --no-table
+                                                          memory and seconds of that many
 
 Rows of the table, precision at mean set sizes 1, 5, 10, 50:
-  own nearest       each image's nearest by cosine
-  all pairs         the most similar pairs of the whole data set, equally many
-  GAN proxies       the images nearest to each anchor's best proxy, whatever its score (Eq. 3, no
-radius) GAN surest pairs  the pairs of the row above most similar to their proxy, over the whole
-data set, under the in-degree cap Below it the round itself, as a run does it. Memory is what the
-process (or the GPU) held at most beyond the features.
+  own nearest         each image's nearest by cosine
+  all pairs           the most similar pairs of the whole data set, equally many
+  GAN proxies         the images nearest to each anchor's best proxy, whatever its score (Eq. 3
+                      without a radius)
+  GAN surest pairs    those of these pairs that are most similar to their proxy, of the whole data
+                      set, under the in-degree cap
+Below it the round itself, as a run does it. Memory is what the process (or the GPU) held at most
+beyond the features.
 """
 
 import argparse
-import datetime
-import json
-import os
-import platform
-import resource
-import shlex
 import sys
 import time
 from functools import partial
@@ -30,7 +26,8 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import common
-from moco_isl import dist, files
+from benchmarks.knn import peak_bytes
+from moco_isl import dist
 from moco_isl.errors import BadInput
 from moco_isl.miners.gan import GANMiner, best_proxies
 from moco_isl.mining.baselines import baselines
@@ -40,13 +37,9 @@ from moco_isl.mining.positives import PositiveSets
 from moco_isl.mining.record import one_line
 from moco_isl.ops.neighbors import topk
 
-OURS = b'{\n "command": "python -m benchmarks.mining'  # how the file of --out begins
-
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.parser(__doc__)
     parser.add_argument(
         "file", nargs="?", help="safetensors file with features [M, C] and labels [M]"
     )
@@ -62,8 +55,6 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--half", action="store_true", help="keep features in half precision (a GPU mines them so)"
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: as torch sees fit)")
     parser.add_argument(
         "--iters",
         type=int,
@@ -96,7 +87,6 @@ def get_parser() -> argparse.ArgumentParser:
             " for the others"
         ),
     )
-    parser.add_argument("--out", metavar="FILE.json", help="where to write all figures")
     return parser
 
 
@@ -113,8 +103,9 @@ def load(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
 def load_features(
     file: str, device: str | torch.device, dtype: torch.dtype = torch.float32
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """features [M, C] unit rows, labels [M] and, where the file has them, the features of an
-    earlier snapshot `before` [M, C].
+    """features [M, C] unit rows, labels [M], and features `before` [M, C] of an earlier encoder.
+
+    `before` is None where the file has none. Raises BadInput.
     """
     from safetensors.torch import load_file
 
@@ -150,28 +141,16 @@ def synthetic(
     return features, labels
 
 
-def peak_gib(device: str) -> float:
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def held_gib(device: str) -> float:
-    """Memory held now, with the features."""
-    if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated() / 2**30
-    return peak_gib(device)
-
-
 class WorstCase(GANMiner):
-    """Mines the first of W shares of the anchors; everything joins, and shifted copies of its edges
-    stand for the other shares.
+    """Mines the first of W shares of the anchors and lets every candidate join.
+
+    Shifted copies of its edges stand for the other shares.
     """
 
     def __init__(self, shares: int, **kwargs):
         super().__init__(**{**kwargs, "threshold": -1.0, "radius": 10.0, "radius_mode": "fixed"})
-        self.settings.max_hub, self.settings.min_distinct = 1.0, 0.0
+        self.settings.max_hub = 1.0
+        self.settings.min_distinct = 0.0
         self.shares = shares
 
     def find(self, features, positives, seed, tick):
@@ -181,7 +160,8 @@ class WorstCase(GANMiner):
             found, why = super().find(features, positives, seed, tick)
         finally:
             dist.shard = own
-        M, step = len(features), int(found.src.max()) + 1
+        M = len(features)
+        step = int(found.src.max()) + 1
         shifted = lambda x: torch.cat([((x + i * step) % M).int() for i in range(self.shares)])
         return (
             Edges(shifted(found.src), shifted(found.dst), found.sureness.repeat(self.shares)),
@@ -190,34 +170,41 @@ class WorstCase(GANMiner):
 
 
 def rounds(
-    args: argparse.Namespace, miner: GANMiner, features: torch.Tensor, labels: torch.Tensor
-) -> tuple[PositiveSets, list[dict]]:
-    """The rounds of a run, each reported in a line, with the precision of its sets."""
+    args: argparse.Namespace,
+    miner: GANMiner,
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    result: common.Result,
+) -> None:
+    """The rounds of a run as rows, and in words as notes."""
     sets = PositiveSets.empty(len(features), features.device)
-    reports = []
     for number in range(args.rounds):
-        before = held_gib(args.device)
+        before = peak_bytes(args.device, reset=True)
         sets = miner.mine(features, sets, torch.Generator().manual_seed(args.seed + number))
+        peak = peak_bytes(args.device)
         precision = sets.precision(labels) if sets.num_edges else None
-        reports.append(
-            {**miner.report, "precision": precision, "memory_gib": peak_gib(args.device) - before}
+        report = {**miner.report, "precision": precision}
+        result.add(
+            {
+                "what": f"round {number}",
+                "size": report["mean_size"],
+                "hub": report["worst_in_degree"],
+                "seconds": report["seconds"],
+                "memory_gib": None if peak is None else (peak - before) / 2**30,
+            }
         )
-        print(
-            f"round {number}: {one_line(reports[-1])}; {reports[-1]['memory_gib']:.2f} GiB beyond"
-            " the features",
-            flush=True,
-        )
-    return sets, reports
+        result.note(f"round {number}: {one_line(report)}")
 
 
 def table(
     args: argparse.Namespace, miner: GANMiner, features: torch.Tensor, labels: torch.Tensor
 ) -> dict[str, dict]:
-    """Row -> precision at each size, coverage at each, hub, seconds.
+    """Row -> precision at each size, hub, seconds.
 
-    GAN rows: of the last round's networks, empty sets.
+    The rows of the GAN are by the last round's networks, with empty sets.
     """
-    M, k = len(features), max(args.sizes)
+    M = len(features)
+    k = max(args.sizes)
     start = time.perf_counter()
     found = baselines(features, labels, args.sizes)
     rows = {
@@ -252,79 +239,22 @@ def table(
     sets = [settle(features, edges, empty, Rules(size))[0] for size in args.sizes]
     rows["GAN surest pairs"] = {
         "precision": [s.precision(labels) for s in sets],
-        "coverage": [s.coverage for s in sets],
-        "size": [s.mean_size for s in sets],
         "hub": int(sets[-1].in_degree().max()),
     }
     return rows
 
 
-def show(rows: dict[str, dict], sizes: list[int]) -> None:
-    print(
-        f"\n{'precision at':24}"
-        + "".join(f"{size:>9}" for size in sizes)
-        + f"{'worst hub':>12}{'seconds':>10}"
-    )
-    for name, row in rows.items():
-        cells = "".join(f"{p:9.3f}" for p in row["precision"])
-        print(
-            f"{name:24}{cells}{row.get('hub', ''):>12}"
-            + (f"{row['seconds']:10.1f}" if "seconds" in row else "")
-        )
-    print(
-        "worst hub: how many images the most frequent one is near to, ten nearest each (surest"
-        " pairs: its positives at the largest size)"
-    )
-
-
-def page(args: argparse.Namespace, reports: list[dict], rows: dict[str, dict]) -> dict:
-    """Rounds and table in the form that benchmarks/common.py describes."""
-    columns = [
-        ("what", ""),
-        *((f"at {size}", f"precision at {size}") for size in args.sizes),
-        ("size", "set size"),
-        ("hub", "worst hub"),
-        ("seconds", "s"),
-        ("memory_gib", "GiB"),
-    ]
-    found = [
-        {
-            "what": f"round {i}",
-            "size": r["mean_size"],
-            "seconds": r["seconds"],
-            "memory_gib": r["memory_gib"],
-            "hub": r["worst_in_degree"],
-        }
-        for i, r in enumerate(reports)
-    ]
-    found += [
-        {
-            "what": name.strip(),
-            **{f"at {size}": p for size, p in zip(args.sizes, row["precision"])},
-            "hub": row.get("hub"),
-            "seconds": row.get("seconds"),
-        }
-        for name, row in rows.items()
-    ]
-    return {
-        "name": "mining",
-        "title": "Rounds of mining, and the precision of what they could have taken",
-        "date": datetime.date.today().isoformat(),
-        "commit": common.commit(),
-        "versions": common.versions(),
-        "columns": columns,
-        "rows": found,
-        "notes": [one_line(report) for report in reports],
-    }
-
-
 def main(argv: list[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    common.begin(args)
+    if args.quick:
+        args.size = args.size or 600
+        args.iters = 40
+        args.min_iters = 20
+    at = {size: f"at_{size}" for size in args.sizes}
+    columns = [("what", ""), *((key, f"precision at {size}") for size, key in at.items())]
+    columns += [("size", "set size"), ("hub", "worst hub"), ("seconds", "s"), ("memory_gib", "GiB")]
     try:
-        if args.out:
-            files.require_ours(args.out, lambda path: path.read_bytes().startswith(OURS), "--out")
         features, labels = load(args)
         kind = GANMiner if args.worst is None else partial(WorstCase, args.worst)
         miner = kind(
@@ -335,44 +265,22 @@ def main(argv: list[str] | None = None) -> int:
             threshold=args.threshold,
             radius=args.radius,
         )
-        name = (
-            torch.cuda.get_device_name()
-            if args.device.startswith("cuda")
-            else f"{platform.machine()}, {os.cpu_count()} cores"
-        )
-        print(
-            f"M = {len(features):,}, C = {features.shape[1]}, {features.dtype}, on {name},"
-            f" {torch.get_num_threads()} threads, torch {torch.__version__}"
-        )
-        start, cpu = time.perf_counter(), time.process_time()
-        _, reports = rounds(args, miner, features, labels)
+        title = f"Rounds of mining on {len(features):,} images, and what they could have taken"
+        result = common.Result("mining", title, args.device, columns)
+        rounds(args, miner, features, labels, result)
         rows = {} if args.no_table else table(args, miner, features, labels)
     except BadInput as error:
         print(f"benchmarks.mining: {error}", file=sys.stderr)
         return error.exit_code
-    seconds = time.perf_counter() - start
-    cpu = time.process_time() - cpu
+    for name, row in rows.items():
+        precision = dict(zip(at.values(), row.pop("precision")))
+        result.add({"what": name.strip(), **precision, **row})
     if rows:
-        show(rows, args.sizes)
-    print(f"all in {seconds:.0f} s ({cpu:.0f} s of CPU time)")
-    if args.out:
-        facts = {
-            "command": shlex.join(["python", "-m", "benchmarks.mining", *sys.argv[1:]]),
-            "device": name,
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "M": len(features),
-            "C": features.shape[1],
-            "sizes": args.sizes,
-            "rounds": reports,
-            "table": rows,
-            "seconds": seconds,
-            "cpu_seconds": cpu,
-            **page(args, reports, rows),
-        }
-        files.write_text(json.dumps(facts, indent=1) + "\n", args.out)
+        result.note(
+            "Worst hub: how many images the most frequent one is near to, ten nearest each; of the"
+            " surest pairs its positives at the largest size."
+        )
+    common.end(args, result)
     return 0
 
 

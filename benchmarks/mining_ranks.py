@@ -1,11 +1,10 @@
-"""Mining over 1, 2 and 4 gloo ranks of this machine: seconds a round, and that the sets are the
-same.
+"""Mining over 1, 2 and 4 gloo ranks of this machine: seconds a round, and whether sets are equal.
 
     python -m benchmarks.mining_ranks [--images 20000] [--repeats 3]
 
-One thread a rank. Features are unit rows around M / 50 random centres. Beside the wall clock, the
-CPU seconds of the
-busiest rank: what a rank has to do, also where ranks outnumber the cores and wait for each other.
+One thread a rank. Features are unit rows around M / 50 random centres. Beside the wall's seconds
+stand the CPU seconds of the busiest rank: what a rank has to do, also where ranks outnumber the
+cores and wait for each other.
 """
 
 import argparse
@@ -34,15 +33,14 @@ def features_of(M: int, C: int = 128) -> torch.Tensor:
 def one_round(
     rank: int, world: int, M: int, repeats: int
 ) -> tuple[list[float], list[float], int, int]:
-    """Seconds and CPU seconds of each round on this rank, number of edges, and a checksum of the
-    sets.
-    """
+    """Seconds and CPU seconds of each round on this rank, number of edges, checksum of the sets."""
     torch.set_num_threads(1)
     features = features_of(M)
     wall = []
     cpu = []
     for _ in range(repeats):
-        start, worked = time.perf_counter(), time.process_time()
+        start = time.perf_counter()
+        worked = time.process_time()
         sets = KNNMiner(k=10, budget=5).mine(
             features, PositiveSets.empty(M, "cpu"), torch.Generator().manual_seed(1)
         )

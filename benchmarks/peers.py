@@ -1,5 +1,5 @@
 """lightly's MoCo and NNCLR as training steps, put together from its modules as its documentation
-does. Of use to benchmarks only.
+does.
 """
 
 from collections.abc import Callable
@@ -41,7 +41,8 @@ def moco_step(
         encoder, width = backbone(arch, size)
         return encoder.to(device), MoCoProjectionHead(width, width, dim).to(device)
 
-    (encoder, head), (encoder_k, head_k) = side(), side()
+    encoder, head = side()
+    encoder_k, head_k = side()
     for mine, theirs in ((encoder_k, encoder), (head_k, head)):
         mine.load_state_dict(theirs.state_dict())
         deactivate_requires_grad(mine)
@@ -66,9 +67,7 @@ def moco_step(
 def nnclr_step(
     arch: str, size: int, dim: int, K: int, device: torch.device, T: float = 0.1
 ) -> Step:
-    """NNCLR by lightly: both views through one encoder, with gradient; nearest neighbours out of a
-    memory bank of K.
-    """
+    """NNCLR by lightly: both views through one encoder, neighbours out of a memory bank of K."""
     from lightly.loss import NTXentLoss
     from lightly.models.modules import NNCLRPredictionHead, NNCLRProjectionHead, NNMemoryBankModule
 
@@ -83,7 +82,8 @@ def nnclr_step(
 
     def step(im_1: torch.Tensor, im_2: torch.Tensor) -> float:
         z_1, z_2 = (project(encoder(image).flatten(1)) for image in (im_1, im_2))
-        p_1, p_2 = predict(z_1), predict(z_2)
+        p_1 = predict(z_1)
+        p_2 = predict(z_2)
         n_1 = nearest(z_1.detach(), update=False)
         n_2 = nearest(z_2.detach(), update=True)
         loss = 0.5 * (criterion(n_1, p_2) + criterion(n_2, p_1))

@@ -1,5 +1,5 @@
-"""Where the time of a step goes: the three largest kinds of work, of a CPU its operations, of a GPU
-its kernels put together by what they do.
+"""Where the time of a step goes: its three largest kinds of work. On a CPU these are operations, on
+a GPU kernels, put together by what they do.
 """
 
 import re

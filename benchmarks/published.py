@@ -1,5 +1,4 @@
-"""MoCo v2 as it was published, restated in plain words of our own: what the field runs today, and
-what the others are measured against.
+"""MoCo v2 as it was published, written anew: what the other forms of a step are measured against.
 
 Full-precision parameters, contiguous images, no compiler, one momentum update a parameter, logits
 of own key and queue joined in one tensor, and a pipeline of PIL operations for the images.
@@ -13,7 +12,8 @@ from torchvision import transforms
 from moco_isl.encoders import build_encoder
 from moco_isl.loader import GaussianBlur
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
 
 
 def encoder_with_mlp(arch: str, dim: int, size: int) -> nn.Module:
@@ -61,8 +61,9 @@ class PublishedMoCo(nn.Module):
 
 
 def published_step(model: PublishedMoCo, lr: float = 0.03):
-    """step(im_q, im_k): forward, cross-entropy, accuracy, backward, SGD; and, as it does, the loss
-    read back every step.
+    """step(im_q, im_k): forward, cross-entropy, accuracy, backward, SGD.
+
+    It reads the loss back in every step, as the published script does.
     """
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=1e-4)
 

@@ -1,13 +1,14 @@
-"""From the command to the end of the first step, in seconds: main_moco_isl.py in a process of its
-own, each time a new one.
+"""From the command to the end of the first step: seconds of main_moco_isl.py, a new process each
+time.
 
     python -m benchmarks.start              ResNet-50, photos of 224 px, batch 256, --fast
-    --no-compile; on a CPU ResNet-18, 64 px, batch 16 python -m benchmarks.start --compile    on a
-    GPU: with the compiler, too, whose cache may be warm python -m benchmarks.start --small DIR  a
-    folder of small images, as CIFAR's JPEGs: without --cache, with an empty one, with a full one
+                                            --no-compile; on a CPU ResNet-18, 64 px, batch 16
+    python -m benchmarks.start --compile    on a GPU: with the compiler too, whose cache may be warm
+    python -m benchmarks.start --small DIR  a folder of small images, as CIFAR's JPEGs: without
+                                            --cache, with an empty one, with a full one
 
-The photos are drawn and lie in a folder of JPEGs. Counted is everything: Python, imports, data set,
-workers, model, first batch, first step, until the line that reports it.
+The photos are drawn and lie in a folder of JPEGs. Everything counts, until the line that reports
+the first step: Python, imports, data set, workers, model, first batch, first step.
 """
 
 import re
@@ -27,22 +28,12 @@ BAR = 20  # s without the compiler, on an H200
 
 
 def seconds_to_first_step(flags: list[str], out: Path) -> float:
-    """Runs the script until its first step is reported.
+    """Seconds until the script reports its first step.
 
-    Raises RuntimeError with what it said where it never was.
+    Raises RuntimeError with the end of its output where it never does.
     """
-    command = [
-        sys.executable,
-        "-u",
-        str(ROOT / "main_moco_isl.py"),
-        *flags,
-        "-p",
-        "1",
-        "--max-steps",
-        "1",
-        "--out",
-        str(out),
-    ]
+    script = [sys.executable, "-u", str(ROOT / "main_moco_isl.py")]
+    command = [*script, *flags, "-p", "1", "--max-steps", "1", "--out", str(out)]
     start = time.perf_counter()
     seconds = None
     said = []
@@ -65,28 +56,13 @@ def cpu_seconds() -> float:
 
 
 def measure_cache(args) -> None:
-    """Small images held on the device: seconds, and CPU seconds of the whole run of one step, by
-    what is in the cache.
+    """Small images held on the device, by what is in the cache.
+
+    Seconds to the first step, and CPU seconds of a whole run of one step.
     """
     arch = "digits" if args.quick else "resnet18w32"
-    flags = [
-        args.small,
-        "-a",
-        arch,
-        "-b",
-        "64",
-        "-j",
-        "8",
-        "--fast",
-        "--no-compile",
-        "--mlp",
-        "--aug-plus",
-        "--cos",
-        "--seed",
-        "0",
-        "--moco-k",
-        "512",
-    ]
+    flags = f"-a {arch} -b 64 -j 8 --fast --no-compile --mlp --aug-plus --cos --seed 0".split()
+    flags = [args.small, *flags, "--moco-k", "512"]
     flags += [] if args.device.type == "cuda" else ["--device", "cpu"]
     forms = ("without --cache", "empty cache", "full cache")
     seconds = {form: [] for form in forms}
@@ -101,13 +77,10 @@ def measure_cache(args) -> None:
             for form in forms:
                 if form == "empty cache":
                     shutil.rmtree(Path(folder) / "cache", ignore_errors=True)
-                given = (
-                    [] if form == "without --cache" else ["--cache", str(Path(folder) / "cache")]
-                )
+                given = ["--cache", f"{folder}/cache"] if form != "without --cache" else []
                 before = cpu_seconds()
-                seconds[form].append(
-                    seconds_to_first_step([*flags, *given], Path(tempfile.mkdtemp(dir=folder)))
-                )
+                out = Path(tempfile.mkdtemp(dir=folder))
+                seconds[form].append(seconds_to_first_step([*flags, *given], out))
                 used[form].append(cpu_seconds() - before)
     for form in forms:
         result.add(common.Timing(seconds[form]).row(form, "s"))
@@ -135,69 +108,33 @@ def main(argv: list[str] | None = None) -> None:
     gpu = args.device.type == "cuda"
     batch, arch, side = (256, "resnet50", 224) if gpu else (16, "resnet18", 64)
     if args.quick:
-        batch = 4
-        arch = "digits"
-        side = 16
-    flags = [
-        "-a",
-        arch,
-        "--image-size",
-        str(side),
-        "-b",
-        str(batch),
-        "-j",
-        "8" if gpu else "0",
-        "--mlp",
-        "--aug-plus",
-        "--cos",
-        "--moco-t",
-        "0.2",
-        "--seed",
-        "0",
-        *(["--moco-k", "64"] if args.quick else []),
-        *([] if gpu else ["--device", "cpu"]),
-    ]
-    result = common.Result(
-        "start",
-        f"From the command to the first step: {arch}, {side} px, batch {batch}",
-        args.device,
-    )
-    forms = {
-        "--fast --no-compile": ["--fast", "--no-compile"],
-        "--no-fast": ["--no-fast"],
-        **({"--fast": ["--fast"]} if args.compile else {}),
-    }
-    if args.quick:
-        del forms["--no-fast"]
+        batch, arch, side = 4, "digits", 16
+    flags = f"-a {arch} --image-size {side} -b {batch} -j {8 if gpu else 0} --seed 0".split()
+    flags += "--mlp --aug-plus --cos --moco-t 0.2".split()
+    flags += ["--moco-k", "64"] if args.quick else []
+    flags += [] if gpu else ["--device", "cpu"]
+    title = f"From the command to the first step: {arch}, {side} px, batch {batch}"
+    result = common.Result("start", title, args.device)
+    forms = ["--fast --no-compile"]
+    forms += [] if args.quick else ["--no-fast"]
+    forms += ["--fast"] if args.compile else []
+    seconds = {form: [] for form in forms}
     with tempfile.TemporaryDirectory() as folder:
         photos = Path(folder) / "photos"
         (photos / "train").mkdir(parents=True)
         drawn = find_photos("/nonexistent", photos / "train", 8)
         for i in range(len(drawn), 2 * batch):
             shutil.copy(drawn[i % len(drawn)], photos / "train" / f"{i:03}.jpg")
-        calls = {
-            name: lambda extra=extra, name=name: seconds_to_first_step(
-                [str(photos), *flags, *extra], Path(tempfile.mkdtemp(dir=folder))
-            )
-            for name, extra in forms.items()
-        }
-        rounds = [
-            {name: call() for name, call in calls.items()}
-            for _ in range(1 if args.quick else args.repeats)
-        ]
-    for name in forms:
-        timing = common.Timing([seconds[name] for seconds in rounds])
-        result.add(
-            timing.row(
-                name,
-                "s",
-                **(
-                    {"bar": BAR}
-                    if common.is_h200(args.device) and name == "--fast --no-compile"
-                    else {}
-                ),
-            )
-        )
+        for _ in range(1 if args.quick else args.repeats):
+            for form in forms:
+                out = Path(tempfile.mkdtemp(dir=folder))
+                given = [str(photos), *flags, *form.split()]
+                seconds[form].append(seconds_to_first_step(given, out))
+    for form in forms:
+        row = common.Timing(seconds[form]).row(form, "s")
+        if common.is_h200(args.device) and form == "--fast --no-compile":
+            row["bar"] = BAR
+        result.add(row)
     result.note(
         "a new process each time; the first finds files that may not lie in the system's cache yet"
     )

@@ -1,22 +1,23 @@
-"""One training step, side by side in one process: as published, as lightly has it, our plain path,
-our fast path, with ISL on, and the floor.
+"""One training step: as published, as lightly has it, our plain path, our fast path, with ISL on,
+and the floor, side by side in one process.
 
-    python -m benchmarks.step --rows photos          ResNet-50, 224 px, batch 256, K 65,536, and
-    what ISL adds at M = 1,281,167 python -m benchmarks.step --rows w64 w32         CIFAR-size
-    ResNet-18, batch 512, images on the device, augmentation included python -m benchmarks.step
-    --rows bank            CIFAR-size AlexNet, bank objective python -m benchmarks.step --forms
-    combo_kernels coordinate_descent     on a GPU: the fast form by other ways of compiling, too
-    python -m benchmarks.step --profile              and the three largest costs of a step before
-    (published) and after (fast)
+    python -m benchmarks.step --rows photos     ResNet-50, 224 px, batch 256, K 65,536, and what ISL
+                                                adds at M = 1,281,167
+    python -m benchmarks.step --rows w64 w32    CIFAR-size ResNet-18, batch 512, images on the
+                                                device, augmentation included
+    python -m benchmarks.step --rows bank       CIFAR-size AlexNet, bank objective
+    python -m benchmarks.step --forms combo_kernels coordinate_descent
+                                                on a GPU: the fast form compiled in other ways too
+    python -m benchmarks.step --profile         and the three largest costs of a step of the
+                                                published and of the fast form
 
-On a CPU the sizes are small ones: to see the forms beside each other and that all of it runs. A
-turn is some steps of each form; turns alternate. Our forms run `engine.train_one_epoch`, as the
-script does, and read their losses once a turn; the others read theirs every step, as they do.
+On a CPU the sizes are small: all of it runs, and the forms stand beside each other. A turn is some
+steps of each form; turns alternate. Our forms run `engine.train_one_epoch`, as the script does, and
+read their losses once a turn; the others read theirs every step, as their scripts do.
 """
 
 import argparse
 import itertools
-import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -36,9 +37,9 @@ from moco_isl.run.meters import Progress
 from moco_isl.run.signals import Stop
 from moco_isl.training import engine, fast
 
-DIM, P = 128, 16
-# of inductor
-OPTIONS = {
+DIM = 128
+P = 16  # positives of an image where ISL is on
+OPTIONS = {  # of inductor
     "combo_kernels": {"combo_kernels": True},
     "coordinate_descent": {"coordinate_descent_tuning": True},
 }
@@ -49,10 +50,9 @@ WITH_ISL = "ours, fast, ISL on"
 
 @dataclass(frozen=True)
 class Work:
-    """A row's sizes.
+    """A row's sizes: N batch, K queue, M images, steps of a turn.
 
-    N: batch, K: queue, M: images, steps: of a turn; photos are the same two views at every step,
-    others augmented anew.
+    photos: the same two views at every step; other images are augmented anew.
     """
 
     title: str
@@ -98,9 +98,7 @@ BARS = {
 
 
 class SameViews:
-    """A loader of photos on the device: the same two views at every step, with indices of their
-    own.
-    """
+    """A loader that has the same two views at every step, on the device, with new indices."""
 
     def __init__(self, work: Work, device: torch.device):
         g = torch.Generator(device).manual_seed(0)
@@ -138,8 +136,9 @@ def small_images(
     views: int,
     options: dict | None = None,
 ):
-    """Our loader of images held on the device; compiled: its augmentation too, with inductor's
-    options.
+    """Our loader of images held on the device.
+
+    compiled: whether its augmentation is compiled; options: inductor's.
     """
     augmentation = data.get_augmentation("cifar10", aug_plus=True, size=work.size, on_device=True)
     if compiled:
@@ -243,13 +242,14 @@ def give_positives(isl: ISL, work: Work, device: torch.device) -> ISL:
 
 
 def loaders_of(work: Work, device: torch.device) -> tuple:
-    """For the plain forms, the fast one and that with ISL on, of the same images.
+    """Loaders of the same images for the plain forms, the fast one and that with ISL on.
 
-    Without hard positives the bank objective has one view.
+    The bank objective has one view of an image, two where hard positives are on.
     """
     if work.photos:
         return (SameViews(work, device),) * 3
-    images, few = random_images(work), 1 if work.bank else 2
+    images = random_images(work)
+    few = 1 if work.bank else 2
     compiled = fast.defaults(True, device.type == "cuda")["compile"]
     return tuple(
         small_images(work, images, device, *how)
@@ -320,8 +320,10 @@ def build_all(
     only: set[str] | None = None,
     more: Sequence[str] = (),
 ) -> tuple[dict[str, Turn], dict[str, float | None], list[str]]:
-    """The forms, warmed up by two turns each; GiB that each needs at most beside the others; and
-    those that could not be had.
+    """The forms, warmed up by two turns each.
+
+    Returns name -> turn; name -> GiB that it needs at most beyond the others; names of those that
+    could not be built.
     """
     turns = {}
     memory = {}
@@ -338,15 +340,15 @@ def build_all(
             common.peak_gib(device, reset=True)
             turn()
             common.synchronize(device)
-        # a compiler's, a driver's, a library's: the other forms can still be measured
-        except Exception as error:
+        except Exception as error:  # of a compiler or a library: the other forms are measured
             failed.append(name)
             result.note(
                 f"{name} is left out, {type(error).__name__}:"
                 f" {(str(error).strip().splitlines() or [''])[0]}"
             )
             continue
-        turns[name], peak = turn, common.peak_gib(device)
+        turns[name] = turn
+        peak = common.peak_gib(device)
         memory[name] = None if peak is None else peak - before / 2**30
     return turns, memory, failed
 
@@ -354,12 +356,12 @@ def build_all(
 def measure(
     name: str, work: Work, device: torch.device, args: argparse.Namespace
 ) -> Iterator[common.Result]:
-    """The table, once more with the floor, and with --profile a second one; each as soon as it is
-    done. Raises RuntimeError at the end where a form is missing.
+    """The table, the same with the floor, and with --profile a second one, each when it is done.
+
+    Raises RuntimeError at the end where a form is missing.
     """
-    title = f"{work.title}: {work.arch}, {work.size} px, batch {work.N}, " + (
-        f"M {work.M:,}" if work.bank else f"K {work.K:,}"
-    )
+    rows = f"M {work.M:,}" if work.bank else f"K {work.K:,}"
+    title = f"{work.title}: {work.arch}, {work.size} px, batch {work.N}, {rows}"
     result = common.Result(f"step-{name}", title, device)
     turns, memory, failed = build_all(work, device, result, more=args.forms)
     if not turns:
@@ -368,11 +370,8 @@ def measure(
         turns, device, args.repeats, warmup=0, cpu_time=common.by_cpu_time(device)
     )
     first = next(iter(turns))
-    bar, goal = (
-        BARS[name]
-        if common.is_h200(device) and replace(work, steps=0) == replace(ROWS[name], steps=0)
-        else (None, None)
-    )
+    whole = replace(work, steps=0) == replace(ROWS[name], steps=0)
+    bar, goal = BARS[name] if common.is_h200(device) and whole else (None, None)
     for form, timing in timings.items():
         timing = common.Timing([seconds / work.steps for seconds in timing.seconds])
         more = {"bar": bar, "goal": goal} if form == FAST or form == WITH_ISL and work.bank else {}
@@ -382,26 +381,18 @@ def measure(
         )
     if {FAST, WITH_ISL} <= timings.keys():
         add_overhead(result, timings)
-    result.note(
-        f"a turn is {work.steps} step{'s' * (work.steps > 1)}; all forms in turns in one process; "
-        + (
-            "the same two random views at every step"
-            if work.photos
-            else "random images on the device, augmentation included"
-        )
-        + (
-            ""
-            if work.bank
-            else (
-                f"; ISL on: sets of {P} on average, P {P}, hard positives, bank update, queue mask,"
-                f" M = {work.M:,}"
-            )
-        )
-    )
+    images = "random images on the device, augmentation included"
+    if work.photos:
+        images = "the same two random views at every step"
+    isl = f"ISL on: sets of {P} on average, P {P}, hard positives"
+    if not work.bank:
+        images += f"; {isl}, bank update, queue mask, M = {work.M:,}"
+    steps = f"{work.steps} step{'s' * (work.steps > 1)}"
+    result.note(f"a turn is {steps}; all forms in turns in one process; {images}")
     if work.bank:
         result.note(
-            f"ISL on: sets of {P} on average, P {P}, hard positives, and a second view of every"
-            " image made; without: Instance, which has no use for one"
+            f"{isl}, and a second view of every image made; without: Instance, which has no use for"
+            " one"
         )
     if common.by_cpu_time(device):
         result.note(common.BY_CPU_TIME)
@@ -426,13 +417,8 @@ def measure(
             result.add(row)
         yield result
     if args.profile:
-        yield profiling.result_of(
-            name,
-            title,
-            {form: turns[form] for form in (first, FAST) if form in turns},
-            work.steps,
-            device,
-        )
+        pair = {form: turns[form] for form in (first, FAST) if form in turns}
+        yield profiling.result_of(name, title, pair, work.steps, device)
     if failed:
         raise RuntimeError(f"could not be had: {', '.join(failed)}")
 
@@ -441,21 +427,10 @@ def add_overhead(result: common.Result, timings: dict[str, common.Timing]) -> No
     """What ISL adds to the step, by pairs of turns."""
     pairs = zip(timings[WITH_ISL].seconds, timings[FAST].seconds)
     extra = [100 * (on / off - 1) for on, off in pairs]
-    result.add(
-        {
-            "what": "what ISL adds",
-            "value": statistics.median(extra),
-            "unit": "%",
-            "low": min(extra),
-            "high": max(extra),
-            "n": len(extra),
-            **(
-                {"bar": 3, "goal": 1}
-                if result.name == "step-photos" and result.device.type == "cuda"
-                else {}
-            ),
-        }
-    )
+    row = common.extremes("what ISL adds", extra, "%")
+    if result.name == "step-photos" and result.device.type == "cuda":
+        row |= {"bar": 3, "goal": 1}
+    result.add(row)
 
 
 def sizes(args: argparse.Namespace, name: str) -> Work:

@@ -11,8 +11,10 @@ FILE.yaml:
     base: {dataset: digits, epochs: 20, mlp: true}
     grid: {isl-budget: [1, 5], seed: [0, 1]}        # every combination; and, or instead,
     points: [{name: plain, miner: none, seed: 0}]   # settings one by one, with a name if you like
+    seeds: [0, 1, 2]                    # every point with each of them; {seed} in a value is it
     columns: [loss, knn]                # of the table (default: what the runs logged last)
     figures: [{x: isl-budget, y: knn}]  # curves over one setting, drawn by matplotlib
+    judge: {over: [plain]}              # for python -m studies.judge FILE.yaml
 Flags by name, as in --config; null leaves one out. Points are named by what differs between them.
 """
 
@@ -43,8 +45,10 @@ PLAN = {
     "base?": {...: SETTING},
     "grid?": {...: [SETTING]},
     "points?": [{...: SETTING}],
+    "seeds?": [str],
     "columns?": [str],
     "figures?": [{"x": str, "y": str}],
+    "judge?": {...: SETTING},
 }
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,99}")
 MOST_POINTS = 10_000
@@ -132,7 +136,7 @@ def _main(opts: argparse.Namespace) -> int:
 
 
 def read_plan(file: Path) -> dict:
-    """The sweep of a file: (script, points, own, columns, figures).
+    """The sweep of a file: (script, points, own, columns, figures, judge).
 
     points: {name: all settings}; own: {name: those of the point}.
 
@@ -149,9 +153,11 @@ def read_plan(file: Path) -> dict:
     grid = plan.get("grid", {})
     if empty := [name for name, values in grid.items() if not values]:
         raise BadInput(f"{where}: grid.{empty[0]} is an empty list: expected values")
+    seeds = plan.get("seeds")
     many = math.prod(len(values) for values in grid.values()) if grid else 0
-    if many + len(plan.get("points", [])) > MOST_POINTS:
-        raise BadInput(f"{where}: grid has more than {MOST_POINTS} combinations: name fewer values")
+    many = (many + len(plan.get("points", []))) * len(seeds or [None])
+    if many > MOST_POINTS:
+        raise BadInput(f"{where}: more than {MOST_POINTS} combinations: name fewer values")
     settings = (
         [dict(zip(grid, values)) for values in itertools.product(*grid.values())] if grid else []
     )
@@ -170,10 +176,18 @@ def read_plan(file: Path) -> dict:
         name = ",".join(f"{k}={v}" for k, v in own.items()) if name is None else name
         if not isinstance(name, str):
             raise BadInput(f"{where}: the name of point {number} is a list: expected a text")
-        name = _folder_name(name, f"{where}: point {number}")
-        if name in points:
-            raise BadInput(f"{where}: two points are named '{name}': give them names")
-        points[name], owns[name] = {**base, **own}, own
+        for seed in seeds or [None]:
+            full, mine = name, own
+            if seed is not None:
+                full, mine = f"{name},seed={seed}", {**own, "seed": seed}
+            full = _folder_name(full, f"{where}: point {number}")
+            if full in points:
+                raise BadInput(f"{where}: two points are named '{full}': give them names")
+            given = {**base, **mine}
+            if seed is not None:
+                given = {key: _with_seed(value, seed) for key, value in given.items()}
+            points[full] = given
+            owns[full] = mine
     for name in [
         *plan.get("columns", []),
         *(name for figure in plan.get("figures", []) for name in figure.values()),
@@ -185,7 +199,13 @@ def read_plan(file: Path) -> dict:
         "own": owns,
         "columns": plan.get("columns"),
         "figures": plan.get("figures", []),
+        "judge": plan.get("judge", {}),
     }
+
+
+def _with_seed(value, seed: str):
+    """A setting, {seed} in it replaced."""
+    return value.replace("{seed}", seed) if isinstance(value, str) else value
 
 
 def _check_name(name: str, where: str) -> None:

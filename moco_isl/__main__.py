@@ -1,13 +1,11 @@
-"""What there is to run: `python -m moco_isl`, or `moco-isl` where it is installed, lists the
-commands.
-"""
+"""`python -m moco_isl`, or `moco-isl` where it is installed: the list of commands."""
 
 import argparse
 import sys
 
 from moco_isl import __version__, files
 
-COMMANDS = {  # installed -> the same in a checkout, and what it does
+COMMANDS = {  # as installed -> (in a checkout, what it does)
     "main_moco_isl": (
         "python main_moco_isl.py",
         "pretrain an encoder without labels: MoCo v2, and ISL around it",
@@ -30,14 +28,11 @@ COMMANDS = {  # installed -> the same in a checkout, and what it does
 
 
 def get_parser() -> argparse.ArgumentParser:
+    head = "The commands, as installed and from a checkout. Each takes --help and --version.\n"
     rows = [f"  {name:<16} {way:<26} {what}" for name, (way, what) in COMMANDS.items()]
-    head = [
-        "What there is to run: as installed, and from a checkout. Each takes --help and --version.",
-        "",
-    ]
     parser = argparse.ArgumentParser(
         prog="python -m moco_isl",
-        description="\n".join(head + rows),
+        description="\n".join([head, *rows]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"moco_isl {__version__}")
@@ -50,11 +45,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = get_parser()
     _, rest = parser.parse_known_args(argv)
     if rest:
-        print(
-            f"error: '{files.shown(rest[0])}' is one argument too many: without any, the commands"
-            " are listed",
-            file=sys.stderr,
-        )
+        what = f"'{files.shown(rest[0])}' is one argument too many"
+        print(f"error: {what}: without any, the commands are listed", file=sys.stderr)
         return 2
     print(parser.description)
     return 0

@@ -1,5 +1,6 @@
-"""Talking to the other ranks; without a process group a world of one, where every call is the
-identity.
+"""Communication between ranks.
+
+Without a process group this is a world of one: rank 0 of 1, and every call is the identity.
 """
 
 import torch
@@ -22,27 +23,20 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def barrier() -> None:
-    if active():
-        dist.barrier()
-
-
 def shard(n: int) -> tuple[int, int]:
-    """The contiguous share [start, stop) of n items that belongs to this rank; shares differ by at
-    most one.
-    """
+    """This rank's contiguous share [start, stop) of n items; shares differ by at most one."""
     return n * rank() // world_size(), n * (rank() + 1) // world_size()
 
 
 def broadcast(x: torch.Tensor, src: int = 0) -> torch.Tensor:
-    """Overwrite x on every rank by the one of `src`; returns x."""
+    """Overwrite x on every rank by that of rank `src`; returns x."""
     if active():
         dist.broadcast(x, src)
     return x
 
 
 def broadcast_object(obj, src: int = 0):
-    """The object of rank `src`, on every rank. For small plain values: it travels pickled."""
+    """The object of rank `src`, on every rank. For small plain values, which travel pickled."""
     box = [obj]
     if active():
         dist.broadcast_object_list(box, src)
@@ -72,10 +66,9 @@ def all_reduce_max(x: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def exchange_rows(x: torch.Tensor) -> torch.Tensor:
-    """Part r of x [n, ...] goes to rank r, where the parts stand in the order of the ranks; done
-    twice, all is as before.
+    """Send part r of x [n, ...] to rank r; the parts received stand in the order of the ranks.
 
-    n must be the same on all ranks and divide by their number.
+    A second call takes everything back. n must be equal on all ranks and divide by their number.
     """
     if world_size() == 1:
         return x
@@ -88,27 +81,25 @@ def exchange_rows(x: torch.Tensor) -> torch.Tensor:
 def all_gather_features(
     index: torch.Tensor, rows: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """index int64 [n] and features [n, C] of all ranks in rank order, in one message and with the
-    features in float16.
+    """index int64 [n] and features [n, C] of all ranks in rank order, as float16 in one message.
 
-    n must be the same on all ranks: nothing is asked of the device. What a rank gave itself comes
-    back rounded too, so all ranks hold equal rows; in a world of one nothing is rounded.
+    n must be equal on all ranks: it is not asked for, so nothing waits for the device. A rank's own
+    features come back rounded too, so all ranks hold equal rows. A world of one rounds nothing.
     """
     if world_size() == 1:
         return index, rows
-    # [n, 8 + 2 C]
-    packed = torch.cat(
-        [index[:, None].view(torch.uint8), rows.to(torch.float16).view(torch.uint8)], 1
-    )
+    parts = [index[:, None].view(torch.uint8), rows.to(torch.float16).view(torch.uint8)]
+    packed = torch.cat(parts, 1)  # [n, 8 + 2 C], bytes
     everything = packed.new_empty(world_size() * len(packed), packed.shape[1])
     dist.all_gather_into_tensor(everything, packed)
-    index, rows = (part.contiguous() for part in everything.split([8, everything.shape[1] - 8], 1))
-    return index.view(torch.int64)[:, 0], rows.view(torch.float16).float()
+    index = everything[:, :8].contiguous().view(torch.int64)[:, 0]
+    rows = everything[:, 8:].contiguous().view(torch.float16).float()
+    return index, rows
 
 
 @torch.no_grad()
 def all_gather_rows(x: torch.Tensor) -> torch.Tensor:
-    """Rows of all ranks in rank order: [n_r, ...] on each -> [sum of n_r, ...] on all.
+    """Rows of all ranks in rank order: [n_r, ...] on rank r -> [sum of n_r, ...] on all.
 
     Ranks may differ in n_r.
     """
@@ -117,8 +108,8 @@ def all_gather_rows(x: torch.Tensor) -> torch.Tensor:
     counts = torch.zeros(world_size(), dtype=torch.int64, device=x.device)
     counts[rank()] = len(x)
     counts = all_reduce_sum(counts).tolist()
-    most = max(counts)
-    padded = x if len(x) == most else torch.cat([x, x.new_zeros(most - len(x), *x.shape[1:])])
+    padding = x.new_zeros(max(counts) - len(x), *x.shape[1:])
+    padded = torch.cat([x, padding])
     parts = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(parts, padded.contiguous())
+    dist.all_gather(parts, padded)
     return torch.cat([part[:n] for part, n in zip(parts, counts)])

@@ -1,12 +1,11 @@
 """Encoders by name, their heads and layers, batch norm in splits, and features of a whole data set.
 
-Letters: N batch, C feature dimension, M images in the data set.
+Letters: N batch, C feature dimension, M images in the data set, S side of an image.
 
-Names: every classifier of torchvision but its SqueezeNets (which end in no linear layer),
-`timm:<name>`, ResNet-18/34/50 with a narrow first stage (`resnet18w32`), `alexnet` (with batch
-norm, which the original lacks and every paper of this field adds), and `digits`, the small network
-of the demo. Small images get the small stem (`stem`): a 3x3 convolution and no pooling before the
-first stage.
+Names: torchvision's classifiers, except the SqueezeNets, which end in no linear layer;
+`timm:<name>`; ResNet-18/34/50 with a narrow first stage, such as `resnet18w32`; `alexnet`, with the
+batch norm that papers of this field add; and `digits`, the small network of the demo. Small images
+get the small stem: a 3x3 convolution and no pooling before the first stage.
 """
 
 import difflib
@@ -24,14 +23,13 @@ from torch.nn.modules.module import (
 )
 
 from moco_isl import dist
-from moco_isl.errors import BadInput, RunFailed
+from moco_isl.errors import BadInput, RunFailed, first_line, missing_package
 from moco_isl.loader import check_index
 
 STEMS = ("auto", "imagenet", "cifar")
 AMP_TYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 CIFAR_SIDE = 64  # up to this many pixels a side, stem "auto" means "cifar"
-# of torchvision's classifiers: they end in a convolution
-NO_LINEAR_HEAD = ("squeezenet1_0", "squeezenet1_1")
+NO_LINEAR_HEAD = {"squeezenet1_0", "squeezenet1_1"}  # torchvision's that end in a convolution
 _NARROW = re.compile(r"resnet(18|34|50)w([1-9]\d*)")
 _NARROW_LAYERS = {
     "18": ("BasicBlock", [2, 2, 2, 2]),
@@ -48,24 +46,21 @@ def build_encoder(
 ) -> nn.Module:
     """A freshly initialised encoder: images [N, 3, S, S] -> [N, num_classes].
 
-    stem: "imagenet" as the architecture has it, "cifar" the small one (ResNets and alexnet), "auto"
-    the small one where `image_size` is at most 64 pixels. Raises BadInput for an unknown name
-    (naming the nearest), an unknown stem, a stem or an image size the architecture does not have,
-    and an architecture without a linear classifier.
+    stem: "imagenet" is the architecture's own, "cifar" the small one (ResNets and alexnet), "auto"
+    the small one where `image_size` is at most 64 pixels. Raises BadInput for an unknown name or
+    stem, a stem or image size that the architecture does not have, and an architecture without a
+    linear classifier.
     """
     if stem not in STEMS:
         raise BadInput(f"stem {stem!r} is not one of {', '.join(STEMS)}")
-    small = stem == "cifar" or (
-        stem == "auto" and image_size is not None and image_size <= CIFAR_SIDE
-    )
+    is_small = image_size is not None and image_size <= CIFAR_SIDE
+    small = stem == "cifar" or (stem == "auto" and is_small)
     if name == "alexnet":
         encoder = AlexNet32(num_classes) if small else AlexNet224(num_classes)
     elif name == "digits":
-        encoder, small = DigitsNet(num_classes), False
+        encoder = DigitsNet(num_classes)
     elif narrow := _NARROW.fullmatch(name):
-        encoder = NarrowResNet(
-            *_NARROW_LAYERS[narrow[1]], width=int(narrow[2]), num_classes=num_classes
-        )
+        encoder = NarrowResNet(*_NARROW_LAYERS[narrow[1]], int(narrow[2]), num_classes)
     elif library := _library_of(name):
         encoder = library(name, num_classes, image_size)
     else:
@@ -73,27 +68,17 @@ def build_encoder(
     if small and isinstance(encoder, torchvision.models.ResNet):
         use_cifar_stem(encoder)
     elif stem == "cifar" and not isinstance(encoder, AlexNet32):
-        raise BadInput(
-            f"{name} has no cifar stem (ResNets and alexnet have): use --stem auto or --stem"
-            " imagenet"
-        )
-    try:
-        head_name(encoder)
-    except BadInput:
-        raise BadInput(
-            f"{name} ends in no linear classifier that a projection head could replace: choose"
-            " another architecture"
-        ) from None
+        what = f"{name} has no cifar stem (ResNets and alexnet have)"
+        raise BadInput(f"{what}: use --stem auto or --stem imagenet")
+    if _find_head(encoder) is None:
+        raise BadInput(f"{name} {_NO_HEAD}: choose another architecture")
     return encoder
 
 
 def encoder_names() -> list[str]:
-    """The names `build_encoder` takes, timm's aside (see `timm.list_models()`), of narrow ResNets
-    two examples.
-    """
-    return sorted(
-        ({*_torchvision_names(), "digits", "resnet18w16", "resnet18w32"}) - {*NO_LINEAR_HEAD}
-    )
+    """The names `build_encoder` takes, of narrow ResNets two; timm's are `timm.list_models()`."""
+    names = {*_torchvision_names(), "digits", "resnet18w16", "resnet18w32"}
+    return sorted(names - NO_LINEAR_HEAD)
 
 
 def _torchvision_names() -> list[str]:
@@ -101,31 +86,31 @@ def _torchvision_names() -> list[str]:
 
 
 def _library_of(name: str) -> Callable[[str, int, int | None], nn.Module] | None:
-    """What builds the networks of the library that a name belongs to; None where no library is
-    known by it.
-    """
+    """The function that builds networks of the library a name belongs to; None for no library."""
     if name.startswith("timm:"):
         return _build_timm
     return _build_torchvision if name in _torchvision_names() else None
 
 
 def _unknown(name: str) -> BadInput:
+    what = f"unknown architecture {name!r}"
+    lower = name.lower()
     try:
         import timm
 
-        if timm.is_model(name.lower()):
-            return BadInput(
-                f"unknown architecture {name!r}; timm has one of this name: use timm:{name.lower()}"
-            )
+        if timm.is_model(lower):
+            return BadInput(f"{what}; timm has one of this name: use timm:{lower}")
     except ImportError:
         pass
-    near = difflib.get_close_matches(name.lower(), encoder_names(), n=3, cutoff=0.5)
-    hint = (
-        f"nearest: {', '.join(near)}"
-        if near
-        else "torchvision's names, timm:<name>, resnet18w32, alexnet and digits are known"
-    )
-    return BadInput(f"unknown architecture {name!r}; {hint}")
+    near = _nearest(lower, encoder_names())
+    known = "torchvision's names, timm:<name>, resnet18w32, alexnet and digits are known"
+    return BadInput(f"{what}; {f'nearest: {near}' if near else known}")
+
+
+def _nearest(name: str, names: list[str], before: str = "") -> str:
+    """The three names that look most like this one, in words; '' for none."""
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    return ", ".join(before + one for one in near)
 
 
 def _build_torchvision(name: str, num_classes: int, image_size: int | None) -> nn.Module:
@@ -135,88 +120,74 @@ def _build_torchvision(name: str, num_classes: int, image_size: int | None) -> n
         extra = {"aux_logits": False, "init_weights": True}
     if name.startswith("vit_") and image_size is not None:
         extra = {"image_size": image_size}
-    with _said_in_a_line(name, image_size):
+    with _build_errors(name, image_size):
         return torchvision.models.get_model(name, weights=None, num_classes=num_classes, **extra)
 
 
-def _build_timm(name: str, num_classes: int, image_size: int | None) -> nn.Module:
-    given, name = name, name.removeprefix("timm:")
+def _build_timm(given: str, num_classes: int, image_size: int | None) -> nn.Module:
+    name = given.removeprefix("timm:")
     try:
         import timm
     except ImportError:
-        raise BadInput(f"{given} needs the package timm: pip install timm") from None
+        raise missing_package(given, "timm") from None
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name.lower(), timm.list_models(), n=3, cutoff=0.5)
-        hint = f"; nearest: {', '.join('timm:' + n for n in near)}" if near else ""
-        hint = (
-            f"; torchvision has one of this name: use {name}" if name in encoder_names() else hint
-        )
+        near = _nearest(name.lower(), timm.list_models(), before="timm:")
+        hint = f"; nearest: {near}" if near else ""
+        if name in encoder_names():
+            hint = f"; torchvision has one of this name: use {name}"
         raise BadInput(f"timm has no model {name!r}{hint}")
     config = timm.models.get_pretrained_cfg(name)
-    fixed = image_size is not None and config is not None and config.fixed_input_size
-    with _said_in_a_line(given, image_size):
-        return timm.create_model(
-            name,
-            pretrained=False,
-            num_classes=num_classes,
-            **({"img_size": image_size} if fixed else {}),
-        )
+    extra = {}
+    if image_size is not None and config is not None and config.fixed_input_size:
+        extra = {"img_size": image_size}
+    with _build_errors(given, image_size):
+        return timm.create_model(name, pretrained=False, num_classes=num_classes, **extra)
 
 
 @contextmanager
-def _said_in_a_line(name: str, image_size: int | None):
-    """What a library raises for a side or a classifier that its network does not have, as
-    BadInput.
-    """
+def _build_errors(name: str, image_size: int | None):
+    """What a library raises for a side or a classifier that its network lacks becomes BadInput."""
     try:
         yield
     except (AssertionError, AttributeError, TypeError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        what = (
-            f" for images of side {image_size} ({reason}): give the --image-size it was made"
-            " for, or"
-        )
-        what = f" as a classifier ({reason}):" if image_size is None else what
-        raise BadInput(f"{name} cannot be built{what} choose another architecture") from error
+        reason = first_line(error).rstrip(".")
+        what = f"as a classifier ({reason}):"
+        if image_size is not None:
+            what = f"for images of side {image_size} ({reason}): give the --image-size it was made"
+            what += " for, or"
+        raise BadInput(f"{name} cannot be built {what} choose another architecture") from error
 
 
 def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
-    """What `build` builds, on the meta device: names and shapes, without weights or the time to
-    draw them.
-    """
+    """What `build` builds, on the meta device: names and shapes, without drawing weights."""
     try:
         with torch.device("meta"):
             return build()
-    # torchvision's RegNets compute their widths with tensors: then nothing but weights goes there
-    except RuntimeError:
+    except RuntimeError:  # torchvision's RegNets compute widths with tensors: move weights alone
         with ExitStack() as hooks:
             hooks.callback(register_module_parameter_registration_hook(_parameter_to_meta).remove)
             hooks.callback(register_module_buffer_registration_hook(_buffer_to_meta).remove)
             return build()
 
 
-def _parameter_to_meta(
-    module: nn.Module, name: str, parameter: nn.Parameter | None
-) -> nn.Parameter | None:
+def _parameter_to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None):
     if parameter is None or parameter.is_meta:
         return parameter
     return nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
 
 
-def _buffer_to_meta(
-    module: nn.Module, name: str, buffer: torch.Tensor | None
-) -> torch.Tensor | None:
+def _buffer_to_meta(module: nn.Module, name: str, buffer: torch.Tensor | None):
     return None if buffer is None else buffer.to("meta")
 
 
 def as_in_library(encoder: nn.Module, name: str) -> bool:
-    """Whether the library that `name` belongs to has this very network, so that its own code can
-    take the backbone.
+    """Whether the library of this name has the same network, so that its code loads the backbone.
 
-    Names and shapes less the head; a small stem, or a transformer for another image size, differs.
-    True for names that no library has.
+    Compares names and shapes without the head: a small stem, or a transformer for another image
+    size, differs. True for names that no library has.
     """
-    if not (library := _library_of(name)):
+    library = _library_of(name)
+    if library is None:
         return True
     return backbone_shapes(encoder) == backbone_shapes(on_meta(lambda: library(name, 1, None)))
 
@@ -237,34 +208,35 @@ def require_side(encoder: nn.Module, arch: str, side: int) -> None:
 
 
 def backbone_shapes(encoder: nn.Module) -> dict[str, torch.Size]:
-    """Shapes by name of all that an encoder holds but its head."""
+    """The shapes, by name, of everything in an encoder's state dict but its head."""
     place = head_name(encoder) + "."
     return {name: t.shape for name, t in encoder.state_dict().items() if not name.startswith(place)}
 
 
 def use_cifar_stem(resnet: torchvision.models.ResNet) -> None:
-    """Give a torchvision ResNet the stem for small images: a 3x3 convolution of stride 1 and no max
-    pooling.
-    """
-    resnet.conv1 = nn.Conv2d(
-        3, resnet.conv1.out_channels, kernel_size=3, stride=1, padding=1, bias=False
-    )
-    nn.init.kaiming_normal_(resnet.conv1.weight, mode="fan_out", nonlinearity="relu")
+    """Give a ResNet the stem for small images: a 3x3 convolution of stride 1 and no max pooling."""
+    resnet.conv1 = _stem(resnet.conv1.out_channels, kernel=3, stride=1)
     resnet.maxpool = nn.Identity()
 
 
-class NarrowResNet(torchvision.models.ResNet):
-    """A ResNet whose first stage has `width` channels in place of 64, the others in proportion.
+def _stem(c_out: int, kernel: int, stride: int) -> nn.Conv2d:
+    """A ResNet's first convolution, initialised as torchvision does."""
+    conv = nn.Conv2d(3, c_out, kernel, stride, padding=kernel // 2, bias=False)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    return conv
 
-    Same keys.
+
+class NarrowResNet(torchvision.models.ResNet):
+    """A ResNet whose first stage has `width` channels, not 64, the others in proportion.
+
+    State-dict keys are those of a ResNet.
     """
 
     def __init__(self, block: str, layers: list[int], width: int, num_classes: int):
         self.width = width
         block = getattr(torchvision.models.resnet, block)
         super().__init__(block, layers, num_classes=num_classes)
-        self.conv1 = nn.Conv2d(3, width, kernel_size=7, stride=2, padding=3, bias=False)
-        nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
+        self.conv1 = _stem(width, kernel=7, stride=2)
         self.bn1 = nn.BatchNorm2d(width)
         self.fc = nn.Linear(8 * width * block.expansion, num_classes)
 
@@ -283,66 +255,55 @@ def _conv(c_in: int, c_out: int, kernel: int, stride: int = 1, padding: int = 1)
 
 
 def _dense(c_in: int, c_out: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Linear(c_in, c_out, bias=False), nn.BatchNorm1d(c_out), nn.ReLU(inplace=True)
-    )
+    linear = nn.Linear(c_in, c_out, bias=False)
+    return nn.Sequential(linear, nn.BatchNorm1d(c_out), nn.ReLU(inplace=True))
 
 
-class AlexNet32(nn.Module):
-    """AlexNet with batch norm for images of 32 pixels: five 3x3 convolutions and two layers of
-    1,024.
+class _AlexNet(nn.Module):
+    """AlexNet with batch norm: five convolutions and two hidden dense layers.
+
+    convs: (c_in, c_out, kernel, stride, padding) of each; pool: kernel of the three max poolings;
+    side: of what the last one leaves; hidden: width of the dense layers.
     """
 
-    def __init__(self, num_classes: int):
+    def __init__(self, convs: list[tuple], pool: int, side: int, hidden: int, num_classes: int):
         super().__init__()
-        self.conv1 = _conv(3, 64, 3)
-        self.conv2 = _conv(64, 192, 3)
-        self.conv3 = _conv(192, 384, 3)
-        self.conv4 = _conv(384, 256, 3)
-        self.conv5 = _conv(256, 256, 3)
-        self.pool = nn.MaxPool2d(2)
-        self.fit = nn.AdaptiveAvgPool2d(4)  # the identity at 32 pixels
-        self.fc6 = _dense(256 * 4 * 4, 1024)
-        self.fc7 = _dense(1024, 1024)
-        self.fc = nn.Linear(1024, num_classes)
+        for i, conv in enumerate(convs, 1):
+            self.add_module(f"conv{i}", _conv(*conv))
+        self.pool = nn.MaxPool2d(pool, stride=2)
+        self.fit = nn.AdaptiveAvgPool2d(side)  # changes nothing at the usual image size
+        self.fc6 = _dense(256 * side * side, hidden)
+        self.fc7 = _dense(hidden, hidden)
+        self.fc = nn.Linear(hidden, num_classes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.pool(self.conv1(x))  # [N, 64, 16, 16]
-        x = self.pool(self.conv2(x))  # [N, 192, 8, 8]
-        x = self.pool(self.conv5(self.conv4(self.conv3(x))))  # [N, 256, 4, 4]
-        x = self.fit(x).flatten(1)
-        return self.fc(self.fc7(self.fc6(x)))
+        x = self.pool(self.conv1(x))  # [N, 64, 16, 16] of 32 pixels, [N, 96, 27, 27] of 224
+        x = self.pool(self.conv2(x))  # [N, 192, 8, 8], [N, 256, 13, 13]
+        x = self.pool(self.conv5(self.conv4(self.conv3(x))))  # [N, 256, 4, 4], [N, 256, 6, 6]
+        return self.fc(self.fc7(self.fc6(self.fit(x).flatten(1))))
 
 
-class AlexNet224(nn.Module):
-    """AlexNet with batch norm for images of 224 pixels: five convolutions and two layers of
-    4,096.
-    """
+class AlexNet32(_AlexNet):
+    """AlexNet for images of 32 pixels: 3x3 convolutions and dense layers of 1,024."""
 
     def __init__(self, num_classes: int):
-        super().__init__()
-        self.conv1 = _conv(3, 96, 11, stride=4, padding=2)
-        self.conv2 = _conv(96, 256, 5, padding=2)
-        self.conv3 = _conv(256, 384, 3)
-        self.conv4 = _conv(384, 384, 3)
-        self.conv5 = _conv(384, 256, 3)
-        self.pool = nn.MaxPool2d(3, stride=2)
-        self.fit = nn.AdaptiveAvgPool2d(6)  # the identity at 224 pixels
-        self.fc6 = _dense(256 * 6 * 6, 4096)
-        self.fc7 = _dense(4096, 4096)
-        self.fc = nn.Linear(4096, num_classes)
+        convs = [(3, 64, 3), (64, 192, 3), (192, 384, 3), (384, 256, 3), (256, 256, 3)]
+        super().__init__(convs, pool=2, side=4, hidden=1024, num_classes=num_classes)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.pool(self.conv1(x))  # [N, 96, 27, 27]
-        x = self.pool(self.conv2(x))  # [N, 256, 13, 13]
-        x = self.pool(self.conv5(self.conv4(self.conv3(x))))  # [N, 256, 6, 6]
-        x = self.fit(x).flatten(1)
-        return self.fc(self.fc7(self.fc6(x)))
+
+class AlexNet224(_AlexNet):
+    """AlexNet for images of 224 pixels, with dense layers of 4,096."""
+
+    def __init__(self, num_classes: int):
+        first = [(3, 96, 11, 4, 2), (96, 256, 5, 1, 2)]
+        convs = [*first, (256, 384, 3), (384, 384, 3), (384, 256, 3)]
+        super().__init__(convs, pool=3, side=6, hidden=4096, num_classes=num_classes)
 
 
 class DigitsNet(nn.Module):
-    """The demo's network, 94 thousand weights: three 3x3 convolutions on [N, 3, 16, 16] and global
-    average pooling.
+    """The demo's network: three 3x3 convolutions on [N, 3, 16, 16] and global average pooling.
+
+    It has 94 thousand weights.
     """
 
     def __init__(self, num_classes: int):
@@ -362,40 +323,41 @@ class DigitsNet(nn.Module):
 
 
 def head_name(encoder: nn.Module) -> str:
-    """Dotted name of the classifier: the last linear layer, or MoCo v2's Linear-ReLU-Linear in its
-    place.
+    """The dotted name of the head: the last linear layer, or MoCo v2's Linear-ReLU-Linear.
 
     Raises BadInput where there is none.
     """
-    name = getattr(encoder, "pretrained_cfg", {}).get("classifier")  # timm says it
+    name = _find_head(encoder)
     if name is None:
-        linear = [n for n, m in encoder.named_modules() if isinstance(m, nn.Linear)]
-        name = linear[-1] if linear else None
-        if (
-            name
-            and _is_mlp(parent := encoder.get_submodule(name.rpartition(".")[0]))
-            and parent is not encoder
-        ):
-            name = name.rpartition(".")[0]
-    head = dict(encoder.named_modules()).get(name) if isinstance(name, str) else None
-    if not (isinstance(head, nn.Linear) or _is_mlp(head)):
-        raise BadInput(
-            f"{type(encoder).__name__} ends in no linear classifier that a projection head could"
-            " replace"
-        )
+        raise BadInput(f"{type(encoder).__name__} {_NO_HEAD}")
     return name
 
 
+_NO_HEAD = "ends in no linear classifier that a projection head could replace"
+
+
+def _find_head(encoder: nn.Module) -> str | None:
+    modules = dict(encoder.named_modules())
+    name = getattr(encoder, "pretrained_cfg", {}).get("classifier")  # timm's networks say it
+    if name is None:
+        linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+        if not linear:
+            return None
+        name = linear[-1]
+        parent = name.rpartition(".")[0]
+        if parent and _is_mlp(modules[parent]):
+            name = parent
+    head = modules.get(name) if isinstance(name, str) else None
+    return name if isinstance(head, nn.Linear) or _is_mlp(head) else None
+
+
 def _is_mlp(module: nn.Module | None) -> bool:
-    return isinstance(module, nn.Sequential) and [type(m) for m in module] == [
-        nn.Linear,
-        nn.ReLU,
-        nn.Linear,
-    ]
+    layers = [nn.Linear, nn.ReLU, nn.Linear]
+    return isinstance(module, nn.Sequential) and [type(m) for m in module] == layers
 
 
 def get_head(encoder: nn.Module) -> nn.Linear:
-    """The last linear layer; of an MLP head its second one."""
+    """The last linear layer: of an MLP head its second one."""
     head = encoder.get_submodule(head_name(encoder))
     return head[-1] if isinstance(head, nn.Sequential) else head
 
@@ -407,41 +369,42 @@ def set_head(encoder: nn.Module, module: nn.Module) -> None:
 
 
 def feature_dim(encoder: nn.Module) -> int:
-    """Numbers an image in the backbone output, which is what the head takes in."""
+    """The dimension of the backbone's output, which is what the head takes in."""
     head = encoder.get_submodule(head_name(encoder))
     return (head[0] if isinstance(head, nn.Sequential) else head).in_features
 
 
-# ---- layers: named taps for the probe ------------------------------------------------------------
+# ---- layers by name, for the probe ---------------------------------------------------------------
 
-OUTPUT, BACKBONE = "output", "backbone"
+OUTPUT = "output"
+BACKBONE = "backbone"
 
 
 def stage_names(encoder: nn.Module) -> dict[str, str]:
-    """conv1 ... conv5 -> the submodule whose output they mean; empty where an architecture has no
-    such stages.
+    """conv1 ... conv5 -> the submodule whose output they are; {} where an architecture has none.
 
-    Of a ResNet conv1 is the stem (after its pooling) and conv2 to conv5 the four stages.
+    Of a ResNet conv1 is the stem with its pooling, conv2 to conv5 are the four stages.
     """
     children = dict(encoder.named_children())
     if {"maxpool", "layer1", "layer2", "layer3", "layer4"} <= children.keys():
         return {"conv1": "maxpool", **{f"conv{i + 1}": f"layer{i}" for i in (1, 2, 3, 4)}}
-    if isinstance(encoder, (AlexNet32, AlexNet224, DigitsNet)):
+    if isinstance(encoder, (_AlexNet, DigitsNet)):
         return {name: name for name in children if name.startswith("conv")}
     return {}
 
 
 class Taps(nn.Module):
-    """An encoder that answers with several of its layers: images [N, 3, S, S] -> {layer: tensor}.
+    """An encoder that returns several of its layers: images [N, 3, S, S] -> {layer: tensor}.
 
-    layers: "output" (what the encoder returns, [N, dim]), "backbone" (what goes into its head, [N,
-    feature_dim]), "conv1" ... "conv5" (see `stage_names`, [N, c, h, w]). Raises BadInput for a
-    layer the encoder does not have.
+    layers: "output", what the encoder returns, [N, dim]; "backbone", what its head takes in,
+    [N, feature_dim]; "conv1" ... "conv5", see `stage_names`, [N, c, h, w]. Raises BadInput for a
+    layer that the encoder does not have.
     """
 
     def __init__(self, encoder: nn.Module, layers: Iterable[str]):
         super().__init__()
-        self.encoder, self.layers = encoder, list(layers)
+        self.encoder = encoder
+        self.layers = list(layers)
         self._seen: dict[str, torch.Tensor] = {}
         stages = stage_names(encoder)
         for layer in self.layers:
@@ -450,10 +413,8 @@ class Taps(nn.Module):
             elif layer in stages:
                 encoder.get_submodule(stages[layer]).register_forward_hook(self._after(layer))
             elif layer != OUTPUT:
-                raise BadInput(
-                    f"{type(encoder).__name__} has no layer {layer!r}; it has"
-                    f" {', '.join([*stages, BACKBONE])}"
-                )
+                known = ", ".join([*stages, BACKBONE])
+                raise BadInput(f"{type(encoder).__name__} has no layer {layer!r}; it has {known}")
 
     def _before(self, module: nn.Module, inputs: tuple) -> None:
         self._seen[BACKBONE] = inputs[0]
@@ -467,9 +428,8 @@ class Taps(nn.Module):
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         self._seen = {}
         self._seen[OUTPUT] = self.encoder(images)
-        # hold no activation between batches
         seen = self._seen
-        self._seen = {}
+        self._seen = {}  # hold no activation between batches
         return {layer: seen[layer] for layer in self.layers}
 
 
@@ -477,16 +437,16 @@ class Taps(nn.Module):
 
 
 class SplitBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch norm with statistics over each of `num_splits` parts of the batch, as if each sat on
-    its own device.
+    """Batch norm with statistics over each of `num_splits` parts of the batch.
 
-    Where a query and its key are normalised with the same images, the statistics that they share
-    give the key away. On many GPUs MoCo shuffles keys between them against that. On one GPU splits
-    alone change nothing: a part is a matter of place (the images i, i + num_splits, ... form one).
-    `builder.MoCo` shuffles keys between the parts, as MoCo's CIFAR notebook does; a loop of your
-    own around two encoders has to do it itself. The running statistics take the mean over the
-    parts. A batch that does not divide falls back to the largest number of parts that does.
-    State-dict keys are those of BatchNorm; in eval mode it is one.
+    It stands for a batch spread over devices. Where a query and its key are normalised with the
+    same images, the statistics they share give the key away; MoCo therefore shuffles keys between
+    GPUs. On one GPU splits alone do not help, for a part is a matter of place: the images i,
+    i + num_splits, ... form one. `builder.MoCo` shuffles keys between the parts, as MoCo's CIFAR
+    notebook does; a loop of your own around two encoders has to do the same.
+
+    The running statistics are the mean over the parts. A batch that does not divide falls back to
+    the largest number of parts that does. State-dict keys are those of BatchNorm; so is eval mode.
     """
 
     def __init__(self, num_features: int, num_splits: int, **kwargs):
@@ -498,20 +458,16 @@ class SplitBatchNorm(nn.modules.batchnorm._BatchNorm):
             raise ValueError(f"expected [N, C] or [N, C, H, W], got {tuple(x.shape)}")
 
     def _splits(self, x: torch.Tensor) -> int:
-        # a part of a single value has no variance
-        n = len(x)
-        values = x[0, 0].numel()
-        return next(
-            (
-                s
-                for s in range(min(self.num_splits, n), 1, -1)
-                if n % s == 0 and n // s * values > 1
-            ),
-            1,
-        )
+        """The largest number of parts that divides the batch and leaves a part two values."""
+        N = len(x)
+        values = x[0, 0].numel()  # of an image in a channel; a part of one has no variance
+        for splits in range(min(self.num_splits, N), 1, -1):
+            if N % splits == 0 and N // splits * values > 1:
+                return splits
+        return 1
 
     def _count(self) -> None:
-        """Note in `num_batches_tracked` that a batch came."""
+        """Count a batch in `num_batches_tracked`."""
         self.num_batches_tracked.add_(1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -522,71 +478,62 @@ class SplitBatchNorm(nn.modules.batchnorm._BatchNorm):
         momentum = self.momentum
         if self.track_running_stats:
             self._count()
-            momentum = 1.0 / float(self.num_batches_tracked) if momentum is None else momentum
-        # [N, C, ...] -> [N / splits, splits * C, ...]: every part gets its own channels, and so its
-        # own statistics
+            if momentum is None:
+                momentum = 1.0 / float(self.num_batches_tracked)
+        # [N, C, ...] -> [N / splits, splits * C, ...]: each part gets channels of its own, and so
+        # statistics of its own
         parts = x.reshape(len(x) // splits, splits * x.shape[1], *x.shape[2:])
         mean, var, weight, bias = (
             None if t is None else t.repeat(splits)
             for t in (self.running_mean, self.running_var, self.weight, self.bias)
         )
-        out = F.batch_norm(parts, mean, var, weight, bias, True, momentum or 0.0, self.eps).reshape(
-            x.shape
-        )
+        out = F.batch_norm(parts, mean, var, weight, bias, True, momentum or 0.0, self.eps)
+        out = out.reshape(x.shape)
         if self.track_running_stats:
             with torch.no_grad():
                 self.running_mean.copy_(mean.view(splits, -1).mean(dim=0))
                 self.running_var.copy_(var.view(splits, -1).mean(dim=0))
-        channels_last = (
-            x.dim() == 4
-            and x.is_contiguous(memory_format=torch.channels_last)
-            and not x.is_contiguous()
-        )
-        return out.contiguous(memory_format=torch.channels_last) if channels_last else out
+        layout = torch.channels_last
+        if x.dim() == 4 and x.is_contiguous(memory_format=layout) and not x.is_contiguous():
+            return out.contiguous(memory_format=layout)
+        return out
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, num_splits={self.num_splits}"
 
 
 def split_batch_norm(module: nn.Module, num_splits: int) -> nn.Module:
-    """Replace every BatchNorm1d/2d inside by a SplitBatchNorm (keys and values unchanged). 1
-    changes nothing.
+    """Replace every BatchNorm1d/2d inside by a SplitBatchNorm; 1 changes nothing.
 
-    Returns the module (a new one if it is itself a batch norm). Raises BadInput for a kind it does
-    not know.
+    Returns the module, or a new one where it is itself a batch norm. Keys and values are unchanged.
+    Raises BadInput for other kinds of batch norm.
     """
     if num_splits == 1:
         return module
     if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d):
-        options = {"eps": module.eps, "momentum": module.momentum, "affine": module.affine}
-        split = SplitBatchNorm(
-            module.num_features,
-            num_splits,
-            track_running_stats=module.track_running_stats,
-            **options,
-        )
-        reference = next(
-            (t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()), None
-        )
-        split = split if reference is None else split.to(reference.device, reference.dtype)
+        names = ("eps", "momentum", "affine", "track_running_stats")
+        options = {name: getattr(module, name) for name in names}
+        split = SplitBatchNorm(module.num_features, num_splits, **options)
+        tensors = [*module.parameters(), *module.buffers()]
+        floats = [t for t in tensors if t.is_floating_point()]
+        if floats:
+            split = split.to(floats[0].device, floats[0].dtype)
         split.load_state_dict(module.state_dict())
         return split.train(module.training)
-    if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(
-        module, SplitBatchNorm
-    ):
-        raise BadInput(
-            f"batch norm of the kind {type(module).__name__} cannot be split: use --bn-splits 1"
-        )
+    other = isinstance(module, nn.modules.batchnorm._BatchNorm)
+    if other and not isinstance(module, SplitBatchNorm):
+        what = f"batch norm of the kind {type(module).__name__} cannot be split"
+        raise BadInput(f"{what}: use --bn-splits 1")
     for name, child in module.named_children():
         setattr(module, name, split_batch_norm(child, num_splits))
     return module
 
 
-# ---- batches that batch norm has seen, counted at once -------------------------------------------
+# ---- counting the batches of all batch norms at once ---------------------------------------------
 
 
 class _Uncounted:
-    """A batch norm that leaves it to `count_batches_at_once` to count its batches."""
+    """A batch norm whose batches `count_batches_at_once` counts."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training:
@@ -618,13 +565,12 @@ _UNCOUNTED = {
 
 def count_batches_at_once(encoder: nn.Module) -> nn.Module:
     """Let all batch norms of an encoder count a batch in one operation, before its `forward`.
-    Returns the encoder.
 
-    One by one they are 20 launches a pass of a ResNet-18, 53 of a ResNet-50. Keys and values of the
-    state dict are as before. Batch norms that use their count (momentum None) or keep no averages
-    stay as they are.
+    One by one they are 20 launches a pass of a ResNet-18, 53 of a ResNet-50. State dicts are as
+    before. Batch norms that use their count (momentum None) or keep no averages stay as they are.
+    Returns the encoder.
     """
-    encoder.counted = []  # the layers; a copy of the encoder has a list of its own
+    encoder.counted = []  # an attribute, so that a copy of the encoder has a list of its own
     for layer in encoder.modules():
         if type(layer) in _UNCOUNTED and layer.track_running_stats and layer.momentum is not None:
             layer.__class__ = _UNCOUNTED[type(layer)]
@@ -645,7 +591,7 @@ def _count_batch(encoder: nn.Module, _inputs: tuple) -> None:
 
 @contextmanager
 def evaluating(module: nn.Module):
-    """Eval mode inside, and afterwards every submodule in the mode it was in."""
+    """Eval mode during the block; after it every submodule is in its mode of before."""
     modes = [(m, m.training) for m in module.modules()]
     module.eval()
     try:
@@ -663,29 +609,26 @@ def extract_features(
     normalize: bool = True,
     amp: torch.dtype | None = None,
 ) -> torch.Tensor | dict[str, torch.Tensor]:
-    """Features [M, C] of a data set, float32 on `device`, row i being image i, equal on all ranks.
+    """Features of a data set in eval mode: [M, C], float32 on `device`, equal on all ranks.
 
-    loader yields (images [n, 3, S, S], index [n]); each rank brings its share. normalize: unit
-    rows. amp: run the encoder under autocast of this type. An encoder that answers with a dict
-    (`Taps`) gives a dict of [M, ...] tensors. Eval mode, and the mode of before restored. Raises
-    BadInput for an index that cannot be one (its values are looked at where it is on the CPU), and
-    RunFailed unless every image comes exactly once.
+    Row i is image i. loader yields (images [n, 3, S, S], index [n]), each rank its share.
+    normalize: unit rows. amp: run the encoder under autocast of this type. An encoder that returns
+    a dict (`Taps`) gives a dict of [M, ...]. Raises BadInput for an index out of range (its values
+    are checked where it is on the CPU), and RunFailed unless every image comes exactly once.
     """
     device = torch.device(device)
     autocast = torch.autocast(device.type, dtype=amp) if amp is not None else nullcontext()
-    alone = dist.world_size() == 1  # then rows go straight to their place: the bank is held once
+    alone = dist.world_size() == 1  # then rows go straight to the bank, which is held only once
     bank = {}
-    parts = {}
+    parts = {}  # by layer, until the ranks exchange them
     indices = [torch.empty(0, dtype=torch.int64, device=device)]
     with evaluating(encoder):
         for images, index in loader:
-            check_index(
-                index, len(images), M, values=getattr(index, "device", device).type == "cpu"
-            )
+            on_cpu = getattr(index, "device", device).type == "cpu"
+            check_index(index, len(images), M, values=on_cpu)
             index = index.to(device)
             indices.append(index)
-            # around no more than this: a loader may augment on the device
-            with torch.no_grad(), autocast:
+            with torch.no_grad(), autocast:  # not around the loader, which may augment here
                 out = encoder(images.to(device, non_blocking=True))
             for layer, rows in (out if isinstance(out, dict) else {None: out}).items():
                 rows = F.normalize(rows.float(), dim=1) if normalize else rows.float()
@@ -697,9 +640,8 @@ def extract_features(
                 bank[layer].index_copy_(0, index, rows)
     index = dist.all_gather_rows(torch.cat(indices))
     if len(index) != M or not torch.equal(index.sort().values, torch.arange(M, device=device)):
-        raise RunFailed(
-            f"features of {len(index)} images came where each of {M} was expected exactly once"
-        )
+        what = f"features of {len(index)} images came"
+        raise RunFailed(f"{what} where each of {M} was expected exactly once")
     for layer, rows in _same_on_all_ranks(parts, device).items():
         rows = dist.all_gather_rows(rows)
         bank[layer] = torch.empty_like(rows).index_copy_(0, index, rows)
@@ -713,8 +655,9 @@ def extract_views(
     device: str | torch.device,
     amp: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features of two views of every image, 2 x [M, C] unit rows: `extract_features` of what
-    `data.view_loader` yields, ((view, view), index [n]).
+    """Features of two views of every image: 2 x [M, C], unit rows.
+
+    loader yields ((view, view), index [n]), as `data.view_loader` does.
     """
     # [2n, 3, S, S], [2n]
     both = ((torch.cat(views), torch.cat([index, index + M])) for views, index in loader)
@@ -722,17 +665,11 @@ def extract_views(
 
 
 def _same_on_all_ranks(parts: dict, device: torch.device) -> dict[str | None, torch.Tensor]:
-    """One tensor a layer, also on a rank whose share was empty, which takes the row shape of the
-    others.
+    """Each layer's rows as one tensor, on every rank for the same layers.
+
+    A rank whose share was empty takes the shape of a row from the others.
     """
-    shapes = [
-        s
-        for s in dist.gather_objects({layer: rows[0].shape[1:] for layer, rows in parts.items()})
-        if s
-    ]
-    return {
-        layer: (
-            torch.cat(parts.pop(layer)) if layer in parts else torch.empty(0, *row, device=device)
-        )
-        for layer, row in (shapes[0] if shapes else {}).items()
-    }
+    shapes = dist.gather_objects({layer: rows[0].shape[1:] for layer, rows in parts.items()})
+    known = next(filter(None, shapes), {})
+    empty = {layer: [torch.empty(0, *row, device=device)] for layer, row in known.items()}
+    return {layer: torch.cat(parts.pop(layer, empty[layer])) for layer in known}

@@ -36,7 +36,7 @@ def rooms():
                 name
                 for name in names
                 if name.split(".")[0]
-                in ("launch", "main_moco_isl", "main_knn", "main_lincls", "benchmarks")
+                in ("launch", "main_moco_isl", "main_knn", "main_lincls", "benchmarks", "studies")
             }
         yield file.relative_to(PACKAGE).parts[0].removesuffix(".py"), file.name, imported
 

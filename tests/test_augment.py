@@ -1,6 +1,4 @@
-"""Augmentation of a batch: every operation equal to torchvision's in value, the whole equal to
-torchvision's pipeline in distribution.
-"""
+"""Augmentation of a batch against torchvision: operations by value, the whole in distribution."""
 
 import math
 import re
@@ -28,11 +26,8 @@ def pictures(n, side, seed=0):
     x = torch.rand(n, 3, 5, 5, generator=g)
     x[0] = x[0, :1]
     x[1, :, :2] = 0
-    return (
-        (torch.nn.functional.interpolate(x, size=(side, side), mode="bicubic").clamp(0, 1) * 255)
-        .round()
-        .to(torch.uint8)
-    )
+    x = torch.nn.functional.interpolate(x, size=(side, side), mode="bicubic")
+    return (x.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 @pytest.fixture(scope="module")
@@ -45,16 +40,8 @@ def images():
 
 @pytest.mark.parametrize("S", [24, 9, 40])
 def test_resized_crop_is_torchvisions(images, S):
-    boxes = torch.tensor(
-        [
-            [0, 0, 24, 24],
-            [3, 5, 12, 17],
-            [10, 0, 14, 11],
-            [0, 13, 24, 11],
-            [23, 23, 1, 1],
-            [2, 2, 20, 20],
-        ]
-    )
+    boxes = [[0, 0, 24, 24], [3, 5, 12, 17], [10, 0, 14, 11], [0, 13, 24, 11]]
+    boxes = torch.tensor([*boxes, [23, 23, 1, 1], [2, 2, 20, 20]])
     flip = torch.tensor([False, True, False, True, False, True])
     got = augment.resized_crop(images, boxes.float(), flip, S)
     for image, (top, left, h, w), mirrored, mine in zip(images, boxes.tolist(), flip, got):
@@ -62,21 +49,13 @@ def test_resized_crop_is_torchvisions(images, S):
         torch.testing.assert_close(mine, TF.hflip(want) if mirrored else want, atol=2e-6, rtol=0)
 
 
-@pytest.mark.parametrize(
-    "name, factors",
-    [
-        ("brightness", [0.0, 0.6, 1.0, 1.4, 2.0, 0.9]),
-        ("contrast", [0.0, 0.6, 1.0, 1.4, 2.0, 0.9]),
-        ("saturation", [0.0, 0.6, 1.0, 1.4, 2.0, 0.9]),
-        ("hue", [-0.5, -0.1, 0.0, 0.07, 0.5, 0.33]),
-    ],
-)
-def test_colour_operation_is_torchvisions(images, name, factors):
+@pytest.mark.parametrize("name", ["brightness", "contrast", "saturation", "hue"])
+def test_colour_operation_is_torchvisions(images, name):
+    factors = [-0.5, -0.1, 0, 0.07, 0.5, 0.33] if name == "hue" else [0, 0.6, 1, 1.4, 2, 0.9]
     got = getattr(augment, f"adjust_{name}")(images, torch.tensor(factors))
     for image, factor, mine in zip(images, factors, got):
-        torch.testing.assert_close(
-            mine, getattr(TF, f"adjust_{name}")(image, factor), atol=2e-5, rtol=0
-        )
+        want = getattr(TF, f"adjust_{name}")(image, factor)
+        torch.testing.assert_close(mine, want, atol=2e-5, rtol=0)
 
 
 def test_grey_is_torchvisions(images):
@@ -89,16 +68,24 @@ def test_jitter_applies_the_four_in_each_images_own_order(images):
         [[0, 1, 2, 3], [3, 2, 1, 0], [1, 3, 0, 2], [2, 0, 3, 1], [3, 0, 1, 2], [1, 2, 0, 3]]
     )
     steps = [TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue]
-    got = augment.colour_jitter(images, factors, order)
-    for image, turn, mine in zip(images, order.tolist(), got):
+    by_rows = augment._jitter_by_rows(images, factors, order.tolist(), [False] * 6)
+    at_once = torch.stack(augment._jitter_at_once(images.unbind(1), factors, order), 1)
+    for image, turn, one, other in zip(images, order.tolist(), by_rows, at_once):
         for step in turn:
             image = steps[step](image, factors[0, step].item())
-        torch.testing.assert_close(mine, image, atol=5e-5, rtol=0)
+        torch.testing.assert_close(one, image, atol=5e-5, rtol=0)
+        torch.testing.assert_close(other, image, atol=5e-5, rtol=0)
+
+
+def gaussian_blur(images, sigma):
+    """Blur by sigma [N] pixels, with the kernel and the passes of the augmentation."""
+    kernel = augment.blur_kernel(sigma)
+    return augment.blur_along(augment.blur_along(images, kernel, 3), kernel, 2)
 
 
 def test_blur_is_torchvisions_inside_and_repeats_the_border(images):
     sigma = torch.tensor([0.0, 0.1, 0.5, 1.0, 1.5, 2.0])
-    got = augment.gaussian_blur(images, sigma)
+    got = gaussian_blur(images, sigma)
     torch.testing.assert_close(got[0], images[0], atol=1e-6, rtol=0)
     for image, s, mine in zip(images[1:], sigma[1:].tolist(), got[1:]):
         padded = torch.nn.functional.pad(image[None], (6, 6, 6, 6), mode="replicate")[0]
@@ -108,7 +95,7 @@ def test_blur_is_torchvisions_inside_and_repeats_the_border(images):
 
 def test_blur_is_near_pils(images):
     pil = [TF.to_pil_image(image) for image in images]
-    got = augment.gaussian_blur(images, torch.full((6,), 1.5))
+    got = gaussian_blur(images, torch.full((6,), 1.5))
     for image, mine in zip(pil, got):
         want = TF.to_tensor(image.filter(ImageFilter.GaussianBlur(1.5)))
         assert (mine - want).abs().max() < 0.03  # PIL blurs by three boxes, in 8 bits
@@ -149,49 +136,28 @@ def test_box_of_a_shape_that_never_fits_is_central(H, W):
 
 
 def reference_pipeline(aug_plus, size, blur, flip=0.5):
-    """MoCo's, written out once more with torchvision."""
+    """MoCo's, written with torchvision."""
     jitter = T.ColorJitter(0.4, 0.4, 0.4, 0.1 if aug_plus else 0.4)
-    colour = (
-        [T.RandomApply([jitter], 0.8), T.RandomGrayscale(0.2)]
-        if aug_plus
-        else [T.RandomGrayscale(0.2), jitter]
-    )
+    grey = T.RandomGrayscale(0.2)
+    colour = [T.RandomApply([jitter], 0.8), grey] if aug_plus else [grey, jitter]
     blur = [T.RandomApply([GaussianBlur((0.1, 2.0))], 0.5)] if blur else []
-    return T.Compose(
-        [
-            T.RandomResizedCrop(size, (0.2, 1.0)),
-            *colour,
-            *blur,
-            T.RandomHorizontalFlip(flip),
-            T.ToTensor(),
-        ]
-    )
+    crop = T.RandomResizedCrop(size, (0.2, 1.0))
+    return T.Compose([crop, *colour, *blur, T.RandomHorizontalFlip(flip), T.ToTensor()])
 
 
 def figures(views):
-    """What is compared: [n, figures] of views [n, 3, S, S]; brightness, contrast, colour, detail,
-    left against right.
+    """Figures of views [n, 3, S, S] -> [n, figures].
+
+    Brightness, contrast, colour, detail, left against right.
     """
     half = views.shape[3] // 2
     detail = (views[..., 1:] - views[..., :-1]).abs().mean((1, 2, 3))
     colour = (views.amax(1) - views.amin(1)).mean((1, 2))
     left = views[..., :half].mean((1, 2, 3)) - views[..., half:].mean((1, 2, 3))
-    return torch.stack(
-        [
-            *views.mean((2, 3)).T,
-            views.mean((1, 2, 3)) ** 2,
-            views.std((1, 2, 3)),
-            detail,
-            detail**2,
-            colour,
-            colour**2,
-            (colour < 0.02).float(),
-            left,
-            left**2,
-            *views.std((2, 3)).T,
-        ],
-        1,
-    )
+    bright, contrast = views.mean((1, 2, 3)), views.std((1, 2, 3))
+    dull = (colour < 0.02).float()
+    found = [bright**2, contrast, detail, detail**2, colour, colour**2, dull, left, left**2]
+    return torch.stack([*views.mean((2, 3)).T, *found, *views.std((2, 3)).T], 1)
 
 
 @pytest.mark.parametrize("aug_plus, blur", [(True, False), (True, True), (False, False)])
@@ -212,15 +178,12 @@ def test_whole_is_distributed_as_torchvisions(aug_plus, blur):
     assert -1e-5 <= views.min() and views.max() <= 1 + 1e-5
     mine = figures(views)
     error = (mine.var(0) / len(mine) + theirs.var(0) / n).sqrt()
-    assert (
-        (mine.mean(0) - theirs.mean(0)).abs() < 5 * error + 0.002
-    ).all()  # 0.002: PIL rounds to 8 bits at every step
+    difference = (mine.mean(0) - theirs.mean(0)).abs()
+    assert (difference < 5 * error + 0.002).all()  # PIL rounds to 8 bits at every step
 
 
 def one_view(image, u, aug_plus, size, flip):
-    """The view of one image [3, H, W] in [0, 1] from its draws u [35], operation by operation with
-    torchvision.
-    """
+    """One image's view with torchvision: image [3, H, W] in [0, 1], its draws u [35]."""
     box = [int(x) for x in augment.crop_boxes(u[None, :22], *image.shape[1:], (0.2, 1.0))[0]]
     image = TF.resized_crop(image, *box, [size, size], antialias=True)
     if u[22] < flip:
@@ -298,11 +261,9 @@ def test_half_precision_stays_near(dtype):
 
 @pytest.mark.parametrize("name", ["batch", "digits"])
 def test_compiles_to_one_graph(name):
-    augmentation = (
-        DigitAugmentation(*IDENTITY, size=16)
-        if name == "digits"
-        else BatchAugmentation(*IDENTITY, size=16, aug_plus=True, blur=True)
-    )
+    augmentation = BatchAugmentation(*IDENTITY, size=16, aug_plus=True, blur=True)
+    if name == "digits":
+        augmentation = DigitAugmentation(*IDENTITY, size=16)
     image = pictures(4, 16)
     u = uniforms(0, 0, torch.arange(4), 0, augmentation.draws)
     compiled = torch.compile(augmentation.apply, fullgraph=True, backend="eager")
@@ -311,43 +272,34 @@ def test_compiles_to_one_graph(name):
 
 @pytest.mark.long
 def test_colour_compiles_to_three_passes():
-    """Each pass is a launch on a GPU.
-
-    The code for a CPU stands for it here: the compiler joins its loops alike.
-    """
+    """Each pass is a launch on a GPU; the compiler joins the loops of its CPU code alike."""
     augmentation = BatchAugmentation(*IDENTITY, size=16, aug_plus=True, blur=True)
     crops = pictures(4, 16)
-    factors, order, _, to_grey, _, _ = augmentation.plan(
-        uniforms(0, 0, torch.arange(4), 0, augmentation.draws)
-    )
+    u = uniforms(0, 0, torch.arange(4), 0, augmentation.draws)
+    factors, order, _, to_grey, _, _ = augmentation.plan(u)
     found, passes = compiled_on_cpu(augmentation.colour, crops, factors, order, to_grey)
     assert passes <= 3
-    torch.testing.assert_close(
-        found, augmentation.colour(crops, factors, order, to_grey), atol=2e-6, rtol=0
-    )
+    plain = augmentation.colour(crops, factors, order, to_grey)
+    torch.testing.assert_close(found, plain, atol=2e-6, rtol=0)
 
 
 def test_compiled_draws_are_the_same_bits():
-    """Also those of the host, whatever made them: workers crop by some of the draws that the device
-    goes on with.
-    """
+    """So are those of the host: workers crop by some of the draws, the device uses the others."""
     augmentation = BatchAugmentation(*IDENTITY, size=16, aug_plus=True, blur=True)
     index = torch.tensor([0, 1, 2, 1_281_166, 2**40])
-    keys, n = [(0, 0, 0), (5, 3, 1), (2**62, 199, 1)], augmentation.draws  # seed, epoch, view
+    n = augmentation.draws
+    keys = [(0, 0, 0), (5, 3, 1), (2**62, 199, 1)]  # seed, epoch, view
     start = torch.cat([starts(seed, epoch, index, view) for seed, epoch, view in keys])
     found, passes = compiled_on_cpu(numbers, start, columns(n, start.device))
     assert passes == 1
-    assert torch.equal(
-        found, torch.cat([uniforms(seed, epoch, index, view, n) for seed, epoch, view in keys])
-    )
+    plain = torch.cat([uniforms(seed, epoch, index, view, n) for seed, epoch, view in keys])
+    assert torch.equal(found, plain)
     hosts = [uniform(seed, epoch, i, view) for seed, epoch, view in keys for i in index.tolist()]
     assert found.tolist() == [[draw(j) for j in range(n)] for draw in hosts]
 
 
 def test_a_compiled_plan_decides_as_the_plain_one():
-    """Whether to jitter, to grey, to blur and in which order are equal; factors and kernels within
-    rounding.
-    """
+    """What is decided, and the order, are equal; factors and kernels are within rounding."""
     augmentation = BatchAugmentation(*IDENTITY, size=16, aug_plus=True, blur=True)
     u = uniforms(0, 0, torch.arange(500), 0, augmentation.draws)
     found, _ = compiled_on_cpu(augmentation.plan, u)
@@ -359,30 +311,26 @@ def test_a_compiled_plan_decides_as_the_plain_one():
 
 
 def compiled_on_cpu(fn, *args):
-    """What fn, compiled anew, returns; and the number of loops over images in the C++ that was made
-    of it.
-    """
+    """(what fn, compiled anew, returns; the number of loops over images in its C++ code)."""
     torch._dynamo.reset()
     try:
-        with inductor.patch(force_disable_caches=True):  # what lies in a cache shows no code
+        with inductor.patch(force_disable_caches=True):  # a cached graph has no code
             found, code = run_and_get_code(torch.compile(fn, dynamic=False, fullgraph=True), *args)
     except Exception as error:
         if shutil.which("g++") or shutil.which("clang++"):
             raise
         pytest.skip(f"needs a C++ compiler: {type(error).__name__}")
     loops = re.findall(r"for\s*\(\s*(?:int64_t|long) x0=", "".join(code))
-    assert loops, "the compiler writes its loops in another way now"
+    assert loops, "the compiler writes its loops in another way"
     return found, len(loops)
 
 
 def test_digit_without_turn_zoom_and_noise_is_the_digit():
     digits = build_dataset("digits", split="val").images[:5]
-    still = DigitAugmentation(
-        *IDENTITY, size=16, turn=0, zoom=(1, 1), move=0, contrast=0, brightness=0, noise=0
-    )
-    torch.testing.assert_close(
-        still.views(digits, 0, 0, torch.arange(5))[0], digits / 255, atol=1e-5, rtol=0
-    )
+    options = {"turn": 0, "zoom": (1, 1), "move": 0, "contrast": 0, "brightness": 0, "noise": 0}
+    still = DigitAugmentation(*IDENTITY, size=16, **options)
+    found = still.views(digits, 0, 0, torch.arange(5))[0]
+    torch.testing.assert_close(found, digits / 255, atol=1e-5, rtol=0)
 
 
 def test_digit_turn_zoom_and_move_are_torchvisions_affine():
@@ -391,17 +339,16 @@ def test_digit_turn_zoom_and_move_are_torchvisions_affine():
     u = torch.full((4, 6 + 24 * 24), 0.5)
     u[:, 0] = torch.tensor([0.0, 1.0, 0.5, 0.8])  # degrees: -20, 20, 0, 12
     u[:, 1] = torch.tensor([0.0, 0.5, 1.0, 0.25])  # zoom: 0.8, 1, 1.2, 0.9
-    augmentation = DigitAugmentation(
-        *IDENTITY, size=24, turn=20, zoom=(0.8, 1.2), move=0.1, noise=0
-    )
+    options = {"turn": 20, "zoom": (0.8, 1.2), "move": 0.1, "noise": 0}
+    augmentation = DigitAugmentation(*IDENTITY, size=24, **options)
     got = augmentation.apply(digits, u)
     for image, mine, degrees, zoom in zip(digits, got, (-20, 20, 0, 12), (0.8, 1.0, 1.2, 0.9)):
-        want = TF.affine(
-            image / 255, -degrees, [0, 0], zoom, [0.0], interpolation=TF.InterpolationMode.BILINEAR
-        )
+        mode = TF.InterpolationMode.BILINEAR
+        want = TF.affine(image / 255, -degrees, [0, 0], zoom, [0.0], interpolation=mode)
         torch.testing.assert_close(mine, want, atol=1e-4, rtol=0)
     u[:, :2] = torch.tensor([0.5, 0.5])
-    u[:, 2], u[:, 3] = 1 / 24 / 0.2 + 0.5, 0.5 - 2 / 24 / 0.2  # one pixel along x, two back along y
+    u[:, 2] = 0.5 + 1 / 24 / 0.2  # one pixel along x
+    u[:, 3] = 0.5 - 2 / 24 / 0.2  # two back along y
     moved = augmentation.apply(digits, u)
     torch.testing.assert_close(moved[:, :, 2:, :-1], digits[:, :, :-2, 1:] / 255, atol=1e-4, rtol=0)
 

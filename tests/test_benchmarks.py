@@ -14,7 +14,6 @@ from benchmarks import (
     bank_loss,
     bench,
     common,
-    equal,
     floor,
     growth,
     index,
@@ -262,42 +261,11 @@ def test_index_without_faiss_is_one_line(monkeypatch, capsys):
     )
 
 
-def test_table_of_mining(tmp_path):
-    out = tmp_path / "mining.json"
-    assert (
-        mining.main(
-            [
-                "--size",
-                "600",
-                "--iters",
-                "40",
-                "--min-iters",
-                "20",
-                "--device",
-                "cpu",
-                "--sizes",
-                "1",
-                "5",
-                "--out",
-                str(out),
-            ]
-        )
-        == 0
-    )
-    page = results.section(json.loads(out.read_text()))
-    assert "| round 0 |" in page and "| own nearest |" in page and "precision at 5" in page
-    assert out.read_bytes().startswith(mining.OURS)
-    out.write_text("notes")
-    assert mining.main(["--size", "600", "--out", str(out)]) == 2 and out.read_text() == "notes"
-
-
-def test_fast_and_plain_paths_are_run_alike(tmp_path):
-    found = rows(written(equal.main, tmp_path, "")["equal-digits-cpu.json"])
-    difference = found["kNN, fast path"]["value"] - found["kNN, plain path"]["value"]
-    assert (
-        found["fast less plain, by seed"]["value"] == pytest.approx(difference)
-        and found["kNN, plain path"]["value"] > 10
-    )
+def test_table_of_mining(tmp_path, capsys):
+    found = rows(written(mining.main, tmp_path, "--sizes 1 5")["mining-cpu.json"])
+    assert list(found)[:3] == ["round 0", "own nearest", "all pairs"]
+    assert found["round 0"]["seconds"] > 0 and 0 < found["own nearest"]["at_5"] <= 1
+    assert mining.main([]) == 2 and "give a feature file or --size M" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- what they are made of
@@ -386,51 +354,56 @@ FACTS = {
 
 
 def test_page_of_timings_and_of_any_columns(tmp_path):
-    row = common.Timing([0.002, 0.001, 0.004]).row(
-        "fast", images_per_s=5000.0, ratio=3.21, of="slow"
-    )
-    (tmp_path / "a.json").write_text(
-        json.dumps({**FACTS, "rows": [{"what": "slow", "value": 6.42, "unit": "ms"}, row]})
-    )
-    columns = {
-        "columns": [["m", "miner"], ["p", "precision"]],
-        "rows": [{"m": "knn | gan", "p": 0.5, "other": 1}, ["none", None]],
-    }
-    (tmp_path / "b.json").write_text(
-        json.dumps({**FACTS, "device": "some text", "versions": "torch 2", "n": 3, **columns})
-    )
-    (tmp_path / "c.json").write_text(json.dumps({"seeds": []}))
+    (tmp_path / "results").mkdir()
+    keep = lambda name, facts: (tmp_path / "results" / name).write_text(common.as_text(facts))
+    timing = common.Timing([0.002, 0.001, 0.004])
+    row = timing.row("fast", images_per_s=5000.0, ratio=3.21, of="slow")
+    keep("a.json", {**FACTS, "rows": [{"what": "slow", "value": 6.42, "unit": "ms"}, row]})
+    columns = [["m", "miner"], ["p", "precision"]]
+    rows = [{"m": "knn | gan", "p": 0.5, "other": 1}, {"m": "none", "p": None}]
+    text = {"device": "some text", "versions": "torch 2", "n": 3}
+    keep("b.json", {**FACTS, **text, "columns": columns, "rows": rows})
+    keep("c.json", {"seeds": []})
     page = results.page(tmp_path)
-    assert (
-        "| fast | 2 ms | 1 to 4 | 3 | 3.21 | slow | 5,000 |" in page
-        and "| slow | 6.42 ms |  |  |  |  |  |" in page
-    )
-    assert (
-        "| miner | precision |" in page
-        and "| knn \\| gan | 0.5 |" in page
-        and "| none |  |" in page
-    )
-    assert (
-        "a machine, 2 cores, 1 threads used, load 0.5 at the end; torch 2; 2026-01-02" in page
-        and "some text; torch 2; 2026-01-02; n = 3" in page
-    )
-    assert (
-        page.endswith("Not in the common form, and so not shown: c.json.\n") and "- a note" in page
-    )
+    assert "| fast | 2 ms | 1 to 4 | 3 | 3.21 | slow | 5,000 |" in page
+    assert "| slow | 6.42 ms |  |  |  |  |  |" in page
+    assert "| miner | precision |" in page
+    assert "| knn \\| gan | 0.5 |" in page and "| none |  |" in page
+    assert "a machine, 2 cores, 1 threads used, load 0.5 at the end; torch 2; 2026-01-02" in page
+    assert "some text; torch 2; 2026-01-02; n = 3" in page and "- a note" in page
+    assert page.endswith("Of another form, and so not shown: c.json.\n")
 
 
-def test_the_page_is_what_the_command_writes(tmp_path):
-    results.main(["--page", str(tmp_path / "page.md")])
-    assert results.PAGE.read_text() == (tmp_path / "page.md").read_text(), (
-        "run python -m benchmarks.results"
-    )
-    (tmp_path / "notes.md").write_text("# What was said")
-    results.main(["--page", str(tmp_path / "page.md")])
-    with pytest.raises(
-        SystemExit, match="notes.md' is there already and is none of this command's files"
-    ):
-        results.main(["--page", str(tmp_path / "notes.md")])
-    assert (tmp_path / "notes.md").read_text() == "# What was said"
+def test_a_file_of_results_has_a_row_a_line_and_nothing_that_is_none():
+    facts = {"name": "x", "rows": [{"a": 1 / 3, "b": None}, {"a": [1 / 3, 2]}], "notes": []}
+    text = common.as_text(facts)
+    rows = [{"a": 0.333333}, {"a": [1 / 3, 2]}]
+    assert json.loads(text) == {"name": "x", "rows": rows, "notes": []}
+    assert text.splitlines()[2:5] == [
+        ' "rows": [',
+        '  {"a": 0.333333},',
+        f'  {{"a": [{1 / 3}, 2]}}',
+    ]
+
+
+def test_the_files_of_results_are_what_is_written_and_the_pages_are_made_from_them():
+    for folder in results.FOLDERS:
+        assert results.page(folder) == (folder / "RESULTS.md").read_text(), (
+            "run python -m benchmarks.results"
+        )
+        for path in (folder / "results").iterdir():
+            assert common.as_text(json.loads(path.read_text())) == path.read_text(), path.name
+
+
+def test_a_page_of_somebody_else_stays(tmp_path):
+    (tmp_path / "RESULTS.md").write_text("# What was said")
+    with pytest.raises(SystemExit, match="is there already and is none of this command's files"):
+        results.main([str(tmp_path)])
+    assert (tmp_path / "RESULTS.md").read_text() == "# What was said"
+    (tmp_path / "RESULTS.md").unlink()
+    results.main([str(tmp_path)])
+    results.main([str(tmp_path)])
+    assert (tmp_path / "RESULTS.md").read_text() == results.page(tmp_path)
 
 
 def test_the_command_says_what_was_typed_but_not_where_things_lie(monkeypatch):

@@ -1,8 +1,9 @@
-"""The cache of decoded images: what it gives is what the files hold, or it is decoded anew."""
+"""The cache of decoded images: it gives what the files hold, or they are decoded anew."""
 
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,9 +30,10 @@ def draw(path: Path, seed: int, side: int = 16) -> None:
 def folder(tmp_path):
     """12 images of two classes, of which the 3rd and the last cannot be read."""
     for i in range(12):
-        draw(tmp_path / "set" / "train" / "ab"[i // 6] / f"{i:02}.png", i)
-    for i in (2, 11):
-        (tmp_path / "set" / "train" / "ab"[i // 6] / f"{i:02}.png").write_bytes(b"broken")
+        path = tmp_path / "set" / "train" / "ab"[i // 6] / f"{i:02}.png"
+        draw(path, i)
+        if i in (2, 11):
+            path.write_bytes(b"broken")
     return tmp_path / "set"
 
 
@@ -39,16 +41,15 @@ class Held:
     """What hold_cached gives of a folder, and what it says."""
 
     def __init__(self, folder, where, split="train"):
-        self.said, self.files = [], data.build_dataset("folder", folder, split)
+        self.said = []
+        self.files = data.build_dataset("folder", folder, split)
         self.dataset = data.hold_cached(self.files, where, 2, self.said.append)
         self.images = getattr(self.dataset, "images", None)
 
     def equals_the_files(self) -> bool:
         decoded = data.load_into_memory(self.files)
-        return (
-            torch.equal(self.images, decoded.images)
-            and self.dataset.unreadable == decoded.unreadable
-        )
+        same_names = self.dataset.unreadable == decoded.unreadable
+        return same_names and torch.equal(self.images, decoded.images)
 
 
 def file_in(where: Path) -> Path:
@@ -71,10 +72,8 @@ def test_mapped_images_equal_decoded_ones(folder, tmp_path, monkeypatch):
     again = Held(folder, where)
     assert again.said == [f"=> 12 decoded images from cache {file_in(where)}"]
     assert again.equals_the_files() and again.dataset.unreadable == [2, 11]
-    assert again.dataset.labels.tolist() == [0] * 6 + [1] * 6 and again.dataset.classes == [
-        "a",
-        "b",
-    ]
+    assert again.dataset.labels.tolist() == [0] * 6 + [1] * 6
+    assert again.dataset.classes == ["a", "b"]
     assert again.dataset.path(3) == str(folder / "train" / "a" / "03.png")
 
 
@@ -84,31 +83,25 @@ def test_what_is_written_into_mapped_images_stays_out_of_the_file(folder, tmp_pa
     before = file_in(tmp_path / "cache").read_bytes()
     held = Held(folder, tmp_path / "cache")
     on_device = held.dataset.images_on("cpu")
-    assert (
-        torch.equal(on_device[torch.tensor([3, 1])], held.images[[3, 1]])
-        and held.images.to(torch.float32).sum() > 0
-    )
+    assert torch.equal(on_device[torch.tensor([3, 1])], held.images[[3, 1]])
+    assert held.images.to(torch.float32).sum() > 0
     held.images.zero_()
-    assert (
-        file_in(tmp_path / "cache").read_bytes() == before
-        and Held(folder, tmp_path / "cache").equals_the_files()
-    )
+    assert file_in(tmp_path / "cache").read_bytes() == before
+    assert Held(folder, tmp_path / "cache").equals_the_files()
 
 
 def test_images_held_out_equal_those_held_out_of_the_files(folder, tmp_path):
     """Also where an image cannot be read: the next one of its own part stands in for it."""
     for seed in range(8):
         held = Held(folder, tmp_path / "cache")
-        for ours, files in zip(
-            data.holdout(held.dataset, 5, seed), data.holdout(held.files, 5, seed)
-        ):
+        parts = data.holdout(held.dataset, 5, seed)
+        for ours, files in zip(parts, data.holdout(held.files, 5, seed)):
             decoded = data.load_into_memory(files)
-            assert (
-                torch.equal(ours.images, decoded.images) and ours.unreadable == decoded.unreadable
+            assert torch.equal(ours.images, decoded.images)
+            assert ours.unreadable == decoded.unreadable
+            assert list(map(ours.path, range(len(ours)))) == list(
+                map(files.path, range(len(files)))
             )
-            assert [ours.path(i) for i in range(len(ours))] == [
-                files.path(i) for i in range(len(files))
-            ]
             assert torch.equal(ours.labels, files.labels)
 
 
@@ -118,16 +111,14 @@ def test_loaders_give_the_same_batches_and_name_the_same_broken_images(folder, t
     plain = data.load_into_memory(held.files) if on_device else held.files
     augmentation = data.get_augmentation("folder", aug_plus=True, size=16, on_device=on_device)
     options = {"augmentation": augmentation, "batch_size": 4, "seed": 0, "max_bad_images": 2}
+    transform = data.get_eval_transform("folder", 20)
     got, bad = [], []
     for dataset in (plain, held.dataset):
         loader = data.train_loader(dataset, **options)
-        got.append([torch.stack(views) for views, _ in loader.epoch(0)])
-        bad.append([i for i, _ in loader.bad_images()])
-        crops = data.eval_loader(
-            dataset, transform=data.get_eval_transform("folder", 20), batch_size=5
-        )
-        got[-1] += [images for images, _ in crops]
-        bad.append([i for i, _ in crops.bad_images()])
+        crops = data.eval_loader(dataset, transform=transform, batch_size=5)
+        views = [torch.stack(views) for views, _ in loader.epoch(0)]
+        got.append([*views, *(images for images, _ in crops)])
+        bad += [[i for i, _ in one.bad_images()] for one in (loader, crops)]
     assert all(torch.equal(*pair) for pair in zip(*got)) and bad == [[2, 11]] * 4
 
 
@@ -180,10 +171,8 @@ def test_a_stale_cache_is_decoded_anew(folder, tmp_path, change, words):
     Held(folder, where)
     change(folder)
     held = Held(folder, where)
-    assert (
-        held.said[0] == f"=> cache {where} is stale ({words}): decoding anew"
-        and held.equals_the_files()
-    )
+    assert held.said[0] == f"=> cache {where} is stale ({words}): decoding anew"
+    assert held.equals_the_files()
     assert len(Held(folder, where).said) == 1 and Held(folder, where).equals_the_files()
 
 
@@ -209,10 +198,8 @@ def test_a_damaged_cache_is_decoded_anew(folder, tmp_path, damage):
     path = file_in(tmp_path / "cache")
     path.write_bytes(damage(path.read_bytes()))
     held = Held(folder, tmp_path / "cache")
-    assert (
-        held.said[0] == f"=> cache {tmp_path / 'cache'} is damaged: decoding anew"
-        and held.equals_the_files()
-    )
+    assert held.said[0] == f"=> cache {tmp_path / 'cache'} is damaged: decoding anew"
+    assert held.equals_the_files()
     assert len(Held(folder, tmp_path / "cache").said) == 1
 
 
@@ -241,11 +228,8 @@ def test_images_that_are_not_kept_stay_in_their_files_and_it_is_said(tmp_path, s
     for i, side in enumerate(sides):
         draw(tmp_path / "set" / f"{i}.png", i, side)
     held = Held(tmp_path / "set", tmp_path / "cache")
-    assert (
-        held.dataset is held.files
-        and words in held.said[0]
-        and not list((tmp_path / "cache").glob("*"))
-    )
+    assert held.dataset is held.files and words in held.said[0]
+    assert not list((tmp_path / "cache").glob("*"))
 
 
 # ---- writing -------------------------------------------------------------------------------------
@@ -269,9 +253,8 @@ def test_what_is_interrupted_leaves_nothing_and_what_was_killed_is_removed(
 
 def test_no_room_is_bad_input_before_anything_is_decoded(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "load_into_memory", never)
-    monkeypatch.setattr(
-        shutil, "disk_usage", lambda _: type("Usage", (), {"free": 12 * 3 * 16 * 16 - 1})
-    )
+    usage = SimpleNamespace(free=12 * 3 * 16 * 16 - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(BadInput, match="has 0.0 GiB free, and the decoded images take"):
         Held(folder, tmp_path / "cache")
 
@@ -287,9 +270,8 @@ def test_a_folder_that_takes_no_file_is_bad_input_but_a_full_cache_there_is_used
     monkeypatch.setattr(cache.tempfile, "TemporaryFile", refuse)
     assert len(Held(folder, tmp_path / "cache").said) == 1
     touch(folder)
-    with pytest.raises(
-        BadInput, match="cache' cannot be written: Permission denied; expected a folder"
-    ):
+    said = "cache' cannot be written: Permission denied; expected a folder"
+    with pytest.raises(BadInput, match=said):
         Held(folder, tmp_path / "cache")
 
 
@@ -301,10 +283,8 @@ def _hold(folder: str, where: str, ready, results) -> None:
 
 def test_processes_that_start_at_once_decode_once(folder, tmp_path):
     ready, results = SERVER.Event(), SERVER.Queue()
-    processes = [
-        SERVER.Process(target=_hold, args=(str(folder), str(tmp_path / "cache"), ready, results))
-        for _ in range(3)
-    ]
+    args = (str(folder), str(tmp_path / "cache"), ready, results)
+    processes = [SERVER.Process(target=_hold, args=args) for _ in range(3)]
     for process in processes:
         process.start()
     ready.set()
@@ -329,26 +309,16 @@ def test_without_locks_each_writes_a_whole_file(folder, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("flags", [[], ["--on-device"]])
 def test_runs_with_and_without_are_equal_and_one_goes_on_with_the_other(tmp_path, flags):
-    argv = [
-        *map(str, photos(tmp_path / "photos", 20, side=16)),
-        *flags,
-        "--knn-holdout",
-        "5",
-        "--epochs",
-        "2",
-    ]
+    argv = [*photos(tmp_path / "photos", 20, side=16), *flags]
+    argv += "--knn-holdout 5 --epochs 2 --max-bad-images 1".split()
     (tmp_path / "photos" / "train" / "07.jpg").write_bytes(b"broken")
-    argv += ["--max-bad-images", "1"]
     cached = [*argv, "--cache", str(tmp_path / "cache")]
     for out, command in {"plain": argv, "cold": cached, "warm": cached}.items():
         code, said, err = ask([*command, "--out", str(tmp_path / out)])
         assert (code, err) == (0, "") and said.count("07.jpg cannot be read") == 1, said
     assert "=> 20 decoded images from cache" in said
-    assert (
-        differences(tmp_path / "plain", tmp_path / "cold")
-        == []
-        == differences(tmp_path / "plain", tmp_path / "warm")
-    )
+    for out in ("cold", "warm"):
+        assert differences(tmp_path / "plain", tmp_path / out) == []
     assert ask([*argv, "--max-steps", "5", "--out", str(tmp_path / "half")])[0] == 0
     assert ask([*cached, "--out", str(tmp_path / "half"), "--resume", "auto"])[0] == 0
     assert differences(tmp_path / "plain", tmp_path / "half") == []
@@ -357,102 +327,54 @@ def test_runs_with_and_without_are_equal_and_one_goes_on_with_the_other(tmp_path
 def test_two_ranks_share_a_cache(tmp_path):
     argv = [*photos(tmp_path / "photos", 16, side=16), "--on-device", "--epochs", 1]
     run([*argv, "--out", tmp_path / "plain"], tmp_path / "log", ranks=2)
-    run(
-        [*argv, "--cache", tmp_path / "cache", "--out", tmp_path / "cached"],
-        tmp_path / "log",
-        ranks=2,
-    )
-    assert differences(tmp_path / "plain", tmp_path / "cached") == [] and file_in(
-        tmp_path / "cache"
-    )
+    argv += ["--cache", tmp_path / "cache", "--out", tmp_path / "cached"]
+    run(argv, tmp_path / "log", ranks=2)
+    assert differences(tmp_path / "plain", tmp_path / "cached") == []
+    assert file_in(tmp_path / "cache")
 
 
 def test_a_disk_that_is_full_in_the_end_costs_the_cache_and_not_the_run(tmp_path):
-    argv = [
-        *photos(tmp_path / "photos", 200, side=64),
-        "--on-device",
-        "--image-size",
-        16,
-        "--max-steps",
-        1,
-    ]
-    running = Running(
-        [*argv, "--cache", tmp_path / "cache", "--out", tmp_path / "out"],
-        tmp_path / "log",
-        largest_file=2_000_000,
-    )
+    argv = photos(tmp_path / "photos", 200, side=64)
+    argv += "--on-device --image-size 16 --max-steps 1".split()
+    argv += ["--cache", tmp_path / "cache", "--out", tmp_path / "out"]
+    running = Running(argv, tmp_path / "log", largest_file=2_000_000)
     assert running.codes() == [0] and "=> warning: cannot write " in running.said(), running.said()
-    assert (
-        "File too large; going on with the images in memory" in running.said()
-        and list((tmp_path / "cache").iterdir()) == []
-    )
+    assert "File too large; going on with the images in memory" in running.said()
+    assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_both_evaluations_take_the_cache(tmp_path, capsys):
     for i in range(24):
         draw(tmp_path / "set" / ("train" if i < 16 else "val") / "ab"[i % 2] / f"{i:02}.png", i)
-    argv = [
-        str(tmp_path / "set"),
-        *photos(tmp_path / "photos", 8)[1:],
-        "--max-steps",
-        "1",
-        "--out",
-        str(tmp_path / "run"),
-    ]
-    assert ask(argv)[0] == 0
-    pretrained = [
-        "--pretrained",
-        str(tmp_path / "run" / "checkpoint_last.pth.tar"),
-        str(tmp_path / "set"),
-        "--device",
-        "cpu",
-        "-j",
-        "0",
-    ]
+    folder, out = str(tmp_path / "set"), tmp_path / "run"
+    train = [folder, *photos(tmp_path / "photos", 8)[1:], "--max-steps", "1", "--out", str(out)]
+    assert ask(train)[0] == 0
+    judge = [folder, "--pretrained", str(out / "checkpoint_last.pth.tar")]
+    judge += ["--device", "cpu", "-j", "0"]
+    knn = [*judge, "--k", "3"]
     cached = ["--cache", str(tmp_path / "cache")]
-    capsys.readouterr()
+
+    def said(*beginnings):
+        """What was printed, and the lines of it that begin so."""
+        text = capsys.readouterr().out
+        return text, [line for line in text.splitlines() if line.startswith(beginnings)]
+
+    said()
     tables = []
     for flags in ([], cached, cached):
-        assert (
-            main_knn.main(
-                [
-                    *pretrained,
-                    "--k",
-                    "3",
-                    *flags,
-                    "--features",
-                    str(tmp_path / "features.safetensors"),
-                ]
-            )
-            == 0
-        )
-        said = capsys.readouterr().out
-        tables.append(
-            [line for line in said.splitlines() if line.startswith(("output", "backbone"))]
-        )
-        assert ("=> --cache: no image is read" in said) == bool(flags)
+        kept = ["--features", str(tmp_path / "features.safetensors")]
+        assert main_knn.main([*knn, *flags, *kept]) == 0
+        text, table = said("output", "backbone")
+        tables.append(table)
+        assert ("=> --cache: no image is read" in text) == bool(flags)
     assert tables[0] == tables[1] == tables[2] and not (tmp_path / "cache").exists()
-    rows = []
-    for out, flags in {"plain": [], "cold": cached, "warm": cached}.items():
-        command = [
-            *pretrained,
-            "--epochs",
-            "2",
-            "-b",
-            "4",
-            "--seed",
-            "1",
-            *flags,
-            "--out",
-            str(tmp_path / out),
-        ]
-        assert (
-            main_lincls.main(command) == 0 and main_knn.main([*pretrained, "--k", "3", *flags]) == 0
-        )
-        said = capsys.readouterr().out
-        rows.append(
-            [line for line in said.splitlines() if line.startswith((" *", "output", "backbone"))]
-        )
+    tables = []
+    for name, flags in {"plain": [], "cold": cached, "warm": cached}.items():
+        probe = [*judge, "--epochs", "2", "-b", "4", "--seed", "1", "--out", str(tmp_path / name)]
+        assert main_lincls.main([*probe, *flags]) == 0
+        assert main_knn.main([*knn, *flags]) == 0
+        text, table = said(" *", "output", "backbone")
+        tables.append(table)
         # once each
-        assert said.count("=> train: 16 images, 2 classes\n=> val: 8 images, 2 classes\n") == 2
-    assert rows[0] == rows[1] == rows[2] and "=> 8 decoded images from cache" in said
+        assert text.count("=> train: 16 images, 2 classes\n=> val: 8 images, 2 classes\n") == 2
+    assert tables[0] == tables[1] == tables[2] and "=> 8 decoded images from cache" in text

@@ -1,6 +1,4 @@
-"""Counted draws: the numbers of a known generator, uniform, and a function of (seed, epoch, index,
-view) alone.
-"""
+"""Counted draws: SplitMix64's numbers, uniform, functions of (seed, epoch, index, view) alone."""
 
 import math
 import random
@@ -48,13 +46,8 @@ def test_uniforms_fill_the_unit_interval_evenly():
 def test_uniforms_of_different_columns_views_epochs_seeds_and_neighbours_are_unrelated():
     index = torch.arange(20_000)
     base = uniforms(0, 0, index, 0, 4)
-    columns = [
-        *base.T,
-        uniforms(0, 0, index, 1, 1)[:, 0],
-        uniforms(0, 1, index, 0, 1)[:, 0],
-        uniforms(1, 0, index, 0, 1)[:, 0],
-        uniforms(0, 0, index + 1, 0, 1)[:, 0],
-    ]
+    others = [(0, 0, index, 1), (0, 1, index, 0), (1, 0, index, 0), (0, 0, index + 1, 0)]
+    columns = [*base.T, *(uniforms(*other, 1)[:, 0] for other in others)]
     correlation = torch.corrcoef(torch.stack(columns)) - torch.eye(len(columns))
     assert correlation.abs().max() < 5 / math.sqrt(20_000)
 

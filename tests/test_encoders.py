@@ -1,6 +1,7 @@
 """Encoders by name, heads, layers, batch norm in splits, features of a data set."""
 
 import copy
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -58,24 +59,16 @@ def test_shapes_layers_and_the_head(name, stem, side, dim, stages):
     images = torch.randn(2, 3, side, side)
     with torch.no_grad():
         out = Taps(encoder, [*layers, "backbone", "output"])(images)
-        assert {layer: tuple(out[layer].shape[1:]) for layer in layers} == {
-            f"conv{i + 1}": (c, s, s) for i, (c, s) in enumerate(stages)
-        }
-        assert (
-            out["backbone"].shape == (2, dim)
-            and out["output"].shape == (2, 7)
-            and feature_dim(encoder) == dim
-        )
+        assert [tuple(out[layer].shape[1:]) for layer in layers] == [(c, s, s) for c, s in stages]
+        assert out["backbone"].shape == (2, dim) and out["output"].shape == (2, 7)
+        assert feature_dim(encoder) == dim
         head = get_head(encoder)
         # the head is what comes after the backbone
         assert torch.equal(head(out["backbone"]), out["output"])
         place = head_name(encoder)
         set_head(encoder, nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), head))  # as MoCo v2 does
-        assert (
-            head_name(encoder) == place
-            and get_head(encoder) is head
-            and feature_dim(encoder) == dim
-        )
+        assert head_name(encoder) == place and get_head(encoder) is head
+        assert feature_dim(encoder) == dim
         mlp = Taps(encoder, ["backbone"])(images)
         assert torch.equal(mlp["backbone"], out["backbone"])
         set_head(encoder, nn.Linear(dim, 3))
@@ -92,10 +85,8 @@ def test_every_classifier_of_torchvision_is_built_or_refused_by_name(undrawn):
         on_meta(lambda: add_mlp(encoder))
         assert get_head(encoder) is head and feature_dim(encoder) == width, name
         hidden = encoder.get_submodule(head_name(encoder))
-        assert [tuple(x.weight.shape) for x in hidden if isinstance(x, nn.Linear)] == [
-            (width, width),
-            (8, width),
-        ], name
+        shapes = [tuple(x.weight.shape) for x in hidden if isinstance(x, nn.Linear)]
+        assert shapes == [(width, width), (8, width)], name
         assert all(x.is_meta for x in encoder.state_dict().values()), name
     for name in set(torchvision.models.list_models(module=torchvision.models)) - {*promised}:
         with pytest.raises(BadInput, match=f"^{name} ends in no linear classifier"):
@@ -121,33 +112,19 @@ def test_a_network_for_another_stem_or_side_is_not_the_librarys(undrawn):
 
 @pytest.mark.parametrize("name, side", [("vit_b_16", 20), ("vit_h_14", 32)])
 def test_a_side_that_a_network_cannot_have_is_said(name, side):
-    with pytest.raises(
-        BadInput,
-        match=(
-            f"{name} cannot be built for images of side {side} .*: give the --image-size it was"
-            " made for"
-        ),
-    ):
+    said = f"{name} cannot be built for images of side {side} .*: give the --image-size it was made"
+    with pytest.raises(BadInput, match=said):
         on_meta(lambda: build_encoder(name, 8, image_size=side))
 
 
 def test_a_network_of_timms_that_is_no_classifier_is_said(monkeypatch):
-    """As timm's encoders of Gemma and Qwen: they refuse a number of classes, or are made and have
-    no head.
-    """
+    """As timm's encoders of Gemma and Qwen: they refuse a number of classes, or have no head."""
     timm = pytest.importorskip("timm")
-    for error in (
-        AssertionError(),
-        AttributeError("Encoder has no attribute `head`"),
-        TypeError("no num_classes"),
-    ):
-        monkeypatch.setattr(
-            timm, "create_model", lambda *_, error=error, **__: (_ for _ in ()).throw(error)
-        )
-        with pytest.raises(
-            BadInput,
-            match="timm:resnet10t cannot be built as a classifier .*: choose another architecture",
-        ):
+    said = "timm:resnet10t cannot be built as a classifier .*: choose another architecture"
+    no_head = AttributeError("Encoder has no attribute `head`")
+    for error in (AssertionError(), no_head, TypeError("no num_classes")):
+        monkeypatch.setattr(timm, "create_model", Mock(side_effect=error))
+        with pytest.raises(BadInput, match=said):
             build_encoder("timm:resnet10t")
     headless = nn.Sequential(nn.Conv2d(3, 8, 3))
     headless.pretrained_cfg = {"classifier": "head"}
@@ -191,10 +168,8 @@ def test_what_cannot_be_built_is_said(name, stem, said):
 @pytest.mark.parametrize("name", ["resnet10t", "ResNet10t", "vit_tiny_patch16_224"])
 def test_a_name_that_only_timm_has_is_suggested(name):
     pytest.importorskip("timm")
-    with pytest.raises(
-        BadInput,
-        match=f"unknown architecture '{name}'; timm has one of this name: use timm:{name.lower()}$",
-    ):
+    said = f"unknown architecture '{name}'; timm has one of this name: use timm:{name.lower()}$"
+    with pytest.raises(BadInput, match=said):
         build_encoder(name)
 
 
@@ -230,9 +205,8 @@ def test_split_batch_norm_equals_the_loops(n, splits, used, momentum, layout):
     expected, mean, var = split_by_loops(x, used, bn)
     out = split(x)
     assert torch.allclose(out, expected, atol=1e-5)
-    assert torch.allclose(split.running_mean, mean, atol=1e-6) and torch.allclose(
-        split.running_var, var, atol=1e-6
-    )
+    assert torch.allclose(split.running_mean, mean, atol=1e-6)
+    assert torch.allclose(split.running_var, var, atol=1e-6)
     assert split.num_batches_tracked == 1
     assert out.is_contiguous(memory_format=layout)
     weight = torch.randn_like(out)
@@ -281,20 +255,17 @@ def test_batches_counted_at_once_are_those_counted_one_by_one(name):
     copied(x), plain(x)
     for found in (copied.state_dict(), build_encoder_like(copied, arch, in_splits).state_dict()):
         assert all(torch.equal(found[key], value) for key, value in plain.state_dict().items())
-    assert not any(
-        torch.equal(copied.state_dict()[key], value)
-        for key, value in counting.state_dict().items()
-        if "num_b" in key and "layer2" not in key
-    )
+    counts = [key for key in counting.state_dict() if "num_b" in key and "layer2" not in key]
+    for key in counts:
+        assert not torch.equal(copied.state_dict()[key], counting.state_dict()[key])
     with Counted() as one_by_one:
         plain(x)
     with Counted() as at_once:
         counting(x)
-    counts = sum(
-        isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in plain.modules()
-    )
-    uses = arch == "resnet18w8"
-    assert one_by_one.names.count("add_") - at_once.names.count("add_") == counts - uses
+    norms = [m for m in plain.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    own = arch == "resnet18w8"  # then one counts by itself
+    counted = sum(m.training for m in norms) - own
+    assert one_by_one.names.count("add_") - at_once.names.count("add_") == counted
     assert at_once.names.count("_foreach_add_") == 1
 
 
@@ -335,16 +306,14 @@ def test_features_come_by_index_and_the_mode_is_restored():
     loader = batches(images, torch.randperm(23), 5)
     features = extract_features(encoder, loader, 23, "cpu")
     raw = extract_features(encoder, loader, 23, "cpu", normalize=False)
-    both = extract_features(
-        Taps(encoder, ["backbone", "output"]), loader, 23, "cpu", normalize=False
-    )
+    taps = Taps(encoder, ["backbone", "output"])
+    both = extract_features(taps, loader, 23, "cpu", normalize=False)
     assert [m.training for m in encoder.modules()] == modes
     assert all(torch.equal(v, stats[k]) for k, v in encoder.state_dict().items())
     with torch.no_grad():
         expected = copy.deepcopy(encoder).eval()(images)
-    assert torch.allclose(raw, expected, atol=1e-6) and torch.allclose(
-        features, F.normalize(expected, dim=1), atol=1e-6
-    )
+    assert torch.allclose(raw, expected, atol=1e-6)
+    assert torch.allclose(features, F.normalize(expected, dim=1), atol=1e-6)
     assert torch.equal(both["output"], raw) and both["backbone"].shape == (23, 128)
     half = extract_features(encoder, loader, 23, "cpu", amp=torch.bfloat16)
     assert half.dtype == torch.float32 and 0 < (half - features).abs().max() < 0.05
@@ -352,28 +321,20 @@ def test_features_come_by_index_and_the_mode_is_restored():
 
 @pytest.mark.parametrize("order", [[0, 1, 2], [0, 1, 2, 2], [0, 1, 2, 3, 3]])
 def test_a_missing_or_doubled_image_is_an_error(order):
+    loader = batches(torch.randn(4, 3, 16, 16), torch.tensor(order), 2)
     with pytest.raises(RunFailed, match="exactly once"):
-        extract_features(
-            build_encoder("digits"),
-            batches(torch.randn(4, 3, 16, 16), torch.tensor(order), 2),
-            4,
-            "cpu",
-        )
+        extract_features(build_encoder("digits"), loader, 4, "cpu")
 
 
 def _ranked_features(rank, world, images, shares):
     torch.manual_seed(0)
-    return extract_features(
-        build_encoder("digits", 6), batches(images, shares[rank], 4), len(images), "cpu"
-    )
+    encoder = build_encoder("digits", 6)
+    return extract_features(encoder, batches(images, shares[rank], 4), len(images), "cpu")
 
 
 def test_two_ranks_give_the_features_of_one():
     images = torch.randn(11, 3, 16, 16)
-    torch.manual_seed(0)
-    alone = extract_features(
-        build_encoder("digits", 6), batches(images, torch.arange(11), 4), 11, "cpu"
-    )
+    alone = _ranked_features(0, 1, images, [torch.arange(11)])
     for shares in ([torch.arange(5), torch.arange(5, 11)], [torch.arange(11), torch.arange(0)]):
         for features in run_ranks(2, _ranked_features, images, shares):
             assert torch.allclose(features, alone, atol=1e-6)

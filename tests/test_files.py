@@ -1,6 +1,4 @@
-"""Paths of any kind: what is there, in one line where it cannot be used; and files that are whole
-or not there.
-"""
+"""Paths of any kind, refused in one line, and files that are written whole or not at all."""
 
 import os
 import stat
@@ -37,18 +35,9 @@ def test_what_is_at_a_path(tmp_path):
     (tmp_path / "file").touch()
     os.symlink(tmp_path / "file", tmp_path / "link")
     os.symlink(tmp_path / "gone", tmp_path / "dead")
-    found = {
-        name: files.kind(tmp_path / name)
-        for name in ("pipe", "file", "link", "dead", ".", "file/below")
-    }
-    assert found == {
-        "pipe": "other",
-        "file": "file",
-        "link": "file",
-        "dead": "",
-        ".": "folder",
-        "file/below": "",
-    }
+    kinds = {"pipe": "other", "file": "file", "link": "file", "dead": "", ".": "folder"}
+    for name, kind in {**kinds, "file/below": ""}.items():
+        assert files.kind(tmp_path / name) == kind, name
 
 
 def test_a_path_that_nobody_can_look_at_is_one_line(tmp_path, monkeypatch):
@@ -59,24 +48,20 @@ def test_a_path_that_nobody_can_look_at_is_one_line(tmp_path, monkeypatch):
     for check in (files.require_folder, files.require_file):
         assert "File name too long" in line(check, "x" * 300, "--out")
     monkeypatch.setattr(os, "stat", refuse)
-    assert (
-        line(files.kind, "a", "--resume")
-        == "--resume 'a' cannot be looked at: Permission denied; ask its owner for permission, or"
-        " choose another path"
-    )
+    cure = "ask its owner for permission, or choose another path"
+    want = f"--resume 'a' cannot be looked at: Permission denied; {cure}"
+    assert line(files.kind, "a", "--resume") == want
 
 
 def test_only_a_regular_file_that_may_be_read_is_taken(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "file").write_text("a")
     assert files.require_file(tmp_path / "file") == tmp_path / "file"
-    assert "is a pipe or a device: expected a checkpoint" in line(
-        files.require_file, tmp_path / "pipe", "--init", "a checkpoint"
-    )
+    said = line(files.require_file, tmp_path / "pipe", "--init", "a checkpoint")
+    assert "is a pipe or a device: expected a checkpoint" in said
     assert "is a folder: expected a file" in line(files.require_file, tmp_path)
-    assert "no such file; expected a file; check the path" in line(
-        files.require_file, tmp_path / "none"
-    )
+    said = line(files.require_file, tmp_path / "none")
+    assert "no such file; expected a file; check the path" in said
     monkeypatch.setattr(os, "access", lambda *_: False)
     assert "cannot be read: no permission" in line(files.require_file, tmp_path / "file")
 
@@ -86,9 +71,8 @@ def test_text_is_read_whole_and_as_utf_8(tmp_path):
     (tmp_path / "long").write_text("ab")
     assert files.read_text(tmp_path / "long") == "ab"
     assert "has more than 1 bytes" in line(files.read_text, tmp_path / "long", "", "a list", 1)
-    assert r"b\udcff\n.txt' is not UTF-8 text: expected a list" in line(
-        files.read_text, tmp_path / STRANGE, "", "a list"
-    )
+    said = line(files.read_text, tmp_path / STRANGE, "", "a list")
+    assert r"b\udcff\n.txt' is not UTF-8 text: expected a list" in said
 
 
 def test_text_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -114,18 +98,13 @@ def test_only_a_file_of_ours_is_written_over(tmp_path, monkeypatch):
         files.require_ours(path, begins)
     (tmp_path / "file").write_text("theirs")
     assert "--out" in line(files.require_ours, tmp_path / "file", begins, "--out")
-    assert "none of this command's files, so it is not written over: choose" in line(
-        files.require_ours, tmp_path / "file", begins
-    )
-    for name, said in (
-        (".", "is a folder"),
-        ("pipe", "is a pipe or a device"),
-        ("/dev/null", "is a pipe or a device"),
-    ):
-        assert said in line(files.require_ours, tmp_path / name, begins)
-    assert "cannot be read (Permission denied)" in line(
-        files.require_ours, tmp_path / "file", refuse
-    )
+    said = line(files.require_ours, tmp_path / "file", begins)
+    assert "none of this command's files, so it is not written over: choose" in said
+    assert "is a folder" in line(files.require_ours, tmp_path, begins)
+    for path in (tmp_path / "pipe", "/dev/null"):
+        assert "is a pipe or a device" in line(files.require_ours, path, begins)
+    said = line(files.require_ours, tmp_path / "file", refuse)
+    assert "cannot be read (Permission denied)" in said
 
 
 def _umask() -> int:
@@ -161,10 +140,10 @@ assert torn
 
 
 def test_a_write_is_not_torn_by_what_a_handler_of_a_signal_raises(tmp_path):
-    """As the news of a worker's end does, at any moment: torch's writer would end the process, or
-    raise an error of its own.
+    """A handler may raise at any moment, as torch's does when a worker has ended.
+
+    torch's writer would then end the process, or raise an error of its own.
     """
-    done = subprocess.run(
-        [sys.executable, "-c", TORN], cwd=tmp_path, capture_output=True, text=True
-    )
+    command = [sys.executable, "-c", TORN]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

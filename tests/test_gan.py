@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch._dynamo.backends.debugging import aot_eager
 
-from benchmarks import gans
 from moco_isl.errors import BadInput, Interrupted, RunFailed
 from moco_isl.mining import gan
 from moco_isl.mining.gan import (
@@ -24,6 +23,7 @@ from moco_isl.mining.gan import (
 )
 from moco_isl.mining.positives import PositiveSets
 from moco_isl.mining.triplets import TripletSampler, training_search
+from studies import gans
 
 
 def rows(M: int, C: int = 8, seed: int = 0) -> torch.Tensor:

@@ -40,60 +40,37 @@ def installed(tmp_path_factory):
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("installed")
     for path in [*ROOT.glob("*.py"), ROOT / "pyproject.toml", ROOT / "README.md"]:
         shutil.copy(path, source)
+    unwanted = shutil.ignore_patterns("__pycache__")
     for package in ("moco_isl", "launch"):
-        shutil.copytree(
-            ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__")
-        )
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--disable-pip-version-check",
-        "--no-index",
-        "--no-deps",
-    ]
-    options = ["--no-build-isolation", "--no-compile", "--target", str(target), str(source)]
-    subprocess.run([*pip, *options], check=True, cwd=source)
+        shutil.copytree(ROOT / package, source / package, ignore=unwanted)
+    pip = f"{sys.executable} -m pip install --quiet --disable-pip-version-check".split()
+    options = "--no-index --no-deps --no-build-isolation --no-compile --target".split()
+    subprocess.run([*pip, *options, str(target), str(source)], check=True, cwd=source)
     return target
 
 
 def test_each_command_starts_from_another_folder(installed, tmp_path):
-    environment = {
-        name: value for name, value in os.environ.items() if not name.startswith("PYTHON")
-    }
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    environment = kept | {"PYTHONPATH": str(installed)}
     command = [sys.executable, "-c", START_EACH, str(installed / "bin")]
-    done = subprocess.run(
-        command,
-        cwd=tmp_path,
-        env=environment | {"PYTHONPATH": str(installed)},
-        capture_output=True,
-        text=True,
-    )
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     said = found["said"]
-    assert set(said) == {
-        f"{name} {flag}" for name in __main__.COMMANDS for flag in ("--help", "--version")
-    }
+    flags = ("--help", "--version")
+    assert set(said) == {f"{name} {flag}" for name in __main__.COMMANDS for flag in flags}
     for what, (code, text) in said.items():
         assert code in (0, None), what
-        assert (
-            text == f"moco_isl {__version__}\n"
-            if what.endswith("--version")
-            else "--version" in text
-        ), what
-    assert all(file.startswith(str(installed)) for file in found["files"]), (
-        "the installed modules, not the checkout's"
-    )
+        if what.endswith("--version"):
+            assert text == f"moco_isl {__version__}\n", what
+        else:
+            assert "--version" in text, what
+    assert all(file.startswith(str(installed)) for file in found["files"]), "not the checkout's"
     assert not list(tmp_path.iterdir())
 
 
 def test_no_command_hides_a_module(installed):
-    """Python looks beside the script first: a script named like a module, with .py, imports
-    itself.
-    """
+    """Python looks beside the script first: one named like a module, with .py, imports itself."""
     assert sorted(p.name for p in (installed / "bin").iterdir()) == sorted(__main__.COMMANDS)
     (metadata,) = installed.glob("*.dist-info")
     for entry in PathDistribution(metadata).entry_points:
@@ -102,24 +79,19 @@ def test_no_command_hides_a_module(installed):
 
 @pytest.mark.parametrize("package", ["moco_isl", "launch"])
 def test_all_files_of_a_package_are_installed(installed, package):
-    there, here = (
-        {p.relative_to(root) for p in (root / package).rglob("*.*") if "__pycache__" not in p.parts}
-        for root in (installed, ROOT)
-    )
-    assert there == here
+    def files_in(root):
+        paths = (root / package).rglob("*.*")
+        return {path.relative_to(root) for path in paths if "__pycache__" not in path.parts}
+
+    assert files_in(installed) == files_in(ROOT)
 
 
 def test_the_list_of_commands(capsys):
     assert __main__.main([]) == 0
-    out = capsys.readouterr().out
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     for name, (way, what) in __main__.COMMANDS.items():
-        assert any(
-            line.split() == [*name.split(), *way.split(), *what.split()]
-            for line in out.splitlines()
-        )
-    for way, _ in __main__.COMMANDS.values():
+        assert [name, *way.split(), *what.split()] in lines
         place = way.split()[-1]
-        assert (ROOT / place).is_file() or any(
-            (ROOT / (place.replace(".", "/") + end)).is_file() for end in (".py", "/__main__.py")
-        ), place
+        module = place.replace(".", "/")
+        assert any((ROOT / f).is_file() for f in (place, module + ".py", module + "/__main__.py"))
     assert __main__.main(["rep\udcff"]) == 2 and capsys.readouterr().err.count("\n") == 1

@@ -1068,8 +1068,25 @@ def test_the_points_of_a_sweep(tmp_path):
     assert second == shlex.split("DIR --config=c.yaml --amp=bf16 --schedule 9 --isl-hpe=0")
 
 
+def test_every_point_of_a_sweep_is_run_with_each_seed(tmp_path):
+    base = {"dataset": "digits", "init": "runs/start/moco,seed={seed}/last.pth.tar"}
+    points = [{"name": "none", "miner": "none"}, {"miner": "knn"}]
+    plan = sweep.read_plan(write(tmp_path, base=base, points=points, seeds=[0, 1]))
+    names = ["none,seed=0", "none,seed=1", "miner=knn,seed=0", "miner=knn,seed=1"]
+    assert list(plan["points"]) == names
+    assert plan["points"]["miner=knn,seed=1"] == {
+        "dataset": "digits",
+        "init": "runs/start/moco,seed=1/last.pth.tar",
+        "miner": "knn",
+        "seed": "1",
+    }
+
+
 BAD_SWEEPS = [
-    ("grids: {}", "grids is unknown: expected script, base, grid, points, columns, figures"),
+    (
+        "grids: {}",
+        "grids is unknown: expected script, base, grid, points, seeds, columns, figures, judge",
+    ),
     ("base: {lr: 1}", "neither grid nor points"),
     ("grid: {lr: 1}", "grid.lr is '1': expected a list"),
     ("grid: {lr: []}", "grid.lr is an empty list"),
@@ -1099,6 +1116,8 @@ BAD_SWEEPS = [
     ("points: [{name: table.json}]", "point 1 is named 'table.json'"),
     (f"points: [{{name: {'a' * 201}}}]", "point 1 has a name of 201 characters"),
     ("points: [{learning: 1}]\nbase: {dataset: digits}", "no flag named 'learning'"),
+    ("points: [{lr: 1}]\nseeds: 3", "seeds is '3': expected a list"),
+    ("points: [{name: a, lr: 1}]\nseeds: [1, 1]", "two points are named 'a,seed=1'"),
     ("points: [{--lr: 1}]", "'--lr' is no name"),
     ("points: [{'l r': 1}]", "'l r' is no name"),
     ('points: [{"a\\nb": 1}]', "'a\\nb' is no name"),

@@ -1,6 +1,4 @@
-"""Names that are not UTF-8, or hold a line's end, through every command, on a terminal that takes
-nothing but ASCII.
-"""
+"""Names that are not UTF-8 or hold a newline, through every command, on an ASCII terminal."""
 
 import io
 import json
@@ -28,19 +26,12 @@ SMALL = (
 
 @pytest.fixture
 def terminal(monkeypatch):
-    """Run a command in this process and answer with its exit code and what it wrote, to a stdout
-    and stderr of strict ASCII.
-    """
+    """Runs a command in this process: (exit code, what it wrote to streams of strict ASCII)."""
 
     def run(main, *argv):
+        options = {"encoding": "ascii", "errors": "strict", "write_through": True}
         for name in ("stdout", "stderr"):
-            monkeypatch.setattr(
-                sys,
-                name,
-                io.TextIOWrapper(
-                    io.BytesIO(), encoding="ascii", errors="strict", write_through=True
-                ),
-            )
+            monkeypatch.setattr(sys, name, io.TextIOWrapper(io.BytesIO(), **options))
         code = main([os.fspath(x) for x in argv])
         said = sys.stdout.buffer.getvalue() + sys.stderr.buffer.getvalue()
         monkeypatch.undo()
@@ -51,103 +42,63 @@ def terminal(monkeypatch):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder of images in which each name is strange: the folder's, the classes' and the
-    files'.
-    """
+    """A folder of images in which the folder's, the classes' and the files' names are strange."""
     place = tmp_path_factory.mktemp("names")
     for split, n in (("train", 4), ("val", 2)):
         for number, name in enumerate((STRANGE, "c" + STRANGE)):
             folder = place / STRANGE / split / name
             folder.mkdir(parents=True)
             for i in range(n):
-                Image.new("RGB", (20, 20), (100 * number, 40 * i, 9)).save(
-                    folder / f"{i}{STRANGE}.png"
-                )
+                image = Image.new("RGB", (20, 20), (100 * number, 40 * i, 9))
+                image.save(folder / f"{i}{STRANGE}.png")
     return place
 
 
 def test_every_command_takes_names_that_are_not_utf_8(place, terminal):
-    images, run = place / STRANGE, place / f"run{STRANGE}"
+    images, run, again = place / STRANGE, place / f"run{STRANGE}", place / "again"
     checkpoint = run / "checkpoint_last.pth.tar"
-    kept = place / f"f{STRANGE}.safetensors"
     weights = place / f"w{STRANGE}.safetensors"
-    judge, cache = ["--device", "cpu", "-j", "0"], place / f"cache{STRANGE}"
-    mine = ["--miner", "knn", "--isl-start", "0", "--cache", cache]
+    results = place / f"knn{STRANGE}" / "results.json"
+    page = place / f"page{STRANGE}.html"
 
     def works(main, *argv):
         code, said = terminal(main, *argv)
         assert code == 0, said
         return said
 
-    assert f"run{SHOWN}" in works(main_moco_isl.main, images, *SMALL, *mine, "--out", run)
-    assert "already finished" in works(
-        main_moco_isl.main, images, *SMALL, *mine, "--out", run, "--resume", "auto"
-    )
-    again = works(
-        main_moco_isl.main, images, *SMALL, *mine, "--init", checkpoint, "--out", place / "again"
-    )
-    assert f"run{SHOWN}/checkpoint_last" in again and "decoded images from cache" in again, (
-        "the cache is mapped"
-    )
-    knn = [
-        main_knn.main,
-        images,
-        "--pretrained",
-        checkpoint,
-        *judge,
-        "--k",
-        "3",
-        "--features",
-        kept,
-        "--out",
-        place / f"knn{STRANGE}",
-    ]
+    mine = ["--miner", "knn", "--isl-start", "0", "--cache", place / f"cache{STRANGE}"]
+    train = [main_moco_isl.main, images, *SMALL, *mine]
+    assert f"run{SHOWN}" in works(*train, "--out", run)
+    assert "already finished" in works(*train, "--out", run, "--resume", "auto")
+    said = works(*train, "--init", checkpoint, "--out", again)
+    assert f"run{SHOWN}/checkpoint_last" in said
+    assert "decoded images from cache" in said  # it is mapped
+
+    judge = ["--device", "cpu", "-j", "0", "--pretrained", checkpoint]
+    kept = ["--features", place / f"f{STRANGE}.safetensors", "--out", results.parent]
+    knn = [main_knn.main, images, *judge, "--k", "3", *kept]
     assert "features of 12 images" in works(*knn)
     assert f"from '{place}/f{SHOWN}.safetensors'" in works(*knn)
-    probe = [
-        images,
-        "--pretrained",
-        checkpoint,
-        *judge,
-        "--cache-features",
-        "-b",
-        "4",
-        "--seed",
-        "1",
-        "--out",
-        place / f"lin{STRANGE}",
-    ]
-    assert f"lin{SHOWN}/results.json" in works(main_lincls.main, *probe, "--epochs", "1")
-    works(main_lincls.main, *probe, "--epochs", "2", "--resume", "auto")
-    results = place / f"knn{STRANGE}" / "results.json"
-    assert json.loads(results.read_text())["pretrained"] == files.encodable(str(checkpoint)), (
-        "as the features' file says"
-    )
+    probe = [main_lincls.main, images, *judge, "--cache-features", "-b", "4", "--seed", "1"]
+    probe += ["--out", place / f"lin{STRANGE}"]
+    assert f"lin{SHOWN}/results.json" in works(*probe, "--epochs", "1")
+    works(*probe, "--epochs", "2", "--resume", "auto")
+
+    # a file in UTF-8 holds the name with escapes
+    assert json.loads(results.read_text())["pretrained"] == files.encodable(str(checkpoint))
     works(export.main, checkpoint, "--to", "safetensors", "--out", weights, "--results", results)
-    assert f"w{SHOWN}.safetensors" in works(
-        main_knn.main, images, "--pretrained", weights, *judge, "--k", "3"
-    )
-    works(report.main, run, place / "again", "--labels", "--out", place / f"page{STRANGE}.html")
-    page = (place / f"page{STRANGE}.html").read_text(encoding="utf-8")
-    assert r"run" + r"b\udcff" in page
+    judge[-1] = weights
+    assert f"w{SHOWN}.safetensors" in works(main_knn.main, images, *judge, "--k", "3")
+    works(report.main, run, again, "--labels", "--out", page)
+    assert r"run" + r"b\udcff" in page.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize(
-    "main",
-    [
-        main_moco_isl.main,
-        main_knn.main,
-        main_lincls.main,
-        export.main,
-        report.main,
-        commands.main,
-        submit.main,
-        status.main,
-        sweep.main,
-    ],
-)
-def test_a_wrong_argument_is_said_in_one_line(main, terminal):
-    code, said = terminal(main, STRANGE, "--quux" + STRANGE)
+SCRIPTS = [main_moco_isl, main_knn, main_lincls, export, report, commands, submit, status, sweep]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_wrong_argument_is_said_in_one_line(script, terminal):
+    code, said = terminal(script.main, STRANGE, "--quux" + STRANGE)
     assert code == 2 and said.startswith("error: ") and said.count("\n") == 1
     assert said[:-1].isprintable(), said
 
@@ -174,8 +125,7 @@ def test_a_cache_of_a_folder_whose_name_is_as_long_as_can_be(tmp_path):
     folder.mkdir()
     Image.new("RGB", (8, 8)).save(folder / "a.png")
     said = []
+    dataset = data.build_dataset("folder", str(folder))
     for _ in range(2):
-        data.hold_cached(
-            data.build_dataset("folder", str(folder)), tmp_path / "cache", 1, said.append
-        )
+        data.hold_cached(dataset, tmp_path / "cache", 1, said.append)
     assert "kept in cache" in said[0] and "from cache" in said[1]

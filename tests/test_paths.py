@@ -1,6 +1,4 @@
-"""Each path that a command takes, and whatever a path can be: an answer in one line, and no wait
-for a pipe.
-"""
+"""Each path that a command takes, and whatever can be there: one line, and no wait for a pipe."""
 
 import errno
 import os
@@ -17,51 +15,52 @@ from moco_isl.run import exits
 from tests.runs import DIGITS, photos
 
 TRAIN = [*DIGITS, "--epochs", "1"]
+PHOTOS = TRAIN[2:]  # of a DIR
 JUDGE = ["--dataset", "digits", "--device", "cpu", "-j", "0"]
-PROBE = [*JUDGE, "--cache-features", "--epochs", "1"]
 FILE = "run/checkpoint_last.pth.tar"
 NEW = ["--out", "new"]
-
-TAKES = {  # a path -> the command around it
-    "main_moco_isl DIR": (main_moco_isl.main, lambda x: [x, *TRAIN[2:], *NEW]),
-    "main_moco_isl --out": (main_moco_isl.main, lambda x: [*TRAIN, "--out", x]),
-    "main_moco_isl --out, --resume auto": (
-        main_moco_isl.main,
-        lambda x: [*TRAIN, "--out", x, "--resume", "auto"],
-    ),
-    "main_moco_isl --resume": (main_moco_isl.main, lambda x: [*TRAIN, *NEW, "--resume", x]),
-    "main_moco_isl --init": (main_moco_isl.main, lambda x: [*TRAIN, *NEW, "--init", x]),
-    "main_moco_isl --config": (main_moco_isl.main, lambda x: [*TRAIN, *NEW, "--config", x]),
-    "main_moco_isl --cache": (
-        main_moco_isl.main,
-        lambda x: ["photos", *TRAIN[2:], *NEW, "--cache", x],
-    ),
-    "main_knn DIR": (main_knn.main, lambda x: [x, *JUDGE[2:], "--pretrained", FILE]),
-    "main_knn --pretrained": (main_knn.main, lambda x: [*JUDGE, "--pretrained", x]),
-    "main_knn --features": (
-        main_knn.main,
-        lambda x: [*JUDGE, "--pretrained", FILE, "--features", x],
-    ),
-    "main_knn --features alone": (main_knn.main, lambda x: [*JUDGE[2:], "--features", x]),
-    "main_knn --out": (main_knn.main, lambda x: [*JUDGE, "--pretrained", FILE, "--out", x]),
-    "main_lincls DIR": (main_lincls.main, lambda x: [x, *PROBE[2:], *NEW, "--pretrained", FILE]),
-    "main_lincls --pretrained": (main_lincls.main, lambda x: [*PROBE, *NEW, "--pretrained", x]),
-    "main_lincls --resume": (
-        main_lincls.main,
-        lambda x: [*PROBE, *NEW, "--pretrained", FILE, "--resume", x],
-    ),
-    "main_lincls -e --resume": (main_lincls.main, lambda x: [*PROBE, *NEW, "-e", "--resume", x]),
-    "main_lincls --out": (main_lincls.main, lambda x: [*PROBE, "--pretrained", FILE, "--out", x]),
-    "main_lincls --out, --resume auto": (
-        main_lincls.main,
-        lambda x: [*PROBE, "--pretrained", FILE, "--out", x, "--resume", "auto"],
-    ),
-    "export FILE": (export.main, lambda x: [x, "--to", "safetensors", "--out", "new"]),
-    "export --out": (export.main, lambda x: [FILE, "--to", "safetensors", "--out", x]),
-    "report RUN": (report.main, lambda x: [x]),
-    "report --out": (report.main, lambda x: ["run", "--out", x]),
-    "report --breakeven": (report.main, lambda x: ["run", "--out", "new", "--breakeven", x]),
+KNN = [*JUDGE, "--pretrained", FILE]
+PROBE = [*JUDGE, "--cache-features", "--epochs", "1"]
+PROBE_FILE = [*PROBE, "--pretrained", FILE]
+EXPORT = ["--to", "safetensors", "--out"]
+MAINS = {
+    "main_moco_isl": main_moco_isl.main,
+    "main_knn": main_knn.main,
+    "main_lincls": main_lincls.main,
+    "export": export.main,
+    "report": report.main,
 }
+ARGV = {  # a command and the path it takes -> its arguments, X standing for the path
+    "main_moco_isl DIR": ["X", *PHOTOS, *NEW],
+    "main_moco_isl --out": [*TRAIN, "--out", "X"],
+    "main_moco_isl --out, --resume auto": [*TRAIN, "--out", "X", "--resume", "auto"],
+    "main_moco_isl --resume": [*TRAIN, *NEW, "--resume", "X"],
+    "main_moco_isl --init": [*TRAIN, *NEW, "--init", "X"],
+    "main_moco_isl --config": [*TRAIN, *NEW, "--config", "X"],
+    "main_moco_isl --cache": ["photos", *PHOTOS, *NEW, "--cache", "X"],
+    "main_knn DIR": ["X", *JUDGE[2:], "--pretrained", FILE],
+    "main_knn --pretrained": [*JUDGE, "--pretrained", "X"],
+    "main_knn --features": [*KNN, "--features", "X"],
+    "main_knn --features alone": [*JUDGE[2:], "--features", "X"],
+    "main_knn --out": [*KNN, "--out", "X"],
+    "main_lincls DIR": ["X", *PROBE[2:], *NEW, "--pretrained", FILE],
+    "main_lincls --pretrained": [*PROBE, *NEW, "--pretrained", "X"],
+    "main_lincls --resume": [*PROBE_FILE, *NEW, "--resume", "X"],
+    "main_lincls -e --resume": [*PROBE, *NEW, "-e", "--resume", "X"],
+    "main_lincls --out": [*PROBE_FILE, "--out", "X"],
+    "main_lincls --out, --resume auto": [*PROBE_FILE, "--out", "X", "--resume", "auto"],
+    "export FILE": ["X", *EXPORT, "new"],
+    "export --out": [FILE, *EXPORT, "X"],
+    "report RUN": ["X"],
+    "report --out": ["run", "--out", "X"],
+    "report --breakeven": ["run", *NEW, "--breakeven", "X"],
+}
+
+
+def ask(takes: str, path: str) -> int:
+    """The exit code of a command of ARGV with this path."""
+    return MAINS[takes.split()[0]]([path if x == "X" else x for x in ARGV[takes]])
+
 
 NOWHERE = {  # no path that anything can be at
     "too long a name": "x" * 300,
@@ -111,53 +110,41 @@ def no_wait():
     signal.alarm(0)
 
 
-@pytest.mark.parametrize("takes", TAKES)
+@pytest.mark.parametrize("takes", ARGV)
 def test_a_path_where_nothing_can_be_is_said_in_one_line(place, locked, capsys, takes):
-    main, argv = TAKES[takes]
     for what, path in NOWHERE.items():
-        assert main(argv(path)) == 2, what
+        assert ask(takes, path) == 2, what
         said = capsys.readouterr().err
         assert said.startswith("error: ") and said.count("\n") == 1, (what, said)
         assert "locked" not in path or "ermission" in said, said
         assert not os.path.exists("new")
 
 
-@pytest.mark.parametrize(
-    "takes", [name for name in TAKES if not name.endswith((*NEW_FOLDER, "DIR"))]
-)
+FILES = [name for name in ARGV if not name.endswith((*NEW_FOLDER, "DIR"))]
+
+
+@pytest.mark.parametrize("takes", FILES)
 def test_a_folder_in_place_of_a_file_and_a_file_in_place_of_a_folder(place, capsys, takes):
-    main, argv = TAKES[takes]
-    path = "pipe" if takes.startswith("report RUN") else "photos"
-    assert main(argv(path)) == 2
+    assert ask(takes, "pipe" if takes == "report RUN" else "photos") == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_an_empty_text_is_no_folder(place, capsys):
-    assert main_moco_isl.main(["", *TRAIN[2:], *NEW]) == 2
-    assert "DIR is an empty text" in capsys.readouterr().err
-    assert main_moco_isl.main(["photos", *TRAIN[2:], *NEW, "--cache", ""]) == 2
-    assert "--cache is an empty text" in capsys.readouterr().err
+    for name in ("DIR", "--cache"):
+        assert ask(f"main_moco_isl {name}", "") == 2
+        assert f"{name} is an empty text" in capsys.readouterr().err
 
 
 def test_a_run_in_a_folder_that_may_only_be_looked_at(place, monkeypatch, capsys):
     monkeypatch.setattr(os, "access", lambda path, mode: mode & os.W_OK == 0)
-    for takes, path in (
-        ("main_moco_isl --out, --resume auto", "run"),
-        ("main_lincls --out", "new"),
-        ("report --out", "new.html"),
-    ):
-        main, argv = TAKES[takes]
-        assert main(argv(path)) == 2
+    folders = {"main_moco_isl --out, --resume auto": "run", "main_lincls --out": "new"}
+    for takes, path in {**folders, "report --out": "new.html"}.items():
+        assert ask(takes, path) == 2
         assert "cannot be written: no permission in" in capsys.readouterr().err
     monkeypatch.setattr(os, "access", lambda path, mode: mode & os.R_OK == 0)
-    for takes in (
-        "main_moco_isl --init",
-        "main_knn --pretrained",
-        "export FILE",
-        "main_lincls --resume",
-    ):
-        main, argv = TAKES[takes]
-        assert main(argv(FILE)) == 2
+    pretrained = ("main_moco_isl --init", "main_knn --pretrained", "main_lincls --resume")
+    for takes in (*pretrained, "export FILE"):
+        assert ask(takes, FILE) == 2
         assert "cannot be read: no permission; expected a checkpoint" in capsys.readouterr().err
 
 
@@ -168,7 +155,5 @@ def test_what_a_file_system_refuses_under_way_is_one_line(capsys, number):
 
     assert exits.exit_code(script) == 3
     said = capsys.readouterr().err
-    assert (
-        said.startswith(r"error: a file or folder 'a\nb' cannot be used: " + os.strerror(number))
-        and said.count("\n") == 1
-    )
+    what = r"error: a file or folder 'a\nb' cannot be used: "
+    assert said.startswith(what + os.strerror(number)) and said.count("\n") == 1

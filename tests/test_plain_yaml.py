@@ -1,6 +1,4 @@
-"""YAML files of settings: every scalar is the text that stands there, and no file takes long, or
-says what is wrong in more than a line.
-"""
+"""YAML files of settings: scalars are texts, no file takes long, and a fault is one line."""
 
 import os
 import random
@@ -29,29 +27,19 @@ def read(tmp_path):
     "written", "off on yes No true 1e-3 010 0x1f 1_000 1:30 2024-01-01 .inf .nan = << none".split()
 )
 def test_a_scalar_is_the_text_that_stands_there(read, written):
-    assert read(f"a: {written}\nb: ['{written}', {written}]") == {
-        "a": written,
-        "b": [written, written],
-    }
+    found = read(f"a: {written}\nb: ['{written}', {written}]")
+    assert found == {"a": written, "b": [written, written]}
 
 
 def test_null_is_none_and_a_quoted_null_a_text(read):
-    assert read("a:\nb: ~\nc: null\nd: ''\ne: 'null'") == {
-        "a": None,
-        "b": None,
-        "c": None,
-        "d": "",
-        "e": "null",
-    }
+    found = read("a:\nb: ~\nc: null\nd: ''\ne: 'null'")
+    assert found == {"a": None, "b": None, "c": None, "d": "", "e": "null"}
     assert read("") is read("# nothing") is read("---") is None
 
 
 def test_what_people_write_is_read(read):
-    assert read("- a # why\n- {b: [1, 2], c: 'x y'}\n- |\n  two\n  lines\n") == [
-        "a",
-        {"b": ["1", "2"], "c": "x y"},
-        "two\nlines\n",
-    ]
+    found = read("- a # why\n- {b: [1, 2], c: 'x y'}\n- |\n  two\n  lines\n")
+    assert found == ["a", {"b": ["1", "2"], "c": "x y"}, "two\nlines\n"]
     assert read("1: a\nnull: b") == {"1": "a", "null": "b"}
 
 
@@ -108,9 +96,9 @@ def test_a_damaged_file_is_read_or_refused(read):
         text = bytearray(whole)
         for _ in range(draw.randint(1, 4)):
             i = draw.randrange(len(text))
-            text[i : i + draw.randint(0, 3)] = bytes(
-                draw.choices(b"{}[]&*!|>'\"%@`:-?,# \n\t\\\0\xffa1", k=draw.randint(0, 3))
-            )
+            signs = b"{}[]&*!|>'\"%@`:-?,# \n\t\\\0\xffa1"
+            put_in = draw.choices(signs, k=draw.randint(0, 3))
+            text[i : i + draw.randint(0, 3)] = bytes(put_in)
         try:
             read(bytes(text))
         except BadInput as error:

@@ -311,7 +311,7 @@ def test_a_run_says_its_estimate_and_that_nothing_is_sure(tmp_path):
 
 
 def test_errors_of_the_estimate_are_what_it_says_less_what_is_right():
-    from benchmarks import estimate as study
+    from studies import estimate as study
 
     features, labels = clusters(150, groups=5, spread=0.6), torch.arange(150) % 5
     views = [clusters(150, groups=5, spread=0.6, seed=seed) for seed in (1, 2)]

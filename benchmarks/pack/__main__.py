@@ -1,13 +1,14 @@
 """The first minutes on a GPU, in one command: proof that the fast path is right there, figures, and
 a comparison of the miners.
 
-    python -m benchmarks.pack --data DIR --out OUT              nine minutes; DIR has train/ and
-    val/ with a folder a class python -m benchmarks.pack --quick --out OUT                 all of it
-    at the smallest sizes; without a GPU a CPU stands in for one benchmarks/gpu.sh
-    cifar10_jpeg.tar.gz OUT                   the same nine minutes, of images in an archive
+    python -m benchmarks.pack --data DIR --out OUT      nine minutes; DIR has train/ and val/ with a
+                                                        folder a class
+    python -m benchmarks.pack --quick --out OUT         all of it at the smallest sizes; without a
+                                                        GPU a CPU stands in for one
+    benchmarks/gpu.sh cifar10_jpeg.tar.gz OUT           nine minutes, of images in an archive
 
 OUT has rows.jsonl (a line a row, as it comes), table.txt (the rows in words), results.tgz (both,
-logs, metrics, and results/*.json for benchmarks/results) and encoder_fp16.pth.tar. All four are
+logs, metrics, and results/*.json for benchmarks.results) and encoder_fp16.pth.tar. All four are
 whole at any moment: the command may be cut off.
 
 Part C trains from the first second on. Part A runs beside it; while part B measures, the trainer is
@@ -65,8 +66,7 @@ FIGURES: dict[str, Run] = {
     "mining": figures.mining,
     "small": figures.small,
 }
-# at most, of nine minutes
-PROOF_SECONDS = 95
+PROOF_SECONDS = 95  # at most, of nine minutes
 FIGURES_SECONDS = {"photos": 65, "mining": 45, "small": 30}
 PARTS: dict[str, Run] = {**PROOF, **FIGURES, "science": science.science}
 OUTSIDE = {"suite"}  # whose tests bring their own stand-in for a GPU
@@ -87,8 +87,7 @@ def plan(only: list[str]) -> dict[str, list[str]]:
 def one_part(name: str, args: argparse.Namespace) -> int:
     """Wait for the word on stdin, which says when the part has to end, then run it."""
     record = Record(args.out, args.began, plan(args.only))
-    with contextlib.suppress(OSError, AttributeError):
-        # Linux: no part outlives the pack
+    with contextlib.suppress(OSError, AttributeError):  # Linux: no part outlives the pack
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     warnings.showwarning = lambda message, *_, **__: fall_back(record, name, str(message))
     with contextlib.ExitStack() as stack:
@@ -105,9 +104,7 @@ def one_part(name: str, args: argparse.Namespace) -> int:
 
 
 def fall_back(record: Record, name: str, message: str) -> None:
-    """Print a warning; one that a slower way was taken instead of a fast one is a note too: the
-    figures are of that way.
-    """
+    """Print a warning, and note it where it says that a slower way was taken."""
     print(f"warning: {message}", flush=True)
     if "used instead" in message:
         record.add("note", f"{name}: {message}"[:300])
@@ -115,18 +112,8 @@ def fall_back(record: Record, name: str, message: str) -> None:
 
 def command_of(name: str, args: argparse.Namespace) -> list[str]:
     """What runs a part."""
-    flags = [
-        "--part",
-        name,
-        "--out",
-        args.out,
-        "--work",
-        args.work,
-        "--began",
-        args.began,
-        "--only",
-        *args.only,
-    ]
+    flags = ["--part", name, "--out", args.out, "--work", args.work]
+    flags += ["--began", args.began, "--only", *args.only]
     flags += ["--data", args.data] if args.data else []
     flags += ["--quick"] if args.quick else []
     return [sys.executable, "-u", "-m", "benchmarks.pack", *map(str, flags)]
@@ -186,11 +173,8 @@ class Process:
         self.kill()
         if code == 0:
             return ""  # what it left out is named in the table
-        last = [
-            line
-            for line in Path(self.log.name).read_text(errors="replace").splitlines()
-            if line.strip()
-        ]
+        said = Path(self.log.name).read_text(errors="replace").splitlines()
+        last = [line for line in said if line.strip()]
         end = f"ended with exit code {code}"
         if code is None:
             end = "was killed when its time was over"
@@ -254,17 +238,15 @@ def conduct(args: argparse.Namespace, record: Record) -> None:
 
 @contextlib.contextmanager
 def spared(what: str) -> Iterator[None]:
-    """What cannot be written inside costs nothing but itself."""
+    """Print an error inside, a full disk above all, and go on."""
     try:
         yield
-    except Exception as error:  # a full disk above all
+    except Exception as error:
         print(f"{what} could not be written: {type(error).__name__}: {error}", flush=True)
 
 
 def memory() -> str | None:
-    """The folder of a file system in memory if it has room for images and checkpoints; None: the
-    usual one.
-    """
+    """A folder in memory that has room for images and checkpoints, or None."""
     there = os.access("/dev/shm", os.W_OK)
     return "/dev/shm" if there and shutil.disk_usage("/dev/shm").free > MEMORY_BYTES else None
 

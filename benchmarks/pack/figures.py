@@ -1,7 +1,6 @@
 """Part B: what a step, a round and a search take, with the GPU to themselves."""
 
 import argparse
-import statistics
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -28,7 +27,7 @@ KNN = "kNN, 1,281,167 x 50,000, k 200"
 LOSS = "bank loss, M = 1,281,167"
 PLAN = {
     "photos": [
-        *[f"{NAMES['photos']}, {form}" for form in FORMS.values()],
+        *(f"{NAMES['photos']}, {form}" for form in FORMS.values()),
         ISL_ADDS.format(NAMES["photos"]),
         PROFILE,
     ],
@@ -37,18 +36,19 @@ PLAN = {
         f"{NAMES[name]}, {form}" for name in ("w64", "w32") for form in ("published", "fast")
     ],
 }
+KEPT = ("value", "unit", "low", "high", "n", "images_per_s", "memory_gib")  # of a timing
 LARGEST = 25
 
 
 class Rows(common.Result):
-    """Of a benchmark's rows what it measures; they go into the record."""
+    """Collects a benchmark's rows, and sends its notes to the record."""
 
     def __init__(self, context: Context, name: str):
         self.context = context
         self.name = name
         self.columns = None
         self.device = context.device
-        self.rows, self.notes = [], []
+        self.rows = []
 
     def add(self, row: dict, of: str | None = None) -> dict:
         self.rows.append(row)
@@ -60,17 +60,14 @@ class Rows(common.Result):
 
 def figures_of(row: dict) -> dict:
     """What the record keeps of a timing."""
-    return {
-        key: row.get(key)
-        for key in ("value", "unit", "low", "high", "n", "images_per_s", "memory_gib")
-    }
+    return {key: row.get(key) for key in KEPT}
 
 
 # ---------------------------------------------------------------- steps
 
 
 def photos(context: Context) -> None:
-    """What users have first; what it is compared with last, since that is known from elsewhere."""
+    """The forms that users have first; the published one last, which is known from elsewhere."""
     forms = Forms(context, "photos")
     for form in ("fast", "fast, ISL on"):
         forms.time(form)
@@ -92,7 +89,9 @@ def small(context: Context) -> None:
 
 def work_of(name: str, quick: bool) -> step.Work:
     work = step.ROWS[name]
-    return replace(work, **step.QUICK) if quick else replace(work, steps=8 if work.photos else 20)
+    if quick:
+        return replace(work, **step.QUICK)
+    return replace(work, steps=8 if work.photos else 20)
 
 
 class Forms:
@@ -112,43 +111,31 @@ class Forms:
 
     def time(self, form: str) -> None:
         """A row of one form. "fast, ISL on" has the model of "fast", which must be there."""
-        context, device = self.context, self.context.device
+        context = self.context
+        device = self.context.device
         with context.row("figures", f"{NAMES[self.name]}, {form}", 60) as row:
             if form != "fast, ISL on":
                 self.memory = torch.cuda.memory_allocated(device)
             turn = self.builds[form]()
             turn()  # compilers and cudnn's trials
             common.peak_gib(device, reset=True)
-            repeats = 2 if context.quick else 3 if form == "published" else 5
-            timing = common.timed(turn, device, repeats, warmup=1)
+            repeats = 3 if form == "published" else 5
+            timing = common.timed(turn, device, 2 if context.quick else repeats, warmup=1)
             memory = common.peak_gib(device) - self.memory / 2**30
             timing = common.Timing([seconds / self.work.steps for seconds in timing.seconds])
-            row |= figures_of(
-                timing.row("", images_per_s=self.work.N / timing.median, memory_gib=memory)
-            )
-            row |= {
-                "bar": BEFORE.get(self.name, {}).get(form),
-                "goal": GOALS.get(self.name) if form == "fast" else None,
-            }
+            rate = self.work.N / timing.median
+            row |= figures_of(timing.row("", images_per_s=rate, memory_gib=memory))
+            row["bar"] = BEFORE.get(self.name, {}).get(form)
+            row["goal"] = GOALS.get(self.name) if form == "fast" else None
             self.turns[form] = turn
 
 
 def isl_adds(turns: dict[str, Callable], device: torch.device) -> dict:
     """Per cent that ISL adds to a step, by pairs of turns that alternate."""
-    timings = common.in_turns(
-        {form: turns[form] for form in ("fast", "fast, ISL on")}, device, repeats=8, warmup=0
-    )
-    extra = [
-        100 * (on / off - 1) for off, on in zip(*(timing.seconds for timing in timings.values()))
-    ]
-    return {
-        "value": statistics.median(extra),
-        "unit": "%",
-        "low": min(extra),
-        "high": max(extra),
-        "n": len(extra),
-        "goal": 1,
-    }
+    pair = {form: turns[form] for form in ("fast", "fast, ISL on")}
+    off, on = common.in_turns(pair, device, repeats=8, warmup=0).values()
+    extra = [100 * (b / a - 1) for a, b in zip(off.seconds, on.seconds)]
+    return {**figures_of(common.extremes("", extra, "%")), "goal": 1}
 
 
 def kernels(context: Context, turn: Callable, steps: int) -> dict:
@@ -160,11 +147,8 @@ def kernels(context: Context, turn: Callable, steps: int) -> dict:
         context.record.add(
             "kernels", name[:160], value=spent[name] / steps, share=100 * spent[name] / total
         )
-    return {
-        "value": total / steps,
-        "unit": "ms",
-        "said": f"{len(spent)} kinds of kernels by torch.profiler",
-    }
+    said = f"{len(spent)} kinds of kernels by torch.profiler"
+    return {"value": total / steps, "unit": "ms", "said": said}
 
 
 # ---------------------------------------------------------------- rounds and searches
@@ -172,12 +156,9 @@ def kernels(context: Context, turn: Callable, steps: int) -> dict:
 
 def mining_sizes(context: Context) -> argparse.Namespace:
     """What `benchmarks.growth` is asked for."""
-    quick = context.quick
-    sizes = (
-        {"iters": 40, "gan_images": 500, "images": [600], "batch": 16}
-        if quick
-        else {"iters": 20_000, "gan_images": 50_000, "images": [1_281_167], "batch": 256}
-    )
+    sizes = {"iters": 20_000, "gan_images": 50_000, "images": [1_281_167], "batch": 256}
+    if context.quick:
+        sizes = {"iters": 40, "gan_images": 500, "images": [600], "batch": 16}
     return argparse.Namespace(device=context.device, repeats=1, **sizes)
 
 
@@ -195,11 +176,8 @@ def mining(context: Context) -> None:
     for what, compiled in ((GAN, False), (GAN_COMPILED, True)):
         with context.row("figures", what, 30) as row:
             timing, first = growth.time_gan(args, compiled)
-            row |= {
-                **figures_of(timing.row("", "s")),
-                "goal": 6,
-                "said": f"the first 20 in {first:.1f} s",
-            }
+            row |= figures_of(timing.row("", "s"))
+            row |= {"goal": 6, "said": f"the first 20 in {first:.1f} s"}
     with context.row("figures", MINING, 50) as row:
         rows = Rows(context, "mining")
         growth.measure_mining(args, rows)
@@ -208,18 +186,11 @@ def mining(context: Context) -> None:
         M, Q, k = (5000, 40, 10) if quick else (1_281_167, 50_000, 200)
         found = knn.measure(M, Q, 128, k, device, torch.float32, 1 if quick else 2)
         again = found["again_percent"]
-        row |= {
-            "value": found["seconds"],
-            "unit": "s",
-            "n": found["n"],
-            "memory_gib": (found["peak_mib"] or 0) / 1024,
-            "goal": 10,
-            "said": (
-                "not by the kernel"
-                if again is None
-                else f"{again:.2f} % of the queries searched again"
-            ),
-        }
+        row |= {"value": found["seconds"], "unit": "s", "n": found["n"], "goal": 10}
+        row["memory_gib"] = (found["peak_mib"] or 0) / 1024
+        row["said"] = "not by the kernel"
+        if again is not None:
+            row["said"] = f"{again:.2f} % of the queries searched again"
     with context.row("figures", LOSS, 30) as row:
         rows = Rows(context, "loss")
         growth.measure_loss(args, rows)

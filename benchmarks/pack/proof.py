@@ -23,46 +23,15 @@ from moco_isl.run import checkpoint
 from moco_isl.training import fast
 
 ROOT = Path(__file__).parent.parent.parent
-# that have tests of a GPU's
-TESTS = ("tests/test_fast.py", "tests/test_gan.py", "tests/test_data_draws.py")
+TESTS = ("tests/test_fast.py", "tests/test_gan.py", "tests/test_data_draws.py")  # some need a GPU
 REHEARSED = "tests/test_pretend_cuda.py"
 CHOSEN = "gpu or captured"
 CLOSE = 0.02  # relative difference of a loss that half precision explains
 APART = 0.1  # relative difference of momenta: those of fewer steps are further apart
 CHANCE = 10.0  # per cent, of the digits
 OBJECTIVES = ("MoCo", "ISL", "Instance", "bank")
-DIGITS = [
-    *(
-        "--dataset",
-        "digits",
-        "-a",
-        "digits",
-        "--mlp",
-        "--moco-dim",
-        "64",
-        "--moco-k",
-        "512",
-        "--moco-t",
-        "0.1",
-        "-b",
-        "128",
-    ),
-    *(
-        "-j",
-        "0",
-        "--seed",
-        "0",
-        "-p",
-        "1",
-        "--epochs",
-        "1",
-        "--isl-start",
-        "0",
-        "--fast",
-        "--miner",
-        "gan",
-    ),
-]
+DIGITS = "--dataset digits -a digits --mlp --moco-dim 64 --moco-k 512 --moco-t 0.1 -b 128".split()
+DIGITS += "-j 0 --seed 0 -p 1 --epochs 1 --isl-start 0 --fast --miner gan".split()
 
 KERNELS = "fused kernels, C = {}"
 STEPS = "12 fast steps equal plain ones, {}"
@@ -101,9 +70,9 @@ def steps(context: Context) -> None:
 
 
 def kernels_work(C: int, device: torch.device) -> dict:
-    """Whether the fused kernels are used for rows of C numbers; each use was compared with float64.
+    """Whether the fused kernels are used for rows of C numbers, and agree with float64.
 
-    What a user would only be warned of is a failure here.
+    Where a user would be warned that they are left out, the row has failed.
     """
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -124,9 +93,7 @@ def kernels_work(C: int, device: torch.device) -> dict:
 
 
 def optimizer_equals(device: torch.device) -> dict:
-    """Weights after five steps of SGD, fused on the device and plain on the CPU, by the same
-    gradients.
-    """
+    """Weights after five equal steps of SGD, fused on the device and plain on the CPU."""
     g = torch.Generator().manual_seed(0)
     start = torch.randn(300, 40, generator=g)
     gradients = torch.randn(5, 300, 40, generator=g)
@@ -150,10 +117,10 @@ def graphs() -> int:
 
 
 def steps_equal(name: str, device: torch.device, rehearsal: bool) -> dict:
-    """Losses of 12 steps: bf16, channels last, compiled, fused optimizer and loss, beside the plain
-    path's.
+    """Losses of 12 fast steps beside the plain path's.
 
-    That what is fast was there at all is part of it: networks compiled, and kernels for the loss.
+    Fast: bf16, channels last, compiled, fused optimizer and loss. Not ok either where nothing was
+    compiled or the kernels were left out.
     """
     from tests import small_training as small
 
@@ -175,17 +142,15 @@ def steps_equal(name: str, device: torch.device, rehearsal: bool) -> dict:
 
 
 def augmentation_equals(device: torch.device, N: int) -> dict:
-    """Views of N images by the compiled augmentation on the device, beside the same draws on the
-    CPU.
+    """Views of N images by the compiled augmentation on the device, beside the CPU's.
 
-    An image whose crop lies a pixel elsewhere, because the two round another way, is another image:
-    one in a hundred may.
+    The two round differently, and a crop that then lies a pixel elsewhere gives another view: one
+    in a hundred may differ.
     """
     images = torch.randint(
         0, 256, (N, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
-    # [N, 3, 32, 32], of blocks: a photo's neighbours are alike
-    images = images.repeat_interleave(4, 2).repeat_interleave(4, 3)
+    images = images.repeat_interleave(4, 2).repeat_interleave(4, 3)  # [N, 3, 32, 32], of blocks
     views = []
     for where in (torch.device("cpu"), device):
         augmentation = data.get_augmentation("cifar10", aug_plus=True, size=32, on_device=True)
@@ -198,24 +163,19 @@ def augmentation_equals(device: torch.device, N: int) -> dict:
             seed=0,
             device=where,
         )
-        with fast.numerics(True, where):  # as in training
+        with fast.numerics(True, where):
             views.append(torch.cat([x.cpu() for x in next(iter(loader.epoch(0)))[0]]))
     off = (views[0] - views[1]).abs().amax((1, 2, 3))  # [2 N]
     same = float((off < 0.02).float().mean())
-    return {
-        "ok": same >= 0.99,
-        "said": (
-            f"{100 * same:.1f} % of {len(off)} views within 0.02 of a standard deviation, median"
-            f" {float(off.median()):.1e}"
-        ),
-    }
+    said = f"{100 * same:.1f} % of {len(off)} views within 0.02 of a standard deviation"
+    return {"ok": same >= 0.99, "said": f"{said}, median {float(off.median()):.1e}"}
 
 
 # ---------------------------------------------------------------- the suite
 
 
 class Reporter:
-    """A pytest plugin: every test that was asked for becomes a row as it ends."""
+    """A pytest plugin that makes a row of every test as it ends."""
 
     def __init__(self, context: Context):
         self.context = context
@@ -225,18 +185,16 @@ class Reporter:
     def pytest_runtest_logreport(self, report) -> None:
         if report.when != "call" and report.passed:
             return
-        skipped = (
-            ""
-            if not report.skipped
-            else str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr)
-        )
-        said = (
-            skipped or (str(report.longrepr).strip().splitlines() or [""])[-1]
-            if not report.passed
-            else f"{report.duration:.1f} s"
-        )
-        # in a rehearsal what needs a GPU is left out; on a GPU nothing may be
-        ok = report.passed or (None if report.skipped and self.context.rehearsal else False)
+        said = f"{report.duration:.1f} s"
+        if report.failed:
+            said = (str(report.longrepr).strip().splitlines() or [""])[-1]
+        elif report.skipped:
+            said = str(
+                report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+            )
+        ok = report.passed
+        if report.skipped and self.context.rehearsal:
+            ok = None  # what needs a GPU; on a GPU no test may be skipped
         self.passed = self.passed + bool(report.passed)
         self.failed = self.failed + (ok is False)
         self.context.record.add(
@@ -271,76 +229,39 @@ def suite(context: Context) -> None:
 def scripts(context: Context) -> None:
     folder = context.work / "scripts"
     device = ["--device", context.device.type]
-    gan = [
-        "--isl-gan-iters",
-        "40" if context.quick else "400",
-        "--isl-gan-min-iters",
-        "40" if context.quick else "400",
-    ]
-    run = lambda out, steps: main_moco_isl.main(
-        [
-            *DIGITS,
-            *gan,
-            *device,
-            "--max-steps",
-            str(steps),
-            "--out",
-            str(folder / out),
-            "--resume",
-            "auto",
-        ],
-        lambda: False,
-    )
+    iters = "40" if context.quick else "400"
+    flags = [*DIGITS, *device, "--isl-gan-iters", iters, "--isl-gan-min-iters", iters]
+
+    def run(out: str, steps: int) -> int:
+        own = ["--max-steps", str(steps), "--out", str(folder / out), "--resume", "auto"]
+        return main_moco_isl.main([*flags, *own], lambda: False)
+
     with context.row("proof", RESUMED, 80) as row:
         codes = [run("once", 8), run("twice", 4), run("twice", 8)]
         once, twice = (losses(folder / name) for name in ("once", "twice"))
         off = max((abs(a - b) / abs(a) for a, b in zip(once, twice)), default=1.0)
         apart = states_apart(folder / "once", folder / "twice")
-        row |= {
-            "ok": (
-                codes == [0, 0, 0]
-                and len(once) == len(twice) == 8
-                and off <= CLOSE
-                and apart <= APART
-            ),
-            "said": (
-                f"exit codes {codes}, {len(once)} and {len(twice)} losses, at most {100 * off:.3f}"
-                f" % apart; momenta and queues {100 * apart:.2f} %"
-            ),
-        }
+        equal = len(once) == len(twice) == 8 and off <= CLOSE and apart <= APART
+        row["ok"] = codes == [0, 0, 0] and equal
+        row["said"] = (
+            f"exit codes {codes}, {len(once)} and {len(twice)} losses, at most {100 * off:.3f} %"
+            f" apart; momenta and queues {100 * apart:.2f} %"
+        )
     file = str(folder / "once" / "checkpoint_last.pth.tar")
     judge = ["--pretrained", file, "--dataset", "digits", "-j", "0", *device]
     with context.row("proof", KNN, 30) as row:
         row |= judged(lambda: main_knn.main(judge))
     with context.row("proof", PROBE, 30) as row:
-        row |= judged(
-            lambda: main_lincls.main(
-                [
-                    *judge,
-                    "--epochs",
-                    "10",
-                    "--lr",
-                    "1",
-                    "--seed",
-                    "0",
-                    "--out",
-                    str(folder / "probe"),
-                ]
-            )
-        )
+        probe = ["--epochs", "10", "--lr", "1", "--seed", "0", "--out", str(folder / "probe")]
+        row |= judged(lambda: main_lincls.main([*judge, *probe]))
 
 
 def states_apart(a: Path, b: Path) -> float:
-    """Relative difference of the optimizer's momenta, or of the queues if that is larger, in the
-    last files of two runs.
-    """
+    """Relative difference of two runs' last momenta, or of their queues if that is larger."""
     files = [checkpoint.load(folder / "checkpoint_last.pth.tar") for folder in (a, b)]
     momenta = [
         torch.cat(
-            [
-                state["momentum_buffer"].cpu().flatten()
-                for state in file["optimizer"]["state"].values()
-            ]
+            [x["momentum_buffer"].cpu().flatten() for x in file["optimizer"]["state"].values()]
         )
         for file in files
     ]
@@ -356,9 +277,7 @@ def losses(folder: Path) -> list[float]:
 
 
 def judged(main: Callable[[], int]) -> dict:
-    """Exit code of a script that judges the digits, and the accuracy of the backbone's features
-    that it prints.
-    """
+    """Exit code of a script that judges the digits, and the accuracy it prints of the backbone."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         code = main()
@@ -376,15 +295,9 @@ def device_facts() -> str:
     if not torch.cuda.is_available():
         return "no GPU"
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        query = [
-            "nvidia-smi",
-            "--query-gpu=name,driver_version,memory.total",
-            "--format=csv,noheader",
-        ]
-        return (
-            subprocess.run(
-                query, capture_output=True, text=True, timeout=20, check=True
-            ).stdout.strip()
-            + f", torch {torch.__version__}, Python {sys.version.split()[0]}"
-        )
+        facts = "--query-gpu=name,driver_version,memory.total"
+        query = ["nvidia-smi", facts, "--format=csv,noheader"]
+        run = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+        python = sys.version.split()[0]
+        return f"{run.stdout.strip()}, torch {torch.__version__}, Python {python}"
     return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"

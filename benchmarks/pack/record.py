@@ -21,47 +21,21 @@ from benchmarks import common
 ARCHIVE_BYTES = 15 << 20  # of results.tgz, at most
 LOG_BYTES = 1 << 20  # of a part's log that are kept, the end of it
 LOCKED = 3  # seconds that a process waits for the others to write
+SPREAD = [("low", "least"), ("high", "most"), ("n", "n")]
+RATE = ("images_per_s", "img/s")
 COLUMNS = {
     "proof": [("what", ""), ("ok", "holds"), ("said", "said"), ("at", "at s")],
     "figures": [
-        *[
-            ("what", ""),
-            ("value", "median"),
-            ("unit", ""),
-            ("low", "least"),
-            ("high", "most"),
-            ("n", "n"),
-        ],
-        *[
-            ("bar", "before"),
-            ("goal", "goal"),
-            ("images_per_s", "img/s"),
-            ("memory_gib", "GiB"),
-            ("said", "said"),
-        ],
+        *[("what", ""), ("value", "median"), ("unit", ""), *SPREAD],
+        *[("bar", "before"), ("goal", "goal"), RATE, ("memory_gib", "GiB"), ("said", "said")],
     ],
     "kernels": [("what", "kernel"), ("value", "ms a step"), ("share", "%")],
     "science": [
-        *[
-            ("what", ""),
-            ("epochs", "epochs"),
-            ("knn", "kNN %"),
-            ("one_shot", "1-shot %"),
-            ("linear", "linear %"),
-        ],
-        *[
-            ("size", "set size"),
-            ("precision", "precision"),
-            ("own_nearest", "own nearest"),
-            ("all_pairs", "all pairs"),
-        ],
-        *[
-            ("estimate", "estimated"),
-            ("reach", "reach"),
-            ("seconds", "training s"),
-            ("images_per_s", "img/s"),
-            ("said", "said"),
-        ],
+        *[("what", ""), ("epochs", "epochs")],
+        *[("knn", "kNN %"), ("one_shot", "1-shot %"), ("linear", "linear %")],
+        *[("size", "set size"), ("precision", "precision")],
+        *[("own_nearest", "own nearest"), ("all_pairs", "all pairs"), ("estimate", "estimated")],
+        *[("reach", "reach"), ("seconds", "training s"), RATE, ("said", "said")],
     ],
 }
 TITLES = {
@@ -73,17 +47,15 @@ TITLES = {
 
 
 class TimeUp(BaseException):
-    """The alarm of a row or of a part; no Exception, or whoever tries something out would take it
-    for its failure.
+    """The time of a row or of a part is over.
+
+    No Exception: an `except Exception` around a trial must not take it for a failure.
     """
 
 
 @contextlib.contextmanager
 def alarm(seconds: float) -> Iterator[None]:
-    """Raise TimeUp inside after so many seconds, as soon as Python has the word.
-
-    An alarm around it stays set.
-    """
+    """Raise TimeUp inside after so many seconds, as soon as Python runs again; alarms may nest."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -129,7 +101,8 @@ class Record:
 
     def rows(self, part: str | None = None) -> list[dict]:
         """The rows so far, of a part or of all; a line that was cut off is left out."""
-        path, found = self.out / "rows.jsonl", []
+        path = self.out / "rows.jsonl"
+        found = []
         for line in path.read_text().splitlines() if path.exists() else []:
             with contextlib.suppress(ValueError):
                 found.append(json.loads(line))
@@ -144,7 +117,8 @@ class Record:
         """All rows as text, a table a part, and what is missing of it."""
         parts = []
         for part, columns in COLUMNS.items():
-            rows, missing = self.rows(part), self.missing(part)
+            rows = self.rows(part)
+            missing = self.missing(part)
             if not rows and not missing:
                 continue
             shown = [
@@ -165,17 +139,12 @@ class Record:
         return "\n\n".join(["\n".join(notes), *parts]) + "\n"
 
     def archive(self, work: Path) -> None:
-        """Replace results.tgz: rows, table, and of the work folder the logs' ends, metrics and
-        results.
-        """
+        """Replace results.tgz: rows, table, and the work folder's logs, metrics and results."""
         with self.alone():
             temporary = self.out / f".results.{os.getpid()}.tmp"
             with tarfile.open(temporary, "w:gz") as tar:
-                for path in (
-                    self.out / "rows.jsonl",
-                    self.out / "table.txt",
-                    *sorted(work.rglob("*.log")),
-                ):
+                ours = (self.out / "rows.jsonl", self.out / "table.txt")
+                for path in (*ours, *sorted(work.rglob("*.log"))):
                     _add_end(tar, path, path.name)
                 for path in sorted([*work.rglob("metrics.jsonl"), *work.glob("results/*.json")]):
                     if temporary.stat().st_size < ARCHIVE_BYTES:
@@ -219,7 +188,8 @@ def _add_end(tar: tarfile.TarFile, path: Path, name: str) -> None:
         return
     content = path.read_bytes()[-LOG_BYTES:]
     member = tarfile.TarInfo(name)
-    member.size, member.mtime = len(content), int(time.time())
+    member.size = len(content)
+    member.mtime = int(time.time())
     tar.addfile(member, io.BytesIO(content))
 
 
@@ -271,9 +241,7 @@ class Context:
 
     @contextlib.contextmanager
     def row(self, part: str, what: str, seconds: float = math.inf) -> Iterator[dict]:
-        """A row of the record, filled in inside; an error or the alarm inside becomes what the row
-        says.
-        """
+        """A row of the record, filled in inside; an error or alarm becomes what the row says."""
         figures: dict = {}
         try:
             with alarm(max(min(seconds, self.left()), 0.01)):

@@ -3,9 +3,6 @@
 One process: images are decoded once, networks compiled once.
 """
 
-import contextlib
-import io
-import json
 import math
 import shutil
 import statistics
@@ -15,53 +12,36 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-import main_lincls
 import main_moco_isl
-from benchmarks import breakeven
 from benchmarks.pack.record import Context
 from moco_isl import data
 from moco_isl.errors import Interrupted
 from moco_isl.ops.neighbors import searched_again
 from moco_isl.run import checkpoint
+from studies.breakeven import FORMS
+from studies.figures import HERE, Judge, linear, metrics
 
 MOCO = "MoCo v2"
-MEANLOG, LOGSUM = (flags for _, flags in (breakeven.FORMS["meanlog"], breakeven.FORMS["logsum"]))
+MEANLOG, LOGSUM = (FORMS[form][1] for form in ("meanlog", "logsum"))
 AVERAGE = ["--miner", "average", "--isl-trust", "0.01"]  # which takes views, and leaves all in
 GAN = ["--miner", "gan", "--isl-candidates", "120", "--isl-radius", "0.2", "--isl-threshold", "0.3"]
 ROWS = {  # title -> flags; a cut run has the first of them, which make a pair
     "+ none": ["--miner", "none"],
     "+ average with views, 100": [*AVERAGE, "--isl-budget", "100", *MEANLOG],
     "+ average with views, 10": [*AVERAGE, "--isl-budget", "10", *MEANLOG],
-    "+ average with views, 100, Eq. 5 and hard positives": [
-        *AVERAGE,
-        "--isl-budget",
-        "100",
-        *LOGSUM,
-    ],
+    "+ average with views, 100, Eq. 5 and hard positives": (
+        [*AVERAGE, "--isl-budget", "100", *LOGSUM]
+    ),
     "+ gan, 100": [*GAN, "--isl-budget", "100", *MEANLOG],
     "+ knn, 10": ["--miner", "knn", "--isl-budget", "10", *MEANLOG],
 }
 PLAN = {"science": [MOCO, *ROWS]}
 MINED = ["--isl-max-share", "0.2", "--isl-max-positives", "128"]
+CONFIG = ["--config", str(HERE / "flags_small_images.yaml")]
 FULL = ["-j", "8", "--save-epochs", "50"]
-QUICK = [
-    "-a",
-    "resnet18w8",
-    "--moco-dim",
-    "32",
-    "--moco-k",
-    "128",
-    "-b",
-    "64",
-    "-j",
-    "0",
-    "--save-epochs",
-    "2",
-    "--isl-gan-iters",
-    "40",
-    "--isl-gan-min-iters",
-    "40",
-]
+QUICK = "-a resnet18w8 --moco-dim 32 --moco-k 128 -b 64 -j 0 --save-epochs 2".split()
+QUICK += "--isl-gan-iters 40 --isl-gan-min-iters 40".split()
+PROBE = "--cache-features --lr 3 10 30 100 --epochs 30 --schedule 18 24 -b 1024 -j 8".split()
 QUICK_IMAGES = (20, 6)  # of a class, to train on and held out
 MINING = 8  # seconds of a round, about
 RESERVE = 0.3  # share of all the time that MoCo v2 leaves to the rows, however far it has come
@@ -86,25 +66,19 @@ class Science:
         self.looked = False  # at how often the fused search is unsure of real features
 
     def flags(self) -> list[str]:
-        return [
-            str(self.images),
-            "--dataset",
-            "folder",
-            "--device",
-            self.device.type,
-            "--cache",
-            str(self.cache),
-            *breakeven.SMALL_IMAGES,
-            "--seed",
-            "0",
-            *(QUICK if self.quick else FULL),
-        ]
+        own = QUICK if self.quick else FULL
+        return [*self.where(), "--dataset", "folder", *CONFIG, "--seed", "0", *own]
+
+    def where(self) -> list[str]:
+        """The flags that training and probe share."""
+        device = ["--device", self.device.type]
+        return [str(self.images), *device, "--cache", str(self.cache)]
 
     def run(self, name: str, flags: list[str], until: float) -> tuple[Path, dict]:
-        """Run the main script in <folder>/<name>; its last checkpoint, and what it says of its
-        epochs and its last round.
+        """Run the main script in <folder>/<name> until it ends or the clock says `until`.
 
-        Raises RuntimeError where it failed; one that the clock ended is no failure.
+        Returns its last checkpoint, and figures of its epochs and its last round. Raises
+        RuntimeError where it failed.
         """
         out = self.folder / name
         code = main_moco_isl.main(
@@ -112,7 +86,7 @@ class Science:
         )
         if code not in (0, Interrupted.exit_code) or not (out / "checkpoint_last.pth.tar").exists():
             raise RuntimeError(f"{name} ended with exit code {code}: see its log")
-        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        lines = metrics(out)
         rounds = [line for line in lines if line["kind"] == "round"]
         found = {
             "epochs": sum(line["kind"] == "epoch" for line in lines),
@@ -120,7 +94,7 @@ class Science:
         }
         if rates := [line["images_per_s"] for line in lines if line["kind"] == "step"]:
             found["last_images_per_s"] = statistics.median(rates[-5:])
-            # of epochs: a pause or a busy GPU in a few of them changes nothing
+            # the median: a pause or a busy GPU in some epochs changes nothing
             found["images_per_s"] = statistics.median(rates)
             found["seconds"] = found["epochs"] * self.M / found["images_per_s"]
         if rounds:
@@ -135,12 +109,13 @@ class Science:
 
     def decode(self) -> None:
         """Both splits, through the cache that the runs map."""
-        self.judging = breakeven.Judge(breakeven.Setting(self.flags(), [], [], self.k), self.device)
+        self.judging = Judge(self.flags(), self.k, self.device)
         self.M = len(self.judging.splits[0])
 
     def judge(self, file: Path) -> dict:
-        """Figures of a checkpoint's query encoder in per cent: kNN and 1-shot by its output, linear
-        by its backbone, on held-out images.
+        """Figures in per cent on held-out images, of the query encoder in a checkpoint.
+
+        kNN and 1-shot are by its output, linear by its backbone.
         """
         train, val = self.judging.features(file)
         if not self.looked and (again := searched_again(val[0], train[0], self.k)) is not None:
@@ -150,41 +125,8 @@ class Science:
                 f" {self.M:,} images, k {self.k}",
             )
             self.looked = True
-        return {**self.judging.figures(train, val), "linear": self.linear(file)}
-
-    def linear(self, file: Path) -> float:
-        """Accuracy in per cent of main_lincls.py on frozen features; its rate is chosen on images
-        held out of train.
-        """
-        out = file.parent / "probe"
-        flags = [
-            "--cache-features",
-            "--lr",
-            "3",
-            "10",
-            "30",
-            "100",
-            "--epochs",
-            "30",
-            "--schedule",
-            "18",
-            "24",
-            "-b",
-            "1024",
-            "-j",
-            "8",
-            "-p",
-            "1000",
-            "--seed",
-            "0",
-        ]
-        where = [str(self.images), "--device", self.device.type, "--cache", str(self.cache)]
-        with contextlib.redirect_stdout(io.StringIO()):
-            code = main_lincls.main([*where, *flags, "--pretrained", str(file), "--out", str(out)])
-        if code:
-            raise RuntimeError(f"main_lincls.py ended with exit code {code}")
-        rows = json.loads((out / "results.json").read_text())["classifiers"]
-        return next(row["top1"] for row in rows if row["chosen"])
+        probed = linear(file, self.where(), file.parent / "probe", PROBE)
+        return {**self.judging.figures(train, val), "linear": probed}
 
 
 def science(context: Context) -> None:
@@ -239,8 +181,8 @@ def of_round(line: dict) -> dict:
 
 
 def reach(record: dict[str, torch.Tensor]) -> float | None:
-    """Median rank, among all images by similarity to the anchor, of the positives in a round's
-    record; those beyond the nearest that the record has count as the last of these.
+    """Median rank of a round's positives among all images by similarity to their anchors; those
+    beyond the nearest images in the record count as the last of these.
 
     record: of `round_record`. Returns None where the round found nothing.
     """
@@ -262,9 +204,7 @@ def reach(record: dict[str, torch.Tensor]) -> float | None:
 
 
 def keep_encoder(file: Path, out: Path) -> None:
-    """The query encoder of a checkpoint in half precision, under MoCo's names: `--init` and the
-    judges take it.
-    """
+    """The query encoder of a checkpoint in half precision, under MoCo's names."""
     content = checkpoint.load(file)
     mine = {
         name: x.half() if x.is_floating_point() else x
@@ -285,10 +225,9 @@ def few_images(source: Path | None, folder: Path) -> Path:
         return folder
     for split, most in zip(("train", "val"), QUICK_IMAGES):
         digits = data.build_dataset("digits", split=split)
-        for i in torch.cat(
-            [(digits.labels == label).nonzero()[:most, 0] for label in range(10)]
-        ).tolist():
-            path = folder / split / str(int(digits.labels[i])) / f"{i:04}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(digits.images[i].permute(1, 2, 0).numpy()).save(path)
+        for label in range(10):
+            (folder / split / str(label)).mkdir(parents=True, exist_ok=True)
+            for i in (digits.labels == label).nonzero()[:most, 0].tolist():
+                image = Image.fromarray(digits.images[i].permute(1, 2, 0).numpy())
+                image.save(folder / split / str(label) / f"{i:04}.png")
     return folder

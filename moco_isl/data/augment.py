@@ -1,9 +1,9 @@
 """Augmentation of a whole batch on its device, every image by its own draws.
 
-Letters: N images of a batch, H x W pixels, S side of a view. Images are floats in [0, 1], [N, 3, H,
-W]; a factor is [N]. The operations are torchvision's in value, the whole is torchvision's in
-distribution. Nothing here depends on the data's values on the host: no synchronisation, one graph
-for torch.compile.
+Letters: N images of a batch, H x W pixels, S side of a view. Images are floats in [0, 1],
+[N, 3, H, W]; a factor is [N]. Each operation equals torchvision's in value, a whole view equals
+torchvision's in distribution. On a GPU the host looks at no value: nothing waits for the device,
+and torch.compile makes one graph.
 """
 
 import math
@@ -14,20 +14,18 @@ import torch.nn.functional as F
 
 from moco_isl.data.draws import columns, numbers, starts
 
-_CACHE = 1 << 18  # floats, one MiB
+_CACHE = 1 << 18  # floats that stay in a CPU's cache, one MiB
 _GREY = (0.2989, 0.587, 0.114)  # ITU-R 601, as torchvision rounds it
-
-
-def _by_image(x: torch.Tensor) -> torch.Tensor:
-    return x[:, None, None, None]
+Channels = tuple[float, ...]  # one number a channel
 
 
 def _spread(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """x [N] with as many dimensions as `like` [N, ...]."""
+    """x [N] with as many dimensions as `like` [N, ...], so that both broadcast."""
     return x.view(-1, *[1] * (like.dim() - 1))
 
 
 def between(u: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    """u in [0, 1) moved to [low, high)."""
     return low + (high - low) * u
 
 
@@ -37,10 +35,10 @@ def between(u: torch.Tensor, low: float, high: float) -> torch.Tensor:
 def crop_boxes(
     u: torch.Tensor, H: int, W: int, scale: tuple[float, float], tries: int = 10
 ) -> torch.Tensor:
-    """RandomResizedCrop's boxes: u [N, 2 tries + 2] -> [N, 4] (top, left, height, width), whole
-    pixels.
+    """RandomResizedCrop's boxes: u [N, 2 tries + 2] -> [N, 4], whole (top, left, height, width).
 
-    The first of ten shapes that fits; if none does, the central one with the nearest allowed ratio.
+    The first of `tries` shapes that fits; if none does, the central one of the nearest allowed
+    ratio.
     """
     area = H * W * between(u[:, :tries], *scale)  # [N, tries]
     ratio = torch.exp(between(u[:, tries : 2 * tries], math.log(3 / 4), math.log(4 / 3)))
@@ -49,8 +47,7 @@ def crop_boxes(
     fits = (w > 0) & (w <= W) & (h > 0) & (h <= H)
     first = fits.int().argmax(1, keepdim=True)
     w, h, found = (x.gather(1, first)[:, 0] for x in (w, h, fits))
-    last_w = min(W, round(H * 4 / 3)) if W / H > 4 / 3 else W
-    last_h = min(H, round(W * 4 / 3)) if W / H < 3 / 4 else H
+    last_h, last_w = _central_shape(H, W)
     w = torch.where(found, w, float(last_w))
     h = torch.where(found, h, float(last_h))
     top = torch.where(found, (u[:, 2 * tries] * (H - h + 1)).floor(), (H - last_h) // 2)
@@ -60,8 +57,8 @@ def crop_boxes(
 
 def crop_box(
     draw: Callable[[int], float], H: int, W: int, scale: tuple[float, float], tries: int = 10
-) -> tuple:
-    """One box of `crop_boxes`, on the host: draw(j) is what stands in column j of u.
+) -> tuple[int, int, int, int]:
+    """One box of `crop_boxes`, computed on the host: draw(j) is what column j of u holds.
 
     Rounding may differ by a pixel.
     """
@@ -72,21 +69,26 @@ def crop_box(
         h = round(math.sqrt(area / ratio))
         if 0 < w <= W and 0 < h <= H:
             return int(draw(2 * tries) * (H - h + 1)), int(draw(2 * tries + 1) * (W - w + 1)), h, w
-    w = min(W, round(H * 4 / 3)) if W / H > 4 / 3 else W
-    h = min(H, round(W * 4 / 3)) if W / H < 3 / 4 else H
+    h, w = _central_shape(H, W)
     return (H - h) // 2, (W - w) // 2, h, w
 
 
-def _resize_weights(start: torch.Tensor, length: torch.Tensor, full: int, S: int) -> torch.Tensor:
-    """Bilinear, antialiased resize of the pixels [start, start + length) to S, as a matrix an
-    image: [N, S, full].
+def _central_shape(H: int, W: int) -> tuple[int, int]:
+    """(height, width) of the largest box whose ratio is allowed, 3/4 to 4/3."""
+    w = min(W, round(H * 4 / 3)) if W / H > 4 / 3 else W
+    h = min(H, round(W * 4 / 3)) if W / H < 3 / 4 else H
+    return h, w
 
-    A triangle as wide as the step between two output pixels, one input pixel at least: what PIL and
-    torchvision's antialias compute.
+
+def _resize_weights(start: torch.Tensor, length: torch.Tensor, full: int, S: int) -> torch.Tensor:
+    """Bilinear, antialiased resize of pixels [start, start + length) to S: matrices [N, S, full].
+
+    An output pixel weighs input pixels by a triangle, which falls to 0 at a distance of one step
+    between output pixels, or of one input pixel if that is more, as PIL and torchvision do.
     """
     step = (length / S)[:, None, None]
-    # [N, S, 1]
-    centre = start[:, None, None] + (torch.arange(S, device=start.device)[:, None] + 0.5) * step
+    place = torch.arange(S, device=start.device)[:, None] + 0.5
+    centre = start[:, None, None] + place * step  # [N, S, 1]
     pixel = torch.arange(full, device=start.device)  # [full]
     weight = (1 - (pixel + 0.5 - centre).abs() / step.clamp(min=1)).clamp(min=0)
     inside = (pixel >= start[:, None, None]) & (pixel < (start + length)[:, None, None])
@@ -97,27 +99,27 @@ def _resize_weights(start: torch.Tensor, length: torch.Tensor, full: int, S: int
 def resized_crop(
     images: torch.Tensor, boxes: torch.Tensor, flip: torch.Tensor, S: int
 ) -> torch.Tensor:
-    """Cut out boxes [N, 4], resize to S x S, mirror where flip [N] is true: two matrix products an
-    image.
+    """Cut out boxes [N, 4], resize to S x S, and mirror where flip [N] is true.
+
+    Takes two matrix products an image.
     """
     top, left, h, w = boxes.unbind(1)
     rows = _resize_weights(top, h, images.shape[2], S)  # [N, S, H]
     columns = _resize_weights(left, w, images.shape[3], S)  # [N, S, W]
     columns = torch.where(flip[:, None, None], columns.flip(1), columns)
-    rows = rows.to(images.dtype)
-    columns = columns.to(images.dtype)
-    return rows[:, None] @ images @ columns.transpose(1, 2)[:, None]
+    rows, columns = (x.to(images.dtype)[:, None] for x in (rows, columns))
+    return rows @ images @ columns.transpose(2, 3)
 
 
 def blur_kernel(sigma: torch.Tensor, reach: int = 6) -> torch.Tensor:
-    """[N, 2 reach + 1] weights of a Gaussian of sigma [N] pixels, at most 2; 0: not at all."""
+    """Weights [N, 2 reach + 1] of a Gaussian of sigma [N] pixels, at most 2; 0 does not blur."""
     offset = torch.arange(-reach, reach + 1, device=sigma.device)
     kernel = torch.exp(-0.5 * (offset / sigma[:, None].clamp(min=1e-3)) ** 2)
     return kernel / kernel.sum(1, keepdim=True)
 
 
 def repeat_border(images: torch.Tensor, reach: int, dim: int) -> torch.Tensor:
-    """`reach` more pixels at both ends of dim 2 or 3, copies of the last ones."""
+    """images with `reach` copies of the outermost pixels added at both ends of dim 2 or 3."""
     first = images.narrow(dim, 0, 1)
     last = images.narrow(dim, images.shape[dim] - 1, 1)
     size = [reach if d == dim else -1 for d in range(4)]
@@ -125,25 +127,22 @@ def repeat_border(images: torch.Tensor, reach: int, dim: int) -> torch.Tensor:
 
 
 def weighted_shifts(padded: torch.Tensor, kernel: torch.Tensor, dim: int) -> torch.Tensor:
-    """Sum of shifted copies along dim 2 or 3, those of each image by its own kernel [N, taps]; taps
-    - 1 pixels shorter.
+    """Sum of shifted copies along dim 2 or 3, weighted by the image's row of kernel [N, taps].
+
+    The result is taps - 1 pixels shorter.
     """
-    taps, weights = kernel.shape[1], kernel.to(padded.dtype)
+    taps = kernel.shape[1]
+    weights = kernel.to(padded.dtype)
     length = padded.shape[dim] - taps + 1
-    total = padded.narrow(dim, 0, length) * _by_image(weights[:, 0])
+    total = padded.narrow(dim, 0, length) * _spread(weights[:, 0], padded)
     for i in range(1, taps):
-        total = total.addcmul_(padded.narrow(dim, i, length), _by_image(weights[:, i]))
+        total = total.addcmul_(padded.narrow(dim, i, length), _spread(weights[:, i], padded))
     return total
 
 
 def blur_along(images: torch.Tensor, kernel: torch.Tensor, dim: int) -> torch.Tensor:
+    """Blur along dim 2 or 3 by a kernel of `blur_kernel`; borders are repeated."""
     return weighted_shifts(repeat_border(images, kernel.shape[1] // 2, dim), kernel, dim)
-
-
-def gaussian_blur(images: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """Blur by sigma [N] pixels (0: not at all), at most 2; borders repeated."""
-    kernel = blur_kernel(sigma)
-    return blur_along(blur_along(images, kernel, 3), kernel, 2)
 
 
 # ---------------------------------------------------------------- colour
@@ -159,12 +158,12 @@ def _grey_of(planes: Planes) -> torch.Tensor:
 
 
 def grey(images: torch.Tensor) -> torch.Tensor:
-    """[N, 3, H, W] -> [N, 1, H, W]"""
+    """[N, 3, H, W] -> [N, 1, H, W]."""
     return _grey_of(images.unbind(1))[:, None]
 
 
 def blend(images: torch.Tensor, other: torch.Tensor | float, factor: torch.Tensor) -> torch.Tensor:
-    """factor 1: the images; 0: the other; clamped to [0, 1]. images [N, ...], factor [N]."""
+    """The images [N, ...] where factor [N] is 1, the other where it is 0; clamped to [0, 1]."""
     factor = _spread(factor, images).to(images.dtype)
     return (factor * images + (1 - factor) * other).clamp(0, 1)
 
@@ -188,18 +187,17 @@ def adjust_hue(images: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
 
 
 def _turn_hue(planes: Planes, top: torch.Tensor, low: torch.Tensor, shift: torch.Tensor) -> Planes:
-    """HSV and back, without ever writing S and V down. top, low [N, H, W]: the largest and smallest
-    of the planes.
+    """To HSV, turn, and back. top, low [N, H, W]: the largest and smallest of the planes.
 
-    A pixel of hue h (0 to 6) has in red, green, blue top - (top - low) clamp(min(k, 4 - k), 0, 1),
-    k = (h + 5, 3, 1) mod 6. The remainder is taken of turns, by floor, which vectorises.
+    A pixel of hue h (0 to 6) has in red, green and blue the values
+    top - (top - low) clamp(min(k, 4 - k), 0, 1) with k = h + 5, h + 3 and h + 1, modulo 6. The
+    remainder is taken in turns by floor, which vectorises.
     """
     r, g, b = planes
     chroma = top - low
     safe = torch.where(chroma == 0, 1, chroma)
-    hue = torch.where(
-        top == r, (g - b) / safe, torch.where(top == g, 2 + (b - r) / safe, 4 + (r - g) / safe)
-    )
+    hue = torch.where(top == g, 2 + (b - r) / safe, 4 + (r - g) / safe)
+    hue = torch.where(top == r, (g - b) / safe, hue)
     hue = hue / 6 + shift.to(r.dtype)[:, None, None]
     turned = []
     for phase in (5, 3, 1):
@@ -215,9 +213,10 @@ ADJUST = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
 def _jitter_step(
     planes: Planes, step: torch.Tensor, factors: torch.Tensor, mean: torch.Tensor
 ) -> Planes:
-    """The step-th operation on each image: step [N]; mean [N, 1, 1] is what contrast blends with.
+    """One operation of ADJUST on each image, that of number step [N].
 
-    The first three are one blend, with black, with the mean grey or with the grey image.
+    The first three are one blend: with black, with `mean` [N, 1, 1], the mean grey that contrast
+    needs, or with the grey image.
     """
     r, g, b = planes
     chosen = factors.gather(1, step[:, None])[:, 0]
@@ -231,12 +230,15 @@ def _jitter_step(
 
 
 def _jitter_at_once(planes: Planes, factors: torch.Tensor, order: torch.Tensor) -> Planes:
-    """As `colour_jitter`, without a look at the values: each pixel by itself, but for the mean that
-    contrast needs.
+    """The colour jitter of a batch whose values the host does not look at.
 
-    That one is found first, by doing what comes before contrast: compiled, these are two passes,
-    one that reads the images and one that writes them anew. The channels stay apart throughout:
-    joined after every turn, each turn would be a launch of its own.
+    factors [N, 4]: brightness, contrast, saturation (1 changes nothing), hue (0 changes nothing).
+    order [N, 4]: the operations in their turns.
+
+    Each pixel depends on itself alone, but for the mean grey that contrast needs. That is found
+    first, by the operations before contrast. Compiled, these are two passes over the images, one
+    that reads and one that writes. The channels stay apart throughout: joined after every turn,
+    each turn would be a launch of its own.
     """
     due = (order == 1).int().argmax(1)  # [N], the turn of contrast
     before = planes
@@ -254,10 +256,9 @@ def _jitter_at_once(planes: Planes, factors: torch.Tensor, order: torch.Tensor) 
 def _jitter_by_rows(
     images, factors, order: list[list[int]], idle: list[bool], adjust=ADJUST
 ) -> torch.Tensor:
-    """As `colour_jitter`, where a look at the values costs nothing: each operation on the images
-    that are due for it.
+    """As `_jitter_at_once`, where looking at values costs nothing: each operation on its images.
 
-    idle: images that stay as they are.
+    idle: whether an image stays as it is.
     """
     for turn in zip(*order):
         for step, operation in enumerate(adjust):
@@ -274,46 +275,31 @@ def _which(flags: list[bool]) -> list[int]:
 def _on_rows(
     images: torch.Tensor, rows: list[int], operation, *factors: torch.Tensor
 ) -> torch.Tensor:
-    """images with operation(images, *factors) done on some of them."""
+    """images with operation(images, *factors) done on the rows given."""
     if not rows:
         return images
     if len(rows) == len(images):
         return operation(images, *factors)
-    return images.index_copy(
-        0, torch.tensor(rows), operation(images[rows], *(f[rows] for f in factors))
-    )
+    changed = operation(images[rows], *(factor[rows] for factor in factors))
+    return images.index_copy(0, torch.tensor(rows), changed)
 
 
 def _looks_are_free(images: torch.Tensor) -> bool:
     return images.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def colour_jitter(images: torch.Tensor, factors: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """factors [N, 4]: brightness, contrast, saturation (1: as it is), hue (0: as it is); order [N,
-    4]: their turns.
-    """
-    if _looks_are_free(images):
-        return _jitter_by_rows(images, factors, order.tolist(), [False] * len(images))
-    return torch.stack(_jitter_at_once(images.unbind(1), factors, order), 1)
-
-
 # ---------------------------------------------------------------- recipes
 
 
 class BatchViews:
-    """Views of a batch by counted draws: a subclass says how many numbers a view takes, and what it
-    makes of them.
+    """Views of a batch from counted draws.
+
+    A subclass says how many draws a view takes, and what it makes of them.
     """
 
     draws: int
 
-    def __init__(
-        self,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
-        size: int,
-        dtype: torch.dtype = torch.float32,
-    ):
+    def __init__(self, mean: Channels, std: Channels, size: int, dtype=torch.float32):
         self.mean = mean
         self.std = std
         self.size = size
@@ -323,60 +309,54 @@ class BatchViews:
     def views(
         self, images: torch.Tensor, seed: int, epoch: int, index: torch.Tensor, views: int = 2
     ) -> tuple[torch.Tensor, ...]:
-        """images uint8 [N, 3, H, W], index int64 [N] -> (im_q, im_k) or more, normalised, [N, 3, S,
-        S] each.
-        """
-        # [views * N, draws]
-        u = self.draw(torch.cat([starts(seed, epoch, index, view) for view in range(views)]))
+        """images uint8 [N, 3, H, W], index int64 [N] -> (im_q, im_k, ...), [N, 3, S, S] each."""
+        start = torch.cat([starts(seed, epoch, index, view) for view in range(views)])
+        u = self.draw(start)  # [views * N, draws]
         return self.apply(torch.cat([images] * views), u).chunk(views)
 
     def draw(self, start: torch.Tensor) -> torch.Tensor:
-        """The draws of each view from its `draws.starts`: int64 [N] -> float32 [N, draws] in [0,
-        1).
-        """
+        """The draws of each view from its `draws.starts`: int64 [N] -> float32 [N, draws]."""
         return self.numbers(start, columns(self.draws, start.device))
 
     def apply(self, images: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-        """One view: images uint8 [N, 3, H, W], u [N, draws] -> [N, 3, S, S], a function of its
-        arguments alone.
+        """One view, normalised: images uint8 [N, 3, H, W], u [N, draws] -> [N, 3, S, S].
+
+        A function of its arguments alone.
         """
         raise NotImplementedError
 
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
-        return torch.stack(
-            [(images[:, c] - m) / s for c, (m, s) in enumerate(zip(self.mean, self.std))], 1
-        )
+        planes = zip(images.unbind(1), self.mean, self.std)
+        return torch.stack([(plane - mean) / std for plane, mean, std in planes], 1)
 
 
 class BatchAugmentation(BatchViews):
-    """MoCo v2's augmentation (aug_plus) or MoCo v1's; with blur, sigma 0.1 to 2 for half of the
-    views.
+    """MoCo v2's augmentation (aug_plus) or MoCo v1's; blur: half of the views, sigma 0.1 to 2.
 
-    `crop` and `finish` may be done in two places: of photos the workers crop, and the device does
-    the rest.
+    `crop` and `finish` may run in two places: workers crop photos, and the device does the rest.
     """
 
-    # box, flip, jitter's order and factors, jitter at all, grey at all, blur
-    draws = 22 + 1 + 4 + 4 + 1 + 1 + 2
+    draws = (
+        22 + 1 + 4 + 4 + 1 + 1 + 2
+    )  # box, flip, jitter's order, its factors, jitter?, grey?, blur
 
     def __init__(
         self,
-        mean,
-        std,
+        mean: Channels,
+        std: Channels,
         size: int,
         aug_plus: bool,
         scale: tuple[float, float] = (0.2, 1.0),
         flip: float = 0.5,
         blur: bool = False,
-        dtype: torch.dtype = torch.float32,
+        dtype=torch.float32,
     ):
         super().__init__(mean, std, size, dtype)
         self.aug_plus = aug_plus
         self.scale = scale
         self.flip = flip
         self.blur = blur
-        # a compiler may stand in for each
-        self.adjust = ADJUST
+        self.adjust = ADJUST  # a compiler may stand in for each of them, and for `shifts`
         self.shifts = weighted_shifts
         std = torch.tensor(std, dtype=dtype).view(1, 3, 1, 1)
         self._affine = 1 / std, -torch.tensor(mean, dtype=dtype).view(1, 3, 1, 1) / std
@@ -384,17 +364,21 @@ class BatchAugmentation(BatchViews):
     def apply(self, images: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
         return self.finish(self.crop(images, u), u)
 
+    # -------- cut out, resize, mirror
+
     def crop(self, images: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-        """uint8 [N, 3, H, W] -> [N, 3, S, S] in [0, 1]: cut out, resized, mirrored."""
-        boxes = crop_boxes(u[:, :22], images.shape[2], images.shape[3], self.scale)
-        # mirrored here and not at the end: every later step treats the left as the right
-        return resized_crop(
-            images.to(self.dtype) / 255, boxes, u[:, 22] < self.flip, self.size
-        ).clamp(0, 1)
+        """uint8 [N, 3, H, W] -> [N, 3, S, S] in [0, 1]: cut out, resized, mirrored.
+
+        It mirrors here and not at the end, since no later step tells left from right.
+        """
+        boxes = crop_boxes(u[:, :22], *images.shape[2:], self.scale)
+        images = images.to(self.dtype) / 255
+        return resized_crop(images, boxes, u[:, 22] < self.flip, self.size).clamp(0, 1)
 
     def box(self, draw: Callable[[int], float], H: int, W: int) -> tuple[tuple, bool]:
-        """`crop` of one image whose draws are draw(0), draw(1), ...: its box (top, left, height,
-        width), and if to mirror.
+        """What `crop` does to an image whose draws are draw(0), draw(1), ...: (box, is mirrored).
+
+        The box is (top, left, height, width).
         """
         return crop_box(draw, H, W, self.scale), draw(22) < self.flip
 
@@ -403,70 +387,53 @@ class BatchAugmentation(BatchViews):
     ) -> torch.Tensor:
         """uint8 [3, h, w] -> uint8 [3, S, S].
 
-        box: in pixels of the image's full size (H, W), which h, w may be a part of.
+        box: in pixels of the full size (H, W), which the image may have been decoded smaller than.
         """
-        scales = (image.shape[1] / full[0], image.shape[2] / full[1]) * 2
-        top, left, h, w = (
-            max(round(x * scale), i // 2) for i, (x, scale) in enumerate(zip(box, scales))
-        )
+        down, across = image.shape[1] / full[0], image.shape[2] / full[1]
+        top = round(box[0] * down)
+        left = round(box[1] * across)
+        h = max(round(box[2] * down), 1)
+        w = max(round(box[3] * across), 1)
         part = image[None, :, top : top + h, left : left + w]
         view = F.interpolate(part, (self.size, self.size), mode="bilinear", antialias=True)[0]
         return view.flip(2) if mirror else view
 
+    # -------- jitter, grey, blur, normalise
+
     def finish(self, crops: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-        """The rest of a view, [N, 3, S, S], from its crop: floats in [0, 1], or uint8 if the crop
-        was made elsewhere.
-        """
-        factors, order, jittered, to_grey, kernel, blurred = self.plan(u)
+        """The rest of a view [N, 3, S, S] from its crop: floats in [0, 1], or uint8 of workers."""
+        plan = self.plan(u)
         if _looks_are_free(crops):
-            few = max(1, _CACHE // crops[0].numel())  # images at a time, that stay in a CPU's cache
-            order = order.tolist()
-            idle = (~jittered).tolist()
-            to_grey = to_grey.tolist()
-            blurred = blurred.tolist()
-            done = torch.empty(crops.shape, dtype=self.dtype)
-            for i in range(0, len(crops), few):
-                here = slice(i, i + few)
-                images = self._by_rows(
-                    crops[here], factors[here], order[here], idle[here], to_grey[here]
-                )
-                if self.blur:
-                    images = _on_rows(images, _which(blurred[here]), self._blur, kernel[here])
-                self._normalize_into(done[here], images)
-            return done
+            return self._finish_by_rows(crops, *plan)
+        factors, order, _, to_grey, kernel, _ = plan
         images = self.colour(crops, factors, order, to_grey)
-        return (
-            self.blur_columns(self.blur_rows(images, kernel), kernel)
-            if self.blur
-            else self.normalize(images)
-        )
+        if not self.blur:
+            return self.normalize(images)
+        return self.blur_columns(self.blur_rows(images, kernel), kernel)
 
     def plan(self, u: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """factors [N, 4], order [N, 4], see `colour_jitter`; [N] each: jittered at all, to grey;
-        kernel [N, 13], blurred [N].
+        """What the draws decide: factors, order, jittered, to_grey, kernel, blurred.
+
+        factors and order [N, 4]: see `_jitter_at_once`; jittered, to_grey, blurred: bool [N];
+        kernel [N, 13]: of the blur.
         """
         order, factors, jitter, to_grey, blur = u[:, 23:].split((4, 4, 1, 1, 2), 1)
         hue = 0.1 if self.aug_plus else 0.4
         jittered = jitter < (0.8 if self.aug_plus else 1.0)
         strengths = torch.where(jittered, between(factors[:, :3], 0.6, 1.4), 1)
         turns = torch.where(jittered, between(factors[:, 3:], -hue, hue), 0)
+        factors = torch.cat([strengths, turns], 1)
         blurred = blur[:, 0] < 0.5
         kernel = blur_kernel(torch.where(blurred, between(blur[:, 1], 0.1, 2.0), 0))
-        return (
-            torch.cat([strengths, turns], 1),
-            order.argsort(1),
-            jittered[:, 0],
-            to_grey[:, 0] < 0.2,
-            kernel,
-            blurred,
-        )
+        return factors, order.argsort(1), jittered[:, 0], to_grey[:, 0] < 0.2, kernel, blurred
 
-    # Steps that a compiler is to see one by one: fused with the second, the first blur would be
-    # done 13 times.
+    # The compiler sees `colour`, `blur_rows` and `blur_columns` one by one: fused with the second,
+    # the first blur would be done 13 times.
 
     def colour(
         self, crops: torch.Tensor, factors: torch.Tensor, order: torch.Tensor, to_grey: torch.Tensor
     ) -> torch.Tensor:
+        """Jitter and grey, in the order of MoCo v2 or v1: [N, 3, S, S]."""
         planes = self._floats(crops).unbind(1)
         if self.aug_plus:
             planes = _jitter_at_once(planes, factors, order)
@@ -486,20 +453,28 @@ class BatchAugmentation(BatchViews):
     def _floats(self, crops: torch.Tensor) -> torch.Tensor:
         return crops if crops.is_floating_point() else (crops / 255).to(self.dtype)
 
-    def _by_rows(self, crops, factors, order, idle, to_grey) -> torch.Tensor:
-        """As `colour`, on few images and each operation on those alone that are due for it."""
-        images, greys = self._floats(crops), _which(to_grey)
-        if self.aug_plus:
-            images = _jitter_by_rows(images, factors, order, idle, self.adjust)
-        images = _on_rows(images, greys, lambda x: grey(x).expand_as(x))
-        return (
-            images if self.aug_plus else _jitter_by_rows(images, factors, order, idle, self.adjust)
-        )
+    # -------- the same on a CPU: a few images at a time, each operation on its images alone
 
-    def _normalize_into(self, done: torch.Tensor, images: torch.Tensor) -> None:
-        """`normalize` in one pass over memory that is there already."""
+    def _finish_by_rows(
+        self, crops: torch.Tensor, factors, order, jittered, to_grey, kernel, blurred
+    ) -> torch.Tensor:
+        order, idle, to_grey, blurred = (x.tolist() for x in (order, ~jittered, to_grey, blurred))
         scale, shift = self._affine
-        torch.addcmul(shift, images, scale, out=done)
+        done = torch.empty(crops.shape, dtype=self.dtype)
+        few = max(1, _CACHE // crops[0].numel())
+        for i in range(0, len(crops), few):
+            here = slice(i, i + few)
+            jitter = factors[here], order[here], idle[here], self.adjust
+            images = self._floats(crops[here])
+            if self.aug_plus:
+                images = _jitter_by_rows(images, *jitter)
+            images = _on_rows(images, _which(to_grey[here]), lambda x: grey(x).expand_as(x))
+            if not self.aug_plus:
+                images = _jitter_by_rows(images, *jitter)
+            if self.blur:
+                images = _on_rows(images, _which(blurred[here]), self._blur, kernel[here])
+            torch.addcmul(shift, images, scale, out=done[here])  # `normalize` in one pass
+        return done
 
     def _blur(self, images: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
         for dim in (3, 2):
@@ -508,14 +483,15 @@ class BatchAugmentation(BatchViews):
 
 
 class DigitAugmentation(BatchViews):
-    """Grey digits: turned, scaled, moved a little, brightness, contrast, noise; no flip, a mirrored
-    2 is no 2.
+    """Grey digits: turned, scaled, moved a little, brightness, contrast, noise.
+
+    They are not mirrored: a mirrored 2 is no 2.
     """
 
     def __init__(
         self,
-        mean,
-        std,
+        mean: Channels,
+        std: Channels,
         size: int,
         turn: float = 15.0,
         zoom: tuple[float, float] = (0.8, 1.2),
@@ -523,7 +499,7 @@ class DigitAugmentation(BatchViews):
         contrast: float = 0.4,
         brightness: float = 0.2,
         noise: float = 0.15,
-        dtype: torch.dtype = torch.float32,
+        dtype=torch.float32,
     ):
         super().__init__(mean, std, size, dtype)
         self.turn = math.radians(turn)
@@ -535,24 +511,20 @@ class DigitAugmentation(BatchViews):
         self.draws = 6 + size * size
 
     def apply(self, images: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-        # three equal channels: one is enough until the end
-        images = images[:, :1].to(self.dtype) / 255
+        images = images[:, :1].to(self.dtype) / 255  # three equal channels: one until the end
         angle = between(u[:, 0], -self.turn, self.turn)
         zoom = between(u[:, 1], *self.zoom)
-        cos, sin = torch.cos(angle) / zoom, torch.sin(angle) / zoom
+        cos = torch.cos(angle) / zoom
+        sin = torch.sin(angle) / zoom
         # grid_sample's image is 2 wide
         x, y = (between(u[:, i], -2 * self.move, 2 * self.move) for i in (2, 3))
         theta = torch.stack([cos, -sin, x, sin, cos, y], 1).view(-1, 2, 3).to(self.dtype)
         grid = F.affine_grid(theta, [len(images), 1, self.size, self.size], align_corners=False)
-        images = F.grid_sample(
-            images, grid, mode="bilinear", padding_mode="zeros", align_corners=False
-        )
-        images = images * _by_image(between(u[:, 4], 1 - self.contrast, 1 + self.contrast)).to(
-            self.dtype
-        )
-        images = images + _by_image(between(u[:, 5], -self.brightness, self.brightness)).to(
-            self.dtype
-        )
+        images = F.grid_sample(images, grid, align_corners=False)  # bilinear, zeros outside
+        factor = between(u[:, 4], 1 - self.contrast, 1 + self.contrast)
+        images = images * _spread(factor, images).to(self.dtype)
+        shift = between(u[:, 5], -self.brightness, self.brightness)
+        images = images + _spread(shift, images).to(self.dtype)
         # uniform: as good as Gaussian here, and cheaper
         noise = between(u[:, 6:], -1, 1) * (self.noise * 3**0.5)
         images = images + noise.view_as(images).to(self.dtype)

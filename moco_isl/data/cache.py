@@ -1,9 +1,8 @@
-"""Decoded images kept in a file: a run maps them into its memory instead of decoding every JPEG
-anew.
+"""Decoded images kept in a file, which a run maps into its memory instead of decoding again.
 
-A file holds the images of one folder, uint8 [M, 3, H, W], and the name, size and time of each file
-that they were decoded from. It is used as long as these are still the same. Several data sets may
-share a cache folder.
+The file holds the images of one folder, uint8 [M, 3, H, W], and the name, size and time of each
+file that they came from. It is used as long as these are the same. Several data sets may share a
+cache folder.
 """
 
 import contextlib
@@ -34,8 +33,8 @@ from moco_isl.data.datasets import (
 from moco_isl.errors import BadInput
 from moco_isl.files import TEMPORARY
 
-# Two versions of a decoder may differ in the last bit of a pixel. The format's number counts what
-# decodes differently here.
+# Two versions of a decoder may differ in the last bit of a pixel. The format's number goes up when
+# this package decodes differently.
 DECODER = f"Pillow {PIL.__version__}, format 2"
 GONE = (-1, -1)  # size and time of a file that is no longer there
 
@@ -43,19 +42,16 @@ GONE = (-1, -1)  # size and time of a file that is no longer there
 def hold_cached(
     dataset: ImageFiles, folder: str | Path, threads: int = 4, say: Callable[[str], None] = print
 ) -> Dataset:
-    """The data set held in memory, mapped from the cache `folder`; decoded and kept there first
-    where it has to be.
+    """The data set in memory, mapped from the cache `folder`, into which it is decoded if needed.
 
     It equals what `load_into_memory` gives, with the same positions in .unreadable. Images that are
     not all small and of one size stay in their files, and `say` gets a line about it. Raises
-    BadInput where the cache has to be written and cannot be, before anything is decoded.
+    BadInput where the cache cannot be written, before anything is decoded.
     """
     folder = Path(folder)
     if native_size(dataset) > SMALL:
-        say(
-            f"=> --cache: the images in {dataset.folder} are larger than {SMALL} pixels and stay in"
-            " their files"
-        )
+        what = f"the images in {dataset.folder} are larger than {SMALL} pixels"
+        say(f"=> --cache: {what} and stay in their files")
         return dataset
     path = cache_file(dataset, folder)
     sources = list_sources(dataset, threads)
@@ -73,21 +69,19 @@ def hold_cached(
 
 
 def cache_file(dataset: ImageFiles, folder: str | Path) -> Path:
-    """Where the images of a data set are kept in a cache folder: one file for each folder of
-    images.
-    """
+    """The file of a data set in a cache folder: one for each folder of images."""
     resolved = os.path.realpath(dataset.folder)
     digest = hashlib.sha256(os.fsencode(resolved)).hexdigest()[:16]
-    # of 255 bytes that a name may have
-    name = os.fsdecode(os.fsencode(os.path.basename(resolved) or "root")[:100])
+    name = os.path.basename(resolved) or "root"
+    name = os.fsdecode(os.fsencode(name)[:100])  # a file's name may have 255 bytes
     return Path(folder) / f"{name}-{digest}.images"
 
 
 def list_sources(dataset: ImageFiles, threads: int = 4) -> dict[str, torch.Tensor]:
-    """What the pixels of a data set depend on.
+    """What the pixels of a data set depend on: names and stats of its files.
 
-    names: uint8, the files' names below the folder, in order, joined by zero bytes; stats: int64
-    [M, 2], the size in bytes and the time of change in nanoseconds of each file.
+    names: uint8, the names below the folder, in order, joined by zero bytes. stats: int64 [M, 2],
+    size in bytes and time of change in nanoseconds.
     """
     M = len(dataset)
     paths = [dataset.path(i) for i in range(M)]
@@ -116,24 +110,21 @@ def _stats_of(paths: list[str]) -> list[tuple[int, int]]:
 
 
 def _read(path: Path, sources: dict[str, torch.Tensor]) -> tuple[dict | None, str]:
-    """What the file holds, images mapped; or None and, in words, why it is not used ('': there is
-    no file).
+    """(the file's content with mapped images, ''), or (None, why it cannot be used).
+
+    The reason is '' where there is no file.
     """
     if not os.path.exists(path):
         return None, ""
     if not os.path.isfile(path):
         return None, "holds no file of that name"
     try:
-        with files.utf8_name(path) as name:
-            # a private mapping: a write would not reach the file
+        with files.utf8_name(path) as name:  # a private mapping: writes do not reach the file
             content = torch.load(name, mmap=True, weights_only=True)
         images = content["images"]
-        shape_is_right = (
-            images.dtype == torch.uint8
-            and images.dim() == 4
-            and len(images) == len(content["stats"])
-        )
-        whole = shape_is_right and content["checksum"] == _checksum(content)
+        is_images = images.dtype == torch.uint8 and images.dim() == 4
+        is_complete = is_images and len(images) == len(content["stats"])
+        whole = is_complete and content["checksum"] == _checksum(content)
     except Exception:  # torch answers a broken file with almost any exception
         whole = False
     if not whole:
@@ -149,9 +140,8 @@ def _what_changed(then: dict[str, torch.Tensor], now: dict[str, torch.Tensor]) -
     before, after = _by_name(then), _by_name(now)
     changed = sum(before.get(name) != stat for name, stat in after.items())
     gone = sum(name not in after for name in before)
-    return f"{changed:,} of {len(after):,} images changed" + (
-        f", {gone:,} are gone" if gone else ""
-    )
+    words = f"{changed:,} of {len(after):,} images changed"
+    return words + (f", {gone:,} are gone" if gone else "")
 
 
 def _by_name(sources: dict[str, torch.Tensor]) -> dict[bytes, tuple[int, int]]:
@@ -160,7 +150,7 @@ def _by_name(sources: dict[str, torch.Tensor]) -> dict[bytes, tuple[int, int]]:
 
 
 def _checksum(content: dict) -> int:
-    """Of every byte: 150 MB take less than a tenth of a second, where decoding them takes nine."""
+    """The check sum of every byte: 150 MB take 0.1 s, where decoding them takes 9."""
     checksum = 0
     for name in ("images", "names", "stats", "unreadable"):
         checksum = zlib.crc32(content[name].numpy(), checksum)
@@ -170,7 +160,10 @@ def _checksum(content: dict) -> int:
 def _decode(
     dataset: ImageFiles, path: Path, sources: dict, threads: int, alone: bool, say: Callable
 ) -> Dataset:
-    """Decode all images, keep them in the file, and answer with the data set."""
+    """Decode all images and keep them in the file; returns the data set.
+
+    alone: no other process writes into the folder.
+    """
     try:
         whole = load_into_memory(dataset, threads)
     except BadInput as error:
@@ -179,16 +172,15 @@ def _decode(
     unreadable = torch.tensor(whole.unreadable, dtype=torch.int64)
     content = {"decoder": DECODER, "images": whole.images, "unreadable": unreadable, **sources}
     content["checksum"] = _checksum(content)
-    if alone:  # what killed processes left behind
+    if alone:  # then temporary files are those of killed processes
         for old in path.parent.glob(f"{path.name}.*{TEMPORARY}"):
             old.unlink(missing_ok=True)
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}{TEMPORARY}")
     try:
-        files.write(content, path, path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}{TEMPORARY}"))
+        files.write(content, path, temporary)
     except OSError as error:
-        say(
-            f"=> warning: cannot write {path}: {error.strerror or error}; going on with the images"
-            " in memory"
-        )
+        why = f"cannot write {path}: {error.strerror or error}"
+        say(f"=> warning: {why}; going on with the images in memory")
         return whole
     say(f"=> {len(dataset):,} images decoded and kept in cache {path}")
     content, _ = _read(path, sources)  # mapped, so that processes share the memory
@@ -205,13 +197,9 @@ def _as_dataset(content: dict, dataset: ImageFiles) -> ImagesInMemory:
 
 
 def _require_room(dataset: ImageFiles, folder: Path) -> None:
-    """Raise BadInput where the decoded images cannot be written into the folder, which is made."""
-    readable = (
-        image
-        for image in (read_pixels(dataset, i) for i in range(len(dataset)))
-        if image is not None
-    )
-    first = next(readable, torch.zeros(0))
+    """Make the folder; raise BadInput where the decoded images cannot be written into it."""
+    images = (read_pixels(dataset, i) for i in range(len(dataset)))
+    first = next((image for image in images if image is not None), torch.zeros(0))
     needed = len(dataset) * first.numel()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -219,10 +207,8 @@ def _require_room(dataset: ImageFiles, folder: Path) -> None:
             pass
         free = shutil.disk_usage(folder).free
     except OSError as error:
-        raise BadInput(
-            f"--cache '{folder}' cannot be written: {error.strerror}; expected a folder to create"
-            " files in"
-        ) from error
+        what = f"--cache '{folder}' cannot be written: {error.strerror}"
+        raise BadInput(f"{what}; expected a folder to create files in") from error
     if free < needed:
         raise BadInput(
             f"--cache '{folder}' has {free / 2**30:.1f} GiB free, and the decoded images take"
@@ -232,10 +218,10 @@ def _require_room(dataset: ImageFiles, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _one_at_a_time(folder: Path, say: Callable[[str], None]) -> Iterator[bool]:
-    """Wait until no other process decodes into the folder; yields whether it is ours alone.
+    """Wait until no other process decodes into the folder; yields whether that is certain.
 
-    Where the file system has no locks several processes may decode at once: each writes a whole
-    file, the last one stays.
+    Where the file system has no locks, several processes may decode at once: each writes a whole
+    file, and the last one stays.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -1,10 +1,9 @@
-"""Random numbers as a function of (seed, epoch, index, view): no generator to carry, save or
-restore.
+"""Random numbers as a function of (seed, epoch, index, view), without a generator to save.
 
 Any number of workers or ranks, and a run resumed in the middle of an epoch, draw the same numbers
-for the same image. The hash is SplitMix64 (Steele, Lea, Flood 2014): counters of 64 bits,
-multiplied and shifted until every bit of the input moves every bit of the output. int64 arithmetic
-wraps around, on CPU as on CUDA, so the numbers are equal on both.
+for the same image. The hash is SplitMix64 (Steele, Lea, Flood 2014): 64-bit counters, multiplied
+and shifted until every bit of the input changes every bit of the output. int64 arithmetic wraps
+around on CPU and CUDA alike, so the numbers are equal on both.
 """
 
 import functools
@@ -24,7 +23,7 @@ def _signed(x: int) -> int:
 
 
 def _mix_int(x: int) -> int:
-    """`_mix` of one plain integer, 64 bits without a sign."""
+    """`_mix` of one Python integer, unsigned 64 bits."""
     x &= _64
     x = ((x ^ (x >> 30)) * _MULTIPLY[0]) & _64
     x = ((x ^ (x >> 27)) * _MULTIPLY[1]) & _64
@@ -32,7 +31,7 @@ def _mix_int(x: int) -> int:
 
 
 def hash64(*parts: int) -> int:
-    """One number of 64 bits from any integers."""
+    """A 64-bit number from any integers."""
     state = 0
     for part in parts:
         state = _mix_int(state + part + _GOLDEN)
@@ -40,63 +39,57 @@ def hash64(*parts: int) -> int:
 
 
 def _shift(x: torch.Tensor, bits: int) -> torch.Tensor:
-    # int64 shifts drag the sign along; the mask makes it a shift of 64 plain bits
+    # an int64 shift repeats the sign bit; the mask clears those bits
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
+    """SplitMix64's output function on int64."""
     x = (x ^ _shift(x, 30)) * _signed(_MULTIPLY[0])
     x = (x ^ _shift(x, 27)) * _signed(_MULTIPLY[1])
     return x ^ _shift(x, 31)
 
 
 def uniforms(seed: int, epoch: int, index: torch.Tensor, view: int, n: int) -> torch.Tensor:
-    """n draws for every image: index int64 [N] -> float32 [N, n] in [0, 1), on the device of index.
+    """n draws for every image, on the device of index: int64 [N] -> float32 [N, n] in [0, 1).
 
-    Row i depends on (seed, epoch, index[i], view) alone, not on the rest of the batch; column j
-    does not depend on n.
+    Row i depends on (seed, epoch, index[i], view) alone; column j does not depend on n.
     """
     return numbers(starts(seed, epoch, index, view), columns(n, index.device))
 
 
 def starts(seed: int, epoch: int, index: torch.Tensor, view: int) -> torch.Tensor:
-    """What `numbers` makes the draws of each image from: int64 [N].
-
-    Epoch by epoch other plain numbers go in here.
-    """
+    """The number that the draws of each image start from, for `numbers`: int64 [N]."""
     return index + _signed(hash64(seed, epoch, view))
 
 
 @functools.cache
 def columns(n: int, device: torch.device) -> torch.Tensor:
-    """What sets the n draws of an image apart: int64 [n]."""
+    """The numbers that tell an image's n draws apart, for `numbers`: int64 [n]."""
     return torch.arange(1, n + 1, device=device) * _signed(_GOLDEN)
 
 
 def numbers(start: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
-    """The draws themselves: start int64 [N], column int64 [n] -> float32 [N, n] in [0, 1).
+    """The draws: start int64 [N], column int64 [n] -> float32 [N, n] in [0, 1).
 
-    A function of tensors alone, to be compiled. `columns` stay outside: a compiler takes arange
-    times a number for arithmetic of indices, in which nothing may wrap around.
+    A function of tensors alone, to be compiled. `columns` is no part of it: a compiler takes arange
+    times a number for arithmetic of indices, which does not wrap around.
     """
-    row = _mix(start)  # [N]
-    # the upper 24 bits: as many as a float32 holds
-    return _shift(_mix(row[:, None] + column), 40).float() * 2.0**-24
+    mixed = _mix(_mix(start)[:, None] + column)  # [N, n]
+    return _shift(mixed, 40).float() * 2.0**-24  # the upper 24 bits, as many as a float32 holds
 
 
 def uniform(seed: int, epoch: int, index: int, view: int) -> Callable[[int], float]:
-    """The row of `uniforms` of one image, a column at a time, for a worker that needs few of
-    them.
-    """
+    """One image's row of `uniforms`, a column at a time, for a worker that needs few of them."""
     row = _mix_int(index + hash64(seed, epoch, view))
     return lambda j: (_mix_int(row + (j + 1) * _GOLDEN) >> 40) * 2.0**-24
 
 
 class seeded:
-    """A block in which torch's and Python's generators follow from (seed, epoch, index, view); then
-    they are as before.
+    """A block with torch's and Python's generators seeded by (seed, epoch, index, view).
 
-    Only the CPU generator is touched: workers run this, and CUDA must stay asleep in them.
+    After the block they are as before. Of torch's only the CPU generator is touched: workers run
+    this, and must not start CUDA.
     """
 
     def __init__(self, seed: int, epoch: int, index: int, view: int):
@@ -114,4 +107,5 @@ class seeded:
 
 def permutation(seed: int, epoch: int, M: int) -> torch.Tensor:
     """The order of the images in an epoch: int64 [M], a function of (seed, epoch)."""
-    return torch.randperm(M, generator=torch.Generator().manual_seed(_signed(hash64(seed, epoch))))
+    generator = torch.Generator().manual_seed(_signed(hash64(seed, epoch)))
+    return torch.randperm(M, generator=generator)

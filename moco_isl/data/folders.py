@@ -1,8 +1,6 @@
-"""What lies in a folder of images: which files are images, which of its folders are classes, what
-is left out and why.
+"""The images and classes in a folder, what is left out, and warnings about what looks wrong.
 
-Each real folder is read once, whichever links lead to it, and no file is looked at beyond its entry
-in the folder.
+Each real folder is read once, however many links lead to it. Files are not opened.
 """
 
 import heapq
@@ -10,6 +8,7 @@ import os
 import re
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -17,13 +16,11 @@ from moco_isl.errors import BadInput
 
 
 def _kinds_of_images() -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(endings of the files that are images, the formats that such files may have, in PIL's
-    names)
-    """
+    """(endings of files that are images, formats they may have in PIL's names)."""
     endings = IMG_EXTENSIONS
     formats = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
     try:
-        import pillow_heif  # the extra heif
+        import pillow_heif  # installed by the extra heif
     except ImportError:
         return endings, formats
     pillow_heif.register_heif_opener()
@@ -31,20 +28,20 @@ def _kinds_of_images() -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 ENDINGS, FORMATS = _kinds_of_images()
-# can be converted
+# images that the user can convert
 _OTHER_IMAGES = (".avif", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jxl", ".psd", ".raw", ".tga")
 _SPLIT = re.compile(
     r"(train|training|val|valid|validation|test|testing)([-_ ]?(set|split|data|images))?\d*", re.I
 )
 _ROOT = -1  # in place of a class: directly in the folder
-_NAMED = 5  # of a longer list in a message so many are named
+_NAMED = 5  # names that a message lists
 
 
 @dataclass
 class Layout:
     """What a folder of images holds, in words.
 
-    unlabelled: why its images have no labels ('': they have).
+    unlabelled: why its images have no labels; '' where they have.
     """
 
     summary: str
@@ -54,9 +51,10 @@ class Layout:
 
 @dataclass
 class Found:
-    """classes: names of the folders directly in a folder. images: (position of the class or -1,
-    folder, names of the images directly in that folder); all sorted. skipped: what was left out ->
-    how often.
+    """The images found in a folder, sorted.
+
+    classes: names of the folders directly in it. images: (position of the class or -1, folder,
+    names of the images directly in that folder). skipped: what was left out -> how often.
     """
 
     root: str
@@ -65,7 +63,7 @@ class Found:
     skipped: Counter[str]
 
     def counts(self) -> Counter:
-        """How many images each class has; under -1 those directly in the folder."""
+        """The number of images of each class; of -1 those directly in the folder."""
         counts = Counter()
         for owner, _, names in self.images:
             counts[owner] += len(names)
@@ -79,9 +77,7 @@ class Found:
         return [owner for owner, _, names in self.images for _ in names]
 
     def parts(self) -> dict[int, set[str]]:
-        """For each class with images: the folders directly in it that hold images; '' where it
-        holds some itself.
-        """
+        """For each class with images the folders directly in it that hold some; '' for itself."""
         parts = {}
         for owner, folder, _ in self.images:
             if owner != _ROOT:
@@ -99,12 +95,13 @@ def has_image(folder: str | os.PathLike) -> bool:
     """Whether an image lies directly in a folder; False where it may not be read."""
     try:
         with os.scandir(folder) as entries:
-            return any(
-                entry.name.lower().endswith(ENDINGS) and not entry.name.startswith(".")
-                for entry in entries
-            )
+            return any(_is_image(entry.name) for entry in entries)
     except OSError:
         return False
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(ENDINGS) and not name.startswith(".")
 
 
 def class_names(root: str) -> list[str]:
@@ -113,11 +110,11 @@ def class_names(root: str) -> list[str]:
 
 
 def find_images(root: str) -> Found:
-    """The images in a folder, at any depth. Hidden files and folders are left out.
+    """The images in a folder, at any depth, without hidden files and folders.
 
     Real folders are read first, then links to folders, those nearest to the root first. A link to a
-    folder that is read already is left out; directly in the root it is refused, for it would be a
-    second name of a class. Raises BadInput.
+    folder that has been read is left out. Directly in the root it raises BadInput, since it would
+    be a second name of a class.
     """
     reading = _Reading(root)
     classes = reading.class_folders()  # [(name, path, whether it is a link)]
@@ -150,21 +147,20 @@ class _Reading:
         self.skipped: Counter[str] = Counter()
         # a heap of links to folders, still to be read: depth, path, class
         self.links: list[tuple[int, str, int]] = []
-        # (device, inode) of a folder -> the class that it is read for
+        # (device, inode) of a folder -> the class it was read for
         self.readers: dict[tuple[int, int], int] = {}
-        above = os.path.realpath(root)
-        while above != os.path.dirname(above):
-            self.readers[_identity(above)] = _ROOT  # a link to one of them goes round in a circle
-            above = os.path.dirname(above)
-        self.readers[_identity(above)] = _ROOT
+        folder = Path(os.path.realpath(root))
+        for above in (folder, *folder.parents):  # a link to one of them goes round in a circle
+            self.readers[_identity(str(above))] = _ROOT
 
     def reader_of(self, folder: str) -> int | None:
-        """The class that a folder is read for already, if any."""
+        """The class that a folder has been read for, if any."""
         return self.readers.get(_identity(folder))
 
     def class_folders(self) -> list[tuple[str, str, bool]]:
-        """(name, path, whether it is a link) of the folders in the root, sorted; notes the images
-        beside them.
+        """(name, path, is a link) of the folders in the root, sorted.
+
+        Images beside them go into .images.
         """
         real, links = self.read_folder(self.root, _ROOT)
         classes = [(os.path.basename(path), path, False) for path in real]
@@ -176,9 +172,7 @@ class _Reading:
         return sorted(classes)
 
     def read_tree(self, top: str, owner: int) -> None:
-        """Read a folder and the real folders below it for a class; links to folders are kept for
-        later.
-        """
+        """Read a folder and the real folders below it for a class; links go into .links."""
         waiting = [top]
         while waiting:
             folder = waiting.pop()
@@ -193,40 +187,43 @@ class _Reading:
                 heapq.heappush(self.links, (link.count(os.sep), link, owner))
 
     def read_folder(self, folder: str, owner: int) -> tuple[list[str], list[str]]:
-        """Note the images directly in a folder; returns the paths of real folders, and of links to
-        folders, in it.
-        """
+        """Note the images directly in a folder; (its real folders, its links to folders), paths."""
         real = []
         links = []
         images = []
-        skipped = self.skipped
         try:
             with os.scandir(folder) as entries:
                 for entry in entries:
-                    name = entry.name
-                    if name.startswith("."):  # desktops leave such as ._1.jpg beside each image
-                        skipped["hidden"] += 1
+                    if entry.name.startswith("."):  # desktops leave ._1.jpg and the like
+                        self.skipped["hidden"] += 1
                     elif entry.is_dir(follow_symlinks=False):
                         real.append(entry.path)
-                    elif name.lower().endswith(
-                        ENDINGS
-                    ):  # whatever it is: what cannot be read is named when it is asked for
-                        images.append(name)
-                    elif not entry.is_symlink():
-                        skipped[_ending(name)] += 1
-                    elif os.path.isdir(entry.path):
+                    elif _is_image(entry.name):  # whatever it is: reading it tells
+                        images.append(entry.name)
+                    elif entry.is_symlink() and os.path.isdir(entry.path):
                         links.append(entry.path)
-                    elif os.path.exists(entry.path):
-                        skipped[_ending(name)] += 1
-                    elif owner == _ROOT:
-                        os.stat(entry.path)  # raises: it may stand for a class
                     else:
-                        skipped["broken link"] += 1
+                        self.skipped[_why_skipped(entry, owner)] += 1
         except OSError as error:
             raise _cannot_read(error, folder) from None
         if images:
             self.images.append((owner, folder, sorted(images)))
         return real, links
+
+
+def _why_skipped(entry: os.DirEntry, owner: int) -> str:
+    """What a message calls a file that is no image.
+
+    Raises OSError for a broken link in the root, where it may stand for a class.
+    """
+    if entry.is_symlink() and not os.path.exists(entry.path):
+        if owner == _ROOT:
+            os.stat(entry.path)
+        return "broken link"
+    ending = os.path.splitext(entry.name)[1].lower()
+    if not ending:
+        return "without an ending"
+    return ending if ending.isprintable() and len(ending) <= 10 else "with a strange ending"
 
 
 def _identity(folder: str) -> tuple[int, int]:
@@ -238,57 +235,41 @@ def _identity(folder: str) -> tuple[int, int]:
 
 
 def _cannot_read(error: OSError, folder: str) -> BadInput:
-    return BadInput(
-        f"cannot read {(error.filename or folder)!r}: {error.strerror}; expected a folder of"
-        " images; make it readable, or move it away"
-    )
-
-
-def _ending(name: str) -> str:
-    ending = os.path.splitext(name)[1].lower()
-    if not ending:
-        return "without an ending"
-    return ending if ending.isprintable() and len(ending) <= 10 else "with a strange ending"
+    what = f"cannot read {(error.filename or folder)!r}: {error.strerror}"
+    return BadInput(f"{what}; expected a folder of images; make it readable, or move it away")
 
 
 # ---------------------------------------------------------------- what it looks like
 
 
 def layout_of(found: Found, numbered_by: list[str] | None = None) -> Layout:
-    """What was found, in words; numbered_by: the classes of train, where these images are numbered
-    by them.
+    """What was found, in words.
 
-    Raises BadInput where all folders look like splits.
+    numbered_by: the classes of train, where they number these images. Raises BadInput where all
+    folders look like splits.
     """
-    counts, parts = found.counts(), found.parts()
-    beside = counts[_ROOT]
+    counts = found.counts()
+    parts = found.parts()
     names = [found.classes[owner] for owner in sorted(counts) if owner != _ROOT]
-    merged = {
+    if len(names) > 1 and all(map(is_split_name, names)):
+        raise _only_splits(found.root, names)
+    merged = {  # classes whose images all lie in folders of their own -> these folders
         found.classes[owner]: sorted(inner)
         for owner, inner in parts.items()
         if "" not in inner and len(inner) > 1
     }
     expected = f"expected {os.path.join(found.root, '<class>', '<image>')!r}"
-    if len(names) > 1 and all(map(is_split_name, names)):
-        train = next((name for name in names if name.lower().startswith("train")), names[0])
-        raise BadInput(
-            f"{found.root!r} holds {some(names)}, which look like splits, not classes: expected"
-            " train/ and val/ with a folder a class; rename them, or give one alone, such as"
-            f" {os.path.join(found.root, train)!r}"
-        )
     layout = Layout(_summary(found, counts))
     if not names:
         layout.unlabelled = "they lie in no class folders"
-    elif beside:
-        layout.unlabelled = f"{beside} of {counts.total()} lie beside the class folders"
-        layout.warnings.append(
-            f"{layout.unlabelled}: all are used, and none has a label; {expected} where there are"
-            " classes"
-        )
+    elif counts[_ROOT]:
+        layout.unlabelled = f"{counts[_ROOT]} of {counts.total()} lie beside the class folders"
+        what = f"{layout.unlabelled}: all are used, and none has a label"
+        layout.warnings.append(f"{what}; {expected} where there are classes")
     elif len(names) == len(numbered_by or names) == 1:
-        layout.unlabelled = f"all lie in one class folder, {names[0]!r}" + (
-            f", which holds only folders ({some(merged[names[0]])})" if merged else ""
-        )
+        layout.unlabelled = f"all lie in one class folder, {names[0]!r}"
+        if merged:
+            layout.unlabelled += f", which holds only folders ({some(merged[names[0]])})"
         layout.warnings.append(
             f"{layout.unlabelled}: nothing can be judged by one class, so they count as without"
             f" labels; {expected} where there are classes"
@@ -299,19 +280,21 @@ def layout_of(found: Found, numbered_by: list[str] | None = None) -> Layout:
             f"{len(merged)} of {len(names)} classes hold only folders, such as {name!r}"
             f" ({some(merged[name])}), whose images count as one class; {expected}"
         )
-    looks = [name for name in names if is_split_name(name)]
-    looks += [
-        f"{found.classes[owner]}/{name}"
-        for owner in sorted(parts)
-        for name in sorted(parts[owner])
-        if is_split_name(name)
-    ]
+    inner = [f"{found.classes[o]}/{name}" for o in sorted(parts) for name in sorted(parts[o])]
+    looks = [path for path in (*names, *inner) if is_split_name(os.path.basename(path))]
     if looks:
-        layout.warnings.append(
-            f"{some(looks)} look like splits, and the images of all of them are used here;"
-            f" {expected}"
-        )
+        what = f"{some(looks)} look like splits, and the images of all of them are used here"
+        layout.warnings.append(f"{what}; {expected}")
     return layout
+
+
+def _only_splits(root: str, names: list[str]) -> BadInput:
+    train = next((name for name in names if name.lower().startswith("train")), names[0])
+    return BadInput(
+        f"{root!r} holds {some(names)}, which look like splits, not classes: expected train/ and"
+        " val/ with a folder a class; rename them, or give one alone, such as"
+        f" {os.path.join(root, train)!r}"
+    )
 
 
 def _summary(found: Found, counts: Counter) -> str:
@@ -324,30 +307,27 @@ def _summary(found: Found, counts: Counter) -> str:
 
 
 def skipped_words(skipped: Counter[str]) -> str:
-    """'; skipped 12: 11 .heic, 1 .gif; ...', with what can be done about them; '' where nothing was
-    skipped.
-    """
+    """'; skipped 12: 11 .heic, 1 .gif', and what can be done; '' where nothing was skipped."""
     if not skipped:
         return ""
     kinds = sorted(skipped.items(), key=lambda kind: (-kind[1], kind[0]))
-    words = [
-        _many(n, what) if what in ("broken link", "repeated folder") else f"{n} {what}"
-        for what, n in kinds[:_NAMED]
-    ]
-    if rest := sum(n for _, n in kinds[_NAMED:]):
+    counted = ("broken link", "repeated folder")
+    words = [_many(n, what) if what in counted else f"{n} {what}" for what, n in kinds[:_NAMED]]
+    rest = sum(n for _, n in kinds[_NAMED:])
+    if rest:
         words.append(f"{rest} others")
     advice = ""
-    if any(ending in skipped for ending in _OTHER_IMAGES):
-        heif = any(ending in skipped for ending in (".heic", ".heif"))
-        advice = "; convert them, or install pillow-heif" if heif else "; convert them"
+    if not skipped.keys().isdisjoint(_OTHER_IMAGES):
+        advice = "; convert them"
+    if not skipped.keys().isdisjoint((".heic", ".heif")):
+        advice += ", or install pillow-heif"
     return f"; skipped {skipped.total()}: {', '.join(words)}{advice}"
 
 
 def _many(n: int, what: str) -> str:
     """'1 class', '2 classes', '2 links'."""
-    if n == 1:
-        return f"1 {what}"
-    return f"{n} {what}{'es' if what.endswith('s') else 's'}"
+    ending = "es" if what.endswith("s") else "s"
+    return f"1 {what}" if n == 1 else f"{n} {what}{ending}"
 
 
 def some(names: list[str]) -> str:

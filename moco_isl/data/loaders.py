@@ -1,14 +1,16 @@
-"""Batches of views for training and of plain images for features.
+"""Batches of views for training, and of plain images for features.
 
-Letters: M images of the data set, B batch over all ranks, N this rank's share of it. The order of
-an epoch is a function of (seed, epoch), every draw of augmentation one of (seed, epoch, index,
-view): batches do not depend on the number of workers, and a start in the middle of an epoch skips
-without loading.
+Letters: M images of the data set, B batch over all ranks, N this rank's share of it, S side of a
+view. The order of an epoch is a function of (seed, epoch), every draw of augmentation one of (seed,
+epoch, index, view). So batches do not depend on the number of workers, and a start in the middle of
+an epoch loads nothing of what it skips.
 """
 
 import multiprocessing.util
 import sys
 from collections.abc import Callable, Iterator
+from itertools import chain
+from typing import NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -20,145 +22,38 @@ from moco_isl.data.datasets import ImagesInMemory
 from moco_isl.data.draws import permutation, seeded, starts, uniform
 from moco_isl.errors import BadInput, RunFailed
 
-Batch = tuple[tuple[torch.Tensor, ...], torch.Tensor]
-
-
-# ---------------------------------------------------------------- inside the workers
-
-
-class _Reader:
-    """Reads image i, or, where its file is broken, the next readable one, and marks i as
-    unreadable.
-
-    The position stays i: bank row and positives of a broken image then follow its stand-in, and
-    every other image keeps its place.
-    """
-
-    def __init__(self, dataset: Dataset, at_least: int | None = None):
-        self.dataset = dataset
-        self.at_least = at_least
-        # [M], written by the workers, read by the parent
-        self.unreadable = torch.zeros(len(dataset), dtype=torch.uint8).share_memory_()
-        # of a data set in memory: those that were broken in their files, in whose places others
-        # stand already
-        self.known = set(getattr(dataset, "unreadable", ()))
-        self.unreadable[sorted(self.known)] = 1
-
-    def __call__(
-        self, i: int, read: Callable[[int], object] | None = None
-    ) -> tuple[object | None, int]:
-        """(image or None when no image at all can be read, 1 when it stands in for another); read:
-        in another way
-        """
-        M = len(self.dataset)
-        for j in (*range(i, M), *range(i)):
-            try:
-                return read(j) if read else self.dataset.image(j, self.at_least), int(
-                    j != i or i in self.known
-                )
-            except MemoryError:
-                raise
-            except Exception as error:  # PIL answers a broken file with almost any exception
-                if getattr(error, "errno", None) in reading.OF_THE_MACHINE:
-                    raise
-                self.unreadable[j] = 1
-        return None, 1
-
-
-class _Items(Dataset):
-    """(epoch, i) -> what a step needs of image i.
-
-    The epoch travels with the request: workers outlive it.
-    """
-
-    def __init__(self, reader: _Reader, augmentation: Callable, seed: int, views: int):
-        self.reader = reader
-        self.augmentation = augmentation
-        self.seed = seed
-        self.views = views
-
-
-class _TrainItems(_Items):
-    """(epoch, i) -> the views of image i."""
-
-    def __getitem__(self, key: tuple[int, int]):
-        epoch, i = key
-        image, broken = self.reader(i)
-        if image is None:
-            return *[torch.zeros(0)] * self.views, i, broken
-        views = []
-        for view in range(self.views):
-            with seeded(self.seed, epoch, i, view):
-                views.append(self.augmentation(image))
-        return *views, i, broken
-
-
-class _CropItems(_Items):
-    """(epoch, i) -> the crops of image i, uint8 [3, S, S] each, decoded no larger than the smallest
-    of them needs.
-    """
-
-    def __getitem__(self, key: tuple[int, int]):
-        epoch, i = key
-        draws = [uniform(self.seed, epoch, i, view) for view in range(self.views)]
-        boxes = []
-
-        def at_least(W: int, H: int) -> int:
-            boxes[:] = [self.augmentation.box(draw, H, W) for draw in draws]
-            smallest = min(side for box, _ in boxes for side in box[2:])
-            # Half as large again as the view: a crop that is hardly resized any more comes out
-            # sharper, by a tenth in the differences of neighbouring pixels at 1.25 times the view,
-            # by 0.02 at 1.5.
-            return min(W, H) // max(1, 2 * smallest // (3 * self.augmentation.size))
-
-        found, broken = self.reader(i, lambda j: self.reader.dataset.pixels(j, at_least))
-        if found is None:
-            return *[torch.zeros(0)] * self.views, i, broken
-        image, full = found
-        return *(self.augmentation.crop_one(image, *box, full) for box in boxes), i, broken
-
-
-class _EvalItems(Dataset):
-    def __init__(self, reader: _Reader, transform: Callable):
-        self.reader = reader
-        self.transform = transform
-
-    def __getitem__(self, i: int):
-        image, broken = self.reader(i)
-        return torch.zeros(0) if image is None else self.transform(image), i, broken
+Batch = tuple[tuple[torch.Tensor, ...], torch.Tensor]  # views, index
 
 
 # ---------------------------------------------------------------- the order of an epoch
 
 
 class _Plan:
-    """Which images this rank sees in which step.
+    """Which images this rank sees in which step; the DataLoader iterates over lists of (epoch, i).
 
-    Also the DataLoader's batch sampler: lists of (epoch, i).
+    unit: every batch is a multiple of it, so that ranks have equal shares that split evenly.
     """
 
     def __init__(self, M: int, batch_size: int, seed: int, multiple: int):
         self.M = M
         self.B = batch_size
         self.seed = seed
-        # every batch is a multiple of it: equal shares, that split evenly once more
-        self.unit = dist.world_size() * multiple
+        self.epoch = 0
+        self.start_step = 0
+        world = dist.world_size()
+        self.unit = world * multiple
         if batch_size < 1 or batch_size % self.unit:
-            raise BadInput(
-                f"batch size {batch_size} does not divide by {self.unit} (ranks x splits): expected"
-                " a multiple of it; change one of them"
-            )
-        # one image a rank has no batch statistics after a dense layer (alexnet), and would end a
-        # run at the end of its first epoch: a last batch has two a rank, unless full batches have
-        # one
-        least = self.unit * -(-min(2, batch_size // dist.world_size()) // multiple)
+            what = f"batch size {batch_size} does not divide by {self.unit} (ranks x splits)"
+            raise BadInput(f"{what}: expected a multiple of it; change one of them")
+        # Batch norm behind a dense layer raises for one image a rank. So a last, smaller batch has
+        # at least two a rank, or as many as full batches have.
+        least = self.unit * -(-min(2, batch_size // world) // multiple)
         self.steps = M // batch_size + (M % batch_size >= least)
         if not self.steps:
             raise BadInput(
                 f"too few images ({M}) for {self.unit} (ranks x splits): expected at least {least};"
                 " use more images, or fewer ranks or splits"
             )
-        self.epoch, self.start_step = 0, 0
 
     def rows(self, epoch: int, start_step: int) -> Iterator[torch.Tensor]:
         """This rank's share of every batch from start_step on: int64 [N]."""
@@ -173,20 +68,21 @@ class _Plan:
         return max(0, self.steps - self.start_step)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch = self.epoch  # the DataLoader asks ahead: what it asks for is settled here
+        epoch = self.epoch  # the DataLoader asks ahead, when self.epoch may have moved on
         for rows in self.rows(epoch, self.start_step):
             yield [(epoch, i) for i in rows.tolist()]
 
 
 class _InOrder(_Plan):
-    """One visit to the images `order`, by this rank alone, in batches of its own, none left out."""
+    """The images `order` once, for this rank alone, in batches of its own; none is left out."""
 
     def __init__(self, order: range, batch_size: int, seed: int):
         self.order = order
         self.B = batch_size
         self.seed = seed
+        self.epoch = 0
+        self.start_step = 0
         self.steps = -(-len(order) // batch_size)
-        self.epoch, self.start_step = 0, 0
 
     def rows(self, epoch: int, start_step: int) -> Iterator[torch.Tensor]:
         for step in range(start_step, self.steps):
@@ -194,18 +90,128 @@ class _InOrder(_Plan):
             yield torch.arange(batch.start, batch.stop)
 
 
+# ---------------------------------------------------------------- inside the workers
+
+
+class _Reader:
+    """Reads image i; where its file is broken, the next readable image, and marks i as unreadable.
+
+    The position stays i: bank row and positives of a broken image are those of its stand-in, and
+    every other image keeps its place.
+    """
+
+    def __init__(self, dataset: Dataset, at_least: int | None = None):
+        self.dataset = dataset
+        self.at_least = at_least
+        # images in memory that stand in already for broken files
+        self.known = set(getattr(dataset, "unreadable", ()))
+        # [M], written by the workers, read by the parent
+        self.unreadable = torch.zeros(len(dataset), dtype=torch.uint8).share_memory_()
+        self.unreadable[sorted(self.known)] = 1
+
+    def __call__(
+        self, i: int, read: Callable[[int], object] | None = None
+    ) -> tuple[object | None, int]:
+        """(image, or None where no image can be read; 1 where it stands in for another, or 0).
+
+        read: how to read an image, if not as `dataset.image` does.
+        """
+        for j in chain(range(i, len(self.dataset)), range(i)):
+            try:
+                image = read(j) if read else self.dataset.image(j, self.at_least)
+            except MemoryError:
+                raise
+            except Exception as error:  # PIL answers a broken file with almost any exception
+                if getattr(error, "errno", None) in reading.OF_THE_MACHINE:
+                    raise
+                self.unreadable[j] = 1
+            else:
+                return image, int(j != i or i in self.known)
+        return None, 1
+
+    def bad_rows(self) -> list[int]:
+        """The positions of the images found unreadable so far."""
+        return self.unreadable.nonzero()[:, 0].tolist()
+
+
+class _Items(Dataset):
+    """(epoch, i) -> (view, ..., i, whether another image stands in).
+
+    The epoch comes with each request, since workers live over epochs.
+    """
+
+    def __init__(self, reader: _Reader, augmentation: Callable, seed: int, views: int):
+        self.reader = reader
+        self.augmentation = augmentation
+        self.seed = seed
+        self.views = views
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple:
+        epoch, i = key
+        views, broken = self.views_of(epoch, i)
+        return *(views or [torch.zeros(0)] * self.views), i, broken
+
+    def views_of(self, epoch: int, i: int) -> tuple[list[torch.Tensor] | None, int]:
+        """(the views of image i, or None where no image can be read; 1 for a stand-in, or 0)."""
+        raise NotImplementedError
+
+
+class _TrainItems(_Items):
+    """Whole views, augmented one by one."""
+
+    def views_of(self, epoch: int, i: int) -> tuple[list[torch.Tensor] | None, int]:
+        image, broken = self.reader(i)
+        if image is None:
+            return None, broken
+        views = []
+        for view in range(self.views):
+            with seeded(self.seed, epoch, i, view):
+                views.append(self.augmentation(image))
+        return views, broken
+
+
+class _CropItems(_Items):
+    """Crops, uint8 [3, S, S] each, of an image decoded no larger than the smallest crop needs."""
+
+    def views_of(self, epoch: int, i: int) -> tuple[list[torch.Tensor] | None, int]:
+        draws = [uniform(self.seed, epoch, i, view) for view in range(self.views)]
+        boxes = []
+
+        def at_least(W: int, H: int) -> int:
+            boxes[:] = [self.augmentation.box(draw, H, W) for draw in draws]
+            smallest = min(side for box, _ in boxes for side in box[2:])
+            # Decoded half as large again as the view: a crop that is hardly resized any more comes
+            # out sharper, by a tenth in the differences of neighbouring pixels at 1.25 times the
+            # view, by 0.02 at 1.5.
+            return min(W, H) // max(1, 2 * smallest // (3 * self.augmentation.size))
+
+        found, broken = self.reader(i, lambda j: self.reader.dataset.pixels(j, at_least))
+        if found is None:
+            return None, broken
+        image, full = found
+        return [self.augmentation.crop_one(image, *box, full) for box in boxes], broken
+
+
+class _EvalItems(Dataset):
+    """i -> (image, i, whether another image stands in)."""
+
+    def __init__(self, reader: _Reader, transform: Callable):
+        self.reader = reader
+        self.transform = transform
+
+    def __getitem__(self, i: int) -> tuple:
+        image, broken = self.reader(i)
+        return torch.zeros(0) if image is None else self.transform(image), i, broken
+
+
 # ---------------------------------------------------------------- images in files
 
 
 def refuse(dataset: Dataset, bad: list[int], most: int | None) -> None:
-    """Raise RunFailed when more images are unreadable than allowed (most None: any number), or all
-    are.
-    """
+    """Raise RunFailed where more than `most` images are unreadable, or all. None: any number."""
     if bad and len(bad) == len(dataset):
-        raise RunFailed(
-            f"none of {len(bad)} images could be read, {dataset.path(0)} for one: expected image"
-            " files; check the folder"
-        )
+        what = f"none of {len(bad)} images could be read, {dataset.path(0)} for one"
+        raise RunFailed(f"{what}: expected image files; check the folder")
     if most is not None and len(bad) > most:
         names = ", ".join(dataset.path(i) for i in bad[:3]) + (", ..." if len(bad) > 3 else "")
         raise RunFailed(
@@ -214,24 +220,32 @@ def refuse(dataset: Dataset, bad: list[int], most: int | None) -> None:
         )
 
 
+class _Options(NamedTuple):
+    """How a loader for training reads and what it allows; see train_loader."""
+
+    workers: int = 0
+    device: torch.device | str = "cpu"
+    max_bad_images: int | None = None
+    pin_memory: bool | None = None
+    fast: bool = False
+    views: int = 2
+
+
 class _FileLoader:
-    """A torch DataLoader whose workers live over epochs and end for sure, and that counts
-    unreadable images.
-    """
+    """A torch DataLoader whose workers live over epochs, end for sure, and count broken images."""
 
     def __init__(
         self,
-        items: Dataset,
+        items: _Items | _EvalItems,
         batches,
-        reader: _Reader,
-        transform,
+        normalize: Callable | None,
         workers: int,
-        device,
-        pin_memory: bool | None,
+        device: torch.device | str,
+        pin_memory: bool | None = None,
     ):
-        self.reader = reader
+        self.reader = items.reader
         self.device = torch.device(device)
-        self.normalize = getattr(transform, "normalize", None)
+        self.normalize = normalize
         self._loader = DataLoader(
             items,
             batch_sampler=batches,
@@ -240,144 +254,106 @@ class _FileLoader:
             prefetch_factor=2 if workers else None,
             pin_memory=self.device.type == "cuda" if pin_memory is None else pin_memory,
             worker_init_fn=reading.quiet,
-            # forked from this process, so that torch's watch sees it die; Python 3.14's way would
-            # put a server in between, and workers would outlive a killed run for ever
+            # Forked from this process, so that torch's watch sees it die. Python 3.14 would put a
+            # server in between, and the workers would outlive a killed run for ever.
             multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
-            # its own: iterating draws a number, which must not move the user's random state
+            # its own: an iteration draws a number, which must not move the user's random state
             generator=torch.Generator(),
         )
-        self.close = multiprocessing.util.Finalize(
-            self, reading.end, args=([self._loader],), exitpriority=100
-        )
+        finalize = multiprocessing.util.Finalize
+        self.close = finalize(self, reading.end, args=([self._loader],), exitpriority=100)
 
     def bad_images(self) -> list[tuple[int, str]]:
         """(index, path) of the images that could not be read so far, on this rank."""
-        return [
-            (i, self.reader.dataset.path(i))
-            for i in self.reader.unreadable.nonzero()[:, 0].tolist()
-        ]
+        return [(i, self.reader.dataset.path(i)) for i in self.reader.bad_rows()]
 
     def _batches(self, most: int | None) -> Iterator[list[torch.Tensor]]:
-        """[images ..., index] on the device, images as floats."""
+        """[images ..., index] on the device, images as floats. Raises RunFailed, see `refuse`."""
         if not self.close.still_active():
             raise RuntimeError("this loader is closed: build a new one")
         try:
             for *images, index, broken in self._loader:
-                if broken.any():  # spares the look at M flags in every step
-                    refuse(
-                        self.reader.dataset, self.reader.unreadable.nonzero()[:, 0].tolist(), most
-                    )
+                if broken.any():  # only then is it worth looking at all M flags
+                    refuse(self.reader.dataset, self.reader.bad_rows(), most)
                 images = [x.to(self.device, non_blocking=True) for x in images]
                 if self.normalize is not None:
                     images = [self.normalize(x) for x in images]
                 yield [*images, index.to(self.device, non_blocking=True)]
         except (RuntimeError, OSError, EOFError) as error:
-            if words := reading.befell(error, reading.exit_codes(self._loader)):
+            if words := reading.trouble(error, reading.exit_codes(self._loader)):
                 raise RunFailed(words) from error
             raise
 
 
 class FileTrainLoader(_FileLoader):
-    """What train_loader gives for images augmented one by one in worker processes."""
+    """The loader of train_loader for images in files, augmented one by one in worker processes."""
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        augmentation: Callable,
-        plan: _Plan,
-        workers: int,
-        device,
-        max_bad_images: int | None,
-        pin_memory: bool | None,
-        fast: bool,
-        views: int,
-    ):
-        reader = _Reader(dataset, getattr(augmentation, "smallest", None) if fast else None)
-        self.plan = plan
-        self.max_bad_images = max_bad_images
-        super().__init__(
-            _TrainItems(reader, augmentation, plan.seed, views),
-            plan,
-            reader,
-            augmentation,
-            workers,
-            device,
-            pin_memory,
-        )
-
-    def __len__(self) -> int:
-        return self.plan.steps
-
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """(views, index) from start_step on, see train_loader; earlier images are not loaded.
-
-        Raises RunFailed.
-        """
-        self.plan.epoch, self.plan.start_step = epoch, start_step
-        for *views, index in self._batches(self.max_bad_images):
-            yield tuple(views), index
-
-
-class PhotoTrainLoader(_FileLoader):
-    """What train_loader gives for images in files whose augmentation is finished on the device:
-    workers only decode and crop. The draws are those of the same augmentation on images in memory.
-    """
-
-    def __init__(
-        self,
-        dataset: Dataset,
-        augmentation: BatchAugmentation,
-        plan: _Plan,
-        workers: int,
-        device,
-        max_bad_images: int | None,
-        pin_memory: bool | None,
-        views: int,
-    ):
-        reader = _Reader(dataset)
+    def __init__(self, dataset: Dataset, augmentation: Callable, plan: _Plan, options: _Options):
         self.augmentation = augmentation
         self.plan = plan
-        self.max_bad_images = max_bad_images
-        items = _CropItems(reader, augmentation, plan.seed, views)
-        super().__init__(items, plan, reader, None, workers, device, pin_memory)
+        self.max_bad_images = options.max_bad_images
+        items = self._items(dataset, options)
+        how = options.workers, options.device, options.pin_memory
+        super().__init__(items, plan, self._normalize(), *how)
+
+    def _items(self, dataset: Dataset, options: _Options) -> _Items:
+        at_least = getattr(self.augmentation, "smallest", None) if options.fast else None
+        reader = _Reader(dataset, at_least)
+        return _TrainItems(reader, self.augmentation, self.plan.seed, options.views)
+
+    def _normalize(self) -> Callable | None:
+        return getattr(self.augmentation, "normalize", None)
 
     def __len__(self) -> int:
         return self.plan.steps
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """(views, index) from start_step on, see train_loader; earlier images are not loaded.
+        """(views, index) from start_step on; the images before are not loaded. Raises RunFailed."""
+        self.plan.epoch = epoch
+        self.plan.start_step = start_step
+        for *images, index in self._batches(self.max_bad_images):
+            yield self._views(images, epoch, index), index
 
-        Raises RunFailed.
-        """
-        self.plan.epoch, self.plan.start_step = epoch, start_step
-        for *crops, index in self._batches(self.max_bad_images):
-            start = torch.cat(
-                [starts(self.plan.seed, epoch, index, view) for view in range(len(crops))]
-            )
-            u = self.augmentation.draw(start)  # [views * N, draws]
-            yield self.augmentation.finish(torch.cat(crops), u).chunk(len(crops)), index
+    def _views(
+        self, images: list[torch.Tensor], epoch: int, index: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        return tuple(images)
+
+
+class PhotoTrainLoader(FileTrainLoader):
+    """The loader of train_loader for images in files whose augmentation runs on the device.
+
+    Workers only decode and crop. The draws are those of images in memory.
+    """
+
+    def _items(self, dataset: Dataset, options: _Options) -> _Items:
+        return _CropItems(_Reader(dataset), self.augmentation, self.plan.seed, options.views)
+
+    def _normalize(self) -> None:
+        return None  # the augmentation's `finish` does it
+
+    def _views(
+        self, images: list[torch.Tensor], epoch: int, index: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        views = range(len(images))
+        start = torch.cat([starts(self.plan.seed, epoch, index, view) for view in views])
+        u = self.augmentation.draw(start)  # [views * N, draws]
+        return self.augmentation.finish(torch.cat(images), u).chunk(len(images))
 
 
 class FileEvalLoader(_FileLoader):
-    """What eval_loader gives for images in files.
+    """The loader of eval_loader for images in files.
 
-    Iterating raises RunFailed when no image can be read.
+    Iterating raises RunFailed where no image can be read.
     """
 
     def __init__(
-        self,
-        dataset: Dataset,
-        transform: Callable,
-        rows: range,
-        batch_size: int,
-        workers: int,
-        device,
+        self, dataset: Dataset, transform: Callable, rows: range, batch_size: int, workers, device
     ):
-        reader = _Reader(dataset)
         self.batches = [list(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
-        super().__init__(
-            _EvalItems(reader, transform), self.batches, reader, transform, workers, device, None
-        )
+        items = _EvalItems(_Reader(dataset), transform)
+        normalize = getattr(transform, "normalize", None)
+        super().__init__(items, self.batches, normalize, workers, device)
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -399,48 +375,40 @@ class _MemoryLoader:
         return [(i, self.dataset.path(i)) for i in self.dataset.unreadable]
 
     def close(self) -> None:
-        """Nothing to end: there are no workers."""
+        """Does nothing: there are no workers."""
 
 
 class MemoryTrainLoader(_MemoryLoader):
-    """What train_loader gives for images held and augmented on the device; the same interface as
-    FileTrainLoader.
-    """
+    """The loader of train_loader for images held and augmented on the device."""
 
     def __init__(
-        self,
-        dataset: ImagesInMemory,
-        augmentation: BatchViews,
-        plan: _Plan,
-        device,
-        max_bad_images: int | None,
-        views: int,
+        self, dataset: ImagesInMemory, augmentation: BatchViews, plan: _Plan, options: _Options
     ):
-        super().__init__(dataset, device)
+        super().__init__(dataset, options.device)
         self.augmentation = augmentation
-        self.views = views
         self.plan = plan
-        self.max_bad_images = max_bad_images
+        self.max_bad_images = options.max_bad_images
+        self.views = options.views
 
     def __len__(self) -> int:
         return self.plan.steps
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """(views, index) from start_step on. Raises RunFailed, see `refuse`."""
         refuse(self.dataset, self.dataset.unreadable, self.max_bad_images)
         steps = list(self.plan.rows(epoch, start_step))
         if not steps:
             return
         order = torch.cat(steps).to(self.images.device)  # one copy to the device an epoch
         for index in order.split([len(rows) for rows in steps]):
-            yield (
-                self.augmentation.views(
-                    self.images[index], self.plan.seed, epoch, index, self.views
-                ),
-                index,
-            )
+            images = self.images[index]
+            of_epoch = self.plan.seed, epoch, index
+            yield self.augmentation.views(images, *of_epoch, self.views), index
 
 
 class MemoryEvalLoader(_MemoryLoader):
+    """The loader of eval_loader for images held on the device."""
+
     def __init__(
         self, dataset: ImagesInMemory, normalize: Callable, rows: range, batch_size: int, device
     ):
@@ -453,14 +421,15 @@ class MemoryEvalLoader(_MemoryLoader):
         return -(-len(self.rows) // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for rows in torch.arange(self.rows.start, self.rows.stop, device=self.images.device).split(
-            self.batch_size
-        ):
+        index = torch.arange(self.rows.start, self.rows.stop, device=self.images.device)
+        for rows in index.split(self.batch_size):
             if len(rows):
                 yield self.normalize(self.images[rows]), rows
 
 
 # ---------------------------------------------------------------- the three doors
+
+TrainLoader = FileTrainLoader | PhotoTrainLoader | MemoryTrainLoader
 
 
 def train_loader(
@@ -476,26 +445,27 @@ def train_loader(
     pin_memory: bool | None = None,
     fast: bool = False,
     views: int = 2,
-) -> FileTrainLoader | PhotoTrainLoader | MemoryTrainLoader:
-    """Batches of two views, or of `views` (a supervised probe takes one). len() is the number of
-    steps an epoch; .epoch(epoch, start_step=0) iterates ((im_q, im_k) float [N, 3, S, S] each,
-    index int64 [N]) on the device.
+) -> TrainLoader:
+    """Batches of two views, or of `views` (a supervised probe takes one), on the device.
+
+    len() is the number of steps an epoch. .epoch(epoch, start_step=0) iterates over ((im_q, im_k)
+    float [N, 3, S, S] each, index int64 [N]). .bad_images() names unreadable images; above
+    max_bad_images the iteration raises RunFailed. .close() ends the workers.
 
     Global batch b of an epoch is permutation(seed, epoch)[b B : (b + 1) B], B = batch_size over all
-    ranks; each rank takes its contiguous share. The last, smaller batch is kept, trimmed to a
-    multiple of ranks x `multiple`, and left out where a rank would have less than two images; those
-    that sit an epoch out are others in the next. .bad_images() names unreadable images; past
-    max_bad_images the iteration raises RunFailed. .close() ends the workers. fast: large JPEGs are
-    decoded smaller, never below what the smallest crop needs; their crops are drawn on the smaller
-    image, so lie elsewhere. A BatchViews
-    augmentation runs on the device: it takes ImagesInMemory, and no workers, or, if a
-    BatchAugmentation, files, which workers then decode and crop, without loss and where they would
-    at full size. Raises BadInput.
+    ranks; each rank takes its contiguous share. The last, smaller batch is trimmed to a multiple of
+    ranks x `multiple`, and left out where a rank would have less than two images; each epoch leaves
+    out other images.
+
+    A BatchViews augmentation runs on the device. It takes ImagesInMemory, without workers. A
+    BatchAugmentation also takes files, which workers then decode and crop as at full size.
+    fast: for augmentations in workers; large JPEGs are decoded smaller, never below what the
+    smallest crop needs. Crops are drawn on the smaller image, so they lie elsewhere. Raises
+    BadInput.
     """
     plan = _Plan(len(dataset), batch_size, seed, multiple)
-    return _views_of(
-        dataset, augmentation, plan, workers, device, max_bad_images, pin_memory, fast, views
-    )
+    options = _Options(workers, device, max_bad_images, pin_memory, fast, views)
+    return _views_of(dataset, augmentation, plan, options)
 
 
 def view_loader(
@@ -507,36 +477,29 @@ def view_loader(
     workers: int = 0,
     device="cpu",
     shard: tuple[int, int] | None = None,
-) -> FileTrainLoader | PhotoTrainLoader | MemoryTrainLoader:
-    """Two views of every image once and in order, start .. stop - 1 of `shard` or all, for a look
-    at what an encoder makes of them.
+) -> TrainLoader:
+    """Two views of every image once and in order: of images start .. stop - 1 of `shard`, or all.
 
-    The loader is that of `train_loader`, .epoch(epoch) gives the views that a training epoch of
-    this number would have (seed, epoch and image decide), batch_size is this rank's own. Unreadable
-    images are replaced and named, never refused. Raises BadInput as `train_loader`.
+    A loader as `train_loader` gives; .epoch(epoch) has the views that a training epoch of this
+    number would have. batch_size is this rank's own. Unreadable images are replaced and named,
+    never refused. Raises BadInput as `train_loader`.
     """
     plan = _InOrder(range(*(shard or (0, len(dataset)))), batch_size, seed)
-    return _views_of(dataset, augmentation, plan, workers, device, None, None, False, 2)
+    return _views_of(dataset, augmentation, plan, _Options(workers, device))
 
 
-def _views_of(
-    dataset, augmentation, plan: _Plan, workers, device, max_bad_images, pin_memory, fast, views
-):
+def _views_of(dataset: Dataset, augmentation, plan: _Plan, options: _Options) -> TrainLoader:
     """The loader for where the images are and where they are augmented."""
     if not isinstance(augmentation, BatchViews):
-        return FileTrainLoader(
-            dataset, augmentation, plan, workers, device, max_bad_images, pin_memory, fast, views
-        )
-    if not isinstance(dataset, ImagesInMemory):
-        if not isinstance(augmentation, BatchAugmentation):
-            raise BadInput(
-                "this augmentation on the device needs images in memory: expected a data set held"
-                " whole; pass it through load_into_memory"
-            )
-        return PhotoTrainLoader(
-            dataset, augmentation, plan, workers, device, max_bad_images, pin_memory, views
-        )
-    return MemoryTrainLoader(dataset, augmentation, plan, device, max_bad_images, views)
+        kind = FileTrainLoader
+    elif isinstance(dataset, ImagesInMemory):
+        kind = MemoryTrainLoader
+    elif isinstance(augmentation, BatchAugmentation):
+        kind = PhotoTrainLoader
+    else:
+        what = "this augmentation on the device needs images in memory"
+        raise BadInput(f"{what}: expected a data set held whole; pass it through load_into_memory")
+    return kind(dataset, augmentation, plan, options)
 
 
 def eval_loader(
@@ -548,16 +511,13 @@ def eval_loader(
     device="cpu",
     shard: tuple[int, int] | None = None,
 ) -> FileEvalLoader | MemoryEvalLoader:
-    """(images float [n, 3, S, S], index int64 [n]) in order: images start .. stop - 1 of `shard`,
-    or all.
+    """(images float [n, 3, S, S], index int64 [n]) in order: start .. stop - 1 of `shard`, or all.
 
     An unreadable image is replaced by the next readable one and named by .bad_images(). .close()
     ends the workers.
     """
-    start, stop = (0, len(dataset)) if shard is None else shard
-    rows = range(start, stop)
-    if isinstance(dataset, ImagesInMemory) and set(dataset.images.shape[2:]) == {
-        getattr(transform, "unchanged", None)
-    }:
+    rows = range(*(shard or (0, len(dataset))))
+    unchanged = getattr(transform, "unchanged", None)
+    if isinstance(dataset, ImagesInMemory) and set(dataset.images.shape[2:]) == {unchanged}:
         return MemoryEvalLoader(dataset, transform.normalize, rows, batch_size, device)
     return FileEvalLoader(dataset, transform, rows, batch_size, workers, device)

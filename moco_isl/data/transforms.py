@@ -1,8 +1,7 @@
-"""What happens to the images of a data set: MoCo v1's and v2's augmentation, and the view that
-features are taken from.
+"""MoCo v1's and v2's augmentation, and the view of an image that features are taken from.
 
-Everything ends in uint8 [3, S, S]; `normalize` makes floats of a whole batch on the device, so that
-workers hand over a quarter of the bytes.
+A transform returns uint8 [3, S, S], S being the side of a view. Its `normalize` makes floats of a
+whole batch on the device, so that workers hand over a quarter of the bytes.
 """
 
 import torch
@@ -32,17 +31,18 @@ class Normalize:
         self.std = std
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        # a fill for each channel, not a tensor of constants: no copy from host to device in the
-        # step
         images = images.float()
+        # channel by channel: a tensor of constants would be copied to the device in every step
         for channel, (mean, std) in enumerate(zip(self.mean, self.std)):
             images[:, channel].mul_(1 / (255 * std)).sub_(mean / std)
         return images
 
 
 class ImageTransform:
-    """PIL image (or uint8 tensor [3, H, W]) -> uint8 [3, S, S]; `normalize` then takes a batch of
-    them to floats.
+    """PIL image or uint8 tensor [3, H, W] -> uint8 [3, S, S]; `normalize` makes floats of a batch.
+
+    smallest: side down to which an image may be decoded smaller with nothing lost.
+    unchanged: side of square images that the steps leave as they are.
     """
 
     def __init__(
@@ -51,9 +51,7 @@ class ImageTransform:
         self.steps = T.Compose([*steps, T.PILToTensor()])
         row = find_set(name)
         self.normalize = Normalize(row.mean, row.std)
-        # an image may be decoded smaller than it is, down to this side, with nothing lost
         self.smallest = smallest
-        # square images of this side pass as they are: no need to go over PIL
         self.unchanged = unchanged
 
     def __call__(self, image) -> torch.Tensor:
@@ -65,12 +63,11 @@ class ImageTransform:
 def get_augmentation(
     name: str, *, aug_plus: bool, size: int | None = None, on_device: bool | None = None
 ):
-    """MoCo v2's augmentation with aug_plus, else MoCo v1's; views of size x size, by default the
-    data set's own.
+    """MoCo v2's augmentation with aug_plus, else MoCo v1's.
 
-    on_device: a BatchAugmentation for images held in memory, in place of PIL's. A data set whose
-    row has an augmentation of its own always takes that. Images up to 64 pixels are not blurred.
-    Raises BadInput.
+    size: side of the views, by default the data set's own. on_device: a BatchAugmentation in place
+    of PIL's; a data set whose row has an augmentation of its own always takes that. Views up to 64
+    pixels are not blurred. Raises BadInput.
     """
     row = find_set(name)
     size = _side(row, size)
@@ -78,34 +75,29 @@ def get_augmentation(
         return row.augmentation(row.mean, row.std, size=size)
     flip = 0.5 if row.flip else 0.0
     if on_device:
-        return BatchAugmentation(
-            row.mean,
-            row.std,
-            size=size,
-            aug_plus=aug_plus,
-            flip=flip,
-            blur=aug_plus and size > SMALL,
-        )
+        blur = aug_plus and size > SMALL
+        options = {"size": size, "aug_plus": aug_plus, "flip": flip, "blur": blur}
+        return BatchAugmentation(row.mean, row.std, **options)
     crop = T.RandomResizedCrop(size, scale=(_SMALLEST_CROP, 1.0))
+    grey = T.RandomGrayscale(p=0.2)
     flip = T.RandomHorizontalFlip(flip)
     if aug_plus:
-        blur = [T.RandomApply([GaussianBlur((0.1, 2.0))], p=0.5)] if size > SMALL else []
         jitter = T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8)  # not strengthened
-        steps = [crop, jitter, T.RandomGrayscale(p=0.2), *blur, flip]
+        blur = [T.RandomApply([GaussianBlur((0.1, 2.0))], p=0.5)] if size > SMALL else []
+        steps = [crop, jitter, grey, *blur, flip]
     else:
-        steps = [crop, T.RandomGrayscale(p=0.2), T.ColorJitter(0.4, 0.4, 0.4, 0.4), flip]
-    # the smallest crop has 0.2 of the area and a ratio of 3 to 4: its shorter side is 0.387 of the
-    # geometric mean of the image's sides
+        steps = [crop, grey, T.ColorJitter(0.4, 0.4, 0.4, 0.4), flip]
+    # The smallest crop has 0.2 of the area and a ratio of 3 to 4: its shorter side is 0.387 of the
+    # geometric mean of the image's sides.
     return ImageTransform(steps, name, smallest=round(size / (_SMALLEST_CROP * 3 / 4) ** 0.5))
 
 
 def get_eval_transform(name: str, size: int | None = None) -> ImageTransform:
-    """The view features are taken from: the centre (224 of 256), small images whole.
+    """The view that features are taken from: the centre (224 of 256), or small images whole.
 
     Raises BadInput.
     """
     size = _side(find_set(name), size)
-    resized = size if size <= SMALL else round(size * 8 / 7)
-    return ImageTransform(
-        [T.Resize(resized), T.CenterCrop(size)], name, unchanged=size if resized == size else None
-    )
+    if size <= SMALL:
+        return ImageTransform([T.Resize(size), T.CenterCrop(size)], name, unchanged=size)
+    return ImageTransform([T.Resize(round(size * 8 / 7)), T.CenterCrop(size)], name)

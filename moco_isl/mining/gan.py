@@ -176,7 +176,7 @@ class Trainer:
     of an iteration are in TF32 there, those of the hardest negative too (a negative within 0.005 of
     the hardest is as hard).
 
-    Another kind of GAN overrides `sampler_kind`, `networks` or `loss_of_D` (`benchmarks/gans.py`
+    Another kind of GAN overrides `sampler_kind`, `networks` or `loss_of_D` (`studies/gans.py`
     has some).
     """
 

@@ -1,28 +1,27 @@
-"""The device, the processes that read images and the precision that a machine has."""
+"""What the machine has: a device, cores for the processes that read images, half precision."""
 
 import argparse
 import os
 
 import torch
-import torch.distributed
-import torch.multiprocessing
 
 from moco_isl import dist
+from moco_isl.files import short
 from moco_isl.run import environment
-from moco_isl.run.flags import check, short
+from moco_isl.run.flags import check
 
 
 def usable_workers(asked: int, processes: int = 1) -> int:
-    """`asked` loading processes, capped at the cores this process may use; said in a line when
-    capped.
+    """`asked` loading processes, capped at this process's cores; a line says so when capped.
+
+    processes: how many share the cores of this node.
     """
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    # a rank that is a task of SLURM may be bound to its own cores already, which are not to be
-    # divided once more
-    is_task = os.environ.get("SLURM_NTASKS") == str(dist.world_size())
-    own = environment.number("SLURM_CPUS_PER_TASK", 1, environment.MOST) or 0 if is_task else 0
+    has_affinity = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    own = 0
+    # SLURM may have bound a rank that is one of its tasks to cores of its own: they are not shared
+    if os.environ.get("SLURM_NTASKS") == str(dist.world_size()):
+        own = environment.number("SLURM_CPUS_PER_TASK", 1, environment.MOST) or 0
     most = max(1, cores // processes, min(cores, own))
     if asked > most and dist.is_main():
         print(f"=> --workers {asked} capped at {most}, the cores there are for a process")
@@ -30,10 +29,7 @@ def usable_workers(asked: int, processes: int = 1) -> int:
 
 
 def resolve_device(args: argparse.Namespace) -> torch.device:
-    """The device of this process, from --device, --gpu and LOCAL_RANK.
-
-    Raises BadInput for one that is not there.
-    """
+    """This process's device, from --device, --gpu and LOCAL_RANK; BadInput where there is none."""
     name = args.device
     check(
         name != "auto" or args.gpu is None or torch.cuda.is_available(),
@@ -49,14 +45,13 @@ def resolve_device(args: argparse.Namespace) -> torch.device:
     )
     count = torch.cuda.device_count()
     named = name.removeprefix("cuda").removeprefix(":")
-    place = environment.ranks()
-    index = (
-        int(named[:9])
-        if named
-        else args.gpu
-        if args.gpu is not None
-        else (place.local_rank if place else 0) % count
-    )
+    if named:
+        index = int(named[:9])
+    elif args.gpu is not None:
+        index = args.gpu
+    else:
+        place = environment.ranks()
+        index = place.local_rank % count if place else 0
     check(index < count, f"GPU {index} was asked for, but there are {count}")
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)
@@ -64,21 +59,18 @@ def resolve_device(args: argparse.Namespace) -> torch.device:
 
 
 def warn_of_slow_amp(amp: str, device: torch.device, trains: bool) -> None:
-    """Say where half precision takes many times as long as none: on a CPU without instructions for
-    it, and on any where fp16 trains.
+    """Print a warning where half precision is slower than none.
+
+    It is on a CPU without instructions for it, and on every CPU that trains in fp16.
     """
     if amp == "off" or device.type != "cpu" or not dist.is_main():
         return
     if not _cpu_has(amp):
-        print(
-            f"=> warning: torch has no fast --amp {amp} on this CPU: it takes some ten times as"
-            " long as --amp off"
-        )
+        what = f"=> warning: torch has no fast --amp {amp} on this CPU"
+        print(f"{what}: it takes some ten times as long as --amp off")
     elif amp == "fp16" and trains:
-        print(
-            "=> warning: --amp fp16 trains ten to a hundred times as slowly as --amp off on a CPU:"
-            " use --amp bf16"
-        )
+        what = "=> warning: --amp fp16 trains ten to a hundred times as slowly as --amp off"
+        print(f"{what} on a CPU: use --amp bf16")
 
 
 def _cpu_has(amp: str) -> bool:

@@ -1,10 +1,9 @@
-"""What a file may hold beside tensors: plain data that other trainers write, read without running
-any code of the file's.
+"""Plain data beside the tensors in files of other trainers, read without running code of the file.
 
-`torch.load(weights_only=True)` refuses every class that it is not told of. It is told of argparse's
-namespaces, numpy's numbers and arrays, paths, and Lightning's dicts. Of these only the namespaces
-are what they were: numpy's own unpickling trusts the file with addresses in memory, and so a number
-comes as Python's, an array as `Array`, a path as a pure path.
+`torch.load(weights_only=True)` refuses every class it has not been told of. Here it is told of
+argparse's namespaces, numpy's numbers and arrays, paths, and Lightning's dicts. Only the namespaces
+are read as themselves: numpy's own unpickling trusts the file with addresses in memory. Stand-ins
+read the others: a number becomes Python's, an array an `Array`, a path a pure path.
 """
 
 import argparse
@@ -19,7 +18,7 @@ import torch
 
 @contextmanager
 def allowed():
-    """Inside, `torch.load(weights_only=True)` reads the plain data that is known here."""
+    """During the block `torch.load(weights_only=True)` also reads the data listed in `_KNOWN`."""
     before = list(torch.serialization.get_safe_globals())
     torch.serialization.add_safe_globals(_KNOWN)
     try:
@@ -30,21 +29,20 @@ def allowed():
 
 
 class NumberType:
-    """Stands for numpy.dtype: the code of a type of numbers ("f8") or text ("U5"), and its byte
-    order.
+    """Stands for numpy.dtype: the code of a type of numbers ("f8") or text ("U5"), and its order.
+
+    order: of the bytes, "<", ">" or "=" for this machine's.
     """
 
     def __init__(self, code: str, *_: object):
-        self.code, self.order = code, "="
+        self.code = code
+        self.order = "="
 
     def __setstate__(self, state: tuple) -> None:
         self.order = state[1]
 
     def read(self, raw: bytes) -> np.ndarray:
-        """The numbers [n] in these bytes.
-
-        Raises ValueError for types that are no numbers, truths or text.
-        """
+        """The numbers [n] in these bytes; ValueError for types other than numbers and texts."""
         if not isinstance(self.code, str) or np.dtype(self.code).kind not in "biufcSU":
             raise ValueError(f"{self.code!r} is no type of numbers")
         return np.frombuffer(raw, np.dtype(self.code).newbyteorder(self.order))
@@ -62,7 +60,7 @@ class Array:
 
 
 class Dict:
-    """Stands for a kind of dict: makes one of Python's."""
+    """Stands for a library's kind of dict; becomes Python's."""
 
     def __new__(cls, *_: object) -> dict:
         return {}
@@ -77,7 +75,7 @@ def _empty_array(kind: type, *_: object) -> object:
 
 
 def _no_bytes(*_: object) -> bytes:
-    """What pickles say for bytes of which there are none; others they spell out."""
+    """Empty bytes: pickles write them as a call of bytes(), others as themselves."""
     return b""
 
 
@@ -94,22 +92,19 @@ def _windows_path(*parts: str) -> PureWindowsPath:
 
 
 def _known_as(module: str, name: str, stand_in: Callable) -> Callable:
-    """`stand_in` once more, under the name by which files know what it stands for: torch 2.4 and
-    2.5 ask it itself.
-    """
+    """A copy of `stand_in` under the name that files use, which torch 2.4 and 2.5 look up on it."""
     if isinstance(stand_in, type):
         again = type(name, (stand_in,), {})
     else:
         again = types.FunctionType(stand_in.__code__, stand_in.__globals__)
     again.__module__ = module
-    again.__name__ = name
-    again.__qualname__ = name
+    again.__name__ = again.__qualname__ = name
     return again
 
 
 _STAND_INS = {
     ("builtins",): {"bytes": _no_bytes},
-    ("_codecs",): {"encode": _bytes},  # which torch 2.4 does not know of itself
+    ("_codecs",): {"encode": _bytes},  # torch 2.4 does not know it by itself
     ("numpy",): {"dtype": NumberType, "ndarray": Array},
     ("numpy.core.multiarray", "numpy._core.multiarray"): {
         "scalar": _number,
@@ -127,11 +122,8 @@ _STAND_INS = {
 _KNOWN = [
     argparse.Namespace,
     types.SimpleNamespace,
-    set,  # which torch 2.4 does not know of itself
-    *(
-        _known_as(module, name, x)
-        for modules, names in _STAND_INS.items()
-        for module in modules
-        for name, x in names.items()
-    ),
+    set,  # torch 2.4 does not know it by itself
 ]
+for modules, names in _STAND_INS.items():
+    for module in modules:
+        _KNOWN += [_known_as(module, name, stand_in) for name, stand_in in names.items()]

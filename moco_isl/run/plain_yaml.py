@@ -1,5 +1,7 @@
-"""YAML files that people write, read as plainly as they are written: names, lists and texts, and
-nothing that grows.
+"""YAML files that people write, read as names, lists and texts: every value is what stands there.
+
+PyYAML's events are used, not its loaders: these turn `off` into False and expand aliases, by which
+a small file can fill the memory.
 """
 
 import os
@@ -7,42 +9,39 @@ import os
 import yaml
 
 from moco_isl import files
-from moco_isl.errors import BadInput
+from moco_isl.errors import BadInput, first_line
 
 MOST = 1 << 20  # bytes; a file of settings has a few thousand
-DEEP = 20  # levels; a sweep has four
+DEEP = 20  # levels of nesting; a sweep has four
 NULLS = {"", "~", "null", "Null", "NULL"}
 
 Value = str | list | dict | None
 
 
 def read(path: str | os.PathLike, flag: str = "", expected: str = "a YAML file") -> Value:
-    """What is in a YAML file: a text, a list, a dict with texts as names, or None for null and for
-    an empty file.
+    """The content of a YAML file: a text, a list, a dict named by texts, or None.
 
-    Every scalar but null is the text that stands there, whatever YAML would make of it: `off` is
-    "off", `1e-3` is "1e-3", `010` is "010". flag: what named the path. Raises BadInput in one line
-    for what is no regular UTF-8 file of at most 1 MiB, no YAML, has anchors, aliases or tags, a
-    name twice, a name that is no text, or more than 20 levels.
+    None stands for null and for an empty file. Every other scalar is the text in the file: `off` is
+    "off", `1e-3` is "1e-3", `010` is "010". flag: what gave the path. Raises BadInput for what is
+    no regular UTF-8 file of at most 1 MiB or no YAML, and for anchors, aliases, tags, a name twice,
+    a name that is no text, and more than 20 levels.
     """
     text = files.read_text(path, flag, expected, MOST)
     try:
         return _document(_Events(text))
     except yaml.YAMLError as error:
         reason = _reason(error)
-    # escapes such as \UFFFFFFFF, which PyYAML does not check
-    except (ValueError, OverflowError) as error:
+    except (ValueError, OverflowError) as error:  # escapes such as \UFFFFFFFF, unchecked by PyYAML
         reason = str(error)
-    raise BadInput(
-        f"cannot read {files.named(flag, path)}: {files.shown(reason)}; expected {expected}"
-    )
+    what = f"cannot read {files.named(flag, path)}: {files.shown(reason)}"
+    raise BadInput(f"{what}; expected {expected}")
 
 
 def _reason(error: yaml.YAMLError) -> str:
-    """PyYAML's reason without its drawing of the place, in one line."""
+    """PyYAML's reason and its line number, without the lines of the file that PyYAML quotes."""
     mark = getattr(error, "problem_mark", None)
     place = f"line {mark.line + 1}: " if mark else ""
-    return place + (getattr(error, "problem", None) or str(error).splitlines()[0])
+    return place + (getattr(error, "problem", None) or first_line(error))
 
 
 class _Events:

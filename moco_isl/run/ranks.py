@@ -1,4 +1,4 @@
-"""Ranks: those that the environment describes or a script starts, and what they agree on."""
+"""The ranks of a run: joined as the environment says or started here, and what they agree on."""
 
 import argparse
 import math
@@ -20,11 +20,12 @@ import torch.distributed
 import torch.multiprocessing
 
 from moco_isl import dist
-from moco_isl.errors import BadInput, Interrupted, RunFailed
+from moco_isl.errors import BadInput, Interrupted, RunFailed, first_line
+from moco_isl.files import short
 from moco_isl.options import opt
 from moco_isl.run import environment, signals
 from moco_isl.run.exits import KEYBOARD, exit_code
-from moco_isl.run.flags import Parser, check, check_ranges, short
+from moco_isl.run.flags import Parser, check, check_ranges
 from moco_isl.run.signals import SIGNALS
 
 MOCO_DIST_URL = "tcp://224.66.41.62:23456"
@@ -86,15 +87,17 @@ def add_distributed_options(parser: Parser) -> None:
 
 
 def processes_here(args: argparse.Namespace) -> int:
-    """How many processes this node runs, before any is started."""
+    """How many processes run on this node, also before they are started."""
     if place := environment.ranks():
         return place.local_world
     if not args.multiprocessing_distributed:
         return 1
-    return args.nproc_per_node or (torch.cuda.device_count() if args.device != "cpu" else 0) or 1
+    gpus = torch.cuda.device_count() if args.device != "cpu" else 0
+    return args.nproc_per_node or gpus or 1
 
 
 def total_ranks(args: argparse.Namespace) -> int:
+    """How many processes run on all nodes. Raises BadInput."""
     check_distributed_options(args)
     if place := environment.ranks():
         return place.world
@@ -112,7 +115,7 @@ def check_distributed_options(args: argparse.Namespace) -> None:
         "--nproc-per-node says how many processes --multiprocessing-distributed starts: add that"
         " flag",
     )
-    place = environment.ranks()  # first of all whether it makes sense
+    place = environment.ranks()  # also checks the environment
     if args.world_size > 1 and not place:
         check(
             0 <= args.rank < args.world_size,
@@ -130,10 +133,10 @@ def check_distributed_options(args: argparse.Namespace) -> None:
 def launch(
     worker: Callable, args: argparse.Namespace, stop: Callable[[], bool] | None, *given
 ) -> None:
-    """Run worker(args, stop, *given) in every rank: in this process, or in those that it starts.
+    """Run worker(args, stop, *given) in every rank: in this process, or in those it starts.
 
-    worker must be importable, `given` picklable. Raises what the worker raised; of several
-    processes that failed, the first decides.
+    worker must be importable, `given` picklable. Raises what the worker raised; where several
+    processes failed, what the first one raised.
     """
     check_distributed_options(args)
     if args.multiprocessing_distributed and not environment.ranks():
@@ -143,36 +146,27 @@ def launch(
     try:
         worker(args, stop, *given)
     except (BadInput, Interrupted) as error:
-        _part(joined and getattr(error, "agreed", isinstance(error, Interrupted)))
+        # only what all ranks raise: after another error some are gone, and this would wait for them
+        if joined and getattr(error, "agreed", isinstance(error, Interrupted)):
+            torch.distributed.destroy_process_group()
         raise
-    _part(joined)
-
-
-def _part(together: bool) -> None:
-    """Leave the process group where all ranks do: after a failure of one the others may be gone,
-    and this would wait for them.
-    """
-    if together:
+    if joined:
         torch.distributed.destroy_process_group()
 
 
 def join_ranks(args: argparse.Namespace) -> bool:
-    """Join the process group that the environment (torchrun, launch/) or MoCo's --world-size and
-    --rank describe, if any.
+    """Join the process group that the environment or MoCo's flags describe; False for none.
+
+    The environment is that of torchrun or launch/, the flags are --world-size and --rank.
     """
     if place := environment.ranks():
         environment.check_meeting_point()
-        rank = place.rank
-        world = place.world
-        url = "env://"
-    elif args.world_size > 1:
-        rank = args.rank
-        world = args.world_size
-        url = args.dist_url
-    else:
-        return False
-    _init_process_group(args, rank, world, url)
-    return True
+        _init_process_group(args, place.rank, place.world, "env://")
+        return True
+    if args.world_size > 1:
+        _init_process_group(args, args.rank, args.world_size, args.dist_url)
+        return True
+    return False
 
 
 def _init_process_group(args: argparse.Namespace, rank: int, world: int, url: str) -> None:
@@ -182,51 +176,41 @@ def _init_process_group(args: argparse.Namespace, rank: int, world: int, url: st
         if rank == 0:
             print("=> no CUDA here: --dist-backend gloo instead of nccl")
     try:
+        timeout = timedelta(seconds=args.dist_timeout)
         torch.distributed.init_process_group(
-            backend,
-            init_method=url,
-            rank=rank,
-            world_size=world,
-            timeout=timedelta(seconds=args.dist_timeout),
+            backend, init_method=url, rank=rank, world_size=world, timeout=timeout
         )
     except (RuntimeError, ValueError, torch.distributed.DistError) as error:
-        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+        where = os.environ.get("MASTER_ADDR", url)
         raise RunFailed(
-            f"rank {rank} of {world} could not join the others at"
-            f" {os.environ.get('MASTER_ADDR', url)} within {args.dist_timeout} s: {reason}"
+            f"rank {rank} of {world} could not join the others at {where} within"
+            f" {args.dist_timeout} s: {first_line(error)}"
         ) from error
 
 
 def together(fn: Callable):
-    """fn() on every rank.
+    """fn() on every rank; where it raises an error of ours on one, every rank raises that error.
 
-    Where it raises one of our errors on any, all raise it: rank 0 with its text, so that it is said
-    once.
+    Only rank 0's has the text, so that it is printed once.
     """
-    result = error = None
+    result = error = said = None
     try:
         result = fn()
     except (BadInput, RunFailed, Interrupted) as caught:
         error = caught
-    found = [
-        x
-        for x in dist.gather_objects(None if error is None else (type(error).__name__, str(error)))
-        if x
-    ]
+        said = type(error).__name__, str(error)
+    found = [x for x in dist.gather_objects(said) if x]
     if not found:
         return result
     kind, text = found[0]
-    agreed = {"BadInput": BadInput, "RunFailed": RunFailed, "Interrupted": Interrupted}[kind](
-        text if dist.is_main() else ""
-    )
+    kinds = {kind.__name__: kind for kind in (BadInput, RunFailed, Interrupted)}
+    agreed = kinds[kind](text if dist.is_main() else "")
     agreed.agreed = True
     raise agreed from error
 
 
 def on_main(fn: Callable):
-    """fn() on rank 0, its result there and None elsewhere; what it raises of our errors is raised
-    on every rank, and only rank 0 says it.
-    """
+    """fn() on rank 0: its result there and None elsewhere; errors of ours as in `together`."""
     return together(lambda: fn() if dist.is_main() else None)
 
 
@@ -236,44 +220,45 @@ def say(line: str) -> None:
         print(line, flush=True)
 
 
-# exit code between a rank and its parent: another rank was gone, so that one is the cause
-LOST = 70
-GRACE = 10  # seconds that the ranks have to end by themselves once one of them has ended early
+# ---- processes of this node ----------------------------------------------------------------------
+
+
+LOST = 70  # exit code by which a rank tells its parent that another rank is gone, the cause
+GRACE = 10  # seconds that the other ranks have to end by themselves after one has failed
 
 
 def _spawn(
     worker: Callable, args: argparse.Namespace, given: tuple, stop: Callable[[], bool] | None
 ) -> None:
-    """--multiprocessing-distributed: n processes on this node.
+    """--multiprocessing-distributed: run the worker in n processes on this node.
 
-    Signals that the parent gets are passed on, or what `stop` says if there is one.
+    The parent passes its signals on to them; where `stop` is given it asks that instead.
     """
     n = processes_here(args)
     if args.dist_url == MOCO_DIST_URL:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             args.dist_url = f"tcp://127.0.0.1:{s.getsockname()[1]}"
-    processes, early = [], []
+    processes = []
+    early = []  # signals that came before the processes were there
 
     def pass_on(number, frame=None) -> None:
         if number == signal.SIGHUP:
             signals.say("=> SIGHUP: passed on")
         if not processes:
             early.append(number)
-        # Ctrl-C reaches the ranks from the terminal too, and twice would mean at once
+        # the terminal sends Ctrl-C to the ranks too, and a second one would end them at once
+        passed = signal.SIGTERM if number == signal.SIGINT else number
         for process in processes:
             if process.is_alive():
-                os.kill(process.pid, signal.SIGTERM if number == signal.SIGINT else number)
+                os.kill(process.pid, passed)
 
-    handled = (
-        signals.caught()
-        if stop is None and threading.current_thread() is threading.main_thread()
-        else ()
-    )
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    handled = signals.caught() if stop is None and is_main_thread else ()
     old = {number: signal.signal(number, pass_on) for number in handled}
-    # blocked in the ranks until their `Stop` takes them: one that comes while a rank is still
-    # importing is neither lost nor deadly. Blocked in this thread alone: a library's own threads
-    # still take what is sent to this process, so its handlers have to be in place by now
+    # The ranks inherit blocked signals and let them in with their `Stop`: one that comes while a
+    # rank still imports is neither lost nor deadly. Only this thread blocks them. Other threads of
+    # this process still take signals, so the handlers above must be set before.
     unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         processes += torch.multiprocessing.start_processes(
@@ -292,7 +277,7 @@ def _spawn(
 def _ends(
     processes: list, stop: Callable[[], bool] | None, pass_on: Callable[[int], None]
 ) -> list[tuple[int, int]]:
-    """Wait for all; (index, exit code) of each in the order in which they ended.
+    """Wait for all processes; (index, exit code) of each in the order in which they ended.
 
     Once one has failed the others get GRACE seconds.
     """
@@ -311,7 +296,7 @@ def _ends(
             ends.append((i, processes[i].exitcode))
             if processes[i].exitcode:
                 deadline = min(deadline, time.monotonic() + GRACE)
-        # they may hang where no Python runs that could take a softer signal
+        # a rank may hang where no Python code runs that could take a softer signal
         if time.monotonic() >= deadline:
             for i in alive.values():
                 processes[i].kill()
@@ -319,8 +304,9 @@ def _ends(
 
 
 def _judge_ends(ends: list[tuple[int, int]], n: int) -> None:
-    """Raise what the first process to fail stands for; those that only lost another rank are not
-    the cause.
+    """Raise what the exit code of the first process that failed stands for, if any failed.
+
+    A process that only lost another rank is not the cause.
     """
     failed = [(i, code) for i, code in ends if code]
     if not failed:
@@ -331,16 +317,12 @@ def _judge_ends(ends: list[tuple[int, int]], n: int) -> None:
     for kind in (BadInput, RunFailed, Interrupted):
         if code == kind.exit_code:
             raise kind("")  # the process has said why
-    how = (
-        f"was ended by {signal.Signals(-code).name}"
-        if code < 0
-        else "lost the others"
-        if code == LOST
-        else f"ended with exit code {code}"
-    )
-    raise RunFailed(
-        f"process {i} of {n} {how}, and the others were stopped. Resume with --resume auto"
-    )
+    if code < 0:
+        how = f"was ended by {signal.Signals(-code).name}"
+    else:
+        how = "lost the others" if code == LOST else f"ended with exit code {code}"
+    what = f"process {i} of {n} {how}, and the others were stopped"
+    raise RunFailed(f"{what}. Resume with --resume auto")
 
 
 def _spawned(
@@ -348,12 +330,8 @@ def _spawned(
 ) -> None:
     rank = max(args.rank, 0) * n + local_rank
     world = n * max(args.world_size, 1)
-    os.environ |= {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(world),
-        "LOCAL_RANK": str(local_rank),
-        "LOCAL_WORLD_SIZE": str(n),
-    }
+    place = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": n}
+    os.environ |= {name: str(number) for name, number in place.items()}
 
     def run(_argv, _stop) -> None:
         _init_process_group(args, rank, world, args.dist_url)
@@ -368,4 +346,4 @@ def _spawned(
     if code:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)  # not through the interpreter's end, which may wait for ranks that are gone
+        os._exit(code)  # a regular exit may wait for ranks that are gone

@@ -1,6 +1,6 @@
-"""The fast path: what --fast stands for, and those parts of it that are no flag of their own.
+"""The fast path: the flags that --fast stands for, and its parts that have no flag of their own.
 
-Every part leaves the method as it is; tests/test_fast.py holds each to the plain path.
+No part changes the method: tests/test_fast.py compares each with the plain path.
 """
 
 import functools
@@ -15,8 +15,8 @@ from moco_isl.data.augment import BatchAugmentation, BatchViews
 from moco_isl.encoders import AMP_TYPES
 from moco_isl.options import opt
 
-# that torch.compile keeps of one function; with its own 8, the fifth MoCo of a process would run
-# uncompiled
+# Graphs that torch.compile keeps of one function. With its default of 8, the fifth MoCo of a
+# process would run uncompiled.
 GRAPHS = 64
 
 
@@ -57,9 +57,10 @@ class SpeedOptions:
 
 
 def defaults(fast: bool, cuda: bool) -> dict[str, object]:
-    """Values of the flags that --fast decides where they were not given. On a CPU half precision
-    pays only where there are instructions for it, and compiling needs a C++ compiler: there they
-    stay off unless asked for.
+    """Values of the flags that --fast decides where they were not given.
+
+    On a CPU half precision pays only where there are instructions for it, and compiling needs a C++
+    compiler: there both stay off unless asked for.
     """
     return {
         "amp": "bf16" if fast and cuda else "off",
@@ -71,10 +72,9 @@ def defaults(fast: bool, cuda: bool) -> dict[str, object]:
 
 @contextmanager
 def numerics(fast: bool, device: torch.device) -> Iterator[None]:
-    """On CUDA: convolutions chosen by trial, as MoCo's script has it; fast: TF32 for what float32
-    products are left.
+    """CUDA's settings for training: convolutions chosen by trial, as in MoCo; fast: TF32 too.
 
-    For training alone: mining and judging compare float32 features, and keep full products.
+    Only training uses them: mining and evaluation compare float32 features in full precision.
     """
     if device.type != "cuda":
         yield
@@ -102,32 +102,24 @@ def sgd(
 
 @torch.no_grad()
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Take over what an optimizer's state (`training.state.require_optimizer` has looked at it)
-    remembers of parameters, laid out as the parameters are. Rates and the like stay as they are
-    here: they are the flags'.
+    """Load the moments of a state that `training.state.require_optimizer` has checked.
 
-    A file of MoCo's holds contiguous moments. A fused kernel goes through the memory of both side
-    by side: of a channels-last parameter it would take other entries' moments, or refuse.
+    Rates and the like stay those of the flags. The moments get the memory layout of the parameters:
+    files of MoCo hold contiguous ones, and a fused kernel that walks through both in the order of
+    their memory would pair a channels-last parameter with other entries' moments, or refuse.
     """
-    groups = zip(optimizer.state_dict()["param_groups"], state["param_groups"])
-    optimizer.load_state_dict(
-        {
-            "state": state["state"],
-            "param_groups": [{**own, "params": saved["params"]} for own, saved in groups],
-        }
-    )
-    for parameter, remembered in optimizer.state.items():
-        for name, value in remembered.items():
-            if (
-                isinstance(value, torch.Tensor)
-                and value.shape == parameter.shape
-                and value.stride() != parameter.stride()
-            ):
-                remembered[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+    pairs = zip(optimizer.state_dict()["param_groups"], state["param_groups"])
+    groups = [{**own, "params": saved["params"]} for own, saved in pairs]
+    optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+    for parameter, moments in optimizer.state.items():
+        for name, value in moments.items():
+            is_moment = isinstance(value, torch.Tensor) and value.shape == parameter.shape
+            if is_moment and value.stride() != parameter.stride():
+                moments[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def count_batches_at_once(model: torch.nn.Module) -> None:
-    """See `encoders.count_batches_at_once`: of every encoder of a model of builder.py."""
+    """`encoders.count_batches_at_once` for every encoder of a model of builder.py."""
     for encoder in encoders_of(model):
         encoders.count_batches_at_once(encoder)
 
@@ -140,16 +132,15 @@ def encoders_of(model: torch.nn.Module) -> list[torch.nn.Module]:
 def compiled(
     fn: Callable, wanted: Callable[[torch.Tensor], bool], options: dict | None = None
 ) -> Callable:
-    """fn, compiled for those calls whose first argument is wanted. options: torch.compile's, for
+    """fn, compiled for the calls whose first argument is `wanted`; other calls run it as it is.
+
+    Each new shape, such as that of a last, smaller batch, would take a minute of compiling. Equal
+    networks of one process share what was compiled for the first. options: torch.compile's, for
     inductor.
-
-    The others, such as a last, smaller batch or features in eval mode, run as they are: each new
-    shape would be a minute of compiling. Equal networks of one process, as those of several runs,
-    share what was compiled for the first.
     """
-    from torch._dynamo import config  # an import of seconds, for those who compile
+    from torch._dynamo import config  # takes seconds to import
 
-    # before torch 2.7
+    # the second is its name before torch 2.7
     limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
     setattr(config, limit, max(GRAPHS, getattr(config, limit)))
     graph = torch.compile(fn, dynamic=False, options=options)
@@ -162,10 +153,10 @@ def compiled(
 
 
 def compile_encoders(model: torch.nn.Module, batch: int, options: dict | None = None) -> None:
-    """Compile a model's encoders for training steps of `batch` images on this rank. State-dict keys
-    stay as they are.
+    """Compile a model's encoders for training steps of `batch` images on this rank.
 
-    model: a MoCo, an Instance or a Rotation. options: torch.compile's, for inductor.
+    model: a MoCo, an Instance or a Rotation, whose state-dict keys stay. options: torch.compile's,
+    for inductor.
     """
     shown = batch * model.shown_of_an_image
     for encoder in encoders_of(model):
@@ -176,26 +167,23 @@ def compile_encoders(model: torch.nn.Module, batch: int, options: dict | None = 
 def compile_augmentation(
     augmentation: Callable, views: int, device: torch.device, options: dict | None = None
 ) -> None:
-    """Compile what a loader's augmentation does on the device: on CUDA for `views` views at once,
-    on a CPU for one photo at a time.
+    """Compile the part of an augmentation that runs on the device; others stay as they are.
 
-    Augmentations by PIL stay as they are. options: torch.compile's, for inductor.
+    On CUDA it is compiled for `views` views at once, on a CPU for one photo at a time. options:
+    torch.compile's, for inductor.
     """
     if not isinstance(augmentation, BatchViews):
         return
+    is_photo = isinstance(augmentation, BatchAugmentation)
     if device.type == "cuda":
         names = ["numbers", "apply"]
-        if isinstance(augmentation, BatchAugmentation):
+        if is_photo:
             last = ["blur_rows", "blur_columns"] if augmentation.blur else ["normalize"]
             names = ["numbers", "crop", "plan", "colour", *last]
         for name in names:
-            setattr(
-                augmentation,
-                name,
-                compiled(getattr(augmentation, name), lambda x: len(x) == views, options),
-            )
-    elif isinstance(augmentation, BatchAugmentation):
-        augmentation.adjust = tuple(
-            compiled(adjust, lambda x: len(x) == 1, options) for adjust in augmentation.adjust
-        )
-        augmentation.shifts = compiled(augmentation.shifts, lambda x: len(x) == 1, options)
+            plain = getattr(augmentation, name)
+            setattr(augmentation, name, compiled(plain, lambda x: len(x) == views, options))
+    elif is_photo:
+        alone = lambda x: len(x) == 1
+        augmentation.adjust = tuple(compiled(fn, alone, options) for fn in augmentation.adjust)
+        augmentation.shifts = compiled(augmentation.shifts, alone, options)
