@@ -465,9 +465,7 @@ def test_more_epochs_are_refused_where_mining_would_no_longer_lie_between_rounds
     ):
         resume.check_same(flags, {**flags, "epochs": 12}, epochs=1)
     for other in ({"miner": "none"}, {"isl_every": 3}, {"isl_rounds": 1}):
-        resume.check_same(
-            {**flags, **other}, {**flags, **other, "epochs": 12}, epochs=1, mined=False
-        )
+        resume.check_same({**flags, **other}, {**flags, **other, "epochs": 12}, epochs=1)
 
 
 def test_another_number_of_ranks_goes_on_and_says_so(finished, tmp_path):

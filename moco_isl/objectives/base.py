@@ -242,7 +242,6 @@ class MinedObjective(Objective):
             raise BadInput(f"form {self.form!r} is unknown: use {' or '.join(FORMS)}")
         check_at_least(1, P=self.P)
         check_at_least(0, hpe=self.hpe)
-        self.P = min(self.P, self.num_images)
         if self.bank_mix is None:
             self.bank_mix = self.usual_mix
         if not 0 <= self.bank_mix <= 1:
@@ -251,6 +250,7 @@ class MinedObjective(Objective):
                 " row"
             )
         super().__post_init__()
+        self.P = min(self.P, self.num_images)
         self.bank = FeatureBank(self.model.dim, self.device, self.bank_dtype)
         if self.fast:
             fused.try_out(self.device, self.model.dim)
