@@ -129,7 +129,7 @@ def worker(args: argparse.Namespace, stop, start: resume.Start, content: dict) -
             isl = build_objective(args, model, reader.M)
             miner = build_miner(args, reader.labels)
             parts = pretrain.assemble(model, isl, miner, reader, plan, numerics)
-            folder = pretrain.take_folder(args.out, start, args.keep)
+            folder = resume.take_folder(args.out, start, args.keep)
             progress = Progress(args.progress, args.epochs, len(reader.loader))
             with closing(pretrain.Journal(folder, progress, parts.position)) as journal:
                 save = pretrain.Saver(parts, folder, vars(args), reader.images.side, device)

@@ -192,21 +192,6 @@ def as_in_library(encoder: nn.Module, name: str) -> bool:
     return backbone_shapes(encoder) == backbone_shapes(on_meta(lambda: library(name, 1, None)))
 
 
-def require_side(encoder: nn.Module, arch: str, side: int) -> None:
-    """Raise BadInput where an encoder, on the CPU or the meta device, does not take images of this
-    side.
-    """
-    try:
-        with evaluating(encoder):
-            encoder(torch.zeros(1, 3, side, side, device=next(encoder.parameters()).device))
-    except (RuntimeError, AssertionError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise BadInput(
-            f"{arch} does not take images of side {side} ({reason.rstrip('.')}): give the"
-            " --image-size it was made for"
-        ) from error
-
-
 def backbone_shapes(encoder: nn.Module) -> dict[str, torch.Size]:
     """The shapes, by name, of everything in an encoder's state dict but its head."""
     place = head_name(encoder) + "."
@@ -319,6 +304,24 @@ class DigitsNet(nn.Module):
         return self.fc(x.mean(dim=(2, 3)))
 
 
+@torch.no_grad()
+def require_side(encoder: nn.Module, arch: str, side: int) -> None:
+    """Raise BadInput where an encoder does not take images of this side.
+
+    The encoder is on the CPU or the meta device.
+    """
+    device = next(encoder.parameters()).device
+    try:
+        with evaluating(encoder):
+            encoder(torch.zeros(1, 3, side, side, device=device))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise BadInput(
+            f"{arch} does not take images of side {side} ({reason}): give the --image-size it was"
+            " made for"
+        ) from error
+
+
 # ---- the head: the last linear layer, or the MLP that MoCo v2 puts in its place ------------------
 
 
@@ -393,6 +396,16 @@ def stage_names(encoder: nn.Module) -> dict[str, str]:
     return {}
 
 
+def require_layers(encoder: nn.Module, layers: Iterable[str]) -> None:
+    """Raise BadInput for a layer that the encoder does not have (see `Taps`)."""
+    known = [*stage_names(encoder), BACKBONE]
+    for layer in layers:
+        if layer not in known and layer != OUTPUT:
+            raise BadInput(
+                f"{type(encoder).__name__} has no layer {layer!r}; it has {', '.join(known)}"
+            )
+
+
 class Taps(nn.Module):
     """An encoder that returns several of its layers: images [N, 3, S, S] -> {layer: tensor}.
 
@@ -406,15 +419,13 @@ class Taps(nn.Module):
         self.encoder = encoder
         self.layers = list(layers)
         self._seen: dict[str, torch.Tensor] = {}
+        require_layers(encoder, self.layers)
         stages = stage_names(encoder)
         for layer in self.layers:
             if layer == BACKBONE:
                 encoder.get_submodule(head_name(encoder)).register_forward_pre_hook(self._before)
-            elif layer in stages:
-                encoder.get_submodule(stages[layer]).register_forward_hook(self._after(layer))
             elif layer != OUTPUT:
-                known = ", ".join([*stages, BACKBONE])
-                raise BadInput(f"{type(encoder).__name__} has no layer {layer!r}; it has {known}")
+                encoder.get_submodule(stages[layer]).register_forward_hook(self._after(layer))
 
     def _before(self, module: nn.Module, inputs: tuple) -> None:
         self._seen[BACKBONE] = inputs[0]

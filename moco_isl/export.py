@@ -1,5 +1,4 @@
-"""Hand the backbone of a checkpoint to another library, in that library's own form, and prove that
-it arrived.
+"""Write the backbone of a checkpoint in the form of another library, and prove that it arrived.
 
 python -m moco_isl.export FILE --to torchvision|timm|safetensors|detectron2 --out FILE
 """
@@ -15,16 +14,12 @@ import torchvision
 from torch import nn
 
 from moco_isl import __version__, files
-from moco_isl.encoders import BACKBONE, STEMS, Taps, backbone_shapes, evaluating, head_name, on_meta
+from moco_isl.encoders import BACKBONE, Taps, backbone_shapes, evaluating, head_name, on_meta
 from moco_isl.errors import BadInput, RunFailed
-from moco_isl.evaluation.backbone import (
-    describe,
-    from_detectron2,
-    load_backbone,
-    read_file,
-    to_detectron2,
-)
-from moco_isl.evaluation.features import fingerprint, read_results
+from moco_isl.evaluation.backbone import describe, from_detectron2, load_backbone, to_detectron2
+from moco_isl.evaluation.options import add_file_options
+from moco_isl.evaluation.results import read_results
+from moco_isl.evaluation.subject import fingerprint
 from moco_isl.run import checkpoint, exits, flags
 from moco_isl.run.logs import read_facts
 
@@ -44,15 +39,16 @@ def export(
     stem: str | None = None,
     results: list[str] = (),
 ) -> list[str]:
-    """Write the backbone in `path` (see `load_backbone`) for the library `to` into the file `out`;
-    lines to print.
+    """Write the backbone in `path` for the library `to` into `out`; returns lines to print.
 
-    What was written is read again the library's own way and gives the same backbone output on a
-    fixed tensor, to 1e-5; for detectron2 the names are mapped back and compared. results:
-    results.json files of main_knn.py and main_lincls.py for the model card of safetensors. Raises
-    BadInput where the library has no such network, RunFailed on a difference.
+    path, key_encoder, arch, stem: see `load_backbone`. results: results.json files of main_knn.py
+    and main_lincls.py, for the model card of safetensors. What was written is read again as the
+    library does, and must give the same backbone output on a fixed tensor, to 1e-5; detectron2's
+    names are mapped back and the tensors compared. Raises BadInput where the library has no such
+    network, RunFailed on a difference.
     """
-    path, out = Path(path), Path(out)
+    path = Path(path)
+    out = Path(out)
     _check_out(path, to, out)
     has_card = to == "safetensors" or (to == "timm" and out.suffix == ".safetensors")
     if results and not has_card:
@@ -73,14 +69,12 @@ def export(
     checkpoint.require_writable(out, "--out")
     try:
         _compare(encoder, info, write())
-    except BaseException:  # what is not proven does not stay
+    except BaseException:  # a file that was not compared must not stay
         out.unlink(missing_ok=True)
         raise
-    proof = (
-        "names mapped back: equal tensors"
-        if to == "detectron2"
-        else "same output on a fixed tensor"
-    )
+    proof = "same output on a fixed tensor"
+    if to == "detectron2":
+        proof = "names mapped back: equal tensors"
     return [
         describe(info),
         f"=> wrote '{out}' for {to}: {len(state)} tensors, without the head; {proof}",
@@ -89,9 +83,7 @@ def export(
 
 
 def _check_out(path: Path, to: str, out: Path) -> None:
-    """Raise BadInput where `out` is there already, or has a name by which its reader would take it
-    for another kind of file.
-    """
+    """Raise BadInput where `out` is there, or its ending stands for another kind of file."""
     found = files.kind(out, "--out")
     if found == "folder":
         raise BadInput(f"--out '{out}' is a folder: name the file to write")
@@ -113,24 +105,22 @@ def _check_out(path: Path, to: str, out: Path) -> None:
         )
 
 
-# ---- one function for each library: checks that it has the network, returns (write, notes);
-# write() reads again
+# ---- one function for each library ---------------------------------------------------------------
+# It checks that the library has the network, and returns (write, lines to print). write() writes
+# the file and returns the backbone that the library reads from it.
+
+Form = tuple[Callable[[], nn.Module], list[str]]
 
 
-def _torchvision(
-    state: Tensors, info: dict, out: Path, card: dict[str, str]
-) -> tuple[Callable[[], nn.Module], list[str]]:
+def _torchvision(state: Tensors, info: dict, out: Path, card: dict[str, str]) -> Form:
     name = info["arch"].removeprefix("timm:")
     known = name in torchvision.models.list_models(module=torchvision.models)
-    _require(
-        known and _same_shapes(lambda: torchvision.models.get_model(name, weights=None), state),
-        info,
-        "torchvision",
-    )
+    build = lambda: torchvision.models.get_model(name, weights=None)
+    _require(known and _same_shapes(build, state), info, "torchvision")
 
     def write() -> nn.Module:
         checkpoint.save(state, out)
-        model = torchvision.models.get_model(name, weights=None)
+        model = build()
         answer = model.load_state_dict(torch.load(out, weights_only=True), strict=False)
         place = head_name(model) + "."
         if answer.unexpected_keys or not all(n.startswith(place) for n in answer.missing_keys):
@@ -141,9 +131,7 @@ def _torchvision(
     return write, [f"=> read it by {how}; it misses exactly the classifier"]
 
 
-def _timm(
-    state: Tensors, info: dict, out: Path, card: dict[str, str]
-) -> tuple[Callable[[], nn.Module], list[str]]:
+def _timm(state: Tensors, info: dict, out: Path, card: dict[str, str]) -> Form:
     try:
         import timm
     except ImportError:
@@ -152,11 +140,8 @@ def _timm(
         ) from None
     name = info["arch"].removeprefix("timm:")
     known = timm.is_model(name)
-    _require(
-        known and _same_shapes(lambda: timm.create_model(name, num_classes=0), state, whole=True),
-        info,
-        "timm",
-    )
+    build = lambda: timm.create_model(name, num_classes=0)
+    _require(known and _same_shapes(build, state, whole=True), info, "timm")
 
     def write() -> nn.Module:
         if out.suffix == ".safetensors":
@@ -171,9 +156,7 @@ def _timm(
     ]
 
 
-def _safetensors(
-    state: Tensors, info: dict, out: Path, card: dict[str, str]
-) -> tuple[Callable[[], nn.Module], list[str]]:
+def _safetensors(state: Tensors, info: dict, out: Path, card: dict[str, str]) -> Form:
     def write() -> nn.Module:
         checkpoint.save_safetensors(state, out, card)
         return Taps(load_backbone(out)[0], [BACKBONE])
@@ -184,14 +167,9 @@ def _safetensors(
     ]
 
 
-def _detectron2(
-    state: Tensors, info: dict, out: Path, card: dict[str, str]
-) -> tuple[Callable[[], nn.Module], list[str]]:
-    _require(
-        info["arch"].removeprefix("timm:") in _DETECTRON2 and info["stem"] != "cifar",
-        info,
-        "detectron2",
-    )
+def _detectron2(state: Tensors, info: dict, out: Path, card: dict[str, str]) -> Form:
+    known = info["arch"].removeprefix("timm:") in _DETECTRON2 and info["stem"] != "cifar"
+    _require(known, info, "detectron2")
 
     def write() -> nn.Module:
         content = {
@@ -201,9 +179,8 @@ def _detectron2(
         }
         checkpoint.save(content, out)
         back = from_detectron2(torch.load(out, weights_only=True)["model"])
-        if back.keys() != state.keys() or not all(
-            torch.equal(back[name], t) for name, t in state.items()
-        ):
+        same = lambda: all(torch.equal(back[name], t) for name, t in state.items())
+        if back.keys() != state.keys() or not same():
             raise RunFailed(f"the names in '{out}' do not map back to the backbone's")
         return Taps(load_backbone(out)[0], [BACKBONE])
 
@@ -231,24 +208,21 @@ def _require(has_it: bool, info: dict, library: str) -> None:
 
 
 def _same_shapes(build: Callable[[], nn.Module], state: Tensors, whole: bool = False) -> bool:
-    """Whether the library's network (less its classifier, unless it has none: whole) has these
-    names and shapes.
+    """Whether the library's network, without its classifier, has these names and shapes.
+
+    whole: it has no classifier.
     """
     model = on_meta(build)
-    theirs = (
-        {n: t.shape for n, t in model.state_dict().items()} if whole else backbone_shapes(model)
-    )
-    return theirs == {n: t.shape for n, t in state.items()}
+    shapes = lambda tensors: {name: t.shape for name, t in tensors.items()}
+    return shapes(state) == (shapes(model.state_dict()) if whole else backbone_shapes(model))
 
 
 @torch.no_grad()
 def _compare(encoder: nn.Module, info: dict, read_again: nn.Module) -> None:
-    fixed = (
-        info["image_size"] or getattr(encoder, "pretrained_cfg", {}).get("input_size", [224])[-1]
-    )
-    side = (
-        64 if isinstance(encoder, torchvision.models.ResNet) or info["stem"] == "cifar" else fixed
-    )
+    """Raise RunFailed where what was read again answers a fixed tensor otherwise."""
+    side = info["image_size"] or getattr(encoder, "pretrained_cfg", {}).get("input_size", [224])[-1]
+    if isinstance(encoder, torchvision.models.ResNet) or info["stem"] == "cifar":
+        side = 64
     images = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
     with evaluating(encoder), evaluating(read_again):
         ours = Taps(encoder, [BACKBONE])(images)[BACKBONE]
@@ -266,12 +240,10 @@ def _compare(encoder: nn.Module, info: dict, read_again: nn.Module) -> None:
 
 
 def model_card(path: Path, info: dict, results: list[str]) -> dict[str, str]:
-    """What is known about a checkpoint, as safetensors' metadata: strings, those that are not known
-    left out.
-    """
-    args, beside = info["args"], path.parent / "args.json"
+    """What is known about a checkpoint, as safetensors' metadata: texts by name."""
+    args = info["args"]
     command = None
-    if beside.is_file():
+    if (path.parent / "args.json").is_file():
         command = " ".join(read_facts(path.parent).get("command", [])[1:])
     card = {
         "format": "pt",
@@ -287,7 +259,8 @@ def model_card(path: Path, info: dict, results: list[str]) -> dict[str, str]:
         "command": command,
         "source_sha256": fingerprint(path),
     }
-    judged = {}
+    judged = {key: info["metadata"][key] for key in ("knn", "linear") if key in info["metadata"]}
+    rows_of = {}
     for name in results:
         found = _of_checkpoint(read_results(name, "--results"), card["source_sha256"])
         rows = found.get("classifiers", found.get("results"))
@@ -302,30 +275,18 @@ def model_card(path: Path, info: dict, results: list[str]) -> dict[str, str]:
                 " is exported: give or drop --key"
             )
         where = {key: found[key] for key in ("dataset", "protocol") if key in found}
-        judged.setdefault("linear" if "classifiers" in found else "knn", []).extend(
-            {**where, **row} for row in rows
-        )
-    card |= {key: json.dumps(rows) for key, rows in judged.items()}
-    card |= {
-        key: value
-        for key, value in read_file(path)[1].items()
-        if key in ("knn", "linear") and key not in card
-    }
+        kind = "linear" if "classifiers" in found else "knn"
+        rows_of.setdefault(kind, []).extend({**where, **row} for row in rows)
+    card |= judged | {kind: json.dumps(rows) for kind, rows in rows_of.items()}
     return {key: str(value) for key, value in card.items() if value is not None}
 
 
 def _of_checkpoint(results: dict, sha256: str) -> dict:
-    """Of what a results.json holds, newest and earlier ones, those of this checkpoint; otherwise
-    the newest.
-    """
-    return next(
-        (
-            found
-            for found in [results, *reversed(results.get("earlier", []))]
-            if found.get("sha256") == sha256
-        ),
-        results,
-    )
+    """The newest results of this checkpoint in a results.json; else the newest of any."""
+    for found in [results, *reversed(results.get("earlier", []))]:
+        if found.get("sha256") == sha256:
+            return found
+    return results
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -333,38 +294,19 @@ def _of_checkpoint(results: dict, sha256: str) -> dict:
 
 def get_parser() -> flags.Parser:
     parser = flags.Parser(prog="python -m moco_isl.export", description=__doc__)
-    parser.add_argument(
-        "file", metavar="FILE", help="checkpoint of ours or MoCo's, or a state dict"
-    )
-    parser.add_argument("--to", required=True, choices=_FORMS, help="the library to write for")
-    parser.add_argument(
-        "--out",
-        required=True,
-        metavar="FILE",
-        help="the file to write; none that is there is written over",
-    )
-    parser.add_argument(
-        "--key", action="store_true", help="the key encoder of a MoCo file, not the query encoder"
-    )
-    parser.add_argument(
-        "-a", "--arch", help="architecture (default: as the file says or its tensors show)"
-    )
-    parser.add_argument(
-        "--stem", choices=STEMS, default="auto", help="auto: as the tensors of the file show"
-    )
-    parser.add_argument(
-        "--results",
-        nargs="+",
-        type=_results,
-        default=[],
-        metavar="results.json",
-        help="for the model card of safetensors",
-    )
+    add = parser.add_argument
+    add("file", metavar="FILE", help="checkpoint of ours or MoCo's, or a state dict")
+    add("--to", required=True, choices=_FORMS, help="the library to write for")
+    out = "the file to write; none that is there is written over"
+    add("--out", required=True, metavar="FILE", help=out)
+    add_file_options(parser)
+    given = {"type": _results, "default": [], "metavar": "results.json"}
+    add("--results", nargs="+", help="for the model card of safetensors", **given)
     return parser
 
 
 def _results(text: str) -> str:
-    if not text.endswith(".json"):  # by its name a FILE after it is told from one more of them
+    if not text.endswith(".json"):  # so that a FILE behind these is not taken for one of them
         raise argparse.ArgumentTypeError(
             f"'{flags.short(text)}' is no .json file: expected a results.json of main_knn.py or"
             " main_lincls.py"
@@ -379,13 +321,8 @@ def main(argv: list[str] | None = None, stop=None) -> int:
 
 def run(argv: list[str] | None, stop) -> None:
     args = get_parser().parse_args(argv)
-    options = {
-        "key_encoder": args.key,
-        "arch": args.arch,
-        "stem": args.stem,
-        "results": args.results,
-    }
-    for line in export(args.file, args.to, args.out, **options):
+    of = {"key_encoder": args.key, "arch": args.arch, "stem": args.stem}
+    for line in export(args.file, args.to, args.out, results=args.results, **of):
         print(files.shown(line))
 
 

@@ -15,7 +15,7 @@ import main_lincls
 from moco_isl import data
 from moco_isl.data import cache
 from moco_isl.errors import BadInput
-from moco_isl.evaluation import features
+from moco_isl.evaluation.subject import identity
 from tests.runs import SERVER, Running, differences, photos, run
 from tests.test_bad_input import ask
 
@@ -124,7 +124,7 @@ def test_loaders_give_the_same_batches_and_name_the_same_broken_images(folder, t
 
 def test_data_is_told_apart_as_by_its_files(folder, tmp_path):
     held = Held(folder, tmp_path / "cache")
-    assert features.identity([held.dataset]) == features.identity([held.files])
+    assert identity([held.dataset]) == identity([held.files])
 
 
 # ---- when it is not used -------------------------------------------------------------------------

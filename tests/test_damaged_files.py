@@ -26,8 +26,10 @@ from launch import report as launch_report
 from launch import tables
 from moco_isl.encoders import build_encoder
 from moco_isl.errors import BadInput
-from moco_isl.evaluation import features, probe
+from moco_isl.evaluation import features, probe, probing
 from moco_isl.evaluation.backbone import describe, load_backbone
+from moco_isl.evaluation.results import read_results as read_figures
+from moco_isl.evaluation.subject import mismatches
 from moco_isl.export import main as export_main
 from moco_isl.isl import ISL
 from moco_isl.miners import gan as gan_miner
@@ -372,7 +374,9 @@ def read_resume(place: Place, draw: random.Random) -> None:
 def read_probe(place: Place, draw: random.Random) -> None:
     content = damaged(place.probe, draw)
     with in_place_of_files(content):
-        taken = main_lincls.load_resumed("x")
+        flags = argparse.Namespace(out="new", evaluate=True, resume="x")
+        resumed = main_lincls.find_start(flags)
+        taken = resumed.content
         trained = probe.Probe(
             build_encoder("digits", 10),
             ["backbone"],
@@ -385,13 +389,12 @@ def read_probe(place: Place, draw: random.Random) -> None:
             weight_decay=0.0,
             reading={},
         )
-        if "probe" in taken:
-            state.require_probe(
-                taken, "x", trained.model, trained.parameters(), M - 2, taken["args"]["batch_size"]
-            )
+        if resumed.is_ours:
+            probing.require_origin(resumed, place.probe["probe"], file="", images="")
+            probing.require_probe(taken, "x", trained.model, trained.parameters(), M - 2)
             trained.model.load_state_dict(taken["probe"]["model"])
             resume.restore_rng(
-                taken["probe"]["rng"], torch.device("cpu"), main_lincls.engine.Position().averages
+                taken["probe"]["rng"], torch.device("cpu"), probing.engine.Position().averages
             )
         else:
             state.require_optimizer(
@@ -411,8 +414,8 @@ def read_backbone(place: Place, draw: random.Random) -> None:
         )
         encoder(torch.zeros(2, 3, 16, 16))
         one_line(describe(info))
-        for line in probe.strange(
-            {**info, "args": {**info["args"], "image_size": 16}}, dataset="digits", size=16
+        for line in mismatches(
+            {**info, "args": {**info["args"], "image_size": 16}}, dataset="digits", side=16
         ):
             one_line(line)
 
@@ -491,7 +494,7 @@ def read_a_run(place: Place, draw: random.Random) -> None:
 def read_results(place: Place, draw: random.Random) -> None:
     (place.folder / "results.json").write_bytes(damaged_text(place.results, draw))
     tables.results("lincls", place.folder)
-    found = features.read_results(place.folder / "results.json")
+    found = read_figures(place.folder / "results.json")
     max((row["top1"] for row in found.get("results", found.get("classifiers", []))), default=0)
 
 

@@ -29,7 +29,7 @@ from moco_isl.data import (
     native_size,
 )
 from moco_isl.errors import BadInput
-from moco_isl.evaluation.features import labelled
+from moco_isl.evaluation.subject import labelled
 
 
 def save(path, colour=(200, 30, 90), size=(12, 10), **options):

@@ -1,6 +1,4 @@
-"""Variables that say where a process stands among others: what is sound is taken, what is not is
-one line of each.
-"""
+"""Variables that say which rank a process is: what is sound is taken, the rest is one line."""
 
 import pytest
 

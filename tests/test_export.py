@@ -1,6 +1,4 @@
-"""Every library gets the backbone in its own form and answers as ours does; MoCo's own probe reads
-our files.
-"""
+"""Every library reads what we export, and answers as ours; MoCo's own probe reads our files."""
 
 import json
 from functools import partial
@@ -15,7 +13,7 @@ from moco_isl import export
 from moco_isl.builder import MoCo
 from moco_isl.encoders import build_encoder
 from moco_isl.evaluation.backbone import load_backbone
-from moco_isl.evaluation.features import fingerprint
+from moco_isl.evaluation.subject import fingerprint
 
 
 def write_moco(path, arch, stem="imagenet", mlp=True):

@@ -12,6 +12,7 @@ import main_moco_isl
 from moco_isl import builder, export
 from moco_isl.encoders import build_encoder
 from moco_isl.errors import BadInput
+from moco_isl.evaluation import options
 from moco_isl.report import __main__ as report
 from moco_isl.run import checkpoint, devices, flags
 
@@ -213,7 +214,7 @@ def test_a_flag_of_several_values_leaves_the_folder_alone():
     values = {
         int: ["3", "4"],
         float: ["1e-3", "-2", "3"],
-        main_lincls._layer: ["all", "conv2"],
+        options.layer: ["all", "conv2"],
         export._results: ["a.json", "b/c.json"],
     }
     tried = 0

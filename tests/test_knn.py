@@ -164,7 +164,13 @@ def moco_file(tmp_path_factory):
 
 
 def run_main(*argv):
-    return main_knn.main([str(a) for a in (*argv, "--workers", 0, "--device", "cpu")])
+    """argv: flags, of which one may be a text of several words."""
+    given = (*argv, "--workers 0 --device cpu")
+    return main_knn.main([word for flag in given for word in str(flag).split()])
+
+
+def works(*argv):
+    assert run_main(*argv) == 0
 
 
 def results(folder):
@@ -191,21 +197,8 @@ def digit_features(model, split):
 def test_script_reports_both_features_and_uses_kept_ones(moco_file, tmp_path, capsys):
     path, model = moco_file
     kept = tmp_path / "kept.safetensors"
-    flags = [
-        "--pretrained",
-        path,
-        "--dataset",
-        "digits",
-        "--k",
-        1,
-        20,
-        "--T",
-        0.1,
-        0.5,
-        "--features",
-        kept,
-    ]
-    assert run_main(*flags, "--out", tmp_path / "a") == 0
+    flags = ["--pretrained", path, "--dataset digits --k 1 20 --T 0.1 0.5 --features", kept]
+    works(*flags, "--out", tmp_path / "a")
     found = results(tmp_path / "a")
     train, labels = digit_features(model, "train")
     val, truth = digit_features(model, "val")
@@ -223,7 +216,7 @@ def test_script_reports_both_features_and_uses_kept_ones(moco_file, tmp_path, ca
     assert found["results"][0]["top1"] > 50  # random features of digits are far above chance
     capsys.readouterr()
     # again from the file: the same numbers, without encoder or images
-    assert run_main("--features", kept, "--k", 1, 20, "--T", 0.1, 0.5, "--out", tmp_path / "b") == 0
+    works("--features", kept, "--k", 1, 20, "--T", 0.1, 0.5, "--out", tmp_path / "b")
     assert results(tmp_path / "b")["results"] == found["results"]
     assert "used all" not in capsys.readouterr().out
     # features of another file are refused
@@ -241,10 +234,7 @@ def test_script_leaves_one_out_where_there_is_no_val(moco_file, tmp_path, capsys
         folder.mkdir(parents=True, exist_ok=True)
         to_pil_image(dataset[i][0]).save(folder / f"{i:03d}.png")
     flags = ["--pretrained", path, tmp_path / "images", "--image-size", 16, "--k", 3, 200]
-    assert (
-        run_main(*flags, "--out", tmp_path / "out", "--features", tmp_path / "kept.safetensors")
-        == 0
-    )
+    works(*flags, "--out", tmp_path / "out", "--features", tmp_path / "kept.safetensors")
     found = results(tmp_path / "out")
     assert found["protocol"].startswith("leave-one-out") and found["M"] == found["queries"] == 60
     assert {r["k"] for r in found["results"]} == {3, 59} and "59 instead" in capsys.readouterr().out
@@ -271,26 +261,8 @@ def test_kept_features_are_used_only_for_what_they_are_of(moco_file, tmp_path, c
     names = [sorted(str(p.relative_to(root)) for p in root.rglob("*.png")) for root in (one, two)]
     assert names[0] == names[1]
     kept, flags = tmp_path / "kept.safetensors", ["--image-size", 16, "--k", 3]
-    assert (
-        run_main(
-            "--pretrained", moco_file[0], one, "--features", kept, *flags, "--out", tmp_path / "out"
-        )
-        == 0
-    )
-    assert (
-        run_main(
-            "--pretrained",
-            moco_file[0],
-            one,
-            "--features",
-            kept,
-            "--k",
-            3,
-            "--out",
-            tmp_path / "again",
-        )
-        == 0
-    )
+    works("--pretrained", moco_file[0], one, "--features", kept, *flags, "--out", tmp_path / "out")
+    works("--pretrained", moco_file[0], one, "--features", kept, "--k 3 --out", tmp_path / "again")
     assert results(tmp_path / "out")["results"] == results(tmp_path / "again")["results"]
     before = kept.read_bytes()
     for other, said in [
@@ -322,16 +294,13 @@ def test_kept_features_are_used_only_for_what_they_are_of(moco_file, tmp_path, c
 )
 def test_features_that_do_not_belong_together_are_refused(moco_file, tmp_path, capsys, harm):
     kept = tmp_path / "kept.safetensors"
-    assert (
-        run_main("--pretrained", moco_file[0], "--dataset", "digits", "--features", kept, "--k", 1)
-        == 0
-    )
+    works("--pretrained", moco_file[0], "--dataset", "digits", "--features", kept, "--k", 1)
     tensors = load_file(kept)
     harm(tensors)
     save_file(tensors, kept)
     capsys.readouterr()
     assert run_main("--features", kept, "--k", 1) == 2
-    assert "holds no labels and finite features of this project's" in capsys.readouterr().err
+    assert "holds no labels and finite features" in capsys.readouterr().err
 
 
 def test_an_image_that_cannot_be_read_ends_it_or_is_left_out(moco_file, tmp_path, capsys):
@@ -342,7 +311,7 @@ def test_an_image_that_cannot_be_read_ends_it_or_is_left_out(moco_file, tmp_path
     assert run_main(*flags) == 3
     error = capsys.readouterr().err
     assert str(broken) in error and "--max-bad-images" in error and error.count("\n") == 1
-    assert run_main(*flags, "--max-bad-images", 1) == 0
+    works(*flags, "--max-bad-images", 1)
     assert f"{broken} cannot be read and is left out" in capsys.readouterr().out
     found = results(tmp_path / "out")
     argv = [str(a) for a in (*flags[:-1], tmp_path / "two", "--workers", 0, "--device", "cpu")]
@@ -350,7 +319,7 @@ def test_an_image_that_cannot_be_read_ends_it_or_is_left_out(moco_file, tmp_path
     assert run_ranks(2, _main_on_a_rank, argv) == [3, 3]
     assert results(tmp_path / "two")["results"] == found["results"]
     broken.unlink()  # the same as if it had never been there
-    assert run_main(*flags) == 0
+    works(*flags)
     assert (results(tmp_path / "out")["results"], found["queries"]) == (found["results"], 39)
 
 
@@ -398,12 +367,7 @@ def two_kept(moco_file, tmp_path_factory):
     content = torch.load(moco_file[0], weights_only=True)
     torch.save({**content, "epoch": 9}, folder / "two.pth.tar")
     for name, path in (("one", moco_file[0]), ("two", folder / "two.pth.tar")):
-        assert (
-            run_main(
-                "--pretrained", path, root, "--k", 1, "--features", folder / f"{name}.safetensors"
-            )
-            == 0
-        )
+        works("--pretrained", path, root, "--k 1 --features", folder / f"{name}.safetensors")
     return folder
 
 
@@ -433,12 +397,10 @@ def test_results_of_another_checkpoint_or_command_are_kept(two_kept, tmp_path, m
     ]
 
 
-def test_results_are_written_whole_and_a_torn_file_does_not_block(
-    two_kept, tmp_path, monkeypatch, capsys
-):
+def test_results_are_written_whole_and_over_nobody_elses(two_kept, tmp_path, monkeypatch, capsys):
     flags = ["--features", two_kept / "one.safetensors", "--k", 1, "--out", tmp_path]
     path = tmp_path / "results.json"
-    assert run_main(*flags) == 0
+    works(*flags)
     whole = path.read_text()
     with monkeypatch.context() as patched:
         patched.setattr(
@@ -450,24 +412,13 @@ def test_results_are_written_whole_and_a_torn_file_does_not_block(
         and path.read_text() == whole
         and os.listdir(tmp_path) == ["results.json"]
     )
-    # as an older version left it on a full disk
-    for torn in ("", whole[:3], whole[: len(whole) // 2]):
-        path.write_text(torn)
-        assert run_main(*flags) == 0
-        assert (
-            f"'{path}' had been cut off and cannot be read; it is now 'results.json.torn'"
-            in capsys.readouterr().out
-        )
-        assert (
-            results(tmp_path) == json.loads(whole)
-            and (tmp_path / "results.json.torn").read_text() == torn
-        )
     for other in (
         "[1]",
         "{}",
         "somebody's notes",
         '{"results": {}}',
         '{"results": [], "earlier": 3}',
+        whole[: len(whole) // 2],
     ):
         path.write_text(other)
         assert run_main(*flags) == 2
@@ -519,19 +470,7 @@ def test_a_file_trained_on_other_images_is_warned_of(moco_file, tmp_path, capsys
     torch.save(
         {**content, "args": {"dataset": "cifar10", "image_size": 32}}, tmp_path / "file.pth.tar"
     )
-    assert (
-        run_main(
-            "--pretrained",
-            tmp_path / "file.pth.tar",
-            "--dataset",
-            "digits",
-            "--image-size",
-            16,
-            "--k",
-            1,
-        )
-        == 0
-    )
+    works("--pretrained", tmp_path / "file.pth.tar", "--dataset digits --image-size 16 --k 1")
     out = capsys.readouterr().out
     assert "trained on cifar10, judged on digits" in out and "side 32, judged on side 16" in out
 

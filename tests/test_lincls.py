@@ -17,17 +17,20 @@ from moco_isl.builder import MoCo
 from moco_isl.data.draws import permutation
 from moco_isl.encoders import build_encoder, get_head, set_head
 from moco_isl.errors import RunFailed
-from moco_isl.evaluation import linear, probe
+from moco_isl.evaluation import linear, probe, probing
 from moco_isl.evaluation.backbone import load_backbone
 from moco_isl.evaluation.features import Split
 from moco_isl.evaluation.knn import few_shot
+from moco_isl.evaluation.subject import mismatches
+from moco_isl.run import checkpoint
 from tests.ranks import run_ranks
 
 
 @pytest.fixture(scope="module")
 def moco_file(tmp_path_factory):
-    """An untrained MoCo of the demo's network, its batch norm calibrated: random features are far
-    above chance.
+    """An untrained MoCo of the demo's network.
+
+    Its batch norm has seen the images, so that random features are far above chance.
     """
     torch.manual_seed(0)
     model = MoCo(partial(build_encoder, "digits"), dim=16, K=32, mlp=True)
@@ -52,25 +55,21 @@ def moco_file(tmp_path_factory):
 
 
 def flags_of(moco_file, out, *more):
-    fixed = [
-        "--pretrained",
-        moco_file,
-        "--dataset",
-        "digits",
-        "--workers",
-        0,
-        "--device",
-        "cpu",
-        "--seed",
-        0,
-        "--out",
-        out,
-    ]
-    return [str(flag) for flag in (*fixed, *more)]
+    fixed = "--dataset digits --workers 0 --device cpu --seed 0 --out"
+    return words("--pretrained", moco_file, fixed, out, *more)
+
+
+def words(*flags):
+    """argv of flags, of which one may be a text of several words."""
+    return [word for flag in flags for word in str(flag).split() or [""]]
 
 
 def run(moco_file, out, *more, **options):
     return main_lincls.main(flags_of(moco_file, out, *more), **options)
+
+
+def works(*given, **options):
+    assert run(*given, **options) == 0
 
 
 def results(folder):
@@ -203,7 +202,7 @@ def test_classifiers_side_by_side_are_those_trained_alone():
     split = Split(
         {"conv1": torch.randn(50, 4) + labels[:, None], "backbone": torch.randn(50, 6)}, labels
     )
-    # one of them diverges and harms no other
+    # one of them diverges, and the others train as if it were not there
     heads = linear.Heads({"conv1": 4, "backbone": 6}, [0.1, 1e38, 2.0], 3)
     first = {layer: heads.linear[i] for i, (layer, _) in enumerate(heads.keys)}
     expected = [
@@ -285,26 +284,30 @@ def test_the_rate_is_chosen_on_held_out_images_not_on_val():
     names = ["conv1@0.1", "conv1@1", "conv1@10"]
     val = {n: {"top1": t, "top5": 90.0} for n, t in zip(names, (50.0, 40.0, 60.0))}
     held = {n: {"top1": t, "top5": 90.0} for n, t in zip(names, (30.0, 44.0, 44.0))}
-    rows = probe.result_rows(names, val, held, {}, {"conv1": 8})
-    # best held out, the lower of two equal rates
+    rows = probing.result_rows(names, val, held, {}, {"conv1": 8})
+    # the best on held-out images; of two equal rates the lower one
     assert [row["chosen"] for row in rows] == [False, True, False]
     assert [row["top1"] for row in rows] == [50.0, 40.0, 60.0]
 
 
 def test_traps_are_warned_of_and_only_those():
     info = {"head": "linear", "args": {"dataset": "cifar10", "mlp": False, "image_size": 32}}
-    fine = {"batch_size": 256, "lr_given": False, "mlp": None, "dataset": "cifar10", "size": 32}
-    assert probe.traps(info, **fine) == []
-    assert probe.traps(info, **{**fine, "batch_size": 2048, "lr_given": True}) == []
-    for change, said in [
-        ({"batch_size": 2048}, "--lr 240"),
-        ({"mlp": True}, "--mlp says an MLP head, but the file has a linear one"),
-        ({"dataset": "svhn"}, "trained on cifar10, judged on svhn"),
-        ({"size": 224}, "side 32, judged on side 224"),
+    fine = {"batch_size": 256, "lr_given": False, "mlp": None}
+    assert probing.traps(info, **fine) == []
+    assert probing.traps(info, **{**fine, "batch_size": 2048, "lr_given": True}) == []
+    same = {"dataset": "cifar10", "side": 32}
+    assert mismatches(info, **same) == []
+    for found, said in [
+        (probing.traps(info, **{**fine, "batch_size": 2048}), "--lr 240"),
+        (
+            probing.traps(info, **{**fine, "mlp": True}),
+            "--mlp says an MLP head, but the file has a linear one",
+        ),
+        (mismatches(info, **{**same, "dataset": "svhn"}), "trained on cifar10, judged on svhn"),
+        (mismatches(info, **{**same, "side": 224}), "side 32, judged on side 224"),
+        (mismatches({"head": "mlp", "args": {"mlp": False}}, **same), "own flags"),
     ]:
-        (warning,) = probe.traps(info, **{**fine, **change})
-        assert said in warning
-    assert "own flags" in probe.traps({"head": "mlp", "args": {"mlp": False}}, **fine)[0]
+        assert len(found) == 1 and said in found[0]
 
 
 # ---- the script, on the embedded digits
@@ -316,19 +319,7 @@ def cached_run(moco_file, tmp_path_factory):
     code = run(
         moco_file,
         out,
-        "--cache-features",
-        "--lr",
-        0.3,
-        30,
-        "--epochs",
-        6,
-        "--schedule",
-        4,
-        5,
-        "--layers",
-        "all",
-        "--shots",
-        "1,5",
+        "--cache-features --lr 0.3 30 --epochs 6 --schedule 4 5 --layers all --shots 1,5",
     )
     assert code == 0
     return out
@@ -353,7 +344,7 @@ def test_layers_and_rates_in_one_cached_pass(moco_file, cached_run):
         assert all(
             r["top1"] <= r["best_top1_of_all_epochs"] and r["top1"] <= r["top5"] for r in mine
         )
-    # few labels: the same number from the features by hand
+    # the accuracy with few labels, computed here from the features
     encoder, _ = load_backbone(moco_file)
     seen, feats = [], {}
     get_head(encoder)
@@ -375,27 +366,14 @@ def test_layers_and_rates_in_one_cached_pass(moco_file, cached_run):
 
 
 def test_evaluate_gives_the_numbers_of_the_run(moco_file, cached_run, tmp_path):
-    assert run(moco_file, tmp_path, "-e", "--resume", cached_run / "checkpoint_last.pth.tar") == 0
+    works(moco_file, tmp_path, "-e", "--resume", cached_run / "checkpoint_last.pth.tar")
     before, after = results(cached_run)["classifiers"], results(tmp_path)["classifiers"]
     assert after == before
 
 
 def test_evaluate_takes_the_held_out_images_and_the_protocol_from_the_file(cached_run, tmp_path):
-    """Without a seed of its own it would hold out other images, those trained on, and choose by
-    them.
-    """
-    flags = [
-        "--dataset",
-        "digits",
-        "--device",
-        "cpu",
-        "--workers",
-        "0",
-        "--out",
-        str(tmp_path),
-        "-e",
-        "--resume",
-    ]
+    """With a seed of its own it would hold out images that were trained on, and choose by them."""
+    flags = words("--dataset digits --device cpu --workers 0 --out", tmp_path, "-e --resume")
     assert main_lincls.main([*flags, str(cached_run / "checkpoint_last.pth.tar")]) == 0
     before, after = results(cached_run), results(tmp_path)
     same = ("classifiers", "protocol", "seed", "held_out", "train_images", "epochs", "batch_size")
@@ -408,41 +386,37 @@ def test_evaluate_judges_the_encoder_that_was_probed(moco_file, tmp_path):
         if name.startswith("module.encoder_k.conv") and t.dim() == 4:
             t.neg_()
     torch.save(content, tmp_path / "two.pth.tar")
-    assert (
-        run(
-            tmp_path / "two.pth.tar",
-            tmp_path / "a",
-            "--key",
-            "--cache-features",
-            "--epochs",
-            3,
-            "--lr",
-            1,
-        )
-        == 0
-    )
+    works(tmp_path / "two.pth.tar", tmp_path / "a", "--key --cache-features --epochs 3 --lr 1")
     evaluate = ["-e", "--resume", tmp_path / "a" / "checkpoint_last.pth.tar"]
-    # without --key: the file says it
-    assert run(tmp_path / "two.pth.tar", tmp_path / "b", *evaluate) == 0
-    assert (
-        main_lincls.main(
-            [
-                str(a)
-                for a in (
-                    "--dataset",
-                    "digits",
-                    "--device",
-                    "cpu",
-                    "--out",
-                    tmp_path / "c",
-                    *evaluate,
-                )
-            ]
-        )
-        == 0
-    )
+    # without --key: the file says which encoder it was
+    works(tmp_path / "two.pth.tar", tmp_path / "b", *evaluate)
+    flags = words("--dataset digits --device cpu --out", tmp_path / "c", *evaluate)
+    assert main_lincls.main(flags) == 0
     first, *others = (results(tmp_path / name)["classifiers"][0]["top1"] for name in "abc")
     assert others == [first, first] and results(tmp_path / "b")["encoder"] == "key"
+
+
+def test_each_file_is_read_once(moco_file, tmp_path, monkeypatch):
+    read = []
+
+    def noted(function, path_of):
+        def call(*given, **options):
+            read.append(path_of(*given))
+            return function(*given, **options)
+
+        return call
+
+    load = noted(checkpoint.load, lambda path: str(path))
+    monkeypatch.setattr(checkpoint, "load", load)
+    build = noted(data.build_dataset, lambda name, root, split, download: split)
+    monkeypatch.setattr(data, "build_dataset", build)
+    flags = ["--cache-features", "--lr", 1, "--resume", "auto"]
+    works(moco_file, tmp_path, *flags, "--epochs", 1)
+    assert sorted(read) == sorted([str(moco_file), "train", "val"])
+    read.clear()
+    saved = str(tmp_path / "checkpoint_last.pth.tar")
+    works(moco_file, tmp_path, *flags, "--epochs", 2)
+    assert sorted(read) == sorted([str(moco_file), saved, "train", "val"])
 
 
 def test_evaluate_writes_over_no_run(moco_file, cached_run, capsys):
@@ -491,8 +465,7 @@ def test_mocos_protocol_end_to_end_and_its_file(moco_file, tmp_path, capsys):
         and row["top1"] > 30
     )
     assert results(tmp_path)["train_images"] == 1437 and "MoCo's" in results(tmp_path)["protocol"]
-    # the file is a classifier under MoCo's names: judged by hand it has the accuracy that was
-    # reported
+    # the file is a classifier under MoCo's names, with the accuracy that was reported
     content = last(tmp_path)
     assert (
         content["epoch"] == 3
@@ -512,26 +485,14 @@ def test_mocos_protocol_end_to_end_and_its_file(moco_file, tmp_path, capsys):
     assert row["top1"] == pytest.approx(100 * right.double().mean().item())
     log = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [v["epoch"] for v in log if v["kind"] == "epoch"] == [0, 1, 2]
-    # gone on with as MoCo's own file: without what this project adds
+    # MoCo's own file lacks what this project adds, and can be evaluated, too
     moco_own = tmp_path / "checkpoint.pth.tar"
     torch.save(
         {k: content[k] for k in ("epoch", "arch", "state_dict", "best_acc1", "optimizer")}, moco_own
     )
-    flags = [
-        "--resume",
-        moco_own,
-        "--dataset",
-        "digits",
-        "--workers",
-        0,
-        "--device",
-        "cpu",
-        "--epochs",
-        3,
-        "--out",
-        tmp_path / "own",
-    ]
-    assert main_lincls.main([str(f) for f in (*flags, "-e")]) == 0
+    digits = "--dataset digits --workers 0 --device cpu --epochs 3"
+    flags = words("-e --resume", moco_own, digits, "--out", tmp_path / "own")
+    assert main_lincls.main(flags) == 0
     assert results(tmp_path / "own")["classifiers"][0]["top1"] == row["top1"]
 
 
@@ -547,21 +508,17 @@ class StopInTheSecondEpoch:
 def test_a_stop_while_features_are_taken_is_an_interruption(moco_file, tmp_path, capsys):
     assert run(moco_file, tmp_path, "--cache-features", stop=lambda: True) == 75
     assert "Traceback" not in capsys.readouterr().err
-    assert run(moco_file, tmp_path, "--cache-features", "--resume", "auto", "--epochs", 1) == 0
+    works(moco_file, tmp_path, "--cache-features", "--resume", "auto", "--epochs", 1)
 
 
 @pytest.mark.parametrize("protocol", [[], ["--cache-features"], ["--finetune"]])
 def test_a_run_stopped_in_an_epoch_ends_as_the_unbroken_one(moco_file, tmp_path, protocol):
     flags = [
-        "--epochs",
-        3,
-        "--schedule",
-        2,
-        "--lr",
+        "--epochs 3 --schedule 2 --lr",
         *([0.01] if "--finetune" in protocol else [0.1, 1]),
         *protocol,
     ]
-    assert run(moco_file, tmp_path / "whole", *flags) == 0
+    works(moco_file, tmp_path / "whole", *flags)
     assert (
         run(moco_file, tmp_path / "parts", *flags, stop=StopInTheSecondEpoch(tmp_path / "parts"))
         == 75
@@ -570,7 +527,7 @@ def test_a_run_stopped_in_an_epoch_ends_as_the_unbroken_one(moco_file, tmp_path,
         last(tmp_path / "parts")["probe"]["epoch"] == 1
         and last(tmp_path / "parts")["probe"]["step"] == 3
     )
-    assert run(moco_file, tmp_path / "parts", *flags, "--resume", "auto") == 0
+    works(moco_file, tmp_path / "parts", *flags, "--resume", "auto")
     whole, parts = last(tmp_path / "whole"), last(tmp_path / "parts")
     assert all(
         torch.equal(whole["probe"]["model"][n], t) for n, t in parts["probe"]["model"].items()
@@ -591,24 +548,12 @@ def _main_on_a_rank(rank, world, argv):
 
 @pytest.mark.parametrize("protocol", [[], ["--cache-features"]])
 def test_two_ranks_equal_one_process(moco_file, tmp_path, protocol):
-    # 1,436 images in batches of 64: shares are equal on two ranks, as the augmented protocol needs
-    # them
+    # 1,436 images in batches of 64 give equal shares to two ranks
     flags = [
-        "--holdout",
-        1,
-        "--lr",
-        0.01,
-        0.1,
-        "--epochs",
-        2,
-        "--batch-size",
-        64,
-        "--layers",
-        "conv3",
-        "backbone",
+        "--holdout 1 --lr 0.01 0.1 --epochs 2 --batch-size 64 --layers conv3 backbone",
         *protocol,
     ]
-    assert run(moco_file, tmp_path / "one", *flags) == 0
+    works(moco_file, tmp_path / "one", *flags)
     assert run_ranks(2, _main_on_a_rank, flags_of(moco_file, tmp_path / "two", *flags)) == [0, 0]
     one, two = (results(tmp_path / d)["classifiers"] for d in ("one", "two"))
     assert [r["top1"] for r in one] == pytest.approx([r["top1"] for r in two], abs=1e-6)
@@ -703,43 +648,19 @@ def test_splits_that_do_not_fit_are_said(moco_file, tmp_path, capsys, classes, s
 
 def test_a_missing_class_in_val_keeps_labels_in_place(moco_file, tmp_path):
     root = folder_of_digits(tmp_path / "images", {"train": "0123", "val": "13"})
-    assert (
-        run(
-            moco_file,
-            tmp_path / "out",
-            "--dataset",
-            "folder",
-            root,
-            "--image-size",
-            16,
-            "--cache-features",
-            "--epochs",
-            30,
-            "--lr",
-            1,
-        )
-        == 0
+    works(
+        moco_file,
+        tmp_path / "out",
+        "--dataset folder",
+        root,
+        "--image-size 16 --cache-features --epochs 30 --lr 1",
     )
     # the images of val are those of train
     assert results(tmp_path / "out")["classifiers"][0]["top1"] == 100
 
 
 def test_other_settings_or_another_file_cannot_be_resumed(moco_file, cached_run, tmp_path, capsys):
-    same = [
-        "--cache-features",
-        "--lr",
-        0.3,
-        30,
-        "--epochs",
-        6,
-        "--schedule",
-        4,
-        5,
-        "--layers",
-        "all",
-        "--resume",
-        "auto",
-    ]
+    same = ["--cache-features --lr 0.3 30 --epochs 6 --schedule 4 5 --layers all --resume auto"]
     assert run(moco_file, cached_run, *same, "--momentum", 0.5) == 2
     assert "--momentum was 0.9 and is now 0.5" in capsys.readouterr().err
     other = tmp_path / "other.pth"
@@ -747,7 +668,7 @@ def test_other_settings_or_another_file_cannot_be_resumed(moco_file, cached_run,
     torch.save(encoder.state_dict(), other)
     assert run(other, cached_run, *same) == 2
     assert "probes another file" in capsys.readouterr().err
-    # a classifier of other classes is not gone on with either
+    # nor a classifier of other classes
     set_head(encoder, nn.Linear(128, 7))
     torch.save({"epoch": 1, "state_dict": encoder.state_dict()}, other)
     assert run(moco_file, tmp_path / "out", "--resume", other) == 2
@@ -757,9 +678,7 @@ def test_other_settings_or_another_file_cannot_be_resumed(moco_file, cached_run,
 
 
 def test_other_images_and_other_classes_are_refused(moco_file, tmp_path, capsys):
-    """The same number of images and classes of another folder: silently, training would go on with
-    labels that mean other things.
-    """
+    """As many images and classes of another folder: their labels mean other things."""
     folders = {
         name: folder_of_digits(tmp_path / name, {"train": digits, "val": digits})
         for name, digits in (("one", "01"), ("two", "23"))
@@ -775,7 +694,7 @@ def test_other_images_and_other_classes_are_refused(moco_file, tmp_path, capsys)
     )
     out = tmp_path / "out"
     flags = ["--dataset", "folder", "--image-size", 16, "--cache-features", "--lr", 1]
-    assert run(moco_file, out, *flags, "--epochs", 1, folders["one"]) == 0
+    works(moco_file, out, *flags, "--epochs", 1, folders["one"])
     last_file = out / "checkpoint_last.pth.tar"
     before = (out / "checkpoint_last.pth.tar").read_bytes()
     for folder, said in (
@@ -788,23 +707,21 @@ def test_other_images_and_other_classes_are_refused(moco_file, tmp_path, capsys)
     for folder in (folders["two"], three):
         assert run(moco_file, tmp_path / "look", *flags, "-e", "--resume", last_file, folder) == 2
         assert "know the classes 0, 1" in capsys.readouterr().err
-    # other images of these classes
-    assert run(moco_file, tmp_path / "look", *flags, "-e", "--resume", last_file, changed) == 0
+    # to evaluate them on other images of these classes is fine
+    works(moco_file, tmp_path / "look", *flags, "-e", "--resume", last_file, changed)
     assert results(tmp_path / "look")["classifiers"][0]["best_top1_of_all_epochs"] is None
-    # the same images elsewhere
-    assert run(moco_file, out, *flags, "--epochs", 2, "--resume", "auto", same) == 0
+    # and to go on with the same images in another folder
+    works(moco_file, out, *flags, "--epochs", 2, "--resume", "auto", same)
     assert run(moco_file, out, *flags, "--epochs", 2, "--resume", "auto", "-b", 8, same) == 2
     said = capsys.readouterr().err
-    # which this script has not
+    # this script has no --init
     assert "--batch-size was 256 and is now 8" in said and "--init" not in said
 
 
 def test_a_run_in_the_folder_is_not_overwritten_by_another(
     moco_file, cached_run, tmp_path, capsys, monkeypatch
 ):
-    """By one that goes on from a file elsewhere, that finds no checkpoint any more, or that has
-    lost its folder.
-    """
+    """The other one goes on from another folder, finds no checkpoint, or has lost its folder."""
     same = "--cache-features --lr 0.3 30 --epochs 6 --schedule 4 5 --layers all".split()
     out = tmp_path / "out"
     shutil.copytree(cached_run, out)
@@ -818,7 +735,7 @@ def test_a_run_in_the_folder_is_not_overwritten_by_another(
         return "the table"
 
     with monkeypatch.context() as patched:
-        patched.setattr(probe, "table", moved)
+        patched.setattr(probing, "table", moved)
         assert run(moco_file, out, *same, "--resume", "auto") == 3
     assert (
         "is no longer the folder of this run" in capsys.readouterr().err and contents(out) == before
@@ -826,7 +743,7 @@ def test_a_run_in_the_folder_is_not_overwritten_by_another(
     content = last(out)
     for tensor in content["probe"]["model"].values():
         tensor.fill_(float("nan"))
-    # as such files were saved before that was looked at
+    # a run does not save such a file
     torch.save(content, out / "checkpoint_last.pth.tar")
     assert run(moco_file, out, *same, "--resume", "auto") == 2
     assert "holds classifiers that are not finite" in capsys.readouterr().err
@@ -863,25 +780,17 @@ def test_a_pretraining_file_is_not_gone_on_with(moco_file, tmp_path, capsys):
 
 def test_an_older_file_of_the_same_folder_is_refused(moco_file, tmp_path, capsys):
     """Going on from it would overwrite what came after."""
-    assert run(moco_file, tmp_path, "--cache-features", "--epochs", 1) == 0
+    works(moco_file, tmp_path, "--cache-features", "--epochs", 1)
     shutil.copy(tmp_path / "checkpoint_last.pth.tar", tmp_path / "older.pth.tar")
-    assert run(moco_file, tmp_path, "--cache-features", "--epochs", 2, "--resume", "auto") == 0
+    works(moco_file, tmp_path, "--cache-features", "--epochs", 2, "--resume", "auto")
     reached = (tmp_path / "checkpoint_last.pth.tar").read_bytes()
     assert (
-        run(
-            moco_file,
-            tmp_path,
-            "--cache-features",
-            "--epochs",
-            2,
-            "--resume",
-            tmp_path / "older.pth.tar",
-        )
+        run(moco_file, tmp_path, "--cache-features --epochs 2 --resume", tmp_path / "older.pth.tar")
         == 2
     )
     assert (
         "is older than" in capsys.readouterr().err
         and (tmp_path / "checkpoint_last.pth.tar").read_bytes() == reached
     )
-    # to look at it harms nothing
-    assert run(moco_file, tmp_path / "look", "-e", "--resume", tmp_path / "older.pth.tar") == 0
+    # to evaluate it overwrites nothing
+    works(moco_file, tmp_path / "look", "-e", "--resume", tmp_path / "older.pth.tar")

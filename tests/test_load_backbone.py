@@ -1,6 +1,7 @@
 """Files of every origin are read into the right encoder, and what does not fit is said."""
 
 import argparse
+import dataclasses
 import io
 import pickle
 import sys
@@ -17,8 +18,8 @@ from safetensors.torch import save_file
 from moco_isl.builder import MoCo
 from moco_isl.encoders import build_encoder, get_head
 from moco_isl.errors import BadInput
-from moco_isl.evaluation import features
 from moco_isl.evaluation.backbone import describe, load_backbone, looks_like, to_detectron2
+from moco_isl.evaluation.subject import Subject
 from moco_isl.run import checkpoint
 
 
@@ -40,9 +41,7 @@ def same(encoder, state):
 
 
 def thin_transformers(monkeypatch):
-    """torchvision's vision transformers of one layer and 16 numbers, for the time that they
-    take.
-    """
+    """torchvision's vision transformers with one layer of 16 numbers: larger ones take long."""
     module = torchvision.models.vision_transformer
     whole = torchvision.models.vision_transformer._vision_transformer
     thin = {"num_layers": 1, "num_heads": 2, "hidden_dim": 16, "mlp_dim": 32}
@@ -450,9 +449,10 @@ def test_of_an_image_size_whatever_is_a_number_is_used_and_the_flag_wins(tmp_pat
         metadata={"arch": "digits", "image_size": str(said)[:99]},
     )
     assert load_backbone(tmp_path / "a.safetensors")[1]["args"].get("image_size") == side
-    images = types.SimpleNamespace(native_size=16, source="digits")
-    assert features.side(64, info, images) == 64
-    assert side is None or features.side(0, info, images) == side
+    judged = Subject(tmp_path / "a.safetensors", None, "auto", False, "digits", None, False, 64)
+    assert judged.side == 64
+    judged = dataclasses.replace(judged, image_size=0)
+    assert judged.side == (side or 16)
 
 
 @pytest.mark.parametrize(
@@ -519,8 +519,9 @@ class Evil:
 
 
 class Pointer:
-    """An array of objects that says of itself that it is one of bytes: numpy's own unpickling takes
-    them for addresses.
+    """An array of objects that claims to hold bytes, which numpy's own unpickling trusts.
+
+    It takes the bytes for addresses.
     """
 
     def __reduce__(self):

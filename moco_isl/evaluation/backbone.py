@@ -1,10 +1,7 @@
-"""An encoder out of a file of whatever origin: ours, MoCo's, torchvision's, timm's, detectron2's
-names, safetensors.
+"""The encoder in a file: ours, MoCo's, torchvision's, timm's, detectron2's, safetensors.
 
-Architecture and stem are read from the file where it says them or its tensors show them. Whatever
-does not fit is an
-error that says which names and what the file looks like: nobody should judge an encoder that was
-never loaded.
+Architecture and stem are read from the file where it says them or its tensors show them. A file
+that does not fit raises an error that names the tensors, so that no random encoder is judged.
 """
 
 import argparse
@@ -15,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from moco_isl import files
@@ -29,8 +27,7 @@ from moco_isl.encoders import (
 )
 from moco_isl.errors import BadInput
 from moco_isl.run import checkpoint
-from moco_isl.schema import COUNT, EARLIER, like, require
-from moco_isl.training.resume import epoch_of
+from moco_isl.schema import COUNT, EARLIER, Number, like, require
 
 Tensors = dict[str, torch.Tensor]
 
@@ -48,10 +45,10 @@ _GROUPED = {  # (depth, groups, width of the first block's 3x3 convolution) -> t
     (50, 1, 128): "wide_resnet50_2",
     (101, 1, 128): "wide_resnet101_2",
 }
-# names of the architectures that come with either stem
+# beginnings of the names of architectures that have both stems
 _STEMMED = ("resnet", "resnext", "wide_resnet", "alexnet")
 LARGEST_SIDE = 4096  # of images, as --image-size has it
-# extra classifiers of torchvision's Inceptions, which no one probes
+# extra classifiers of torchvision's Inceptions, which are left out
 _AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")
 
 
@@ -61,23 +58,28 @@ def load_backbone(
     stem: str | None = None,
     key_encoder: bool = False,
     image_size: int | None = None,
+    content: dict | None = None,
 ) -> tuple[nn.Module, dict]:
     """The encoder in a file, on the CPU, and what is known about it. Never executes a pickle.
 
     arch, stem: as for `build_encoder`; None (or stem "auto") reads them from the file. key_encoder:
-    MoCo's other one.
-    image_size: side of the images, for networks that are built for one; None reads it from the
-    file. Names of wrappers are left out (`checkpoint.plain_names`), and an encoder below a prefix,
-    as Lightning has it, is found.
-    info: arch, stem, head ("linear", "mlp" or None where the file has none: the encoder's is random
-    then), dim (numbers of the output), feature_dim, image_size (the side it is built for, None if
-    unknown), part (which encoder), used and left (names of tensors), epoch, args (those of the run
-    that wrote it, {} if unknown; image_size is among them only as a whole number), results. Raises
-    BadInput for what is unreadable and what does not fit.
+    MoCo's other one. image_size: side of the images, for networks that are built for one; None
+    reads it from the file. content: what is in the file, where that has been read.
+
+    Names of wrappers are left out (`checkpoint.plain_names`). An encoder below a prefix is found,
+    such as Lightning's "model.backbone.".
+
+    info: arch, stem, head ("linear", "mlp", or None: the file has none, and the encoder's is
+    random), dim (numbers of the output), feature_dim, image_size (the side it is built for, None if
+    unknown), part (which encoder), used and left (names of tensors), epoch, args (flags of the run
+    that wrote it, {} if unknown; image_size is a whole number), metadata (of safetensors). Raises
+    BadInput for a file that cannot be read or does not fit.
     """
-    content, metadata = read_file(path)
+    metadata = {}
+    if content is None:
+        content, metadata = read_file(path)
     state, left = _state_dict(content, path)
-    if "isl" in content or "probe" in content:  # ours, in which they say what it was trained on
+    if "isl" in content or "probe" in content:  # a file of ours has these, and right
         require(
             content,
             {"epoch": COUNT, "args": _TRAINED_ON, ...: object},
@@ -85,11 +87,6 @@ def load_backbone(
             cure=EARLIER,
         )
     args = _args(content, metadata)
-    args = {
-        name: files.shown(value) if isinstance(value, str) else value
-        for name, value in args.items()
-        if _says(name, value)
-    }
     said = metadata.get("arch") or content.get("arch")
     known = arch or (said if isinstance(said, str) else None)
     state, part, more = _one_encoder(state, known, key_encoder, path)
@@ -101,22 +98,18 @@ def load_backbone(
             f"'{path}' does not say its architecture and {checkpoint.some(state)} do not show it:"
             " give it with -a"
         )
-    built_stem = (
-        stem
-        if stem not in (None, "auto")
-        else shown_stem
-        if shown_stem and name.startswith(_STEMMED)
-        else "auto"
-    )
+    if stem in (None, "auto"):
+        stem = shown_stem if shown_stem and name.startswith(_STEMMED) else "auto"
     side = _side_shown(state) or image_size or args.get("image_size")
-    encoder, state, head = _with_head(name, built_stem, state, side, path)
-    used, extra = _load(
-        encoder, head, state, path, f"{name} with stem {built_stem}", shown, shown_stem
-    )
+    encoder, state, head = _with_head(name, stem, state, side, path)
+    looks = ""
+    if shown:
+        looks = f"; it looks like {shown}" + (f" with stem {shown_stem}" if shown_stem else "")
+    used, extra = _load(encoder, head, state, path, f"{name} with stem {stem}", looks)
     info = {
         "path": str(path),
         "arch": name,
-        "stem": built_stem,
+        "stem": stem,
         "head": head,
         "dim": state[_last_weight(state, head_name(encoder))].shape[0] if head else None,
         "feature_dim": feature_dim(encoder),
@@ -124,15 +117,14 @@ def load_backbone(
         "part": part,
         "used": used,
         "left": left + more + extra,
-        "epoch": epoch_of(content),
+        "epoch": content.get("epoch") if _fits(content.get("epoch"), int) else None,
         "args": args,
-        "results": content.get("results", {}),
+        "metadata": metadata,
     }
     return encoder, info
 
 
-# flags in a file that are looked at, and what they are in ours; in others' they may be anything,
-# and count where they are this
+# flags that are looked at, as files of ours hold them; a flag of another file counts if it fits
 _TRAINED_ON = {
     "dataset?": (str, None),
     "mlp?": (bool, None),
@@ -145,9 +137,9 @@ _TRAINED_ON = {
 }
 
 
-def _says(name, value) -> bool:
+def _fits(value, shape) -> bool:
     try:
-        require({name: value}, _TRAINED_ON, "")
+        require(value, shape, "")
     except BadInput:
         return False
     return True
@@ -157,12 +149,9 @@ def describe(info: dict) -> str:
     """What was loaded, in one line: tensors used, tensors left."""
     head = f"{info['head']} head to {info['dim']}" if info["head"] else "no head"
     epoch = f", epoch {info['epoch']}" if info["epoch"] is not None else ""
-    left = Counter(re.split(r"[.:]", files.shown(str(name)))[0] for name in info["left"])
-    left = (
-        "; left " + ", ".join(f"{n} of {part}" if n > 1 else part for part, n in left.items())
-        if left
-        else ""
-    )
+    parts = Counter(re.split(r"[.:]", files.shown(str(name)))[0] for name in info["left"])
+    left = ", ".join(f"{n} of {part}" if n > 1 else part for part, n in parts.items())
+    left = left and f"; left {left}"
     return (
         f"=> loaded '{files.shown(info['path'])}' ({info['arch']}, stem {info['stem']},"
         f" {head}{epoch}): used all {len(info['used'])} tensors of {info['part']}{left}"
@@ -176,8 +165,6 @@ def read_file(path: str | Path) -> tuple[dict, dict[str, str]]:
     """(content, safetensors' metadata) of a file of tensors. Raises BadInput."""
     path = checkpoint.require_file(path)
     if path.suffix == ".safetensors" or checkpoint.is_safetensors(path):
-        from safetensors import SafetensorError, safe_open
-
         try:
             with files.utf8_name(path) as known, safe_open(known, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
@@ -189,51 +176,41 @@ def read_file(path: str | Path) -> tuple[dict, dict[str, str]]:
 
 
 def _args(content: dict, metadata: dict[str, str]) -> dict:
-    """The flags of the run that wrote a file; image_size is among them, where the file says it, as
-    a positive whole number.
-    """
+    """The flags of the run that wrote a file, {} if unknown; image_size as a whole number."""
     args = content.get("args")
-    args = dict(
-        vars(args)
-        if isinstance(args, (argparse.Namespace, SimpleNamespace))
-        else args
-        if isinstance(args, dict)
-        else {}
-    )
-    args = args or {key: metadata[key] for key in ("dataset", "image_size") if key in metadata}
-    # ours have both: the flag may be 0
-    side = _side(args.pop("image_size", None)) or _side(content.get("image_size"))
-    return args if side is None else {**args, "image_size": side}
+    if isinstance(args, (argparse.Namespace, SimpleNamespace)):
+        args = vars(args)
+    if not isinstance(args, dict) or not args:
+        args = {key: metadata[key] for key in ("dataset", "image_size") if key in metadata}
+    # files of ours have both, and the flag may be 0
+    side = _side(args.get("image_size")) or _side(content.get("image_size"))
+    args = {**args, "image_size": side}
+    return {
+        name: files.shown(value) if isinstance(value, str) else value
+        for name, value in args.items()
+        if _fits({name: value}, _TRAINED_ON) and (name != "image_size" or value)
+    }
 
 
 def _side(said: object) -> int | None:
-    """The side of square images in what a file calls their size: 32, 32.0, "32", "32x32", (32, 32),
-    [3, 32, 32].
+    """The side of square images in what a file says of their size, None where it says none.
+
+    It may be 32, 32.0, "32", "32x32", (32, 32) or [3, 32, 32].
     """
+    if isinstance(said, str):
+        words = [word for word in re.split(r"[\sx×,()\[\]]+", said) if word]
+        said = [float(word) if re.fullmatch(r"\d{1,5}(\.0*)?", word) else None for word in words]
+        return _side(said) if None not in said else None
     if isinstance(said, (list, tuple)):
         sides = {_side(one) for one in said[-2:]}  # height and width come last
         return sides.pop() if len(sides) == 1 else None
-    if isinstance(said, str):
-        numbers = [word for word in re.split(r"[\sx×,()\[\]]+", said) if word]
-        return (
-            _side([float(n) for n in numbers])
-            if all(re.fullmatch(r"\d{1,5}(\.0*)?", n) for n in numbers)
-            else None
-        )
-    if (
-        isinstance(said, (int, float))
-        and not isinstance(said, bool)
-        and 0 < said <= LARGEST_SIDE
-        and said == int(said)
-    ):
-        return int(said)
-    return None
+    if not _fits(said, Number(1, LARGEST_SIDE)) or said != int(said):
+        return None
+    return int(said)
 
 
 def _state_dict(content: dict, path: str | Path) -> tuple[Tensors, list[str]]:
-    """The tensors of the model by name, prefixes of wrappers removed, and the names of what is
-    beside them.
-    """
+    """The tensors of the model by their plain names, and the names of what else is in the file."""
     for key in ("state_dict", "model", None):
         state = content.get(key) if key else content
         if isinstance(state, dict) and any(isinstance(v, torch.Tensor) for v in state.values()):
@@ -243,14 +220,12 @@ def _state_dict(content: dict, path: str | Path) -> tuple[Tensors, list[str]]:
             f"'{path}' holds no tensors but {checkpoint.some(content) or 'nothing'}: expected a"
             " state dict, bare or under state_dict or model"
         )
-    left = (
-        []
-        if state is content
-        else [
-            k for k, v in content.items() if isinstance(v, (dict, torch.Tensor)) and v is not state
-        ]
-    )
-    left = [k for k in left if k not in ("args", "results")]
+    beside = {} if state is content else content
+    left = [
+        key
+        for key, value in beside.items()
+        if isinstance(value, (dict, torch.Tensor)) and value is not state and key != "args"
+    ]
     tensors = {
         name: value
         for name, value in state.items()
@@ -262,9 +237,7 @@ def _state_dict(content: dict, path: str | Path) -> tuple[Tensors, list[str]]:
 def _one_encoder(
     state: Tensors, arch: str | None, key_encoder: bool, path: str | Path
 ) -> tuple[Tensors, str, list[str]]:
-    """(tensors, its name, names left) of the wanted encoder of a MoCo file, or of the one that is
-    there.
-    """
+    """(tensors, its name, names left) of the wanted encoder of a MoCo file, or of the only one."""
     moco = any(name.startswith("encoder_q.") for name in state)
     if moco or key_encoder:
         prefix = "encoder_k." if key_encoder else "encoder_q."
@@ -276,11 +249,8 @@ def _one_encoder(
             f"'{path}' has no key encoder (encoder_k.*), only {checkpoint.some(state)}: use the"
             " query encoder"
         )
-    return (
-        chosen,
-        prefix[:-1] or "the encoder",
-        [name for name in state if not name.startswith(prefix)],
-    )
+    left = [name for name in state if not name.startswith(prefix)]
+    return chosen, prefix[:-1] or "the encoder", left
 
 
 def _below(state: Tensors, prefix: str) -> Tensors:
@@ -288,8 +258,9 @@ def _below(state: Tensors, prefix: str) -> Tensors:
 
 
 def _prefix(state: Tensors, arch: str | None, path: str | Path) -> str:
-    """What stands before the names of the one encoder in a file: "" in a bare state dict,
-    "model.backbone." in Lightning's.
+    """What the names of the encoder begin with: "" in a bare state dict, such as "model.backbone.".
+
+    Raises BadInput where there are several encoders.
     """
     if arch is None:
         found = {
@@ -311,14 +282,12 @@ def _prefix(state: Tensors, arch: str | None, path: str | Path) -> str:
     if not found or "" in found:
         return ""
     if len(found) > 1:
-        kept = (
-            f"{{n.removeprefix('{min(found)}'): t for n, t in state.items() if"
-            f" n.startswith('{min(found)}')}}"
-        )
+        first = min(found)
         raise BadInput(
             f"'{path}' holds {len(found)} encoders, named"
             f" {', '.join(f'{p}*' for p in sorted(found))}: save the one you mean alone, as in"
-            f" torch.save({kept}, FILE)"
+            f" torch.save({{n.removeprefix('{first}'): t for n, t in state.items() if"
+            f" n.startswith('{first}')}}, FILE)"
         )
     return found[0]
 
@@ -357,11 +326,8 @@ def to_detectron2(state: Tensors) -> Tensors:
 
 def from_detectron2(state: Tensors) -> Tensors:
     """The way back; tensors under any other names come back as they are."""
-    return (
-        _rename(state, _FROM_DETECTRON2)
-        if "stem.conv1.weight" in state and "res2.0.conv1.weight" in state
-        else state
-    )
+    is_theirs = "stem.conv1.weight" in state and "res2.0.conv1.weight" in state
+    return _rename(state, _FROM_DETECTRON2) if is_theirs else state
 
 
 def looks_like(state: Tensors) -> tuple[str | None, str | None]:
@@ -369,12 +335,8 @@ def looks_like(state: Tensors) -> tuple[str | None, str | None]:
     shape = {name: tuple(t.shape) for name, t in state.items()}
     if "fc6.0.weight" in shape and "conv5.0.weight" in shape:
         return "alexnet", "cifar" if shape["conv1.0.weight"][2] == 3 else "imagenet"
-    if shape.get("conv1.0.weight") == (32, 3, 3, 3) and shape.get("conv3.0.weight") == (
-        128,
-        64,
-        3,
-        3,
-    ):
+    digits = {"conv1.0.weight": (32, 3, 3, 3), "conv3.0.weight": (128, 64, 3, 3)}
+    if digits.items() <= shape.items():
         return "digits", "auto"
     if "layer1.0.conv1.weight" not in shape or len(shape.get("conv1.weight", ())) != 4:
         return None, None
@@ -398,26 +360,20 @@ _ANCHORS = ("layer1.0.conv1.weight", "conv1.0.weight")
 
 
 def _side_shown(state: Tensors) -> int | None:
-    """Side of the images that a vision transformer of torchvision or timm is built for: its
-    positions are a square of patches.
+    """The side of the images that a vision transformer of torchvision or timm is built for.
+
+    Its positions are a square of patches, and up to two tokens that are no patch.
     """
-    for positions, patches in (
+    for names in (
         ("encoder.pos_embedding", "conv_proj.weight"),
         ("pos_embed", "patch_embed.proj.weight"),
     ):
-        if (
-            positions in state
-            and patches in state
-            and state[positions].dim() == 3
-            and state[patches].dim() == 4
-        ):
-            n = state[positions].shape[1]  # a few of them may be of no patch, but of the class
-            sides = [
-                math.isqrt(n - others)
-                for others in range(min(n, 3))
-                if math.isqrt(n - others) ** 2 == n - others
-            ]
-            return _side(sides[0] * state[patches].shape[-1]) if sides else None
+        positions, patches = (tuple(state[n].shape) if n in state else () for n in names)
+        if len(positions) != 3 or len(patches) != 4:
+            continue
+        for n in range(positions[1], max(positions[1] - 3, 0), -1):
+            if math.isqrt(n) ** 2 == n:
+                return _side(math.isqrt(n) * patches[-1])
     return None
 
 
@@ -447,19 +403,16 @@ def _with_head(
 
 
 def _load(
-    encoder: nn.Module,
-    head: str | None,
-    state: Tensors,
-    path,
-    wanted_name: str,
-    shown: str | None,
-    shown_stem: str | None,
+    encoder: nn.Module, head: str | None, state: Tensors, path, name: str, looks: str
 ) -> tuple[list[str], list[str]]:
-    """Load all of it or raise BadInput; returns the names used and the names left."""
+    """Load all of it or raise BadInput; returns the names used and the names left.
+
+    name: of the network. looks: words on what the tensors look like.
+    """
     own = encoder.state_dict()
     place = head_name(encoder) + "."
     own = {name: t for name, t in own.items() if head or not name.startswith(place)}
-    # files from before it existed lack it
+    # files of older torch lack it
     optional = {name for name in own if name.endswith("num_batches_tracked")}
     missing = [name for name in own if name not in state and name not in optional]
     extra = [name for name in state if name not in own]
@@ -471,26 +424,18 @@ def _load(
         if name in state and state[name].shape != own[name].shape
     ]
     if missing or unknown or shapes:
-        kinds = (("missing", missing), ("not known to it", unknown), ("of another shape", shapes))
-        looks = (
-            f"; it looks like {shown}" + (f" with stem {shown_stem}" if shown_stem else "")
-            if shown
-            else ""
+        kinds = {"missing": missing, "not known to it": unknown, "of another shape": shapes}
+        wrong = "; ".join(
+            f"{len(names)} {kind}: {checkpoint.some(names)}"
+            for kind, names in kinds.items()
+            if names
         )
         raise BadInput(
-            f"'{path}' does not fit {wanted_name}: "
-            + "; ".join(
-                f"{len(names)} {kind}: {checkpoint.some(names)}" for kind, names in kinds if names
-            )
-            + f"{looks}; give the -a and --stem it was trained with"
+            f"'{path}' does not fit {name}: {wrong}{looks}; give the -a and --stem it was trained"
+            " with"
         )
-    used = [name for name in own if name in state]
+    used = {name: state[name] for name in own if name in state}
     shape = like({name: own[name] for name in used})
-    require(
-        {name: state[name] for name in used},
-        shape,
-        f"cannot use the weights in {files.named('', path)}",
-        cure=EARLIER,
-    )
-    encoder.load_state_dict({name: state[name] for name in used}, strict=False)
-    return used, auxiliary
+    require(used, shape, f"cannot use the weights in {files.named('', path)}", cure=EARLIER)
+    encoder.load_state_dict(used, strict=False)
+    return list(used), auxiliary

@@ -8,8 +8,11 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from moco_isl import dist
 from moco_isl.errors import BadInput
+from moco_isl.evaluation.features import Split
 from moco_isl.ops.neighbors import topk
+from moco_isl.run.ranks import say
 
 
 @torch.no_grad()
@@ -20,19 +23,17 @@ def nearest(
     chunk: int | None = None,
     exclude: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k most similar bank rows of each query, most similar first: (similarity [Q, k] float32,
-    row [Q, k]).
+    """(similarity [Q, k] float32, row [Q, k]) of the k most similar bank rows of each query.
 
-    queries [Q, C] and bank [M, C] on one device. exclude [Q]: a row that the query may not find
-    (itself). About `chunk` similarities are held at a time. Raises BadInput where the bank has
-    fewer than k rows to give.
+    The most similar comes first. queries [Q, C] and bank [M, C] are on one device. exclude [Q]: a
+    row that the query may not find (itself). chunk: about how many similarities are held at a time.
+    Raises BadInput where the bank has fewer than k rows to give.
     """
     most = len(bank) - (exclude is not None)
     if not 1 <= k <= most:
-        left_out = " less the image itself" if exclude is not None else ""
+        without = " less the image itself" if exclude is not None else ""
         raise BadInput(
-            f"{k} neighbours (k) asked of a bank of {len(bank)} images{left_out}: choose 1 to"
-            f" {most}"
+            f"k {k} neighbours in a bank of {len(bank)} images{without}: choose 1 to {most}"
         )
     return topk(queries, bank, k, exclude=exclude, bytes_limit=4 * chunk if chunk else None)
 
@@ -47,11 +48,10 @@ def vote(
     for start in range(0, len(similarity), rows):
         sim = similarity[start : start + rows]
         labels = neighbour_labels[start : start + rows]
-        # a common factor a row changes no vote, and this one cannot overflow
+        # divided by the largest weight of the row: no vote changes, and none overflows
         weight = ((sim - sim[:, :1]) / T).exp()
-        votes = torch.zeros(len(sim), num_classes, device=sim.device).scatter_add_(
-            1, labels, weight
-        )
+        votes = torch.zeros(len(sim), num_classes, device=sim.device)  # [rows, classes]
+        votes.scatter_add_(1, labels, weight)
         predictions[start : start + rows] = votes.argmax(dim=1)
     return predictions
 
@@ -91,17 +91,49 @@ def weighted_knn(
     chunk: int | None = None,
     leave_one_out: bool = False,
 ) -> torch.Tensor:
-    """Predicted labels [Q]: of the k nearest bank rows each votes for its label with weight
-    exp(similarity / T).
+    """Predicted labels [Q]: each of the k nearest bank rows votes for its own label.
 
-    queries [Q, C], bank [M, C]: unit rows; labels [M]. chunk: similarities held at a time.
-    leave_one_out: the queries are the bank, and no image votes for itself. Raises BadInput where k
-    or T make no sense for this bank.
+    The weight of a vote is exp(similarity / T). queries [Q, C] and bank [M, C] are unit rows;
+    labels [M]. chunk: see `nearest`. leave_one_out: the queries are the bank, and no image votes
+    for itself. Raises BadInput for a k that the bank cannot give, and for a T of 0 or less.
     """
     if leave_one_out and len(queries) != len(bank):
         raise ValueError("leave_one_out means that the queries are the bank")
     own = torch.arange(len(bank), device=bank.device) if leave_one_out else None
     return knn_grid(queries, bank, labels, [k], [T], num_classes, chunk, own)[k, T]
+
+
+def judge(splits: dict[str, Split], ks: Sequence[int], Ts: Sequence[float]) -> list[dict]:
+    """A row with the accuracy in per cent of every feature, k and T; the same on all ranks.
+
+    The queries are the images of val; without a val split each image of train is judged by all
+    others. Each rank searches for its share of them. A k above the number of images is lowered,
+    which is printed. Raises BadInput where there is no other image.
+    """
+    train = splits["train"]
+    leave_one_out = "val" not in splits
+    queries = train if leave_one_out else splits["val"]
+    most = len(train.labels) - leave_one_out
+    if most < 1:
+        raise BadInput(
+            "there is one image and no other to judge it by: expected more of them, or a val split"
+        )
+    if max(ks) > most:
+        say(f"=> k {max(ks)} is more than the {most} images there are: {most} instead")
+        ks = sorted({min(k, most) for k in ks})
+    start, stop = dist.shard(len(queries.labels))
+    own = torch.arange(start, stop, device=queries.labels.device) if leave_one_out else None
+    classes = int(torch.cat([train.labels, queries.labels]).max()) + 1
+    rows = []
+    for layer in sorted(train.features, reverse=True):  # output, then backbone
+        bank = train.features[layer]  # [M, C]
+        mine = queries.features[layer][start:stop]
+        grid = knn_grid(mine, bank, train.labels, ks, Ts, classes, exclude=own)
+        for (k, T), predicted in grid.items():
+            right = dist.all_gather_rows(predicted) == queries.labels  # [Q]
+            top1 = 100 * right.double().mean().item()
+            rows.append({"feature": layer, "dim": bank.shape[1], "k": k, "T": T, "top1": top1})
+    return rows
 
 
 @torch.no_grad()
@@ -114,12 +146,11 @@ def few_shot(
     draws: int = 20,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Accuracy with `shots` labelled images a class: (mean, standard deviation) over `draws` seeded
-    draws.
+    """Accuracy with `shots` labelled images a class: (mean, standard deviation) over the draws.
 
-    A test image takes the class whose drawn images' mean is most similar; with one shot that is the
-    nearest labelled image. Features [M, C] and [Q, C] are unit rows. Raises BadInput where a class
-    has fewer than `shots` images.
+    A test image takes the class with the most similar mean of drawn images. With one shot that is
+    the class of the nearest labelled image. Features [M, C] and [Q, C] are unit rows. Raises
+    BadInput where a class has fewer than `shots` images.
     """
     if shots < 1 or draws < 1:
         raise BadInput(f"shots {shots} and draws {draws} must be 1 or more")
@@ -132,9 +163,8 @@ def few_shot(
         drawn = draw_shots(train_labels, shots, generator)  # [classes, shots]
         prototypes = F.normalize(train_feats[drawn].float().mean(dim=1), dim=1)  # [classes, C]
         nearest_class = (test_feats.float() @ prototypes.T).argmax(dim=1)
-        accuracy.append(
-            (train_labels[drawn[nearest_class, 0]] == test_labels).double().mean().item()
-        )
+        predicted = train_labels[drawn[nearest_class, 0]]
+        accuracy.append((predicted == test_labels).double().mean().item())
     spread = torch.tensor(accuracy).std().item() if draws > 1 else 0.0
     return sum(accuracy) / draws, spread
 
@@ -142,17 +172,16 @@ def few_shot(
 def require_shots(labels: torch.Tensor, shots: int) -> None:
     """Raise BadInput where a class that occurs has fewer than `shots` images."""
     classes, counts = labels.unique(return_counts=True)
-    if (few := counts.min().item()) < shots:
+    smallest = counts.argmin()
+    if counts[smallest] < shots:
         raise BadInput(
-            f"{shots} shots asked, but class {classes[counts.argmin()].item()} has only {few}"
-            " images: ask for at most as many"
+            f"{shots} shots asked, but class {classes[smallest].item()} has only"
+            f" {counts[smallest].item()} images: ask for at most as many"
         )
 
 
 def draw_shots(labels: torch.Tensor, shots: int, generator: torch.Generator) -> torch.Tensor:
-    """Positions [classes, shots] of `shots` different random images of each class that occurs,
-    classes in order.
-    """
+    """Positions [classes, shots] of different random images of each class, classes in order."""
     require_shots(labels, shots)
     counts = labels.unique(return_counts=True)[1]
     order = torch.randperm(len(labels), generator=generator).to(labels.device)

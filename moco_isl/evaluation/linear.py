@@ -1,5 +1,4 @@
-"""Linear classifiers on a frozen encoder: one for each layer and learning rate, trained side by
-side in one pass.
+"""Linear classifiers on a frozen encoder, one for each layer and learning rate, trained together.
 
 Letters: N batch of this rank, M images of a split, C numbers of a layer.
 """
@@ -17,28 +16,30 @@ from moco_isl.data.transforms import ImageTransform
 from moco_isl.encoders import Taps, evaluating, feature_dim, get_head, set_head
 from moco_isl.errors import Interrupted, RunFailed
 from moco_isl.evaluation.features import Split, unreadable
+from moco_isl.run import checkpoint
 from moco_isl.run.meters import Clock, require_finite
 from moco_isl.run.signals import Stop
 from moco_isl.training.engine import Position
 
 WHOLE = "whole network"
-NUMBERS = (
-    # of a layer after pooling, about: the protocol of AlexNet probes (96 x 10 x 10, 256 x 6 x 6,
-    # 384 x 5 x 5)
-    9216
-)
+# about how many numbers a layer has after pooling: AlexNet probes use 96 x 10 x 10, 256 x 6 x 6
+# and 384 x 5 x 5
+NUMBERS = 9216
 
 # images or features -> logits [N, classes] of every classifier
 Answer = Callable[[object], dict[str, torch.Tensor]]
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
+    """Half precision of this type inside; None: float32."""
+    return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
 
 # ---- layers --------------------------------------------------------------------------------------
 
 
 def pool(x: torch.Tensor) -> torch.Tensor:
-    """One row an image: [N, C] as it is, [N, c, h, w] averaged over a grid of cells to about 9,000
-    numbers.
-    """
+    """[N, C] as it is; [N, c, h, w] averaged over a grid of cells, to about NUMBERS a row."""
     if x.dim() == 2:
         return x
     side = max(1, round((NUMBERS / x.shape[1]) ** 0.5))
@@ -55,25 +56,19 @@ class Layers(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        with torch.autocast(
-            images.device.type, dtype=self.amp or torch.bfloat16, enabled=self.amp is not None
-        ):
+        with autocast(images.device, self.amp):
             seen = self.taps(images)
         return {layer: pool(x).float() for layer, x in seen.items()}
 
     def sizes(self, side: int, device: torch.device) -> dict[str, int]:
         """Numbers of each layer for images of this side."""
         with evaluating(self):
-            return {
-                layer: x.shape[1]
-                for layer, x in self(torch.zeros(1, 3, side, side, device=device)).items()
-            }
+            found = self(torch.zeros(1, 3, side, side, device=device))
+        return {layer: x.shape[1] for layer, x in found.items()}
 
 
 class Frozen:
-    """Holds a copy of an encoder's every weight and running statistic, to prove afterwards that
-    none has moved.
-    """
+    """A copy of all weights and running statistics of an encoder, to prove that none has moved."""
 
     def __init__(self, encoder: nn.Module):
         self.before = {name: t.detach().cpu().clone() for name, t in encoder.state_dict().items()}
@@ -83,25 +78,19 @@ class Frozen:
         now = encoder.state_dict()
         moved = [name for name, t in self.before.items() if not torch.equal(t, now[name].cpu())]
         if moved:
-            raise RunFailed(
-                f"the frozen backbone has moved: {', '.join(moved[:3])} and {len(moved) - 1}"
-                " others; no result"
-            )
-        parts = list(dict.fromkeys(name.partition(".")[0] for name in self.before))
-        return (
-            f"=> sanity check passed: all {len(now)} tensors of {', '.join(parts)} are those of the"
-            " file"
-        )
+            raise RunFailed(f"the frozen backbone has moved: {checkpoint.some(moved)}; no result")
+        parts = ", ".join(dict.fromkeys(name.partition(".")[0] for name in self.before))
+        return f"=> sanity check passed: all {len(now)} tensors of {parts} are those of the file"
 
 
 # ---- classifiers ---------------------------------------------------------------------------------
 
 
 class Heads(nn.Module):
-    """One linear classifier for each (layer, learning rate): {layer: [N, C]} -> {"layer@lr": logits
-    [N, classes]}.
+    """One linear classifier for each layer and learning rate.
 
-    The classifiers of a layer start equal, so that only the learning rate tells them apart.
+    {layer: [N, C]} -> {"layer@lr": logits [N, classes]}. The classifiers of a layer start equal, so
+    that they differ by their learning rate alone.
     """
 
     def __init__(self, sizes: dict[str, int], lrs: Iterable[float], classes: int):
@@ -133,8 +122,9 @@ class Heads(nn.Module):
 
 
 class Whole(nn.Module):
-    """The whole network with a fresh classifier as its head: images [N, 3, S, S] -> {"whole
-    network@lr": logits}.
+    """The whole network with a fresh classifier as its head.
+
+    Images [N, 3, S, S] -> {"whole network@lr": logits [N, classes]}.
     """
 
     def __init__(self, encoder: nn.Module, lr: float, classes: int):
@@ -153,13 +143,13 @@ class Whole(nn.Module):
         return [{"params": self.encoder.parameters(), "lr": self.keys[0][1]}]
 
 
-# ---- where batches come from ---------------------------------------------------------------------
-# batches(epoch, start_step) gives (input, labels [N], size of the batch over all ranks)
+# ---- where batches come from: (input, labels [N], size of the batch over all ranks) --------------
 
 
 def probe_augmentation(name: str, size: int):
-    """MoCo's augmentation for the linear probe: a random crop of 8 % to all of the image, and a
-    flip where one may.
+    """MoCo's augmentation for a linear probe: a random crop of 8 % to 100 % of the image, a flip.
+
+    Digits and house numbers are not flipped.
     """
     row = data.find_set(name)
     if row.augmentation is not None:
@@ -172,7 +162,8 @@ class AugmentedBatches:
     """Batches of augmented images, each drawn by (seed, epoch, index)."""
 
     def __init__(self, loader, labels: torch.Tensor):
-        self.loader, self.labels = loader, labels
+        self.loader = loader
+        self.labels = labels
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -190,7 +181,7 @@ class AugmentedBatches:
 class CachedBatches:
     """Batches of features that were taken once.
 
-    Every image every epoch, whatever the number of ranks.
+    An epoch has every image, whatever the number of ranks.
     """
 
     def __init__(self, split: Split, batch_size: int, seed: int):
@@ -204,30 +195,25 @@ class CachedBatches:
     def batches(
         self, epoch: int, start_step: int
     ) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor, int]]:
-        order = permutation(self.seed, epoch, len(self.split.labels)).to(self.split.labels.device)
+        features, labels = self.split.features, self.split.labels
+        order = permutation(self.seed, epoch, len(labels)).to(labels.device)
         for rows in order.split(self.batch_size)[start_step:]:
             start, stop = dist.shard(len(rows))
             mine = rows[start:stop]
-            yield (
-                {layer: x[mine] for layer, x in self.split.features.items()},
-                self.split.labels[mine],
-                len(rows),
-            )
+            yield {layer: x[mine] for layer, x in features.items()}, labels[mine], len(rows)
 
     def close(self) -> None:
         """Nothing to end."""
 
 
 class JudgedImages:
-    """A split to be judged, image by image, each exactly once over all ranks: iterates (images,
-    labels).
-    """
+    """A split to be judged: iterates (images, labels), each image exactly once over all ranks."""
 
     def __init__(self, dataset, device: torch.device, max_bad_images: int | None = None, **options):
-        self.dataset, self.max_bad_images = dataset, max_bad_images
-        self.loader = data.eval_loader(
-            dataset, shard=dist.shard(len(dataset)), device=device, **options
-        )
+        self.dataset = dataset
+        self.max_bad_images = max_bad_images
+        shard = dist.shard(len(dataset))
+        self.loader = data.eval_loader(dataset, shard=shard, device=device, **options)
         self.labels = dataset.labels.to(device)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -236,8 +222,9 @@ class JudgedImages:
         Raises RunFailed past max_bad_images (None: any number).
         """
         for images, index in self.loader:
-            if bad := self.loader.bad_images():
-                kept = ~torch.isin(index, torch.tensor([i for i, _ in bad], device=index.device))
+            bad = [i for i, _ in self.loader.bad_images()]
+            if bad:
+                kept = ~torch.isin(index, torch.tensor(bad, device=index.device))
                 images, index = images[kept], index[kept]
             if len(index):
                 yield images, self.labels[index]
@@ -248,19 +235,18 @@ class JudgedImages:
 
 
 class JudgedFeatures:
-    """The same from features that were taken once."""
+    """The same from features that were taken once: iterates ({layer: [n, C]}, labels)."""
 
     def __init__(self, split: Split, batch_size: int = 4096):
-        self.split, self.batch_size = split, batch_size
+        self.split = split
+        self.batch_size = batch_size
 
     def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
-        start, stop = dist.shard(len(self.split.labels))
-        for left in range(start, stop, self.batch_size):
-            here = slice(left, min(left + self.batch_size, stop))
-            yield (
-                {layer: x[here] for layer, x in self.split.features.items()},
-                self.split.labels[here],
-            )
+        features, labels = self.split.features, self.split.labels
+        start, stop = dist.shard(len(labels))
+        for first in range(start, stop, self.batch_size):
+            rows = slice(first, min(first + self.batch_size, stop))
+            yield {layer: x[rows] for layer, x in features.items()}, labels[rows]
 
     def close(self) -> None:
         """Nothing to end."""
@@ -270,7 +256,10 @@ class JudgedFeatures:
 
 
 def hits(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """(right at first, right among the first five) of [N, classes] logits, as sums: float64 [2]."""
+    """How many of N labels are the first, and among the first five, of logits [N, classes].
+
+    Returns float64 [2].
+    """
     top = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]  # [N, 5]
     return torch.stack([top[:, 0].sum(), top.sum()]).double()
 
@@ -289,11 +278,13 @@ def train_one_epoch(
 ) -> None:
     """Train every classifier from `position` to the end of its epoch.
 
-    answer: wrapped in DistributedDataParallel where there are several ranks. A classifier whose
-    loss is not finite harms no other; when all are, RunFailed is raised. Raises Interrupted after
-    saving when any rank was asked to stop.
+    answer: over several ranks it is that of a DistributedDataParallel. show(values) gets the means
+    since the last call. A classifier whose loss is not finite does not harm the others; RunFailed
+    is raised when no loss is finite. Raises Interrupted after `save` when any rank was asked to
+    stop.
     """
-    clock, averages = Clock(), position.averages
+    clock = Clock()
+    averages = position.averages
     for x, labels, total in source.batches(position.epoch, position.step):
         clock.got_data()
         logits = answer(x)  # {name: [N, classes]}
@@ -303,16 +294,9 @@ def train_one_epoch(
         (sum(losses.values()) * (dist.world_size() / total)).backward()
         optimizer.step()
 
-        with torch.no_grad():
-            parts, n = {}, max(len(labels), 1)
-            for name, z in logits.items():
-                parts[f"loss {name}"] = losses[name].detach() / n
-                parts[f"acc1 {name}"], parts[f"acc5 {name}"] = 100 * hits(z, labels) / n
-            every = torch.stack([parts[f"loss {name}"] for name in logits])
-            parts["loss"] = torch.where(every.isfinite(), every, torch.inf).min()
-            averages.add(parts, len(labels), position.step)
-        position.step = position.step + 1
-        position.total = position.total + 1
+        averages.add(_parts(logits, losses, labels), len(labels), position.step)
+        position.step += 1
+        position.total += 1
         clock.step_done(len(labels))
         if position.step % print_freq == 0 or position.step == len(source):
             require_finite(averages, position.epoch, last_good())
@@ -323,6 +307,24 @@ def train_one_epoch(
                 f"saved at epoch {position.epoch}, step {position.step} of {len(source)}: go on"
                 " with --resume auto"
             )
+
+
+@torch.no_grad()
+def _parts(
+    logits: dict[str, torch.Tensor], losses: dict[str, torch.Tensor], labels: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Means over a batch of every classifier; "loss" is the lowest finite one.
+
+    losses: sums over the batch.
+    """
+    n = max(len(labels), 1)
+    parts = {}
+    for name, z in logits.items():
+        parts[f"loss {name}"] = losses[name].detach() / n
+        parts[f"acc1 {name}"], parts[f"acc5 {name}"] = 100 * hits(z, labels) / n
+    every = torch.stack([parts[f"loss {name}"] for name in logits])
+    parts["loss"] = torch.where(every.isfinite(), every, torch.inf).min()
+    return parts
 
 
 @torch.no_grad()

@@ -260,23 +260,6 @@ def tensorboard_writer() -> type:
 # ---- the beginning
 
 
-def take_folder(out: str, start: resume.Start, keep: int | None) -> RunFolder | None:
-    """The run's folder, held from now on; None but on rank 0. Raises BadInput where another run has
-    it, or has written there since the start was looked for.
-    """
-
-    def take() -> RunFolder:
-        folder = RunFolder(out, start.in_place, keep)
-        try:
-            resume.require_unchanged(start, out)
-        except BadInput:
-            folder.close()
-            raise
-        return folder
-
-    return ranks.on_main(take)
-
-
 def begin(
     start: resume.Start,
     content: dict,

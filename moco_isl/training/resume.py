@@ -14,8 +14,8 @@ import torch
 from moco_isl import data, dist, files
 from moco_isl.errors import BadInput
 from moco_isl.objectives.base import Objective
-from moco_isl.run import checkpoint
-from moco_isl.run.folder import flags_of_unsaved, newest
+from moco_isl.run import checkpoint, ranks
+from moco_isl.run.folder import RunFolder, flags_of_unsaved, newest
 from moco_isl.run.meters import Averages
 from moco_isl.training.engine import Position, learning_rate
 from moco_isl.training.fast import load_optimizer
@@ -236,6 +236,23 @@ def require_unchanged(start: Start, out: str) -> None:
         )
 
 
+def take_folder(out: str, start: Start, keep: int | None = None) -> RunFolder | None:
+    """The run's folder, held from now on; None but on rank 0. Raises BadInput where another run has
+    it, or has written there since the start was looked for.
+    """
+
+    def take() -> RunFolder:
+        folder = RunFolder(out, start.in_place, keep)
+        try:
+            require_unchanged(start, out)
+        except BadInput:
+            folder.close()
+            raise
+        return folder
+
+    return ranks.on_main(take)
+
+
 def epoch_of(content: dict) -> int | None:
     """The epoch that comes next after a file; None where the file does not say."""
     epoch = content.get("epoch")
@@ -328,16 +345,16 @@ class Parts:
     images: str  # see images_of
     position: Position
 
-    def state(self, flags: dict, ranks: list[dict], metrics_size: int) -> dict:
+    def state(self, flags: dict, generators: list[dict], metrics_size: int) -> dict:
         """What a file holds: MoCo's keys, and what an exact resume needs.
 
-        ranks: of `rng_of_ranks`; metrics_size: bytes of metrics.jsonl by now.
+        generators: of `rng_of_ranks`; metrics_size: bytes of metrics.jsonl by now.
         """
         ours = {
             "state": self.isl.state_dict(),
             "miner": self.miner.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "rng": ranks,
+            "rng": generators,
             "epoch": self.position.epoch,
             "step": self.position.step,
             "total": self.position.total,

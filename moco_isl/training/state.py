@@ -1,8 +1,9 @@
 """The shapes of all that a checkpoint of ours holds beside the weights.
 
 A file is held against them once, where it is read, before anything is done with it.
-`resume.Parts.state` writes the file of a pretraining, main_lincls.py that of a probe. What a part
-of a run keeps has its shape next to its `state_dict`: `ISL.state_shape`, a miner's `state_shape`.
+`resume.Parts.state` writes the file of a pretraining; `evaluation.probing` has that of a probe.
+What a part of a run keeps has its shape next to its `state_dict`: an objective's `state_shape`, a
+miner's `state_shape`.
 The weights are checked by `checkpoint.match`.
 Letters: M images, C feature dimension.
 """
@@ -16,7 +17,7 @@ from torch import nn
 from moco_isl.bank import QueueSlots
 from moco_isl.errors import BadInput
 from moco_isl.files import named
-from moco_isl.schema import COUNT, EARLIER, LARGEST, Holds, Number, Tensor, like, require
+from moco_isl.schema import COUNT, EARLIER, LARGEST, Holds, Number, Tensor, require
 
 ANEW = f"{EARLIER}, or start a new run from its weights with --init"
 SMALLEST = torch.finfo(torch.float32).tiny
@@ -169,7 +170,9 @@ RANK = {
 RANKS = Holds([RANK], len, "one state a rank or more")
 
 
-def _position(steps: int, epoch: int) -> dict:
+def position_shape(steps: int | None, epoch: int) -> dict:
+    """The shape of a position in an epoch of so many steps, None if that is unknown."""
+    steps = LARGEST if steps is None else steps
     return {
         "epoch": {epoch},
         "step": Number(0, steps, whole=True),
@@ -177,7 +180,10 @@ def _position(steps: int, epoch: int) -> dict:
     }
 
 
-def _steps_agree(ours: dict) -> bool:
+STEPS_AGREE = "means of an epoch that has begun, and no more steps in it than in all"
+
+
+def steps_agree(ours: dict) -> bool:
     """Whether every rank has averages in the middle of an epoch, and no more steps were taken in it
     than in all.
     """
@@ -212,7 +218,7 @@ def require_state(
         "miner": miner,
         "scaler": _scaler(fp16),
         "rng": RANKS,
-        **_position(steps, epoch),
+        **position_shape(steps, epoch),
         "num_images": {M},
         "images": str,
         "metrics_size": COUNT,
@@ -220,11 +226,7 @@ def require_state(
     # at most once before each epoch
     mined = lambda ours: ours["state"].get("round", 0) <= epoch + 1
     ours = Holds(
-        Holds(
-            ours,
-            _steps_agree,
-            "means of an epoch that has begun, and no more steps in it than in all",
-        ),
+        Holds(ours, steps_agree, STEPS_AGREE),
         mined,
         "a round an epoch at most",
     )
@@ -304,46 +306,3 @@ def require_optimizer(
 
 def _counts(groups: list) -> str:
     return " + ".join(str(len(group)) for group in groups) or "none"
-
-
-# ---- a probe
-
-
-def require_probe(
-    content: dict,
-    path,
-    model: nn.Module,
-    groups: list[list[nn.Parameter]],
-    images: int | None,
-    batch_size: int,
-) -> None:
-    """Hold a file of main_lincls.py, of which `require_start` was asked, against the probe that
-    takes its state. Raises BadInput.
-
-    model: the classifiers, or the whole network; some of them may have diverged. groups: of the
-    optimizer. images: how many it was trained on, None if unknown.
-    """
-    percent = Number(0, 100)
-    network = {
-        name: shape._replace(finite=False) for name, shape in like(model.state_dict()).items()
-    }
-    ours = {
-        "model": network,
-        "best": {...: percent},
-        "rng": RANKS,
-        **_position(LARGEST if images is None else -(-images // batch_size), content["epoch"]),
-        "sha256": str,
-        "classes": [str],
-        "data_sha256": str,
-        "metrics_size": COUNT,
-    }
-    ours = Holds(
-        ours, _steps_agree, "means of an epoch that has begun, and no more steps in it than in all"
-    )
-    require(
-        content,
-        {**OURS, "state_dict": dict, "optimizer": dict, "best_acc1": percent, "probe": ours},
-        where(path),
-        cure=EARLIER,
-    )
-    require_optimizer(content["optimizer"], path, groups, finite=False)

@@ -1,0 +1,218 @@
+"""What is judged: the encoder in a file, and the labelled images that it is judged on."""
+
+import hashlib
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+
+from torch import nn
+
+from moco_isl import data
+from moco_isl.data.datasets import ImagesInMemory
+from moco_isl.encoders import require_side
+from moco_isl.errors import BadInput
+from moco_isl.evaluation.backbone import load_backbone
+from moco_isl.run import checkpoint, ranks
+from moco_isl.training import resume
+from moco_isl.training.state import require_start
+
+LOOKED_AT = 10_000  # files whose sizes go into `identity`
+
+
+class ReadOnce:
+    """Base of a dataclass that keeps what it has read of files, by names with an underscore.
+
+    A copy in another process has none of that, and reads for itself.
+    """
+
+    def __getstate__(self) -> dict:
+        read = {f.name: None for f in fields(self) if f.name.startswith("_")}
+        return {f.name: getattr(self, f.name) for f in fields(self)} | read
+
+
+@dataclass
+class Resumed(ReadOnce):
+    """The file that a probe goes on with, read once in a process; its content is {} for none."""
+
+    start: resume.Start
+    _content: dict | None = None
+
+    @property
+    def path(self) -> str | None:
+        return self.start.path
+
+    @property
+    def content(self) -> dict:
+        """What is in the file. Raises BadInput."""
+        if self._content is None:
+            self._content = {}
+            if self.path:
+                content = checkpoint.load(self.path)
+                require_start(content, self.path, resume=True)
+                self._content = content
+        return self._content
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is a file of main_lincls.py, not of MoCo's."""
+        return "probe" in self.content
+
+    def let_go(self) -> None:
+        """Free the memory of what has been read."""
+        self._content = None
+
+
+@dataclass
+class Subject(ReadOnce):
+    """An encoder in a file and the images to judge it on, each read once in a process.
+
+    path, arch, stem, key_encoder: see `load_backbone`. dataset, root, download: see
+    `data.build_dataset`. image_size: 0 for that of the training. needs_val: whether a data set
+    without a val split is an error. resumed: the file at `path`, where that is gone on with.
+    """
+
+    path: str
+    arch: str | None
+    stem: str
+    key_encoder: bool
+    dataset: str
+    root: str | None
+    download: bool
+    image_size: int
+    needs_val: bool = True
+    resumed: Resumed | None = None
+
+    @cached_property
+    def _loaded(self) -> tuple[nn.Module, dict]:
+        return load_backbone(
+            self.path,
+            self.arch,
+            self.stem,
+            self.key_encoder,
+            self.image_size or None,
+            content=self.resumed and self.resumed.content,
+        )
+
+    @property
+    def encoder(self) -> nn.Module:
+        return self._loaded[0]
+
+    @property
+    def info(self) -> dict:
+        """What is known about the encoder, see `load_backbone`."""
+        return self._loaded[1]
+
+    @cached_property
+    def sha256(self) -> str:
+        return fingerprint(self.path)
+
+    @cached_property
+    def splits(self) -> dict:
+        """Data sets by name: train, and val."""
+        has_val = self.needs_val or self.dataset != "folder" or Path(self.root, "val").is_dir()
+        names = ("train", "val") if has_val else ("train",)
+        return {name: labelled(self.dataset, self.root, name, self.download) for name in names}
+
+    @cached_property
+    def side(self) -> int:
+        """The side of the images: as asked for, else that of the training, else as they are."""
+        trained = self.info["args"].get("image_size")
+        return self.image_size or trained or data.native_size(self.splits["train"])
+
+    @cached_property
+    def origin(self) -> dict:
+        """What a checkpoint of a probe says of encoder and images: see `probing.ORIGIN`."""
+        train = self.splits["train"]
+        return {
+            "sha256": self.sha256,
+            "classes": train.classes,
+            "data_sha256": identity([train]),
+        }
+
+    def require_fit(self) -> None:
+        """Raise BadInput for what cannot be read, and for images that the encoder does not take."""
+        require_side(self.encoder, self.info["arch"], self.side)
+
+    def hold_cached(self, folder: str | None, workers: int) -> None:
+        """Replace images by decoded ones that a folder keeps, if any (see `data.hold_cached`)."""
+        if folder is not None:
+            self.splits = {
+                name: data.hold_cached(dataset, folder, workers, ranks.say)
+                for name, dataset in self.splits.items()
+            }
+
+    def mismatches(self) -> list[str]:
+        return mismatches(self.info, dataset=self.dataset, side=self.side)
+
+
+def labelled(name: str, root: str | None, split: str, download: bool = False):
+    """A split of a data set, with labels and classes.
+
+    Raises BadInput where it has none, or a single class.
+    """
+    dataset = data.build_dataset(name, root, split, download)
+    if dataset.labels is None:
+        raise BadInput(
+            f"the {split} images in '{root}' have no labels ({dataset.layout.unlabelled}): expected"
+            f" a folder a class, as in {split}/dog/1.jpg"
+        )
+    return dataset
+
+
+def fingerprint(path: str | Path) -> str:
+    """The sha256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def identity(splits: Iterable) -> str:
+    """A sha256 that tells these data sets from others.
+
+    It covers labels and class names. Of files it covers the names below their folder, and the sizes
+    of up to LOOKED_AT of them; of other images in memory the pixels.
+    """
+    digest = hashlib.sha256()
+    for dataset in splits:
+        digest.update(f"{len(dataset)} {dataset.classes}".encode())
+        digest.update(dataset.labels.numpy())
+        if isinstance(dataset, ImagesInMemory) and isinstance(dataset.source, str):
+            digest.update(dataset.images.contiguous().numpy())
+            continue
+        digest.update("\0".join(data.names_below(dataset)).encode(errors="surrogateescape"))
+        for path in map(dataset.path, range(0, len(dataset), -(-len(dataset) // LOOKED_AT))):
+            digest.update(b"%d " % (os.path.getsize(path) if os.path.exists(path) else -1))
+    return digest.hexdigest()
+
+
+# ---- warnings ------------------------------------------------------------------------------------
+
+
+def mismatches(info: dict, *, dataset: str, side: int) -> list[str]:
+    """Warnings about a file that was trained on other images, or that its own flags contradict.
+
+    info: see `load_backbone`.
+    """
+    trained = info["args"]
+    found = head_mismatch(info, "the file's own flags say", trained.get("mlp"))
+    if trained.get("dataset", dataset) != dataset:
+        found.append(
+            f"trained on {trained['dataset']}, judged on {dataset}: images are normalised by"
+            f" {dataset}'s statistics"
+        )
+    if trained.get("image_size", side) != side:
+        found.append(f"trained on images of side {trained['image_size']}, judged on side {side}")
+    return found
+
+
+def head_mismatch(info: dict, who: str, mlp: bool | None) -> list[str]:
+    """A warning where a file has another head than an MLP (mlp) or a linear layer (not mlp)."""
+    if not isinstance(mlp, bool) or not info["head"] or mlp == (info["head"] == "mlp"):
+        return []
+    wanted = "an MLP head" if mlp else "no MLP head"
+    has = "a linear one" if mlp else "an MLP one"
+    return [f"{who} {wanted}, but the file has {has}: is it the file you mean?"]
