@@ -154,7 +154,8 @@ class Parser(argparse.ArgumentParser):
         argv = list(sys.argv[1:] if argv is None else argv)
         config = self._said("config", argv)
         if config and "--config" in self._option_string_actions:
-            argv = self._from_config(config) + argv
+            chosen = self._plugins and self._said(self._plugins.flag, argv)
+            argv = self._from_config(config, chosen) + argv
         if self._plugins is not None:
             self._choose(self._said(self._plugins.flag, argv))
         args = super().parse_args(self._data_first(argv), namespace)
@@ -193,9 +194,11 @@ class Parser(argparse.ArgumentParser):
             rest.append(token)
         return front + rest
 
-    def _from_config(self, path: str) -> list[str]:
+    def _from_config(self, path: str, chosen: str | None) -> list[str]:
         """The flags that a YAML file names, as argv; DIR as the default of `data`, which the
         command line may name anew.
+
+        chosen: the plug-in that the command line chooses. With that of the file its flags go too.
         """
         of = files.named("--config", path)
         content = plain_yaml.read(path, "--config", "lines 'flag: value'")
@@ -204,12 +207,22 @@ class Parser(argparse.ArgumentParser):
                 f"{of} holds a {'list' if isinstance(content, list) else 'text'}: expected lines"
                 " 'flag: value'"
             )
-        argv, data = self.argv_of(content or {}, of)
+        content = self._without_plugin(content or {}, chosen)
+        argv, data = self.argv_of(content, of)
         if data is not None:
             # a positional before the flags would be a second one beside the command line's
             self.set_defaults(data=data)
         # again, such that no flag before it takes what the command line begins with
         return [*argv, "--config", path]
+
+    def _without_plugin(self, settings: dict, chosen: str | None) -> dict:
+        """Settings without the flags of the plug-in that they name, where another is chosen."""
+        if chosen is None or settings.get(self._plugins.flag, chosen) == chosen:
+            return settings
+        self._choose(settings[self._plugins.flag])
+        self._choose(chosen)
+        gone = {action.dest for action in self._owned() if chosen not in action.owners}
+        return {name: x for name, x in settings.items() if name.replace("-", "_") not in gone}
 
     def argv_of(
         self, settings: dict[str, plain_yaml.Value], of: str
