@@ -80,7 +80,7 @@ def check_start(args: argparse.Namespace) -> tuple[resume.Start, dict]:
 
 def prepare(
     args: argparse.Namespace, start: resume.Start, content: dict, device: str = "cpu"
-) -> tuple[reading.Images, torch.nn.Module]:
+) -> tuple[reading.TrainingImages, torch.nn.Module]:
     """The images and a model on a device, fit for each other and for the file to start from.
 
     Writes nothing.

@@ -40,7 +40,7 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Images:
+class TrainingImages:
     """whole: a data set as it was opened. train: what of it is trained on. held_out: the rest,
     which kNN is judged on, or None. side: of a crop, in pixels.
     """
@@ -51,13 +51,13 @@ class Images:
     side: int
 
 
-def split(whole: Dataset, holdout: int, seed: int, side: int = 0) -> Images:
+def split(whole: Dataset, holdout: int, seed: int, side: int = 0) -> TrainingImages:
     """A data set with `holdout` images of it, drawn by the seed, held out.
 
     side: of a crop; 0: as it suits the images.
     """
     train, held_out = data.holdout(whole, holdout, seed) if holdout else (whole, None)
-    return Images(whole, train, held_out, side or data.native_size(train))
+    return TrainingImages(whole, train, held_out, side or data.native_size(train))
 
 
 @dataclass
@@ -67,7 +67,7 @@ class Reader:
     labels [M]: on the device, None where there are none; they are looked at for the log alone.
     """
 
-    images: Images
+    images: TrainingImages
     labels: torch.Tensor | None
     loader: object  # see data.train_loader
     augmentation: Callable
@@ -130,7 +130,9 @@ class Reader:
         self.loader.close()
 
 
-def open_reader(images: Images, settings: Reading, device: torch.device, stop: Stop) -> Reader:
+def open_reader(
+    images: TrainingImages, settings: Reading, device: torch.device, stop: Stop
+) -> Reader:
     """A reader of the images, which are decoded and kept first where the settings say so.
 
     Writes nothing but the cache. Raises BadInput for images that cannot be read.
