@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from moco_isl.mining.between import in_between
 
 from moco_isl.errors import BadInput, Interrupted
 from moco_isl.miners.average import AverageMiner
@@ -345,7 +344,6 @@ def test_a_single_image_has_no_positives_and_the_round_says_why(name):
         sets = miner.mine(unit(1), old, torch.Generator().manual_seed(0), None, views)
         assert sets_of(sets) == [set()] and not miner.report["accepted"]
         assert "a single image has no others that could be like it" in one_line(miner.report)
-    assert in_between(unit(1), old, 20).num_edges == 0
 
 
 @pytest.mark.parametrize("name", ["knn", "average", "entropy", "diffusion", "cluster"])
@@ -359,8 +357,6 @@ def test_with_as_many_neighbours_as_images_all_others_are_positives(name, few):
                 features, PositiveSets.empty(few), torch.Generator().manual_seed(0), None, views
             )
             assert sets_of(sets) == [{j for j in range(few) if j != i} for i in range(few)]
-        between = in_between(features, PositiveSets.empty(few), k)
-        assert sets_of(between) == sets_of(sets) and in_between(features, sets, k).num_edges == 0
 
 
 def test_what_needs_more_images_says_so():

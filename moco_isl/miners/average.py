@@ -41,7 +41,7 @@ class AverageMiner(RoundMiner):
         "--isl-neighbors",
         low=1,
         metavar="k",
-        help="nearest images that an image's mean is taken over (50)",
+        help="nearest images that an image's mean is taken over",
     )
     candidates: int | None = None
     power: float = 3.0

@@ -42,7 +42,7 @@ class DiffusionMiner(RoundMiner):
         "--isl-neighbors",
         low=1,
         metavar="k",
-        help="nearest images of each in the graph (20)",
+        help="nearest images of each in the graph",
     )
     steps: int = opt(
         2, "--isl-walk", low=1, metavar="n", help="edges of the longest walk through the graph"
