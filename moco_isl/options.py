@@ -90,10 +90,10 @@ def opt(
     may_change: bool = False,
     rare: bool = False,
 ):
-    """A dataclass field that is a flag. Its annotation says the kind of its values; None in it: the
-    flag need not be said.
+    """A dataclass field that is a flag.
 
-    names: as typed on the command line; without any, --name-of-the-field.
+    The annotation of the field says the kind of its values; with None in it, None stands for a flag
+    that was not given. names: as typed on the command line; without any, --name-of-the-field.
     low, high: the least and the largest value; low_open: `low` itself is not allowed.
     choices: the words that it takes; plugin: and any my.module:Name.
     several: "+" or "*" for a list of values. parse: makes the value of a text, or raises BadInput.
@@ -197,9 +197,7 @@ def check_range(
 
 
 def load_object(name: str, flag: str):
-    """What `my.module:Name` names, its module imported; modules of the folder that this was started
-    in are found too. Raises BadInput.
-    """
+    """What `my.module:Name` names; modules of the current folder are found too. Raises BadInput."""
     module, _, attribute = name.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())

@@ -107,6 +107,8 @@ def test_a_plug_ins_flags_come_from_a_config_too(tmp_path):
     assert args.toy_place == 4
     args = main_moco_isl.get_parser().parse_args(["--config", "run.yaml", "--toy-place=5"])
     assert args.toy_place == 5
+    args = main_moco_isl.get_parser().parse_args(["--config", "run.yaml", "--miner", "none"])
+    assert args.miner == "none" and "toy_place" not in args, "a baseline beside a recipe"
 
 
 @pytest.mark.parametrize(

@@ -37,11 +37,10 @@ _READ_WHOLE = 256 << 20  # bytes of a file up to which it is held in memory whil
 def decode_pixels(
     path: str, at_least: Callable[[int, int], int], unclear: Callable[[str], None] = warnings.warn
 ) -> tuple[torch.Tensor, tuple[int, int]]:
-    """`decode` as uint8 [3, h, w], and the image's full size (H, W); at_least(W, H) says how small
-    it may be decoded.
+    """`decode` as uint8 [3, h, w], with the image's full size (H, W).
 
-    A JPEG of its full size goes through torchvision where that still decodes: PIL's values in two
-    thirds of the time.
+    at_least(W, H) says how small it may be decoded. A JPEG of its full size goes through
+    torchvision where that still decodes: PIL's values in two thirds of the time.
     """
     with open_regular(path) as file:
         whole = os.fstat(file.fileno()).st_size <= _READ_WHOLE
@@ -92,11 +91,10 @@ def _to_rgb(
 
 
 def _to_eight_bits(image: Image.Image, unclear: Callable[[str], None]) -> Image.Image:
-    """Grey images of 16 or 32 bits, or of floats, scaled to 0..255; PIL's convert would clip at
-    255.
+    """Grey images of 16 or 32 bits, or of floats, scaled to 0..255.
 
-    Values outside of the range become its nearest end, NaN becomes black. Raises ValueError where
-    no value is finite.
+    PIL's convert would clip at 255. Values outside of the range become its nearest end, NaN becomes
+    black. Raises ValueError where no value is finite.
     """
     tags = image.tag_v2 if image.format == "TIFF" else {}
     # mode I also holds files of 16 bits, and all of PNG and PPM are
@@ -257,8 +255,9 @@ class ImagesInMemory(Dataset):
 
 
 def stand_ins(M: int, unreadable: Sequence[int]) -> list[tuple[int, int]]:
-    """(position of an unreadable image, position of the next readable one); after the last image
-    comes the first.
+    """Of each unreadable image its position, and that of the next readable one.
+
+    After the last image comes the first.
     """
     broken = set(unreadable)
     readable = [i for i in range(M) if i not in broken]
@@ -310,9 +309,7 @@ def holdout(dataset: Dataset, n: int, seed: int) -> tuple[Dataset, Dataset]:
 
 
 def describe(**splits: Dataset) -> str:
-    """What each split holds, in lines for the start of a run: images, classes, what was skipped,
-    what looks wrong.
-    """
+    """Lines for the start of a run: images and classes of each split, and warnings."""
     lines = []
     for name, dataset in splits.items():
         if isinstance(dataset, ImageFiles):
@@ -331,8 +328,7 @@ def names_below(dataset: Dataset) -> list[str]:
 
 
 def native_size(dataset: Dataset, look: int = 16) -> int:
-    """The side of views that fits the images: small ones, up to 64 pixels, keep theirs; for larger
-    ones 224, as MoCo.
+    """The side of views that fits the images: up to 64 pixels their own, else 224, as MoCo.
 
     Median of the shorter sides of a few images spread over the data set; only headers are read.
     Raises BadInput.
@@ -361,8 +357,7 @@ def _side(path: str) -> int | None:
 def load_into_memory(
     dataset: Dataset, threads: int = 4, limit_bytes: int = 8 << 30
 ) -> ImagesInMemory:
-    """Decode a folder of small images, all of one size, once, so that they can be augmented on the
-    device.
+    """Decode a folder of small images of one size once, to be augmented on the device.
 
     The place of an unreadable image holds the next readable one and stands in .unreadable. Raises
     BadInput.
@@ -391,9 +386,7 @@ def load_into_memory(
 
 
 def hold_small(dataset: Dataset, threads: int = 4) -> Dataset:
-    """The data set held in memory where its images are small ones of one size, as CIFAR's;
-    otherwise as it is.
-    """
+    """The data set held in memory if its images are small and of one size; else as it is."""
     if native_size(dataset) > SMALL:
         return dataset
     try:

@@ -127,8 +127,10 @@ def _read_svhn(name: str, root: Path, split: str, download: bool) -> tuple:
 
 
 def _torchvision(name: str, read: Callable) -> Callable:
-    """What opens a data set of torchvision; read(name, root, split, download) gives images uint8
-    [M, 3, S, S], labels [M] and the classes' names.
+    """What opens a data set of torchvision.
+
+    read(name, root, split, download) gives images uint8 [M, 3, S, S], labels [M] and the classes'
+    names.
     """
 
     def open_it(root: Path, split: str, download: bool) -> ImagesInMemory:
@@ -197,9 +199,7 @@ def _folder(root: Path, split: str, download: bool = False) -> ImageFiles:
 
 
 def _not_read(root: Path) -> list[str]:
-    """What lies beside train/, where there is no val/, that somebody may expect to be read; in
-    words.
-    """
+    """Warnings of what lies beside train/, where there is no val/, and is not read."""
     splits, said = _other_splits(root), []
     if splits:
         said.append(

@@ -1,8 +1,7 @@
-"""Neighbourhood means: an image's proxy is the mean of what is around it, and pairs are ranked by
-how similar their proxies are.
+"""Neighbourhood means: pairs are ranked by how similar the means around both images are.
 
-The same idea as ISL's proxies, a point between an image and those that mean the same, without a
-network that has to be trained.
+A mean is a proxy as ISL's is, a point between an image and those that mean the same, but no network
+has to be trained for it.
 
 Letters: M images, C feature dimension, N anchors of a block, k neighbours.
 """
@@ -28,8 +27,7 @@ _ROWS = 256  # anchors whose neighbours' features are held at a time
 
 @dataclass(eq=False)
 class AverageMiner(RoundMiner):
-    """Pairs of images whose neighbourhood means are similar, the surest of the whole data set
-    first.
+    """The pairs of images of the whole data set whose neighbourhood means are most similar.
 
     Where a round has two augmented views of every image, features and views are averaged together:
     what an encoder makes of one crop is partly chance. A mean has the image itself at weight 1; a
@@ -68,9 +66,7 @@ class AverageMiner(RoundMiner):
 
 
 def with_views(features: Tensor, views: Views) -> Tensor:
-    """features [M, C] and views 2 x [M, C] unit rows -> their mean, unit rows [M, C] of the same
-    type.
-    """
+    """The mean of features [M, C] and views 2 x [M, C]: unit rows [M, C] of the features' type."""
     return F.normalize(features.float() + views[0].float() + views[1].float(), dim=1).to(
         features.dtype
     )
@@ -83,11 +79,10 @@ def neighbourhood_means(
     tick: Tick | None = None,
     bank: Tensor | IVF | None = None,
 ) -> Tensor:
-    """features [M, C] unit rows -> unit rows [M, C] in the same type: each with its k nearest,
-    weighed by cosine ^ power.
+    """The mean of each of features [M, C] and its k nearest, weighed by cosine ^ power.
 
-    bank: what is searched, `RoundMiner.searchable` of the features; None: the features. Equal on
-    all ranks.
+    bank: what is searched, `RoundMiner.searchable` of the features; None: the features. Returns
+    unit rows [M, C] of the same type, equal on all ranks.
     """
     bank = features if bank is None else bank
 

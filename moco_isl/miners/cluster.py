@@ -1,5 +1,4 @@
-"""Local aggregation (LA, Zhuang et al. 2019): close neighbours are those that k-means puts
-together, several times over.
+"""Local aggregation, LA (Zhuang et al. 2019): neighbours that k-means puts together are positives.
 
 Letters: M images, C feature dimension, N anchors of a block, k background neighbours, H
 clusterings, G clusters of one.
@@ -23,8 +22,7 @@ Tensor = torch.Tensor
 
 @dataclass(eq=False)
 class ClusterMiner(RoundMiner):
-    """Members of an image's clusters in any of H clusterings, as far as they are among its
-    `background` nearest.
+    """Members of an image's clusters, in any of H clusterings, among its `background` nearest.
 
     Each image offers its surest `candidates` (None: four times the budget): first those that more
     clusterings put beside it, among equals the more similar. iterations: of k-means.

@@ -1,5 +1,4 @@
-"""Affinity diffusion (after PAD, Huang et al. 2020): what many short paths between mutual
-neighbours join means the same.
+"""Affinity diffusion, after PAD (Huang et al. 2020): many short paths between images join them.
 
 Letters: M images, C feature dimension, N anchors of a block, k neighbours, R images reached from an
 anchor.
@@ -24,8 +23,7 @@ _TOGETHER = 1 << 22  # entries of one piece of walks
 
 @dataclass(eq=False)
 class DiffusionMiner(RoundMiner):
-    """The graph of mutual k nearest neighbours, its affinities diffused, and the pairs with the
-    highest ones.
+    """The pairs of highest diffused affinity in the graph of mutual k nearest neighbours.
 
     Affinity of mutual neighbours: max(cosine, 0); S is that over k, so that no row sums to more
     than 1. Diffused: F = sum over t = 1..steps of decay^(t-1) S^t, the walks of up to `steps`
@@ -89,9 +87,10 @@ class DiffusionMiner(RoundMiner):
 
 
 def mutual_graph(near: Tensor, cosine: Tensor) -> tuple[Tensor, Tensor]:
-    """Each image's k nearest near [M, k] and their cosines [M, k] -> mutual [M, k] bool: the
-    neighbour has the image among its own; S [M, k]: max(cosine, 0) / k of mutual neighbours, 0
-    elsewhere.
+    """Which of each image's k nearest have it among their own, and their affinities.
+
+    near, cosine [M, k]: images and cosines of the k nearest. Returns mutual [M, k] bool, and
+    S [M, k]: max(cosine, 0) / k of mutual neighbours, 0 elsewhere.
     """
     M, k = near.shape
     mutual = torch.empty_like(near, dtype=torch.bool)
@@ -105,11 +104,10 @@ def mutual_graph(near: Tensor, cosine: Tensor) -> tuple[Tensor, Tensor]:
 def diffuse(
     anchors: Tensor, near: Tensor, S: Tensor, steps: int, decay: float, keep: int
 ) -> tuple[Tensor, Tensor]:
-    """Rows `anchors` [N] of F = sum of decay^(t-1) S^t, as their `keep` highest entries: images [N,
-    keep], F [N, keep].
+    """Rows `anchors` [N] of F = sum of decay^(t-1) S^t: their `keep` highest entries.
 
-    near, S: [M, k], row i holding the non-zero columns of S_i and their values. The diagonal is
-    left out; places without an image have F 0.
+    near, S: [M, k], row i holding the non-zero columns of S_i and their values. Returns images
+    [N, keep] and F [N, keep]. The diagonal is left out; places without an image have F 0.
     """
     N = len(anchors)
     # row of S^0
@@ -127,9 +125,10 @@ def diffuse(
 
 
 def _merge(image: Tensor, share: Tensor, keep: int, fill: bool = False) -> tuple[Tensor, Tensor]:
-    """image [N, R], share [N, R] >= 0 -> each image of a row once with its shares' sum, the `keep`
-    highest, falling; equal ones by image. As many columns as are needed, or with `fill` exactly
-    `keep`.
+    """Each image of a row once, with its shares' sum: the `keep` highest, falling.
+
+    image [N, R], share [N, R] >= 0. Equal sums are in the order of their images. Returns as many
+    columns as are needed, or with `fill` exactly `keep`.
     """
     image, order = image.sort(dim=1)
     share = share.gather(1, order)

@@ -1,6 +1,6 @@
-"""Anchor neighbourhoods (AND, Huang et al. 2019): the surest images get their nearest neighbours,
-more of them each round.
+"""Anchor neighbourhoods, AND (Huang et al. 2019): the surest images get their nearest neighbours.
 
+More images are anchors each round.
 Letters: M images, C feature dimension, N anchors of a block, k neighbours, T temperature.
 """
 
@@ -23,14 +23,12 @@ Tensor = torch.Tensor
 
 @dataclass(eq=False)
 class EntropyMiner(RoundMiner):
-    """Images ranked by the entropy of their softmax over all images (Eq. 4, themselves included),
-    the lowest first; in the n-th round the first share * n of them are anchors and each gets its k
-    nearest.
+    """The k nearest of the images whose softmax over all images (Eq. 4) has the lowest entropy.
 
-    An edge is as sure as its anchor: what a budget leaves out is of the anchors with the highest
-    entropy. On a GPU the softmax is the fused pass,
-    whose float16 products may let anchors of nearly equal entropy change places (see
-    `softmax.entropy`). Published: share 0.25, k 1.
+    In the n-th round the first share * n of all images are anchors, the lowest entropy first. An
+    edge is as sure as its anchor: what a budget leaves out is of the anchors with the highest
+    entropy. On a GPU the softmax is the fused pass, whose float16 products may let anchors of
+    nearly equal entropy change places (see `softmax.entropy`). Published: share 0.25, k 1.
     """
 
     name = "entropy"

@@ -28,8 +28,7 @@ Tensor = torch.Tensor
 
 @dataclass(eq=False)
 class GANMiner(RoundMiner):
-    """ISL's miner: a GAN on the features (Eq. 1), the best of five proxies an anchor (Eq. 3), what
-    is near to it (Eq. 2).
+    """ISL's miner: images near (Eq. 2) the best proxy (Eq. 3) that a GAN (Eq. 1) makes.
 
     batch, lr: of the GAN's training, see GANSettings. G, D and their Adam moments are where the
     next round starts, unless they collapsed.
@@ -236,15 +235,12 @@ def best_proxies(
     tick: Tick | None = None,
     bank: Tensor | IVF | None = None,
 ) -> list[Tensor]:
-    """The best proxy (Eq. 3) of every anchor of this rank's share, and the k images nearest to it,
-    never the anchor.
+    """The best proxy (Eq. 3) of every anchor of this rank's share, and its k nearest images.
 
     bank: what the images are searched in, `RoundMiner.searchable` of the features; None: the
-    features.
-
-    Returns anchors [n], score [n], near [n, k], cosine of near to the proxy [n, k], cosines of the
-    proxy to a, p, n [n, 3]. What is drawn for an anchor depends on the seed and its block: not on
-    the ranks.
+    features. The anchor is never among them. Returns anchors [n], score [n], near [n, k], cosine of
+    near to the proxy [n, k], cosines of the proxy to a, p, n [n, 3]. What is drawn for an anchor
+    depends on the seed and its block: not on the ranks.
     """
     M, device = len(features), features.device
     sampler = TripletSampler(features, positives, M, torch.Generator().manual_seed(seed), triplets)
@@ -267,10 +263,9 @@ def proxies_of(
     anchors: Tensor,
     draws: torch.Generator,
 ) -> tuple[Tensor, ...]:
-    """Eq.
+    """The best proxy of each of anchors [N] over its triplets (Eq. 3).
 
-    3 for anchors [N]: score [N] and proxy [N, C] of the best triplet, cosines of the proxy to a, p,
-    n [N, 3].
+    Returns scores [N], proxies [N, C], and the proxy's cosines to a, p, n [N, 3].
     """
     windows = sampler.spread(int(torch.randint(sampler.M, (1,), generator=draws)))
     u = torch.rand(sampler.triplets, len(anchors), generator=draws).to(features.device)
@@ -290,10 +285,9 @@ def proxies_of(
 
 
 def best_of(score: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
-    """Eq.
+    """The highest of scores [t, N] of t triplets an anchor (Eq. 3), and its values.
 
-    3. score [t, N] of t triplets an anchor, values [t, N, ...] -> the highest score [N] and its
-    values [N, ...].
+    values: [t, N, ...]. Returns scores [N] and the values [N, ...].
     """
     score, t = score.max(0)
     row = torch.arange(len(t), device=t.device)
@@ -303,11 +297,10 @@ def best_of(score: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
 def radius_rule(
     score: Tensor, cosine: Tensor, threshold: float, radius: float, mode: str
 ) -> Tensor:
-    """Eq. 2. score [N] of proxies, cosine [N, k] of images to them -> which images become
-    positives, [N, k] bool.
+    """Which images become positives (Eq. 2): [N, k] bool, by the proxies' scores [N].
 
-    "confidence": cosine > R + (1 - s)(1 - R); "fixed": Euclidean distance < r, with d^2 = 2 - 2
-    cos; both where s > threshold.
+    cosine [N, k]: of images to the proxy. "confidence": cosine > R + (1 - s)(1 - R); "fixed":
+    Euclidean distance < r, with d^2 = 2 - 2 cos; both where s > threshold.
     """
     if mode == "confidence":
         near = cosine > (radius + (1 - score) * (1 - radius))[:, None]
@@ -317,8 +310,9 @@ def radius_rule(
 
 
 def _statistics(M: int, score: Tensor, near: Tensor, to_triplet: Tensor) -> dict:
-    """The watchdog's figures over the best proxies of all ranks; the hub among at most ten nearest,
-    as the probe's.
+    """The watchdog's figures over the best proxies of all ranks.
+
+    The hub is looked for among at most ten nearest, as in the probe.
     """
     hits = dist.all_reduce_sum(torch.bincount(near[:, :10].flatten(), minlength=M))
     nearest = dist.all_reduce_sum(torch.bincount(near[:, 0], minlength=M))

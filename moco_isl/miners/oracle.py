@@ -1,5 +1,4 @@
-"""Research only: positives drawn from the true labels, so that how much of them is right is known.
-For the question how right they must be.
+"""Positives drawn from the true labels, to study how right positives must be. Research only.
 
 Letters: M images, C feature dimension, N anchors of a block, U undirected pairs, k neighbours of an
 image.
@@ -25,14 +24,14 @@ _COLUMNS = 8192  # images looked through at a time for neighbours
 
 @dataclass(eq=False)
 class OracleMiner(RoundMiner):
-    """Sets of `size` positives an image on average, of which the share `precision` has the anchor's
-    label, to within one pair.
+    """Sets of `size` positives an image on average; the share `precision` has the anchor's label.
 
-    "uniform" pairs are drawn, every image as an anchor equally often. "near" ones are each image's
-    most similar one of its label (of another label), then each one's second, and so on: the pairs
-    that real mining finds, and those it mistakes for right. Each round draws anew; nothing of an
-    earlier one stays, and no budget holds. labels [M], below 0 where unknown: such images get no
-    positives. Raises BadInput where the labels do not have as many pairs.
+    Both hold to within one pair. "uniform" pairs are drawn, every image as an anchor equally often.
+    "near" ones are each image's most similar one of its label (of another label), then each one's
+    second, and so on: the pairs that real mining finds, and those it mistakes for right. Each round
+    draws anew; nothing of an earlier one stays, and no budget holds. labels [M], below 0 where
+    unknown: such images get no positives. Raises BadInput where the labels do not have as many
+    pairs.
     """
 
     name = "oracle"
@@ -124,8 +123,10 @@ class OracleMiner(RoundMiner):
     def _near(
         self, features: Tensor, right: bool, number: int, tick: Tick | None
     ) -> tuple[Tensor, Tensor]:
-        """Pairs [number]: each image's nearest of its label or of another, then each one's second,
-        and so on; of the last ones the most similar.
+        """Pairs [number] of similar images of one label, or of two.
+
+        First each image's nearest such image, then each one's second, and so on; of the last ones
+        the most similar.
         """
         M = len(features)
         labels = self.labels.to(features.device)
@@ -170,11 +171,10 @@ def _pairs_there(labels: Tensor) -> tuple[int, int]:
 def draw_pairs(
     labels: Tensor, right: bool, number: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """labels [M] -> `number` distinct pairs [U], [U] with one label (right) or two, drawn uniformly
-    among each anchor's partners.
+    """Draw `number` distinct pairs with one label (right) or two, uniformly.
 
-    Anchors take turns in an order of their own each turn. There must be enough pairs: twice as many
-    as are drawn.
+    labels [M], below 0 where unknown. Returns the pairs [U], [U]. Anchors take turns in an order of
+    their own each turn. There must be enough pairs: twice as many as are drawn.
     """
     known = (labels >= 0).nonzero().squeeze(1)
     order = known[labels[known].sort(stable=True).indices]  # images, class by class
@@ -215,8 +215,9 @@ def _first_of_each(key: Tensor) -> Tensor:
 def nearest_by_label(
     features: Tensor, labels: Tensor, anchors: Tensor, same: bool, k: int, tick: Tick | None = None
 ) -> tuple[Tensor, Tensor]:
-    """anchors [N] -> cosine [N, k] and image [N, k] of the most similar others of the same label,
-    or of another; -inf where there are no more.
+    """The k most similar others of the same label, or of another, of anchors [N].
+
+    Returns cosines [N, k] and images [N, k]; the cosine is -inf where there are no more.
     """
     cosine = features.new_empty(len(anchors), 0, dtype=torch.float32)
     near = anchors.new_empty(len(anchors), 0)

@@ -181,13 +181,12 @@ class RoundMiner:
         tick: Tick | None = None,
         views: Views | None = None,
     ) -> PositiveSets:
-        """features [M, C] unit rows, the sets so far -> the sets of this round; both equal on all
-        ranks.
+        """The sets of this round, from features [M, C] (unit rows) and the sets so far.
 
-        rng: a CPU generator, one draw a round (rank 0's counts). views 2 x [M, C]: unit rows of two
-        random augmentations of every image, from which it is estimated how much of the sets is
-        right. Raises BadInput where features do not fit, Interrupted on every rank where tick
-        raised it on one.
+        All are equal on all ranks. rng: a CPU generator, one draw a round (rank 0's counts). views
+        2 x [M, C]: unit rows of two random augmentations of every image, from which it is estimated
+        how much of the sets is right. Raises BadInput where features do not fit, Interrupted on
+        every rank where tick raised it on one.
         """
         started = time.perf_counter()
         check_features(features, positives.num_images, views)
@@ -231,12 +230,11 @@ class RoundMiner:
         return sets
 
     def searchable(self, rows: Tensor, tick: Tick | None = None) -> "Tensor | IVF":
-        """rows [M, C], equal on all ranks -> what `topk` takes as its bank: the rows, or an index
-        built of them.
+        """What `topk` takes as its bank of rows [M, C]: the rows, or an index built of them.
 
         Build it once for a bank, before the blocks; it is freed with the last name for it. All
-        ranks call this together and get equal indexes. The lowest recall of a round goes into the
-        report. Raises Interrupted on every rank where tick raised it on one.
+        ranks call this together, with equal rows, and get equal indexes. The lowest recall of a
+        round goes into the report. Raises Interrupted on every rank where tick raised it on one.
         """
         if not dist.broadcast_object(wanted(self.index, rows)):
             return rows
@@ -254,8 +252,9 @@ class RoundMiner:
     def _trusted(
         self, features: Tensor, views: Views | None, a: Tensor, b: Tensor, tick: Tick | None
     ) -> int:
-        """How many of the pairs a [U], b [U], surest first, to keep; what is estimated of them goes
-        into the report.
+        """How many of the pairs a [U], b [U], surest first, to keep.
+
+        What is estimated of them goes into the report.
         """
         if not len(a):
             return 0
@@ -341,12 +340,11 @@ def over_blocks(
     block: Callable[[Tensor, int], tuple[Tensor, ...]],
     tick: Tick | None,
 ) -> list[Tensor]:
-    """block(anchors [N], number) -> tensors of N rows, over this rank's share of whole blocks of
-    images.
+    """Join what `block` gives for each of this rank's share of the blocks of images.
 
+    block(anchors [N], number) gives tensors of N rows; they depend on the block's number alone.
     Returns those of all its blocks, joined, with the anchors in front; tensors of no rows on a rank
-    without a share. A block is a matter of its number alone. Where tick raises Interrupted on one
-    rank, all ranks raise it here.
+    without a share. Where tick raises Interrupted on one rank, all ranks raise it here.
     """
     size = block_size(M)
     parts = []

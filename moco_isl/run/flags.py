@@ -75,8 +75,9 @@ class Parser(argparse.ArgumentParser):
         return [action for action in self._actions if hasattr(action, "owners")]
 
     def _settle(self, args: argparse.Namespace) -> None:
-        """Give the flags of the chosen class their defaults; those of other classes must not be
-        said, and go.
+        """Give the flags of the chosen class their defaults, and remove those of other classes.
+
+        Raises BadInput where one of those was given.
         """
         for action in self._owned():
             chosen = getattr(args, self._plugins.flag)
@@ -98,12 +99,12 @@ class Parser(argparse.ArgumentParser):
         real = {action: action.help for action in self._actions}
         for action in self._actions:
             flag = getattr(action, "flag", None)
-            owners = getattr(action, "owners", None)
-            if self._shows_all or flag is None:
-                continue
-            if owners is not None and self._plugins.chosen in owners:
+            owners = getattr(action, "owners", {})
+            if owners and self._shows_all:
+                action.help = "; ".join(f"{name}: {_help(own)}" for name, own in owners.items())
+            elif owners and self._plugins.chosen in owners:
                 action.help = _help(owners[self._plugins.chosen])
-            elif owners is not None or flag.rare:
+            elif owners or flag and flag.rare and not self._shows_all:
                 action.help = argparse.SUPPRESS
         try:
             return super().format_help()
@@ -154,7 +155,8 @@ class Parser(argparse.ArgumentParser):
         argv = list(sys.argv[1:] if argv is None else argv)
         config = self._said("config", argv)
         if config and "--config" in self._option_string_actions:
-            argv = self._from_config(config) + argv
+            chosen = self._plugins and self._said(self._plugins.flag, argv)
+            argv = self._from_config(config, chosen) + argv
         if self._plugins is not None:
             self._choose(self._said(self._plugins.flag, argv))
         args = super().parse_args(self._data_first(argv), namespace)
@@ -169,11 +171,10 @@ class Parser(argparse.ArgumentParser):
         return getattr(alone.parse_known_args(argv)[0], name)
 
     def _data_first(self, argv: list[str]) -> list[str]:
-        """argv with what a flag of several values would swallow moved to the front: `--lr 30 DIR`
-        and `--layers all DIR` name a DIR.
+        """Move to the front of argv what a flag of several values would swallow.
 
-        Such a flag has a type that does not take a DIR. What begins its values is left to it, to be
-        judged.
+        So `--lr 30 DIR` and `--layers all DIR` name a DIR. Such a flag has a type that does not
+        take a DIR. What begins its values is left to it, to be judged.
         """
         front = []
         rest = []
@@ -193,9 +194,10 @@ class Parser(argparse.ArgumentParser):
             rest.append(token)
         return front + rest
 
-    def _from_config(self, path: str) -> list[str]:
-        """The flags that a YAML file names, as argv; DIR as the default of `data`, which the
-        command line may name anew.
+    def _from_config(self, path: str, chosen: str | None) -> list[str]:
+        """The flags that a YAML file names, as argv; DIR becomes the default of `data`.
+
+        chosen: the plug-in that the command line chooses. With that of the file its flags go too.
         """
         of = files.named("--config", path)
         content = plain_yaml.read(path, "--config", "lines 'flag: value'")
@@ -204,17 +206,29 @@ class Parser(argparse.ArgumentParser):
                 f"{of} holds a {'list' if isinstance(content, list) else 'text'}: expected lines"
                 " 'flag: value'"
             )
-        argv, data = self.argv_of(content or {}, of)
+        content = self._without_plugin(content or {}, chosen)
+        argv, data = self.argv_of(content, of)
         if data is not None:
             # a positional before the flags would be a second one beside the command line's
             self.set_defaults(data=data)
         # again, such that no flag before it takes what the command line begins with
         return [*argv, "--config", path]
 
+    def _without_plugin(self, settings: dict, chosen: str | None) -> dict:
+        """Settings without the flags of the plug-in that they name, where another is chosen."""
+        own = settings.get(self._plugins.flag) if self._plugins else None
+        if chosen is None or not isinstance(own, str) or own == chosen:
+            return settings
+        self._choose(own)
+        self._choose(chosen)
+        gone = {action.dest for action in self._owned() if chosen not in action.owners}
+        return {name: x for name, x in settings.items() if name.replace("-", "_") not in gone}
+
     def argv_of(
         self, settings: dict[str, plain_yaml.Value], of: str
     ) -> tuple[list[str], str | None]:
-        """(argv, DIR or None) of flags by name with their values, as `plain_yaml.read` gives them;
+        """(argv, DIR or None) of flags by name with their values, as `plain_yaml.read` gives them.
+
         of: the file, for BadInput.
         """
         argv = []

@@ -251,8 +251,9 @@ def get_parser(description: str) -> flags.Parser:
 
 
 def build_miner(args: argparse.Namespace, labels: torch.Tensor | None):
-    """The miner that the flags describe. labels [M]: of the training images, for a miner that is
-    allowed to see them. Raises BadInput.
+    """The miner that the flags describe. Raises BadInput.
+
+    labels [M]: of the training images, for a miner that is allowed to see them.
     """
     kind = find_miner(args.miner)
     return flags.take(kind, args, **({"labels": labels} if kind.uses_labels else {}))
@@ -279,9 +280,7 @@ def idle(args: argparse.Namespace) -> list[str]:
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Raise BadInput for flags that cannot work, as far as that shows before any work; fill in what
-    depends on others.
-    """
+    """Raise BadInput for flags that cannot work; fill in those that depend on others."""
     flags.check_data_options(args)
     flags.check_ranges(args, *KINDS)
     flags.check(
