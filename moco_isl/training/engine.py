@@ -113,8 +113,7 @@ def train_one_epoch(
 
     for images, index in loader.epoch(epoch, start_step=position.step):
         clock.got_data()
-        # 2 x [N, 3, S, S]
-        images = [to_network(image, device, amp, channels_last) for image in images]
+        images = [to_network(x, device, amp, channels_last) for x in images]  # 2 x [N, 3, S, S]
         index = index.to(device, non_blocking=True)  # [N]
         with autocast(device, amp):
             loss = isl(*images, index)
@@ -140,10 +139,8 @@ def train_one_epoch(
         if stopped or saves:
             save()
         if stopped:
-            raise Interrupted(
-                f"saved at epoch {epoch}, step {position.step} of {len(loader)}: go on with"
-                " --resume auto"
-            )
+            at = f"epoch {epoch}, step {position.step} of {len(loader)}"
+            raise Interrupted(f"saved at {at}: go on with --resume auto")
     return True
 
 

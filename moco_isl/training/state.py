@@ -79,12 +79,12 @@ def require_flags(
     shape = flags_shape(parser, optional=set())
     shape |= {name: shape[name][0] for name in known}
     shape |= {name: Number(1, LARGEST, whole=True) for name in ("epochs", "batch_size")}
-    texts = Holds(
-        shape, lambda flags: all(isinstance(name, str) for name in flags), "flags by name"
-    )
+    by_name = lambda flags: all(isinstance(name, str) for name in flags)
+    texts = Holds(shape, by_name, "flags by name")
     cure = _cure(content)
     require(content["args"], texts, f"cannot read the flags in {named('', path)}", cure=cure)
-    epochs, epoch = content["args"]["epochs"], content["epoch"]
+    epoch = content["epoch"]
+    epochs = content["args"]["epochs"]
     if epoch > epochs:
         raise BadInput(
             f"{where(path)}: epoch is {epoch}, and its own --epochs are {epochs}; {cure}"
@@ -212,7 +212,8 @@ def require_state(
     model: of builder.py, on any device. isl, miner: what `state_shape` of either says. The rest as
     the run's flags have it.
     """
-    steps, epoch = -(-M // batch_size), content["epoch"]
+    steps = -(-M // batch_size)
+    epoch = content["epoch"]
     ours = {
         "state": isl,
         "miner": miner,
@@ -223,21 +224,12 @@ def require_state(
         "images": str,
         "metrics_size": COUNT,
     }
-    # at most once before each epoch
-    mined = lambda ours: ours["state"].get("round", 0) <= epoch + 1
-    ours = Holds(
-        Holds(ours, steps_agree, STEPS_AGREE),
-        mined,
-        "a round an epoch at most",
-    )
-    require(
-        content,
-        {**OURS, "state_dict": dict, "optimizer": dict, "isl": ours},
-        where(path),
-        {"M": M},
-        ANEW,
-    )
-    # a scaler leaves out the first steps until its scale fits
+    ours = Holds(ours, steps_agree, STEPS_AGREE)
+    rounds_fit = lambda ours: ours["state"].get("round", 0) <= epoch + 1
+    ours = Holds(ours, rounds_fit, "a round an epoch at most")
+    whole = {**OURS, "state_dict": dict, "optimizer": dict, "isl": ours}
+    require(content, whole, where(path), {"M": M}, ANEW)
+    # with fp16 the first steps may all have been left out, until the scaler's scale fits
     moved = bool(momentum and content["isl"]["total"] and not fp16)
     require_optimizer(content["optimizer"], path, [list(model.parameters())], moved)
 
