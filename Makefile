@@ -3,6 +3,7 @@
 # make test       the whole suite but the tests marked slurm or long
 # make test-long  those that are long: the GPU pack's rehearsal, and what compiles for long
 # make test-slurm those on a SLURM of two nodes, installed (Debian, as root) and started here
+# make docs       the pages of docs/ as a site in site/; a broken link or anchor fails
 # make bench      measure what this machine can (CPU: some minutes; GPU: all of it, 8 minutes) and
 #                 write benchmarks/RESULTS.md
 # make gpu IMAGES=cifar10.tar.gz OUT=dir
@@ -46,6 +47,9 @@ format: $(VENV)/.installed
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
 install: $(VENV)/.installed
 
 $(VENV)/.installed: setup.py
@@ -53,4 +57,8 @@ $(VENV)/.installed: setup.py
 	$(PY) -m pip install --quiet --editable '.[test]'
 	touch $@
 
-.PHONY: lint format demo test test-long test-slurm bench gpu install
+$(VENV)/.docs: $(VENV)/.installed
+	$(PY) -m pip install --quiet --editable '.[docs]'
+	touch $@
+
+.PHONY: docs lint format demo test test-long test-slurm bench gpu install

@@ -24,7 +24,7 @@ setup(
     py_modules=["main_moco_isl", "main_knn", "main_lincls"],
     package_data={
         "moco_isl": ["data/*.npz", "data/*.md", "report/templates/*"],
-        "launch": ["recipes/*", "*.md"],
+        "launch": ["recipes/*"],
     },
     entry_points={
         "console_scripts": [
@@ -57,6 +57,7 @@ setup(
         "heif": ["pillow-heif"],
         "report": ["matplotlib", "jinja2"],
         "tensorboard": ["tensorboard"],
+        "docs": ["mkdocs~=1.6", "mkdocs-material~=9.8"],
         "test": [
             "pytest",
             "pytest-xdist",

@@ -29,7 +29,8 @@ from benchmarks import bank_loss, common
 from benchmarks.knn import peak_bytes
 from benchmarks.mining import synthetic
 from moco_isl.miners.gan import GANMiner
-from moco_isl.mining.gan import Discriminator, GANFit, GANSettings, Generator, fit_gan
+from moco_isl.mining.gan import Discriminator, GANFit, GANSettings, Generator
+from moco_isl.mining.gan_training import fit_gan
 from moco_isl.mining.positives import PositiveSets
 
 C = 128

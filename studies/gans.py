@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
-from moco_isl.mining.gan import Discriminator, Generator, Trainer
+from moco_isl.mining.gan import Discriminator, Generator
+from moco_isl.mining.gan_training import Trainer
 from moco_isl.mining.triplets import TripletSampler
 
 Tensor = torch.Tensor

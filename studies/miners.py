@@ -55,7 +55,8 @@ from moco_isl.miners.average import neighbourhood_means, with_views
 from moco_isl.miners.gan import best_proxies
 from moco_isl.mining.edges import under_cap
 from moco_isl.mining.estimate import Views, by_halves
-from moco_isl.mining.gan import GANFit, GANSettings, Trainer, fit_gan
+from moco_isl.mining.gan import GANFit, GANSettings
+from moco_isl.mining.gan_training import Trainer, fit_gan
 from moco_isl.mining.positives import PositiveSets, distinct_edges, same_label
 from moco_isl.mining.triplets import TripletSampler
 from moco_isl.ops.neighbors import topk

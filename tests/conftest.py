@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 
 # tests send these to processes that they start; under nohup, or in the background, those would
 # ignore them
@@ -13,6 +14,22 @@ import pytest  # noqa: E402 (what is set above is read when torch is imported)
 import torch  # noqa: E402 (likewise)
 
 torch.set_num_threads(1)
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """How fast this machine is, beside the time that the tests took: machines differ by three."""
+    threads = torch.get_num_threads()
+    cores = os.cpu_count()
+    torch.set_num_threads(cores)
+    a = torch.ones(1024, 1024)
+    products = 0
+    start = time.perf_counter()
+    while time.perf_counter() - start < 0.2:
+        a @ a
+        products += 1
+    rate = products * 2 * len(a) ** 3 / (time.perf_counter() - start)
+    torch.set_num_threads(threads)
+    terminalreporter.write_line(f"{cores} cores, {rate / 1e9:.0f} GFLOP/s in float32 products")
 
 
 @pytest.fixture

@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from moco_isl.mining import gan
+from moco_isl.mining import gan_training
+from moco_isl.mining.gan_training import Trainer
 from moco_isl.ops import fused, softmax
 
 CUDA = torch.device("cuda", 0)
@@ -344,12 +345,10 @@ def _captured(capture):
 @contextlib.contextmanager
 def pretending_with_kernels() -> Iterator[Pretend]:
     with contextlib.ExitStack() as stack:
-        stack.enter_context(
-            mock.patch.object(gan.Trainer, "capture", _captured(gan.Trainer.capture))
-        )
-        # which a CPU would have in bfloat16
-        stack.enter_context(mock.patch.object(gan, "training_search", lambda features: features))
+        stack.enter_context(mock.patch.object(Trainer, "capture", _captured(Trainer.capture)))
+        same = lambda features: features  # a CPU would search in bfloat16
+        stack.enter_context(mock.patch.object(gan_training, "training_search", same))
         stack.enter_context(mock.patch.object(fused, "_seen_to_work", lambda device, C: Kernels))
-        gan._compiled.cache_clear()  # inside, functions are not really compiled
-        stack.callback(gan._compiled.cache_clear)
+        gan_training._compiled.cache_clear()  # inside, functions are not really compiled
+        stack.callback(gan_training._compiled.cache_clear)
         yield stack.enter_context(pretending())

@@ -1,5 +1,5 @@
-"""Gloo ranks on this CPU: worker processes started once a session and used by every test that asks
-for them.
+"""Gloo ranks on this CPU: forked once a session from a server that has imported the package, and
+used by every test that asks for them.
 """
 
 import atexit
@@ -8,7 +8,8 @@ import tempfile
 import traceback
 
 import torch
-import torch.multiprocessing as mp
+
+from tests.runs import SERVER
 
 _pools: dict[int, tuple] = {}
 
@@ -29,11 +30,10 @@ def _serve(rank: int, world: int, store: str, jobs, results) -> None:
 
 def _pool(world: int) -> tuple:
     if world not in _pools:
-        context = mp.get_context("spawn")
         store = tempfile.mktemp(prefix="moco_isl_store_")
-        jobs, results = [context.SimpleQueue() for _ in range(world)], context.Queue()
+        jobs, results = [SERVER.SimpleQueue() for _ in range(world)], SERVER.Queue()
         workers = [
-            context.Process(target=_serve, args=(r, world, store, jobs[r], results), daemon=True)
+            SERVER.Process(target=_serve, args=(r, world, store, jobs[r], results), daemon=True)
             for r in range(world)
         ]
         for worker in workers:

@@ -23,7 +23,7 @@ from PIL import Image
 
 import main_moco_isl
 from moco_isl.miners import gan as gan_miner
-from moco_isl.mining import gan
+from moco_isl.mining import gan_training
 from moco_isl.run import checkpoint
 from moco_isl.training import engine
 
@@ -129,7 +129,7 @@ def _child(
     os.dup2(output, 2)
     os.environ.update(environment)
     torch.set_num_threads(1)
-    gan.collapse = gan_miner.collapse = lambda *_: ""
+    gan_training.collapse = gan_miner.collapse = lambda *_: ""
     if times:
         _time_stages(times)
     if kill:

@@ -1,7 +1,8 @@
 """Everything a user can get wrong, and what goes wrong under way.
 
-One line says what, what was expected and what to do; the exit code is 2 or 3.
-`python -m tests.test_bad_input` writes BAD_INPUT.md, the list of them; a test holds it.
+Each ends with one line that says what is wrong, what was expected and what to do, and with its exit
+code. `python -m tests.test_bad_input` writes docs/bad_input.md, the list of them, to which the
+tests hold what the script says.
 """
 
 import contextlib
@@ -28,7 +29,7 @@ from moco_isl.run.folder import RunFolder
 from moco_isl.training import engine
 from tests.runs import DIGITS, SERVER, Running, photos
 
-LIST = Path(__file__).parent.parent / "BAD_INPUT.md"
+LIST = Path(__file__).parent.parent / "docs" / "bad_input.md"
 SMALL = DIGITS[2:]  # without the data set
 RUN = [*DIGITS, "--epochs", "2"]
 OUT = ["--out", "new"]
@@ -473,7 +474,7 @@ def _cell(text) -> str:
 
 
 def listed() -> dict[str, list[str]]:
-    """BAD_INPUT.md as it stands: what -> [flags, exit code, message]."""
+    """docs/bad_input.md as it stands: what -> [flags, exit code, message]."""
     rows = [
         re.split(r" (?<!\\)\| ", line.removeprefix("| ").removesuffix(" |"))
         for line in LIST.read_text().splitlines()
@@ -483,7 +484,7 @@ def listed() -> dict[str, list[str]]:
 
 
 def hold_to_list(what: str, argv: list[str], code: int, err: str) -> None:
-    """What was just said is what BAD_INPUT.md says of it."""
+    """What was just said is what docs/bad_input.md says of it."""
     assert listed().get(what) == [_cell(x) for x in (f"`{shown(argv)}`", code, err.strip())], (
         "python -m tests.test_bad_input writes the list anew"
     )

@@ -37,7 +37,7 @@ from moco_isl.miners.entropy import EntropyMiner
 from moco_isl.miners.gan import GANMiner
 from moco_isl.miners.none import NoMiner
 from moco_isl.miners.oracle import OracleMiner
-from moco_isl.mining import gan
+from moco_isl.mining import gan_training
 from moco_isl.mining.rounds import RoundMiner
 from moco_isl.report import grids, page, runs, sections, verdict
 from moco_isl.report.__main__ import main as report_main
@@ -270,8 +270,8 @@ class Place:
                 target = folder / "labelled" / split / "ab"[i % 2] / path.name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(path.read_bytes())
-        before, let_through = (gan.collapse, gan_miner.collapse), lambda *_: ""
-        gan.collapse = gan_miner.collapse = let_through
+        before, let_through = (gan_training.collapse, gan_miner.collapse), lambda *_: ""
+        gan_training.collapse = gan_miner.collapse = let_through
         try:
             assert (
                 quietly(
@@ -281,7 +281,7 @@ class Place:
                 == 0
             )
         finally:
-            gan.collapse, gan_miner.collapse = before
+            gan_training.collapse, gan_miner.collapse = before
         last = self.run / "checkpoint_last.pth.tar"
         self.content = checkpoint.load(last)
         # a CPU takes a second for a step in half precision: what that leaves is put in here

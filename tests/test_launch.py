@@ -364,12 +364,7 @@ def test_more_gpus_than_this_shell_may_see_are_refused(
 ):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     argv = [
-        "pretrain",
-        "--cluster",
-        "local",
-        "--gpus-per-node",
-        "2",
-        "--job-dir",
+        *"pretrain --cluster local --gpus-per-node 2 --job-dir".split(),
         str(tmp_path / "x"),
         *DIGITS,
     ]
@@ -386,9 +381,7 @@ def test_a_job_folder_of_nobody_is_one_line(capsys):
 def test_a_job_folder_that_cannot_be_is_one_line(tmp_path, capsys, no_environment_left):
     (tmp_path / "file").touch()
     argv = [
-        "pretrain",
-        "--cluster",
-        "local",
+        *"pretrain --cluster local".split(),
         *CPU,
         "--job-dir",
         str(tmp_path / "file" / "run"),
@@ -1000,16 +993,9 @@ def test_two_tasks_of_this_machine_train_together_and_status_tells(
 ):
     code = submit.main(
         [
-            "pretrain",
-            "--cluster",
-            "local",
+            *"pretrain --cluster local".split(),
             *CPU,
-            "--timeout",
-            "5",
-            "--wait",
-            "--poll",
-            "0.5",
-            "--job-dir",
+            *"--timeout 5 --wait --poll 0.5 --job-dir".split(),
             str(tmp_path / "%j"),
             "--",
             *DIGITS,
@@ -1159,12 +1145,7 @@ def test_a_sweep_whose_folder_cannot_be_made_starts_nothing(tmp_path, capsys, no
         said = capsys.readouterr()
         assert "file is a file" in said.err and said.err.count("\n") == 1 and said.out == ""
     argv = [
-        "pretrain",
-        "--cluster",
-        "debug",
-        "--gpus-per-node",
-        "0",
-        "--job-dir",
+        *"pretrain --cluster debug --gpus-per-node 0 --job-dir".split(),
         str(tmp_path / "file"),
         *DIGITS,
     ]

@@ -69,21 +69,11 @@ def test_the_seed_decides(tmp_path):
 
 
 def test_mining_rounds_and_their_report(tmp_path, capsys):
-    run(tmp_path / "moco", "--epochs", 3)
+    run(tmp_path / "moco", "--epochs", 1)
     before = weights(tmp_path / "moco")
-    lines = run(
-        tmp_path / "isl",
-        "--init",
-        tmp_path / "moco" / "checkpoint_last.pth.tar",
-        "--epochs",
-        3,
-        "--miner",
-        "knn",
-        "--isl-every",
-        2,
-        "--isl-budget",
-        4,
-    )
+    init = ["--init", tmp_path / "moco" / "checkpoint_last.pth.tar"]
+    mined = "--epochs 3 --miner knn --isl-every 2 --isl-budget 4".split()
+    lines = run(tmp_path / "isl", *init, *mined)
     rounds = [line for line in lines if line["kind"] == "round"]
     assert [line["epoch"] for line in rounds] == [0, 2]
     for line in rounds:
@@ -106,7 +96,7 @@ def test_mining_rounds_and_their_report(tmp_path, capsys):
 
 def test_labels_steer_nothing(tmp_path, monkeypatch):
     """The same run with shuffled labels writes the same weights."""
-    flags = ["--epochs", 2, "--miner", "knn", "--isl-start", 1, "--knn-every", 1]
+    flags = "--epochs 2 --miner knn --isl-start 1 --knn-every 1 --knn-holdout 1000".split()
     run(tmp_path / "true", *flags)
     build = main_moco_isl.data.build_dataset
 
@@ -252,8 +242,8 @@ def shared_images(tmp_path_factory):
 def test_photos(tmp_path, shared_images):
     folder = shared_images("imagenette_mini", "imagenette_mini.tar.gz", 2, 1)
     flags = (
-        "-a resnet18 --mlp --moco-k 64 --moco-t 0.2 --aug-plus --cos -b 10 -j 2 --epochs 1 --seed 0"
-        " --miner knn --isl-start 0 --knn-every 1".split()
+        "-a resnet18 --image-size 112 --mlp --moco-k 64 --moco-t 0.2 --aug-plus --cos -b 10 -j 2"
+        " --epochs 1 --seed 0 --miner knn --isl-start 0 --knn-every 1".split()
     )
     assert main_moco_isl.main([*flags, "--out", str(tmp_path / "out"), str(folder)]) == 0
     lines = [
@@ -289,7 +279,8 @@ def test_features_all_alike_are_said(tmp_path, capsys):
     """A rate that no encoder survives: the softmax over all images then sees one point, and its
     loss stays that of chance.
     """
-    run(tmp_path / "far", "--epochs", 6, "--objective", "bank", "--lr", 1)
+    few = "--knn-holdout 900 -b 64".split()
+    run(tmp_path / "far", "--epochs", 6, "--objective", "bank", "--lr", 1, *few)
     assert "epoch 5 ends with all features alike (mean cosine 0.999)" in capsys.readouterr().out
     lines = run(tmp_path / "near", "--epochs", 3, "--moco-m", 0.99, "--moco-dim", 64)
     assert (

@@ -299,12 +299,7 @@ def test_a_rehearsal_does_all_of_it(tmp_path):
     only = [part for part in pack.PARTS if part not in ("suite", "warm-photos")]
     command = [
         sys.executable,
-        "-m",
-        "benchmarks.pack",
-        "--quick",
-        "--minutes",
-        "8",
-        "--out",
+        *"-m benchmarks.pack --quick --minutes 8 --out".split(),
         str(out),
         "--only",
         *only,

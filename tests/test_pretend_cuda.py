@@ -23,7 +23,8 @@ from moco_isl.data.datasets import ImagesInMemory
 from moco_isl.encoders import build_encoder
 from moco_isl.isl import ISL
 from moco_isl.losses import softmax_over
-from moco_isl.mining import gan
+from moco_isl.mining.gan import GANSettings
+from moco_isl.mining.gan_training import Trainer, fit_gan
 from moco_isl.mining.positives import PositiveSets
 from moco_isl.ops import fused, neighbors, softmax
 from moco_isl.training import fast
@@ -329,11 +330,11 @@ def test_the_fused_entropy_is_near_the_plain_one(seen):
 def test_a_captured_gan_waits_for_nothing_and_learns_what_the_plain_one_does(seen):
     features = F.normalize(torch.randn(300, 16, generator=Generator().manual_seed(0)), dim=1)
     src = torch.arange(200)
-    settings = gan.GANSettings(iters=30, min_iters=30, batch=32)
+    settings = GANSettings(iters=30, min_iters=30, batch=32)
     nets = []
     for device in ("cpu", "cuda"):
         sets = PositiveSets.from_edges(300, src.to(device), (src.to(device) * 7 + 1) % 300)
-        fit = gan.fit_gan(features.to(device), sets, settings, seed=0)
+        fit = fit_gan(features.to(device), sets, settings, seed=0)
         nets.append([x.cpu() for x in (*fit.G.state_dict().values(), *fit.D.state_dict().values())])
     torch.testing.assert_close(*nets, atol=1e-4, rtol=1e-3)
 
@@ -385,8 +386,8 @@ def test_ten_iterations_at_once_take_fewer_launches_than_ten(seen):
         CUDA
     )
     src = torch.arange(1000, device=CUDA)
-    trainer = gan.Trainer(
-        features, PositiveSets.from_edges(2600, src, src + 1000), gan.GANSettings(), None, seed=0
+    trainer = Trainer(
+        features, PositiveSets.from_edges(2600, src, src + 1000), GANSettings(), None, seed=0
     )
     launches = {}
     for iterations in (10, 1):
@@ -404,7 +405,7 @@ def test_a_fit_on_the_device_captures_ten_iterations_and_one(seen):
     """
     precisions, ticks, trainers = [], [], []
 
-    class Watched(gan.Trainer):
+    class Watched(Trainer):
         def update(self, *triplet):
             precisions.append(torch.get_float32_matmul_precision())
             super().update(*triplet)
@@ -413,40 +414,32 @@ def test_a_fit_on_the_device_captures_ten_iterations_and_one(seen):
         trainers.append(Watched(*args))
         return trainers[0]
 
-    features = F.normalize(torch.randn(500, 16, generator=Generator().manual_seed(0)), dim=1).to(
-        CUDA
-    )
-    settings = gan.GANSettings(iters=1000, min_iters=1000, batch=20, compile=True)
-    fit = gan.fit_gan(
-        features,
-        PositiveSets.empty(500, CUDA),
+    features = F.normalize(torch.randn(220, 16, generator=Generator().manual_seed(0)), dim=1)
+    settings = GANSettings(iters=440, min_iters=440, batch=20, compile=True)
+    fit = fit_gan(
+        features.to(CUDA),
+        PositiveSets.empty(220, CUDA),
         settings,
         seed=0,
         tick=lambda: ticks.append(1),
         kind=kind,
     )
-    assert fit.report["history"]["iteration"] == list(range(25, 1001, 25)) and set(
-        trainers[0].graphs
-    ) == {1, 10}
-    assert len(ticks) == 40 * (2 + 5), (
-        "a pass and a look have 25 iterations: two graphs of ten and five of one"
-    )
-    # Three warm-ups and the capture of each; a real graph keeps the products that it was captured
-    # with.
-    assert (
-        precisions.count("high") == 4 * (10 + 1)
-        and torch.get_float32_matmul_precision() == "highest"
-    )
+    assert fit.report["history"]["iteration"] == list(range(11, 441, 11))
+    assert set(trainers[0].graphs) == {1, 10}
+    assert len(ticks) == 40 * 2, "a pass and a look have 11 iterations: a graph of 10, one of 1"
+    # Three warm-ups and the capture of each; a real graph keeps the products of its capture.
+    assert precisions.count("high") == 4 * (10 + 1)
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_gradients_of_the_gan_lie_as_its_weights():
     """By torch.autograd.grad, which promises nothing of it; the fused optimizer walks through the
     memory of both.
     """
-    trainer = gan.Trainer(
+    trainer = Trainer(
         F.normalize(torch.randn(100, 16), dim=1),
         PositiveSets.empty(100),
-        gan.GANSettings(batch=16),
+        GANSettings(batch=16),
         None,
         0,
     )

@@ -18,7 +18,7 @@ import torch
 import main_moco_isl
 from moco_isl.errors import BadInput
 from moco_isl.miners import gan as gan_miner
-from moco_isl.mining import gan
+from moco_isl.mining import gan_training
 from moco_isl.run import checkpoint
 from moco_isl.run.folder import numbered
 from moco_isl.run.meters import Averages
@@ -179,8 +179,9 @@ def test_stopped_once_in_knn_and_in_the_bank(tmp_path, objective, polls, place):
 
 
 def _main(argv, stop):
-    before = gan.collapse, gan_miner.collapse
-    gan.collapse = gan_miner.collapse = lambda *_: ""  # as in the processes it is compared with
+    before = gan_training.collapse, gan_miner.collapse
+    # as in the processes that it is compared with
+    gan_training.collapse = gan_miner.collapse = lambda *_: ""
     try:
         with (
             contextlib.redirect_stdout(io.StringIO()) as out,
@@ -188,7 +189,7 @@ def _main(argv, stop):
         ):
             return main_moco_isl.main([str(x) for x in argv], stop), out.getvalue(), err.getvalue()
     finally:
-        gan.collapse, gan_miner.collapse = before
+        gan_training.collapse, gan_miner.collapse = before
 
 
 # ---- where nothing may be lost -------------------------------------------------------------------

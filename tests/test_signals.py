@@ -241,11 +241,7 @@ def test_the_lock_dies_with_the_main_process_and_not_with_its_workers(tmp_path):
     """
     flags = [
         *photos(tmp_path / "photos"),
-        "--epochs",
-        "1000",
-        "-j",
-        "1",
-        "--out",
+        *"--epochs 1000 -j 1 --out".split(),
         tmp_path / "out",
         "--save-every",
         "1",
@@ -370,10 +366,7 @@ def test_ranks_that_the_script_starts(tmp_path):
     """
     flags = [
         *LONG,
-        "--multiprocessing-distributed",
-        "--nproc-per-node",
-        "2",
-        "--out",
+        *"--multiprocessing-distributed --nproc-per-node 2 --out".split(),
         tmp_path / "out",
         "--resume",
         "auto",
@@ -403,12 +396,7 @@ def test_a_rank_of_torchrun_is_killed(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     command = [
         sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "main_moco_isl.py",
+        *"-m torch.distributed.run --standalone --nproc-per-node 2 main_moco_isl.py".split(),
         *LONG,
         "--out",
         tmp_path / "out",

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moco_isl.mining.gan import GANSettings, Trainer, discriminator_loss, fit_gan
+from moco_isl.mining.gan import GANSettings, discriminator_loss
+from moco_isl.mining.gan_training import Trainer, fit_gan
 from moco_isl.mining.positives import PositiveSets
 from studies import gans
 from tests.test_miners import clusters
@@ -94,15 +95,13 @@ def test_a_score_trained_on_unmatched_triplets_tells_matches_from_strangers_bett
     # of the same group
     sets = PositiveSets.from_edges(300, torch.arange(300), (torch.arange(300) + 6) % 300)
     n = features[torch.randperm(300, generator=torch.Generator().manual_seed(2))]
-    told = {Trainer: 0.0, gans.MatchedFalse: 0.0}
-    for kind in told:
-        for seed in (1, 2, 3):  # one fit alone may be as good by chance
-            fit = fit_gan(
-                features, sets, GANSettings(1000, 1000, batch=100, lr=1e-3), seed, kind=kind
-            )
-            with torch.no_grad():
-                same = fit.D(features, features.roll(-12, 0), n)
-                other = fit.D(features, features.roll(-3, 0), n)
-            told[kind] += float((same > other).float().mean()) / 3
-    # seen: 0.89 beside 0.54
+    settings = GANSettings(1000, 1000, batch=100, lr=1e-3)
+    told = {}
+    for kind in (Trainer, gans.MatchedFalse):
+        fit = fit_gan(features, sets, settings, 1, kind=kind)
+        with torch.no_grad():
+            same = fit.D(features, features.roll(-12, 0), n)
+            other = fit.D(features, features.roll(-3, 0), n)
+        told[kind] = float((same > other).float().mean())
+    # seen of seeds 1 to 3: 0.83, 0.87, 0.96 beside 0.53, 0.51, 0.55
     assert told[gans.MatchedFalse] > told[Trainer] + 0.15 and told[gans.MatchedFalse] > 0.7

@@ -8,7 +8,8 @@ import torch
 import main_moco_isl
 from moco_isl.errors import BadInput
 from moco_isl.miners.average import with_views
-from moco_isl.mining.gan import GANSettings, fit_gan
+from moco_isl.mining.gan import GANSettings
+from moco_isl.mining.gan_training import fit_gan
 from moco_isl.mining.positives import PositiveSets
 from moco_isl.mining.triplets import TripletSampler
 from studies import miners

@@ -7,15 +7,9 @@ import torch
 from moco_isl import dist
 from moco_isl.errors import BadInput, Interrupted, RunFailed
 from moco_isl.mining.edges import Edges
-from moco_isl.mining.gan import (
-    Discriminator,
-    GANFit,
-    GANSettings,
-    Generator,
-    collapse,
-    fit_gan,
-    networks_shape,
-)
+from moco_isl.mining.gan import Discriminator, GANFit, GANSettings, Generator, networks_shape
+from moco_isl.mining.gan_training import fit_gan
+from moco_isl.mining.gan_watch import collapse
 from moco_isl.mining.positives import PositiveSets
 from moco_isl.mining.rounds import RoundMiner, block_size, over_blocks
 from moco_isl.mining.triplets import TripletSampler

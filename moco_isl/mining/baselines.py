@@ -1,6 +1,6 @@
-"""What plain similarity reaches at the same sizes: the comparison every round prints.
+"""What plain similarity reaches at the same sizes: the comparison that every round prints.
 
-Letters: M images, C feature dimension, k neighbours.
+Letters: M images, C feature dimension, A anchors, k neighbours.
 """
 
 import math
@@ -22,24 +22,24 @@ def baselines(
     tick: Tick | None = None,
     anchors: Tensor | None = None,
 ) -> dict[str, list[float]]:
-    """Precision at mean set sizes `sizes`: {"sizes", "own_nearest", "all_pairs"}, lists of one
-    figure a size.
+    """Precision at mean set sizes: {"sizes", "own_nearest", "all_pairs"}, a figure a size in each.
 
-    own_nearest: the k nearest of every image, as directed edges; a size between two integers takes
-    the nearest of all of the next k's edges in order of similarity. all_pairs: the size * M / 2
-    most similar pairs of the whole data set, each way an edge. features [M, C] unit rows, labels
-    [M], below 0 where
-    unknown: pairs with such an image are not counted. anchors [A]: images that stand for all in
-    own_nearest; None: all. The search is always exact: these figures are what an approximate one is
-    compared with.
+    own_nearest: the k nearest of every image, as directed edges. Of a size between two integers the
+    rest are the most similar of all edges to the next nearest.
+    all_pairs: the size * M / 2 most similar pairs of the whole data set, each an edge both ways.
+
+    features [M, C] unit rows; labels [M], below 0 where unknown: pairs with such an image are not
+    counted. anchors [A]: images that stand for all in own_nearest; None: all. The search is always
+    exact: an approximate one is compared with these figures.
     """
-    M, labels = len(features), labels.to(features.device)
+    M = len(features)
+    labels = labels.to(features.device)
     sizes = [float(min(size, M - 1)) for size in sizes]
-    anchors = torch.arange(M, device=features.device) if anchors is None else anchors
-    cosine, near = topk(
-        features[anchors], features, max(math.ceil(size) for size in sizes), anchors, tick=tick
-    )
-    same = same_label(labels, near, anchors[:, None])  # [M, k]
+    if anchors is None:
+        anchors = torch.arange(M, device=features.device)
+    k = math.ceil(max(sizes))
+    cosine, near = topk(features[anchors], features, k, anchors, tick=tick)  # [A, k]
+    same = same_label(labels, near, anchors[:, None])
     result = {"sizes": sizes, "own_nearest": [_own_precision(same, cosine, size) for size in sizes]}
     if pairs:
         totals = [max(1, round(size * M / 2)) for size in sizes]
@@ -52,11 +52,12 @@ def baselines(
 def _own_precision(same: Tensor, cosine: Tensor, size: float) -> float:
     whole = int(size)
     parts = [same[:, :whole].flatten()]
-    if extra := round((size - whole) * len(same)):
+    extra = round((size - whole) * len(same))
+    if extra:
         parts.append(same[cosine[:, whole].topk(extra).indices, whole])
     return _mean(torch.cat(parts))
 
 
 def _mean(same: Tensor) -> float:
-    """Of what is known; 0 where nothing is."""
+    """The mean over known labels; 0 where none is known."""
     return float(same.double().nanmean().nan_to_num())

@@ -16,7 +16,7 @@ Tensor = torch.Tensor
 
 @dataclass
 class Edges:
-    """Directed edges as a miner finds them: any order, doubles allowed.
+    """Directed edges as a miner finds them: in any order, the same edge any number of times.
 
     sureness: larger is surer, on one scale a round.
     """
@@ -35,11 +35,11 @@ class Rules:
         were found, that is budget * M directed edges to within one. None: no bound.
     max_share: no image is a positive of more than this share of all images (of at least one).
     keep: sets of earlier rounds stay as they are (the paper only adds); the budget then bounds what
-    is added.
-    floor: of an old pair and the pairs found this round, the old one leaves if its cosine is below
-    this quantile of theirs.
-    trust: what then stays is the longest list, surest first, of which this share or more is right
-        by the estimate without labels (`estimate.py`); the budget stays its bound. None: the
+        is added.
+    floor: an old pair that was not found again leaves where its cosine is below this quantile of
+        the cosines of the pairs found today.
+    trust: of the pairs that are left, surest first, the longest list stays of which this share is
+        right by the estimate without labels (estimate.py); the budget stays its bound. None: the
         estimate is only reported.
     """
 
@@ -60,65 +60,63 @@ def settle(
     """features [M, C], the edges found and the sets so far -> the new sets, and how many directed
     edges came and went.
 
-    trusted(lower [U], higher [U]): asked last, how many of these pairs, surest first, are to stay;
-    those that are never dropped do anyway. Surest first, greedily: pairs are taken in the order of
-    their sureness (equal ones by image), one that would put an image over the cap is passed over,
-    and the budget ends the list.
+    Greedy: pairs are taken in the order of their sureness (equal ones by image), a pair that would
+    put an image over the cap is passed over, and the budget ends the list. trusted(lower [U],
+    higher [U]) is asked last how many of these pairs, surest first, are to stay; pairs that are
+    never dropped (`rules.keep`) stay anyway.
     """
     M = len(features)
-    lower, higher, (sureness, weight) = distinct_edges(
-        M, found.src, found.dst, [found.sureness, found.weight], undirected=True
+    distinct = lambda src, dst, values: distinct_edges(M, src, dst, values, undirected=True)
+    lower, higher, (sureness, weight) = distinct(
+        found.src, found.dst, [found.sureness, found.weight]
     )
-    new = len(lower)
-    was = distinct_edges(
-        M, old.sources(), old.members, [old.sureness, old.weights], undirected=True
+    if weight is None:
+        weight = torch.ones_like(sureness)
+    old_lower, old_higher, (old_sureness, old_weight) = distinct(
+        old.sources(), old.members, [old.sureness, old.weights]
     )
-    was_sureness = (
-        was[2][0]
-        if rules.keep or not new
-        else _judge(features, (lower, higher, sureness), was[:2], rules.floor)
-    )
-    weight = torch.ones_like(sureness) if weight is None else weight
-    in_old = torch.cat(
-        [torch.zeros(new, device=lower.device), torch.ones(len(was[0]), device=lower.device)]
-    )
-    lower, higher, (sureness, weight, in_old) = distinct_edges(
-        M,
-        torch.cat([lower, was[0]]),
-        torch.cat([higher, was[1]]),
-        [torch.cat([sureness, was_sureness]), torch.cat([weight, was[2][1]]), in_old],
-        undirected=True,
+    num_new, num_old = len(lower), len(old_lower)
+    if num_new and not rules.keep:
+        today = pair_cosines(features, lower, higher)
+        then = pair_cosines(features, old_lower, old_higher)
+        old_sureness = _judge(today, sureness, then, rules.floor)
+    in_old = torch.ones(num_new + num_old, device=lower.device)
+    in_old[:num_new] = 0
+    lower, higher, (sureness, weight, in_old) = distinct(
+        torch.cat([lower, old_lower]),
+        torch.cat([higher, old_higher]),
+        [torch.cat([sureness, old_sureness]), torch.cat([weight, old_weight]), in_old],
     )
     rank_by = torch.where(in_old > 0, torch.inf, sureness) if rules.keep else sureness
     chosen = _choose(lower, higher, rank_by, M, rules)
-    chosen = chosen[
-        : max(trusted(lower[chosen], higher[chosen]), int((rank_by == torch.inf).sum()))
-    ]
+    never_dropped = int((rank_by == torch.inf).sum())
+    chosen = chosen[: max(trusted(lower[chosen], higher[chosen]), never_dropped)]
     sets = PositiveSets.from_edges(
         M, lower[chosen], higher[chosen], weight[chosen], sureness=sureness[chosen]
     )
     stayed = int(in_old[chosen].sum(dtype=torch.float64))
     return sets, {
-        "edges_found": 2 * new,
+        "edges_found": 2 * num_new,
         "edges_added": 2 * (len(chosen) - stayed),
-        "edges_dropped": 2 * (len(was[0]) - stayed),
+        "edges_dropped": 2 * (num_old - stayed),
     }
 
 
 def _choose(
     lower: Tensor, higher: Tensor, sureness: Tensor, M: int, rules: Rules, piece: int = 1 << 22
 ) -> Tensor:
-    """Which pairs [U], sorted by image, stay: their places, surest first.
+    """The places of the pairs [U] (sorted by image) that stay, surest first.
 
-    Sureness inf: always; -inf: never.
+    A pair of sureness inf always stays, one of -inf never.
     """
     order = sureness.sort(descending=True, stable=True).indices
     kept = int((sureness == torch.inf).sum())
     out = int((sureness == -torch.inf).sum())
-    chosen, rest = [order[:kept]], order[kept : len(order) - out]
+    always, rest = order[:kept], order[kept : len(order) - out]
     bound = len(rest) if rules.budget is None else max(0, round(rules.budget * M / 2) - kept)
     room = torch.full((M,), max(1, int(rules.max_share * M)), device=lower.device)
-    room -= torch.bincount(torch.cat([lower[chosen[0]], higher[chosen[0]]]), minlength=M)
+    room -= torch.bincount(torch.cat([lower[always], higher[always]]), minlength=M)
+    chosen = [always]
     for part in rest.split(piece):  # greedy on a list is greedy on its pieces in turn
         taken = part[under_cap(lower[part], higher[part], room)][:bound]
         chosen.append(taken)
@@ -130,30 +128,27 @@ def _choose(
 
 def pair_cosines(features: Tensor, a: Tensor, b: Tensor, chunk: int = 1 << 18) -> Tensor:
     """features [M, C], images a [U], b [U] -> cosines [U] float32."""
-    parts = [
-        (features[a[i : i + chunk]].float() * features[b[i : i + chunk]].float()).sum(1)
-        for i in range(0, len(a), chunk)
-    ]
-    return torch.cat(parts) if parts else torch.empty(0, device=features.device)
+    cosine = torch.empty(len(a), device=features.device)
+    for i in range(0, len(a), chunk):
+        x = features[a[i : i + chunk]].float()
+        y = features[b[i : i + chunk]].float()
+        cosine[i : i + chunk] = (x * y).sum(1)
+    return cosine
 
 
-def _judge(
-    features: Tensor, new: tuple[Tensor, Tensor, Tensor], old: tuple[Tensor, Tensor], floor: float
-) -> Tensor:
-    """Old pairs under today's features, measured by today's pairs: their sureness [U_old], -inf
-    where they must leave.
+def _judge(cosine: Tensor, sureness: Tensor, old_cosine: Tensor, floor: float) -> Tensor:
+    """Old pairs by the measure of the pairs found today: their sureness, -inf where they must go.
 
-    A pair mined in an earlier round has no proxy today, but it has a cosine. It leaves where that
-    is below the `floor` quantile of the cosines of the pairs found today. Where it stays, it is as
-    sure as the pair found today whose cosine
-    and sureness have the same rank: both then stand on one scale, whatever the miner's sureness
-    means.
+    cosine [U], sureness [U] of the pairs found today, old_cosine [U_old]: all in today's features.
+    An old pair goes where its cosine is below the `floor` quantile of today's. Where it stays, it
+    is as sure as the pair of today whose cosine has the rank of its own: both then stand on one
+    scale, whatever the miner's sureness means.
     """
-    cosine = pair_cosines(features, *new[:2]).sort().values
-    scale = new[2].sort().values
-    today = pair_cosines(features, *old)
-    rank = torch.searchsorted(cosine, today, right=True).sub_(1).clamp_(min=0)
-    return torch.where(today >= cosine[int(floor * (len(cosine) - 1))], scale[rank], -torch.inf)
+    cosine = cosine.sort().values
+    scale = sureness.sort().values
+    rank = torch.searchsorted(cosine, old_cosine, right=True).sub_(1).clamp_(min=0)
+    least = cosine[int(floor * (len(cosine) - 1))]
+    return torch.where(old_cosine >= least, scale[rank], -torch.inf)
 
 
 def under_cap(a: Tensor, b: Tensor, room: Tensor) -> Tensor:
@@ -161,8 +156,8 @@ def under_cap(a: Tensor, b: Tensor, room: Tensor) -> Tensor:
     [U] bool.
 
     The same as walking down the list and taking a pair where both its images have room; `room` is
-    brought up to date. In rounds: a pair with fewer undecided pairs above it than there is room, at
-    both its images, is safe; one with a full image is out.
+    brought up to date. Works in rounds: a pair is safe where each of its images has more room than
+    undecided pairs above this one, and it is out where one of them has no room.
     """
     taken = torch.zeros(len(a), dtype=torch.bool, device=a.device)
     undecided = torch.arange(len(a), device=a.device)

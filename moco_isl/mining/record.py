@@ -1,5 +1,4 @@
-"""What a round of mining leaves in the run folder for whoever looks later: the report, and studies
-of the mining.
+"""What a round of mining leaves: its record in the run folder, and its line on the screen.
 
 Letters: M images, C feature dimension, E directed edges of the sets, A anchors looked at, k
 neighbours.
@@ -24,17 +23,16 @@ RANKED = 100  # the largest set a report asks about
 
 
 def sample_anchors(M: int) -> Tensor:
-    """[A] int64, ascending: all images, or 4,096 drawn from them; of M alone, so that rounds and
-    runs can be compared.
+    """[A] int64, ascending: all images, or ANCHORS of them.
+
+    They depend on M alone, so that rounds and runs can be compared.
     """
     order = torch.randperm(M, generator=torch.Generator().manual_seed(0))
     return order[:ANCHORS].sort().values
 
 
 def nearest_of_sample(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """features [M, C] unit rows -> anchors [A], their nearest images [A, k] and cosines [A, k], the
-    nearest first.
-    """
+    """features [M, C] unit rows -> anchors [A], their nearest images [A, k], cosines [A, k]."""
     M = len(features)
     anchors = sample_anchors(M).to(features.device)
     cosine, near = topk(features[anchors], features, min(NEAR, M - 1), exclude=anchors)
@@ -45,32 +43,23 @@ def nearest_of_sample(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def round_record(
     features: Tensor, positives: PositiveSets, miner, before: PositiveSets
 ) -> dict[str, Tensor]:
-    """The record of a round, tensors on the CPU. It holds no labels: they are looked up where it is
-    read.
+    """The record of a round, tensors on the CPU. It holds no labels: its readers look them up.
 
     features [M, C]: unit rows the round was mined from; before: the sets it started from,
     positives: those it left.
 
-      offsets [M + 1] int64, members [E] int32, sureness [E] float32   the sets, as `PositiveSets`
-                                                                       has them cosine [E] float16
-                                                                       of the two ends of each edge
-                                                                       in these features features
-                                                                       [M, C] float16
-                                                                       where they fit into
-                                                                       FEATURE_BYTES, otherwise
-                                                                       anchors [A] int32, near [A,
-                                                                       k] int32, near_cosine [A, k]
-                                                                       float16 the nearest images of
-                                                                       `sample_anchors` ranked [A,
-                                                                       100] int32, score [A] float16
-                                                                       where the miner can rank
-                                                                       images for an anchor past the
-                                                                       end of its set
-                                                                       (`miner.ranking`), for
-                                                                       `sample_anchors` labels_used
-                                                                       []
-                                                                       only where the miner was
-                                                                       shown the labels
+      offsets [M + 1] int64      the sets, as `PositiveSets` has them
+      members [E] int32
+      sureness [E] float32
+      cosine [E] float16         of the two ends of each edge in these features
+      features [M, C] float16    where they fit into FEATURE_BYTES; otherwise:
+      anchors [A] int32          `sample_anchors`
+      near [A, k] int32          their nearest images
+      near_cosine [A, k] float16
+      ranked [A, 100] int32      where the miner can rank images past the end of a set
+                                 (`miner.ranking`): for each of `sample_anchors` the first ones
+      score [A] float16          and the score of its best proxy
+      labels_used []             only where the miner was shown the labels
 
     10 bytes an edge, 8 an image, and at most 15 MB more.
     """
@@ -86,12 +75,10 @@ def round_record(
     else:
         anchors, near, cosine = nearest_of_sample(features)
         record |= {"anchors": anchors.int(), "near": near.int(), "near_cosine": cosine.half()}
-    rank = getattr(miner, "ranking", None)
-    ranking = (
-        rank(features, before, sample_anchors(M).to(features.device), min(RANKED, M - 1))
-        if rank
-        else None
-    )
+    ranking = None
+    if hasattr(miner, "ranking"):
+        anchors = sample_anchors(M).to(features.device)
+        ranking = miner.ranking(features, before, anchors, min(RANKED, M - 1))
     if ranking is not None:
         score, ranked, _ = ranking
         record |= {"ranked": ranked.int(), "score": score.half()}
@@ -101,10 +88,7 @@ def round_record(
 
 
 def require_record(content: dict, path, M: int | None = None) -> None:
-    """Hold what a file says of a round against the form that `round_record` gives it.
-
-    M: images, if known. Raises BadInput.
-    """
+    """Raise BadInput unless the content of a file is a `round_record`, of M images if known."""
     sets = PositiveSets.state_shape("sureness", "cosine")
     rest = {
         "features?": TensorOf("float", ("M", None)),
@@ -115,14 +99,10 @@ def require_record(content: dict, path, M: int | None = None) -> None:
         "score?": TensorOf("float", ("R",)),
         "labels_used?": TensorOf("bool", ()),
     }
-    whole = Holds(
-        sets._replace(shape={**sets.shape, **rest}),
-        _goes_together,
-        "features or the nearest of a sample, and a score for each ranking",
-    )
-    require(
-        content, whole, f"cannot read the round in {named('', path)}", {} if M is None else {"M": M}
-    )
+    together = "features or the nearest of a sample, and a score for each ranking"
+    whole = Holds(sets._replace(shape={**sets.shape, **rest}), _goes_together, together)
+    known = {} if M is None else {"M": M}
+    require(content, whole, f"cannot read the round in {named('', path)}", known)
 
 
 def _goes_together(content: dict) -> bool:
@@ -139,28 +119,34 @@ def _goes_together(content: dict) -> bool:
 def precision_of_ranking(
     record: dict[str, Tensor], labels: Tensor, sizes: tuple[int, ...] = (5, 50)
 ) -> dict[str, dict[str, float]]:
-    """Precision of the miner's own ranking at set sizes, {"precision_ranked": {size: share}}, as
-    the paper's Figure 3; empty without a ranking.
+    """{"precision_ranked": {size: share}}: how precise the miner's own ranking is at set sizes, as
+    in the paper's Figure 3; empty without a ranking.
 
-    labels [M], below 0 where unknown; over `sample_anchors` alone.
+    labels [M], below 0 where unknown. Only `sample_anchors` are ranked.
     """
     if "ranked" not in record:
         return {}
-    anchors, labels = sample_anchors(len(labels)), labels.cpu()
-    same = same_label(labels, anchors[:, None], record["ranked"].long())  # [A, 100]
-    return {
-        "precision_ranked": {
-            str(size): float(same[:, :size].nanmean().nan_to_num()) for size in sizes
-        }
-    }
+    anchors = sample_anchors(len(labels))
+    same = same_label(labels.cpu(), anchors[:, None], record["ranked"].long())  # [A, 100]
+    share = lambda size: float(same[:, :size].nanmean().nan_to_num())
+    return {"precision_ranked": {str(size): share(size) for size in sizes}}
 
 
 def one_line(report: dict) -> str:
-    """A round's report as one line for the screen, with the precision of the sets and of both
-    baselines where somebody judged them.
-    """
+    """A round's report as one line for the screen: sets, GAN, precision where known, costs."""
     if not report:
         return "no mining"
+    parts = [_sets(report)]
+    if "loss_D" in report:
+        parts.append(_gan(report))
+    parts += _precision(report)
+    parts.append(f"{report['seconds']:.1f} s, peak {report['peak_memory_gib']:.1f} GiB")
+    if report["why"]:
+        parts.append(report["why"])
+    return "; ".join(parts)
+
+
+def _sets(report: dict) -> str:
     text = (
         f"{report['miner']}: {report['mean_size']:.2f} positives an image,"
         f" {100 * report['coverage']:.1f} % have any, worst in-degree {report['worst_in_degree']},"
@@ -168,32 +154,36 @@ def one_line(report: dict) -> str:
     )
     if "recall" in report:
         text += f", recall {report['recall']:.3f} of the approximate search"
-    if "loss_D" in report:
-        cosines = [report[f"cos_{x}"] for x in ("anchor", "positive", "negative")]
-        text += (
-            f"; D {report['loss_D']:.2f} G {report['loss_G']:.2f} score {report['score']:.2f},"
-            f" proxy to a/p/n {'/'.join(f'{x:.2f}' for x in cosines)},"
-            f" hub {100 * report['hub']:.2f} %, distinct {100 * report['distinct']:.0f} %,"
-            f" {report['iterations']} iterations"
-        )
-    if report.get("precision") is not None:
-        text += f"; precision {report['precision']:.3f}"
-        if report.get("precision_own_nearest") is not None:
-            text += f" (own nearest {report['precision_own_nearest']:.3f}"
-            if report.get("precision_all_pairs") is not None:
-                text += f", all pairs {report['precision_all_pairs']:.3f}"
-            text += ")"
-    if report.get("precision_estimate") is not None:
-        text += (
-            f"; {report['precision_estimate']:.2f} estimated without labels, at most"
-            f" {report['precision_at_most']:.2f}"
-        )
-    elif report.get("precision_at_most") is not None:
-        text += f"; at most {report['precision_at_most']:.2f} by the estimate without labels"
+    return text
+
+
+def _gan(report: dict) -> str:
+    cosines = "/".join(f"{report[f'cos_{x}']:.2f}" for x in ("anchor", "positive", "negative"))
+    return (
+        f"D {report['loss_D']:.2f} G {report['loss_G']:.2f} score {report['score']:.2f},"
+        f" proxy to a/p/n {cosines}, hub {100 * report['hub']:.2f} %,"
+        f" distinct {100 * report['distinct']:.0f} %, {report['iterations']} iterations"
+    )
+
+
+def _precision(report: dict) -> list[str]:
+    """Of the sets and of both baselines by labels, where there are any; then the estimates."""
+    known = lambda name: report.get(name) is not None
+    parts = []
+    if known("precision"):
+        beside = {"own nearest": "precision_own_nearest", "all pairs": "precision_all_pairs"}
+        others = [f"{what} {report[name]:.3f}" for what, name in beside.items() if known(name)]
+        text = f" ({', '.join(others)})" if others else ""
+        parts.append(f"precision {report['precision']:.3f}{text}")
+    if known("precision_estimate"):
+        estimate = f"{report['precision_estimate']:.2f} estimated without labels"
+        parts.append(f"{estimate}, at most {report['precision_at_most']:.2f}")
+    elif known("precision_at_most"):
+        most = f"at most {report['precision_at_most']:.2f}"
+        parts.append(f"{most} by the estimate without labels")
     if report.get("labels_used"):
-        text += (
-            f"; LABELS WERE USED (--research-labels), right ones {report['right']}, wrong ones"
+        parts.append(
+            f"LABELS WERE USED (--research-labels), right ones {report['right']}, wrong ones"
             f" {report['wrong']}"
         )
-    text += f"; {report['seconds']:.1f} s, peak {report['peak_memory_gib']:.1f} GiB"
-    return text + (f"; {report['why']}" if report["why"] else "")
+    return parts

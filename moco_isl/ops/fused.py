@@ -1,7 +1,6 @@
-"""Where the fused kernels serve, and the search through them. Plain forms, and references:
-softmax.py, neighbors.py.
+"""Where the fused kernels serve, and the search by them. Plain forms: softmax.py, neighbors.py.
 
-Letters: Q queries, M rows, C feature dimension, k neighbours.
+Letters: N anchors, Q queries, M rows, C feature dimension, k neighbours.
 """
 
 import functools
@@ -10,6 +9,7 @@ from collections.abc import Callable
 from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 
 from moco_isl.errors import Interrupted
 
@@ -21,8 +21,8 @@ _BYTES = 1 << 30  # of group maxima, or of rescored rows, at a time
 
 
 def kernels_for(rows: Tensor) -> ModuleType | None:
-    """The module of kernels if it can serve these rows: on a CUDA device where it was seen to work,
-    at most 256 wide.
+    """The module of kernels if it serves these rows: at most 256 wide, on a CUDA device where it
+    was seen to work.
     """
     C = rows.shape[1]
     return _seen_to_work(rows.device, C) if rows.device.type == "cuda" and C <= _WIDEST else None
@@ -31,39 +31,35 @@ def kernels_for(rows: Tensor) -> ModuleType | None:
 def try_out(device: torch.device, C: int) -> bool:
     """Whether the kernels serve rows of C numbers on this device.
 
-    Compiles and checks them now, and not in the midst of a first step.
+    Compiles and checks them now instead of in the first step.
     """
     return device.type == "cuda" and C <= _WIDEST and _seen_to_work(device, C) is not None
 
 
 @functools.cache
 def _seen_to_work(device: torch.device, C: int) -> ModuleType | None:
-    """The kernels, once they have compiled for this width and agreed with float64 on a small case;
-    else None, and a warning. Each width is tried: tiles, and with them registers and shared memory,
-    are of another size.
+    """The kernels, if they compile for this width and agree with float64 on a small case; else
+    None and a warning.
+
+    Each width is tried, because its tiles take other registers and shared memory.
     """
     try:
         from moco_isl.ops import kernels
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            f, rows = (
-                torch.nn.functional.normalize(torch.randn(n, C), dim=1).to(device)
-                for n in (40, 3000)
-            )
+            unit = lambda n: F.normalize(torch.randn(n, C), dim=1).to(device)
+            f = unit(40)
+            rows = unit(3000)
             absent = torch.randint(3001, (20, 900)).to(device)
-        # the first use may come from within a step
-        with torch.autocast(device.type, enabled=False):
+        with torch.autocast(device.type, enabled=False):  # the first use may be within a step
             check_kernels(kernels, f, rows, absent)
     except Interrupted:
         raise
     except Exception as error:  # Triton, its compiler and the driver raise almost anything
         reason = (str(error).strip().splitlines() or [""])[0]
-        warnings.warn(
-            f"fused kernels are left out, plain ones used instead: {type(error).__name__}:"
-            f" {reason}",
-            stacklevel=2,
-        )
+        what = "fused kernels are left out, plain ones used instead"
+        warnings.warn(f"{what}: {type(error).__name__}: {reason}", stacklevel=2)
         return None
     return kernels
 
@@ -75,14 +71,13 @@ def check_kernels(
 
     f [N, C], rows [M, C], absent [n, R].
     """
-    # [N, M + 1], the last column for none
-    logits = torch.nn.functional.pad(f.double() @ rows.double().T / T, (0, 1))
+    truth = f.double() @ rows.double().T  # [N, M]
+    logits = F.pad(truth / T, (0, 1))  # the last column for none
     logits = logits.scatter_(1, absent.repeat(len(f) // len(absent), 1), -torch.inf)[:, :-1]
     lse, mean, top = kernels.softmax_pass(f, rows, T, absent)
     maxima = kernels.group_maxima(f.half(), rows.half()).T  # [N, groups]
     groups = torch.arange(maxima.shape[1], device=f.device).repeat(len(f), 1)
     scores = kernels.rescore(f, rows, groups)[:, : len(rows)]
-    truth = f.double() @ rows.double().T
     best = torch.stack([part.amax(1) for part in truth.split(kernels.GROUP, 1)], 1)
     for name, found, wanted, bound in [
         ("lse", lse, logits.logsumexp(1), 0.01),
@@ -97,10 +92,10 @@ def check_kernels(
 
 
 def spare(k: int) -> int:
-    """Groups looked into beyond k. The more neighbours, the closer lie the last of them, and the
-    more groups have a best score that float16 cannot tell from the k-th: at k 200, with 6 groups,
-    90 % of the queries were unsure among 100,000 rows around ten tight centres, and half among
-    400,000 random ones.
+    """Groups looked into beyond k, for those whose best score float16 cannot tell from the k-th.
+
+    They are more where k is large. With 6 at k 200, 90 % of the queries were unsure among 100,000
+    rows around ten tight centres, and half among 400,000 random ones.
     """
     return max(6, k // 4)
 
@@ -113,20 +108,18 @@ def search(
     exclude: Tensor | None = None,
     tick: Callable[[], None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """queries [Q, C], bank [M, C] -> cosine [Q, k] float32, falling, row [Q, k] int64, and sure [Q]
-    bool.
+    """queries [Q, C], bank [M, C] -> cosine [Q, k] float32, falling, row [Q, k] int64, sure [Q].
 
-    The best float16 score of every group of 64 rows is found without ever writing the scores; the k
-    best rows lie in the k groups with the largest ones, whose rows are scored again, in float32.
-    `sure`: no row that was left out can belong to the k best, whatever the rounding to float16 did.
+    A kernel finds the best float16 score of every group of 64 rows and writes no other. The k best
+    rows lie in the k groups with the largest of these; their rows are scored again in float32.
+    sure: whatever the rounding to float16 did, no row that was left out is one of the k best.
     exclude [Q]: a row that the query may not find, -1 for none.
     """
-    size, M = kernels.GROUP, len(bank)
+    size = kernels.GROUP
     bank = bank.contiguous()
     half = bank if bank.dtype == torch.float16 else bank.half()
-    groups = -(-M // size)
-    # an own row may lift its group: one more
-    looked = min(groups, k + (exclude is not None) + spare(k))
+    groups = -(-len(bank) // size)
+    looked = min(groups, k + (exclude is not None) + spare(k))  # an own row may lift its group
     step = max(1, min(_BYTES // (4 * groups), _BYTES // (4 * looked * size)))
     cosine = torch.empty(len(queries), k, device=bank.device)
     row = torch.empty(len(queries), k, dtype=torch.int64, device=bank.device)
@@ -135,16 +128,16 @@ def search(
         if tick is not None:
             tick()
         q = queries[i : i + step].contiguous()
-        best, near = (
-            kernels.group_maxima(q.half(), half).T.contiguous().topk(min(looked + 1, groups), dim=1)
-        )
+        maxima = kernels.group_maxima(q.half(), half).T.contiguous()  # [n, groups]
+        best, near = maxima.topk(min(looked + 1, groups), dim=1)
         near = near[:, :looked].contiguous()
         scores = kernels.rescore(q, bank, near)  # [n, looked * size]
         rows = (near[:, :, None] * size + torch.arange(size, device=bank.device)).flatten(1)
         if exclude is not None:
             scores.masked_fill_(rows == exclude[i : i + step, None], -torch.inf)
         value, at = scores.topk(k, dim=1)
-        cosine[i : i + step], row[i : i + step] = value, rows.gather(1, at)
+        cosine[i : i + step] = value
+        row[i : i + step] = rows.gather(1, at)
         if looked < groups:
             sure[i : i + step] = value[:, -1] > best[:, looked] + _ROUNDING
     return cosine, row, sure

@@ -1,5 +1,4 @@
-"""Approximate search by faiss: an inverted file of a bank, which `neighbors.topk` takes in place of
-the rows.
+"""Approximate search by faiss: an inverted file that `neighbors.topk` takes in place of a bank.
 
 The bank's rows are sorted into lists, one around each centroid of a k-means. A query is compared
 with the centroids, and then only with the rows of the `nprobe` lists whose centroids are nearest.
@@ -28,9 +27,8 @@ PER_LIST = 40  # rows a list that the k-means is fitted to
 ITERATIONS = 10  # of the k-means
 _HALF_FROM = 8 << 30  # bytes of a float32 copy from which the lists hold float16
 _SPARE = 6  # rows found beyond k in lists of float16, so that rounding costs no true neighbour
-# of one call of faiss: queries, and numbers of the rows compared again
-_QUERIES = 1024
-_NUMBERS = 1 << 23
+_QUERIES = 1024  # of one call of faiss
+_NUMBERS = 1 << 23  # in the rows that are compared again at a time
 _ROWS = 1 << 16  # added in one call
 
 
@@ -63,9 +61,9 @@ def wins(M: int, device: torch.device) -> bool:
 class IVF:
     """An inverted file of unit rows [M, C], float32 or half precision, on any device.
 
-    rows: the bank itself. lists: L. nprobe: lists a query looks into. recall: the share of the 10
-    nearest that is found of 1,000 rows of the bank, measured against the exact search. A query that
-    is no row of the bank, such as the proxy of a GAN, and a k above 10 can have a lower one.
+    rows: the bank itself. lists: L. nprobe: lists a query looks into. recall: how much of the 10
+    nearest of 1,000 rows of the bank is found, measured against the exact search. It can be lower
+    for a k above 10 and for queries that are no rows of the bank, such as the proxies of a GAN.
 
     The lists hold a copy of the bank: in float32, or in float16 where the bank is in half precision
     or the copy would take 8 GiB. The same rows give the same index: sample and k-means have fixed
@@ -87,13 +85,14 @@ class IVF:
         _, centroids = kmeans(sample, self.lists, ITERATIONS, generator, tick)
 
         faiss.omp_set_num_threads(torch.get_num_threads())
+        metric = faiss.METRIC_INNER_PRODUCT
         quantizer = faiss.IndexFlatIP(C)
         quantizer.add(_numpy(centroids))
         if half:
-            kind = faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT, False
-            index = faiss.IndexIVFScalarQuantizer(quantizer, C, self.lists, *kind)
+            kind = faiss.ScalarQuantizer.QT_fp16
+            index = faiss.IndexIVFScalarQuantizer(quantizer, C, self.lists, kind, metric, False)
         else:
-            index = faiss.IndexIVFFlat(quantizer, C, self.lists, faiss.METRIC_INNER_PRODUCT)
+            index = faiss.IndexIVFFlat(quantizer, C, self.lists, metric)
         index.train(_numpy(centroids))  # the centroids are there: this only declares it trained
         if rows.device.type == "cuda" and faiss.get_num_gpus():
             resources = faiss.StandardGpuResources()
@@ -109,14 +108,14 @@ class IVF:
         return len(self.rows)
 
     def _raise_nprobe(self, sample: Tensor, target: float, tick: Tick | None) -> None:
-        """The fewest lists, in steps of a fourth, by which the sample's recall less two standard
-        errors reaches the target.
+        """Take the fewest lists, in steps of a fourth, by which the sample's recall is the target.
 
-        Without the errors a sample that happened to be easy would decide, and the recall of all
-        rows be below the target.
+        Two standard errors are taken off the recall: the sample may be easier than all rows.
         """
-        k, queries = min(NEAREST, len(self) - 1), self.rows[sample]
-        self.nprobe, self.recall = 0, 1.0
+        k = min(NEAREST, len(self) - 1)
+        queries = self.rows[sample]
+        self.nprobe = 0
+        self.recall = 1.0
         if k == 0:
             self.nprobe = self.lists
             return
@@ -124,8 +123,7 @@ class IVF:
         while self.nprobe < self.lists:
             self.nprobe = min(self.lists, max(self.nprobe + 1, self.nprobe * 5 // 4))
             cosine, _ = self._look(queries, k, sample, tick)
-            # [S]; one of equal rows is as good as another
-            found = (cosine >= least).double().mean(1)
+            found = (cosine >= least).double().mean(1)  # [S]; equal rows are equally good
             self.recall = float(found.mean())
             error = float(found.std(correction=0)) / math.sqrt(len(found))
             if self.recall - 2 * error >= target and target < 1:
@@ -134,10 +132,9 @@ class IVF:
     def topk(
         self, queries: Tensor, k: int, exclude: Tensor | None = None, tick: Tick | None = None
     ) -> tuple[Tensor, Tensor]:
-        """As `neighbors.topk` of this bank: the rows may not be the nearest ones, their cosines are
-        exact.
+        """As `neighbors.topk` of this bank, but some of the nearest rows may be missing.
 
-        A query whose lists hold fewer than k rows is searched exactly.
+        Cosines are exact. A query whose lists hold fewer than k rows is searched exactly.
         """
         cosine, row = self._look(queries, k, exclude, tick)
         few = (row[:, -1] < 0).nonzero().squeeze(1)
@@ -149,7 +146,7 @@ class IVF:
     def _look(
         self, queries: Tensor, k: int, exclude: Tensor | None, tick: Tick | None
     ) -> tuple[Tensor, Tensor]:
-        """As `topk`, by the lists alone: where they hold too few rows, the last ones are -1 with
+        """As `topk`, by the lists alone. Where they hold too few rows the last ones are -1, with
         cosine -inf.
         """
         wide = k + (exclude is not None) + self._spare
@@ -161,18 +158,19 @@ class IVF:
             if tick is not None:
                 tick()
             q = queries[i : i + step]
-            # [n, wide]
-            found = torch.from_numpy(self._index.search(_numpy(q), wide)[1]).to(self.rows.device)
+            found = torch.from_numpy(self._index.search(_numpy(q), wide)[1])  # [n, wide]
+            found = found.to(self.rows.device)
             exact = torch.einsum("qc,qkc->qk", q.float(), self.rows[found.clamp(min=0)].float())
             absent = found < 0
             if exclude is not None:
                 absent |= found == exclude[i : i + step, None]
             exact = exact.masked_fill(absent, -torch.inf)
             value, at = in_order(exact, found.masked_fill(absent, -1))
-            cosine[i : i + step], row[i : i + step] = value[:, :k], at[:, :k]
+            cosine[i : i + step] = value[:, :k]
+            row[i : i + step] = at[:, :k]
         return cosine, row
 
 
 def _numpy(rows: Tensor):
-    """As faiss takes them: float32, contiguous, on the CPU."""
+    """Rows as faiss takes them: float32, contiguous, on the CPU."""
     return rows.float().contiguous().cpu().numpy()

@@ -1,12 +1,14 @@
-"""Fused kernels (Triton) of the two passes over all rows: the softmax and the search. Scores never
+"""Fused kernels (Triton) of the two passes over all rows, the softmax and the search: scores never
 leave the chip.
 
-Letters: N anchors or queries, M rows, C feature dimension, T temperature. BN, BM, BC: sides of a
-tile of each; C fits one tile. Products are of float16 with float32 sums: unit rows need no more
-range, and it resolves more than bfloat16. Offsets of whole rows are int64: M * C, and N times the
-words of the bits, exceed 2^31. Triton starts kernels on the current device, so each start stands
-under `device_of` of the tensors. Import this file only where Triton is; `fused.py` decides.
-TRITON_INTERPRET=1 runs the kernels on a CPU, slowly.
+Letters: N anchors or queries, M rows, C feature dimension, T temperature; BN, BM, BC: the sides of
+a tile in each; C fits one tile.
+
+Products are of float16 with float32 sums: unit rows need no more range, and float16 resolves more
+than bfloat16. Offsets of whole rows are int64: M * C, and N times the words of the bits, exceed
+2^31. Triton starts kernels on the current device, so each start is under `device_of` of its
+tensors. Import this file only where Triton is installed (see fused.py). TRITON_INTERPRET=1 runs the
+kernels on a CPU, slowly.
 """
 
 import math
@@ -34,7 +36,7 @@ GROUP = 64  # rows of a group of the search
 
 
 def softmax_tile(C: int) -> Tile:
-    """Compiled for Hopper, both keep to their registers; so do those of the search."""
+    """A tile whose kernel, compiled for Hopper, keeps to its registers (as that of the search)."""
     return Tile(128, 64, 8, 3) if C <= 128 else Tile(64, 64, 4, 2)
 
 
@@ -47,9 +49,7 @@ def search_tile(C: int) -> Tile:
 
 @triton.jit
 def _bits_kernel(absent_ptr, bits_ptr, R, M, words, BLOCK: tl.constexpr):
-    """Program (row of absent): sets bit r of its row of bits for every row number r in it; M stands
-    for none.
-    """
+    """Program (row of absent, part of it): sets bit r of its row of bits for every r < M in it."""
     i = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     r = tl.load(absent_ptr + i * R + at, mask=at < R, other=M).to(tl.int32)
@@ -77,8 +77,9 @@ def _softmax_kernel(
     BC: tl.constexpr,
     SHARES: tl.constexpr,
 ):
-    """Program (block of anchors, share of the rows): running maximum, sum and weighted sum of its
-    share, as in flash attention with the rows as keys and values. Logits are in base 2.
+    """Program (block of anchors, share of the rows): running maximum, sum and weighted sum.
+
+    As in flash attention, with the rows as keys and values. Logits are in base 2.
     """
     i = tl.program_id(0) * BN + tl.arange(0, BN)
     c = tl.arange(0, BC)
@@ -104,15 +105,13 @@ def _softmax_kernel(
         x = tl.where(j[None, :] < M, x, float("-inf"))
         if MASKED:
             column = tl.arange(0, BM)[None, :]
-            # of each anchor, the bits of the next 32 rows
-            word = tl.load(bits_ptr + first // 32)[:, None]
+            word = tl.load(bits_ptr + first // 32)[:, None]  # of each anchor, bits of 32 rows
             for b in tl.static_range(1, BM // 32):
-                word = tl.where(
-                    column // 32 == b, tl.load(bits_ptr + first // 32 + b)[:, None], word
-                )
+                following = tl.load(bits_ptr + first // 32 + b)[:, None]
+                word = tl.where(column // 32 == b, following, word)
             x = tl.where((word >> (column % 32)) & 1 != 0, float("-inf"), x)
         new = tl.maximum(top, tl.max(x, 1))
-        shift = tl.where(new == float("-inf"), 0.0, new)  # absent rows alone so far: no inf - inf
+        shift = tl.where(new == float("-inf"), 0.0, new)  # no inf - inf where all were absent
         p = tl.exp2(x - shift[:, None])
         shrink = tl.exp2(top - shift)
         total = total * shrink + tl.sum(p, 1)
@@ -130,10 +129,10 @@ def _softmax_kernel(
 def softmax_pass(
     f: Tensor, rows: Tensor, T: float, absent: Tensor | None = None, tile: Tile | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `softmax.softmax_pass`: f [N, C], rows [M, C], absent [n, R] -> lse [N], mean [N, C], top
-    [N].
-    """
-    (N, C), M, n = f.shape, len(rows), 1 if absent is None else len(absent)
+    """As `softmax.softmax_pass`: f [N, C], rows [M, C], absent [n, R] -> lse, mean, top."""
+    N, C = f.shape
+    M = len(rows)
+    n = 1 if absent is None else len(absent)
     tile = tile or softmax_tile(C)
     blocks = triton.cdiv(N, tile.anchors)
     most = max(1, 2 * _processors(f.device) // max(1, blocks))  # shares that keep the chip busy
@@ -146,35 +145,15 @@ def softmax_pass(
     with torch.cuda.device_of(f):
         if absent is not None:
             R = absent.shape[1]
-            _bits_kernel[(n, triton.cdiv(R, 128))](
-                absent.contiguous(), bits, R, M, words, BLOCK=128
-            )
-        _softmax_kernel[(blocks, shares)](
-            f.contiguous(),
-            rows.half().contiguous(),
-            bits,
-            top,
-            total,
-            mean,
-            N,
-            M,
-            n,
-            words,
-            math.log2(math.e) / T,
-            length,
-            C=C,
-            MASKED=absent is not None,
-            BN=tile.anchors,
-            BM=tile.rows,
-            BC=max(16, triton.next_power_of_2(C)),
-            SHARES=_SCALE,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-        )
+            parts = triton.cdiv(R, 128)
+            _bits_kernel[(n, parts)](absent.contiguous(), bits, R, M, words, BLOCK=128)
+        tensors = f.contiguous(), rows.half().contiguous(), bits, top, total, mean
+        scalars = N, M, n, words, math.log2(math.e) / T, length
+        masked = {"MASKED": absent is not None, "SHARES": _SCALE}
+        _softmax_kernel[(blocks, shares)](*tensors, *scalars, **masked, **_cut(tile, C))
     highest = top.amax(0)  # [N]
     weight = torch.exp2(top - torch.where(highest == -torch.inf, 0, highest))  # [shares, N]
     whole = (weight * total).sum(0)
-    # of no row: 0
     mean = torch.einsum("sn,snc->nc", weight, mean) / (whole.clamp(min=1) * _SCALE)[:, None]
     return (highest + whole.log2()) * math.log(2), mean, highest * math.log(2)
 
@@ -196,9 +175,7 @@ def _maxima_kernel(
     BM: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """Program (block of queries, run of `per` groups of BM rows): the largest score of each query
-    in each group.
-    """
+    """Program (block of queries, `per` groups of BM rows): the best score of each query in each."""
     i = tl.program_id(0) * BN + tl.arange(0, BN)
     c = tl.arange(0, BC)
     q = tl.load(
@@ -238,61 +215,43 @@ def _rescore_kernel(
 
 
 def group_maxima(queries: Tensor, bank: Tensor, tile: Tile | None = None) -> Tensor:
-    """queries [N, C], bank [M, C], both float16 -> [M / GROUP rounded up, N] float32: the best
-    score of each group of rows.
+    """queries [N, C], bank [M, C], both float16 -> the best score of each group of GROUP rows,
+    [groups, N] float32.
     """
-    (N, C), M = queries.shape, len(bank)
+    N, C = queries.shape
+    M = len(bank)
     tile = tile or search_tile(C)
     groups = triton.cdiv(M, tile.rows)
     blocks = triton.cdiv(N, tile.anchors)
     per = max(1, min(64, triton.cdiv(groups * blocks, 4 * _processors(bank.device))))
     out = torch.empty(groups, N, device=bank.device)
     with torch.cuda.device_of(bank):
-        # blocks of queries vary fastest: programs that run together share their rows in the L2
-        # cache
-        _maxima_kernel[(blocks, triton.cdiv(groups, per))](
-            queries.contiguous(),
-            bank.contiguous(),
-            out,
-            N,
-            M,
-            groups,
-            per,
-            C=C,
-            BN=tile.anchors,
-            BM=tile.rows,
-            BC=max(16, triton.next_power_of_2(C)),
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-        )
+        # Blocks of queries vary fastest: programs that run together share rows in the L2 cache.
+        tensors = queries.contiguous(), bank.contiguous(), out
+        grid = blocks, triton.cdiv(groups, per)
+        _maxima_kernel[grid](*tensors, N, M, groups, per, **_cut(tile, C))
     return out
 
 
 def rescore(queries: Tensor, bank: Tensor, groups: Tensor) -> Tensor:
-    """Scores in float32 of the rows of groups [N, k]: [N, k * GROUP], -inf where the bank has
-    ended.
-    """
-    (N, C), k = queries.shape, groups.shape[1]
+    """Scores in float32 of the rows of groups [N, k]: [N, k * GROUP], -inf past the end of bank."""
+    N, C = queries.shape
+    k = groups.shape[1]
     out = torch.empty(N, k * GROUP, device=bank.device)
     with torch.cuda.device_of(bank):
-        _rescore_kernel[(N, k)](
-            queries.contiguous(),
-            bank.contiguous(),
-            groups.contiguous(),
-            out,
-            len(bank),
-            k,
-            C=C,
-            BM=GROUP,
-            BC=triton.next_power_of_2(C),
-            num_warps=4,
-        )
+        tensors = queries.contiguous(), bank.contiguous(), groups.contiguous(), out
+        sides = {"C": C, "BM": GROUP, "BC": triton.next_power_of_2(C)}
+        _rescore_kernel[(N, k)](*tensors, len(bank), k, **sides, num_warps=4)
     return out
 
 
+def _cut(tile: Tile, C: int) -> dict:
+    """What a tile says to a kernel, and to Triton, of how to cut rows of C numbers."""
+    sides = {"C": C, "BN": tile.anchors, "BM": tile.rows, "BC": max(16, triton.next_power_of_2(C))}
+    return {**sides, "num_warps": tile.warps, "num_stages": tile.stages}
+
+
 def _processors(device: torch.device) -> int:
-    return (
-        torch.cuda.get_device_properties(device).multi_processor_count
-        if device.type == "cuda"
-        else 1
-    )
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,8 +1,9 @@
-"""Nearest rows and most similar pairs, in pieces: nothing of size M x M is ever held.
+"""Nearest rows and most similar pairs, in pieces: nothing of size M x M is held.
 
-Letters: M bank rows, Q queries, C feature dimension, k neighbours. Rows are unit vectors: a dot
-product is the cosine. `topk` and `top_pairs` are the only two ways in. Behind `topk` stand a fused
-kernel and, where the bank given is one, an approximate index (ivf.py).
+Rows are unit vectors, so that a dot product is the cosine. `topk` may use a fused kernel, or an
+approximate index (ivf.py) where the bank given is one.
+
+Letters: M bank rows, Q queries, C feature dimension, k neighbours.
 """
 
 from collections.abc import Callable
@@ -16,10 +17,9 @@ if TYPE_CHECKING:
     from moco_isl.ops.ivf import IVF
 
 Tensor = torch.Tensor
-Tick = Callable[[], None]  # asked often while long work goes on; what it raises ends it
+Tick = Callable[[], None]  # called often during long work, which ends with what it raises
 
-# of one piece of the score matrix: a CPU is quick with small ones
-_BYTES = {"cpu": 32 << 20, "cuda": 1 << 30}
+_BYTES = {"cpu": 32 << 20, "cuda": 1 << 30}  # of one piece of the score matrix
 _COLUMNS = {"cpu": 65536, "cuda": 131072}  # of one piece, at most
 _GROUP = 32  # columns whose maximum is looked at first
 
@@ -29,10 +29,7 @@ def _of(table: dict[str, int], device: torch.device) -> int:
 
 
 def _best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Exact top k of each row of scores [Q, n].
-
-    Where k is small, by way of the maxima of groups of columns.
-    """
+    """Exact top k of each row of scores [Q, n]; a small k by the maxima of groups of columns."""
     Q, n = scores.shape
     groups = n // _GROUP
     if groups < 4 * k:
@@ -40,8 +37,8 @@ def _best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     whole = groups * _GROUP
     # The k best lie in the k groups with the largest maxima, or in the columns left over.
     top = scores[:, :whole].view(Q, groups, _GROUP).amax(2).topk(k, dim=1).indices  # [Q, k]
-    # [Q, k * _GROUP]
-    column = (top[:, :, None] * _GROUP + torch.arange(_GROUP, device=scores.device)).flatten(1)
+    within = torch.arange(_GROUP, device=scores.device)
+    column = (top[:, :, None] * _GROUP + within).flatten(1)  # [Q, k * _GROUP]
     if whole < n:
         rest = torch.arange(whole, n, device=scores.device).expand(Q, -1)
         column = torch.cat([column, rest], 1)
@@ -57,14 +54,13 @@ def topk(
     bytes_limit: int | None = None,
     tick: Tick | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """queries [Q, C], bank [M, C] -> cosine [Q, k] float32, falling, and row [Q, k] int64; equal
-    ones by row.
+    """queries [Q, C], bank [M, C] -> cosine [Q, k] float32, falling, and row [Q, k] int64.
 
-    exclude [Q] (int64) names a bank row an own query may not find (its own; -1 for none). Scores
-    are computed in the bank's dtype (float32 accumulation); those of half-precision banks are
-    recomputed in float32 for the rows found. Holds bytes_limit bytes of scores at a time; without
-    one, a GPU searches by a kernel that never writes them. bank may be an `ivf.IVF` of such rows:
-    then a few of the nearest are missed, and bytes_limit has no meaning.
+    Equal cosines are in the order of their rows. exclude [Q] int64: a row that the query may not
+    find, such as its own; -1 for none. Scores are computed in the bank's dtype (float32
+    accumulation); of half-precision banks those of the rows found are computed again in float32.
+    bytes_limit: of scores held at a time; where it is None, a GPU searches by a kernel that writes
+    none. bank may be an `ivf.IVF`: then a few of the nearest are missed and bytes_limit is ignored.
     Raises ValueError if the bank has too few rows for k.
     """
     M = len(bank)
@@ -81,9 +77,10 @@ def topk(
 def searched_again(
     queries: Tensor, bank: Tensor, k: int, exclude: Tensor | None = None
 ) -> float | None:
-    """The share of the queries [Q, C] that `topk` searches a second time, plainly, since float16
-    could not tell their neighbours in bank [M, C] from others; None where it does not search by the
-    kernel. Costs a search.
+    """The share of the queries [Q, C] that `topk` searches a second time in bank [M, C], because
+    float16 could not tell their neighbours from others; None where no kernel searches.
+
+    For benchmarks: it costs a search.
     """
     kernels = _kernels_for(bank, k)
     if kernels is None:
@@ -93,9 +90,7 @@ def searched_again(
 
 
 def _kernels_for(bank: Tensor, k: int):
-    """The kernels where they serve this bank and its groups of rows are many beside k; else
-    None.
-    """
+    """The kernels where they serve this bank and k is small beside its groups; else None."""
     kernels = fused.kernels_for(bank)
     return kernels if kernels is not None and 4 * k * kernels.GROUP <= len(bank) else None
 
@@ -103,8 +98,8 @@ def _kernels_for(bank: Tensor, k: int):
 def _topk_fused(
     kernels, queries: Tensor, bank: Tensor, k: int, exclude: Tensor | None, tick
 ) -> tuple[Tensor, Tensor]:
-    """As `topk`; the few queries whose neighbours half precision cannot tell apart from others are
-    searched plainly.
+    """As `topk`. Queries whose neighbours half precision cannot tell from others are searched
+    again, plainly.
     """
     cosine, index, sure = fused.search(kernels, queries, bank, k, exclude, tick)
     cosine, index = in_order(cosine, index)
@@ -127,6 +122,7 @@ def _topk_plain(
 ) -> tuple[Tensor, Tensor]:
     M = len(bank)
     limit = bytes_limit or _of(_BYTES, bank.device)
+    spare = 0 if bank.dtype == torch.float32 else 6  # rows beyond k, because scores are rounded
     columns = min(M, max(4 * k, _of(_COLUMNS, bank.device)))
     rows = max(1, limit // (columns * 4))
     cosine = torch.empty(len(queries), k, device=bank.device)
@@ -134,25 +130,20 @@ def _topk_plain(
     for i in range(0, len(queries), rows):
         q = queries[i : i + rows].to(bank.dtype)
         own = None if exclude is None else exclude[i : i + rows]
-        found = _search(q, bank, min(k + _spare(bank), M - (own is not None)), own, columns, tick)
+        wide = min(k + spare, M - (own is not None))
+        value, at = _search(q, bank, wide, own, columns, tick)
         if bank.dtype != torch.float32:
-            exact = torch.einsum(
-                "qc,qkc->qk", queries[i : i + rows].float(), bank[found[1]].float()
-            )
-            found = exact, found[1]
-        value, at = in_order(*found)
-        cosine[i : i + rows], index[i : i + rows] = value[:, :k], at[:, :k]
+            value = torch.einsum("qc,qkc->qk", queries[i : i + rows].float(), bank[at].float())
+        value, at = in_order(value, at)
+        cosine[i : i + rows] = value[:, :k]
+        index[i : i + rows] = at[:, :k]
     return cosine, index
-
-
-def _spare(bank: Tensor) -> int:
-    """Rows found beyond k, so that half-precision rounding of scores costs no true neighbour."""
-    return 0 if bank.dtype == torch.float32 else 6
 
 
 def _search(
     q: Tensor, bank: Tensor, k: int, own: Tensor | None, columns: int, tick
 ) -> tuple[Tensor, Tensor]:
+    """As `topk`, the best k by the scores in the bank's dtype, equal ones in any order."""
     value = index = None
     for j in range(0, len(bank), columns):
         if tick is not None:
@@ -164,11 +155,13 @@ def _search(
         v, at = _best(scores, min(k, scores.shape[1]))
         at = at + j
         if value is not None:
-            v, at = torch.cat([value, v], 1), torch.cat([index, at], 1)
+            v = torch.cat([value, v], 1)
+            at = torch.cat([index, at], 1)
             if v.shape[1] > k:
                 v, keep = v.topk(k, dim=1)
                 at = at.gather(1, keep)
-        value, index = v, at
+        value = v
+        index = at
     return value, index
 
 
@@ -179,13 +172,12 @@ def top_pairs(
     seed: int = 0,
     tick: Tick | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The `total` most similar pairs of the whole data set: cosine [total], lower [total], higher
-    [total], falling.
+    """features [M, C] -> the `total` most similar pairs: cosine, lower, higher, each [total].
 
-    Exact up to the rounding of scores in the features' dtype (equal cosines: lowest images first):
-    a bound is guessed from a sample of rows, all pairs above it are collected from the upper
-    triangle, and the best of them are returned; a bound that let too few through is lowered.
-    features [M, C]. Raises ValueError if there are fewer pairs.
+    The most similar come first, and of equal ones the lowest images. Exact up to the rounding of
+    scores in the features' dtype: a bound is guessed from a sample of rows, all pairs above it are
+    collected, and the best of them are returned. A bound that lets too few through is lowered.
+    Raises ValueError if there are fewer pairs.
     """
     M = len(features)
     pairs = M * (M - 1) // 2
@@ -205,7 +197,7 @@ def top_pairs(
 
 
 def _guess_bound(features: Tensor, share: float, seed: int) -> float:
-    """A cosine that somewhat more than `share` of all pairs exceed."""
+    """A cosine that a little more than `share` of all pairs exceed."""
     M = len(features)
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randint(M, (min(M, 256),), generator=generator).to(features.device)
@@ -220,7 +212,8 @@ def _pairs_above(features: Tensor, bound: float, limit: int, tick) -> tuple[Tens
     """Cosines and keys (lower * M + higher) of all pairs above or at the bound."""
     M = len(features)
     side = max(1, min(M, int((limit / 4) ** 0.5)))
-    cosines, keys = [], []
+    cosines = []
+    keys = []
     for i in range(0, M, side):
         for j in range(i, M, side):
             if tick is not None:

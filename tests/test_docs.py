@@ -1,0 +1,128 @@
+"""The pages of docs/ and README: links lead somewhere, flags and files exist, the picture is true.
+
+`make docs` builds the pages and finds broken links between them; here are the links and names that
+it does not see.
+"""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+import main_knn
+import main_lincls
+import main_moco_isl
+from launch import status, submit, sweep
+from moco_isl import export
+from moco_isl.isl import ISL
+from moco_isl.loader import WithIndex
+from moco_isl.report import __main__ as report
+from studies import readme_picture as result
+from tests.test_builder import C, M, images, moco
+
+ROOT = Path(__file__).parent.parent
+WRITTEN = {"bad_input.md", "flags.md", "results.md"}  # by a program, or of what one wrote
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+OURS = [page for page in PAGES if page.name not in WRITTEN]
+OTHERS = {  # flags of benchmarks, of detectron2 and of the example miner
+    *("--minutes", "--images", "--repeats", "--quick", "--profile", "--rows", "--small", "--gan"),
+    *("--num-gpus", "--config-file", "--eval-only", "--steps"),
+}
+by_name = pytest.mark.parametrize("page", OURS, ids=lambda page: page.name)
+
+
+def prose(page):
+    """The text of a page without its blocks of code."""
+    return re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+
+
+def anchors(page):
+    """The anchors of a page's headings, as GitHub and mkdocs make them."""
+    titles = re.findall(r"^#+ (.*)", prose(page), re.M)
+    words = [re.sub(r"[^\w\s-]", "", title).strip().lower() for title in titles]
+    return {re.sub(r"\s", "-", text) for text in words}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if link.startswith("http"):
+            continue
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.is_file(), f"{link}: there is no such file"
+        assert not anchor or anchor in anchors(target), f"{link}: there is no such heading"
+
+
+def parsers():
+    mains = [main_moco_isl, main_knn, main_lincls, export, report, status, submit, sweep]
+    return [main.get_parser() for main in mains]
+
+
+@by_name
+def test_every_flag_exists(page):
+    known = {name for parser in parsers() for name in parser._option_string_actions}
+    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", page.read_text()))
+    assert not named - known - OTHERS
+
+
+@by_name
+def test_every_file_exists(page):
+    pattern = (
+        r"\b(?:studies|launch|benchmarks|docs|moco_isl|tests)/[\w./*-]*\w\.(?:py|yaml|md|json)"
+    )
+    for name in re.findall(pattern, page.read_text()):
+        assert any(ROOT.glob(name)), name
+
+
+@by_name
+def test_python_is_python(page):
+    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S):
+        ast.parse(block)
+
+
+def test_the_results_page_shows_both_pages():
+    shown = re.findall(r'^--8<-- "(.*)"', (ROOT / "docs" / "results.md").read_text(), re.M)
+    assert len(shown) == 2 and all((ROOT / name).is_file() for name in shown)
+
+
+def test_the_picture_shows_the_results():
+    picture = result.PICTURE.read_text()
+    for mean, spread in result.gains().values():
+        assert f"{mean:+.1f} ± {spread:.1f}" in picture
+    for size in result.curves():
+        assert f"{size:g} an image" in picture
+
+
+def test_the_python_page_runs():
+    """The loop around a tiny MoCo; the miner and the data set of a user's own."""
+    pictures = images(M, 0)
+    dataset = [((x, x.flip(2)), 0) for x in pictures]
+    model = moco()
+    given = {
+        "model": model,
+        "dataset": dataset,
+        "loader": DataLoader(WithIndex(dataset), batch_size=4),
+        "ordered_loader": DataLoader(TensorDataset(pictures, torch.arange(M)), batch_size=8),
+        "device": "cpu",
+        "epochs": 1,
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+        "images": (255 * pictures).to(torch.uint8),
+        "labels": torch.arange(M) % 2,
+        "classes": ["even", "odd"],
+    }
+    for block in re.findall(
+        r"^```python\n(.*?)^```", (ROOT / "docs" / "python.md").read_text(), re.M | re.S
+    ):
+        exec(block, given)
+    assert given["loss"] > 0
+    isl = ISL(moco(), M)
+    features = torch.nn.functional.normalize(torch.rand(M, C), dim=1)
+    isl.mine(features, given["MyMiner"](steps=2, budget=[2]))
+    first = isl.positives.members[: isl.positives.offsets[1]]
+    assert len(first) and set(first.tolist()) <= {1, 2, M - 1, M - 2}
+    row = given["row"]
+    assert len(row.open(None, "train", False)) == M and row.size == 32

@@ -1,0 +1,140 @@
+"""README: its size, its commands and Python run on tiny data, its figures and defaults are true."""
+
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+import main_moco_isl
+from moco_isl.loader import WithIndex
+from studies import readme_picture as result
+from tests.runs import photos
+from tests.test_builder import M, images, moco
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+NOT_RUN = {"pip install '.[report]'": "an installation; tests/test_installed.py tries one"}
+SMALLER = {  # what is written -> what is run; -j 0: no worker that imports torch again
+    "--out runs/moco\n": "--epochs 1 -j 0 --out runs/moco\n",
+    "--epochs 100": "--epochs 1 -j 0",
+    "main_knn.py photos": "main_knn.py photos -j 0",
+}
+NUMBERS = 10  # measured ones, which README prints bold
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S)
+
+
+def section(title):
+    return re.search(rf"^## {title}.*?\n(.*?)(?=^## )", README, re.M | re.S)[1]
+
+
+def test_it_is_short():
+    lines = README.splitlines()
+    assert len(lines) <= 150 and max(map(len, lines)) <= 100
+    assert len(README.split()) <= 1500
+
+
+def test_lists_have_their_length():
+    highlights = re.findall(r"^- (.*(?:\n  .*)*)", section("Highlights"), re.M)
+    assert len(highlights) == 8 and all(len(line.split()) <= 12 for line in highlights)
+    assert len(re.findall(r"^\d\. ", section("When mining helps"), re.M)) == 5
+    (python,) = blocks("python")
+    assert len(python.splitlines()) == 8
+
+
+def test_flags_have_the_defaults_of_the_parser():
+    parser = main_moco_isl.get_parser()
+    defaults = vars(parser.parse_args(["--miner", "average"])) | vars(parser.parse_args([]))
+    rows = re.findall(r"^\| `(--\S+)` \| (\S+) \|", section("Twelve flags"), re.M)
+    assert len(rows) == 12
+    for flag, said in rows:
+        default = defaults[parser._option_string_actions[flag].dest]
+        if isinstance(default, list):
+            (default,) = default
+        texts = {None: "none", "": "none", False: "off", 5.0: "5"}
+        assert texts.get(default, str(default)) == said, flag
+
+
+def test_figures_are_those_of_the_results():
+    found = {row["row"]: row for row in result.rows("gain-digits")}[result.SURE]
+    rows = result.rows("breakeven-digits-right-near")
+    breakevens = sorted(row["knn"].split()[0] for row in rows)
+    bold = re.findall(r"\*\*([-+]?\d.*?)\*\*", README)
+    assert len(bold) <= NUMBERS
+    assert bold[:4] == [found["gain_shot"], found["gain"], breakevens[0], breakevens[-1]]
+
+
+def test_python_runs():
+    def update(loss):
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+
+    losses = []
+    model = moco()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    pictures = images(M, 0)
+    dataset = [((x, x.flip(2)), 0) for x in pictures]
+    given = {
+        "model": model,
+        "dataset": dataset,
+        "loader": DataLoader(WithIndex(dataset), batch_size=4, shuffle=True),
+        "ordered_loader": DataLoader(TensorDataset(pictures, torch.arange(M)), batch_size=8),
+        "device": "cpu",
+        "update": update,
+    }
+    (python,) = blocks("python")
+    exec(python, given)
+    assert given["isl"].positives.mean_size > 0
+    assert len(losses) == M / 4 and all(0 < loss < 20 for loss in losses)
+
+
+def place(folder):
+    """A folder in which the commands start as in a checkout, with a few photos of two classes."""
+    for name in ("main_moco_isl.py", "main_knn.py", "launch"):
+        (folder / name).symlink_to(ROOT / name)
+    for split, n in (("train", 6), ("val", 2)):
+        for kind in ("cat", "dog"):
+            photos(folder / kind / split, n)
+            target = folder / "photos" / split / kind
+            target.parent.mkdir(parents=True, exist_ok=True)
+            (folder / kind / split / "train").rename(target)
+
+
+def run(command, monkeypatch):
+    """A command in this process, which has torch imported already; its exit code."""
+    start, *rest = shlex.split(command)
+    assert start == "python"
+    by = runpy.run_path
+    if rest[0] == "-m":
+        by = runpy.run_module
+        del rest[0]
+        monkeypatch.delitem(sys.modules, f"{rest[0]}.__main__", raising=False)  # imported by tests
+    monkeypatch.setattr(sys, "argv", rest)
+    with pytest.raises(SystemExit) as end:
+        by(rest[0], run_name="__main__")
+    return end.value.code
+
+
+def test_commands_run(tmp_path, monkeypatch, capsys):
+    place(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    ran = [block for block in blocks("bash") if block.strip() not in NOT_RUN]
+    assert ran
+    for block in ran:
+        for written, smaller in SMALLER.items():
+            assert written in block
+            block = block.replace(written, smaller)
+        for command in block.replace("\\\n", "").splitlines():
+            assert run(command, monkeypatch) in (0, None), capsys.readouterr()
+    assert (tmp_path / "runs" / "moco" / "report.html").exists()
+    said = capsys.readouterr().out
+    assert "average:" in said and "backbone" in said
