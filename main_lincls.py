@@ -23,7 +23,7 @@ from moco_isl.evaluation.probe import Probe, layer_names
 from moco_isl.evaluation.results import read_own
 from moco_isl.evaluation.subject import Resumed, Subject
 from moco_isl.run import devices, exits, flags, ranks
-from moco_isl.run.folder import RunFolder, check_folder, flags_of_unsaved
+from moco_isl.run.folder import check_folder
 from moco_isl.run.signals import Stop
 from moco_isl.training import resume, state
 
@@ -65,15 +65,15 @@ def find_start(args) -> Resumed:
     if args.evaluate:
         resumed = Resumed(resume.Start(args.resume))
     else:
-        resumed = Resumed(*resume.find_start(args.resume, None, args.out, mmap=False))
+        shape = state.flags_shape(get_parser())
+        resumed = Resumed(*resume.find_start(args.resume, None, args.out, shape))
     flags.check(
         "isl" not in resumed.content,
         f"'{resumed.path}' is a pretraining file of main_moco_isl.py: judge it with --pretrained,"
         " and another --out",
     )
     if resumed.is_ours:
-        optional = resume.MAY_CHANGE | FREE
-        state.require_flags(resumed.content, resumed.path, get_parser(), optional, OF_THE_RUN)
+        state.require_flags(resumed.content, resumed.path, get_parser(), OF_THE_RUN)
     return resumed
 
 
@@ -86,13 +86,13 @@ def settle_flags(args, resumed: Resumed) -> None:
             setattr(args, name, saved[name])
         args.image_size = args.image_size or saved.get("image_size", 0)
     if args.seed is None and start.in_place and not saved:
-        saved = flags_of_unsaved(args.out, state.flags_shape(get_parser()))
+        saved = start.unsaved
     if args.seed is None:
         args.seed = saved.get("seed")
     options.settle_probe(args)
     if not args.evaluate:
         check_folder(args.out, start.in_place)
-        resume.check_unsaved(start, args.out, vars(args), FREE)
+        resume.check_unsaved(start, vars(args), FREE)
     if args.seed is None:
         args.seed = random.SystemRandom().randrange(2**31)
 
@@ -126,8 +126,7 @@ def worker(args, stop, resumed: Resumed, subject: Subject) -> None:
     device = devices.resolve_device(args)
     devices.warn_of_slow_amp(args.amp, device, trains=args.finetune)
     args.seed, args.out = dist.broadcast_object((args.seed, args.out))
-    open_folder = lambda: RunFolder(args.out, resumed.start.in_place)
-    folder = None if args.evaluate else ranks.on_main(open_folder)
+    folder = None if args.evaluate else resume.take_folder(args.out, resumed.start)
     try:
         with Stop(stop) as stop:
             run = ranks.together(lambda: assemble(args, device, folder, stop, resumed, subject))
@@ -149,9 +148,6 @@ def worker(args, stop, resumed: Resumed, subject: Subject) -> None:
 
 def assemble(args, device, folder, stop: Stop, resumed: Resumed, subject: Subject):
     """A probe of the subject, in the state that the file to go on with has. Raises BadInput."""
-    if not args.evaluate:  # the folder is held: no other run can write there any more
-        resume.require_unchanged(resumed.start, args.out)
-        resume.check_unsaved(resumed.start, args.out, vars(args), FREE)
     ranks.say(describe(subject.info))
     ranks.say(data.describe(**subject.splits))
     workers = devices.usable_workers(args.workers, ranks.processes_here(args))

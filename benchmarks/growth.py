@@ -54,7 +54,7 @@ class FittedMiner(GANMiner):
     """
 
     def __init__(self, device: torch.device):
-        super().__init__(budget=10.0, threshold=-1.0, radius=0.0)
+        super().__init__(budget=10.0, threshold=0.0, radius=0.0)
         torch.manual_seed(0)
         self.fitted = GANFit(
             NearAnchor(C).to(device),

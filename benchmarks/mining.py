@@ -148,7 +148,7 @@ class WorstCase(GANMiner):
     """
 
     def __init__(self, shares: int, **kwargs):
-        super().__init__(**{**kwargs, "threshold": -1.0, "radius": 10.0, "radius_mode": "fixed"})
+        super().__init__(**{**kwargs, "threshold": 0.0, "radius": 2.0, "radius_mode": "fixed"})
         self.settings.max_hub = 1.0
         self.settings.min_distinct = 0.0
         self.shares = shares

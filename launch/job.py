@@ -35,7 +35,7 @@ NEW_LIFE = "=> life "  # begins the line in the error log that parts a life from
 LOCAL_RESTARTS = 5  # submitit's controller of local jobs starts a job six times
 
 
-class Stop:
+class StopSignals:
     """The `stop` that main polls: true once SLURM asked for the node.
 
     USR2 is sent ahead of a preemption and of the time limit. TERM comes when a job is cancelled or
@@ -84,7 +84,7 @@ class Run:
         return submitit.helpers.DelayedSubmission(next_life)
 
     def __call__(self) -> dict:
-        stop = Stop()  # first of all: until here a signal goes to submitit's handler
+        stop = StopSignals()  # first of all: until here a signal goes to submitit's handler
         env = submitit.JobEnvironment()
         _forget_last_life(env)
         out = self.out.replace("%j", env.job_id)
@@ -104,7 +104,7 @@ class Run:
             sys.exit(code)  # no traceback: main has said in a line what is wrong
         return {"rank": env.global_rank, "out": out, "restarts": self.restarts}
 
-    def _main(self, env: submitit.JobEnvironment, out: str, stop: Stop) -> int:
+    def _main(self, env: submitit.JobEnvironment, out: str, stop: StopSignals) -> int:
         # here, and not above: torch takes seconds, and the signals had to be caught first
         from launch import rendezvous
         from moco_isl.run import environment
@@ -148,7 +148,7 @@ class Run:
             flags += ["--resume", store.get("launch/resume").decode()]
         return importlib.import_module(SCRIPTS[self.script]).main(flags, stop)
 
-    def _leave(self, env: submitit.JobEnvironment, out: str, stop: Stop) -> None:
+    def _leave(self, env: submitit.JobEnvironment, out: str, stop: StopSignals) -> None:
         """Everything is saved: have the job requeued, and wait for the end.
 
         Comes back if there is no next life.
@@ -169,7 +169,9 @@ class Run:
             # exits with the code that tells submitit's controller to start the tasks again
             stop.requeue(signal.SIGUSR2, None)
 
-    def _requeue(self, env: submitit.JobEnvironment, stop: Stop, patience: float = 120) -> None:
+    def _requeue(
+        self, env: submitit.JobEnvironment, stop: StopSignals, patience: float = 120
+    ) -> None:
         if env.global_rank == 0:
             job = slurm.ask(env.job_id)
             # a job that SLURM itself is taking down (cancelled, preempted without grace, requeued
@@ -198,7 +200,7 @@ def _forget_last_life(env: submitit.JobEnvironment) -> None:
         file.unlink(missing_ok=True)
 
 
-def _wait_for_lock(out: Path, stop: Stop, seconds: float = 180) -> None:
+def _wait_for_lock(out: Path, stop: StopSignals, seconds: float = 180) -> None:
     """Wait a while for the run folder that the last life may still hold.
 
     After a node failed, rank 0's last life may run on where SLURM cannot reach it, or a dead node's

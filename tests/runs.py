@@ -37,7 +37,7 @@ DIGITS = (
 ).split()
 MINED = (
     "--miner gan --isl-every 1 --isl-gan-iters 40 --isl-gan-min-iters 20 --isl-threshold 0"
-    " --isl-radius-mode fixed --isl-radius 2 --isl-budget 3 --isl-views --isl-between 4"
+    " --isl-radius-mode fixed --isl-radius 2 --isl-budget 3 --isl-trust 0.01"
 ).split()
 
 # where a process can be killed: the functions that a run is in then

@@ -6,7 +6,7 @@ import ast
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "moco_isl"
-EVERYWHERE = {"errors", "dist", "files", "schema", "ops", "__version__", "__main__"}
+EVERYWHERE = {"errors", "dist", "files", "options", "schema", "ops", "__version__", "__main__"}
 FLOORS = [
     {"builder", "loader", "encoders", "losses", "bank"},  # what MoCo has, and the equations
     {"mining"},  # what a round shares

@@ -33,6 +33,7 @@ LIST = Path(__file__).parent.parent / "docs" / "bad_input.md"
 SMALL = DIGITS[2:]  # without the data set
 RUN = [*DIGITS, "--epochs", "2"]
 OUT = ["--out", "new"]
+ORACLE = ["--miner", "oracle", "--research-labels"]
 PHOTOS = [
     "--image-size",
     "16",
@@ -189,18 +190,23 @@ NUMBERS = [
         ("--save-epochs", "0"),
         ("--isl-budget", "0"),
         ("--isl-max-share", "2"),
-        ("--isl-threshold", "2"),
-        ("--isl-radius", "-1"),
         ("--isl-bank-mix", "0"),
         ("--isl-hpe", "-1"),
         ("--isl-every", "0"),
         ("--start-epoch", "2"),
         ("--nproc-per-node", "-1"),
         ("--dist-timeout", "0"),
-        ("--oracle-precision", "2"),
-        ("--oracle-size", "0"),
         ("--schedule", "-3"),
         ("--seed", "99999999999999999999"),
+    ]
+]
+NUMBERS += [
+    (f"{flag} {value}", [*RUN, *OUT, *miner, flag, value])
+    for miner, flag, value in [
+        (["--miner", "gan"], "--isl-threshold", "2"),
+        (["--miner", "gan"], "--isl-radius", "-1"),
+        (ORACLE, "--oracle-precision", "2"),
+        (ORACLE, "--oracle-size", "0"),
     ]
 ]
 TOGETHER = [
@@ -224,29 +230,33 @@ TOGETHER = [
         [*RUN, *OUT, "--moco-k", "64", "--symmetric"],
     ),
     ("symmetric with the bank", [*RUN, *OUT, "--objective", "bank", "--symmetric"]),
-    ("a minimum above the cap", [*RUN, *OUT, "--isl-gan-iters", "10", "--isl-gan-min-iters", "20"]),
+    (
+        "a minimum above the cap",
+        [*RUN, *OUT, "--miner", "gan", "--isl-gan-iters", "10", "--isl-gan-min-iters", "20"],
+    ),
+    ("a flag of another miner", [*RUN, *OUT, "--miner", "knn", "--isl-walk", "3"]),
+    ("a miner of nowhere", [*RUN, *OUT, "--miner", "nowhere:Miner"]),
     ("an oracle that was not allowed the labels", [*RUN, *OUT, "--miner", "oracle"]),
     (
         "labels allowed to a miner that needs none",
         [*RUN, *OUT, "--miner", "knn", "--research-labels"],
     ),
-    ("a zone around the bank", [*RUN, *OUT, "--objective", "bank", "--isl-between", "5"]),
     ("a bound that is none", [*RUN, *OUT, "--miner", "knn", "--isl-trust", "sure"]),
     (
-        "an oracle that is to grow",
-        [*RUN, *OUT, "--miner", "oracle", "--research-labels", "--isl-grow"],
+        "an oracle that is to keep its sets",
+        [*RUN, *OUT, *ORACLE, "--isl-keep"],
     ),
     (
         "an oracle by an index",
-        [*RUN, *OUT, "--miner", "oracle", "--research-labels", "--isl-index", "auto"],
+        [*RUN, *OUT, *ORACLE, "--isl-index", "auto"],
     ),
     (
         "an oracle asked for more than the labels make",
-        [*RUN, *OUT, "--miner", "oracle", "--research-labels", "--oracle-size", "100"],
+        [*RUN, *OUT, *ORACLE, "--oracle-size", "100"],
     ),
     (
         "an oracle where no image has a label",
-        ["photos", *PHOTOS, *OUT, "--miner", "oracle", "--research-labels"],
+        ["photos", *PHOTOS, *OUT, *ORACLE],
     ),
 ]
 FLAGS = [
@@ -520,6 +530,7 @@ SAID = {  # what is named: the wrong thing, what was expected, what to do
     ),
     "a queue smaller than the batch": "--moco-k 32 is smaller than the 64 keys",
     "a queue smaller than the keys of a symmetric step": "--moco-k 64 is smaller than the 128 keys",
+    "a flag of another miner": "--isl-walk is a flag of --miner diffusion, and --miner is knn",
     "an oracle that was not allowed the labels": "add --research-labels",
     "an oracle where no image has a label": "photos has none: expected a folder a class",
     "an unknown flag, nearly right": "--epohcs (did you mean --epochs?)",

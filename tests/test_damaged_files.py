@@ -42,18 +42,21 @@ from moco_isl.mining.rounds import RoundMiner
 from moco_isl.report import grids, page, runs, sections, verdict
 from moco_isl.report.__main__ import main as report_main
 from moco_isl.run import checkpoint
-from moco_isl.training import fast, resume, state
+from moco_isl.training import engine, fast, pretrain, resume, state
 from tests.runs import photos
 from tests.small_training import unit
 
 TRIES = 200  # a reader
 M, C = 40, 8
-FLAGS = (
+BASE = (
     f"-a digits --image-size 16 --mlp --moco-dim {C} --moco-k 16 -b 16 -j 0 --seed 1 --lr 0.1"
-    " --device cpu -p 1 --epochs 3 --amp fp16 --miner gan --isl-start 1 --isl-every 1"
-    " --isl-gan-iters 8 --isl-gan-min-iters 4 --isl-threshold 0 --isl-radius-mode fixed"
-    " --isl-radius 2 --isl-between 2 --max-steps 7"
+    " --device cpu -p 1 --epochs 3 --amp fp16 --isl-start 1 --isl-every 1 --max-steps 7"
 ).split()
+GAN = (
+    "--miner gan --isl-gan-iters 8 --isl-gan-min-iters 4 --isl-threshold 0 --isl-radius 2"
+    " --isl-radius-mode fixed"
+).split()
+FLAGS = [*BASE, *GAN]
 
 
 # ---- damage --------------------------------------------------------------------------------------
@@ -341,9 +344,9 @@ def read_resume(place: Place, draw: random.Random) -> None:
     content = damaged(place.content, draw)
     with in_place_of_files(content):
         args = main_moco_isl.get_parser().parse_args(argv)
-        start, _ = main_moco_isl.check_start(args)
-        resume.finished(start, content, args.epochs, args.max_steps)
-        _, _, model = main_moco_isl.prepare(args, start)
+        start, taken = main_moco_isl.check_start(args)
+        resume.finished(start, taken, args.epochs, args.max_steps)
+        images, model = main_moco_isl.prepare(args, start, taken)
         checkpoint.load_model(model, content, start.path)
         optimizer = fast.sgd(model.parameters(), 0.1, 0.9, 1e-4, False)
         isl = ISL(model, M)
@@ -353,7 +356,8 @@ def read_resume(place: Place, draw: random.Random) -> None:
             torch.amp.GradScaler("cpu"),
             isl,
             main_moco_isl.build_miner(args, None),
-            "",
+            resume.images_of(images.train),
+            engine.Position(),
         )
         if flag == "--resume" and "isl" in content:
             parts.restore(content, torch.device("cpu"))
@@ -361,10 +365,8 @@ def read_resume(place: Place, draw: random.Random) -> None:
             positives, weight = isl.positives.lookup(everyone, 4)
             isl.bank.lookup(positives)
             isl.slots.absent(positives, weight > 0)
-        elif flag == "--init" and "isl" in content:
-            ours = content["isl"]
-            same_images = ours.get("images") == place.content["isl"]["images"]
-            isl.start_from(ours["state"], same_images, None)
+        elif flag == "--init":
+            pretrain.initialise(parts, content, args.dataset, None)
         elif flag == "--resume" and "optimizer" in content:
             fast.load_optimizer(optimizer, content["optimizer"])
 
@@ -582,7 +584,7 @@ def test_a_probe_names_what_is_wrong_with_its_file(place, tmp_path):
             "probe.best.x is 101.0: expected a number from 0 to 100",
         ),
         ({"args": {**place.probe["args"], "lr": "1"}}, "lr is '1': expected a list"),
-        ({"args": {}}, "it has no 'dataset'"),
+        ({"args": {}}, "it has no 'data'"),
         (
             {"optimizer": {"state": {}, "param_groups": []}},
             "it is for other parameters (none): expected 2 + 2",
@@ -649,14 +651,12 @@ def test_one_image_is_refused_whatever_the_miner(place, tmp_path, miner):
         ignore=lambda _, names: [n for n in names if n not in ("a", "00.jpg")],
     )
     flags = [
-        *FLAGS,
+        *BASE,
         "--miner",
         miner,
         *(["--research-labels"] if miner == "oracle" else []),
         "-b",
         2,
-        "--isl-between",
-        0,
         "--out",
         tmp_path / "new",
     ]
@@ -669,10 +669,10 @@ def test_one_image_is_refused_whatever_the_miner(place, tmp_path, miner):
 @pytest.mark.parametrize(
     "flags",
     [
-        "--objective bank --miner gan --isl-between 0",
-        "--objective rotnet --miner none --isl-between 0",
+        f"--objective bank {' '.join(GAN)}",
+        "--objective rotnet --miner none",
         "--symmetric --miner cluster --isl-half-bank --moco-k 32",
-        "--miner oracle --research-labels --momentum 0",
+        "--miner oracle --research-labels --oracle-size 2 --momentum 0",
         "--miner entropy",
     ],
 )
@@ -682,12 +682,10 @@ def test_what_a_run_saves_it_can_go_on_from(place, tmp_path, flags):
     """
     argv = [
         str(place.folder / "labelled"),
-        *FLAGS,
+        *BASE,
         "--amp",
         "off",
         *flags.split(),
-        "--oracle-size",
-        "2",
         "--out",
         str(tmp_path),
     ]
@@ -708,26 +706,6 @@ def test_a_miner_that_keeps_a_state_says_its_shape():
 
 def subclasses(kind: type) -> set[type]:
     return {one for below in kind.__subclasses__() for one in {below, *subclasses(below)}}
-
-
-FIRST = """arch aug_plus batch_size bn_splits channels_last compile cos data dataset device amp
-epochs image_size init isl_bank_mix isl_budget isl_candidates isl_every
-isl_gan_iters isl_gan_min_iters isl_hpe isl_keep isl_lambda isl_loss
-isl_max_positives isl_max_share isl_radius isl_radius_mode isl_start isl_threshold
-isl_triplets knn_holdout lr miner mlp moco_dim moco_k moco_m moco_t momentum
-objective schedule seed stem symmetric weight_decay"""
-
-
-def test_files_of_the_first_version_have_all_the_flags_that_are_asked_for():
-    """What came later is a flag that files need not have: it may change, or `resume.BEFORE` says
-    what runs without it did.
-    """
-    required = {
-        name
-        for name in state.flags_shape(main_moco_isl.get_parser(), resume.OPTIONAL)
-        if name is not ... and not name.endswith("?")
-    }
-    assert required <= set(FIRST.split())
 
 
 def test_rates_are_the_flags_and_not_the_files(place):

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from moco_isl.data import (
+    SETS,
     build_dataset,
     datasets,
     decode,
@@ -876,4 +877,4 @@ def test_load_into_memory_refuses_what_does_not_fit(tree):
 
 
 def test_names_are_all_known():
-    assert datasets.NAMES == ("folder", "cifar10", "cifar100", "svhn", "digits")
+    assert tuple(SETS) == ("folder", "cifar10", "cifar100", "svhn", "digits")

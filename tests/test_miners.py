@@ -285,7 +285,7 @@ def test_knn_miner_finds_the_nearest_and_keeps_the_budget():
     M, k, features = 150, 5, clusters(150)
     near = (features @ features.T).fill_diagonal_(-2).topk(k).indices
     expected = {(i, j) for i in range(M) for j in near[i].tolist()}
-    miner = KNNMiner(k=k, max_share=1.0)
+    miner = KNNMiner(k=k, budget=None, max_share=1.0)
     sets = miner.mine(features, PositiveSets.empty(M), rng())
     assert edge_set(sets) == expected | {(j, i) for i, j in expected}
     assert miner.report["accepted"] and miner.report["mean_size"] == sets.mean_size

@@ -16,7 +16,6 @@ from moco_isl.miners.entropy import EntropyMiner
 from moco_isl.miners.gan import GANMiner
 from moco_isl.miners.knn import KNNMiner
 from moco_isl.miners.oracle import OracleMiner
-from moco_isl.mining.between import in_between
 from moco_isl.mining.positives import PositiveSets
 from moco_isl.mining.record import one_line
 from moco_isl.ops.neighbors import topk
@@ -87,7 +86,7 @@ def test_entropy_miner_gives_the_surest_their_nearest_and_more_of_them_each_roun
     x = unit(seed=1)
     H = entropies_by_loops(x.double(), 0.2)
     surest = sorted(range(M), key=lambda i: H[i])
-    miner = EntropyMiner(k, share=0.4, T=0.2, max_share=1.0)
+    miner = EntropyMiner(k, share=0.4, T=0.2, budget=None, max_share=1.0)
     for n, anchors in [(1, 24), (2, 48), (3, 60), (4, 60)]:
         found = mine(miner, x)
         truth = [set() for _ in range(M)]
@@ -235,7 +234,7 @@ def test_kmeans_starts_an_empty_cluster_anew_from_the_worst_placed_row():
 
 def test_cluster_miner_equals_loops():
     x = unit(seed=6)
-    miner = ClusterMiner(clusters=5, clusterings=3, background=12, candidates=6, max_share=1.0)
+    miner = ClusterMiner(5, 3, background=12, candidates=6, budget=None, max_share=1.0)
     seed = int(torch.randint(2**62, (1,), generator=torch.Generator().manual_seed(0)))
     cluster = [
         kmeans(x, 5, 20, torch.Generator().manual_seed((seed + h) % 2**63))[0].tolist()
@@ -329,11 +328,11 @@ def test_senseless_settings_are_refused():
 # ---- hardly any images ---------------------------------------------------------------------------
 
 FEW = {
-    "knn": lambda k: KNNMiner(k, max_share=1),
-    "average": lambda k: AverageMiner(k, k, max_share=1),
-    "entropy": lambda k: EntropyMiner(k, 1.0, max_share=1),
-    "diffusion": lambda k: DiffusionMiner(k, candidates=k, max_share=1),
-    "cluster": lambda k: ClusterMiner(background=k, candidates=k, max_share=1),
+    "knn": lambda k: KNNMiner(k, budget=None, max_share=1),
+    "average": lambda k: AverageMiner(k, k, budget=None, max_share=1),
+    "entropy": lambda k: EntropyMiner(k, 1.0, budget=None, max_share=1),
+    "diffusion": lambda k: DiffusionMiner(k, candidates=k, budget=None, max_share=1),
+    "cluster": lambda k: ClusterMiner(background=k, candidates=k, budget=None, max_share=1),
     "gan": lambda k: GANMiner(candidates=k),
 }
 
@@ -345,7 +344,6 @@ def test_a_single_image_has_no_positives_and_the_round_says_why(name):
         sets = miner.mine(unit(1), old, torch.Generator().manual_seed(0), None, views)
         assert sets_of(sets) == [set()] and not miner.report["accepted"]
         assert "a single image has no others that could be like it" in one_line(miner.report)
-    assert in_between(unit(1), old, 20).num_edges == 0
 
 
 @pytest.mark.parametrize("name", ["knn", "average", "entropy", "diffusion", "cluster"])
@@ -359,8 +357,6 @@ def test_with_as_many_neighbours_as_images_all_others_are_positives(name, few):
                 features, PositiveSets.empty(few), torch.Generator().manual_seed(0), None, views
             )
             assert sets_of(sets) == [{j for j in range(few) if j != i} for i in range(few)]
-        between = in_between(features, PositiveSets.empty(few), k)
-        assert sets_of(between) == sets_of(sets) and in_between(features, sets, k).num_edges == 0
 
 
 def test_what_needs_more_images_says_so():

@@ -133,10 +133,10 @@ def test_ranks_draw_what_one_draws(origin):
 
 def test_what_labels_cannot_give_is_refused():
     for words, make in {
-        "expected 0 to 1": lambda: OracleMiner(LABELS, 1.1),
+        "expected at least 0 and at most 1": lambda: OracleMiner(LABELS, 1.1),
         "more than 0": lambda: OracleMiner(LABELS, size=0),
-        "uniform or near": lambda: OracleMiner(LABELS, wrong="far"),
-        "right ones 'far'": lambda: OracleMiner(LABELS, right="far"),
+        "wrong is 'far': expected uniform or near": lambda: OracleMiner(LABELS, wrong="far"),
+        "right is 'far': expected uniform or near": lambda: OracleMiner(LABELS, right="far"),
         "needs 15000 right pairs": lambda: OracleMiner(LABELS, size=100),
         "wrong pairs, and these labels make 0": lambda: OracleMiner(torch.zeros(50).long(), 0.5),
     }.items():

@@ -16,8 +16,8 @@ from tests.test_bad_input import ask
 # 97 images, two steps an epoch
 SMALL = (
     "--dataset digits -a digits --moco-dim 16 --moco-t 0.1 --knn-holdout 1340 -b 64 -j 0 --seed 1"
-    " -p 100 --device cpu --objective bank --isl-hpe 0 --miner entropy --isl-keep --isl-grow"
-    " --isl-share 0.15 --isl-budget 0.2 --isl-neighbors 5"
+    " -p 100 --device cpu --objective bank --isl-hpe 0 --miner entropy --isl-keep"
+    " --isl-share 0.15 --isl-budget 0.2 0.4 0.6 0.8 1 --isl-neighbors 5"
 ).split()
 LATE = [*SMALL, "--epochs", "9", "--isl-start", "0", "--isl-every", "2"]
 
@@ -45,7 +45,7 @@ def late(tmp_path_factory):
 def test_a_late_start_mines_once_and_then_by_the_schedule(late):
     """Rounds are due before epochs 0, 2, 4, 6 and 8.
 
-    Budget and share are those of a round's number: 0.2 n and 0.15 n.
+    Budget and share are those of a round's number: the n-th budget, and 0.15 n.
     """
     found = rounds(late)
     assert [(line["epoch"], line["round"]) for line in found] == [(5, 3), (6, 4), (8, 5)]

@@ -13,10 +13,10 @@ import sys
 import pytest
 import torch
 
-import main_moco_isl
 from moco_isl.errors import BadInput, RunFailed
 from moco_isl.run import checkpoint
 from moco_isl.run.folder import RunFolder, check_folder, flags_of_unsaved, held, newest, numbered
+from moco_isl.training import resume
 from tests.runs import Running, differences, run
 from tests.test_bad_input import RUN as FLAGS
 from tests.test_bad_input import ask, somebody_else_in
@@ -39,9 +39,9 @@ def test_a_second_run_is_refused_and_leaves_the_first_alone(tmp_path, monkeypatc
     RunFolder("busy", resume=False).close()
     assert not (tmp_path / "busy").exists()  # nothing came of it
     with somebody_else_in("busy"):
-        for resume in (False, True):
+        for resumed in (False, True):
             with pytest.raises(BadInput, match="'busy' is in use by a run that is alive"):
-                RunFolder("busy", resume=resume)
+                RunFolder("busy", resume=resumed)
         assert names(tmp_path / "busy") == [".lock"]
     RunFolder("busy", resume=True).close()
 
@@ -282,7 +282,7 @@ def test_what_another_run_has_saved_since_the_first_look_is_not_overwritten(
         shutil.copytree(finished, out, dirs_exist_ok=True)
         return RunFolder(*args)
 
-    monkeypatch.setattr(main_moco_isl, "RunFolder", late)
+    monkeypatch.setattr(resume, "RunFolder", late)
     code, _, err = ask([*FLAGS, "--out", str(out), "--resume", "auto"])
     assert (
         code == 2
@@ -372,11 +372,11 @@ def test_a_run_without_a_checkpoint_yet_is_started_over_by_the_same_flags_only(t
 
 def test_an_args_json_of_somebody_else_stays(tmp_path):
     (tmp_path / "args.json").write_text('{"args": [1]}')
-    for resume in (False, True):
+    for resumed in (False, True):
         with pytest.raises(
             BadInput, match="args.json' is there already and is none of this command's files"
         ):
-            RunFolder(tmp_path, resume)
+            RunFolder(tmp_path, resumed)
     assert (
         names(tmp_path) == ["args.json"] and (tmp_path / "args.json").read_text() == '{"args": [1]}'
     )
@@ -481,23 +481,6 @@ def test_a_folder_that_may_not_be_written(tmp_path):
     finally:
         libc.umount2(str(path).encode(), 2)
         path.chmod(0o700)
-
-
-def test_checkpoints_that_an_earlier_version_saved_are_missed_too(tmp_path, finished):
-    """Its .lock said nothing: that metrics.jsonl goes on after an epoch's end does."""
-    out = tmp_path / "out"
-    shutil.copytree(finished, out)
-    for path in out.glob("checkpoint_*"):
-        path.unlink()
-    (out / ".lock").write_text("")
-    before = contents(out)
-    code, _, err = ask([*FLAGS, "--out", str(out), "--resume", "auto"])
-    assert code == 2 and "whose checkpoints are gone" in err and contents(out) == before
-    lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (out / "metrics.jsonl").write_text(
-        "".join(line for line in lines if json.loads(line)["epoch"] == 0)
-    )
-    assert flags_of_unsaved(out)["epochs"] == 2, "it may have ended before its first checkpoint"
 
 
 @pytest.mark.parametrize(

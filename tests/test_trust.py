@@ -6,6 +6,7 @@ import json
 import math
 import re
 import statistics
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -14,10 +15,11 @@ import torch.nn.functional as F
 from moco_isl.errors import BadInput, Interrupted
 from moco_isl.miners.average import AverageMiner, neighbourhood_means
 from moco_isl.miners.knn import KNNMiner
+from moco_isl.miners.none import NoMiner
 from moco_isl.mining import estimate
 from moco_isl.mining.estimate import by_halves, by_views, halves, sampled, widest
 from moco_isl.mining.positives import PositiveSets
-from moco_isl.training import options
+from moco_isl.mining.rounds import AUTO, bound_of
 from tests.ranks import run_ranks
 from tests.runs import DIGITS
 from tests.test_bad_input import ask
@@ -241,14 +243,10 @@ def test_what_is_never_dropped_stays():
 
 
 def test_the_flag_names_a_bound():
-    assert (options.trust("off"), options.trust("auto"), options.trust("0.7")) == (
-        None,
-        options.AUTO,
-        0.7,
-    )
+    assert [bound_of(x) for x in ("off", None, "auto", "0.7", 0.7)] == [None, None, AUTO, 0.7, 0.7]
     for wrong in ("sure", "0", "1.2", "nan"):
         with pytest.raises(BadInput, match="expected auto, off, or a precision"):
-            options.trust(wrong)
+            KNNMiner(trust=wrong)
 
 
 def test_views_decide_where_they_are_there():
@@ -270,16 +268,12 @@ def test_views_decide_where_they_are_there():
 
 
 def test_views_are_asked_for_by_a_bound():
-    flags = lambda *more: options.get_parser("").parse_args([*DIGITS, "--miner", "knn", *more])
-    for more, expected in [
-        ([], False),
-        (["--isl-trust", "auto"], True),
-        (["--isl-trust", "auto", "--no-isl-views"], False),
-        (["--isl-views"], True),
-    ]:
-        args = flags(*more)
-        options.check_args(args)
-        assert args.isl_views is expected
+    @dataclass(eq=False)
+    class Looks(KNNMiner):
+        uses_views = True
+
+    assert not KNNMiner().wants_views and Looks().wants_views and not NoMiner().wants_views
+    assert KNNMiner(trust="auto").wants_views and KNNMiner(trust=0.5).wants_views
 
 
 def test_a_run_says_its_estimate_and_that_nothing_is_sure(tmp_path):

@@ -23,7 +23,7 @@ from studies.figures import HERE, Judge, linear, metrics
 
 MOCO = "MoCo v2"
 MEANLOG, LOGSUM = (FORMS[form][1] for form in ("meanlog", "logsum"))
-AVERAGE = ["--miner", "average", "--isl-views"]
+AVERAGE = ["--miner", "average", "--isl-trust", "0.01"]  # which takes views, and leaves all in
 GAN = ["--miner", "gan", "--isl-candidates", "120", "--isl-radius", "0.2", "--isl-threshold", "0.3"]
 ROWS = {  # title -> flags; a cut run has the first of them, which make a pair
     "+ none": ["--miner", "none"],
@@ -40,7 +40,7 @@ MINED = ["--isl-max-share", "0.2", "--isl-max-positives", "128"]
 CONFIG = ["--config", str(HERE / "flags_small_images.yaml")]
 FULL = ["-j", "8", "--save-epochs", "50"]
 QUICK = "-a resnet18w8 --moco-dim 32 --moco-k 128 -b 64 -j 0 --save-epochs 2".split()
-QUICK += "--isl-gan-iters 40 --isl-gan-min-iters 40".split()
+QUICK_GAN = "--isl-gan-iters 40 --isl-gan-min-iters 40".split()
 PROBE = "--cache-features --lr 3 10 30 100 --epochs 30 --schedule 18 24 -b 1024 -j 8".split()
 QUICK_IMAGES = (20, 6)  # of a class, to train on and held out
 MINING = 8  # seconds of a round, about
@@ -156,6 +156,8 @@ def science(context: Context) -> None:
             continue
         with context.row("science", title) as row:
             mining = [] if title == "+ none" else MINED
+            if study.quick and "gan" in flags:
+                mining = [*mining, *QUICK_GAN]
             go_on = ["--init", str(start), "--epochs", str(study.epochs[1]), "--lr", "0.02"]
             file, found = study.run(
                 f"row{number}", [*go_on, *flags, *mining], context.until - 1.5 * judging

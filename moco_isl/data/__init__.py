@@ -3,10 +3,8 @@
 from moco_isl.data.augment import BatchAugmentation, BatchViews, DigitAugmentation
 from moco_isl.data.cache import hold_cached
 from moco_isl.data.datasets import (
-    NAMES,
     ImageFiles,
     ImagesInMemory,
-    build_dataset,
     decode,
     describe,
     hold_small,
@@ -16,19 +14,31 @@ from moco_isl.data.datasets import (
     native_size,
 )
 from moco_isl.data.loaders import eval_loader, train_loader, view_loader
+from moco_isl.data.sets import (
+    SETS,
+    DataOptions,
+    DataSet,
+    build_dataset,
+    check_options,
+    find_set,
+)
 from moco_isl.data.transforms import get_augmentation, get_eval_transform
 
 __all__ = [
-    "NAMES",
+    "SETS",
     "BatchAugmentation",
     "BatchViews",
+    "DataOptions",
+    "DataSet",
     "DigitAugmentation",
     "ImageFiles",
     "ImagesInMemory",
     "build_dataset",
+    "check_options",
     "decode",
     "describe",
     "eval_loader",
+    "find_set",
     "get_augmentation",
     "get_eval_transform",
     "hold_cached",

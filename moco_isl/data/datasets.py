@@ -8,16 +8,13 @@ for files). M is the number of images.
 import bisect
 import io
 import os
-import stat
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from PIL.TiffImagePlugin import BITSPERSAMPLE, SAMPLEFORMAT
 from torch.utils.data import Dataset
@@ -33,20 +30,17 @@ try:
 except ImportError:
     decode_jpeg = None
 
-NAMES = ("folder", "cifar10", "cifar100", "svhn", "digits")
 SMALL = 64  # side up to which images are treated as CIFAR's are: neither enlarged nor blurred
 _READ_WHOLE = 256 << 20  # bytes of a file up to which it is held in memory while it is decoded
-_DIGITS_TRAIN = 1437  # of 1,797, in the order of the file: DIGITS.md says why
 
 
 def decode_pixels(
     path: str, at_least: Callable[[int, int], int], unclear: Callable[[str], None] = warnings.warn
 ) -> tuple[torch.Tensor, tuple[int, int]]:
-    """`decode` as uint8 [3, h, w], and the image's full size (H, W); at_least(W, H) says how small
-    it may be decoded.
+    """`decode` as uint8 [3, h, w], with the image's full size (H, W).
 
-    A JPEG of its full size goes through torchvision where that still decodes: PIL's values in two
-    thirds of the time.
+    at_least(W, H) says how small it may be decoded. A JPEG of its full size goes through
+    torchvision where that still decodes: PIL's values in two thirds of the time.
     """
     with open_regular(path) as file:
         whole = os.fstat(file.fileno()).st_size <= _READ_WHOLE
@@ -97,11 +91,10 @@ def _to_rgb(
 
 
 def _to_eight_bits(image: Image.Image, unclear: Callable[[str], None]) -> Image.Image:
-    """Grey images of 16 or 32 bits, or of floats, scaled to 0..255; PIL's convert would clip at
-    255.
+    """Grey images of 16 or 32 bits, or of floats, scaled to 0..255.
 
-    Values outside of the range become its nearest end, NaN becomes black. Raises ValueError where
-    no value is finite.
+    PIL's convert would clip at 255. Values outside of the range become its nearest end, NaN becomes
+    black. Raises ValueError where no value is finite.
     """
     tags = image.tag_v2 if image.format == "TIFF" else {}
     # mode I also holds files of 16 bits, and all of PNG and PPM are
@@ -262,8 +255,9 @@ class ImagesInMemory(Dataset):
 
 
 def stand_ins(M: int, unreadable: Sequence[int]) -> list[tuple[int, int]]:
-    """(position of an unreadable image, position of the next readable one); after the last image
-    comes the first.
+    """Of each unreadable image its position, and that of the next readable one.
+
+    After the last image comes the first.
     """
     broken = set(unreadable)
     readable = [i for i in range(M) if i not in broken]
@@ -314,195 +308,8 @@ def holdout(dataset: Dataset, n: int, seed: int) -> tuple[Dataset, Dataset]:
     return Part(dataset, rest), Part(dataset, held_out)
 
 
-def build_dataset(
-    name: str, root: str | os.PathLike | None = None, split: str = "train", download: bool = False
-) -> Dataset:
-    """The data set of that name: folder, cifar10, cifar100, svhn or digits; split train or val.
-
-    folder: root/train and root/val with a folder a class, as torchvision's ImageFolder reads them;
-    without root/train, root itself is the training split. Images in no class folder, in one alone,
-    or beside the class folders have no labels; `describe` says what was found and what was skipped.
-    Raises BadInput.
-    """
-    if name not in NAMES:
-        raise BadInput(f"no data set named {name!r}: expected one of {', '.join(NAMES)}")
-    if split not in ("train", "val"):
-        raise BadInput(f"no split named {split!r}: expected train or val")
-    if name == "digits":
-        return _digits(split)
-    if root is None:
-        raise BadInput(
-            f"data set {name} needs the folder it lies in: give DIR (or --dataset digits, which"
-            " needs none)"
-        )
-    if name == "folder":
-        return _folder(Path(root), split)
-    return _torchvision(name, Path(root), split, download)
-
-
-def _digits(split: str) -> ImagesInMemory:
-    with np.load(Path(__file__).parent / "digits.npz") as file:
-        images = torch.from_numpy(file["images"])
-        labels = torch.from_numpy(file["labels"]).long()
-    here = slice(0, _DIGITS_TRAIN) if split == "train" else slice(_DIGITS_TRAIN, None)
-    grey = images[here, None].float() * (255 / 16)  # [M, 1, 8, 8]
-    grey = (
-        F.interpolate(grey, size=(16, 16), mode="bilinear", align_corners=False)
-        .round()
-        .to(torch.uint8)
-    )
-    return ImagesInMemory(
-        grey.repeat(1, 3, 1, 1), labels[here], [str(d) for d in range(10)], f"digits/{split}"
-    )
-
-
-def _torchvision(name: str, root: Path, split: str, download: bool) -> ImagesInMemory:
-    from torchvision import datasets
-
-    train = split == "train"
-    try:
-        if name == "svhn":
-            source = datasets.SVHN(str(root), split="train" if train else "test", download=download)
-            images = source.data
-            labels = source.labels
-            classes = [str(d) for d in range(10)]
-        else:
-            source = getattr(datasets, name.upper())(str(root), train=train, download=download)
-            images = source.data.transpose(0, 3, 1, 2)
-            labels = source.targets
-            classes = list(source.classes)
-    except ImportError as error:
-        raise BadInput(
-            f"{name} is stored as Matlab files and needs scipy ({error}): pip install scipy"
-        ) from None
-    except (RuntimeError, OSError) as error:
-        if download:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise BadInput(
-                f"could not download {name} to {root}: {reason}; expected a way to the network and"
-                " a folder that can be written; or copy the files there"
-            ) from None
-        raise BadInput(
-            f"{name} is not in {root}, or not whole: expected torchvision's files; add --download"
-        ) from None
-    return ImagesInMemory(
-        torch.from_numpy(np.ascontiguousarray(images)),
-        torch.tensor(labels).long(),
-        classes,
-        f"{name}/{split}",
-    )
-
-
-def _folder(root: Path, split: str) -> ImageFiles:
-    expected = "expected a folder with train/ (and val/), or with images"
-    try:
-        is_folder = stat.S_ISDIR(os.stat(root).st_mode)
-    except (FileNotFoundError, NotADirectoryError):
-        raise BadInput(f"no such folder: {root}; {expected}") from None
-    except OSError as error:  # no permission above it, or a name that is too long
-        raise BadInput(f"cannot read {root}: {error.strerror}; {expected}") from None
-    if not is_folder:
-        raise BadInput(f"not a folder: {root}; {expected}")
-    train, val = root / "train", root / "val"
-    if os.path.isdir(root / split):
-        # val is numbered by the classes of train: with a class missing there, its own numbering
-        # would shift all labels
-        names = (
-            folders.class_names(str(train)) or None
-            if split == "val" and os.path.isdir(train)
-            else None
-        )
-        images = _image_files(root / split, names)
-        if split == "train" and not os.path.isdir(val):
-            images.layout.warnings += _not_read(root)
-        if split == "val" and os.path.isdir(train) and os.path.samefile(train, val):
-            images.layout.warnings.append(
-                "val/ is a link to train/, so each image is judged by its own training image"
-            )
-        return images
-    if split == "val":
-        found = f", and it holds {folders.some(others)}" if (others := _other_splits(root)) else ""
-        raise BadInput(
-            f"no validation images: {val} is missing{found}; expected a folder a class as in"
-            " train/; add it or do without validation"
-        )
-    if os.path.isdir(val):
-        raise BadInput(
-            f"no training images: {root} has val/ but not train/; expected both; add {train} or"
-            f" give {val} itself"
-        )
-    return _image_files(root, None)
-
-
-def _not_read(root: Path) -> list[str]:
-    """What lies beside train/, where there is no val/, that somebody may expect to be read; in
-    words.
-    """
-    splits, said = _other_splits(root), []
-    if splits:
-        said.append(
-            f"{folders.some(splits)} beside train/ in {str(root)!r} is not read: a val split is"
-            " named val"
-        )
-    others = [
-        name
-        for name in sorted(os.listdir(root))
-        if name not in ("train", *splits) and not name.startswith(".")
-    ]
-    if others := [
-        name for name in others if os.path.isdir(root / name) and folders.has_image(root / name)
-    ]:
-        said.append(
-            f"{folders.some(others)} beside train/ in {str(root)!r} hold images that are not read:"
-            " expected all training images in train/; if train is one of the classes, move all of"
-            " them into a folder"
-        )
-    return said
-
-
-def _other_splits(root: Path) -> list[str]:
-    """The folders beside train/ and val/ that are named as splits often are."""
-    names = (
-        name
-        for name in sorted(os.listdir(root))
-        if name not in ("train", "val") and folders.is_split_name(name)
-    )
-    return [name for name in names if os.path.isdir(root / name)]
-
-
-def _image_files(folder: Path, classes: list[str] | None) -> ImageFiles:
-    """All images of a folder, at any depth, labelled by its sub-folder that they are in.
-
-    Without labels where they lie in no sub-folder, some lie beside the sub-folders, or all in the
-    same one: that tells nothing apart. classes: those that the labels count, if not the
-    sub-folders.
-    """
-    found = folders.find_images(str(folder))
-    paths, labels = found.paths(), found.labels()
-    if not paths:
-        raise BadInput(
-            f"no images in {folder}: expected files ending in"
-            f" {', '.join(e[1:] for e in folders.ENDINGS)}, in a folder a class or directly; check"
-            f" the path{folders.skipped_words(found.skipped)}"
-        )
-    names = classes or found.classes
-    if extra := sorted({found.classes[label] for label in labels if label >= 0} - set(names)):
-        raise BadInput(
-            f"{folder} has a class that train lacks: {extra[0]!r}; expected a subset of the"
-            f" {len(names)} classes of train; move it away"
-        )
-    layout = folders.layout_of(found, classes)
-    if layout.unlabelled:
-        return ImageFiles(paths, None, None, str(folder), layout)
-    number = {name: i for i, name in enumerate(names)}
-    labels = torch.tensor([number[found.classes[label]] for label in labels])
-    return ImageFiles(paths, labels, names, str(folder), layout)
-
-
 def describe(**splits: Dataset) -> str:
-    """What each split holds, in lines for the start of a run: images, classes, what was skipped,
-    what looks wrong.
-    """
+    """Lines for the start of a run: images and classes of each split, and warnings."""
     lines = []
     for name, dataset in splits.items():
         if isinstance(dataset, ImageFiles):
@@ -521,8 +328,7 @@ def names_below(dataset: Dataset) -> list[str]:
 
 
 def native_size(dataset: Dataset, look: int = 16) -> int:
-    """The side of views that fits the images: small ones, up to 64 pixels, keep theirs; for larger
-    ones 224, as MoCo.
+    """The side of views that fits the images: up to 64 pixels their own, else 224, as MoCo.
 
     Median of the shorter sides of a few images spread over the data set; only headers are read.
     Raises BadInput.
@@ -551,8 +357,7 @@ def _side(path: str) -> int | None:
 def load_into_memory(
     dataset: Dataset, threads: int = 4, limit_bytes: int = 8 << 30
 ) -> ImagesInMemory:
-    """Decode a folder of small images, all of one size, once, so that they can be augmented on the
-    device.
+    """Decode a folder of small images of one size once, to be augmented on the device.
 
     The place of an unreadable image holds the next readable one and stands in .unreadable. Raises
     BadInput.
@@ -581,9 +386,7 @@ def load_into_memory(
 
 
 def hold_small(dataset: Dataset, threads: int = 4) -> Dataset:
-    """The data set held in memory where its images are small ones of one size, as CIFAR's;
-    otherwise as it is.
-    """
+    """The data set held in memory if its images are small and of one size; else as it is."""
     if native_size(dataset) > SMALL:
         return dataset
     try:

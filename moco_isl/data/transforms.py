@@ -7,27 +7,17 @@ whole batch on the device, so that workers hand over a quarter of the bytes.
 import torch
 from torchvision import transforms as T
 
-from moco_isl.data.augment import BatchAugmentation, DigitAugmentation
+from moco_isl.data.augment import BatchAugmentation
 from moco_isl.data.datasets import SMALL
+from moco_isl.data.sets import DataSet, find_set
 from moco_isl.errors import BadInput
 from moco_isl.loader import GaussianBlur
 
-# channel means and deviations of images in [0, 1]
-STATISTICS = {
-    "folder": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # ImageNet
-    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
-    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-    "svhn": ((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
-    "digits": ((0.305, 0.305, 0.305), (0.319, 0.319, 0.319)),
-}
-SIZES = {"folder": 224, "cifar10": 32, "cifar100": 32, "svhn": 32, "digits": 16}
 _SMALLEST_CROP = 0.2  # of the area
 
 
-def _size(name: str, size: int | None) -> int:
-    if name not in SIZES:
-        raise BadInput(f"no data set named {name!r}: expected one of {', '.join(SIZES)}")
-    size = SIZES[name] if size is None else size
+def _side(row: DataSet, size: int | None) -> int:
+    size = row.size if size is None else size
     if size < 8:
         raise BadInput(f"views of {size} pixels: expected a side of 8 or more; give a larger size")
     return size
@@ -59,7 +49,8 @@ class ImageTransform:
         self, steps: list, name: str, smallest: int | None = None, unchanged: int | None = None
     ):
         self.steps = T.Compose([*steps, T.PILToTensor()])
-        self.normalize = Normalize(*STATISTICS[name])
+        row = find_set(name)
+        self.normalize = Normalize(row.mean, row.std)
         self.smallest = smallest
         self.unchanged = unchanged
 
@@ -75,17 +66,18 @@ def get_augmentation(
     """MoCo v2's augmentation with aug_plus, else MoCo v1's.
 
     size: side of the views, by default the data set's own. on_device: a BatchAugmentation in place
-    of PIL's; digits always have their DigitAugmentation. Views up to 64 pixels are not blurred;
-    house numbers and digits are not flipped. Raises BadInput.
+    of PIL's; a data set whose row has an augmentation of its own always takes that. Views up to 64
+    pixels are not blurred. Raises BadInput.
     """
-    size = _size(name, size)
-    if name == "digits":
-        return DigitAugmentation(*STATISTICS[name], size=size)
-    flip = 0.0 if name == "svhn" else 0.5
+    row = find_set(name)
+    size = _side(row, size)
+    if row.augmentation is not None:
+        return row.augmentation(row.mean, row.std, size=size)
+    flip = 0.5 if row.flip else 0.0
     if on_device:
         blur = aug_plus and size > SMALL
         options = {"size": size, "aug_plus": aug_plus, "flip": flip, "blur": blur}
-        return BatchAugmentation(*STATISTICS[name], **options)
+        return BatchAugmentation(row.mean, row.std, **options)
     crop = T.RandomResizedCrop(size, scale=(_SMALLEST_CROP, 1.0))
     grey = T.RandomGrayscale(p=0.2)
     flip = T.RandomHorizontalFlip(flip)
@@ -105,7 +97,7 @@ def get_eval_transform(name: str, size: int | None = None) -> ImageTransform:
 
     Raises BadInput.
     """
-    size = _size(name, size)
+    size = _side(find_set(name), size)
     if size <= SMALL:
         return ImageTransform([T.Resize(size), T.CenterCrop(size)], name, unchanged=size)
     return ImageTransform([T.Resize(round(size * 8 / 7)), T.CenterCrop(size)], name)

@@ -151,10 +151,11 @@ def probe_augmentation(name: str, size: int):
 
     Digits and house numbers are not flipped.
     """
-    if name == "digits":
+    row = data.find_set(name)
+    if row.augmentation is not None:
         return data.get_augmentation(name, aug_plus=False, size=size)
-    flip = 0.0 if name == "svhn" else 0.5
-    return ImageTransform([T.RandomResizedCrop(size), T.RandomHorizontalFlip(flip)], name)
+    flip = T.RandomHorizontalFlip(0.5 if row.flip else 0.0)
+    return ImageTransform([T.RandomResizedCrop(size), flip], name)
 
 
 class AugmentedBatches:

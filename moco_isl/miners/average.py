@@ -1,59 +1,62 @@
-"""Neighbourhood means: an image's proxy is the mean of what is around it, and pairs are ranked by
-how similar their proxies are.
+"""Neighbourhood means: pairs are ranked by how similar the means around both images are.
 
-The same idea as ISL's proxies, a point between an image and those that mean the same, without a
-network that has to be trained.
+A mean is a proxy as ISL's is, a point between an image and those that mean the same, but no network
+has to be trained for it.
 
 Letters: M images, C feature dimension, N anchors of a block, k neighbours.
 """
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from moco_isl import dist
-from moco_isl.errors import BadInput
 from moco_isl.mining.edges import Edges
 from moco_isl.mining.estimate import Views
 from moco_isl.mining.positives import PositiveSets
 from moco_isl.mining.rounds import RoundMiner, over_blocks
 from moco_isl.ops.ivf import IVF
 from moco_isl.ops.neighbors import Tick, topk
+from moco_isl.options import check_range, opt
 
 Tensor = torch.Tensor
 
 _ROWS = 256  # anchors whose neighbours' features are held at a time
 
 
+@dataclass(eq=False)
 class AverageMiner(RoundMiner):
-    """Pairs of images whose neighbourhood means are similar, the surest of the whole data set
-    first.
+    """The pairs of images of the whole data set whose neighbourhood means are most similar.
 
-    Where a round has two augmented views of every image, it is features and views together that are
-    averaged: what an encoder makes of one crop is partly chance. k: neighbours of an image that its
-    mean is taken over, together with the image itself at weight 1; a neighbour weighs its cosine to
-    the power of `power`, and nothing where that is below 0. Each image offers its `candidates` most
-    similar ones by their means.
+    Where a round has two augmented views of every image, features and views are averaged together:
+    what an encoder makes of one crop is partly chance. A mean has the image itself at weight 1; a
+    neighbour weighs its cosine to the power of `power`, and nothing where that is below 0. Each
+    image offers its `candidates` (None: four times the budget) most similar ones by their means.
     """
 
     name = "average"
+    k: int = opt(
+        50,
+        "--isl-neighbors",
+        low=1,
+        metavar="k",
+        help="nearest images that an image's mean is taken over",
+    )
+    candidates: int | None = None
+    power: float = 3.0
 
-    def __init__(self, k: int = 50, candidates: int = 20, power: float = 3.0, **rules):
-        super().__init__(**rules)
-        if min(k, candidates) < 1 or power < 0:
-            raise BadInput(
-                f"means over {k} neighbours weighed by power {power:g}, {candidates} candidates:"
-                " expected at least 1, 0 and 1"
-            )
-        self.k = k
-        self.candidates = candidates
-        self.power = power
+    def __post_init__(self):
+        super().__post_init__()
+        check_range("AverageMiner: candidates", self.candidates, 1)
+        check_range("AverageMiner: power", self.power, 0)
 
     def find(
         self, features: Tensor, positives: PositiveSets, seed: int, tick: Tick | None
     ) -> tuple[Edges, str]:
         M = len(features)
         k = min(self.k, M - 1)
-        candidates = min(self.candidates, M - 1)
+        candidates = min(self.candidates or 4 * self.most, M - 1)
         rows = features if self.views is None else with_views(features, self.views)
         means = neighbourhood_means(rows, k, self.power, tick, self.searchable(rows, tick))
         bank = self.searchable(means, tick)
@@ -63,9 +66,7 @@ class AverageMiner(RoundMiner):
 
 
 def with_views(features: Tensor, views: Views) -> Tensor:
-    """features [M, C] and views 2 x [M, C] unit rows -> their mean, unit rows [M, C] of the same
-    type.
-    """
+    """The mean of features [M, C] and views 2 x [M, C]: unit rows [M, C] of the features' type."""
     return F.normalize(features.float() + views[0].float() + views[1].float(), dim=1).to(
         features.dtype
     )
@@ -78,11 +79,10 @@ def neighbourhood_means(
     tick: Tick | None = None,
     bank: Tensor | IVF | None = None,
 ) -> Tensor:
-    """features [M, C] unit rows -> unit rows [M, C] in the same type: each with its k nearest,
-    weighed by cosine ^ power.
+    """The mean of each of features [M, C] and its k nearest, weighed by cosine ^ power.
 
-    bank: what is searched, `RoundMiner.searchable` of the features; None: the features. Equal on
-    all ranks.
+    bank: what is searched, `RoundMiner.searchable` of the features; None: the features. Returns
+    unit rows [M, C] of the same type, equal on all ranks.
     """
     bank = features if bank is None else bank
 

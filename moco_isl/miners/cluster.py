@@ -1,57 +1,56 @@
-"""Local aggregation (LA, Zhuang et al. 2019): close neighbours are those that k-means puts
-together, several times over.
+"""Local aggregation, LA (Zhuang et al. 2019): neighbours that k-means puts together are positives.
 
 Letters: M images, C feature dimension, N anchors of a block, k background neighbours, H
 clusterings, G clusters of one.
 """
 
+from dataclasses import dataclass
+
 import torch
 
 from moco_isl import dist
-from moco_isl.errors import BadInput, Interrupted
+from moco_isl.errors import Interrupted
 from moco_isl.mining.edges import Edges
 from moco_isl.mining.positives import PositiveSets
 from moco_isl.mining.rounds import RoundMiner, over_blocks
 from moco_isl.ops.kmeans import kmeans
 from moco_isl.ops.neighbors import Tick, topk
+from moco_isl.options import check_range, opt
 
 Tensor = torch.Tensor
 
 
+@dataclass(eq=False)
 class ClusterMiner(RoundMiner):
-    """Members of an image's clusters in any of H clusterings, as far as they are among its
-    `background` nearest.
+    """Members of an image's clusters, in any of H clusterings, among its `background` nearest.
 
-    clusters: G; None: one for 40 images, as published for ImageNet (30,000). Each image offers its
-    surest `candidates`: first those that more clusterings put beside it, among equals the more
-    similar.
+    Each image offers its surest `candidates` (None: four times the budget): first those that more
+    clusterings put beside it, among equals the more similar. iterations: of k-means.
     """
 
     name = "cluster"
+    clusters: int | None = opt(
+        None,
+        "--isl-clusters",
+        low=1,
+        metavar="n",
+        help="clusters of a clustering (one for 40 images, as published for ImageNet)",
+    )
+    clusterings: int = opt(5, "--isl-clusterings", low=1, metavar="n", help="how many clusterings")
+    background: int = opt(
+        100,
+        "--isl-background",
+        low=1,
+        metavar="k",
+        help="positives are among the k nearest",
+    )
+    candidates: int | None = None
+    iterations: int = 20
 
-    def __init__(
-        self,
-        clusters: int | None = None,
-        clusterings: int = 5,
-        background: int = 100,
-        candidates: int = 20,
-        iterations: int = 20,
-        **rules,
-    ):
-        super().__init__(**rules)
-        if (
-            not (clusters is None or clusters >= 1)
-            or min(clusterings, background, candidates, iterations) < 1
-        ):
-            raise BadInput(
-                f"{clusterings} clusterings into {clusters} clusters in {iterations} iterations,"
-                f" {background} background neighbours, {candidates} candidates: expected at least 1"
-                " of each"
-            )
-        self.clusters = clusters
-        self.clusterings = clusterings
-        self.background = background
-        self.candidates, self.iterations = candidates, iterations
+    def __post_init__(self):
+        super().__post_init__()
+        check_range("ClusterMiner: candidates", self.candidates, 1)
+        check_range("ClusterMiner: iterations", self.iterations, 1)
 
     def find(
         self, features: Tensor, positives: PositiveSets, seed: int, tick: Tick | None
@@ -60,6 +59,7 @@ class ClusterMiner(RoundMiner):
         G = min(M, self.clusters or max(1, round(M / 40)))
         k = min(self.background, M - 1)
         cluster = self._clusterings(features, G, seed, tick)  # [H, M]
+        candidates = self.candidates or 4 * self.most
         bank = self.searchable(features, tick)
 
         def block(anchors: Tensor, number: int) -> tuple[Tensor, Tensor]:
@@ -68,7 +68,7 @@ class ClusterMiner(RoundMiner):
             # |cosine| <= 1: it decides among equals only
             sureness = torch.where(together > 0, together + cosine / 4, 0)
             sureness, at = sureness.sort(dim=1, descending=True, stable=True)
-            return near.gather(1, at)[:, : self.candidates], sureness[:, : self.candidates]
+            return near.gather(1, at)[:, :candidates], sureness[:, :candidates]
 
         anchors, near, sureness = over_blocks(M, features.device, block, tick)
         found = sureness > 0

@@ -1,56 +1,74 @@
-"""Anchor neighbourhoods (AND, Huang et al. 2019): the surest images get their nearest neighbours,
-more of them each round.
+"""Anchor neighbourhoods, AND (Huang et al. 2019): the surest images get their nearest neighbours.
 
+More images are anchors each round.
 Letters: M images, C feature dimension, N anchors of a block, k neighbours, T temperature.
 """
+
+from dataclasses import dataclass
 
 import torch
 
 from moco_isl import dist
-from moco_isl.errors import BadInput
+from moco_isl.builder import MoCo
 from moco_isl.mining.edges import Edges
 from moco_isl.mining.positives import PositiveSets
 from moco_isl.mining.rounds import RoundMiner, over_blocks
 from moco_isl.ops.neighbors import Tick, topk
 from moco_isl.ops.softmax import entropy
+from moco_isl.options import default_of, opt
 from moco_isl.schema import COUNT
 
 Tensor = torch.Tensor
 
 
+@dataclass(eq=False)
 class EntropyMiner(RoundMiner):
-    """Images ranked by the entropy of their softmax over all images (Eq. 4, themselves included),
-    the lowest first; in the n-th round the first share * n of them are anchors and each gets its k
-    nearest.
+    """The k nearest of the images whose softmax over all images (Eq. 4) has the lowest entropy.
 
-    T: temperature of the softmax, that of the loss. An edge is as sure as its anchor: what a budget
-    leaves out is of the anchors with the highest entropy. On a GPU the softmax is the fused pass,
-    whose float16 products may let anchors of nearly equal entropy change places (see
-    `softmax.entropy`). Published: share 0.25, k 1.
+    In the n-th round the first share * n of all images are anchors, the lowest entropy first. An
+    edge is as sure as its anchor: what a budget leaves out is of the anchors with the highest
+    entropy. On a GPU the softmax is the fused pass, whose float16 products may let anchors of
+    nearly equal entropy change places (see `softmax.entropy`). Published: share 0.25, k 1.
     """
 
     name = "entropy"
+    k: int | None = opt(
+        None,
+        "--isl-neighbors",
+        low=1,
+        metavar="k",
+        help="nearest images that an anchor gets (as many as the budget asks for)",
+    )
+    share: float = opt(
+        0.25,
+        "--isl-share",
+        low=0,
+        low_open=True,
+        high=1,
+        metavar="x",
+        help="the surest share of all images mines, another x each round",
+    )
+    T: float = opt(
+        default_of(MoCo, "T"),
+        "--moco-t",
+        low=0,
+        low_open=True,
+        help="temperature of the softmax, that of the loss",
+    )
 
-    def __init__(self, k: int = 1, share: float = 0.25, T: float = 0.1, **rules):
-        super().__init__(**rules)
-        if not (k >= 1 and 0 < share <= 1 and T > 0):
-            raise BadInput(
-                f"entropy miner with {k} neighbours, a share of {share} and temperature {T}:"
-                " expected at least 1, above 0 and at most 1, above 0"
-            )
-        self.k = k
-        self.share = share
-        self.T = T
+    def __post_init__(self):
+        super().__post_init__()
         self.rounds = 0
 
     def begin(self, number: int) -> None:
+        super().begin(number)
         self.rounds = number - 1  # `find` counts its own
 
     def find(
         self, features: Tensor, positives: PositiveSets, seed: int, tick: Tick | None
     ) -> tuple[Edges, str]:
         M = len(features)
-        k = min(self.k, M - 1)
+        k = min(self.k or self.most, M - 1)
         bank = self.searchable(features, tick)
 
         def block(anchors: Tensor, number: int) -> tuple[Tensor, Tensor]:
@@ -73,14 +91,8 @@ class EntropyMiner(RoundMiner):
             "entropy_anchors": float(everyone[chosen].max()),
         }
         mine = chosen[anchors]
-        return (
-            Edges(
-                anchors[mine].repeat_interleave(k),
-                near[mine].flatten(),
-                -own[mine].repeat_interleave(k),
-            ),
-            "",
-        )
+        src = anchors[mine].repeat_interleave(k)
+        return Edges(src, near[mine].flatten(), -own[mine].repeat_interleave(k)), ""
 
     def state_dict(self) -> dict:
         return {"rounds": self.rounds}

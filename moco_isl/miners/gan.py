@@ -1,5 +1,7 @@
 """ISL: images near confident proxies, which a GAN makes of triplets, become positives."""
 
+from dataclasses import dataclass
+
 import torch
 
 from moco_isl import dist
@@ -13,20 +15,17 @@ from moco_isl.mining.rounds import RoundMiner, block_size, over_blocks
 from moco_isl.mining.triplets import TripletSampler
 from moco_isl.ops.ivf import IVF
 from moco_isl.ops.neighbors import Tick, topk
+from moco_isl.options import opt
 
 Tensor = torch.Tensor
 
 
+@dataclass(eq=False)
 class GANMiner(RoundMiner):
-    """ISL's miner: a GAN on the features (Eq. 1), the best of five proxies an anchor (Eq. 3), what
-    is near to it (Eq. 2).
+    """ISL's miner: images near (Eq. 2) the best proxy (Eq. 3) that a GAN (Eq. 1) makes.
 
-    iters, min_iters: cap and minimum of a round's GAN training, by the number of images where None
-    (see GANSettings).
-    threshold: an anchor whose best score is not above it adds nothing. radius: R in cosine for
-    radius_mode "confidence" (the surer, the wider), the Euclidean distance r for "fixed".
-    candidates: how many images nearest to a proxy are looked at. G, D and their Adam moments are
-    where the next round starts, unless they collapsed.
+    batch, lr: of the GAN's training, see GANSettings. G, D and their Adam moments are where the
+    next round starts, unless they collapsed.
 
     An edge is as sure as its image is similar to the proxy. The score decides what Eq. 2 and 3 say
     and no more: it was seen to rank nothing (the upper half of the scores held the less precise
@@ -34,30 +33,76 @@ class GANMiner(RoundMiner):
     """
 
     name = "gan"
+    candidates: int = opt(
+        10,
+        "--isl-candidates",
+        low=1,
+        metavar="k",
+        help="nearest images of a proxy that may join",
+    )
+    threshold: float = opt(
+        0.5,
+        "--isl-threshold",
+        low=0,
+        high=1,
+        metavar="s",
+        help="a proxy whose score is not above this adds nothing",
+    )
+    radius: float = opt(
+        0.6,
+        "--isl-radius",
+        low=0,
+        high=2,
+        metavar="r",
+        help="cosine (confidence) or Euclidean distance (fixed) within which images join",
+    )
+    radius_mode: str = opt(
+        "confidence",
+        "--isl-radius-mode",
+        choices=("confidence", "fixed"),
+        help="confidence: the surer the proxy, the wider, as the published code; fixed: Eq. 2",
+    )
+    triplets: int = opt(
+        GANSettings.triplets,
+        "--isl-triplets",
+        low=1,
+        metavar="n",
+        help="triplets an anchor; the best proxy counts",
+    )
+    lam: float = opt(
+        GANSettings.lam,
+        "--isl-lambda",
+        low=0,
+        metavar="l",
+        help="Eq. 1: larger makes proxies explore more",
+    )
+    iters: int | None = opt(
+        GANSettings.iters,
+        "--isl-gan-iters",
+        low=1,
+        metavar="n",
+        help="most iterations of the GAN in a round (90 times the root of the number of images,"
+        " 20,000 at 50,000)",
+    )
+    min_iters: int | None = opt(
+        GANSettings.min_iters,
+        "--isl-gan-min-iters",
+        low=1,
+        metavar="n",
+        help="fewest (a quarter of the most); a short GAN collapses onto one image",
+    )
+    batch: int = GANSettings.batch
+    lr: float = GANSettings.lr
 
-    def __init__(
-        self,
-        *,
-        iters: int | None = None,
-        min_iters: int | None = None,
-        batch: int = 256,
-        lam: float = 1.0,
-        lr: float = 1e-4,
-        triplets: int = 5,
-        threshold: float = 0.5,
-        radius: float = 0.6,
-        radius_mode: str = "confidence",
-        candidates: int = 10,
-        **rules,
-    ):
-        super().__init__(**rules)
-        if radius_mode not in ("confidence", "fixed"):
-            raise BadInput(f"radius mode {radius_mode!r} is unknown: use confidence or fixed")
-        self.settings = GANSettings(iters, min_iters, batch, lam, lr, triplets)
-        self.threshold = threshold
-        self.radius = radius
-        self.radius_mode = radius_mode
-        self.candidates = candidates
+    def __post_init__(self):
+        super().__post_init__()
+        if None not in (self.min_iters, self.iters) and self.min_iters > self.iters:
+            raise BadInput(
+                f"--isl-gan-min-iters {self.min_iters} is more than --isl-gan-iters {self.iters}"
+            )
+        self.settings = GANSettings(
+            self.iters, self.min_iters, self.batch, self.lam, self.lr, self.triplets
+        )
         # weights of G and D; on rank 0, which fits them, the state of their optimizers too
         self.networks: dict | None = None
 
@@ -184,15 +229,12 @@ def best_proxies(
     tick: Tick | None = None,
     bank: Tensor | IVF | None = None,
 ) -> list[Tensor]:
-    """The best proxy (Eq. 3) of every anchor of this rank's share, and the k images nearest to it,
-    never the anchor.
+    """The best proxy (Eq. 3) of every anchor of this rank's share, and its k nearest images.
 
     bank: what the images are searched in, `RoundMiner.searchable` of the features; None: the
-    features.
-
-    Returns anchors [n], score [n], near [n, k], cosine of near to the proxy [n, k], cosines of the
-    proxy to a, p, n [n, 3]. What is drawn for an anchor depends on the seed and its block: not on
-    the ranks.
+    features. The anchor is never among them. Returns anchors [n], score [n], near [n, k], cosine of
+    near to the proxy [n, k], cosines of the proxy to a, p, n [n, 3]. What is drawn for an anchor
+    depends on the seed and its block: not on the ranks.
     """
     M, device = len(features), features.device
     sampler = TripletSampler(features, positives, M, torch.Generator().manual_seed(seed), triplets)
@@ -215,10 +257,9 @@ def proxies_of(
     anchors: Tensor,
     draws: torch.Generator,
 ) -> tuple[Tensor, ...]:
-    """Eq.
+    """The best proxy of each of anchors [N] over its triplets (Eq. 3).
 
-    3 for anchors [N]: score [N] and proxy [N, C] of the best triplet, cosines of the proxy to a, p,
-    n [N, 3].
+    Returns scores [N], proxies [N, C], and the proxy's cosines to a, p, n [N, 3].
     """
     windows = sampler.spread(int(torch.randint(sampler.M, (1,), generator=draws)))
     u = torch.rand(sampler.triplets, len(anchors), generator=draws).to(features.device)
@@ -238,10 +279,9 @@ def proxies_of(
 
 
 def best_of(score: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
-    """Eq.
+    """The highest of scores [t, N] of t triplets an anchor (Eq. 3), and its values.
 
-    3. score [t, N] of t triplets an anchor, values [t, N, ...] -> the highest score [N] and its
-    values [N, ...].
+    values: [t, N, ...]. Returns scores [N] and the values [N, ...].
     """
     score, t = score.max(0)
     row = torch.arange(len(t), device=t.device)
@@ -251,11 +291,10 @@ def best_of(score: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
 def radius_rule(
     score: Tensor, cosine: Tensor, threshold: float, radius: float, mode: str
 ) -> Tensor:
-    """Eq. 2. score [N] of proxies, cosine [N, k] of images to them -> which images become
-    positives, [N, k] bool.
+    """Which images become positives (Eq. 2): [N, k] bool, by the proxies' scores [N].
 
-    "confidence": cosine > R + (1 - s)(1 - R); "fixed": Euclidean distance < r, with d^2 = 2 - 2
-    cos; both where s > threshold.
+    cosine [N, k]: of images to the proxy. "confidence": cosine > R + (1 - s)(1 - R); "fixed":
+    Euclidean distance < r, with d^2 = 2 - 2 cos; both where s > threshold.
     """
     if mode == "confidence":
         near = cosine > (radius + (1 - score) * (1 - radius))[:, None]
@@ -265,8 +304,9 @@ def radius_rule(
 
 
 def _statistics(M: int, score: Tensor, near: Tensor, to_triplet: Tensor) -> dict:
-    """The watchdog's figures over the best proxies of all ranks; the hub among at most ten nearest,
-    as the probe's.
+    """The watchdog's figures over the best proxies of all ranks.
+
+    The hub is looked for among at most ten nearest, as in the probe.
     """
     hits = dist.all_reduce_sum(torch.bincount(near[:, :10].flatten(), minlength=M))
     nearest = dist.all_reduce_sum(torch.bincount(near[:, 0], minlength=M))

@@ -12,6 +12,10 @@ Tensor = torch.Tensor
 class NoMiner:
     """Adds nothing and takes nothing away: MoCo."""
 
+    name = "none"
+    uses_labels = False
+    wants_views = False
+
     def __init__(self):
         self.report: dict = {}
 

@@ -1,64 +1,96 @@
-"""Research only: positives drawn from the true labels, so that how much of them is right is known.
-For the question how right they must be.
+"""Positives drawn from the true labels, to study how right positives must be. Research only.
 
 Letters: M images, C feature dimension, N anchors of a block, U undirected pairs, k neighbours of an
 image.
 """
 
+from dataclasses import dataclass
+
 import torch
 
 from moco_isl import dist
 from moco_isl.errors import BadInput
-from moco_isl.mining.edges import Edges
+from moco_isl.mining.edges import Edges, Rules
 from moco_isl.mining.estimate import Views
 from moco_isl.mining.positives import PositiveSets, distinct_edges
 from moco_isl.mining.rounds import RoundMiner, over_blocks
 from moco_isl.ops.neighbors import Tick
+from moco_isl.options import LARGEST, opt
 
 Tensor = torch.Tensor
 
 _COLUMNS = 8192  # images looked through at a time for neighbours
 
 
+@dataclass(eq=False)
 class OracleMiner(RoundMiner):
-    """Sets of `size` positives an image on average, of which the share `precision` has the anchor's
-    label, to within one pair.
+    """Sets of `size` positives an image on average; the share `precision` has the anchor's label.
 
-    right, wrong: where each kind of pair comes from. "uniform": drawn, every image as an anchor
-    equally often. "near": each image's most similar one of its label (of another label), then each
-    one's second, and so on: the pairs that real mining finds, and those it mistakes for right. Each
-    round draws anew; nothing of an earlier one stays. labels [M], below 0 where unknown: such
-    images get no positives. Raises BadInput where the labels do not have as many pairs.
+    Both hold to within one pair. "uniform" pairs are drawn, every image as an anchor equally often.
+    "near" ones are each image's most similar one of its label (of another label), then each one's
+    second, and so on: the pairs that real mining finds, and those it mistakes for right. Each round
+    draws anew; nothing of an earlier one stays, and no budget holds. labels [M], below 0 where
+    unknown: such images get no positives. Raises BadInput where the labels do not have as many
+    pairs.
     """
 
     name = "oracle"
+    uses_labels = True
 
-    def __init__(
-        self,
-        labels: Tensor,
-        precision: float = 1.0,
-        size: float = 5.0,
-        wrong: str = "uniform",
-        right: str = "uniform",
-    ):
-        super().__init__(max_share=1.0)
-        if not (0 <= precision <= 1 and size > 0) or not {wrong, right} <= {"uniform", "near"}:
+    labels: Tensor
+    precision: float = opt(
+        1.0,
+        "--oracle-precision",
+        low=0,
+        high=1,
+        metavar="p",
+        help="share of its positives that have the anchor's label",
+    )
+    size: float = opt(
+        5.0,
+        "--oracle-size",
+        low=0,
+        low_open=True,
+        high=LARGEST,
+        metavar="s",
+        help="its positives an image on average",
+    )
+    wrong: str = opt(
+        "uniform",
+        "--oracle-wrong",
+        choices=("uniform", "near"),
+        help="its wrong positives: uniform, or near: the most similar images of another"
+        " label, as mining's own mistakes are",
+    )
+    right: str = opt(
+        "uniform",
+        "--oracle-right",
+        choices=("uniform", "near"),
+        help="its right positives: uniform, or near: the most similar images of the same"
+        " label, which teach less, as those that mining finds",
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.keep or self.rules.trust is not None or self.index != "exact":
             raise BadInput(
-                f"oracle of precision {precision}, size {size}, wrong pairs {wrong!r} and right"
-                f" ones {right!r}: expected 0 to 1, more than 0, and twice uniform or near"
+                "--miner oracle draws its sets anew each round, of --oracle-size, by an exact"
+                " search: leave --isl-keep, --isl-trust and --isl-index off"
             )
-        self.labels = labels
-        self.origins = {"right": right, "wrong": wrong}
-        pairs = max(1, round(size * len(labels) / 2))
-        self.numbers = {"right": round(precision * pairs)}
-        self.numbers["wrong"] = pairs - self.numbers["right"]
-        for (kind, number), there in zip(self.numbers.items(), _pairs_there(labels)):
+        self.rules = Rules(max_share=1.0)
+        pairs = max(1, round(self.size * len(self.labels) / 2))
+        right = round(self.precision * pairs)
+        self.numbers = {"right": right, "wrong": pairs - right}
+        for (kind, number), there in zip(self.numbers.items(), _pairs_there(self.labels)):
             if number > there / 2:
                 raise BadInput(
-                    f"an oracle of precision {precision:g} and {size:g} positives an image needs"
-                    f" {number} {kind} pairs, and these labels make {there}: expected at most half"
-                    " of them; ask for smaller sets"
+                    f"an oracle of precision {self.precision:g} and {self.size:g} positives an"
+                    f" image needs {number} {kind} pairs, and these labels make {there}: expected"
+                    " at most half of them; ask for smaller sets"
                 )
+
+    def begin(self, number: int) -> None:
+        pass  # no budget holds
 
     def mine(
         self,
@@ -78,25 +110,23 @@ class OracleMiner(RoundMiner):
         generator = torch.Generator().manual_seed(seed)
         pairs = []
         for kind, number in self.numbers.items():
-            if self.origins[kind] == "near" and number:
+            if getattr(self, kind) == "near" and number:
                 pairs.append(self._near(features, kind == "right", number, tick))
             else:
                 pairs.append(draw_pairs(self.labels.cpu(), kind == "right", number, generator))
         src, dst = (torch.cat(x).to(features.device) for x in zip(*pairs))
-        self.report |= {"labels_used": True, **self.origins}
+        self.report |= {"labels_used": True, "right": self.right, "wrong": self.wrong}
         start, stop = dist.shard(len(src))  # all ranks have drawn all; each hands in its share
-        return (
-            Edges(
-                src[start:stop], dst[start:stop], torch.ones(stop - start, device=features.device)
-            ),
-            "",
-        )
+        sureness = torch.ones(stop - start, device=features.device)
+        return Edges(src[start:stop], dst[start:stop], sureness), ""
 
     def _near(
         self, features: Tensor, right: bool, number: int, tick: Tick | None
     ) -> tuple[Tensor, Tensor]:
-        """Pairs [number]: each image's nearest of its label or of another, then each one's second,
-        and so on; of the last ones the most similar.
+        """Pairs [number] of similar images of one label, or of two.
+
+        First each image's nearest such image, then each one's second, and so on; of the last ones
+        the most similar.
         """
         M = len(features)
         labels = self.labels.to(features.device)
@@ -141,11 +171,10 @@ def _pairs_there(labels: Tensor) -> tuple[int, int]:
 def draw_pairs(
     labels: Tensor, right: bool, number: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """labels [M] -> `number` distinct pairs [U], [U] with one label (right) or two, drawn uniformly
-    among each anchor's partners.
+    """Draw `number` distinct pairs with one label (right) or two, uniformly.
 
-    Anchors take turns in an order of their own each turn. There must be enough pairs: twice as many
-    as are drawn.
+    labels [M], below 0 where unknown. Returns the pairs [U], [U]. Anchors take turns in an order of
+    their own each turn. There must be enough pairs: twice as many as are drawn.
     """
     known = (labels >= 0).nonzero().squeeze(1)
     order = known[labels[known].sort(stable=True).indices]  # images, class by class
@@ -186,8 +215,9 @@ def _first_of_each(key: Tensor) -> Tensor:
 def nearest_by_label(
     features: Tensor, labels: Tensor, anchors: Tensor, same: bool, k: int, tick: Tick | None = None
 ) -> tuple[Tensor, Tensor]:
-    """anchors [N] -> cosine [N, k] and image [N, k] of the most similar others of the same label,
-    or of another; -inf where there are no more.
+    """The k most similar others of the same label, or of another, of anchors [N].
+
+    Returns cosines [N, k] and images [N, k]; the cosine is -inf where there are no more.
     """
     cosine = features.new_empty(len(anchors), 0, dtype=torch.float32)
     near = anchors.new_empty(len(anchors), 0)

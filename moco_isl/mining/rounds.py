@@ -3,11 +3,13 @@
 Letters: M images, C feature dimension, N anchors of a block, E directed edges.
 """
 
+import math
 import resource
 import sys
 import time
 from collections.abc import Callable
-from typing import Protocol
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
 import torch
 
@@ -16,11 +18,14 @@ from moco_isl.errors import BadInput, Interrupted
 from moco_isl.mining.edges import Edges, Rules, settle
 from moco_isl.mining.estimate import Views, by_halves, by_views, sampled, widest
 from moco_isl.mining.positives import PositiveSets
-from moco_isl.ops.ivf import IVF, check_choice, wanted
+from moco_isl.ops.ivf import CHOICES, IVF, check_choice, wanted
 from moco_isl.ops.neighbors import Tick
+from moco_isl.options import LARGEST, check_values, opt
 
 Tensor = torch.Tensor
 NOTHING_SURE = "nothing sure enough to add this round"
+AUTO = 0.8  # of --isl-trust auto: on the digits mining broke even between 0.7 and 0.85
+NO_BOUND = 5  # images looked for where no budget says how many
 
 
 class Miner(Protocol):
@@ -49,32 +54,118 @@ class Miner(Protocol):
     def state_shape(self, dim: int) -> dict: ...
 
 
+def bound_of(trust: float | str | None) -> float | None:
+    """The share of right positives that `trust` asks for: a number, "auto", or None for "off".
+
+    Raises BadInput.
+    """
+    if trust in (None, "off"):
+        return None
+    try:
+        bound = AUTO if trust == "auto" else float(trust)
+    except ValueError:
+        bound = -1.0
+    if not 0 < bound <= 1:
+        raise BadInput(
+            f"--isl-trust {trust}: expected auto, off, or a precision above 0 and at most 1"
+        )
+    return bound
+
+
+@dataclass(kw_only=True, eq=False)
 class RoundMiner:
     """The round around a `find`: settles by the rules what was found, and reports.
 
-    A miner of this kind writes find(features, positives, seed, tick) -> (edges of this rank's
-    share, why). A `why` that is not empty refuses the round, and must be so on every rank; then the
-    sets stay as they were. `find` may put figures of its own into self.report. By `over_blocks` and
-    the seed, sets come out equal on every rank and for any number of ranks (with equally many
-    threads each: a product's last bit may depend on them). self.views is what the round has of
-    views, or None.
+    A miner of this kind is a dataclass, its settings fields made by `options.opt`, and writes
+    find(features, positives, seed, tick) -> (edges of this rank's share, why). A `why` that is not
+    empty refuses the round, and must be so on every rank; then the sets stay as they were. `find`
+    may put figures of its own into self.report. By `over_blocks` and the seed, sets come out equal
+    on every rank and for any number of ranks (with equally many threads each: a product's last bit
+    may depend on them). self.views is what the round has of views, or None.
 
-    index: how a whole bank is searched; "exact", "ivf" (approximate, by faiss) or "auto": exact
-    below the size from which ivf is faster, and wherever faiss is not installed. A `find` asks
-    `self.searchable` for it. What measures, the estimates and the GAN's probe, and the centroids of
-    k-means, are always searched exactly.
-    rules: budget, max_share, keep, trust and whatever else `edges.Rules` knows, of every miner by
-    name.
+    uses_labels: its class takes `labels` [M], for research. uses_views: it wants views in any case,
+    not only where `trust` needs them for its estimate.
     """
 
-    name = "miner"
+    name: ClassVar[str] = "miner"
+    uses_labels: ClassVar[bool] = False
+    uses_views: ClassVar[bool] = False
 
-    def __init__(self, index: str = "exact", **rules):
-        check_choice(index)
-        self.index = index
-        self.rules = Rules(**rules)
+    budget: float | list[float] | None = opt(
+        [5.0],
+        "--isl-budget",
+        low=0,
+        low_open=True,
+        high=LARGEST,
+        several="+",
+        metavar="x",
+        help="mean positives of an image after a round, the surest first; raise it while the"
+        " printed precision stays above 0.9. Several: of the first round, the second, ..., and the"
+        " last of them from then on; 0.5 1 1.5 2 is the published code's",
+    )
+    max_share: float = opt(
+        0.05,
+        "--isl-max-share",
+        low=0,
+        low_open=True,
+        high=1,
+        metavar="x",
+        rare=True,
+        help="no image is a positive of more than this share of all images",
+    )
+    trust: float | str | None = opt(
+        "off",
+        "--isl-trust",
+        metavar="auto|p|off",
+        help="keep the widest sets, within the budget, of which this share is right by an estimate"
+        " without labels, and none where nothing is that sure; auto: 0.8, about where mining broke"
+        " even on the digits. The estimate takes two more feature passes a round",
+    )
+    keep: bool = opt(
+        False,
+        "--isl-keep",
+        help="never drop a pair once mined, as the paper; off: each round judges old pairs again",
+    )
+    index: str = opt(
+        "exact",
+        "--isl-index",
+        choices=CHOICES,
+        rare=True,
+        help="how a round searches all images. ivf: approximately, by the extra faiss, with 0.95 of"
+        " the 10 nearest found; of use from some 100,000 images on a CPU. auto: ivf from there (14"
+        " million on a GPU) where faiss is installed. exact: what is mined depends on no extra"
+        ". What measures is always searched exactly: the estimates, the GAN's probe and"
+        " the centroids of k-means",
+    )
+
+    def __post_init__(self):
+        check_values(self)
+        check_choice(self.index)
+        self.rules = Rules(
+            budget=self.budgets[0] if self.budgets else None,
+            max_share=self.max_share,
+            keep=self.keep,
+            trust=bound_of(self.trust),
+        )
         self.views: Views | None = None
         self.report: dict = {}
+
+    @property
+    def budgets(self) -> list[float]:
+        """The budget of each round, the last one that of all later ones; empty: no bound."""
+        if self.budget is None:
+            return []
+        return list(self.budget) if isinstance(self.budget, list | tuple) else [self.budget]
+
+    @property
+    def most(self) -> int:
+        """Positives an image in the largest of the rounds."""
+        return max(1, math.ceil(max(self.budgets, default=NO_BOUND)))
+
+    @property
+    def wants_views(self) -> bool:
+        """Whether a round is to be given two augmented views of every image."""
+        return self.uses_views or self.rules.trust is not None
 
     def find(
         self, features: Tensor, positives: PositiveSets, seed: int, tick: Tick | None
@@ -90,13 +181,12 @@ class RoundMiner:
         tick: Tick | None = None,
         views: Views | None = None,
     ) -> PositiveSets:
-        """features [M, C] unit rows, the sets so far -> the sets of this round; both equal on all
-        ranks.
+        """The sets of this round, from features [M, C] (unit rows) and the sets so far.
 
-        rng: a CPU generator, one draw a round (rank 0's counts). views 2 x [M, C]: unit rows of two
-        random augmentations of every image, from which it is estimated how much of the sets is
-        right. Raises BadInput where features do not fit, Interrupted on every rank where tick
-        raised it on one.
+        All are equal on all ranks. rng: a CPU generator, one draw a round (rank 0's counts). views
+        2 x [M, C]: unit rows of two random augmentations of every image, from which it is estimated
+        how much of the sets is right. Raises BadInput where features do not fit, Interrupted on
+        every rank where tick raised it on one.
         """
         started = time.perf_counter()
         check_features(features, positives.num_images, views)
@@ -140,12 +230,11 @@ class RoundMiner:
         return sets
 
     def searchable(self, rows: Tensor, tick: Tick | None = None) -> "Tensor | IVF":
-        """rows [M, C], equal on all ranks -> what `topk` takes as its bank: the rows, or an index
-        built of them.
+        """What `topk` takes as its bank of rows [M, C]: the rows, or an index built of them.
 
         Build it once for a bank, before the blocks; it is freed with the last name for it. All
-        ranks call this together and get equal indexes. The lowest recall of a round goes into the
-        report. Raises Interrupted on every rank where tick raised it on one.
+        ranks call this together, with equal rows, and get equal indexes. The lowest recall of a
+        round goes into the report. Raises Interrupted on every rank where tick raised it on one.
         """
         if not dist.broadcast_object(wanted(self.index, rows)):
             return rows
@@ -163,8 +252,9 @@ class RoundMiner:
     def _trusted(
         self, features: Tensor, views: Views | None, a: Tensor, b: Tensor, tick: Tick | None
     ) -> int:
-        """How many of the pairs a [U], b [U], surest first, to keep; what is estimated of them goes
-        into the report.
+        """How many of the pairs a [U], b [U], surest first, to keep.
+
+        What is estimated of them goes into the report.
         """
         if not len(a):
             return 0
@@ -190,9 +280,9 @@ class RoundMiner:
         return number
 
     def begin(self, number: int) -> None:
-        """The next round is that of this number in the schedule: for a miner whose rounds differ by
-        their number.
-        """
+        """The next round is the one of this number, from 1 on: take up its budget."""
+        if self.budgets:
+            self.rules.budget = self.budgets[min(number, len(self.budgets)) - 1]
 
     def state_dict(self) -> dict:
         return {}
@@ -250,12 +340,11 @@ def over_blocks(
     block: Callable[[Tensor, int], tuple[Tensor, ...]],
     tick: Tick | None,
 ) -> list[Tensor]:
-    """block(anchors [N], number) -> tensors of N rows, over this rank's share of whole blocks of
-    images.
+    """Join what `block` gives for each of this rank's share of the blocks of images.
 
+    block(anchors [N], number) gives tensors of N rows; they depend on the block's number alone.
     Returns those of all its blocks, joined, with the anchors in front; tensors of no rows on a rank
-    without a share. A block is a matter of its number alone. Where tick raises Interrupted on one
-    rank, all ranks raise it here.
+    without a share. Where tick raises Interrupted on one rank, all ranks raise it here.
     """
     size = block_size(M)
     parts = []

@@ -21,6 +21,7 @@ from moco_isl.losses import FORMS
 from moco_isl.mining.positives import PositiveSets
 from moco_isl.mining.rounds import check_features
 from moco_isl.ops import fused
+from moco_isl.options import opt
 from moco_isl.schema import COUNT, Holds
 
 CPU = torch.device("cpu")
@@ -195,15 +196,45 @@ class Objective:
 class MinedObjective(Objective):
     """An objective with a bank, whose positives rounds of mining find."""
 
-    # How many positives of an image a step looks at; a larger set takes turns, one window an epoch.
-    P: int = 32
-    form: str = "logsum"  # Eq. 5; or "meanlog", the mean of the logs
-    hpe: float = 0.5  # weight of hard positive enhancement, Eq. 6 and 7; 0 turns it off
-    bank_mix: float = 0.5  # mu of Eq. 8, the share of a new feature in its row
+    form: str = opt(
+        "logsum",
+        "--isl-loss",
+        choices=FORMS,
+        help="logsum: Eq. 5, forgiving. meanlog: the mean of the logs, which learns most from clean"
+        " sets, and suffers most from wrong ones",
+    )
+    hpe: float = opt(
+        0.5,
+        "--isl-hpe",
+        low=0,
+        metavar="w",
+        help="weight of hard positive enhancement, Eq. 6 and 7; 0 turns it off",
+    )
+    P: int = opt(
+        32,
+        "--isl-max-positives",
+        low=1,
+        metavar="P",
+        rare=True,
+        help="positives of an image that a step looks at; a larger set takes turns, one window an"
+        " epoch",
+    )
+    bank_mix: float | None = opt(
+        None,
+        "--isl-bank-mix",
+        low=0,
+        low_open=True,
+        high=1,
+        metavar="mu",
+        rare=True,
+        help="share of a new feature in its bank row, Eq. 8 (1 with the queue, whose key encoder is"
+        " an average already, and 0.5 with the bank)",
+    )
     bank_dtype: torch.dtype = torch.float32  # torch.float16 halves the bank's memory
     active: bool = True
 
     mined: ClassVar[bool] = True
+    usual_mix: ClassVar[float] = 0.5  # `bank_mix` where it is None
     begins_filled: ClassVar[bool] = False  # the bank holds random rows before the first round
 
     def __post_init__(self) -> None:
@@ -211,12 +242,15 @@ class MinedObjective(Objective):
             raise BadInput(f"form {self.form!r} is unknown: use {' or '.join(FORMS)}")
         check_at_least(1, P=self.P)
         check_at_least(0, hpe=self.hpe)
+        if self.bank_mix is None:
+            self.bank_mix = self.usual_mix
         if not 0 <= self.bank_mix <= 1:
             raise BadInput(
                 f"bank_mix is {self.bank_mix}: expected 0 to 1, the share of a new feature in its"
                 " row"
             )
         super().__post_init__()
+        self.P = min(self.P, self.num_images)
         self.bank = FeatureBank(self.model.dim, self.device, self.bank_dtype)
         if self.fast:
             fused.try_out(self.device, self.model.dim)

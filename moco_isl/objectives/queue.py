@@ -18,6 +18,7 @@ from moco_isl.bank import QueueSlots
 from moco_isl.builder import MoCo
 from moco_isl.losses import FORMS, accuracy, hard_positive, info_nce, linear_kl, softmax_over
 from moco_isl.objectives.base import MinedObjective, Parts
+from moco_isl.options import opt
 from moco_isl.schema import Holds
 
 Tensor = torch.Tensor
@@ -27,12 +28,15 @@ Tensor = torch.Tensor
 class QueueObjective(MinedObjective):
     """Bank, mined positives and loss around a `MoCo`. While `active` is False it is MoCo v2."""
 
-    bank_mix: float = 1.0  # the key encoder is an average already
+    symmetric: bool = opt(
+        False,
+        help="each view is query once and key once: better epochs, at twice the price. The loss is"
+        " the sum of both directions, as in MoCo's notebook; with the settings of a library that"
+        " takes the mean give half the --lr and twice the --wd",
+    )
     mask: bool = True  # leave the image itself and its set out of its negatives
-    # Each view is query once and key once, and the loss is the sum of both directions, as in MoCo's
-    # CIFAR notebook.
-    symmetric: bool = False
 
+    usual_mix: ClassVar[float] = 1.0
     around: ClassVar[type[nn.Module]] = MoCo
     has_queue: ClassVar[bool] = True
 

@@ -1,5 +1,4 @@
-"""Files that are whole or not there: written atomically, read without executing anything, in MoCo's
-own form.
+"""Checkpoints: written whole or not at all, read without executing anything, in MoCo's own form.
 
 A file holds MoCo's keys `epoch, arch, state_dict, optimizer`, names with the `module.` prefix that
 MoCo's own probe expects, and beside them `args` (plain values) and `isl` (what an exact resume
@@ -51,15 +50,16 @@ def exploded(state) -> list[str]:
     """The names of the tensors in a state (dicts and lists of tensors and plain values) that no
     training can go on from.
 
-    Those with a value that is not finite, or (not in half precision) so large that the sum of their
-    squares is not. One reduction over all tensors of a device and type, and one wait for each.
+    Those that hold a value that is not finite, or whose sum of squares is not (which half precision
+    is spared). One reduction over all tensors of a device and type, and one wait for each.
     """
     groups: dict[tuple, dict[str, torch.Tensor]] = {}
     for name, tensor in _floats(state, ""):
         groups.setdefault((tensor.device, tensor.dtype), {})[name] = tensor
     found = []
     for (_, dtype), tensors in groups.items():
-        order = math.inf if dtype.itemsize < 4 else 2  # of finite halves the norm may be none
+        # the sum of squares of finite halves may be infinite: their largest value is looked at
+        order = math.inf if dtype.itemsize < 4 else 2
         norms = torch.stack(torch._foreach_norm(list(tensors.values()), order))  # [tensors]
         if not norms.sum().isfinite():
             found += [
@@ -116,10 +116,9 @@ def require_writable(path: str | Path, flag: str) -> None:
 def save_safetensors(
     tensors: dict[str, torch.Tensor], path: str | Path, metadata: dict[str, str]
 ) -> None:
-    """Write tensors in the form of safetensors, whole or not at all, readable by whom other new
-    files are. Raises RunFailed.
+    """Write a safetensors file, whole or not at all, with the permissions of other new files.
 
-    Such a file has no check sums of its own: damage to it may not be seen when it is read.
+    Raises RunFailed. Such a file has no check sums: damage to it may not be seen when it is read.
     """
     from safetensors.torch import save_file
 
@@ -259,11 +258,7 @@ def match(model: nn.Module, content: dict, path: str | Path) -> tuple[dict, list
     "encoder_k" and "queue" the file lacks. Raises BadInput with the names that do not fit.
     """
     state = content.get("state_dict", content)
-    if (
-        not isinstance(state, dict)
-        or not state
-        or not all(isinstance(n, str) and isinstance(v, torch.Tensor) for n, v in state.items())
-    ):
+    if not _is_state_dict(state):
         raise BadInput(
             f"'{path}' holds no state_dict of tensors: expected a file of this project or of MoCo's"
             " main_moco.py"
@@ -275,53 +270,49 @@ def match(model: nn.Module, content: dict, path: str | Path) -> tuple[dict, list
             f"'{path}' has no encoder_q.*, but {some(state)}: expected a MoCo file, not bare"
             " encoder weights"
         )
-    filled = [
-        part
-        for part in ("encoder_k", "queue")
-        if any(n.startswith(part) for n in wanted) and not any(n.startswith(part) for n in state)
-    ]
+    has = lambda part, names: any(name.startswith(part) for name in names)
+    filled = [p for p in ("encoder_k", "queue") if has(p, wanted) and not has(p, state)]
+    part_of = lambda name: name.split(".")[0].removesuffix("_ptr")
+    wanted = {name: tensor for name, tensor in wanted.items() if part_of(name) not in filled}
     state = {
         name: tensor
         for name, tensor in state.items()
         if name in wanted or name.startswith("encoder_q.")
     }
-    missing = [
-        name
-        for name in wanted
-        if name not in state and name.split(".")[0].removesuffix("_ptr") not in filled
-    ]
+    _require_fit(state, wanted, content, path)
+    shape = dict(schema.like(wanted))
+    if "queue_ptr" in shape:
+        shape["queue_ptr"] = schema.Tensor("int", (1,), low=0, high=model.K - 1)
+    where = f"cannot use the weights in {files.named('', path)}"
+    schema.require(state, shape, where, cure=schema.EARLIER)
+    return state, filled
+
+
+def _is_state_dict(state) -> bool:
+    return (
+        isinstance(state, dict)
+        and bool(state)
+        and all(isinstance(n, str) and isinstance(v, torch.Tensor) for n, v in state.items())
+    )
+
+
+def _require_fit(state: dict, wanted: dict, content: dict, path: str | Path) -> None:
+    """Raise BadInput, with what to do, where names or shapes of tensors are not those wanted."""
+    missing = [name for name in wanted if name not in state]
     extra = [name for name in state if name not in wanted]
     shapes = [
         f"{name} {list(state[name].shape)} for {list(wanted[name].shape)}"
         for name in wanted
         if name in state and state[name].shape != wanted[name].shape
     ]
-    queue = [line for line in shapes if line.startswith("queue ")]
-    if missing or extra or shapes:
-        parts = [
-            f"missing {some(missing)}" if missing else "",
-            f"unknown {some(extra)}" if extra else "",
-            f"other shapes: {some(shapes)}" if shapes else "",
-        ]
-        cure = (
-            "give its --moco-k"
-            if queue and len(shapes) == 1 and not missing and not extra
-            else "give the -a, --stem, --moco-dim and --mlp it was trained with"
-        )
-        raise BadInput(
-            f"'{path}'{_said(content)} does not fit this model: {'; '.join(p for p in parts if p)};"
-            f" {cure}"
-        )
-    for name in filled:  # a stray pointer into a queue that is not there
-        wanted.pop(f"{name}_ptr", None)
-        state.pop(f"{name}_ptr", None)
-    shape = {f"{name}?": tensor for name, tensor in schema.like(wanted).items()}
-    if "queue_ptr?" in shape:
-        shape["queue_ptr?"] = schema.Tensor("int", (1,), low=0, high=model.K - 1)
-    schema.require(
-        state, shape, f"cannot use the weights in {files.named('', path)}", cure=schema.EARLIER
-    )
-    return state, filled
+    found = {"missing": missing, "unknown": extra, "other shapes:": shapes}
+    faults = [f"{what} {some(names)}" for what, names in found.items() if names]
+    if not faults:
+        return
+    cure = "give the -a, --stem, --moco-dim and --mlp it was trained with"
+    if len(faults) == len(shapes) == 1 and shapes[0].startswith("queue "):
+        cure = "give its --moco-k"
+    raise BadInput(f"'{path}'{_said(content)} does not fit this model: {'; '.join(faults)}; {cure}")
 
 
 def load_model(model: nn.Module, content: dict, path: str | Path) -> list[str]:

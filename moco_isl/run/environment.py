@@ -1,6 +1,4 @@
-"""What the environment says of this process: its place among others, as torchrun, launch/ and SLURM
-tell it.
-"""
+"""Where this process stands among others: torchrun, launch/ and SLURM say it in the environment."""
 
 import os
 import re
@@ -14,10 +12,7 @@ MOST = 999_999_999  # processes of a run, or cores of a process
 
 
 class BadEnvironment(BadInput):
-    """A variable of this process is wrong.
-
-    Each process says it of its own, for another one need not have the same.
-    """
+    """A variable of this process is wrong. Every process says so of its own variables."""
 
 
 class Ranks(NamedTuple):
@@ -32,7 +27,7 @@ class Ranks(NamedTuple):
 
 
 def ranks() -> Ranks | None:
-    """Where this process stands; None if it is alone. A variable that is empty counts as not set.
+    """The place of this process; None if it is alone. A variable that is empty counts as not set.
 
     Raises BadEnvironment for RANK without WORLD_SIZE and the like, for what is no number, and for
     one out of range.
@@ -84,9 +79,7 @@ def number(name: str, low: int, high: int) -> int | None:
 
 
 def is_first() -> bool:
-    """Whether this process is to say what all of them know: it is rank 0, or alone, or cannot tell
-    what it is.
-    """
+    """Whether this process says what all of them know: it is rank 0, or alone, or cannot tell."""
     try:
         place = ranks()
     except BadEnvironment:

@@ -2,29 +2,115 @@
 
 import argparse
 import difflib
-import math
+import functools
 import re
 import sys
 from collections.abc import Callable
 
-from moco_isl import __version__, files
+from moco_isl import __version__, files, options
 from moco_isl.errors import BadInput
 from moco_isl.files import short
+from moco_isl.options import LARGEST, Flag, flags_of
 from moco_isl.run import plain_yaml
 
-DATASETS = ("folder", "cifar10", "cifar100", "svhn", "digits")
+__all__ = ["LARGEST", "short"]  # that other scripts take from here
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line that names the nearest flag, and which reads flags from a
-    YAML file too.
+    """argparse for flags that are fields (see `moco_isl.options`), with errors of one line.
+
+    An error names the nearest flag. Flags are read from a YAML file too, see `parse_args`.
     """
 
-    def __init__(self, **options):
+    def __init__(self, **given):
         super().__init__(
-            allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options
+            allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **given
         )
         self.add_argument("--version", action="version", version=f"moco_isl {__version__}")
+        self._plugins: _Plugins | None = None
+        self._shows_all = False
+
+    def add_options(self, title: str, *kinds: type) -> None:
+        """A group of flags: the fields of these dataclasses. What they share is one flag."""
+        group = self.add_argument_group(title)
+        for kind in kinds:
+            for flag in flags_of(kind).values():
+                if flag.name not in self._option_string_actions:
+                    _add(group, flag, flag.default)
+
+    def add_plugins(self, flag: str, kinds: dict[str, type], find: Callable[[str], type]) -> None:
+        """Let the flag --`flag` choose one of several classes, each with flags of its own.
+
+        find(name) gives the class of a name; of one that is not in `kinds`, such as
+        my.module:MyMiner, the flags are added once it is named. A flag that the parser has already
+        is shared. Raises BadInput for a flag of a class that was not chosen.
+        """
+        self._plugins = _Plugins(flag, kinds, find, self.add_argument_group(f"--{flag}'s own"))
+        for name, kind in kinds.items():
+            self._know(name, kind)
+        self.add_argument(
+            "--help-all", action=_HelpAll, help=f"show every flag, those of each --{flag} too"
+        )
+
+    def _know(self, name: str, kind: type) -> None:
+        for flag in flags_of(kind).values():
+            action = self._option_string_actions.get(flag.name)
+            if action is None:
+                action = _add(self._plugins.group, flag, None)
+                action.owners = {}
+            if hasattr(action, "owners"):
+                action.owners[name] = flag
+
+    def _choose(self, name: str | None) -> None:
+        """Take note of the class that the plug-ins' flag names, and of its flags."""
+        plugins = self._plugins
+        if plugins is None or name is None:
+            return
+        if ":" in name and name not in plugins.kinds:
+            plugins.kinds[name] = plugins.find(name)
+            self._know(name, plugins.kinds[name])
+        plugins.chosen = name
+
+    def _owned(self) -> list[argparse.Action]:
+        return [action for action in self._actions if hasattr(action, "owners")]
+
+    def _settle(self, args: argparse.Namespace) -> None:
+        """Give the flags of the chosen class their defaults, and remove those of other classes.
+
+        Raises BadInput where one of those was given.
+        """
+        for action in self._owned():
+            chosen = getattr(args, self._plugins.flag)
+            value = getattr(args, action.dest)
+            flag = action.owners.get(chosen)
+            if flag is not None:
+                setattr(args, action.dest, flag.default if value is None else value)
+                continue
+            if value is not None:
+                raise BadInput(
+                    f"{action.flag.name} is a flag of --{self._plugins.flag}"
+                    f" {' and '.join(action.owners)}, and --{self._plugins.flag} is {chosen}: leave"
+                    " it off"
+                )
+            delattr(args, action.dest)
+
+    def format_help(self) -> str:
+        """The help of the common flags, and of the chosen class's own; with --help-all, of all."""
+        real = {action: action.help for action in self._actions}
+        for action in self._actions:
+            flag = getattr(action, "flag", None)
+            owners = getattr(action, "owners", {})
+            if owners and self._shows_all:
+                action.help = "; ".join(f"{name}: {_help(own)}" for name, own in owners.items())
+            elif owners and self._plugins.chosen in owners:
+                action.help = _help(owners[self._plugins.chosen])
+            elif owners or flag and flag.rare and not self._shows_all:
+                action.help = argparse.SUPPRESS
+        try:
+            return super().format_help()
+        finally:
+            for action, text in real.items():
+                action.help = text
 
     def error(self, message: str):
         flag = found[1].split("/")[0] if (found := re.match(r"argument (\S+): ", message)) else ""
@@ -65,21 +151,30 @@ class Parser(argparse.ArgumentParser):
         return f"flags and {which}"
 
     def parse_args(self, argv: list[str] | None = None, namespace=None) -> argparse.Namespace:
-        """Flags of argv; with `--config FILE.yaml` those of the file first, so that the command
-        line wins.
-        """
+        """Flags of argv; those of `--config FILE.yaml` come first, so the command line wins."""
         argv = list(sys.argv[1:] if argv is None else argv)
-        if "--config" in self._option_string_actions:
-            config, _ = _ConfigOnly().parse_known_args(argv)
-            argv = self._from_config(config.config) + argv if config.config else argv
-        return super().parse_args(self._data_first(argv), namespace)
+        config = self._said("config", argv)
+        if config and "--config" in self._option_string_actions:
+            chosen = self._plugins and self._said(self._plugins.flag, argv)
+            argv = self._from_config(config, chosen) + argv
+        if self._plugins is not None:
+            self._choose(self._said(self._plugins.flag, argv))
+        args = super().parse_args(self._data_first(argv), namespace)
+        self._settle(args)
+        return args
+
+    @staticmethod
+    def _said(name: str, argv: list[str]) -> str | None:
+        """The value of one flag in argv, before the others are looked at."""
+        alone = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        alone.add_argument(f"--{name}", nargs="?")
+        return getattr(alone.parse_known_args(argv)[0], name)
 
     def _data_first(self, argv: list[str]) -> list[str]:
-        """argv with what a flag of several values would swallow moved to the front: `--lr 30 DIR`
-        and `--layers all DIR` name a DIR.
+        """Move to the front of argv what a flag of several values would swallow.
 
-        Such a flag has a type that does not take a DIR. What begins its values is left to it, to be
-        judged.
+        So `--lr 30 DIR` and `--layers all DIR` name a DIR. Such a flag has a type that does not
+        take a DIR. What begins its values is left to it, to be judged.
         """
         front = []
         rest = []
@@ -99,9 +194,10 @@ class Parser(argparse.ArgumentParser):
             rest.append(token)
         return front + rest
 
-    def _from_config(self, path: str) -> list[str]:
-        """The flags that a YAML file names, as argv; DIR as the default of `data`, which the
-        command line may name anew.
+    def _from_config(self, path: str, chosen: str | None) -> list[str]:
+        """The flags that a YAML file names, as argv; DIR becomes the default of `data`.
+
+        chosen: the plug-in that the command line chooses. With that of the file its flags go too.
         """
         of = files.named("--config", path)
         content = plain_yaml.read(path, "--config", "lines 'flag: value'")
@@ -110,26 +206,41 @@ class Parser(argparse.ArgumentParser):
                 f"{of} holds a {'list' if isinstance(content, list) else 'text'}: expected lines"
                 " 'flag: value'"
             )
-        argv, data = self.argv_of(content or {}, of)
+        content = self._without_plugin(content or {}, chosen)
+        argv, data = self.argv_of(content, of)
         if data is not None:
             # a positional before the flags would be a second one beside the command line's
             self.set_defaults(data=data)
         # again, such that no flag before it takes what the command line begins with
         return [*argv, "--config", path]
 
+    def _without_plugin(self, settings: dict, chosen: str | None) -> dict:
+        """Settings without the flags of the plug-in that they name, where another is chosen."""
+        own = settings.get(self._plugins.flag) if self._plugins else None
+        if chosen is None or not isinstance(own, str) or own == chosen:
+            return settings
+        self._choose(own)
+        self._choose(chosen)
+        gone = {action.dest for action in self._owned() if chosen not in action.owners}
+        return {name: x for name, x in settings.items() if name.replace("-", "_") not in gone}
+
     def argv_of(
         self, settings: dict[str, plain_yaml.Value], of: str
     ) -> tuple[list[str], str | None]:
-        """(argv, DIR or None) of flags by name with their values, as `plain_yaml.read` gives them;
+        """(argv, DIR or None) of flags by name with their values, as `plain_yaml.read` gives them.
+
         of: the file, for BadInput.
         """
         argv = []
         named = {}
         data = None
+        if self._plugins is not None and isinstance(settings.get(self._plugins.flag), str):
+            self._choose(settings[self._plugins.flag])
         for name, value in settings.items():
             flag = "--" + name.replace("_", "-")
             action = self._option_string_actions.get(flag)
-            if name != "data" and (action is None or action.dest in ("config", "help", "version")):
+            of_the_parser = ("config", "help", "help_all", "version")
+            if name != "data" and (action is None or action.dest in of_the_parser):
                 raise BadInput(
                     f"{of}: no flag named"
                     f" '{short(name)}'{_nearest(flag, self._option_string_actions)}"
@@ -148,13 +259,9 @@ class Parser(argparse.ArgumentParser):
     def _switch(self, flag: str, value: plain_yaml.Value, of: str) -> list[str]:
         word = value.lower() if isinstance(value, str) else ""
         if word not in ON | OFF:
-            given = (
-                "nothing"
-                if value is None
-                else f"'{short(value)}'"
-                if isinstance(value, str)
-                else "more than a word"
-            )
+            given = "nothing" if value is None else "more than a word"
+            if isinstance(value, str):
+                given = f"'{short(value)}'"
             raise BadInput(f"{of}: {flag[2:]} is a switch: expected true or false, got {given}")
         if word in ON:
             return [flag]
@@ -198,15 +305,6 @@ def _takes(kind: Callable | None, text: str) -> bool:
     return True
 
 
-class _ConfigOnly(argparse.ArgumentParser):
-    def __init__(self):
-        super().__init__(add_help=False, allow_abbrev=False)
-        self.add_argument("--config")
-
-    def error(self, message: str):
-        raise BadInput(message)
-
-
 def _nearest(word: str, known) -> str:
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6) if word else []
     return f" (did you mean {near[0]}?)" if near else ""
@@ -217,61 +315,72 @@ def add_switch(group, *flags: str, help: str, default: bool = False) -> None:
     group.add_argument(*flags, action=argparse.BooleanOptionalAction, default=default, help=help)
 
 
-def add_data_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "data",
-        metavar="DIR",
-        nargs="?",
-        help=(
-            "path to dataset: DIR/train and DIR/val with a folder a class; a flat folder of images"
-            " (no labels) works for pretraining; for cifar10, cifar100, svhn: where torchvision"
-            " keeps them"
-        ),
-    )
-    group = parser.add_argument_group("data set")
-    group.add_argument(
-        "--dataset",
-        choices=DATASETS,
-        default="folder",
-        help="what DIR holds (default: folder); digits is embedded and needs no DIR",
-    )
-    add_switch(
-        group,
-        "--download",
-        help="let torchvision fetch cifar10, cifar100 or svhn into DIR; needed once",
-    )
-    group.add_argument(
-        "--image-size",
-        type=int,
-        default=0,
-        metavar="S",
-        help=(
-            "side of a crop in pixels (default: 224 for photos, the native "
-            "side for sets of small images)"
-        ),
-    )
-    group.add_argument(
-        "--cache",
-        metavar="DIR",
-        help=(
-            "keep small images of one size (up to 64 pixels) decoded in this folder, which many"
-            " runs may share: later runs map them, and decode anew what has changed since. Larger"
-            " ones stay in their files"
-        ),
-    )
-    group.add_argument(
-        "--max-bad-images",
-        type=int,
-        default=0,
-        metavar="n",
-        help=(
-            "go on past this many unreadable images, each named "
-            "(default: 0); raise it for a crawl of the web"
-        ),
-    )
+class _Plugins:
+    """Classes of which a flag chooses one, see `Parser.add_plugins`."""
+
+    def __init__(self, flag: str, kinds: dict[str, type], find: Callable, group):
+        self.flag = flag
+        self.kinds = dict(kinds)
+        self.find = find
+        self.group = group
+        self.chosen: str | None = None
 
 
-LARGEST = 2**31 - 1  # what a flag that counts something takes
+class _HelpAll(argparse.Action):
+    def __init__(self, option_strings, dest, help):
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help=help)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        parser._shows_all = True
+        parser.print_help()
+        parser.exit()
+
+
+def _add(group, flag: Flag, default) -> argparse.Action:
+    """The argument of a group that a flag is."""
+    given = {"default": default, "help": _help(flag), "metavar": flag.metavar}
+    names = flag.names
+    if flag.kind is bool:
+        given |= {"action": argparse.BooleanOptionalAction}
+        given.pop("metavar")
+    else:
+        given |= {"type": _type(flag), "choices": None if flag.plugin else flag.choices}
+        given["nargs"] = flag.several
+    if names[0].startswith("-"):
+        given["dest"] = flag.dest
+    else:
+        given["nargs"] = "?"
+    action = group.add_argument(*names, **given)
+    action.flag = flag
+    return action
+
+
+def _help(flag: Flag) -> str:
+    default = "" if flag.kind is bool else flag.default_text
+    text = f"{flag.help} (default: {default})" if default else flag.help
+    return text.replace("%", "%%")
+
+
+def _type(flag: Flag) -> Callable | None:
+    if flag.plugin:
+        return functools.partial(_named, flag.choices)
+    if flag.parse is not None:
+        return functools.partial(_parsed, flag.parse)
+    return None if flag.kind is str else flag.kind
+
+
+def _named(choices: tuple[str, ...], text: str) -> str:
+    if text not in choices and ":" not in text:
+        known = ", ".join(map(repr, [*choices, "my.module:Name"]))
+        raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {known})")
+    return text
+
+
+def _parsed(parse: Callable, text: str):
+    try:
+        return parse(text)
+    except BadInput as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def check(ok: bool, message: str) -> None:
@@ -287,56 +396,81 @@ def check_range(
     high: float = float("inf"),
     low_open: bool = False,
 ) -> None:
-    """The value(s) of flag `name` lie in [low, high], or (low, high]; infinity and NaN never do,
-    nor whole numbers above LARGEST without `high`.
+    """Hold the value(s) of flag `name` against a range, see `options.check_range`."""
+    options.check_range(f"--{options.dashed(name)}", getattr(args, name), low, high, low_open)
+
+
+def check_ranges(args: argparse.Namespace, *kinds: type) -> None:
+    """Hold the flags that are fields of these dataclasses against their ranges. Raises BadInput."""
+    for kind in kinds:
+        for flag in flags_of(kind).values():
+            value = getattr(args, flag.dest)
+            options.check_range(flag.name, value, flag.low, flag.high, flag.low_open)
+
+
+def take(kind: type, args: argparse.Namespace, **more):
+    """An instance of a dataclass from the values of its flags, and of what is no flag in `more`.
+
+    Raises BadInput where a value is out of range.
     """
-    value = getattr(args, name)
-    for v in value if isinstance(value, list) else [value]:
-        if v is None:
-            continue
-        most = LARGEST if isinstance(v, int) and high == math.inf else high
-        finite = isinstance(v, int) or math.isfinite(v)
-        inside = (low < v if low_open else low <= v) and v <= most and finite
-        bounds = f"{'more than' if low_open else 'at least'} {low:g}"
-        if most < LARGEST or v > most:  # of LARGEST only who is above it needs to hear
-            bounds += f" and at most {LARGEST if most == LARGEST else format(most, 'g')}"
-        bounds += "" if finite else ", and finite"
-        check(
-            inside, f"--{name.replace('_', '-')} {short(str(v))} is out of range: expected {bounds}"
-        )
+    check_ranges(args, kind)
+    values = {name: getattr(args, flag.dest) for name, flag in flags_of(kind).items()}
+    return kind(**values, **more)
+
+
+def may_change(*kinds: type) -> set[str]:
+    """The names in args.json of the flags that a resumed run may say anew."""
+    found = [flag for kind in kinds for flag in flags_of(kind).values()]
+    return {flag.dest for flag in found if flag.may_change}
+
+
+# ---- the page of all flags -----------------------------------------------------------------------
+
+_HEAD = """# Flags of main_moco_isl.py
+
+`python -m moco_isl.training.options docs/flags.md` writes this page from the code: edit it there.
+Where the default depends on other flags, the last column says it. *resume*: a run that is resumed
+may be given another value.
+"""
+_COLUMNS = "| flag | default | takes | resume | what it does |\n|---|---|---|---|---|"
+
+
+def page(groups: dict[str, tuple[type, ...]], miners: dict[str, type]) -> str:
+    """docs/flags.md: a table a group of flags, and one a miner of the flags that are its own."""
+    parts = [_HEAD]
+    common = set()
+    for title, kinds in groups.items():
+        found = {flag.name: flag for kind in kinds for flag in flags_of(kind).values()}
+        common |= found.keys()
+        parts.append(_table(title, list(found.values())))
+    for name, kind in miners.items():
+        own = [flag for flag in flags_of(kind).values() if flag.name not in common]
+        parts.append(_table(f"--miner {name}", own))
+    return "\n".join(parts)
+
+
+def _table(title: str, found: list[Flag]) -> str:
+    lines = [f"## {title}", "", *_COLUMNS.splitlines()]
+    for flag in found:
+        names = ", ".join(f"`{name}`" for name in flag.names)
+        if flag.metavar and not flag.names[0].startswith("-"):
+            names = f"`{flag.metavar}`"
+        cells = (names, flag.default_text, flag.range, "yes" if flag.may_change else "", flag.help)
+        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+    return "\n".join([*lines, ""])
+
+
+# ---- the images; `data` is imported inside, so that launch/ need not wait for torch --------------
+
+
+def add_data_options(parser: Parser) -> None:
+    from moco_isl import data
+
+    parser.add_options("data set", data.DataOptions)
 
 
 def check_data_options(args: argparse.Namespace) -> None:
-    for flag, path in (("DIR", args.data), ("--cache", args.cache)):
-        check(
-            path != "",
-            f"{flag} is an empty text: expected a folder; '.' is the one this is started in",
-        )
-    if args.data is not None:
-        files.kind(args.data, "DIR")  # raises where nobody can look at it
-    if args.cache is not None:
-        check(
-            args.dataset == "folder",
-            f"--cache keeps images of a folder decoded, and those of --dataset {args.dataset} need"
-            " no decoding: leave it off",
-        )
-        # a full cache is only read
-        files.require_folder(args.cache, "--cache", may_be_read_only=True)
-    check_range(args, "image_size", 0, 4096)
-    check_range(args, "max_bad_images", 0)
-    if args.dataset == "digits":
-        check(
-            args.data is None,
-            f"two data sets are named: --dataset digits is embedded, and DIR is '{args.data}': drop"
-            " one of them",
-        )
-    else:
-        check(
-            args.data is not None,
-            f"no data: --dataset {args.dataset} needs a DIR; for a first try without any, use"
-            " --dataset digits",
-        )
-    check(
-        not args.download or args.dataset in ("cifar10", "cifar100", "svhn"),
-        f"--download works for cifar10, cifar100 and svhn, not for --dataset {args.dataset}",
-    )
+    """Raise BadInput where the flags of the data set are wrong, see `data.check_options`."""
+    from moco_isl import data
+
+    data.check_options(take(data.DataOptions, args))

@@ -11,6 +11,7 @@ import platform
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,12 +19,61 @@ import torchvision
 
 from moco_isl import __version__, files
 from moco_isl.errors import BadInput, RunFailed
+from moco_isl.options import opt
 from moco_isl.run import checkpoint
-from moco_isl.run.logs import MOST, read_facts
-from moco_isl.schema import COUNT, parse_json, require
+from moco_isl.run.logs import read_facts
+from moco_isl.run.meters import start_anew
 
 LAST = "checkpoint_last.pth.tar"
 SAVED = "a checkpoint was saved here\n"  # what .lock says from then on
+
+
+@dataclass(kw_only=True)
+class FolderOptions:
+    """The folder of a run, what it starts from, and when it saves."""
+
+    config: str | None = opt(
+        None,
+        metavar="FILE.yaml",
+        may_change=True,
+        help="flags by name, values as they would be typed, switches true or false; the command"
+        " line wins",
+    )
+    out: str | None = opt(
+        None, metavar="DIR", may_change=True, help="folder of the run (runs/<time>-<arch>)"
+    )
+    init: str | None = opt(
+        None,
+        metavar="FILE",
+        may_change=True,
+        help="start from the weights of this file, ours or MoCo's, at epoch 0: the way to continue"
+        " a converged MoCo with mining",
+    )
+    keep: int | None = opt(
+        None,
+        low=1,
+        metavar="n",
+        may_change=True,
+        rare=True,
+        help="keep the last n numbered checkpoints (all)",
+    )
+    save_epochs: int = opt(
+        1,
+        low=1,
+        metavar="n",
+        may_change=True,
+        rare=True,
+        help="save after every n-th epoch and after the last one; raise it where an epoch takes"
+        " seconds. Rounds of mining and signals save in any case",
+    )
+    save_every: int = opt(
+        0,
+        low=0,
+        metavar="n",
+        may_change=True,
+        rare=True,
+        help="save every n steps as well; for long epochs on machines that die",
+    )
 
 
 class RunFolder:
@@ -41,8 +91,7 @@ class RunFolder:
         self._metrics = None
         check_folder(path, resume)
         lock = self.path / ".lock"
-        # a start that fails leaves nothing behind: what was not there before goes again in `close`,
-        # unless the run has begun to write
+        # what `close` removes again where the start fails before the run has written anything
         self._made = [p for p in (lock, self.path, *self.path.absolute().parents) if not p.exists()]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -53,8 +102,8 @@ class RunFolder:
                 " files in"
             ) from error
         try:
-            # a record lock belongs to the process: forked loading workers do not inherit it, and it
-            # ends with the process however that dies
+            # a record lock belongs to this process: forked workers do not inherit it, and it ends
+            # with the process, however that dies
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not self._is_held():
                 raise BlockingIOError  # its owner has just taken it away
@@ -77,7 +126,7 @@ class RunFolder:
         return self.path / LAST
 
     def close(self) -> None:
-        """Let the next run in. A folder of which nothing came goes again."""
+        """Let go of the folder, and remove it where nothing was written into it."""
         for path in self._made if self._is_held() else []:
             with contextlib.suppress(OSError):
                 path.rmdir() if path.is_dir() else path.unlink()
@@ -86,8 +135,8 @@ class RunFolder:
         self._lock.close()
 
     def _is_held(self) -> bool:
-        """Whether the lock that this run holds is the one in the folder: not where that was moved,
-        removed, or made anew.
+        """Whether the folder still has the lock file that this run holds: it has not where the
+        folder was moved, removed, or made anew.
         """
         try:
             return os.path.samestat(os.fstat(self._lock.fileno()), os.stat(self.path / ".lock"))
@@ -95,9 +144,7 @@ class RunFolder:
             return False
 
     def require_held(self) -> None:
-        """Raise RunFailed where the folder is no longer this run's, before anything is written
-        there.
-        """
+        """Raise RunFailed where the folder is no longer this run's: asked before every write."""
         if not self._is_held():
             raise RunFailed(
                 f"{self.path} is no longer the folder of this run: it was moved, removed or made"
@@ -140,11 +187,12 @@ class RunFolder:
         """Go on with metrics.jsonl after its first `size` bytes (None: all): what was logged after
         the checkpoint will be logged again.
         """
-        path, self._made = self.path / "metrics.jsonl", []
+        path = self.path / "metrics.jsonl"
+        self._made = []
         with self._writing(path.name):
             if newest(self.path) is None and _was_saved(self.path):
                 self._lock.truncate(0)  # what was saved here before is gone
-            # what a full disk refuses must not be written again at the end
+            # without a buffer: closing would write what a full disk has refused a second time
             self._metrics = open(path, "ab", buffering=0)
             there = self._metrics.tell()
             if size is not None and there > size:
@@ -172,17 +220,13 @@ class RunFolder:
         """Raise RunFailed where some of what is to be saved has exploded (`checkpoint.exploded`),
         so that the last good file stays.
         """
-        if broken:
-            good = (
-                f"the last good file is {self.last}: start anew from it with --init, a lower --lr"
-                if self.last.exists()
-                else "nothing had been saved yet: start anew with a lower --lr"
-            )
-            raise RunFailed(
-                f"the weights have exploded at epoch {epoch}, step {step}"
-                f" ({checkpoint.some(broken)} not finite, or too large to be squared), and are not"
-                f" saved; {good} or without --amp"
-            )
+        if not broken:
+            return
+        good = start_anew(str(self.last) if self.last.exists() else "")
+        raise RunFailed(
+            f"the weights have exploded at epoch {epoch}, step {step} ({checkpoint.some(broken)}"
+            f" not finite, or too large to be squared), and are not saved; {good}"
+        )
 
     def save(self, state: dict, number: int | None) -> None:
         """Write the last checkpoint; with a number (an epoch's end) under MoCo's name for that
@@ -219,31 +263,27 @@ class RunFolder:
 
     @contextlib.contextmanager
     def _writing(self, name: str = ""):
-        """Everything in the folder is written inside this: into the folder of this run, and what
-        cannot be is a RunFailed that says what stands.
+        """Everything in the folder is written inside this. Raises RunFailed, which names the last
+        whole checkpoint, where it cannot be, and where the folder is no longer this run's.
         """
         self.require_held()
         try:
             yield
         except (OSError, RunFailed) as error:
-            what = (
-                f"cannot write {self.path / name}: {error.strerror}"
-                if isinstance(error, OSError)
-                else str(error)
-            )
-            stands = (
-                f"the last whole checkpoint is {self.last}"
-                if self.last.exists()
-                else "no checkpoint had been saved yet"
-            )
+            what = str(error)
+            if isinstance(error, OSError):
+                what = f"cannot write {self.path / name}: {error.strerror}"
+            stands = "no checkpoint had been saved yet"
+            if self.last.exists():
+                stands = f"the last whole checkpoint is {self.last}"
             raise RunFailed(
                 f"{what}; {stands}. Free some space, then resume with --resume auto"
             ) from error
 
 
 def check_folder(path: str | Path, resume: bool) -> None:
-    """Raise BadInput where no run can have its files in `path`: it cannot be written, or (without
-    `resume`) holds one already.
+    """Raise BadInput where a run cannot have its files in `path`: the folder cannot be written, or
+    holds a run already and there is no `resume`.
     """
     path = Path(path)
     files.require_folder(path, "--out")
@@ -261,9 +301,9 @@ def flags_of_unsaved(path: str | Path, shape: dict | None = None) -> dict:
     """The flags of the run in `path` that ended before its first checkpoint; {} where there is no
     such run.
 
-    shape: of the flags, see `state.flags_shape`; None: any. Raises BadInput where they are of
-    another, and where its checkpoints were there and are gone, and where nothing says what run it
-    was: whoever started anew there would overwrite what it has logged.
+    shape: of the flags, see `state.flags_shape`; None: any. Raises BadInput where the flags are of
+    another shape, where there were checkpoints and they are gone, and where args.json is missing: a
+    new start there would overwrite what that run has logged.
     """
     path = Path(path)
     found = held(path)
@@ -274,7 +314,7 @@ def flags_of_unsaved(path: str | Path, shape: dict | None = None) -> dict:
         " is left of that run"
     )
     facts = _facts(path)
-    if _was_saved(path) or facts and _must_have_been_saved(path, facts["args"]):
+    if _was_saved(path):
         raise BadInput(
             f"--out '{path}' holds a run ({found}) whose checkpoints are gone, so that nothing can"
             f" be resumed: {cure}"
@@ -289,17 +329,14 @@ def flags_of_unsaved(path: str | Path, shape: dict | None = None) -> dict:
 
 def numbered(path: Path) -> list[Path]:
     """The checkpoints of epochs' ends in a folder, in their order."""
-    found = {
-        int(name[1]): p
-        for p in path.glob("checkpoint_*.pth.tar")
-        if (name := re.fullmatch(r"checkpoint_(\d{4,})\.pth\.tar", p.name))
-    }
-    return [found[number] for number in sorted(found)]
+    name = re.compile(r"checkpoint_(\d{4,})\.pth\.tar")
+    found = [p for p in path.glob("checkpoint_*.pth.tar") if name.fullmatch(p.name)]
+    return sorted(found, key=lambda p: int(name.fullmatch(p.name)[1]))
 
 
 def newest(path: str | Path) -> Path | None:
-    """The checkpoint to go on with in a folder: the last one, or, where somebody took that away,
-    the last numbered one.
+    """The checkpoint to go on with in a folder: the last one, or the last numbered one where that
+    is missing. None: there is none.
     """
     last = Path(path) / LAST
     return last if last.is_file() else next(reversed(numbered(Path(path))), None)
@@ -307,47 +344,22 @@ def newest(path: str | Path) -> Path | None:
 
 def held(path: Path) -> str:
     """A file that shows that a run is in a folder; '' if none is."""
+    if found := newest(path):
+        return found.name
     metrics = path / "metrics.jsonl"
-    found = newest(path) or (metrics if metrics.is_file() and metrics.stat().st_size else None)
-    return (
-        found.name
-        if found
-        else next((f"rounds/{p.name}" for p in sorted(path.glob("rounds/round_*.pt"))), "")
-    )
+    if metrics.is_file() and metrics.stat().st_size:
+        return metrics.name
+    rounds = sorted(path.glob("rounds/round_*.pt"))
+    return f"rounds/{rounds[0].name}" if rounds else ""
 
 
 def _was_saved(path: Path) -> bool:
-    """Whether .lock has the length of SAVED.
+    """Whether a checkpoint was ever saved in a folder: .lock then has the length of SAVED.
 
-    It is not opened: a process that closes a file lets go of every lock it has on it.
+    It is not opened, for a process that closes a file lets go of every lock that it has on it.
     """
     lock = path / ".lock"
     return lock.is_file() and lock.stat().st_size == len(SAVED)
-
-
-def _must_have_been_saved(path: Path, args: dict) -> bool:
-    """Whether metrics.jsonl goes on after an epoch at whose end a checkpoint was due: the .lock of
-    earlier versions does not say.
-    """
-    if not files.kind(path / "metrics.jsonl"):
-        return False
-    start, every = (
-        args.get(name) if type(args.get(name)) is int else 0
-        for name in ("start_epoch", "save_epochs")
-    )
-    every = max(every, 1)
-    logged = files.read_text(path / "metrics.jsonl", most=MOST).splitlines()
-    return any(epoch // every > start // every for epoch in map(_epoch_of, logged))
-
-
-def _epoch_of(text: str) -> int:
-    """The epoch that a line of metrics.jsonl is of; 0 for a line that does not say."""
-    try:
-        line = parse_json(text, "")
-        require(line, {"epoch": COUNT, ...: object}, "")
-    except BadInput:
-        return 0
-    return line["epoch"]
 
 
 def _is_args(path: Path) -> bool:

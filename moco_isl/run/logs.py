@@ -1,5 +1,5 @@
-"""args.json and metrics.jsonl of a run folder read back, each line held against the shape of what
-`run_folder.RunFolder` and the scripts write.
+"""Read args.json and metrics.jsonl of a run folder, each line held against the shape of what
+`folder.RunFolder` and the scripts write.
 """
 
 from pathlib import Path
@@ -106,9 +106,10 @@ def _line(text: str, where: str) -> dict:
 
 
 def require_lines_after(folder: Path, size: int, total: int, path) -> None:
-    """Raise BadInput where the checkpoint `path` cannot stand after the first `size` bytes of
-    metrics.jsonl: what comes behind them, and would be cut, must have been logged after its `total`
-    steps.
+    """Raise BadInput where the checkpoint `path` and metrics.jsonl are not of one run.
+
+    What stands behind the first `size` bytes of metrics.jsonl will be cut, and so must have been
+    logged after the `total` steps that the checkpoint knows of.
     """
     metrics = folder / "metrics.jsonl"
     if files.kind(metrics) != "file" or metrics.stat().st_size <= size:

@@ -24,7 +24,7 @@ class Averages:
         self.bad_step = None  # scalar, -1: none so far
 
     def add(self, parts: dict[str, torch.Tensor], n: int, step: int) -> None:
-        """Parts of one step over n images."""
+        """Take up the parts of one step over n images, scalars each."""
         values = torch.stack([value.double() for value in parts.values()])
         if self.sums is None or self.names != list(parts):
             self.names = list(parts)
@@ -53,20 +53,16 @@ class Averages:
 
     def state_dict(self) -> dict:
         """Plain values; those of this rank."""
-        return {
-            "names": self.names,
-            **{
-                k: None if x is None else x.tolist()
-                for k, x in (("sums", self.sums), ("read", self.read))
-            },
-        }
+        plain = lambda x: None if x is None else x.tolist()
+        return {"names": self.names, "sums": plain(self.sums), "read": plain(self.read)}
 
     def load_state_dict(self, state: dict, device: torch.device) -> None:
+        """What `state_dict` gave, on a device."""
         self.names = state["names"]
-        self.sums, self.read = (
-            None if state[k] is None else torch.tensor(state[k], dtype=torch.float64, device=device)
-            for k in ("sums", "read")
-        )
+        self.sums = self.read = None
+        if state["sums"] is not None:
+            self.sums = torch.tensor(state["sums"], dtype=torch.float64, device=device)
+            self.read = torch.tensor(state["read"], dtype=torch.float64, device=device)
 
 
 class Clock:
@@ -82,8 +78,8 @@ class Clock:
         self.data += time.perf_counter() - self.mark
 
     def step_done(self, images: int) -> None:
-        self.steps = self.steps + 1
-        self.images = self.images + images
+        self.steps += 1
+        self.images += images
         self.mark = time.perf_counter()
 
     def read(self) -> dict[str, float]:
@@ -140,19 +136,24 @@ class Progress:
                 f"Time {values['time']:6.3f}",
                 f"Data {values['data_time']:6.3f}",
             ]
-            line += [f"Loss {values['loss']:.4e}"] + (
-                [f"HPE {values['hpe']:.3e}"] if values.get("hpe") else []
-            )
-            line += [f"Acc@1 {values['acc1']:6.2f}"] if "acc1" in values else []
-            print(
-                "\t".join([*line, f"lr {values['lr']:.3e}", f"{values['images_per_s']:.0f} img/s"]),
-                flush=True,
-            )
+            line.append(f"Loss {values['loss']:.4e}")
+            if values.get("hpe"):
+                line.append(f"HPE {values['hpe']:.3e}")
+            if "acc1" in values:
+                line.append(f"Acc@1 {values['acc1']:6.2f}")
+            line += [f"lr {values['lr']:.3e}", f"{values['images_per_s']:.0f} img/s"]
+            print("\t".join(line), flush=True)
 
     def say(self, line: str) -> None:
         """A line of its own, above the bar if there is one."""
         if dist.is_main():
-            tqdm.write(line, file=sys.stdout) if self.bar is not None else print(line, flush=True)
+            self._print(line)
+
+    def _print(self, line: str) -> None:
+        if self.bar is None:
+            print(line, flush=True)
+        else:
+            tqdm.write(line, file=sys.stdout)
 
     def name_unreadable(self, found: list[tuple[int, str]]) -> None:
         """A line for each unreadable image (index, path) the first time it is among those found.
@@ -162,15 +163,8 @@ class Progress:
         for index, path in found:
             if index not in self._named:
                 self._named.add(index)
-                line = (
-                    f"=> warning: {files.shown(path)} cannot be read; the next image stands in"
-                    " for it"
-                )
-                (
-                    tqdm.write(line, file=sys.stdout)
-                    if self.bar is not None
-                    else print(line, flush=True)
-                )
+                name = files.shown(path)
+                self._print(f"=> warning: {name} cannot be read; the next image stands in for it")
 
     def close(self) -> None:
         if self.bar is not None:
@@ -183,14 +177,17 @@ def require_finite(averages: Averages, epoch: int, last_good: str) -> None:
     """
     bad = averages.first_bad_step()
     worst = int(dist.all_reduce_max(torch.tensor(bad, device=averages.sums.device)))
-    if worst >= 0:
-        stands = (
-            f"the last good file is {last_good}: start anew from it with --init, a lower --lr"
-            if last_good
-            else "nothing had been saved yet: start anew with a lower --lr"
+    if worst < 0:
+        return
+    text = f"the loss was not finite at epoch {epoch}, step {worst}; {start_anew(last_good)}"
+    raise RunFailed(text if dist.is_main() else "")
+
+
+def start_anew(last_good: str) -> str:
+    """What to do after an explosion, in words. last_good: a file, '': there is none."""
+    if last_good:
+        return (
+            f"the last good file is {last_good}: start anew from it with --init, a lower --lr or"
+            " without --amp"
         )
-        raise RunFailed(
-            f"the loss was not finite at epoch {epoch}, step {worst}; {stands} or without --amp"
-            if dist.is_main()
-            else ""
-        )
+    return "nothing had been saved yet: start anew with a lower --lr or without --amp"

@@ -12,6 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
@@ -21,65 +22,68 @@ import torch.multiprocessing
 from moco_isl import dist
 from moco_isl.errors import BadInput, Interrupted, RunFailed, first_line
 from moco_isl.files import short
+from moco_isl.options import opt
 from moco_isl.run import environment, signals
 from moco_isl.run.exits import KEYBOARD, exit_code
-from moco_isl.run.flags import check, check_range
+from moco_isl.run.flags import Parser, check, check_ranges
 from moco_isl.run.signals import SIGNALS
 
 MOCO_DIST_URL = "tcp://224.66.41.62:23456"
 
 
-def add_distributed_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("devices and processes")
-    group.add_argument(
-        "--world-size", default=-1, type=int, help="number of nodes for distributed training"
+@dataclass(kw_only=True)
+class DistributedOptions:
+    """Devices and processes: MoCo's flags, and ours. A resumed run may change all of them."""
+
+    world_size: int = opt(
+        -1, low=-1, may_change=True, help="number of nodes for distributed training"
     )
-    group.add_argument("--rank", default=-1, type=int, help="node rank for distributed training")
-    group.add_argument(
-        "--dist-url",
-        default=MOCO_DIST_URL,
-        type=str,
+    rank: int = opt(-1, low=-1, may_change=True, help="node rank for distributed training")
+    dist_url: str = opt(
+        MOCO_DIST_URL,
+        may_change=True,
         help="url used to set up distributed training (torchrun and launch/ set their own)",
     )
-    group.add_argument(
-        "--dist-backend",
-        default="nccl",
-        type=str,
+    dist_backend: str = opt(
+        "nccl",
+        may_change=True,
         help="distributed backend; gloo is taken where there is no CUDA",
     )
-    group.add_argument(
-        "--dist-timeout",
-        default=1800,
-        type=int,
+    dist_timeout: int = opt(
+        1800,
+        low=1,
         metavar="s",
-        help="seconds after which a rank that waits for another gives up (1800)",
+        may_change=True,
+        rare=True,
+        help="seconds after which a rank that waits for another gives up",
     )
-    group.add_argument("--gpu", default=None, type=int, help="GPU id to use.")
-    group.add_argument(
-        "--multiprocessing-distributed",
-        action="store_true",
-        help=(
-            "Use multi-processing distributed training to launch N processes per node, which has N"
-            " GPUs. This is the fastest way to use PyTorch for either single node or multi node"
-            " data parallel training"
-        ),
+    gpu: int | None = opt(None, low=0, may_change=True, help="GPU id to use.")
+    multiprocessing_distributed: bool = opt(
+        False,
+        may_change=True,
+        help="Use multi-processing distributed training to launch N processes per node, which has N"
+        " GPUs. This is the fastest way to use PyTorch for either single node or multi node data"
+        " parallel training",
     )
-    group.add_argument(
-        "--nproc-per-node",
-        type=int,
-        default=0,
+    nproc_per_node: int = opt(
+        0,
+        low=0,
         metavar="n",
-        help=(
-            "processes of --multiprocessing-distributed "
-            "(default: one a GPU); say it to use several CPU processes"
-        ),
+        may_change=True,
+        rare=True,
+        help="processes of --multiprocessing-distributed (one a GPU); say it to use several CPU"
+        " processes",
     )
-    group.add_argument(
-        "--device",
-        default="auto",
+    device: str = opt(
+        "auto",
         metavar="auto|cpu|cuda|cuda:i",
-        help="default: CUDA where there is any",
+        may_change=True,
+        help="auto: CUDA where there is any",
     )
+
+
+def add_distributed_options(parser: Parser) -> None:
+    parser.add_options("devices and processes", DistributedOptions)
 
 
 def processes_here(args: argparse.Namespace) -> int:
@@ -101,11 +105,7 @@ def total_ranks(args: argparse.Namespace) -> int:
 
 
 def check_distributed_options(args: argparse.Namespace) -> None:
-    check_range(args, "nproc_per_node", 0)
-    check_range(args, "dist_timeout", 1)
-    check_range(args, "gpu", 0)
-    check_range(args, "world_size", -1)
-    check_range(args, "rank", -1)
+    check_ranges(args, DistributedOptions)
     check(
         re.fullmatch(r"auto|cpu|cuda(:\d+)?", args.device) is not None,
         f"--device '{short(args.device)}' is no device: expected auto, cpu, cuda or cuda:i",

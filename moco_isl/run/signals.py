@@ -1,4 +1,6 @@
-"""Signals only set a flag; the loop looks at it between steps, and the ranks agree on when."""
+"""Stop at the next step: a signal sets a flag, the loop looks at it between steps, and the ranks
+agree on when.
+"""
 
 import os
 import signal
@@ -57,11 +59,10 @@ def say(line: str) -> None:
 
 class Stop:
     """A context in which SIGTERM, SIGUSR1, SIGUSR2, SIGHUP (the terminal has gone) and Ctrl-C ask
-    the run to stop at the next step.
+    the run to stop at the next step. A second Ctrl-C ends the process at once.
 
-    asked: a launcher's own question, instead of signal handlers. A second Ctrl-C ends the process
-    at once, as usual. Signals that were blocked until here, as in a process just spawned, are let
-    in.
+    asked: a launcher's own 'shall we stop?', instead of signal handlers. Signals that were blocked
+    until here, as in a process just spawned, are let in.
     """
 
     def __init__(self, asked: Callable[[], bool] | None = None):
@@ -85,7 +86,7 @@ class Stop:
     def _handle(self, number, frame) -> None:
         if self._flag and number == signal.SIGINT:
             raise KeyboardInterrupt
-        # each rank looks whether its terminal is there
+        # every rank says that of SIGHUP: `say` finds out whether its terminal is still there
         if not self._flag and (dist.is_main() or number == signal.SIGHUP):
             say(f"=> {signal.Signals(number).name}: saving and leaving at the next step")
         self._flag = True

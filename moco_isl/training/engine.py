@@ -1,5 +1,4 @@
-"""One epoch of training, and one round of mining. The scripts assemble, this runs; it is handed its
-miner and its judge.
+"""One epoch of training, and one round of mining, on parts that a script has put together.
 
 Letters: N batch (of this rank), C feature dimension, M images, P positives of an image after
 padding.
@@ -15,17 +14,18 @@ import torch
 from moco_isl import dist
 from moco_isl.encoders import AMP_TYPES
 from moco_isl.errors import Interrupted, RunFailed
-from moco_isl.isl import ISL
 from moco_isl.mining.baselines import baselines
 from moco_isl.mining.record import sample_anchors
+from moco_isl.objectives.base import Objective
 from moco_isl.run.meters import Averages, Clock, Progress, require_finite
 from moco_isl.run.signals import Stop
 
 
 @dataclass
 class Position:
-    """Where a run is: before step `step` of epoch `epoch`; `total` steps have been taken since its
-    start.
+    """Where a run is: before step `step` of epoch `epoch`, after `total` steps in all.
+
+    averages: of the steps of this epoch.
     """
 
     epoch: int = 0
@@ -65,8 +65,8 @@ def autocast(device: torch.device, amp: str) -> torch.autocast:
 def to_network(
     image: torch.Tensor, device: torch.device, amp: str = "off", channels_last: bool = False
 ) -> torch.Tensor:
-    """[N, 3, S, S] as the network takes it: on its device and, in one go, in the type autocast
-    would give it and in its memory format.
+    """Images [N, 3, S, S] on the network's device, in the type that autocast would give them and
+    in the network's memory format, by one copy.
     """
     dtype = AMP_TYPES[amp] or image.dtype
     layout = torch.channels_last if channels_last else torch.preserve_format
@@ -74,7 +74,7 @@ def to_network(
 
 
 def train_one_epoch(
-    isl: ISL,
+    isl: Objective,
     loader,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
@@ -113,8 +113,7 @@ def train_one_epoch(
 
     for images, index in loader.epoch(epoch, start_step=position.step):
         clock.got_data()
-        # 2 x [N, 3, S, S]
-        images = [to_network(image, device, amp, channels_last) for image in images]
+        images = [to_network(x, device, amp, channels_last) for x in images]  # 2 x [N, 3, S, S]
         index = index.to(device, non_blocking=True)  # [N]
         with autocast(device, amp):
             loss = isl(*images, index)
@@ -130,24 +129,23 @@ def train_one_epoch(
         progress.step(epoch)
         if position.step % print_freq == 0 or position.step == len(loader):
             report()
-        if stop.agreed():
+        ends = 0 < max_steps <= position.total
+        saves = save_every > 0 and position.total % save_every == 0
+        stopped = stop.agreed()
+        if stopped or ends or saves:
             require_finite(averages, epoch, last_good())
-            save()
-            raise Interrupted(
-                f"saved at epoch {epoch}, step {position.step} of {len(loader)}: go on with"
-                " --resume auto"
-            )
-        if max_steps and position.total >= max_steps:
-            require_finite(averages, epoch, last_good())
+        if ends and not stopped:
             return False
-        if save_every and position.total % save_every == 0:
-            require_finite(averages, epoch, last_good())
+        if stopped or saves:
             save()
+        if stopped:
+            at = f"epoch {epoch}, step {position.step} of {len(loader)}"
+            raise Interrupted(f"saved at {at}: go on with --resume auto")
     return True
 
 
 def mine_round(
-    isl: ISL,
+    isl: Objective,
     miner,
     features: torch.Tensor,
     labels: torch.Tensor | None,
@@ -161,23 +159,23 @@ def mine_round(
     views 2 x [M, C] of them; returns its report.
 
     number: of the round, from 1 on; None: the one after the last.
-    With labels [M] (on the features' device, -1: none) the report has the precision of the sets
-    beside that of each image's own nearest at equal size and of all pairs ranked at equal total;
-    the labels are looked at after the mining. Raises Interrupted when asked to stop,
-    and RunFailed where features are not finite: then nothing has changed.
+    labels [M]: on the features' device, -1: none. They are looked at after the mining: the report
+    then has the precision of the sets, of each image's own nearest at equal size, and of all pairs
+    ranked at equal total.
+    Raises Interrupted when asked to stop, and RunFailed where features are not finite: then nothing
+    has changed.
     """
     start = time.perf_counter()
     number = isl.round + 1 if number is None else number
     # a function of seed and round: a resumed round is the same
     rng = torch.Generator().manual_seed((seed * 1_000_003 + number - 1) % 2**63)
     if not all(bool(rows.isfinite().all()) for rows in (features, *(views or ()))):
-        raise RunFailed(
+        text = (
             f"the features from which round {number} was to be mined hold NaN or infinity: the"
             " encoder has diverged, or the file it started from had; start anew with a lower --lr"
             " or without --amp"
-            if dist.is_main()
-            else ""
         )
+        raise RunFailed(text if dist.is_main() else "")
     report = dict(isl.mine(features, miner, rng, stop.tick, views, number))
     report |= {
         "round": isl.round,
@@ -190,40 +188,35 @@ def mine_round(
 
 
 def judge_positives(
-    isl: ISL,
+    isl: Objective,
     features: torch.Tensor,
     labels: torch.Tensor,
     sizes: tuple[int, ...],
     sampled: bool = False,
 ) -> dict:
-    """Precision of the sets and of both Euclidean baselines at the sets' mean size; of the
-    baselines at `sizes` too.
+    """Precision of the sets, and of both baselines at the sets' mean size and at `sizes`.
 
-    sampled: for a round that searched approximately, because an exact search of all images takes
-    too long. Then own nearest is that of 4,096 images, searched exactly, and all pairs are left
-    out.
+    sampled: the round searched approximately, because an exact search of all images takes too long.
+    Own nearest is then that of 4,096 images, searched exactly, and all pairs are left out.
     """
     mean = isl.positives.mean_size
     precision = isl.positives.precision(labels) if isl.positives.num_edges else None
     if not dist.is_main():
         return {"precision": precision}
-    at = sorted({*sizes, *([mean] if mean else [])})
+    at = sorted({*sizes, mean} - {0})
     anchors = sample_anchors(len(features)).to(features.device) if sampled else None
     found = baselines(features, labels, at, pairs=not sampled, anchors=anchors)
+    at_mean = lambda rule: found[rule][at.index(mean)] if mean and rule in found else None
     return {
         "precision": precision,
-        **{
-            f"precision_{rule}": found[rule][at.index(mean)] if mean and rule in found else None
-            for rule in ("own_nearest", "all_pairs")
-        },
+        "precision_own_nearest": at_mean("own_nearest"),
+        "precision_all_pairs": at_mean("all_pairs"),
         "baselines": found,
     }
 
 
 def _memory(device: torch.device) -> dict[str, float]:
     """Peak memory of the GPU so far, in GiB; nothing on a CPU."""
-    return (
-        {"memory_gib": torch.cuda.max_memory_allocated(device) / 2**30}
-        if device.type == "cuda"
-        else {}
-    )
+    if device.type != "cuda":
+        return {}
+    return {"memory_gib": torch.cuda.max_memory_allocated(device) / 2**30}

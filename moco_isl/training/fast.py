@@ -6,15 +6,54 @@ No part changes the method: tests/test_fast.py compares each with the plain path
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
 from moco_isl import encoders
 from moco_isl.data.augment import BatchAugmentation, BatchViews
+from moco_isl.encoders import AMP_TYPES
+from moco_isl.options import opt
 
 # Graphs that torch.compile keeps of one function. With its default of 8, the fifth MoCo of a
 # process would run uncompiled.
 GRAPHS = 64
+
+
+@dataclass(kw_only=True)
+class SpeedOptions:
+    """What makes a step fast; None: as `defaults` says."""
+
+    fast: bool = opt(
+        False,
+        help="all that makes a step fast: --on-device, --channels-last, a fused optimizer and loss"
+        " and, on a GPU, TF32, --amp bf16 and --compile; each can be taken back, as in --fast"
+        " --no-compile",
+    )
+    amp: str | None = opt(
+        None,
+        choices=AMP_TYPES,
+        help="half precision in the network; bf16 on any recent GPU, or a CPU with instructions for"
+        " it; fp16 on a GPU (off unless --fast says so)",
+    )
+    channels_last: bool | None = opt(
+        None,
+        rare=True,
+        help="memory format that convolutions like: faster on a CPU, and on a GPU with --amp",
+    )
+    compile: bool | None = opt(
+        None,
+        may_change=True,
+        rare=True,
+        help="torch.compile the encoders and what is augmented on the device: a minute at the"
+        " start, faster steps",
+    )
+    on_device: bool | None = opt(
+        None,
+        rare=True,
+        help="augment on the device: small images are held there whole, of photos the workers only"
+        " decode and crop",
+    )
 
 
 def defaults(fast: bool, cuda: bool) -> dict[str, object]:

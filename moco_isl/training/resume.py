@@ -1,86 +1,26 @@
-"""What a run has to remember to go on as if it had never stopped, what of its flags may change
-meanwhile, and which file it starts from.
+"""Resume: which file a run starts from, which flags may change meanwhile, and all that a run keeps
+to go on as if it had never stopped.
 """
 
+import argparse
 import hashlib
 import random
 from collections.abc import Container
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from moco_isl import data, dist, files
 from moco_isl.errors import BadInput
-from moco_isl.isl import ISL
-from moco_isl.run import checkpoint
-from moco_isl.run.folder import flags_of_unsaved, newest
+from moco_isl.objectives.base import Objective
+from moco_isl.run import checkpoint, ranks
+from moco_isl.run.folder import RunFolder, flags_of_unsaved, newest
 from moco_isl.run.meters import Averages
 from moco_isl.training.engine import Position, learning_rate
 from moco_isl.training.fast import load_optimizer
-from moco_isl.training.options import most_positives
-from moco_isl.training.state import require_start
-
-# everything that changes neither what is computed nor in which order
-MAY_CHANGE = {
-    "data",
-    "download",
-    "cache",
-    "workers",
-    "print_freq",
-    "progress",
-    "tensorboard",
-    "device",
-    "gpu",
-    "world_size",
-    "rank",
-    "dist_url",
-    "dist_backend",
-    "dist_timeout",
-    "multiprocessing_distributed",
-    "nproc_per_node",
-    "resume",
-    "init",
-    "out",
-    "config",
-    "keep",
-    "save_epochs",
-    "save_every",
-    "max_steps",
-    "knn_every",
-    "max_bad_images",
-    "start_epoch",
-    "compile",
-    "research_labels",
-}
-
-
-# what came later, as runs without it did
-BEFORE = {
-    "isl_recenter": False,
-    "isl_views": False,
-    "isl_between": 0,
-    "isl_index": "exact",
-    "isl_trust": "off",
-    "isl_rounds": 1,
-    "isl_grow": False,
-    "isl_half_bank": False,
-    "fast": False,
-    "on_device": False,
-    "bn_shuffle": False,
-    "symmetric_sum": False,
-    "isl_neighbors": None,
-    "isl_share": 0.25,
-    "isl_walk": 2,
-    "isl_clusters": None,
-    "isl_clusterings": 5,
-    "isl_background": 100,
-    "oracle_precision": 1.0,
-    "oracle_size": 5.0,
-    "oracle_wrong": "uniform",
-    "oracle_right": "uniform",
-}
-OPTIONAL = MAY_CHANGE | BEFORE.keys()  # flags that a file need not have
+from moco_isl.training.options import MAY_CHANGE
+from moco_isl.training.state import require_flags, require_start
 
 
 def check_same(
@@ -89,15 +29,12 @@ def check_same(
     otherwise: str = "start a new run with --init and another --out",
     *,
     epochs: int | None = None,
-    mined: bool = True,
 ) -> None:
     """Raise BadInput where flags of the saved run and of this one differ and may not.
 
     It names both values of each, and what to do `otherwise`. --epochs may grow where what the saved
-    run has done stays as it was. epochs: how many it has begun (None: all); mined: it has had a
-    round of mining.
+    run has done stays as it was. epochs: how many it has begun (None: all).
     """
-    saved = {**BEFORE, **saved}
     changed = [
         name
         for name in saved
@@ -105,9 +42,8 @@ def check_same(
     ]
     why = ""
     if "epochs" in changed and now["epochs"] > (saved["epochs"] or 0):
-        why = _what_more_epochs_change(
-            saved, now, saved["epochs"] or 0 if epochs is None else epochs, mined
-        )
+        begun = saved["epochs"] or 0 if epochs is None else epochs
+        why = _what_more_epochs_change(saved, now, begun)
         if not why:
             changed.remove("epochs")
     if changed:
@@ -121,9 +57,9 @@ def check_same(
         )
 
 
-def _what_more_epochs_change(saved: dict, now: dict, epochs: int, mined: bool) -> str:
-    """What of the first `epochs` epochs and of the rounds mined the --epochs of now would have
-    changed; '' for nothing.
+def _what_more_epochs_change(saved: dict, now: dict, epochs: int) -> str:
+    """What the --epochs of now would have changed in the first `epochs` epochs and in the schedule
+    of mining; '' for nothing.
     """
     for epoch in range(epochs):
         before, after = (_relative_rate(epoch, flags) for flags in (saved, now))
@@ -141,8 +77,6 @@ def _what_more_epochs_change(saved: dict, now: dict, epochs: int, mined: bool) -
             f"it mines every {length} epochs, between its rounds of training, which would have"
             f" {longer} epochs"
         )
-    if mined and _looked_at(saved) != _looked_at(now):
-        return "with --isl-grow the rounds so far would have looked at more images"
     return ""
 
 
@@ -158,61 +92,81 @@ def _relative_rate(epoch: int, flags: dict) -> float:
     )
 
 
-def _looked_at(flags: dict) -> int:
-    """How many images the miner looks at, where that grows with the number of rounds; else 0."""
-    own_number = flags.get("isl_neighbors") and flags.get("miner") in ("knn", "entropy")
-    grows = flags.get("isl_grow") and flags.get("miner") in (
-        "knn",
-        "entropy",
-        "average",
-        "diffusion",
-        "cluster",
-    )
-    return most_positives(flags) if grows and not own_number else 0
-
-
 @dataclass(frozen=True)
 class Start:
-    """What a run starts from. path: a file, None: nothing. goes_on: it is resumed, not only
-    initialised. in_place: what is in the run's folder is this very run. seen: what tells the newest
-    checkpoint that was in that folder from any that is saved later.
+    """What a run starts from.
+
+    path: a file, None: nothing. goes_on: it is resumed, not only initialised. in_place: what is in
+    the run's folder is this very run. seen: what tells the newest checkpoint that was in that
+    folder from any that is saved later. unsaved: the flags of the run in that folder, where it
+    ended before its first checkpoint.
     """
 
     path: str | None = None
     goes_on: bool = False
     in_place: bool = False
     seen: tuple = ()
+    unsaved: dict = field(default_factory=dict)
 
 
-def find_start(resume: str, init: str | None, out: str, mmap: bool = True) -> tuple[Start, dict]:
-    """The file that --resume (a path, "auto" or "") or --init names, and what is in it.
+def find_start(
+    resume: str, init: str | None, out: str, flags: dict | None = None
+) -> tuple[Start, dict]:
+    """The file that --resume (a path, "auto" or "") or --init names, and what is in it: the one
+    time that it is read.
 
-    mmap: tensors are not yet read, see `checkpoint.load`. What is found is to be looked at again
-    when the folder is held: see `require_unchanged`. Raises BadInput where the file cannot be read,
-    and where going on from it would overwrite what the run in `out` has reached since.
+    flags: the shape of a run's flags, see `state.flags_shape`; None: any. Raises BadInput where the
+    file cannot be read, and where going on from it would overwrite what the run in `out` has
+    reached since. What is found is to be looked at again when the folder is held: see
+    `require_unchanged`.
     """
+    if resume not in ("", "auto") and init:
+        raise BadInput("--resume goes on with a run, --init starts one: give only one of them")
     files.require_folder(out, "--out")
-    auto, seen = resume == "auto", _stamp(newest(out))
-    found = newest(out) if auto else None
-    if auto and found is None:
-        flags_of_unsaved(out)
-        if not init:
-            return Start(in_place=True), {}
-    path = str(found) if found else init if auto else resume or init
-    if not path:
-        return Start(), {}
-    content = _look(path, "resume" if resume and path != init else "init", mmap)
-    goes_on, in_place = bool(found or resume and not auto), auto
-    if resume and not auto and Path(out).exists() and Path(path).resolve().parent.samefile(out):
-        in_place, last = True, newest(out)
-        if last and _reached(content) < (there := _reached(_look(str(last), "resume"))):
-            at = "epoch {}, {} steps".format
-            raise BadInput(
-                f"--resume '{path}' ({at(*_reached(content))}) is older than {last} ({at(*there)}),"
-                " and going on from it would overwrite what came after: use --resume auto, or"
-                " choose another --out"
-            )
-    return Start(path, goes_on, in_place, seen), content
+    auto = resume == "auto"
+    last = newest(out)
+    seen = _stamp(last)
+    if auto and last is not None:
+        return Start(str(last), True, True, seen), _read(str(last), "resume")
+    if auto:
+        unsaved = flags_of_unsaved(out, flags)
+        return Start(init, False, True, seen, unsaved), _read(init, "init") if init else {}
+    if not resume:
+        return Start(init), _read(init, "init") if init else {}
+    content = _read(resume, "resume")
+    in_place = Path(out).exists() and Path(resume).resolve().parent.samefile(out)
+    if in_place and last is not None and not last.samefile(resume):
+        _require_newest(content, resume, last)
+    return Start(resume, True, in_place, seen), content
+
+
+def read(start: Start) -> dict:
+    """What is in the file of a start that another rank has found. Raises BadInput."""
+    return _read(start.path, "resume" if start.goes_on else "init")
+
+
+def _read(path: str, flag: str) -> dict:
+    if not files.kind(path, f"--{flag}"):
+        raise BadInput(
+            f"no file at --{flag} '{path}': expected a checkpoint; check the path (nothing was"
+            " started)"
+        )
+    content = checkpoint.load(path)
+    require_start(content, path, flag == "resume")
+    return content
+
+
+def _require_newest(content: dict, path: str, last: Path) -> None:
+    """Raise BadInput where a run's last file has gone further than the one to be resumed."""
+    there = checkpoint.load(last, mmap=True)
+    require_start(there, last, True)
+    if _reached(content) < _reached(there):
+        at = "epoch {}, {} steps".format
+        raise BadInput(
+            f"--resume '{path}' ({at(*_reached(content))}) is older than {last}"
+            f" ({at(*_reached(there))}), and going on from it would overwrite what came after: use"
+            " --resume auto, or choose another --out"
+        )
 
 
 def _stamp(path: Path | None) -> tuple:
@@ -222,56 +176,93 @@ def _stamp(path: Path | None) -> tuple:
     return path.name, found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def check_unsaved(start: Start, out: str, now: dict, free: Container[str] = ()) -> None:
-    """Raise BadInput where `out` holds a run without a checkpoint that this one would overwrite,
-    and that is another one: gone checkpoints, other flags than those of `now` that may not change
-    (but for `free`).
+def saved_flags(start: Start, content: dict, parser: argparse.ArgumentParser) -> dict:
+    """The flags of the pretraining that a start goes on with; {} where it begins a new one.
+
+    content: of its file. Raises BadInput for a file of another script, and for flags that are not
+    those of the parser.
     """
-    saved = flags_of_unsaved(out) if start.in_place else {}
-    if saved:
-        otherwise = (
-            "choose another --out: that run ended before its first checkpoint, and starting anew"
-            " would overwrite its metrics.jsonl"
+    if "probe" in content:
+        raise BadInput(
+            f"'{start.path}' is a linear probe of main_lincls.py: expected a pretraining file, such"
+            " as the one it was trained on"
         )
-        check_same(
-            {name: value for name, value in saved.items() if name not in free}, now, otherwise
-        )
+    if not start.goes_on or "isl" not in content:
+        return start.unsaved
+    require_flags(content, start.path, parser)
+    return content["args"]
+
+
+def check_flags(start: Start, content: dict, now: dict) -> None:
+    """Raise BadInput where flags of the pretraining that goes on differ from those of `now`, and
+    may not.
+    """
+    check_unsaved(start, now)
+    ours = content.get("isl")
+    if start.goes_on and ours:
+        begun = ours["epoch"] + bool(ours["step"])
+        check_same(content["args"], now, epochs=begun)
+
+
+def check_unsaved(start: Start, now: dict, free: Container[str] = ()) -> None:
+    """Raise BadInput where the run in the folder ended before its first checkpoint, and had other
+    flags than those of `now` that may not change (but for `free`): this one would overwrite it.
+    """
+    saved = {name: value for name, value in start.unsaved.items() if name not in free}
+    check_same(
+        saved,
+        now,
+        "choose another --out: that run ended before its first checkpoint, and starting anew would"
+        " overwrite its metrics.jsonl",
+    )
 
 
 def require_unchanged(start: Start, out: str) -> None:
-    """Raise BadInput where another run has saved in `out` since `find_start` looked.
+    """Raise BadInput where another run was in `out` since `find_start` looked.
 
     To be asked when the folder is held.
     """
-    if start.in_place and _stamp(newest(out)) != start.seen:
+    if not start.in_place:
+        return
+    if _stamp(newest(out)) != start.seen:
         raise BadInput(
             f"--out '{out}': another run has saved {newest(out) or 'and removed checkpoints'} while"
             " this one was starting: give the same command again"
         )
-
-
-def _look(path: str, flag: str, mmap: bool = True) -> dict:
-    if not files.kind(path, f"--{flag}"):
+    if flags_of_unsaved(out) != start.unsaved:
         raise BadInput(
-            f"no file at --{flag} '{path}': expected a checkpoint; check the path (nothing was"
-            " started)"
+            f"--out '{out}': another run was in it while this one was starting: give the same"
+            " command again"
         )
-    content = checkpoint.load(path, mmap=mmap)
-    require_start(content, path, flag == "resume")
-    return content
+
+
+def take_folder(out: str, start: Start, keep: int | None = None) -> RunFolder | None:
+    """The run's folder, held from now on; None but on rank 0. Raises BadInput where another run has
+    it, or has written there since the start was looked for.
+    """
+
+    def take() -> RunFolder:
+        folder = RunFolder(out, start.in_place, keep)
+        try:
+            require_unchanged(start, out)
+        except BadInput:
+            folder.close()
+            raise
+        return folder
+
+    return ranks.on_main(take)
 
 
 def epoch_of(content: dict) -> int | None:
-    """The epoch a file was saved before, where it says that."""
+    """The epoch that comes next after a file; None where the file does not say."""
     epoch = content.get("epoch")
     return epoch if isinstance(epoch, int) and not isinstance(epoch, bool) else None
 
 
 def _reached(content: dict) -> tuple[int, int]:
     """(epoch, steps in all), to compare files of one run."""
-    return epoch_of(content) or 0, (content.get("isl") or content.get("probe") or {}).get(
-        "total", 0
-    )
+    ours = content.get("isl") or content.get("probe") or {}
+    return epoch_of(content) or 0, ours.get("total", 0)
 
 
 def finished(start: Start, content: dict, epochs: int, max_steps: int) -> str:
@@ -283,40 +274,37 @@ def finished(start: Start, content: dict, epochs: int, max_steps: int) -> str:
     steps = content.get("isl", {}).get("total", 0)
     if not start.goes_on or epoch < epochs and not 0 < max_steps <= steps:
         return ""
+    if start.in_place and epoch >= epochs:
+        return f"epoch {epoch} of {epochs}"
     if start.in_place:
-        return (
-            f"epoch {epoch} of {epochs}"
-            if epoch >= epochs
-            else f"{steps} steps of --max-steps {max_steps}"
-        )
+        return f"{steps} steps of --max-steps {max_steps}"
+    more = f" or --max-steps {max_steps}" if max_steps else ""
     raise BadInput(
         f"'{start.path}' has been trained for {epoch} epochs ({steps} steps), which leaves nothing"
-        f" to do: raise --epochs {epochs}{f' or --max-steps {max_steps}' if max_steps else ''}, or"
-        " start anew from its weights with --init"
+        f" to do: raise --epochs {epochs}{more}, or start anew from its weights with --init"
     )
 
 
 def images_of(dataset) -> str:
-    """What tells these images, in this order, from as many others: of files their names below the
-    folder, not what is in them.
+    """A digest of the names of these images below their folder, in their order; not of what is in
+    them.
     """
-    return hashlib.sha256(
-        "\0".join(data.names_below(dataset)).encode(errors="surrogateescape")
-    ).hexdigest()
+    names = "\0".join(data.names_below(dataset))
+    return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
 
 
 def take_over(flags, saved: dict) -> None:
-    """Flags that were not given (None) take the values that the run had: a seed that was drawn, a
-    default that hangs on another flag.
+    """Give flags that were not said (None) the values that the run had, such as a seed that was
+    drawn.
     """
-    for name, value in {**BEFORE, **saved}.items():
+    for name, value in saved.items():
         if name not in MAY_CHANGE and getattr(flags, name, "") is None:
             setattr(flags, name, value)
 
 
 def rng_of_ranks(device: torch.device, averages: Averages | None = None) -> list[dict]:
-    """The state of every generator of every rank, in rank order, on all ranks; with the averages,
-    which are each rank's own too.
+    """The states of the random generators of every rank, in rank order, on all ranks; with those of
+    the averages, which differ between the ranks too.
     """
     state = {"torch": torch.get_rng_state(), "python": random.getstate()}
     if device.type == "cuda":
@@ -327,9 +315,10 @@ def rng_of_ranks(device: torch.device, averages: Averages | None = None) -> list
 
 
 def restore_rng(states: list[dict], device: torch.device, averages: Averages | None = None) -> bool:
-    """Put this rank's generators (and averages) back. False where there are more or fewer ranks
-    than when it was saved: then the generators stay as they are, and rank 0's averages stand for
-    all.
+    """Put this rank's generators, and its averages, back.
+
+    Returns False where there are more or fewer ranks than when the states were saved: then the
+    generators stay as they are, and all ranks take the averages of rank 0.
     """
     same = len(states) == dist.world_size()
     state = states[dist.rank() if same else 0]
@@ -351,29 +340,30 @@ class Parts:
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    isl: ISL
+    isl: Objective
     miner: object  # see mining.rounds.Miner
     images: str  # see images_of
+    position: Position
 
-    def state(self, position: Position, flags: dict, ranks: list[dict], metrics_size: int) -> dict:
+    def state(self, flags: dict, generators: list[dict], metrics_size: int) -> dict:
         """What a file holds: MoCo's keys, and what an exact resume needs.
 
-        ranks: of `rng_of_ranks`; metrics_size: bytes of metrics.jsonl by now.
+        generators: of `rng_of_ranks`; metrics_size: bytes of metrics.jsonl by now.
         """
         ours = {
             "state": self.isl.state_dict(),
             "miner": self.miner.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "rng": ranks,
-            "epoch": position.epoch,
-            "step": position.step,
-            "total": position.total,
+            "rng": generators,
+            "epoch": self.position.epoch,
+            "step": self.position.step,
+            "total": self.position.total,
             "num_images": self.isl.positives.num_images,
             "images": self.images,
             "metrics_size": metrics_size,
         }
         return {
-            "epoch": position.epoch,
+            "epoch": self.position.epoch,
             "arch": flags["arch"],
             "state_dict": checkpoint.model_state(self.model),
             "optimizer": self.optimizer.state_dict(),
@@ -381,15 +371,16 @@ class Parts:
             "isl": ours,
         }
 
-    def restore(self, content: dict, device: torch.device) -> tuple[Position, bool]:
-        """Take up everything but the model's state from a file of ours. Returns where the run is,
-        and whether it goes on bit for bit: with other ranks than those that saved the file it does
-        not.
+    def restore(self, content: dict, device: torch.device) -> bool:
+        """Take up everything but the model's state from a file of ours. Returns whether the run
+        goes on bit for bit: with other ranks than those that saved the file it does not.
         """
         ours = content["isl"]
         load_optimizer(self.optimizer, content["optimizer"])
         self.isl.load_state_dict(ours["state"])
         self.miner.load_state_dict(ours["miner"])
         self.scaler.load_state_dict(ours["scaler"])
-        position = Position(ours["epoch"], ours["step"], ours["total"])
-        return position, restore_rng(ours["rng"], device, position.averages)
+        self.position.epoch = ours["epoch"]
+        self.position.step = ours["step"]
+        self.position.total = ours["total"]
+        return restore_rng(ours["rng"], device, self.position.averages)

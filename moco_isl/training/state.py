@@ -1,9 +1,9 @@
-"""What a checkpoint of ours holds beside the weights, as shapes that it is held against once, where
-it is read, before anything is done with it.
+"""The shapes of all that a checkpoint of ours holds beside the weights.
 
+A file is held against them once, where it is read, before anything is done with it.
 `resume.Parts.state` writes the file of a pretraining; `evaluation.probing` has that of a probe.
-What a part of a run keeps has its shape next to its `state_dict`: `ISL.state_shape`, a miner's
-`state_shape`.
+What a part of a run keeps has its shape next to its `state_dict`: an objective's `state_shape`, a
+miner's `state_shape`.
 The weights are checked by `checkpoint.match`.
 Letters: M images, C feature dimension.
 """
@@ -19,6 +19,7 @@ from moco_isl.errors import BadInput
 from moco_isl.files import named
 from moco_isl.schema import COUNT, EARLIER, LARGEST, Holds, Number, Tensor, require
 
+ANEW = f"{EARLIER}, or start a new run from its weights with --init"
 SMALLEST = torch.finfo(torch.float32).tiny
 
 # ---- what can be told of any file, before flags, images and network are known
@@ -29,11 +30,14 @@ POSITION = {
     "step": COUNT,
     "total": COUNT,
     "metrics_size": COUNT,
-    "num_images?": Number(1, LARGEST, whole=True),
-    "images?": str,
     ...: object,
 }
-BEGUN = {**POSITION, "state": {"round?": COUNT, ...: object}}
+BEGUN = {
+    **POSITION,
+    "state": {"round?": COUNT, ...: object},
+    "num_images?": Number(1, LARGEST, whole=True),
+    "images?": str,
+}
 START = {
     "epoch?": object,
     "args?": object,
@@ -50,46 +54,49 @@ def where(path) -> str:
 
 def require_start(content: dict, path, resume: bool) -> None:
     """Hold a file to start from against what is read of it first. Raises BadInput."""
-    ours = "isl" in content or "probe" in content
-    require(
-        content,
-        OURS if ours else {**START, "epoch?": COUNT} if resume else START,
-        where(path),
-        cure=EARLIER,
-    )
+    shape = START
+    if "isl" in content or "probe" in content:
+        shape = OURS
+    elif resume:
+        shape = {**START, "epoch?": COUNT}
+    require(content, shape, where(path), cure=_cure(content) if resume else EARLIER)
+
+
+def _cure(content: dict) -> str:
+    """What to do where a file cannot be gone on with: it is damaged, or of another version."""
+    return ANEW if "isl" in content else EARLIER
 
 
 def require_flags(
     content: dict,
     path,
     parser: argparse.ArgumentParser,
-    optional: set[str],
     known: tuple[str, ...] = (),
 ) -> None:
-    """Hold the flags (`args`) in a file of ours against the script's parser. optional: those that
-    files need not have; known: those that are never None in them. Raises BadInput.
-
-    Then no position lies past the end of the run that they describe.
+    """Hold the flags (`args`) in a file of ours against the script's parser, and its epoch against
+    the run that they describe. known: flags that are never None. Raises BadInput.
     """
-    shape = flags_shape(parser, optional)
+    shape = flags_shape(parser, optional=set())
     shape |= {name: shape[name][0] for name in known}
     shape |= {name: Number(1, LARGEST, whole=True) for name in ("epochs", "batch_size")}
-    texts = Holds(
-        shape, lambda flags: all(isinstance(name, str) for name in flags), "flags by name"
-    )
-    require(content["args"], texts, f"cannot read the flags in {named('', path)}", cure=EARLIER)
-    epochs, epoch = content["args"]["epochs"], content["epoch"]
+    by_name = lambda flags: all(isinstance(name, str) for name in flags)
+    texts = Holds(shape, by_name, "flags by name")
+    cure = _cure(content)
+    require(content["args"], texts, f"cannot read the flags in {named('', path)}", cure=cure)
+    epoch = content["epoch"]
+    epochs = content["args"]["epochs"]
     if epoch > epochs:
         raise BadInput(
-            f"{where(path)}: epoch is {epoch}, and its own --epochs are {epochs}; {EARLIER}"
+            f"{where(path)}: epoch is {epoch}, and its own --epochs are {epochs}; {cure}"
         )
 
 
 def flags_shape(parser: argparse.ArgumentParser, optional: set[str] | None = None) -> dict:
-    """The shape of `vars` of a parser's flags. What is not said is None; flags that the parser does
-    not know may be there.
+    """The shape of `vars` of a parser's flags: what is not said is None, and there may be others
+    that the parser does not know.
 
-    optional: flags that need not be there; None: all of them.
+    optional: flags that need not be there; None: all of them. Those that belong to one choice of
+    another flag, as a miner's, are always optional: only that choice has them.
     """
 
     def one(action: argparse.Action):
@@ -107,8 +114,8 @@ def flags_shape(parser: argparse.ArgumentParser, optional: set[str] | None = Non
         return [str] if several else str
 
     actions = [a for a in parser._actions if a.default is not argparse.SUPPRESS]
-    optional = {a.dest for a in actions} if optional is None else optional
-    return {a.dest + "?" * (a.dest in optional): (one(a), None) for a in actions} | {...: object}
+    free = lambda a: optional is None or a.dest in optional or hasattr(a, "owners")
+    return {a.dest + "?" * free(a): (one(a), None) for a in actions} | {...: object}
 
 
 # ---- generators and means of every rank
@@ -177,8 +184,8 @@ STEPS_AGREE = "means of an epoch that has begun, and no more steps in it than in
 
 
 def steps_agree(ours: dict) -> bool:
-    """In the middle of an epoch there are means of what was done of it, on every rank, and never
-    more steps than in all.
+    """Whether every rank has averages in the middle of an epoch, and no more steps were taken in it
+    than in all.
     """
     counted = all(rank["averages"]["sums"] is not None for rank in ours["rng"])
     return ours["step"] <= ours["total"] and (counted or not ours["step"])
@@ -205,39 +212,32 @@ def require_state(
     model: of builder.py, on any device. isl, miner: what `state_shape` of either says. The rest as
     the run's flags have it.
     """
-    steps, epoch = -(-M // batch_size), content["epoch"]
+    steps = -(-M // batch_size)
+    epoch = content["epoch"]
     ours = {
         "state": isl,
         "miner": miner,
         "scaler": _scaler(fp16),
         "rng": RANKS,
         **position_shape(steps, epoch),
-        "num_images?": {M},
-        "images?": str,
+        "num_images": {M},
+        "images": str,
         "metrics_size": COUNT,
     }
-    # at most once before each epoch
-    mined = lambda ours: ours["state"].get("round", 0) <= epoch + 1
-    ours = Holds(
-        Holds(ours, steps_agree, STEPS_AGREE),
-        mined,
-        "a round an epoch at most",
-    )
-    require(
-        content,
-        {**OURS, "state_dict": dict, "optimizer": dict, "isl": ours},
-        where(path),
-        {"M": M},
-        EARLIER,
-    )
-    # a scaler leaves out the first steps until its scale fits
+    ours = Holds(ours, steps_agree, STEPS_AGREE)
+    rounds_fit = lambda ours: ours["state"].get("round", 0) <= epoch + 1
+    ours = Holds(ours, rounds_fit, "a round an epoch at most")
+    whole = {**OURS, "state_dict": dict, "optimizer": dict, "isl": ours}
+    require(content, whole, where(path), {"M": M}, ANEW)
+    # with fp16 the first steps may all have been left out, until the scaler's scale fits
     moved = bool(momentum and content["isl"]["total"] and not fp16)
     require_optimizer(content["optimizer"], path, [list(model.parameters())], moved)
 
 
 def require_queue(content: dict, path, model: nn.Module, M: int | None) -> None:
-    """Hold what a file of ours says of the keys in its queue against a MoCo that starts from it. M:
-    its images, where they are those to train on. Raises BadInput.
+    """Hold what a file of ours says of its queue's keys against a MoCo that starts from it.
+
+    M: how many images, where the file was trained on the same; else None. Raises BadInput.
     """
     shape = {
         "isl": {"state": {"slots?": QueueSlots.state_shape(model.K), ...: object}, ...: object},

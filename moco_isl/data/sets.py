@@ -1,0 +1,391 @@
+"""The data sets by name: ONE table, a row each, and how each is opened.
+
+A data set of your own is a row in a module of yours, given as --dataset my.module:row:
+
+    def read(root, split, download):        # split: train or val
+        return ImagesInMemory(images, labels, classes, f"mine/{split}")      # uint8 [M, 3, S, S]
+
+    row = DataSet(read, size=32, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), needs_dir=False)
+
+M: images, S: their side in pixels.
+"""
+
+import os
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.data import Dataset
+
+from moco_isl import files
+from moco_isl.data import folders
+from moco_isl.data.augment import DigitAugmentation
+from moco_isl.data.datasets import ImageFiles, ImagesInMemory
+from moco_isl.errors import BadInput
+from moco_isl.options import load_object, opt
+
+_DIGITS_TRAIN = 1437  # of 1,797, in the order of the file: DIGITS.md says why
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A row of the table: all that depends on which data set it is.
+
+    open: (root, split, download) -> the images as `data.datasets` has them; root is None where no
+    folder is needed. size: side of the views in pixels. mean, std: of the channels, of values in
+    [0, 1]. flip: whether a mirrored image still means the same. needs_dir: DIR has to be given.
+    downloads: --download works. in_files: images stay in their files, and --cache may keep them
+    decoded. augmentation: (mean, std, size=) -> an augmentation of its own, in place of MoCo's.
+    """
+
+    open: Callable[[Path | None, str, bool], Dataset]
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    flip: bool = True
+    needs_dir: bool = True
+    downloads: bool = False
+    in_files: bool = False
+    augmentation: Callable | None = None
+
+
+def find_set(name: str) -> DataSet:
+    """The row of that name, or the row that `my.module:name` names. Raises BadInput."""
+    if name in SETS:
+        return SETS[name]
+    if ":" not in name:
+        raise BadInput(f"no data set named {name!r}: expected one of {', '.join(SETS)}")
+    row = load_object(name, "--dataset")
+    if not isinstance(row, DataSet):
+        raise BadInput(
+            f"--dataset {name} is a {type(row).__name__}: expected a row, moco_isl.data.DataSet"
+        )
+    return row
+
+
+def build_dataset(
+    name: str, root: str | os.PathLike | None = None, split: str = "train", download: bool = False
+) -> Dataset:
+    """The data set of that name, see `find_set`; split: train or val.
+
+    folder: root/train and root/val with a folder a class, as torchvision's ImageFolder reads them;
+    without root/train, root itself is the training split. Images in no class folder, in one alone,
+    or beside the class folders have no labels; `describe` says what was found and what was skipped.
+    Raises BadInput.
+    """
+    row = find_set(name)
+    if split not in ("train", "val"):
+        raise BadInput(f"no split named {split!r}: expected train or val")
+    if root is None and row.needs_dir:
+        raise BadInput(
+            f"data set {name} needs the folder it lies in: give DIR (or --dataset digits, which"
+            " needs none)"
+        )
+    dataset = row.open(Path(root) if row.needs_dir else None, split, download)
+    parts = ("__len__", "labels", "classes", "path", "image", "size_hint")
+    if missing := [part for part in parts if not hasattr(dataset, part)]:
+        raise BadInput(
+            f"data set {name} opens as a {type(dataset).__name__} without {missing[0]}: expected"
+            " moco_isl.data.ImagesInMemory, or what has the same parts"
+        )
+    return dataset
+
+
+def _digits(root: None, split: str, download: bool) -> ImagesInMemory:
+    with np.load(Path(__file__).parent / "digits.npz") as file:
+        images = torch.from_numpy(file["images"])
+        labels = torch.from_numpy(file["labels"]).long()
+    here = slice(0, _DIGITS_TRAIN) if split == "train" else slice(_DIGITS_TRAIN, None)
+    grey = images[here, None].float() * (255 / 16)  # [M, 1, 8, 8]
+    grey = (
+        F.interpolate(grey, size=(16, 16), mode="bilinear", align_corners=False)
+        .round()
+        .to(torch.uint8)
+    )
+    return ImagesInMemory(
+        grey.repeat(1, 3, 1, 1), labels[here], [str(d) for d in range(10)], f"digits/{split}"
+    )
+
+
+def _read_cifar(name: str, root: Path, split: str, download: bool) -> tuple:
+    from torchvision import datasets
+
+    source = getattr(datasets, name.upper())(str(root), train=split == "train", download=download)
+    return source.data.transpose(0, 3, 1, 2), source.targets, list(source.classes)
+
+
+def _read_svhn(name: str, root: Path, split: str, download: bool) -> tuple:
+    from torchvision import datasets
+
+    of_torchvision = "train" if split == "train" else "test"
+    source = datasets.SVHN(str(root), split=of_torchvision, download=download)
+    return source.data, source.labels, [str(d) for d in range(10)]
+
+
+def _torchvision(name: str, read: Callable) -> Callable:
+    """What opens a data set of torchvision.
+
+    read(name, root, split, download) gives images uint8 [M, 3, S, S], labels [M] and the classes'
+    names.
+    """
+
+    def open_it(root: Path, split: str, download: bool) -> ImagesInMemory:
+        try:
+            images, labels, classes = read(name, root, split, download)
+        except ImportError as error:
+            raise BadInput(
+                f"{name} is stored as Matlab files and needs scipy ({error}): pip install scipy"
+            ) from None
+        except (RuntimeError, OSError) as error:
+            if not download:
+                raise BadInput(
+                    f"{name} is not in {root}, or not whole: expected torchvision's files; add"
+                    " --download"
+                ) from None
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise BadInput(
+                f"could not download {name} to {root}: {reason}; expected a way to the network and"
+                " a folder that can be written; or copy the files there"
+            ) from None
+        images = torch.from_numpy(np.ascontiguousarray(images))
+        return ImagesInMemory(images, torch.tensor(labels).long(), classes, f"{name}/{split}")
+
+    return open_it
+
+
+def _folder(root: Path, split: str, download: bool = False) -> ImageFiles:
+    expected = "expected a folder with train/ (and val/), or with images"
+    try:
+        is_folder = stat.S_ISDIR(os.stat(root).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        raise BadInput(f"no such folder: {root}; {expected}") from None
+    except OSError as error:  # no permission above it, or a name that is too long
+        raise BadInput(f"cannot read {root}: {error.strerror}; {expected}") from None
+    if not is_folder:
+        raise BadInput(f"not a folder: {root}; {expected}")
+    train, val = root / "train", root / "val"
+    if os.path.isdir(root / split):
+        # val is numbered by the classes of train: with a class missing there, its own numbering
+        # would shift all labels
+        names = (
+            folders.class_names(str(train)) or None
+            if split == "val" and os.path.isdir(train)
+            else None
+        )
+        images = _image_files(root / split, names)
+        if split == "train" and not os.path.isdir(val):
+            images.layout.warnings += _not_read(root)
+        if split == "val" and os.path.isdir(train) and os.path.samefile(train, val):
+            images.layout.warnings.append(
+                "val/ is a link to train/, so each image is judged by its own training image"
+            )
+        return images
+    if split == "val":
+        found = f", and it holds {folders.some(others)}" if (others := _other_splits(root)) else ""
+        raise BadInput(
+            f"no validation images: {val} is missing{found}; expected a folder a class as in"
+            " train/; add it or do without validation"
+        )
+    if os.path.isdir(val):
+        raise BadInput(
+            f"no training images: {root} has val/ but not train/; expected both; add {train} or"
+            f" give {val} itself"
+        )
+    return _image_files(root, None)
+
+
+def _not_read(root: Path) -> list[str]:
+    """Warnings of what lies beside train/, where there is no val/, and is not read."""
+    splits, said = _other_splits(root), []
+    if splits:
+        said.append(
+            f"{folders.some(splits)} beside train/ in {str(root)!r} is not read: a val split is"
+            " named val"
+        )
+    others = [
+        name
+        for name in sorted(os.listdir(root))
+        if name not in ("train", *splits) and not name.startswith(".")
+    ]
+    if others := [
+        name for name in others if os.path.isdir(root / name) and folders.has_image(root / name)
+    ]:
+        said.append(
+            f"{folders.some(others)} beside train/ in {str(root)!r} hold images that are not read:"
+            " expected all training images in train/; if train is one of the classes, move all of"
+            " them into a folder"
+        )
+    return said
+
+
+def _other_splits(root: Path) -> list[str]:
+    """The folders beside train/ and val/ that are named as splits often are."""
+    names = (
+        name
+        for name in sorted(os.listdir(root))
+        if name not in ("train", "val") and folders.is_split_name(name)
+    )
+    return [name for name in names if os.path.isdir(root / name)]
+
+
+def _image_files(folder: Path, classes: list[str] | None) -> ImageFiles:
+    """All images of a folder, at any depth, labelled by its sub-folder that they are in.
+
+    Without labels where they lie in no sub-folder, some lie beside the sub-folders, or all in the
+    same one: that tells nothing apart. classes: those that the labels count, if not the
+    sub-folders.
+    """
+    found = folders.find_images(str(folder))
+    paths, labels = found.paths(), found.labels()
+    if not paths:
+        raise BadInput(
+            f"no images in {folder}: expected files ending in"
+            f" {', '.join(e[1:] for e in folders.ENDINGS)}, in a folder a class or directly; check"
+            f" the path{folders.skipped_words(found.skipped)}"
+        )
+    names = classes or found.classes
+    if extra := sorted({found.classes[label] for label in labels if label >= 0} - set(names)):
+        raise BadInput(
+            f"{folder} has a class that train lacks: {extra[0]!r}; expected a subset of the"
+            f" {len(names)} classes of train; move it away"
+        )
+    layout = folders.layout_of(found, classes)
+    if layout.unlabelled:
+        return ImageFiles(paths, None, None, str(folder), layout)
+    number = {name: i for i, name in enumerate(names)}
+    labels = torch.tensor([number[found.classes[label]] for label in labels])
+    return ImageFiles(paths, labels, names, str(folder), layout)
+
+
+SETS = {
+    "folder": DataSet(
+        _folder,
+        size=224,
+        mean=(0.485, 0.456, 0.406),  # of ImageNet
+        std=(0.229, 0.224, 0.225),
+        in_files=True,
+    ),
+    "cifar10": DataSet(
+        _torchvision("cifar10", _read_cifar),
+        size=32,
+        mean=(0.4914, 0.4822, 0.4465),
+        std=(0.2023, 0.1994, 0.2010),
+        downloads=True,
+    ),
+    "cifar100": DataSet(
+        _torchvision("cifar100", _read_cifar),
+        size=32,
+        mean=(0.5071, 0.4865, 0.4409),
+        std=(0.2673, 0.2564, 0.2762),
+        downloads=True,
+    ),
+    "svhn": DataSet(
+        _torchvision("svhn", _read_svhn),
+        size=32,
+        mean=(0.4377, 0.4438, 0.4728),
+        std=(0.1980, 0.2010, 0.1970),
+        flip=False,
+        downloads=True,
+    ),
+    "digits": DataSet(
+        _digits,
+        size=16,
+        mean=(0.305, 0.305, 0.305),
+        std=(0.319, 0.319, 0.319),
+        flip=False,
+        needs_dir=False,
+        augmentation=DigitAugmentation,
+    ),
+}
+
+
+@dataclass(kw_only=True)
+class DataOptions:
+    """Which images, and how they are read."""
+
+    data: str | None = opt(
+        None,
+        "data",
+        metavar="DIR",
+        may_change=True,
+        help="path to dataset: DIR/train and DIR/val with a folder a class; a flat folder of images"
+        " (no labels) works for pretraining; for cifar10, cifar100, svhn: where torchvision keeps"
+        " them",
+    )
+    dataset: str = opt(
+        "folder",
+        choices=SETS,
+        plugin=True,
+        metavar="NAME",
+        help=f"what DIR holds: {', '.join(SETS)} (embedded, needs no DIR), or a row of your own as"
+        " my.module:row",
+    )
+    download: bool = opt(
+        False,
+        may_change=True,
+        help="let torchvision fetch cifar10, cifar100 or svhn into DIR; needed once",
+    )
+    image_size: int = opt(
+        0,
+        low=0,
+        high=4096,
+        metavar="S",
+        help="side of a crop in pixels (224 for photos, the native side for sets of small images)",
+    )
+    cache: str | None = opt(
+        None,
+        metavar="DIR",
+        may_change=True,
+        rare=True,
+        help="keep small images of one size (up to 64 pixels) decoded in this folder, which many"
+        " runs may share: later runs map them, and decode anew what has changed since. Larger ones"
+        " stay in their files",
+    )
+    max_bad_images: int = opt(
+        0,
+        low=0,
+        metavar="n",
+        may_change=True,
+        rare=True,
+        help="go on past this many unreadable images, each named; raise it for a crawl of the web",
+    )
+
+
+def check_options(given: DataOptions) -> None:
+    """Raise BadInput where flags of the data set do not go together, or name no folder."""
+    row = find_set(given.dataset)
+    for flag, path in (("DIR", given.data), ("--cache", given.cache)):
+        if path == "":
+            raise BadInput(
+                f"{flag} is an empty text: expected a folder; '.' is the one this is started in"
+            )
+    if given.data is not None:
+        files.kind(given.data, "DIR")  # raises where the system does not let it be looked at
+    if given.cache is not None and not row.in_files:
+        raise BadInput(
+            f"--cache keeps images of a folder decoded, and those of --dataset {given.dataset} need"
+            " no decoding: leave it off"
+        )
+    if given.cache is not None:
+        # a full cache is only read
+        files.require_folder(given.cache, "--cache", may_be_read_only=True)
+    if given.data is not None and not row.needs_dir:
+        raise BadInput(
+            f"two data sets are named: --dataset {given.dataset} is embedded, and DIR is"
+            f" '{given.data}': drop one of them"
+        )
+    if given.data is None and row.needs_dir:
+        raise BadInput(
+            f"no data: --dataset {given.dataset} needs a DIR; for a first try without any, use"
+            " --dataset digits"
+        )
+    if given.download and not row.downloads:
+        known = [name for name, row in SETS.items() if row.downloads]
+        raise BadInput(
+            f"--download works for {', '.join(known[:-1])} and {known[-1]}, not for --dataset"
+            f" {given.dataset}"
+        )

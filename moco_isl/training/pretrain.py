@@ -1,0 +1,622 @@
+"""A pretraining run, in the order in which it goes: images, files, warnings, epochs, rounds, saves.
+
+main_moco_isl.py chooses data set, model, objective and miner by the flags, and calls what is here.
+Letters: C feature dimension, M images.
+"""
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from moco_isl import dist, files
+from moco_isl.builder import MoCo
+from moco_isl.encoders import as_in_library
+from moco_isl.errors import BadInput, Interrupted, RunFailed
+from moco_isl.mining.positives import PositiveSets
+from moco_isl.mining.record import one_line, precision_of_ranking, round_record
+from moco_isl.objectives.base import Objective
+from moco_isl.ops import ivf
+from moco_isl.run import checkpoint, logs, ranks
+from moco_isl.run.folder import RunFolder
+from moco_isl.run.meters import Averages, Progress
+from moco_isl.run.signals import Stop
+from moco_isl.training import engine, fast, resume, state
+from moco_isl.training.reading import Reader
+
+ALIKE = 0.99  # the mean cosine above which all features count as alike
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run does when, by the flags of these names. mines: there is a miner."""
+
+    mines: bool
+    start_epoch: int
+    epochs: int
+    lr: float
+    momentum: float
+    weight_decay: float
+    cos: bool
+    schedule: list[int]
+    isl_rounds: int
+    isl_start: int
+    isl_every: int
+    print_freq: int
+    save_every: int
+    save_epochs: int
+    max_steps: int
+    knn_every: int
+
+    def rate(self, epoch: int) -> float:
+        """The learning rate of an epoch."""
+        return engine.learning_rate(
+            epoch,
+            lr=self.lr,
+            epochs=self.epochs,
+            cos=self.cos,
+            schedule=self.schedule,
+            rounds=self.isl_rounds,
+        )
+
+    def mined(self, epoch: int) -> bool:
+        """Whether an epoch trains on mined positives."""
+        return self.mines and epoch >= self.isl_start
+
+    def rounds(self, epoch: int) -> int:
+        """The number of the last round that is due up to the beginning of an epoch; 0: none."""
+        return engine.rounds_until(epoch, self.isl_start, self.isl_every) if self.mines else 0
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """How the network computes, by the flags of these names."""
+
+    amp: str
+    channels_last: bool
+    compile: bool
+    fast: bool
+
+    @property
+    def layout(self) -> torch.memory_format:
+        return torch.channels_last if self.channels_last else torch.preserve_format
+
+
+# ---- before anything is written: what is known of the file
+
+
+def check_file(
+    start: resume.Start,
+    content: dict,
+    images: Dataset,
+    model: nn.Module,
+    *,
+    isl_shape,
+    miner_shape: dict,
+    batch_size: int,
+    momentum: float,
+    fp16: bool,
+    out: str,
+) -> None:
+    """Hold what is in the file of a start against the run that starts from it. Raises BadInput.
+
+    images: those to train on. model: on any device. isl_shape, miner_shape: what `state_shape` of
+    either says. The rest as the flags have it.
+    """
+    checkpoint.match(model, content, start.path)
+    ours = content.get("isl")
+    names = resume.images_of(images)
+    if start.goes_on and ours:
+        _require_images(ours, len(images), names, start.path)
+        if start.in_place:
+            logs.require_lines_after(Path(out), ours["metrics_size"], ours["total"], start.path)
+        state.require_state(
+            content,
+            start.path,
+            model=model,
+            isl=isl_shape,
+            miner=miner_shape,
+            M=len(images),
+            batch_size=batch_size,
+            momentum=momentum,
+            fp16=fp16,
+        )
+    elif ours and isinstance(model, MoCo):
+        known = ours.get("images") == names
+        state.require_queue(content, start.path, model, len(images) if known else None)
+    elif start.goes_on and "optimizer" in content:
+        state.require_optimizer(content["optimizer"], start.path, [list(model.parameters())])
+    if broken := checkpoint.exploded(content):
+        raise BadInput(
+            f"'{start.path}' holds values that are not finite, or too large to be squared"
+            f" ({checkpoint.some(broken)}): give an older file, or start anew with a lower --lr"
+        )
+
+
+def _require_images(ours: dict, M: int, names: str, path: str) -> None:
+    """Raise BadInput where a file of ours was trained on other images than the M of these names."""
+    cure = "give it the same ones, or start a new run with --init and another --out"
+    if ours.get("num_images", M) != M:  # `require_state` says what is missing
+        raise BadInput(
+            f"'{path}' was trained on {ours['num_images']} images, and now there are {M}: {cure}"
+        )
+    if ours.get("images", names) != names:
+        raise BadInput(
+            f"'{path}' was trained on as many images of other names, or in another order: what was"
+            f" mined belongs to images by their place; {cure}"
+        )
+
+
+# ---- what is trained
+
+
+def assemble(
+    model: nn.Module, isl: Objective, miner, reader: Reader, plan: Plan, numerics: Numerics
+) -> resume.Parts:
+    """All that a checkpoint holds the state of, put around a model on its device and its objective.
+
+    miner: see mining.rounds.Miner.
+    """
+    cuda = reader.device.type == "cuda"
+    optimizer = fast.sgd(
+        model.parameters(),  # all of them, as in MoCo's files
+        plan.lr,
+        plan.momentum,
+        plan.weight_decay,
+        fused=numerics.fast and cuda,
+    )
+    scaler = torch.amp.GradScaler(reader.device.type, enabled=numerics.amp == "fp16")
+    if numerics.fast:
+        fast.count_batches_at_once(model)
+    if numerics.compile:
+        fast.compile_encoders(model, reader.settings.batch_size // dist.world_size())
+    names = resume.images_of(reader.images.train)
+    position = engine.Position(epoch=plan.start_epoch)
+    return resume.Parts(model, optimizer, scaler, isl, miner, names, position)
+
+
+# ---- what a run says and writes
+
+
+class Journal:
+    """What a run says and logs: lines on the screen, metrics.jsonl and TensorBoard's events.
+
+    Every rank has one, and only that of rank 0, which has a folder, says and writes anything.
+    """
+
+    def __init__(self, folder: RunFolder | None, progress: Progress, position: engine.Position):
+        self.folder = folder
+        self.progress = progress
+        self.position = position
+        self.writer = None
+        self.mean_cosine = math.inf  # of the features at the end of the epoch before
+
+    def say(self, line: str) -> None:
+        self.progress.say(line)
+
+    def log(self, **values) -> None:
+        """One line into metrics.jsonl, and its numbers into TensorBoard."""
+        if self.folder is not None:
+            self.folder.log(**values)
+        if self.writer is not None:
+            for name, value in values.items():
+                if isinstance(value, (int, float)) and name not in ("epoch", "step", "total"):
+                    self.writer.add_scalar(f"{values['kind']}/{name}", value, self.position.total)
+
+    def close(self) -> None:
+        self.progress.close()
+        for file in (self.writer, self.folder):
+            if file is not None:
+                file.close()
+
+
+@dataclass
+class Saver:
+    """Writes the checkpoints of a run; every rank has to call it.
+
+    folder: of rank 0, None elsewhere. flags: of the run, plain values. side: of a crop.
+    """
+
+    parts: resume.Parts
+    folder: RunFolder | None
+    flags: dict
+    side: int
+    device: torch.device
+
+    def __call__(self, number: int | None = None) -> None:
+        """Save checkpoint_last, and with a number checkpoint_<number> too."""
+        position = self.parts.position
+        generators = resume.rng_of_ranks(self.device, position.averages)
+
+        def write() -> None:
+            content = self.parts.state(self.flags, generators, self.folder.metrics_size())
+            broken = checkpoint.exploded(content)
+            self.folder.require_sound(broken, position.epoch, position.step)
+            self.folder.save({**content, "image_size": self.side}, number)
+
+        ranks.on_main(write)
+
+    def last_good(self) -> str:
+        """The file that holds what was saved last; '' where nothing was saved."""
+        return str(self.folder.last) if self.folder and self.folder.last.exists() else ""
+
+
+def tensorboard_writer() -> type:
+    """TensorBoard's SummaryWriter. Raises BadInput where the package is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise BadInput(
+            "--tensorboard needs the package tensorboard: pip install 'moco_isl[tensorboard]'"
+        ) from error
+    return SummaryWriter
+
+
+# ---- the beginning
+
+
+def begin(
+    start: resume.Start,
+    content: dict,
+    parts: resume.Parts,
+    reader: Reader,
+    journal: Journal,
+    save: Saver,
+    tensorboard: bool,
+) -> None:
+    """Load what the run starts from, and open its files. `content` is empty afterwards."""
+    metrics_size = 0
+    if start.path:
+        metrics_size = load(start, content, parts, reader, save.flags)
+    content.clear()  # it is as large as the model and the bank
+    ranks.on_main(lambda: journal.folder.begin(save.flags, metrics_size))
+    if start.goes_on and not start.in_place:
+        save()  # now the folder has all that --resume auto needs, however early this run ends
+    journal.progress.begin(parts.position.total)
+    if start.path:
+        journal.mean_cosine = parts.isl.mean_cosine()
+    if tensorboard and journal.folder is not None:
+        path = journal.folder.path
+        journal.writer = tensorboard_writer()(path, purge_step=parts.position.total)
+
+
+def load(
+    start: resume.Start,
+    content: dict,
+    parts: resume.Parts,
+    reader: Reader,
+    flags: dict,
+) -> int | None:
+    """Resume or initialise the parts of a run from a file; returns how many bytes of metrics.jsonl
+    to keep (None: all).
+    """
+    filled = checkpoint.load_model(parts.model, content, start.path)
+    fills = {"encoder_k": "copied from encoder_q", "queue": "filled anew by one feature pass"}
+    epoch = resume.epoch_of(content)
+    ranks.say(
+        f"=> loaded '{files.shown(start.path)}' (epoch {'unknown' if epoch is None else epoch})"
+        + "".join(f"; it has no {part}, which is {fills[part]}" for part in filled)
+    )
+    if "queue" in filled:
+        refill_queue(parts, reader)
+        ranks.say(f"=> queue filled with features of {min(reader.M, parts.model.K)} images")
+    if not start.goes_on:
+        warn_of_labels(content, start.path)
+        if "queue" not in filled:
+            initialise(parts, content, flags["dataset"], reader.features)
+        return 0
+    if "isl" not in content:
+        parts.position.epoch = epoch or flags["start_epoch"]
+        if "optimizer" in content:
+            fast.load_optimizer(parts.optimizer, content["optimizer"])
+        else:
+            ranks.say("=> it has no optimizer either: that one starts fresh")
+        return None
+    resume_exactly(content, start.path, parts, reader.device)
+    return content["isl"]["metrics_size"] if start.in_place else 0
+
+
+def resume_exactly(content: dict, path: str, parts: resume.Parts, device: torch.device) -> None:
+    """Take up all of a file of ours, and say where the run will not go on bit for bit. Raises
+    RunFailed where the ranks have read different files.
+    """
+    same = parts.restore(content, device)
+    if len(set(dist.gather_objects((parts.position.epoch, parts.position.step)))) > 1:
+        raise RunFailed(
+            f"the ranks read different states out of '{path}': a shared file system that lags"
+            " behind? Start again"
+        )
+    if not same:
+        ranks.say(
+            f"=> '{files.shown(path)}' was saved by {len(content['isl']['rng'])} ranks, here are"
+            f" {dist.world_size()}: going on, but not bit for bit"
+        )
+
+
+def warn_of_labels(content: dict, path: str) -> None:
+    flags = content.get("args")
+    if isinstance(flags, dict) and flags.get("research_labels") is True:
+        ranks.say(
+            f"=> warning: labels were used in the training of '{files.shown(path)}'"
+            " (--research-labels), and so in what is made of it here"
+        )
+
+
+def initialise(
+    parts: resume.Parts,
+    content: dict,
+    dataset: str,
+    features: Callable[[nn.Module], torch.Tensor],
+) -> None:
+    """Begin a new run from the file of another: its objective takes over what it can use.
+
+    features(encoder): a pass over all images -> [M, C] unit rows.
+    """
+    ours = content.get("isl", {})
+    flags = content.get("args", {})
+    same_images = bool(ours) and ours.get("images") == parts.images
+    same_images = same_images and flags.get("dataset") == dataset
+    parts.isl.start_from(ours.get("state", {}), same_images, features)
+
+
+@torch.no_grad()
+def refill_queue(parts: resume.Parts, reader: Reader) -> None:
+    """Fill the queue from one feature pass of the key encoder: random images, each as often as the
+    queue is longer than the data set.
+    """
+    model = parts.model
+    try:
+        rows = reader.features(model.encoder_k)  # [M, C]
+    except Interrupted:
+        raise Interrupted(
+            "before the first step, so there was nothing to save: give the same command again"
+        ) from None
+    generator = torch.Generator().manual_seed(reader.settings.seed)
+    order = torch.randperm(reader.M, generator=generator).to(reader.device)
+    begin = int(model.queue_ptr)
+    while begin < model.K:
+        chosen = order[: model.K - begin]
+        parts.isl.slots.write(model.enqueue(rows[chosen]), chosen)
+        begin += len(chosen)
+
+
+# ---- what a user should know before the first step
+
+
+def warnings(
+    parts: resume.Parts,
+    reader: Reader,
+    plan: Plan,
+    *,
+    arch: str,
+    stem: str,
+    research_labels: bool,
+    idle: list[str],
+) -> list[str]:
+    """What a run of these settings does that its user may not expect, a line each.
+
+    idle: flags that were given and change nothing.
+    """
+    M = reader.M
+    model = parts.model
+    lines = []
+    if research_labels:
+        lines.append(
+            "warning: --research-labels: the positives of this run are drawn from the labels; what"
+            " it reaches is no result without labels"
+        )
+    if isinstance(model, MoCo) and model.K > M:
+        step = reader.settings.batch_size * parts.isl.directions
+        suits = max(step, 2 ** ((M // 2).bit_length() - 1))
+        lines.append(
+            f"warning: the queue ({model.K}) is longer than the data set ({M}): {model.K / M:.1f}"
+            f" of its keys are an image's own; --moco-k {suits} would suit it"
+        )
+    if not as_in_library(model.encoder_q, arch):
+        library = "timm" if arch.startswith("timm:") else "torchvision"
+        lines.append(
+            f"warning: {library} has no {arch.removeprefix('timm:')} of this shape (--stem {stem},"
+            f" side {reader.images.side}), and cannot read what is trained here: its backbone goes"
+            " to safetensors and to this project's own scripts"
+        )
+    if plan.knn_every and reader.labels is None:
+        lines.append("warning: --knn-every without labels: nothing to judge by")
+    if idle:
+        lines.append(
+            f"warning: without --miner nothing is mined, and {', '.join(idle)} changes nothing"
+        )
+    exact = plan.mines and not research_labels and getattr(parts.miner, "index", "") == "exact"
+    if exact and ivf.wins(M, reader.device):
+        lines.append(
+            f"{M} images are searched exactly, which takes a time that grows with their square:"
+            " --isl-index ivf would be faster"
+        )
+    if plan.mines and plan.isl_start >= plan.epochs:
+        lines.append(
+            f"warning: --isl-start {plan.isl_start} is past the last epoch of --epochs"
+            f" {plan.epochs}: nothing will be mined"
+        )
+    return lines
+
+
+# ---- the epochs
+
+
+def train(
+    parts: resume.Parts,
+    reader: Reader,
+    plan: Plan,
+    numerics: Numerics,
+    journal: Journal,
+    save: Saver,
+    stop: Stop,
+    judge: Callable[..., torch.Tensor],
+) -> None:
+    """Train from the position of the parts to the end of the plan, with the rounds of mining and
+    the saves that are due. judge: weighted kNN, see `knn_accuracy`.
+
+    Raises Interrupted after saving, when any rank was asked to stop, and RunFailed where the run
+    cannot go on.
+    """
+    isl = parts.isl
+    position = parts.position
+    journal.say(
+        f"=> {reader.M} images, {len(reader.loader)} steps an epoch, {dist.world_size()} x"
+        f" {reader.device}, seed {reader.settings.seed}, files in {files.shown(save.flags['out'])}"
+    )
+    for epoch in range(position.epoch, plan.epochs):
+        for group in parts.optimizer.param_groups:
+            group["lr"] = plan.rate(epoch)
+        isl.turn = epoch
+        isl.active = plan.mined(epoch)
+        # a late start has missed rounds, and makes up for the last of them
+        number = plan.rounds(epoch)
+        if position.step == 0 and isl.round < number:
+            mine(parts, reader, plan, journal, save, stop, epoch, number)
+        with fast.numerics(numerics.fast, reader.device):
+            finished = engine.train_one_epoch(
+                isl,
+                reader.loader,
+                parts.optimizer,
+                parts.scaler,
+                position,
+                device=reader.device,
+                stop=stop,
+                progress=journal.progress,
+                log=journal.log,
+                save=save,
+                last_good=save.last_good,
+                amp=numerics.amp,
+                channels_last=numerics.channels_last,
+                print_freq=plan.print_freq,
+                save_every=plan.save_every,
+                max_steps=plan.max_steps,
+            )
+        if not finished:
+            save()
+            return
+        end_of_epoch(parts, reader, plan, journal, save, judge)
+
+
+def mine(
+    parts: resume.Parts,
+    reader: Reader,
+    plan: Plan,
+    journal: Journal,
+    save: Saver,
+    stop: Stop,
+    epoch: int,
+    number: int,
+) -> None:
+    """The round of this number in the plan, before an epoch. Raises Interrupted after saving."""
+    isl = parts.isl
+    miner = parts.miner
+    before = isl.positives
+    miner_before = copy.deepcopy(miner.state_dict())
+    generators = resume.rng_of_ranks(reader.device)
+    miner.begin(number)
+    try:
+        features = reader.features(isl.encoder)  # [M, C]
+        views = reader.views(isl.encoder, epoch) if miner.wants_views else None  # 2 x [M, C]
+        report = engine.mine_round(
+            isl, miner, features, reader.labels, reader.settings.seed, stop, views, number=number
+        )
+    except Interrupted:  # as if this round had not begun
+        miner.load_state_dict(miner_before)
+        resume.restore_rng(generators, reader.device)
+        save()
+        raise Interrupted(
+            f"saved before the mining of epoch {epoch}: go on with --resume auto"
+        ) from None
+    keep = lambda: keep_round(parts, features, before, reader.labels, journal.folder)
+    report |= ranks.on_main(keep) or {}
+    journal.say(f"=> {one_line(report)}")
+    journal.log(kind="round", epoch=epoch, **report)
+    save()
+
+
+def keep_round(
+    parts: resume.Parts,
+    features: torch.Tensor,
+    before: PositiveSets,
+    labels: torch.Tensor | None,
+    folder: RunFolder,
+) -> dict:
+    """Write the record of a round, and return the precision of the miner's own ranking where there
+    are labels.
+
+    features [M, C]: what was mined from. before: the sets that the round began with.
+    """
+    record = round_record(features, parts.isl.positives, parts.miner, before)
+    folder.save_round(parts.isl.round, record)
+    return {} if labels is None else precision_of_ranking(record, labels)
+
+
+def end_of_epoch(
+    parts: resume.Parts,
+    reader: Reader,
+    plan: Plan,
+    journal: Journal,
+    save: Saver,
+    judge: Callable[..., torch.Tensor],
+) -> None:
+    """kNN where it is due, the epoch's line, the checkpoint where it is due."""
+    position = parts.position
+    epoch = position.epoch
+    values = position.averages.epoch()
+    mean_cosine = parts.isl.mean_cosine()
+    if mean_cosine is not None:
+        values["mean_cosine"] = mean_cosine
+        warn_of_collapse(journal, epoch, mean_cosine)
+    if plan.knn_every and reader.labels is not None and (epoch + 1) % plan.knn_every == 0:
+        try:
+            values["knn"] = knn_accuracy(reader, parts.model.encoder_q, judge)
+        except Interrupted:
+            save()
+            raise Interrupted(
+                f"saved at the end of epoch {epoch}: go on with --resume auto"
+            ) from None
+        journal.say(f"=> epoch {epoch}: weighted kNN {values['knn']:.2f} %")
+    journal.log(kind="epoch", epoch=epoch, total=position.total, **values)
+    position.epoch = epoch + 1
+    position.step = 0
+    position.averages = Averages()
+    if (epoch + 1) % plan.save_epochs == 0 or epoch + 1 == plan.epochs:
+        save(epoch)
+
+
+def warn_of_collapse(journal: Journal, epoch: int, mean_cosine: float) -> None:
+    """Say where all features are alike at the end of an epoch. A new encoder gives all images
+    nearly the same features too, but each epoch parts them.
+    """
+    before = journal.mean_cosine
+    journal.mean_cosine = mean_cosine
+    if mean_cosine > ALIKE and 1 - mean_cosine < 1.1 * (1 - before):
+        journal.say(
+            f"=> warning: epoch {epoch} ends with all features alike (mean cosine"
+            f" {mean_cosine:.3f}): nothing is learned so; a smaller --lr may help"
+        )
+
+
+def knn_accuracy(reader: Reader, encoder: nn.Module, judge: Callable[..., torch.Tensor]) -> float:
+    """Accuracy in per cent of weighted kNN (k 200, T 0.1) by the encoder's features: of the images
+    held out, or leaving one out.
+
+    judge: `evaluation.knn.weighted_knn`; evaluation is built on training, and so is handed in.
+    """
+    bank = reader.features(encoder)  # [M, C]
+    held_out = reader.images.held_out
+    queries = bank
+    truth = reader.labels
+    if held_out is not None:
+        queries = reader.features(encoder, held_out)
+        truth = held_out.labels.to(reader.device)
+    alone = held_out is None
+    k = min(200, reader.M - alone)
+    found = judge(queries, bank, reader.labels, k=k, T=0.1, leave_one_out=alone)
+    return (found == truth).float().mean().item() * 100

@@ -1,0 +1,169 @@
+"""How a rank of a run reads its images: in batches to train on, and in passes over all of them.
+
+Letters: C feature dimension, M images.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from moco_isl import data, dist
+from moco_isl.encoders import AMP_TYPES, extract_features, extract_views
+from moco_isl.run.ranks import say
+from moco_isl.run.signals import Stop
+from moco_isl.training import fast
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How images are read, by the flags of these names. workers: processes of this rank.
+
+    batch_size: of all ranks. views: of an image in a step.
+    """
+
+    views: int
+    workers: int
+    dataset: str
+    cache: str | None
+    on_device: bool
+    knn_holdout: int
+    aug_plus: bool
+    batch_size: int
+    bn_splits: int
+    max_bad_images: int
+    seed: int
+    amp: str
+    compile: bool
+
+
+@dataclass(frozen=True)
+class TrainingImages:
+    """whole: a data set as it was opened. train: what of it is trained on. held_out: the rest,
+    which kNN is judged on, or None. side: of a crop, in pixels.
+    """
+
+    whole: Dataset
+    train: Dataset
+    held_out: Dataset | None
+    side: int
+
+
+def split(whole: Dataset, holdout: int, seed: int, side: int = 0) -> TrainingImages:
+    """A data set with `holdout` images of it, drawn by the seed, held out.
+
+    side: of a crop; 0: as it suits the images.
+    """
+    train, held_out = data.holdout(whole, holdout, seed) if holdout else (whole, None)
+    return TrainingImages(whole, train, held_out, side or data.native_size(train))
+
+
+@dataclass
+class Reader:
+    """How a rank reads the images: in batches to train on, and in passes of an encoder over all.
+
+    labels [M]: on the device, None where there are none; they are looked at for the log alone.
+    """
+
+    images: TrainingImages
+    labels: torch.Tensor | None
+    loader: object  # see data.train_loader
+    augmentation: Callable
+    settings: Reading
+    device: torch.device
+    stop: Stop
+
+    @property
+    def M(self) -> int:
+        return len(self.images.train)
+
+    def features(self, encoder: nn.Module, dataset: Dataset | None = None) -> torch.Tensor:
+        """[M, C] unit rows, equal on all ranks: centre crops through the encoder in eval mode.
+
+        dataset: None for the images to train on. Raises Interrupted when asked to stop.
+        """
+        dataset = self.images.train if dataset is None else dataset
+        loader = data.eval_loader(
+            dataset,
+            transform=data.get_eval_transform(self.settings.dataset, self.images.side),
+            shard=dist.shard(len(dataset)),
+            batch_size=self.settings.batch_size,
+            workers=self.settings.workers,
+            device=self.device,
+        )
+        return self._pass(extract_features, encoder, loader, loader, len(dataset))
+
+    def views(self, encoder: nn.Module, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """2 x [M, C] unit rows, equal on all ranks: both views of every image, as this epoch draws
+        them, through the encoder in eval mode. Raises Interrupted when asked to stop.
+        """
+        loader = data.view_loader(
+            self.images.train,
+            augmentation=self.augmentation,
+            seed=self.settings.seed,
+            shard=dist.shard(self.M),
+            # two views an image, as in a step
+            batch_size=self.settings.batch_size // dist.world_size(),
+            workers=self.settings.workers,
+            device=self.device,
+        )
+        return self._pass(extract_views, encoder, loader, loader.epoch(epoch), self.M)
+
+    def _pass(self, extract: Callable, encoder: nn.Module, loader, batches: Iterable, M: int):
+        """extract(encoder, batches, M, ...), of which each rank brings its share; closes the
+        loader.
+        """
+        # the averages of batch norm differ between the ranks since the last step; a file holds
+        # those of rank 0
+        for buffer in encoder.buffers():
+            dist.broadcast(buffer)
+        most = int(dist.all_reduce_max(torch.tensor(len(loader), device=self.device)))
+        watched = self.stop.watch(batches, most)
+        try:
+            return extract(encoder, watched, M, self.device, amp=AMP_TYPES[self.settings.amp])
+        finally:
+            loader.close()
+
+    def close(self) -> None:
+        self.loader.close()
+
+
+def open_reader(
+    images: TrainingImages, settings: Reading, device: torch.device, stop: Stop
+) -> Reader:
+    """A reader of the images, which are decoded and kept first where the settings say so.
+
+    Writes nothing but the cache. Raises BadInput for images that cannot be read.
+    """
+    whole = images.whole
+    say(data.describe(train=whole))
+    if settings.cache is not None:
+        whole = data.hold_cached(whole, settings.cache, settings.workers, say)
+    elif settings.on_device:
+        whole = data.hold_small(whole, settings.workers)
+    images = split(whole, settings.knn_holdout, settings.seed, images.side)
+    augmentation = data.get_augmentation(
+        settings.dataset,
+        aug_plus=settings.aug_plus,
+        size=images.side,
+        on_device=settings.on_device,
+    )
+    loader = data.train_loader(
+        images.train,
+        augmentation=augmentation,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        workers=settings.workers,
+        device=device,
+        multiple=settings.bn_splits,
+        max_bad_images=settings.max_bad_images,
+        views=settings.views,
+    )
+    if settings.compile:
+        shown = settings.views * settings.batch_size // dist.world_size()
+        fast.compile_augmentation(augmentation, shown, device)
+    labels = images.train.labels
+    labels = None if labels is None else labels.to(device)
+    return Reader(images, labels, loader, augmentation, settings, device, stop)

@@ -1,0 +1,195 @@
+"""A miner and a data set from a module of a user's own, through the command line."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import main_knn
+import main_moco_isl
+from moco_isl import miners
+from moco_isl.errors import BadInput
+from moco_isl.options import check_values, flags_of
+from tests.runs import differences
+from tests.test_bad_input import ask
+
+TOY = '''
+from dataclasses import dataclass
+
+import torch
+
+from moco_isl.data import DataSet, ImagesInMemory
+from moco_isl.mining.edges import Edges
+from moco_isl.mining.rounds import RoundMiner, over_blocks
+from moco_isl.ops.neighbors import topk
+from moco_isl.options import opt
+
+
+def read(root, split, download):
+    draw = torch.Generator().manual_seed(int(split == "val"))
+    labels = torch.arange(60) % 3
+    images = torch.randint(0, 80, (60, 3, 16, 16), generator=draw, dtype=torch.uint8)
+    images[torch.arange(60), labels] += 150  # each class its own colour
+    return ImagesInMemory(images, labels, ["red", "green", "blue"], f"toy/{split}")
+
+
+toy = DataSet(read, size=16, mean=(0.4, 0.4, 0.4), std=(0.3, 0.3, 0.3), needs_dir=False)
+
+
+@dataclass(eq=False)
+class ToyMiner(RoundMiner):
+    """Every image's neighbour at one place of its list."""
+
+    name = "toy"
+    place: int = opt(1, "--toy-place", low=1, high=9, help="which of the nearest is taken (1)")
+
+    def find(self, features, positives, seed, tick):
+        near = lambda anchors, _: topk(features[anchors], features, self.place, anchors, tick=tick)
+        anchors, cosine, images = over_blocks(len(features), features.device, near, tick)
+        self.report["place"] = self.place
+        return Edges(anchors, images[:, -1], cosine[:, -1]), ""
+
+
+class Bare:
+    pass
+
+
+class Forgotten(RoundMiner):
+    place: int = opt(1, help="nothing makes this class a dataclass")
+'''
+RUN = (
+    "--dataset toy_module:toy --miner toy_module:ToyMiner -a digits --moco-dim 16 --moco-k 32 -b 20"
+    " -j 0 --seed 0 --device cpu -p 1 --epochs 2 --isl-start 1 --isl-every 1"
+).split()
+
+
+@pytest.fixture(autouse=True)
+def toy(tmp_path, monkeypatch):
+    """The module, in the folder that the script is started in."""
+    (tmp_path / "toy_module.py").write_text(TOY)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield
+    sys.modules.pop("toy_module", None)
+
+
+def rounds(out) -> list[dict]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == "round"]
+
+
+def test_a_miner_and_a_data_set_of_ones_own_run_resume_and_are_judged(tmp_path):
+    place = ["--toy-place", "2"]
+    assert ask([*RUN, *place, "--out", "whole"])[0] == 0
+    (line,) = rounds(tmp_path / "whole")
+    assert line["miner"] == "toy" and line["place"] == 2 and line["precision"] > 0.9
+    flags = json.loads((tmp_path / "whole" / "args.json").read_text())["args"]
+    assert flags["toy_place"] == 2 and flags["miner"] == "toy_module:ToyMiner"
+    assert not {"isl_share", "oracle_size"} & flags.keys(), "flags of other miners are not there"
+
+    assert ask([*RUN, *place, "--out", "parts", "--max-steps", "4"])[0] == 0
+    code, _, said = ask([*RUN, "--toy-place", "3", "--out", "parts", "--resume", "auto"])
+    assert code == 2 and "--toy-place was 2 and is now 3" in said
+    assert ask([*RUN, *place, "--out", "parts", "--resume", "auto"])[0] == 0
+    assert differences(tmp_path / "whole", tmp_path / "parts") == []
+
+    file = "whole/checkpoint_last.pth.tar"
+    judge = f"--dataset toy_module:toy -j 0 --device cpu --k 5 --out judged --pretrained {file}"
+    assert main_knn.main(judge.split()) == 0
+    assert '"top1": 100.0' in (tmp_path / "judged" / "results.json").read_text()
+
+
+def test_a_plug_ins_flags_come_from_a_config_too(tmp_path):
+    (tmp_path / "run.yaml").write_text("miner: toy_module:ToyMiner\ntoy-place: 4\n")
+    args = main_moco_isl.get_parser().parse_args(["--config", "run.yaml"])
+    assert args.toy_place == 4
+    args = main_moco_isl.get_parser().parse_args(["--config", "run.yaml", "--toy-place=5"])
+    assert args.toy_place == 5
+    args = main_moco_isl.get_parser().parse_args(["--config", "run.yaml", "--miner", "none"])
+    assert args.miner == "none" and "toy_place" not in args, "a baseline beside a recipe"
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--miner toy_module:Nothing", "toy_module has no 'Nothing'; expected module:name"),
+        ("--miner nowhere:Miner", "No module named 'nowhere'; expected module:name"),
+        ("--miner toy_module:Bare", "is no miner: expected a class made from"),
+        ("--miner toy_module:Forgotten", "put @dataclass(eq=False) before the class"),
+        ("--miner toy_module:ToyMiner --toy-place 10", "--toy-place 10 is out of range"),
+        ("--miner knn --toy-place 2", "no flag --toy-place"),
+        ("--dataset toy_module:read", "is a function: expected a row, moco_isl.data.DataSet"),
+        ("--dataset toy_module:tay", "toy_module has no 'tay'"),
+        ("--dataset toys", "--dataset toys: expected one of folder,"),
+        ("--dataset toy_module:toy DIR", "two data sets are named"),
+        ("--dataset toy_module:toy --download", "--download works for"),
+        ("--miner knn --isl-share 0.5", "--isl-share is a flag of --miner entropy, and"),
+        ("--isl-walk 3", "--isl-walk is a flag of --miner diffusion, and --miner is none"),
+    ],
+)
+def test_what_cannot_be_is_one_line(flags, words):
+    given = flags if "--dataset" in flags else f"--dataset digits {flags}"
+    code, _, said = ask([*RUN[4:], "--out", "new", *given.split()])
+    assert code == 2 and words in said and said.count("\n") == 1, said
+
+
+def test_help_shows_the_flags_of_the_chosen_miner(capsys):
+    shown = {}
+    own = "--miner=toy_module:ToyMiner --help"
+    for line in ("--help", "--miner gan --help", own, "--help-all"):
+        with pytest.raises(SystemExit):
+            main_moco_isl.get_parser().parse_args(line.split())
+        shown[line] = capsys.readouterr().out
+    plain, gan, toy, everything = shown.values()
+    listed = [line for line in plain.splitlines() if line.startswith("  -")]
+    assert 45 <= len(listed) <= 55
+    for word, where in {
+        "--isl-radius ": [gan, everything],
+        "--toy-place": [toy],
+        "--isl-neighbors": [everything],
+        "--oracle-size": [everything],
+        "--save-every": [everything],
+        "--moco-k": [plain, gan, toy, everything],
+        "--isl-trust": [plain, gan, toy, everything],
+    }.items():
+        assert [text for text in shown.values() if word in text] == where, word
+
+
+def test_every_miner_says_no_in_its_own_words():
+    """A miner of a user's own loop is held to the ranges of the flags."""
+    for kind in miners.MINERS.values():
+        for name, flag in flags_of(kind).items():
+            if flag.low is None or "labels" in kind.__dict__.get("__dataclass_fields__", {}):
+                continue
+            with pytest.raises(BadInput, match=f"{kind.__name__}: {name} .* out of range"):
+                kind(**{name: flag.low - 1})
+    check_values(miners.GANMiner(radius=2, budget=[0.5, 1]))
+
+
+def test_a_miner_keeps_its_budget_of_each_round():
+    miner = miners.KNNMiner(budget=(0.5, 1.5))
+    assert miner.rules.budget == 0.5 and miner.most == 2
+    budgets = []
+    for number in (1, 2, 3):
+        miner.begin(number)
+        budgets.append(miner.rules.budget)
+    assert budgets == [0.5, 1.5, 1.5]
+    assert miners.KNNMiner(budget=None).rules.budget is None
+
+
+def test_the_page_of_flags_is_that_of_the_fields(tmp_path):
+    root = Path(__file__).parent.parent
+    command = [sys.executable, "-m", "moco_isl.training.options", str(tmp_path / "flags.md")]
+    subprocess.run(command, check=True, cwd=root)
+    fresh = (tmp_path / "flags.md").read_text()
+    assert (root / "docs" / "flags.md").read_text() == fresh, f"run {' '.join(command[1:3])}"
+    assert fresh.count("\n## ") == 8 + 7 and "`--isl-walk`" in fresh
+
+
+def test_each_flag_of_the_parser_is_a_field():
+    parser = main_moco_isl.get_parser()
+    actions = [a for a in parser._actions if a.dest not in ("help", "help_all", "version")]
+    assert all(action.flag.dest == action.dest for action in actions)
+    assert all(a.default == a.flag.default for a in actions if not hasattr(a, "owners"))
