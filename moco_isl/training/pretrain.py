@@ -4,6 +4,7 @@ main_moco_isl.py chooses data set, model, objective and miner by the flags, and 
 Letters: C feature dimension, M images.
 """
 
+import contextlib
 import copy
 import math
 from collections.abc import Callable
@@ -210,9 +211,11 @@ class Journal:
 
     def close(self) -> None:
         self.progress.close()
-        for file in (self.writer, self.folder):
-            if file is not None:
-                file.close()
+        if self.writer is not None:
+            with contextlib.suppress(OSError):  # its folder is gone or full, as was said
+                self.writer.close()
+        if self.folder is not None:
+            self.folder.close()
 
 
 @dataclass
