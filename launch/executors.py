@@ -19,7 +19,7 @@ from pathlib import Path
 import submitit
 
 from launch import slurm
-from launch.job import Run
+from launch.job import Task
 from launch.options import ROOT, clean_environment
 from launch.report import Entry, write_entry
 from moco_isl import files
@@ -121,7 +121,7 @@ def sbatch_text(
 
 def submit(
     opts: argparse.Namespace,
-    runs: list[Run],
+    runs: list[Task],
     folder: str,
     name: str,
     command: list[str],

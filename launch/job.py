@@ -1,4 +1,4 @@
-"""What runs on the nodes: one `Run` a task, which submitit pickles, starts and restarts.
+"""What runs on the nodes: one `Task` each, which submitit pickles, starts and restarts.
 
 Life of a task: forget what the last life left, meet the other ranks, run the script's main with a
 `stop` that signals set. When main has saved and comes back with 75, all ranks came back together:
@@ -61,7 +61,7 @@ class StopSignals:
 
 
 @dataclasses.dataclass
-class Run:
+class Task:
     """A script with its flags in its run folder.
 
     `restarts` counts the lives that ended by saving and requeueing.

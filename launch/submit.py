@@ -27,7 +27,7 @@ import submitit
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from launch import executors, options, watch
-from launch.job import SCRIPTS, Run
+from launch.job import SCRIPTS, Task
 from launch.report import Entry
 from moco_isl import files
 from moco_isl.errors import BadInput
@@ -136,7 +136,7 @@ def _main(argv: list[str]) -> int:
     return debug(plan[0]) if opts.cluster == "debug" else submit_all(plan, opts, command)
 
 
-def make_plan(script: str, opts: argparse.Namespace, flags: list[str]) -> list[Run]:
+def make_plan(script: str, opts: argparse.Namespace, flags: list[str]) -> list[Task]:
     """The run, and those that follow it, with all flags checked by their scripts.
 
     Raises BadInput.
@@ -187,8 +187,8 @@ def make_plan(script: str, opts: argparse.Namespace, flags: list[str]) -> list[R
 
 def _run(
     script: str, flags: list[str], out: str, opts: argparse.Namespace, resume: str = "auto"
-) -> Run:
-    return Run(
+) -> Task:
+    return Task(
         script,
         flags,
         out,
@@ -198,7 +198,7 @@ def _run(
     )
 
 
-def _name(run: Run, opts: argparse.Namespace) -> str:
+def _name(run: Task, opts: argparse.Namespace) -> str:
     return opts.name or f"moco_isl-{run.script}"
 
 
@@ -208,7 +208,7 @@ def _one_node(opts: argparse.Namespace) -> argparse.Namespace:
     return opts
 
 
-def dry_run(plan: list[Run], opts: argparse.Namespace) -> int:
+def dry_run(plan: list[Task], opts: argparse.Namespace) -> int:
     for i, run in enumerate(plan):
         own = _one_node(opts) if i else opts
         if opts.cluster == "slurm":
@@ -237,7 +237,7 @@ def dry_run(plan: list[Run], opts: argparse.Namespace) -> int:
     return 0
 
 
-def submit_all(plan: list[Run], opts: argparse.Namespace, command: list[str]) -> int:
+def submit_all(plan: list[Task], opts: argparse.Namespace, command: list[str]) -> int:
     """Submit the plan.
 
     SLURM holds what follows until the first has succeeded; on this machine this process waits.
@@ -287,7 +287,7 @@ def tell(entry: Entry, opts: argparse.Namespace) -> None:
         )
 
 
-def debug(run: Run) -> int:
+def debug(run: Task) -> int:
     """One task in this very process; where it fails a debugger opens, if somebody can type."""
     files.require_folder(run.out, "--job-dir")
     Path(run.out).mkdir(parents=True, exist_ok=True)

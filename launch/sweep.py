@@ -33,7 +33,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from launch import executors, options, watch
-from launch.job import SCRIPTS, Run
+from launch.job import SCRIPTS, Task
 from launch.tables import require_ours, write_table
 from moco_isl import files, schema
 from moco_isl.errors import BadInput, Interrupted, RunFailed
@@ -289,10 +289,10 @@ def flags_of(script: str, settings: dict, where: str = "the sweep") -> list[str]
 
 def _runs(
     script: str, points: dict[str, list[str]], folder: Path, opts: argparse.Namespace
-) -> list[Run]:
+) -> list[Task]:
     resume = "auto" if options.takes(script, "--resume") else None
     return [
-        Run(script, flags, str(folder / name), resume, opts.max_restarts, opts.join_timeout)
+        Task(script, flags, str(folder / name), resume, opts.max_restarts, opts.join_timeout)
         for name, flags in points.items()
     ]
 

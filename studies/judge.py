@@ -63,7 +63,7 @@ PART = {
 
 
 @dataclass
-class Run:
+class TrainedRun:
     """A point of the sweep: its row, seed, settings and folder."""
 
     row: str
@@ -94,7 +94,7 @@ class Figures:
         self.device = device
         self.judges: dict[tuple, Judge] = {}
 
-    def __call__(self, run: Run) -> dict:
+    def __call__(self, run: TrainedRun) -> dict:
         """Figures by labels, those that the run logged, and those of its last round of mining."""
         rounds = run.lines("round")
         found = {key: rounds[-1].get(name) for key, (_, name) in ROUND.items()} if rounds else {}
@@ -105,7 +105,7 @@ class Figures:
             )
         return found | self._by_labels(run)
 
-    def _by_labels(self, run: Run) -> dict:
+    def _by_labels(self, run: TrainedRun) -> dict:
         file = run.folder / "checkpoint_last.pth.tar"
         kept = run.folder / "judged.json"
         state = file.stat()
@@ -137,7 +137,7 @@ def _images(settings: dict) -> list[str]:
     return flags + (["--cache", str(args.cache)] if args.cache else [])
 
 
-def _seconds(run: Run) -> float | None:
+def _seconds(run: TrainedRun) -> float | None:
     """Of training, by the median rate, and of the rounds."""
     batch = json.loads((run.folder / "args.json").read_text())["args"]["batch_size"]
     steps = run.lines("step")
@@ -151,11 +151,11 @@ def _seconds(run: Run) -> float | None:
 # ---------------------------------------------------------------- the table
 
 
-def runs_of(plan: dict, folder: Path) -> list[Run]:
+def runs_of(plan: dict, folder: Path) -> list[TrainedRun]:
     runs = []
     for name, settings in plan["points"].items():
         seed = settings.get("seed") or "0"
-        runs.append(Run(name.removesuffix(f",seed={seed}"), seed, settings, folder / name))
+        runs.append(TrainedRun(name.removesuffix(f",seed={seed}"), seed, settings, folder / name))
     return runs
 
 

@@ -31,7 +31,7 @@ from launch import (
     tables,
     watch,
 )
-from launch.job import Run
+from launch.job import Task
 from launch.report import Entry
 from launch.slurm import JobState
 from moco_isl.errors import BadInput
@@ -859,8 +859,8 @@ class FakeMain:
         return self.act(stop)
 
 
-def in_debug(tmp_path, **settings) -> tuple[int, Run]:
-    run = Run("pretrain", ["--lr", "1"], str(tmp_path / "debug"), **settings)
+def in_debug(tmp_path, **settings) -> tuple[int, Task]:
+    run = Task("pretrain", ["--lr", "1"], str(tmp_path / "debug"), **settings)
     old = {number: signal.getsignal(number) for number in (signal.SIGUSR2, signal.SIGTERM)}
     try:
         return submit.debug(run), run
@@ -957,7 +957,7 @@ def test_a_file_to_resume_from_gives_way_to_the_runs_own_checkpoint(
 
 
 def test_the_next_life_is_made_of_what_the_constructor_set():
-    run = Run("pretrain", ["--lr", "1"], "runs/%j", restarts=2)
+    run = Task("pretrain", ["--lr", "1"], "runs/%j", restarts=2)
     following = run.checkpoint().function
     assert (
         following.restarts == 3
