@@ -130,7 +130,7 @@ class MoCo(nn.Module):
             return encoded(im_k)
         if N % world == 0:
             # Every rank gives each rank an equal share of its images, in a random order, and gets
-            # their keys back. In a world of one only the order is left of it.
+            # their keys back. With one rank this only shuffles the batch.
             order = torch.randperm(N, device=im_k.device)
             k = encoded(dist.exchange_rows(im_k[order]))
             return dist.exchange_rows(k)[order.argsort()]
