@@ -32,11 +32,10 @@ FOLDER = 0x10  # the bit of a zip entry's attributes that says so
 
 
 def save(state: dict, path: str | Path) -> None:
-    """Write `state` to `path` such that `path` is at any moment the old file or the new one, also
-    through a kill or a full disk.
+    """Write `state` to `path` such that `path` always holds either the old or the new whole file.
 
-    Raises RunFailed where it cannot be written; the temporary file is gone then, and an older
-    `path` untouched.
+    This holds through a kill and a full disk too. Raises RunFailed where it cannot be written; the
+    temporary file is removed then, and an older `path` stays as it was.
     """
     path = Path(path)
     try:
@@ -47,11 +46,11 @@ def save(state: dict, path: str | Path) -> None:
 
 @torch.no_grad()
 def exploded(state) -> list[str]:
-    """The names of the tensors in a state (dicts and lists of tensors and plain values) that no
-    training can go on from.
+    """The names of the tensors in a state from which no training can go on.
 
-    Those that hold a value that is not finite, or whose sum of squares is not (which half precision
-    is spared). One reduction over all tensors of a device and type, and one wait for each.
+    state: dicts and lists of tensors and plain values. A tensor is named if one of its values is
+    not finite, or if the sum of its squares is not; half precision is spared the second test. Makes
+    one reduction over all tensors of a device and type, and waits once for each.
     """
     groups: dict[tuple, dict[str, torch.Tensor]] = {}
     for name, tensor in _floats(state, ""):
@@ -78,8 +77,9 @@ def _floats(value, name: str) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def copy(source: Path, target: Path) -> None:
-    """Make `target` another name of the whole file `source`, atomically: a hard link where the file
-    system has them.
+    """Make `target` another name of the whole file `source`, atomically.
+
+    It is a hard link where the file system has them, and else a copy.
     """
     temporary = target.with_name(target.name + TEMPORARY)
     with contextlib.suppress(FileNotFoundError):
@@ -97,8 +97,9 @@ def copy(source: Path, target: Path) -> None:
 
 
 def require_writable(path: str | Path, flag: str) -> None:
-    """Raise BadInput where no file can be written at `path`, before hours are spent on what is to
-    go there. Makes its folder.
+    """Raise BadInput where no file can be written at `path`; make its folder.
+
+    This is asked before hours are spent on what the file is to hold.
     """
     path = Path(path)
     temporary = path.with_name(path.name + TEMPORARY)
@@ -139,8 +140,9 @@ def save_safetensors(
 
 
 def is_safetensors(path: str | Path) -> bool:
-    """Whether a file begins as safetensors' do: the length of a header, then the header, which is
-    JSON.
+    """Whether a file begins as safetensors' do.
+
+    Such a file begins with the length of a header and the header, which is JSON.
     """
     with open(path, "rb") as file:
         start = file.read(9)
@@ -174,14 +176,15 @@ def require_file(path: str | Path) -> Path:
 
 
 def load(path: str | Path, map_location: torch.device | str = "cpu", mmap: bool = False) -> dict:
-    """The dict in a checkpoint file. Never executes a pickle; of plain data see `plain`. Raises
-    BadInput with what is wrong with the file.
+    """The dict in a checkpoint file, read without ever executing a pickle.
 
+    `plain` says which plain data beside the tensors is read. Raises BadInput with what is wrong
+    with the file.
     The check sums that torch.save has written are compared, so that no damaged value is taken.
     Files of torch before 1.6, and those written with torch.serialization.set_crc32_options(False),
     have none: damage to them may not be seen.
-    mmap: tensors are read from the file when they are looked at, and not checked; for a look at
-    names, shapes and plain values, which are.
+    mmap: tensors are read from the file only when they are used, and are not checked. Names, shapes
+    and plain values are checked.
     """
     path = require_file(path)
     if damage := _damage(path, whole=not mmap):
@@ -219,11 +222,12 @@ def model_state(model: nn.Module) -> dict:
 def plain_names(
     state: dict[str, torch.Tensor], path: str | Path, own: Iterable[str] = ()
 ) -> dict[str, torch.Tensor]:
-    """The tensors under the model's own names: without those of WRAPPERS, at any place, and without
-    what stands before `encoder_q.`.
+    """The tensors under the model's own names.
 
-    own: names of the model, which stay as they are. Raises BadInput where two tensors come under
-    one name.
+    The names in WRAPPERS are left out wherever they stand, and so is what stands before
+    `encoder_q.`.
+    own: the model's names, which stay as they are. Raises BadInput where two tensors would get the
+    same name.
     """
     own = {_without_wrappers(name): name for name in own}
     before = {
@@ -250,8 +254,9 @@ def _without_wrappers(name: str) -> str:
 
 
 def match(model: nn.Module, content: dict, path: str | Path) -> tuple[dict, list[str]]:
-    """What `load` gave, held against a `builder.MoCo` or `builder.Instance` (which may be on the
-    meta device).
+    """Compare what `load` gave with a `builder.MoCo` or `builder.Instance`, and return its tensors.
+
+    The model may be on the meta device.
 
     Takes our files, MoCo's training files and MoCo's published, stripped ones, with names of
     wrappers in theirs or without. Returns the tensors by the model's names, and which of
@@ -316,11 +321,10 @@ def _require_fit(state: dict, wanted: dict, content: dict, path: str | Path) -> 
 
 
 def load_model(model: nn.Module, content: dict, path: str | Path) -> list[str]:
-    """Load what `load` gave into a `builder.MoCo` or `builder.Instance`; see `match` for the files
-    it takes and what it raises.
+    """Load what `load` gave into a `builder.MoCo` or `builder.Instance`.
 
-    Returns what the file lacks: "encoder_k" is copied from the query encoder here, "queue" stays as
-    it was and is the caller's to fill.
+    `match` says which files it takes and what it raises. Returns what the file lacks: "encoder_k"
+    is copied from the query encoder here; "queue" stays as it was, and the caller has to fill it.
     """
     state, filled = match(model, content, path)
     model.load_state_dict(state, strict=False)
@@ -340,10 +344,10 @@ def some(names) -> str:
 
 
 def _damage(path: Path, whole: bool) -> str:
-    """What contradicts the check sums in a zip file of torch.save; '' for nothing, and for a file
-    that has none.
+    """What contradicts the check sums in a zip file of torch.save; '' for nothing.
 
-    whole: read the tensors too, not only what is beside them.
+    It is '' for a file without check sums too. whole: read the tensors too, not only what is beside
+    them.
     """
     try:
         if not zipfile.is_zipfile(path):

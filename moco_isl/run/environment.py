@@ -16,9 +16,7 @@ class BadEnvironment(BadInput):
 
 
 class Ranks(NamedTuple):
-    """This process's number among all of them and among those of its node, and how many there
-    are.
-    """
+    """The rank and size of this process's world, and the same on its node."""
 
     rank: int
     world: int

@@ -1,5 +1,6 @@
-"""The folder of a run: one process at a time, nothing overwritten, metrics without gaps or
-doubles.
+"""The folder of a run, which one process at a time holds.
+
+No file of an earlier run is overwritten, and metrics.jsonl has no gaps and no line twice.
 """
 
 import contextlib
@@ -77,8 +78,10 @@ class FolderOptions:
 
 
 class RunFolder:
-    """Files of a run under `path`: checkpoint_0199.pth.tar, checkpoint_last.pth.tar, metrics.jsonl,
-    args.json, rounds/round_0001.pt.
+    """The files of a run under `path`.
+
+    They are checkpoint_0199.pth.tar, checkpoint_last.pth.tar, metrics.jsonl, args.json and
+    rounds/round_0001.pt.
 
     Opened by rank 0 alone. Raises BadInput where the folder cannot be written, holds a run that is
     not to be resumed, or is in use. The file .lock is held while the run lives; it says whether a
@@ -135,8 +138,9 @@ class RunFolder:
         self._lock.close()
 
     def _is_held(self) -> bool:
-        """Whether the folder still has the lock file that this run holds: it has not where the
-        folder was moved, removed, or made anew.
+        """Whether the folder still has the lock file that this run holds.
+
+        It does not where the folder was moved, removed, or made anew.
         """
         try:
             return os.path.samestat(os.fstat(self._lock.fileno()), os.stat(self.path / ".lock"))
@@ -158,8 +162,9 @@ class RunFolder:
         self.open_metrics(metrics_size)
 
     def write_args(self, args: dict) -> None:
-        """args.json: the resolved flags, the command, the code's version and what it runs on;
-        `earlier`: the same of the starts before this one.
+        """Write args.json: the resolved flags, the command, the code's version and what it runs on.
+
+        earlier: the same of the starts before this one.
         """
         self._made = []
         facts = {
@@ -184,8 +189,9 @@ class RunFolder:
             files.write_text(json.dumps(facts, indent=1, default=str) + "\n", path)
 
     def open_metrics(self, size: int | None) -> None:
-        """Go on with metrics.jsonl after its first `size` bytes (None: all): what was logged after
-        the checkpoint will be logged again.
+        """Go on with metrics.jsonl after its first `size` bytes (None: after all of them).
+
+        The lines behind them were logged after the checkpoint, and will be logged again.
         """
         path = self.path / "metrics.jsonl"
         self._made = []
@@ -217,8 +223,9 @@ class RunFolder:
             return os.fstat(self._metrics.fileno()).st_size
 
     def require_sound(self, broken: list[str], epoch: int, step: int) -> None:
-        """Raise RunFailed where some of what is to be saved has exploded (`checkpoint.exploded`),
-        so that the last good file stays.
+        """Raise RunFailed where a tensor to be saved has exploded (`checkpoint.exploded`).
+
+        So the last good file stays.
         """
         if not broken:
             return
@@ -229,8 +236,9 @@ class RunFolder:
         )
 
     def save(self, state: dict, number: int | None) -> None:
-        """Write the last checkpoint; with a number (an epoch's end) under MoCo's name for that
-        epoch as well.
+        """Write the last checkpoint.
+
+        With a number (an epoch's end) it is also written under MoCo's name for that epoch.
         """
         if number is None:
             with self._writing():
@@ -263,8 +271,10 @@ class RunFolder:
 
     @contextlib.contextmanager
     def _writing(self, name: str = ""):
-        """Everything in the folder is written inside this. Raises RunFailed, which names the last
-        whole checkpoint, where it cannot be, and where the folder is no longer this run's.
+        """A context in which everything in the folder is written.
+
+        Raises RunFailed, which names the last whole checkpoint, where a file cannot be written and
+        where the folder is no longer this run's.
         """
         self.require_held()
         try:
@@ -282,8 +292,9 @@ class RunFolder:
 
 
 def check_folder(path: str | Path, resume: bool) -> None:
-    """Raise BadInput where a run cannot have its files in `path`: the folder cannot be written, or
-    holds a run already and there is no `resume`.
+    """Raise BadInput where a run cannot have its files in `path`.
+
+    It cannot where the folder cannot be written, or holds a run already and there is no `resume`.
     """
     path = Path(path)
     files.require_folder(path, "--out")
@@ -298,11 +309,10 @@ def check_folder(path: str | Path, resume: bool) -> None:
 
 
 def flags_of_unsaved(path: str | Path, shape: dict | None = None) -> dict:
-    """The flags of the run in `path` that ended before its first checkpoint; {} where there is no
-    such run.
+    """The flags of the run in `path` that ended before its first checkpoint; {} if there is none.
 
-    shape: of the flags, see `state.flags_shape`; None: any. Raises BadInput where the flags are of
-    another shape, where there were checkpoints and they are gone, and where args.json is missing: a
+    shape: that of the flags, see `state.flags_shape`; None: any. Raises BadInput where the flags
+    have another shape, where checkpoints were saved and are gone, and where args.json is missing: a
     new start there would overwrite what that run has logged.
     """
     path = Path(path)
@@ -335,8 +345,9 @@ def numbered(path: Path) -> list[Path]:
 
 
 def newest(path: str | Path) -> Path | None:
-    """The checkpoint to go on with in a folder: the last one, or the last numbered one where that
-    is missing. None: there is none.
+    """The checkpoint to resume from in a folder; None if there is none.
+
+    It is the last one, or the last numbered one where that is missing.
     """
     last = Path(path) / LAST
     return last if last.is_file() else next(reversed(numbered(Path(path))), None)
@@ -377,9 +388,7 @@ def _facts(folder: Path) -> dict:
 
 
 def _starts_before(path: Path) -> list[dict]:
-    """What args.json tells of the starts so far, the first one first; a broken file tells
-    nothing.
-    """
+    """What args.json says of the starts so far, the first one first; [] for a broken file."""
     try:
         facts = read_facts(path.parent)
         return [*facts.pop("earlier", []), facts]

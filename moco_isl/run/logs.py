@@ -1,5 +1,6 @@
-"""Read args.json and metrics.jsonl of a run folder, each line held against the shape of what
-`folder.RunFolder` and the scripts write.
+"""Read args.json and metrics.jsonl of a run folder.
+
+Each line is compared with the shape of what `folder.RunFolder` and the scripts write.
 """
 
 from pathlib import Path

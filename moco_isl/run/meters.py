@@ -11,11 +11,10 @@ from moco_isl.errors import RunFailed
 
 
 class Averages:
-    """Running means of the step's parts, since the last reading and over the epoch; remembers the
-    first step with a non-finite loss.
+    """Running means of the parts of the loss, since the last reading and over the epoch.
 
-    Adding never waits for the device. The state goes into checkpoints, so that a resumed epoch ends
-    with the means of the whole epoch.
+    The first step with a loss that is not finite is remembered. Adding never waits for the device.
+    The state goes into checkpoints, so that a resumed epoch ends with the means of the whole epoch.
     """
 
     def __init__(self):
@@ -172,8 +171,9 @@ class Progress:
 
 
 def require_finite(averages: Averages, epoch: int, last_good: str) -> None:
-    """Raise RunFailed if a loss of this epoch was not finite, naming the step and the last good
-    file ('': there is none). All ranks agree.
+    """Raise RunFailed on all ranks if a loss of this epoch was not finite on any rank.
+
+    The message names the step and `last_good`, the last good file ('': there is none).
     """
     bad = averages.first_bad_step()
     worst = int(dist.all_reduce_max(torch.tensor(bad, device=averages.sums.device)))

@@ -1,5 +1,6 @@
-"""Stop at the next step: a signal sets a flag, the loop looks at it between steps, and the ranks
-agree on when.
+"""Stop a run at its next step.
+
+A signal sets a flag, the loop reads it between steps, and the ranks agree on when to stop.
 """
 
 import os
@@ -18,8 +19,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal
 
 
 def caught() -> list[signal.Signals]:
-    """SIGNALS, but for a SIGHUP that nohup, or whoever started this process, has told it to
-    ignore.
+    """The SIGNALS that are caught: all, except a SIGHUP that this process was told to ignore.
+
+    nohup does so, for one.
     """
     return [
         number
@@ -58,11 +60,12 @@ def say(line: str) -> None:
 
 
 class Stop:
-    """A context in which SIGTERM, SIGUSR1, SIGUSR2, SIGHUP (the terminal has gone) and Ctrl-C ask
-    the run to stop at the next step. A second Ctrl-C ends the process at once.
+    """A context in which a signal asks the run to stop at the next step.
 
-    asked: a launcher's own 'shall we stop?', instead of signal handlers. Signals that were blocked
-    until here, as in a process just spawned, are let in.
+    The signals are SIGTERM, SIGUSR1, SIGUSR2, SIGHUP (the terminal is gone) and Ctrl-C. A second
+    Ctrl-C ends the process at once.
+    asked: a launcher's own function that says whether to stop; it replaces the signal handlers.
+    Signals that were blocked until here, as in a process just spawned, are let in.
     """
 
     def __init__(self, asked: Callable[[], bool] | None = None):
