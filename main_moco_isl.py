@@ -60,8 +60,10 @@ def run(argv: list[str] | None, stop) -> None:
 
 
 def check_start(args: argparse.Namespace) -> tuple[resume.Start, dict]:
-    """What the run starts from, and what is in that file; the flags are checked, and those that
-    were not given taken from the run that goes on. Raises BadInput before any work.
+    """Find and read what the run starts from, and check the flags. Raises BadInput before any work.
+
+    Flags that were not given are taken from the run that goes on. Returns the start and the content
+    of its file.
     """
     flags.check(
         args.resume != "auto" or args.out,

@@ -37,9 +37,9 @@ class Position:
 def learning_rate(
     epoch: int, *, lr: float, epochs: int, cos: bool, schedule: list[int], rounds: int = 1
 ) -> float:
-    """MoCo's learning rate of an epoch: half a cosine over the run, or x 0.1 at every epoch of the
-    schedule.
+    """MoCo's learning rate of an epoch.
 
+    It falls by half a cosine over the run, or is multiplied by 0.1 at every epoch of the schedule.
     With several rounds the epochs are divided evenly, and the schedule starts anew in each.
     """
     length = math.ceil(epochs / rounds)
@@ -65,8 +65,9 @@ def autocast(device: torch.device, amp: str) -> torch.autocast:
 def to_network(
     image: torch.Tensor, device: torch.device, amp: str = "off", channels_last: bool = False
 ) -> torch.Tensor:
-    """Images [N, 3, S, S] on the network's device, in the type that autocast would give them and
-    in the network's memory format, by one copy.
+    """Bring images [N, 3, S, S] to the network's device in one copy.
+
+    They get the type that autocast would give them and the network's memory format.
     """
     dtype = AMP_TYPES[amp] or image.dtype
     layout = torch.channels_last if channels_last else torch.preserve_format

@@ -295,8 +295,9 @@ def load(
     reader: Reader,
     flags: dict,
 ) -> int | None:
-    """Resume or initialise the parts of a run from a file; returns how many bytes of metrics.jsonl
-    to keep (None: all).
+    """Resume or initialise the parts of a run from a file.
+
+    Returns how many bytes of metrics.jsonl to keep (None: all).
     """
     filled = checkpoint.load_model(parts.model, content, start.path)
     fills = {"encoder_k": "copied from encoder_q", "queue": "filled anew by one feature pass"}
@@ -325,8 +326,9 @@ def load(
 
 
 def resume_exactly(content: dict, path: str, parts: resume.Parts, device: torch.device) -> None:
-    """Take up all of a file of ours, and say where the run will not go on bit for bit. Raises
-    RunFailed where the ranks have read different files.
+    """Take up all of a file of ours, and print where the run will not go on bit for bit.
+
+    Raises RunFailed where the ranks have read different files.
     """
     same = parts.restore(content, device)
     if len(set(dist.gather_objects((parts.position.epoch, parts.position.step)))) > 1:
@@ -369,8 +371,9 @@ def initialise(
 
 @torch.no_grad()
 def refill_queue(parts: resume.Parts, reader: Reader) -> None:
-    """Fill the queue from one feature pass of the key encoder: random images, each as often as the
-    queue is longer than the data set.
+    """Fill the queue from one feature pass of the key encoder.
+
+    The images are random; where the queue is longer than the data set, each comes several times.
     """
     model = parts.model
     try:
@@ -460,9 +463,9 @@ def train(
     stop: Stop,
     judge: Callable[..., torch.Tensor],
 ) -> None:
-    """Train from the position of the parts to the end of the plan, with the rounds of mining and
-    the saves that are due. judge: weighted kNN, see `knn_accuracy`.
+    """Train to the end of the plan, with the rounds of mining and the saves that are due.
 
+    It starts at the position of the parts. judge: weighted kNN, see `knn_accuracy`.
     Raises Interrupted after saving, when any rank was asked to stop, and RunFailed where the run
     cannot go on.
     """
@@ -550,10 +553,10 @@ def keep_round(
     labels: torch.Tensor | None,
     folder: RunFolder,
 ) -> dict:
-    """Write the record of a round, and return the precision of the miner's own ranking where there
-    are labels.
+    """Write the record of a round, and return the precision of the miner's own ranking.
 
-    features [M, C]: what was mined from. before: the sets that the round began with.
+    There is a precision only where there are labels. features [M, C]: what was mined from. before:
+    the sets with which the round began.
     """
     record = round_record(features, parts.isl.positives, parts.miner, before)
     folder.save_round(parts.isl.round, record)
@@ -594,8 +597,9 @@ def end_of_epoch(
 
 
 def warn_of_collapse(journal: Journal, epoch: int, mean_cosine: float) -> None:
-    """Say where all features are alike at the end of an epoch. A new encoder gives all images
-    nearly the same features too, but each epoch parts them.
+    """Print a warning where all features are alike at the end of an epoch.
+
+    A new encoder gives all images nearly the same features too, but each epoch parts them.
     """
     before = journal.mean_cosine
     journal.mean_cosine = mean_cosine
@@ -607,10 +611,11 @@ def warn_of_collapse(journal: Journal, epoch: int, mean_cosine: float) -> None:
 
 
 def knn_accuracy(reader: Reader, encoder: nn.Module, judge: Callable[..., torch.Tensor]) -> float:
-    """Accuracy in per cent of weighted kNN (k 200, T 0.1) by the encoder's features: of the images
-    held out, or leaving one out.
+    """Accuracy in per cent of weighted kNN (k 200, T 0.1) by the encoder's features.
 
-    judge: `evaluation.knn.weighted_knn`; evaluation is built on training, and so is handed in.
+    The images held out are classified, or each training image by all others where none are held
+    out. judge: `evaluation.knn.weighted_knn`. The caller hands it in because evaluation imports
+    training.
     """
     bank = reader.features(encoder)  # [M, C]
     held_out = reader.images.held_out

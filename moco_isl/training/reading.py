@@ -41,8 +41,10 @@ class Reading:
 
 @dataclass(frozen=True)
 class TrainingImages:
-    """whole: a data set as it was opened. train: what of it is trained on. held_out: the rest,
-    which kNN is judged on, or None. side: of a crop, in pixels.
+    """The images of a run.
+
+    whole: a data set as it was opened. train: the part that is trained on. held_out: the rest,
+    which kNN classifies, or None. side: of a crop, in pixels.
     """
 
     whole: Dataset
@@ -96,8 +98,10 @@ class Reader:
         return self._pass(extract_features, encoder, loader, loader, len(dataset))
 
     def views(self, encoder: nn.Module, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """2 x [M, C] unit rows, equal on all ranks: both views of every image, as this epoch draws
-        them, through the encoder in eval mode. Raises Interrupted when asked to stop.
+        """Features of both views of every image: 2 x [M, C] unit rows, equal on all ranks.
+
+        The views are those that this epoch draws; the encoder is in eval mode. Raises Interrupted
+        when asked to stop.
         """
         loader = data.view_loader(
             self.images.train,
@@ -112,9 +116,7 @@ class Reader:
         return self._pass(extract_views, encoder, loader, loader.epoch(epoch), self.M)
 
     def _pass(self, extract: Callable, encoder: nn.Module, loader, batches: Iterable, M: int):
-        """extract(encoder, batches, M, ...), of which each rank brings its share; closes the
-        loader.
-        """
+        """Call extract(encoder, batches, M, ...) with this rank's batches; close the loader."""
         # the averages of batch norm differ between the ranks since the last step; a file holds
         # those of rank 0
         for buffer in encoder.buffers():

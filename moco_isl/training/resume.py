@@ -1,5 +1,7 @@
-"""Resume: which file a run starts from, which flags may change meanwhile, and all that a run keeps
-to go on as if it had never stopped.
+"""Resume a run as if it had never stopped.
+
+Here is which file a run starts from, which flags may change meanwhile, and all that a run keeps in
+order to go on.
 """
 
 import argparse
@@ -58,8 +60,9 @@ def check_same(
 
 
 def _what_more_epochs_change(saved: dict, now: dict, epochs: int) -> str:
-    """What the --epochs of now would have changed in the first `epochs` epochs and in the schedule
-    of mining; '' for nothing.
+    """What the new --epochs would have changed in the part that is already trained; '' for nothing.
+
+    It compares the learning rates of the first `epochs` epochs, and the schedule of mining.
     """
     for epoch in range(epochs):
         before, after = (_relative_rate(epoch, flags) for flags in (saved, now))
@@ -112,13 +115,12 @@ class Start:
 def find_start(
     resume: str, init: str | None, out: str, flags: dict | None = None
 ) -> tuple[Start, dict]:
-    """The file that --resume (a path, "auto" or "") or --init names, and what is in it: the one
-    time that it is read.
+    """Find the file that --resume or --init names, and read it: the only time that it is read.
 
-    flags: the shape of a run's flags, see `state.flags_shape`; None: any. Raises BadInput where the
-    file cannot be read, and where going on from it would overwrite what the run in `out` has
-    reached since. What is found is to be looked at again when the folder is held: see
-    `require_unchanged`.
+    --resume is a path, "auto" or "". flags: the shape of a run's flags, see `state.flags_shape`;
+    None: any. Raises BadInput where the file cannot be read, and where going on from it would
+    overwrite what the run in `out` has reached since. Call `require_unchanged` once the folder is
+    held: another run may have used it since.
     """
     if resume not in ("", "auto") and init:
         raise BadInput("--resume goes on with a run, --init starts one: give only one of them")
@@ -194,9 +196,7 @@ def saved_flags(start: Start, content: dict, parser: argparse.ArgumentParser) ->
 
 
 def check_flags(start: Start, content: dict, now: dict) -> None:
-    """Raise BadInput where flags of the pretraining that goes on differ from those of `now`, and
-    may not.
-    """
+    """Raise BadInput where flags of the resumed run differ from `now` and may not."""
     check_unsaved(start, now)
     ours = content.get("isl")
     if start.goes_on and ours:
@@ -205,8 +205,10 @@ def check_flags(start: Start, content: dict, now: dict) -> None:
 
 
 def check_unsaved(start: Start, now: dict, free: Container[str] = ()) -> None:
-    """Raise BadInput where the run in the folder ended before its first checkpoint, and had other
-    flags than those of `now` that may not change (but for `free`): this one would overwrite it.
+    """Raise BadInput where this run would overwrite one that ended before its first checkpoint.
+
+    It would where that run had other values of flags that may not change. free: flags that are not
+    compared.
     """
     saved = {name: value for name, value in start.unsaved.items() if name not in free}
     check_same(
@@ -237,8 +239,9 @@ def require_unchanged(start: Start, out: str) -> None:
 
 
 def take_folder(out: str, start: Start, keep: int | None = None) -> RunFolder | None:
-    """The run's folder, held from now on; None but on rank 0. Raises BadInput where another run has
-    it, or has written there since the start was looked for.
+    """The run's folder, held from now on; None on every rank but 0.
+
+    Raises BadInput where another run has it, or has written there since `find_start` looked.
     """
 
     def take() -> RunFolder:
@@ -286,25 +289,22 @@ def finished(start: Start, content: dict, epochs: int, max_steps: int) -> str:
 
 
 def images_of(dataset) -> str:
-    """A digest of the names of these images below their folder, in their order; not of what is in
-    them.
-    """
+    """A digest of the names of these images below their folder, in order; contents do not count."""
     names = "\0".join(data.names_below(dataset))
     return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
 
 
 def take_over(flags, saved: dict) -> None:
-    """Give flags that were not said (None) the values that the run had, such as a seed that was
-    drawn.
-    """
+    """Give flags that are None the values that the run had, such as a drawn seed."""
     for name, value in saved.items():
         if name not in MAY_CHANGE and getattr(flags, name, "") is None:
             setattr(flags, name, value)
 
 
 def rng_of_ranks(device: torch.device, averages: Averages | None = None) -> list[dict]:
-    """The states of the random generators of every rank, in rank order, on all ranks; with those of
-    the averages, which differ between the ranks too.
+    """The states of the random generators of every rank, in rank order; all ranks get them.
+
+    The state of the averages is among them, because it differs between the ranks too.
     """
     state = {"torch": torch.get_rng_state(), "python": random.getstate()}
     if device.type == "cuda":
@@ -372,8 +372,10 @@ class Parts:
         }
 
     def restore(self, content: dict, device: torch.device) -> bool:
-        """Take up everything but the model's state from a file of ours. Returns whether the run
-        goes on bit for bit: with other ranks than those that saved the file it does not.
+        """Take up everything but the model's state from a file of ours.
+
+        Returns whether the run goes on bit for bit: it does not where the number of ranks has
+        changed.
         """
         ours = content["isl"]
         load_optimizer(self.optimizer, content["optimizer"])

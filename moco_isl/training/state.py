@@ -73,8 +73,10 @@ def require_flags(
     parser: argparse.ArgumentParser,
     known: tuple[str, ...] = (),
 ) -> None:
-    """Hold the flags (`args`) in a file of ours against the script's parser, and its epoch against
-    the run that they describe. known: flags that are never None. Raises BadInput.
+    """Check the flags (`args`) in a file of ours against the script's parser. Raises BadInput.
+
+    The file's epoch is checked against the run that they describe. known: flags that are never
+    None.
     """
     shape = flags_shape(parser, optional=set())
     shape |= {name: shape[name][0] for name in known}
@@ -92,11 +94,11 @@ def require_flags(
 
 
 def flags_shape(parser: argparse.ArgumentParser, optional: set[str] | None = None) -> dict:
-    """The shape of `vars` of a parser's flags: what is not said is None, and there may be others
-    that the parser does not know.
+    """The shape of `vars` of a parser's flags.
 
-    optional: flags that need not be there; None: all of them. Those that belong to one choice of
-    another flag, as a miner's, are always optional: only that choice has them.
+    A flag that was not given is None, and there may be flags that the parser does not know.
+    optional: flags that need not be there; None: all of them. Flags of one choice of another flag,
+    such as a miner's, are always optional: only that choice has them.
     """
 
     def one(action: argparse.Action):
@@ -184,7 +186,9 @@ STEPS_AGREE = "means of an epoch that has begun, and no more steps in it than in
 
 
 def steps_agree(ours: dict) -> bool:
-    """Whether every rank has averages in the middle of an epoch, and no more steps were taken in it
+    """Whether the counts of steps in the state of a run agree with each other.
+
+    Every rank must have averages where an epoch has begun, and no more steps may be taken in it
     than in all.
     """
     counted = all(rank["averages"]["sums"] is not None for rank in ours["rng"])
@@ -206,11 +210,10 @@ def require_state(
     momentum: float,
     fp16: bool,
 ) -> None:
-    """Hold a pretraining file of ours, of which `require_start` was asked, against the run that is
-    to go on from it. Raises BadInput.
+    """Check a pretraining file of ours against the run that is to go on from it. Raises BadInput.
 
-    model: of builder.py, on any device. isl, miner: what `state_shape` of either says. The rest as
-    the run's flags have it.
+    `require_start` has checked the file before. model: of builder.py, on any device. isl, miner:
+    the shape that `state_shape` of either gives. Everything else follows from the run's flags.
     """
     steps = -(-M // batch_size)
     epoch = content["epoch"]
@@ -258,11 +261,10 @@ def _scaler(enabled: bool) -> dict:
 def require_optimizer(
     saved: dict, path, groups: list[list[nn.Parameter]], moved: bool = False, finite: bool = True
 ) -> None:
-    """Hold the state of an SGD, ours or MoCo's, against the parameters it is for. moved: it must
-    have momentum. finite: see `schema.Tensor`. Raises BadInput.
+    """Check the state of an SGD, ours or MoCo's, against the parameters it is for. Raises BadInput.
 
-    As in torch's files, parameters are named by any numbers, in the order in which the groups list
-    them.
+    moved: it must have momentum. finite: see `schema.Tensor`. As in torch's files, parameters may
+    be named by any numbers, in the order in which the groups list them.
     """
     numbers = Number(whole=True)
     at = f"cannot read the optimizer in {named('', path)}"
