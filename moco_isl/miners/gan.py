@@ -182,12 +182,12 @@ class GANMiner(RoundMiner):
     def ranking(
         self, features: Tensor, positives: PositiveSets, anchors: Tensor, k: int
     ) -> tuple[Tensor, Tensor, Tensor] | None:
-        """What the last round's proxies of some anchors [A] would take first, whatever threshold,
-        radius and budget: for reports.
+        """The images that the last round's proxies of some anchors [A] rank first, for reports.
 
-        features [M, C] and positives: those the round started from. Returns the score of each
-        anchor's best proxy [A], the k images nearest to it [A, k] and their cosine to it [A, k];
-        None where the round collapsed. Its triplets are draws of its own.
+        The threshold, the radius and the budget are not applied. features [M, C] and positives:
+        those with which the round started. Returns the score of each anchor's best proxy [A], the k
+        images nearest to it [A, k] and their cosine to it [A, k]; None where the round collapsed.
+        Its triplets are drawn anew.
         """
         if self.networks is None:
             return None

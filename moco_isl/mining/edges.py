@@ -1,5 +1,6 @@
-"""From what a miner found to the sets of a round: old pairs judged anew, in-degree caps, the
-budget. All miners share it.
+"""Make the sets of a round from the pairs that a miner found. All miners share it.
+
+Old pairs are judged again, then the in-degree caps and the budget are applied.
 
 Letters: M images, C feature dimension, E directed edges as found, U undirected pairs.
 """
@@ -57,13 +58,13 @@ def settle(
     rules: Rules,
     trusted: Callable[[Tensor, Tensor], int] = lambda lower, higher: len(lower),
 ) -> tuple[PositiveSets, dict]:
-    """features [M, C], the edges found and the sets so far -> the new sets, and how many directed
-    edges came and went.
+    """Make the new sets from the edges found and the sets so far.
 
+    features [M, C]. Returns the new sets, and how many directed edges were added and removed.
     Greedy: pairs are taken in the order of their sureness (equal ones by image), a pair that would
-    put an image over the cap is passed over, and the budget ends the list. trusted(lower [U],
-    higher [U]) is asked last how many of these pairs, surest first, are to stay; pairs that are
-    never dropped (`rules.keep`) stay anyway.
+    put an image over the cap is passed over, and the budget ends the list. At the end trusted(lower
+    [U], higher [U]) says how many of these pairs, surest first, are to stay. Pairs that are never
+    dropped (`rules.keep`) stay anyway.
     """
     M = len(features)
     distinct = lambda src, dst, values: distinct_edges(M, src, dst, values, undirected=True)
@@ -152,12 +153,12 @@ def _judge(cosine: Tensor, sureness: Tensor, old_cosine: Tensor, floor: float) -
 
 
 def under_cap(a: Tensor, b: Tensor, room: Tensor) -> Tensor:
-    """Pairs a [U], b [U], surest first, and the room [M] their images have left -> which are taken,
-    [U] bool.
+    """Which of the pairs a [U], b [U], surest first, are taken under the cap: [U] bool.
 
-    The same as walking down the list and taking a pair where both its images have room; `room` is
-    brought up to date. Works in rounds: a pair is safe where each of its images has more room than
-    undecided pairs above this one, and it is out where one of them has no room.
+    room [M]: how many more pairs each image may have; it is brought up to date. The result is that
+    of walking down the list and taking a pair where both its images have room. It is found in
+    rounds: a pair is safe where each of its images has more room than undecided pairs above this
+    one, and it is out where one of them has no room.
     """
     taken = torch.zeros(len(a), dtype=torch.bool, device=a.device)
     undecided = torch.arange(len(a), device=a.device)

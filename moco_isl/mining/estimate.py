@@ -65,15 +65,17 @@ def halves(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def by_halves(features: Tensor, a: Tensor, b: Tensor, tick: Tick | None = None) -> Tensor:
-    """features [M, C] unit rows, pairs a [U], b [U] -> at most how many of the pairs like each are
-    right, shares [U] float32.
+    """For each pair, at most which share of the pairs like it is right: [U] float32.
+
+    features [M, C] unit rows, pairs a [U], b [U].
     """
     return HALVES(common_neighbours(halves(features), a, b, tick))
 
 
 def by_views(views: Views, a: Tensor, b: Tensor, tick: Tick | None = None) -> Tensor:
-    """views 2 x [M, C] unit rows, of two random augmentations of every image, pairs a [U], b [U] ->
-    how many of the pairs like each are right, shares [U] float32.
+    """For each pair, which share of the pairs like it is right: [U] float32.
+
+    views 2 x [M, C] unit rows, of two random augmentations of every image; pairs a [U], b [U].
     """
     by_chance = _neighbours(len(views[0])) / len(views[0])
     s = common_neighbours(views, a, b, tick)
@@ -108,11 +110,11 @@ def sampled(
     b: Tensor,
     tick: Tick | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """precision(of, a, b) of up to SAMPLE of the pairs a [U], b [U], evenly from first to last, and
-    their places: [n], [n].
+    """precision(of, a, b) of up to SAMPLE of the pairs a [U], b [U], and their places: [n], [n].
 
-    precision: `by_views` or `by_halves`. Every rank gets rank 0's answer, and raises Interrupted
-    where tick raised it on rank 0.
+    The sample is spread evenly from the first pair to the last. precision: `by_views` or
+    `by_halves`. Every rank gets rank 0's answer, and raises Interrupted where tick raised it on
+    rank 0.
     """
     at = torch.linspace(0, len(a) - 1, min(SAMPLE, len(a)), device=a.device).round().long()
     share = torch.zeros(len(at), device=a.device)
@@ -128,9 +130,9 @@ def sampled(
 
 
 def widest(share: Tensor, at: Tensor, number: int, bound: float) -> int:
-    """How many of `number` pairs, surest first, make the longest list of which the estimated share
-    of right ones is at least `bound`.
+    """How many of `number` pairs, surest first, can be kept at an estimated precision of `bound`.
 
+    It is the length of the longest list whose estimated share of right pairs is at least `bound`.
     share [n], at [n]: of `sampled`. A list is judged by at least 32 sampled pairs.
     """
     count = torch.arange(1, len(share) + 1, device=share.device)

@@ -237,11 +237,10 @@ class Trainer:
         self.cursor.zero_()
 
     def draw(self, iterations: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-        """Images a, p, n, each [B, N]: the next anchors of the pass, with a window of candidates
-        for each iteration.
+        """Draw the images a, p, n, each [B, N], of the next anchors of the pass.
 
-        An anchor comes once a pass, so each of its triplets (five passes are the method's epoch)
-        has its own draw.
+        Each iteration has its own window of candidates for n. An anchor comes once a pass, so each
+        of its triplets (five passes are the method's epoch) is drawn anew.
         """
         at = (self.cursor + self.lane[:iterations]) % self.a_pass  # [B]
         self.cursor.add_(iterations)

@@ -122,12 +122,12 @@ class PositiveSets:
         return float(same.double().nanmean())
 
     def lookup(self, index: Tensor, P: int, turn: int = 0) -> tuple[Tensor, Tensor]:
-        """index [N] -> positives [N, P] int64 and weights [N, P]; padding is the image itself at
-        weight 0.
+        """The positives [N, P] int64 of the images index [N] and their weights [N, P].
 
-        A set larger than P gives P consecutive members. With every `turn` (the epoch) that window
-        moves on by P, and around at the end: each positive has its turn, and no draw is needed that
-        ranks or a resumed run would have to repeat.
+        Padding is the image itself at weight 0. A set larger than P gives P consecutive members.
+        With every `turn` (the epoch) that window moves on by P, and starts again at the end of the
+        set. So each positive has its turn without a random draw, which all ranks and a resumed run
+        would have to repeat.
         """
         if not self.num_edges:
             return index[:, None].repeat(1, P), torch.zeros(len(index), P, device=index.device)

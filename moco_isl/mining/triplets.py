@@ -80,8 +80,9 @@ class TripletSampler:
         return self.order[(self.slots + offset) % self.M]
 
     def draw_positives(self, anchors: Tensor, u: Tensor) -> Tensor:
-        """anchors [N], u [N] uniform in [0, 1) -> a member of each anchor's set [N], or the anchor
-        itself where the set is empty. Both may have any other shape.
+        """Draw a member of each anchor's set [N], or the anchor itself where the set is empty.
+
+        anchors [N], u [N] uniform in [0, 1). Both may have any other shape.
         """
         sets = self.positives
         if not sets.num_edges:
@@ -92,16 +93,19 @@ class TripletSampler:
         return torch.where(size > 0, sets.members[edge].long(), anchors)
 
     def draw_negatives(self, anchors: Tensor, offset: Tensor | int) -> Tensor:
-        """anchors [N] -> the most similar of the candidates at `offset` [N], never the anchor nor a
-        positive of it. For several batches at once: anchors [B, N], offset [B, 1] -> [B, N].
+        """The candidate at `offset` that is most similar to each anchor [N].
+
+        It is never the anchor nor one of its positives. For several batches at once: anchors [B,
+        N], offset [B, 1] -> [B, N].
         """
         candidates, scores = self.score_candidates(anchors, offset)
         return candidates.gather(-1, scores.max(-1).indices)  # argmax is slow in bfloat16
 
     def score_candidates(self, anchors: Tensor, offset: Tensor | int) -> tuple[Tensor, Tensor]:
-        """anchors [N] -> the candidates at `offset` [S] and their similarity to each anchor [N, S],
-        -inf where one may be no negative. For several batches at once: anchors [B, N], offset
-        [B, 1] -> [B, S], [B, N, S].
+        """The candidates at `offset` [S] and their similarity to each anchor [N, S].
+
+        The similarity is -inf where a candidate may not be a negative. For several batches at once:
+        anchors [B, N], offset [B, 1] -> [B, S], [B, N, S].
         """
         candidates = self.candidates(offset)
         scores = self.search[anchors] @ self.search[candidates].mT  # [B, N, S]

@@ -21,8 +21,9 @@ _BYTES = 1 << 30  # of group maxima, or of rescored rows, at a time
 
 
 def kernels_for(rows: Tensor) -> ModuleType | None:
-    """The module of kernels if it serves these rows: at most 256 wide, on a CUDA device where it
-    was seen to work.
+    """The module of kernels, or None where it does not serve these rows.
+
+    It serves rows of at most 256 numbers, on a CUDA device where it was seen to work.
     """
     C = rows.shape[1]
     return _seen_to_work(rows.device, C) if rows.device.type == "cuda" and C <= _WIDEST else None
@@ -38,10 +39,10 @@ def try_out(device: torch.device, C: int) -> bool:
 
 @functools.cache
 def _seen_to_work(device: torch.device, C: int) -> ModuleType | None:
-    """The kernels, if they compile for this width and agree with float64 on a small case; else
-    None and a warning.
+    """The kernels if they compile for this width and are right on a small case; else None.
 
-    Each width is tried, because its tiles take other registers and shared memory.
+    They are compared with float64, and a warning says where they fail. Each width is tried, because
+    its tiles take other registers and shared memory.
     """
     try:
         from moco_isl.ops import kernels

@@ -146,8 +146,9 @@ class IVF:
     def _look(
         self, queries: Tensor, k: int, exclude: Tensor | None, tick: Tick | None
     ) -> tuple[Tensor, Tensor]:
-        """As `topk`, by the lists alone. Where they hold too few rows the last ones are -1, with
-        cosine -inf.
+        """As `topk`, but search only the lists.
+
+        Where they hold fewer than k rows the last ones are -1, with cosine -inf.
         """
         wide = k + (exclude is not None) + self._spare
         step = max(1, min(_QUERIES, _NUMBERS // (wide * queries.shape[1])))

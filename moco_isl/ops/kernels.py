@@ -1,5 +1,6 @@
-"""Fused kernels (Triton) of the two passes over all rows, the softmax and the search: scores never
-leave the chip.
+"""Fused kernels (Triton) of the passes over all rows, the softmax and the search.
+
+The scores never leave the chip.
 
 Letters: N anchors or queries, M rows, C feature dimension, T temperature; BN, BM, BC: the sides of
 a tile in each; C fits one tile.
@@ -215,8 +216,9 @@ def _rescore_kernel(
 
 
 def group_maxima(queries: Tensor, bank: Tensor, tile: Tile | None = None) -> Tensor:
-    """queries [N, C], bank [M, C], both float16 -> the best score of each group of GROUP rows,
-    [groups, N] float32.
+    """The best score of each query in each group of GROUP rows: [groups, N] float32.
+
+    queries [N, C], bank [M, C], both float16.
     """
     N, C = queries.shape
     M = len(bank)

@@ -14,8 +14,9 @@ Tensor = torch.Tensor
 def kmeans(
     features: Tensor, G: int, iterations: int, generator: torch.Generator, tick: Tick | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Unit rows [M, C] in G <= M clusters -> the cluster of each row [M] int64, unit centroids
-    [G, C] float32.
+    """Cluster unit rows [M, C] into G <= M clusters.
+
+    Returns the cluster of each row [M] int64 and the unit centroids [G, C] float32.
 
     Starts from G rows drawn by `generator` (CPU) and ends when no row changes its cluster, or after
     `iterations`. A cluster that has lost all its rows starts anew from the row that is least like

@@ -77,10 +77,10 @@ def topk(
 def searched_again(
     queries: Tensor, bank: Tensor, k: int, exclude: Tensor | None = None
 ) -> float | None:
-    """The share of the queries [Q, C] that `topk` searches a second time in bank [M, C], because
-    float16 could not tell their neighbours from others; None where no kernel searches.
+    """The share of the queries [Q, C] that `topk` searches a second time in bank [M, C].
 
-    For benchmarks: it costs a search.
+    It does so where float16 cannot tell their neighbours from others. None where no kernel
+    searches. For benchmarks: it costs a search.
     """
     kernels = _kernels_for(bank, k)
     if kernels is None:
@@ -98,8 +98,9 @@ def _kernels_for(bank: Tensor, k: int):
 def _topk_fused(
     kernels, queries: Tensor, bank: Tensor, k: int, exclude: Tensor | None, tick
 ) -> tuple[Tensor, Tensor]:
-    """As `topk`. Queries whose neighbours half precision cannot tell from others are searched
-    again, plainly.
+    """As `topk`, by the kernel.
+
+    Queries whose neighbours half precision cannot tell from others are searched again, without it.
     """
     cosine, index, sure = fused.search(kernels, queries, bank, k, exclude, tick)
     cosine, index = in_order(cosine, index)
