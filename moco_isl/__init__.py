@@ -1,5 +1,3 @@
-"""MoCo v2 with Instance Similarity Learning: what is mined, how it is trained on, and how good it
-is.
-"""
+"""MoCo v2 with Instance Similarity Learning: mining positives, training on them, evaluation."""
 
 __version__ = "0.1.0"

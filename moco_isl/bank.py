@@ -43,8 +43,10 @@ class FeatureBank:
         return self.rows[index].float()
 
     def mean(self, most: int = 1 << 16) -> torch.Tensor:
-        """[C] float32: the mean row. Of more than `most` rows, about `most` evenly spread ones are
-        taken, because this is asked for at every step.
+        """The mean row of the bank, [C] float32.
+
+        Of more than `most` rows, about `most` evenly spread ones are averaged, because every step
+        asks for the mean.
         """
         return self.rows[:: max(1, len(self.rows) // most)].float().mean(0)
 

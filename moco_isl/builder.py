@@ -39,7 +39,8 @@ class MoCo(nn.Module):
         T: float = 0.07,
         mlp: bool = False,
     ):
-        """
+        """Make the query encoder, the key encoder and the queue.
+
         dim: feature dimension (default: 128)
         K: queue size; number of negative keys (default: 65536)
         m: moco momentum of updating key encoder (default: 0.999)
@@ -120,8 +121,9 @@ class MoCo(nn.Module):
 
     @torch.no_grad()
     def _encode_keys(self, im_k: torch.Tensor) -> torch.Tensor:
-        """k [N, C]: shuffling BN, each image encoded on a random rank, or on one device in a random
-        part of the batch.
+        """The keys k [N, C], with shuffling BN.
+
+        Each image is encoded on a random rank, or on a single device in a random part of the batch.
         """
         N = len(im_k)
         world = dist.world_size()

@@ -64,9 +64,9 @@ def decode_pixels(
 def decode(
     path: str, at_least: int | None = None, unclear: Callable[[str], None] = warnings.warn
 ) -> Image.Image:
-    """The image of a file as 8-bit RGB, whatever it was; orientation tags are left alone, as
-    torchvision does.
+    """The image of a file as 8-bit RGB, whatever its format.
 
+    Orientation tags are ignored, as torchvision ignores them.
     at_least: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as both sides keep that
     many pixels. unclear(why): called where the range of floats or 32-bit integers is a guess;
     `value_range` has the rule.
@@ -116,15 +116,15 @@ def _to_eight_bits(image: Image.Image, unclear: Callable[[str], None]) -> Image.
 
 
 def value_range(values: np.ndarray, tops: Sequence[float]) -> tuple[float, float, str]:
-    """(low, high, why that is no sure thing: '' where it is) of the values of an image whose scale
-    is not known.
+    """The range of the values of an image whose scale is not known: (low, high, doubt).
 
+    doubt: why the range is a guess; '' where it is certain.
     The highest and the lowest 1 % of the values do not decide, nor do those that are not finite.
     Where the others lie between 0 and one of `tops`, the range is 0 to the first such top; else it
-    is that of the others, from 0 where none of them is negative. What lies 5 % beyond a bound, as
-    sharpening leaves it, counts as within. It is a sure thing where all finite values lie between 0
-    and the top, and some above an eighth of it, or all are 0. Raises ValueError where no value is
-    finite.
+    is that of the others, from 0 where none of them is negative. Values up to 5 % beyond a bound,
+    which sharpening leaves, count as within it. The range is certain where all finite values lie
+    between 0 and the top and some lie above an eighth of it, or where all are 0. Raises ValueError
+    where no value is finite.
     """
     values = values[np.isfinite(values)]
     if not len(values):

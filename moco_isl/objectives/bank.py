@@ -78,9 +78,7 @@ class BankObjective(MinedObjective):
         return 2 if hpe else 1
 
     def step(self, im_1: Tensor, *rest: Tensor) -> Parts:
-        """im_1 is trained on; the second view only gives the hard positives of images with an empty
-        set.
-        """
+        """Train on im_1; the second view gives the hard positives of images with an empty set."""
         *second, index = rest
         mined, weight = self.positives.lookup(index, self.P, self.turn)  # [N, P] each
         without = (weight == 0).all(dim=1)  # [N]
@@ -126,11 +124,10 @@ class BankObjective(MinedObjective):
 
 
 class Coming:
-    """A number on its way from the device: int() waits for the work that was queued before it was
-    asked for, not for what came after.
+    """A number that is being copied from the device.
 
-    Asked for before the encoder runs and read behind it, it leaves the device busy while the host
-    goes on.
+    int() waits only for the work that was queued before the copy. The number is asked for before
+    the encoder runs and read afterwards, so that the device stays busy while the host goes on.
     """
 
     def __init__(self, number: Tensor):

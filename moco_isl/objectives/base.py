@@ -158,8 +158,9 @@ class Objective:
         return everyone, features
 
     def mean_cosine(self) -> float | None:
-        """Mean cosine of two of the features that steps left: 1 where all images look alike, NaN
-        before any. None: no features are kept.
+        """Mean cosine between the features of the steps so far: 1 where all images look alike.
+
+        It is NaN before any step, and None where no features are kept.
         """
         return None
 
@@ -289,8 +290,9 @@ class MinedObjective(Objective):
         return miner.report
 
     def _check_rows(self, features: Tensor) -> None:
-        """Raise BadInput unless the rows of features [M, C] have the length 1 and, where they fill
-        the bank, its width.
+        """Raise BadInput unless the rows of features [M, C] are unit vectors of the bank's width.
+
+        The width counts only where they are to fill the bank.
         """
         C = self.bank.dim
         if not self.bank.filled and features.shape[1] != C:

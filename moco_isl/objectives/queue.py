@@ -1,5 +1,7 @@
-"""MoCo v2 + ISL. Positives of an image: its key and the bank rows of its mined set. Negatives: the
-queue, less the keys of the image itself and of its set.
+"""MoCo v2 + ISL.
+
+Positives of an image: its key and the bank rows of its mined set. Negatives: the queue, less the
+keys of the image itself and of its set.
 
 Letters: N batch, C feature dimension, K queue length, M images, P positives of an image after
 padding, S slots remembered of an image, T temperature.

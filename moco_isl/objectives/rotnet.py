@@ -30,9 +30,7 @@ class Rotation(nn.Module):
         self.classifier = nn.Linear(dim, 4)
 
     def encode(self, image: Tensor) -> Tensor:
-        """Images [N, 3, S, S] -> logits [4N, 4] of the N as they are, then turned by 90, 180 and
-        270 degrees.
-        """
+        """Logits [4N, 4] of images [N, 3, S, S], turned by 0, 90, 180 and 270 degrees."""
         turned = [torch.rot90(image, quarter, (2, 3)) for quarter in range(4)]
         return self.classifier(F.relu(self.encoder_q(torch.cat(turned))))
 

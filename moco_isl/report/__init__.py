@@ -1,3 +1,4 @@
-"""One page about one run or several: how training went, what was mined, and whether the mining
-helps or hurts.
+"""One page about one run or several.
+
+It shows how training went, what was mined, and whether the mining helps or hurts.
 """

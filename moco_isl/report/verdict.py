@@ -23,8 +23,10 @@ class Verdict:
 
 
 def read_breakeven(path: Path) -> dict:
-    """{loss form: precision, or {mean set size: precision}}: the precision from which mined
-    positives help. Raises BadInput.
+    """Read the precision from which mined positives help. Raises BadInput.
+
+    The file has {loss form: precision} or {loss form: {mean set size: precision}}; the answer has
+    the second form.
     """
     sizes = Holds(
         {...: _PRECISION},
