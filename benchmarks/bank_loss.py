@@ -1,5 +1,6 @@
-"""The bank objective's loss at the size of ImageNet, forward and backward: seconds and peak memory
-of the streamed form and of whole matrices.
+"""The bank objective's loss at the size of ImageNet, forward and backward.
+
+Measured are seconds and peak memory of the streamed form and of whole matrices.
 
     python -m benchmarks.bank_loss      batch 256, 32 positives, hard positives, M = 10,000 to
                                         1,281,167

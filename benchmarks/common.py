@@ -1,5 +1,6 @@
-"""What every benchmark and study shares: timing, the machine's own ceilings, a table on the screen
-and the file that keeps it.
+"""What every benchmark and study shares.
+
+That is timing, the machine's own ceilings, a table on the screen and the file that keeps it.
 
 A table is kept as <folder>/results/<name>-<device>.json, and `python -m benchmarks.results` writes
 <folder>/RESULTS.md from all of them; folder is benchmarks or studies. Such a file holds what the

@@ -1,6 +1,7 @@
-"""The floor of a training step: no implementation is faster than its products at the rate of a
-large one (of matrices or a convolution, whichever is faster) and its bytes at the rate of a copy.
-Both rates are measured in the same process.
+"""The floor of a training step: no implementation takes less time.
+
+It counts the step's products at the rate of a large one (of matrices or a convolution, whichever is
+faster) and its bytes at the rate of a copy. Both rates are measured in the same process.
 """
 
 from collections.abc import Callable

@@ -1,5 +1,6 @@
-"""How mining, the bank loss and the GAN's training grow with the number of images M: seconds,
-memory and fitted exponents.
+"""How mining, the bank loss and the GAN's training grow with the number of images M.
+
+Measured are seconds and memory, with fitted exponents.
 
     python -m benchmarks.growth                           M = 10,000, 100,000 and 1,281,167; a GAN
                                                           of 20,000 iterations

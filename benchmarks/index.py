@@ -1,5 +1,6 @@
-"""The 10 nearest of every image, exactly and by the approximate index of --isl-index ivf: seconds,
-memory and recall.
+"""The 10 nearest of every image, exactly and by the approximate index of --isl-index ivf.
+
+Measured are seconds, memory and recall.
 
     python -m benchmarks.index                          100,000 and 1,000,000 unit rows of a
                                                         mixture, C = 128

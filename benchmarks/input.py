@@ -1,5 +1,6 @@
-"""Photos from JPEG files to two views: images a second and core, by the published PIL pipeline and
-by others, in turns in one process.
+"""From photos in JPEG files to two views: images a second and core.
+
+The published PIL pipeline and others take turns in one process.
 
     python -m benchmarks.input [--photos DIR]     DIR: any folder of JPEGs; default: imagenette_mini
                                                   in MOCO_ISL_DATA, else drawn pictures

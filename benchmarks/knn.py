@@ -1,5 +1,6 @@
-"""Weighted kNN at the size of ImageNet: seconds and peak memory of searching and voting, on random
-unit features.
+"""Weighted kNN at the size of ImageNet, on random unit features.
+
+Measured are seconds and peak memory of searching and voting.
 
     python -m benchmarks.knn                  on a GPU: 1,281,167 images, 50,000 queries, 128-d and
                                               2,048-d

@@ -1,6 +1,4 @@
-"""lightly's MoCo and NNCLR as training steps, put together from its modules as its documentation
-does.
-"""
+"""lightly's MoCo and NNCLR as training steps, put together as its documentation does."""
 
 from collections.abc import Callable
 

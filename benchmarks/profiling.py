@@ -1,5 +1,6 @@
-"""Where the time of a step goes: its three largest kinds of work. On a CPU these are operations, on
-a GPU kernels, put together by what they do.
+"""Where the time of a step goes: its three largest kinds of work.
+
+On a CPU these are operations, on a GPU kernels, grouped by what they do.
 """
 
 import re

@@ -1,5 +1,6 @@
-"""From the command to the end of the first step: seconds of main_moco_isl.py, a new process each
-time.
+"""Seconds from the command to the end of the first step of main_moco_isl.py.
+
+Each start is a new process.
 
     python -m benchmarks.start              ResNet-50, photos of 224 px, batch 256, --fast
                                             --no-compile; on a CPU ResNet-18, 64 px, batch 16

@@ -1,5 +1,7 @@
-"""One training step: as published, as lightly has it, our plain path, our fast path, with ISL on,
-and the floor, side by side in one process.
+"""One training step in several forms, side by side in one process.
+
+The forms are the published code, lightly's, our plain path, our fast path, ours with ISL, and the
+floor.
 
     python -m benchmarks.step --rows photos     ResNet-50, 224 px, batch 256, K 65,536, and what ISL
                                                 adds at M = 1,281,167

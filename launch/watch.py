@@ -53,8 +53,9 @@ def _shown(job: JobState) -> str:
 
 
 def outcome(entries: list[Entry], states: dict[str, JobState]) -> int:
-    """Say what became of the jobs; 0 if all succeeded, else the exit code of the first that did
-    not (1 where none is known).
+    """Print what became of the jobs, and return an exit code: 0 if all succeeded.
+
+    Else it is the code of the first job that did not (1 where none is known).
     """
     code = 0
     for entry in entries:

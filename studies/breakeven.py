@@ -104,11 +104,11 @@ def judged(
     folder: Path,
     device: torch.device,
 ) -> list[Result]:
-    """The gains and the break-evens of a sweep's runs as two tables; and breakeven.json and
-    breakeven.svg in its folder.
+    """Two tables of a sweep's runs: the gains, and the break-evens.
 
-    found: row -> seed -> figures; settings: row -> those of one of its runs. The row without
-    oracle-precision is the one without positives.
+    Writes breakeven.json and breakeven.svg into its folder. found: row -> seed -> figures;
+    settings: row -> those of one of its runs. The row without oracle-precision is the one without
+    positives.
     """
     bare = next((row for row, given in settings.items() if not given.get("oracle-precision")), None)
     if bare is None:

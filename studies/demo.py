@@ -1,5 +1,6 @@
-"""make demo: MoCo v2 on the embedded digits, then three equal continuations: without mining, with
-kNN mining and with GAN mining.
+"""make demo: MoCo v2 on the embedded digits, then three equally long continuations.
+
+They are without mining, with kNN mining and with GAN mining.
 
 Prints a table, whatever it shows, and writes it to runs/demo/table.json. Only the first GPU or the
 CPU is used.

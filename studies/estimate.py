@@ -1,5 +1,6 @@
-"""How far off are the estimates without labels (moco_isl/mining/estimate.py)? Beside the truth,
-over sets of 1 to 50 positives an image by four rules.
+"""How far off are the estimates of precision without labels (moco_isl/mining/estimate.py)?
+
+They are compared with the truth, over sets of 1 to 50 positives an image by four rules.
 
     python -m studies.estimate digits FILE.safetensors ...     features [M, C] and labels [M];
                                                                digits: see studies/miners.py

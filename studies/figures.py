@@ -94,11 +94,11 @@ class Judge:
 
 
 def linear(file: Path, images: list[str], out: Path, probe: list[str] = PROBE) -> float:
-    """Accuracy in per cent of main_lincls.py on the frozen backbone; its learning rate is chosen on
-    images held out of train.
+    """Accuracy in per cent of main_lincls.py on the frozen backbone.
 
-    images: flags that say which images, and the device. out: the probe's folder; a probe that has
-    ended there is not run again. Raises BadInput where the probe fails.
+    Its learning rate is chosen on images held out of train. images: flags that say which images,
+    and the device. out: the probe's folder; a probe that has ended there is not run again. Raises
+    BadInput where the probe fails.
     """
     if not (out / "results.json").exists():
         flags = [*images, *probe, "--pretrained", str(file), "-p", "1000", "--seed", "0"]

@@ -1,5 +1,6 @@
-"""GANs that differ from ISL's (Eq. 1) in one thing each: are their proxies or scores better? For
-studies/miners.py.
+"""GANs that differ from ISL's (Eq. 1) in one thing each, for studies/miners.py.
+
+The question is whether their proxies or scores are better.
 
 Letters: N anchors of a batch, C feature dimension, S candidates of a draw.
 """

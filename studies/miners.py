@@ -1,5 +1,6 @@
-"""Every way to rank pairs, beside both Euclidean baselines: precision, coverage and the worst hub
-at mean set sizes 0.5 to 50.
+"""Compare every way to rank pairs, among them both Euclidean baselines.
+
+A table has the precision, the coverage and the worst hub at mean set sizes 0.5 to 50.
 
     python -m studies.miners FILE.safetensors       features [M, C] and labels [M] of real images,
                                                     without a GAN: minutes on a CPU

@@ -1,5 +1,6 @@
-"""The first minutes on a GPU, in one command: proof that the fast path is right there, figures, and
-a comparison of the miners.
+"""The first minutes on a GPU, in one command.
+
+It proves that the fast path is right there, measures its speed, and compares the miners.
 
     python -m benchmarks.pack --data DIR --out OUT      nine minutes; DIR has train/ and val/ with a
                                                         folder a class

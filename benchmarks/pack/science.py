@@ -183,8 +183,10 @@ def of_round(line: dict) -> dict:
 
 
 def reach(record: dict[str, torch.Tensor]) -> float | None:
-    """Median rank of a round's positives among all images by similarity to their anchors; those
-    beyond the nearest images in the record count as the last of these.
+    """How far from their anchors a round's positives lie: their median rank among all images.
+
+    Images are ranked by similarity to the anchor. Positives beyond the nearest images in the record
+    count as the last of these.
 
     record: of `round_record`. Returns None where the round found nothing.
     """
