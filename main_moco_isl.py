@@ -39,7 +39,7 @@ def get_parser() -> flags.Parser:
 def main(argv: list[str] | None = None, stop=None) -> int:
     """Run with flags argv; returns the exit code.
 
-    stop: a launcher's own 'shall we stop?', asked once a step.
+    stop: a launcher's own function that says whether to stop, called once a step.
     """
     return exits.exit_code(run, argv, stop)
 
@@ -50,10 +50,10 @@ def run(argv: list[str] | None, stop) -> None:
     if reached := resume.finished(start, content, args.epochs, args.max_steps):
         print(f"=> already finished: {reached}")
         return
-    # an unknown architecture shows here, before anything is started
+    # an unknown architecture is reported here, before any process is started
     on_meta(lambda: build_encoder(args.arch, args.moco_dim, args.stem))
     if args.multiprocessing_distributed:
-        # so does what is wrong with the data and the file, which the ranks read for themselves
+        # so are faults of the data and the file, which each rank will read for itself
         prepare(args, start, content, "meta")
         content.clear()
     ranks.launch(worker, args, stop, start, content)
@@ -83,7 +83,7 @@ def check_start(args: argparse.Namespace) -> tuple[resume.Start, dict]:
 def prepare(
     args: argparse.Namespace, start: resume.Start, content: dict, device: str = "cpu"
 ) -> tuple[reading.TrainingImages, torch.nn.Module]:
-    """The images and a model on a device, fit for each other and for the file to start from.
+    """The images and a model on a device, checked against the flags and the file to start from.
 
     Writes nothing.
     """
@@ -94,7 +94,7 @@ def prepare(
         f"--miner {args.miner} needs labels, and {args.data} has none: expected a folder a class",
     )
     miner = build_miner(args, images.train.labels)
-    if device == "meta":  # on which not every network runs
+    if device == "meta":  # not every network runs there, so `require_side` cannot try it out
         model = on_meta(lambda: build_model(args, images.side))
     else:
         model = build_model(args, images.side)
@@ -117,11 +117,11 @@ def prepare(
 
 def worker(args: argparse.Namespace, stop, start: resume.Start, content: dict) -> None:
     """One rank of the run. content: of the file to start from, empty if it is yet to be read."""
-    device = devices.resolve_device(args)  # before the ranks talk: they do it through their GPUs
+    device = devices.resolve_device(args)  # first: the ranks talk through their GPUs
     devices.warn_of_slow_amp(args.amp, device, trains=True)
     own = start
     args.seed, args.out, start = dist.broadcast_object((args.seed, args.out, start))
-    if start != own:  # a shared file system may show another rank another file
+    if start != own:  # a shared file system may show different ranks different files
         content.clear()
     plan = chosen(pretrain.Plan, args, mines=args.miner != "none")
     numerics = chosen(pretrain.Numerics, args)
@@ -152,7 +152,7 @@ def worker(args: argparse.Namespace, stop, start: resume.Start, content: dict) -
 def get_ready(
     args: argparse.Namespace, start: resume.Start, content: dict, device: torch.device, stop: Stop
 ) -> tuple[reading.Reader, torch.nn.Module]:
-    """All that a rank does apart from the others: read the file, open the images, build the model.
+    """What a rank does without the others: read the file, open the images, build the model.
 
     Writes nothing but --cache.
     """

@@ -1,8 +1,8 @@
-"""Checkpoints: written whole or not at all, read without executing anything, in MoCo's own form.
+"""Checkpoints in MoCo's own form, written whole or not at all, and read without running their code.
 
-A file holds MoCo's keys `epoch, arch, state_dict, optimizer`, names with the `module.` prefix that
-MoCo's own probe expects, and beside them `args` (plain values) and `isl` (what an exact resume
-needs). Tensors and plain values only.
+A file holds MoCo's keys `epoch, arch, state_dict, optimizer`, with the prefix `module.` on the
+names, which MoCo's own probe expects. Beside them are `args` (plain values) and `isl` (what an
+exact resume needs). All of it is tensors and plain values.
 """
 
 import contextlib
@@ -26,9 +26,9 @@ from moco_isl.files import TEMPORARY, shown
 from moco_isl.run import plain
 
 PREFIX = "module."
-# names that DDP, torch.compile, FSDP and checkpointing put in
+# names that DDP, torch.compile, FSDP and checkpointing insert
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-FOLDER = 0x10  # the bit of a zip entry's attributes that says so
+FOLDER = 0x10  # the bit of a zip entry's attributes that marks a folder
 
 
 def save(state: dict, path: str | Path) -> None:
@@ -160,7 +160,9 @@ def remove_stale(folder: Path) -> None:
 
 
 def require_file(path: str | Path) -> Path:
-    """`path`, where a file is that may be read.
+    """Return `path` if it is a file that can be read; else raise BadInput.
+
+    The error for a folder names the checkpoints in it.
 
     Raises BadInput, for a folder with the checkpoints in it.
     """
@@ -194,7 +196,7 @@ def load(path: str | Path, map_location: torch.device | str = "cpu", mmap: bool 
         )
     try:
         with warnings.catch_warnings(), plain.allowed(), files.utf8_name(path) as name:
-            # about pickles of unusual protocols: what is wrong is said below, in a line
+            # torch warns of pickles of unusual protocols; the error below says what is wrong
             warnings.simplefilter("ignore")
             content = torch.load(
                 name,
@@ -363,7 +365,7 @@ def _damage(path: Path, whole: bool) -> str:
                     or entry.compress_size != entry.file_size
                 ):
                     return f"{name} is compressed, which torch.save does not do"
-                # torch would leave the memory of its tensor as it is
+                # torch would leave the memory of its tensor uninitialised
                 if entry.external_attr & FOLDER:
                     return f"{name} is called a folder"
                 if whole or "/data/" not in entry.filename:

@@ -1,4 +1,7 @@
-"""Where this process stands among others: torchrun, launch/ and SLURM say it in the environment."""
+"""Read a process's rank and the number of ranks from the environment.
+
+torchrun, launch/ and SLURM set the variables.
+"""
 
 import os
 import re
@@ -12,7 +15,7 @@ MOST = 999_999_999  # processes of a run, or cores of a process
 
 
 class BadEnvironment(BadInput):
-    """A variable of this process is wrong. Every process says so of its own variables."""
+    """An environment variable of this process is wrong; each process prints its own error."""
 
 
 class Ranks(NamedTuple):
@@ -77,7 +80,7 @@ def number(name: str, low: int, high: int) -> int | None:
 
 
 def is_first() -> bool:
-    """Whether this process says what all of them know: it is rank 0, or alone, or cannot tell."""
+    """Whether this process prints what all know: it is rank 0, alone, or cannot tell its rank."""
     try:
         place = ranks()
     except BadEnvironment:

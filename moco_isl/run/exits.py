@@ -14,7 +14,7 @@ from moco_isl.errors import BadInput, Interrupted, RunFailed, first_line
 from moco_isl.run import environment, signals
 from moco_isl.run.environment import BadEnvironment
 
-KEYBOARD = 130  # what a shell makes of a process that Ctrl-C ended
+KEYBOARD = 130  # the exit code that a shell gives a process that Ctrl-C ended
 OF_A_PATH = {
     errno.EACCES,
     errno.EPERM,
@@ -64,10 +64,10 @@ def exit_code(
 
 
 def _is_ours_to_say(error: Exception) -> bool:
-    """Whether this rank prints the error: what all ranks know, the first one says.
+    """Whether this rank prints the error: rank 0 prints what all ranks know.
 
-    They all know of a stop, and of bad input before they have met. Of later errors only the rank
-    that is to print one has its text.
+    All ranks know of a stop, and of bad input that is found before they have met. Of a later error
+    only the rank that is to print it has the text.
     """
     if isinstance(error, (RunFailed, BadEnvironment)) or environment.is_first():
         return True

@@ -13,7 +13,7 @@ from moco_isl.files import short
 from moco_isl.options import LARGEST, Flag, flags_of
 from moco_isl.run import plain_yaml
 
-__all__ = ["LARGEST", "short"]  # that other scripts take from here
+__all__ = ["LARGEST", "short"]  # names that other modules import from here
 
 
 class Parser(argparse.ArgumentParser):
@@ -31,7 +31,10 @@ class Parser(argparse.ArgumentParser):
         self._shows_all = False
 
     def add_options(self, title: str, *kinds: type) -> None:
-        """A group of flags: the fields of these dataclasses. What they share is one flag."""
+        """Add a group of flags: the fields of these dataclasses.
+
+        A field that several of them share is one flag.
+        """
         group = self.add_argument_group(title)
         for kind in kinds:
             for flag in flags_of(kind).values():
@@ -41,9 +44,9 @@ class Parser(argparse.ArgumentParser):
     def add_plugins(self, flag: str, kinds: dict[str, type], find: Callable[[str], type]) -> None:
         """Let the flag --`flag` choose one of several classes, each with flags of its own.
 
-        find(name) gives the class of a name; of one that is not in `kinds`, such as
-        my.module:MyMiner, the flags are added once it is named. A flag that the parser has already
-        is shared. Raises BadInput for a flag of a class that was not chosen.
+        find(name) gives the class of a name. The flags of a class that is not in `kinds`, such as
+        my.module:MyMiner, are added once argv names it. A flag that the parser has already is
+        shared. Raises BadInput for a flag of a class that was not chosen.
         """
         self._plugins = _Plugins(flag, kinds, find, self.add_argument_group(f"--{flag}'s own"))
         for name, kind in kinds.items():
@@ -171,10 +174,11 @@ class Parser(argparse.ArgumentParser):
         return getattr(alone.parse_known_args(argv)[0], name)
 
     def _data_first(self, argv: list[str]) -> list[str]:
-        """Move to the front of argv what a flag of several values would swallow.
+        """Move DIR to the front of argv where it follows a flag that takes several values.
 
-        So `--lr 30 DIR` and `--layers all DIR` name a DIR. Such a flag has a type that does not
-        take a DIR. What begins its values is left to it, to be judged.
+        Otherwise argparse would take DIR for one of these values, as in `--lr 30 DIR` and `--layers
+        all DIR`. DIR is told from the values by the flag's type, which refuses it. Where a flag
+        needs at least one value, the first one stays with it, so that a wrong one is reported.
         """
         front = []
         rest = []
@@ -197,7 +201,8 @@ class Parser(argparse.ArgumentParser):
     def _from_config(self, path: str, chosen: str | None) -> list[str]:
         """The flags that a YAML file names, as argv; DIR becomes the default of `data`.
 
-        chosen: the plug-in that the command line chooses. With that of the file its flags go too.
+        chosen: the plug-in that argv chooses. If the file names another one, its flags are left
+        out.
         """
         of = files.named("--config", path)
         content = plain_yaml.read(path, "--config", "lines 'flag: value'")
@@ -211,11 +216,11 @@ class Parser(argparse.ArgumentParser):
         if data is not None:
             # a positional before the flags would be a second one beside the command line's
             self.set_defaults(data=data)
-        # again, such that no flag before it takes what the command line begins with
+        # --config again: otherwise the flag before it could take the first words of argv
         return [*argv, "--config", path]
 
     def _without_plugin(self, settings: dict, chosen: str | None) -> dict:
-        """Settings without the flags of the plug-in that they name, where another is chosen."""
+        """The settings; without the flags of the plug-in they name where another one is chosen."""
         own = settings.get(self._plugins.flag) if self._plugins else None
         if chosen is None or not isinstance(own, str) or own == chosen:
             return settings
@@ -337,7 +342,7 @@ class _HelpAll(argparse.Action):
 
 
 def _add(group, flag: Flag, default) -> argparse.Action:
-    """The argument of a group that a flag is."""
+    """Add a flag to a group of arguments."""
     given = {"default": default, "help": _help(flag), "metavar": flag.metavar}
     names = flag.names
     if flag.kind is bool:
@@ -396,12 +401,12 @@ def check_range(
     high: float = float("inf"),
     low_open: bool = False,
 ) -> None:
-    """Hold the value(s) of flag `name` against a range, see `options.check_range`."""
+    """Check the value(s) of flag `name` against a range, see `options.check_range`."""
     options.check_range(f"--{options.dashed(name)}", getattr(args, name), low, high, low_open)
 
 
 def check_ranges(args: argparse.Namespace, *kinds: type) -> None:
-    """Hold the flags that are fields of these dataclasses against their ranges. Raises BadInput."""
+    """Check the fields of these dataclasses against their ranges. Raises BadInput."""
     for kind in kinds:
         for flag in flags_of(kind).values():
             value = getattr(args, flag.dest)
@@ -409,9 +414,9 @@ def check_ranges(args: argparse.Namespace, *kinds: type) -> None:
 
 
 def take(kind: type, args: argparse.Namespace, **more):
-    """An instance of a dataclass from the values of its flags, and of what is no flag in `more`.
+    """Make an instance of a dataclass from the values of its flags.
 
-    Raises BadInput where a value is out of range.
+    more: the fields that are no flags. Raises BadInput where a value is out of range.
     """
     check_ranges(args, kind)
     values = {name: getattr(args, flag.dest) for name, flag in flags_of(kind).items()}
@@ -419,7 +424,7 @@ def take(kind: type, args: argparse.Namespace, **more):
 
 
 def may_change(*kinds: type) -> set[str]:
-    """The names in args.json of the flags that a resumed run may say anew."""
+    """The names in args.json of the flags that a resumed run may change."""
     found = [flag for kind in kinds for flag in flags_of(kind).values()]
     return {flag.dest for flag in found if flag.may_change}
 
@@ -436,7 +441,7 @@ _COLUMNS = "| flag | default | takes | resume | what it does |\n|---|---|---|---
 
 
 def page(groups: dict[str, tuple[type, ...]], miners: dict[str, type]) -> str:
-    """docs/flags.md: a table a group of flags, and one a miner of the flags that are its own."""
+    """The text of docs/flags.md: a table for each group of flags and for each miner's own flags."""
     parts = [_HEAD]
     common = set()
     for title, kinds in groups.items():

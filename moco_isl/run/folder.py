@@ -26,7 +26,7 @@ from moco_isl.run.logs import read_facts
 from moco_isl.run.meters import start_anew
 
 LAST = "checkpoint_last.pth.tar"
-SAVED = "a checkpoint was saved here\n"  # what .lock says from then on
+SAVED = "a checkpoint was saved here\n"  # the content of .lock once there is one
 
 
 @dataclass(kw_only=True)
@@ -94,7 +94,7 @@ class RunFolder:
         self._metrics = None
         check_folder(path, resume)
         lock = self.path / ".lock"
-        # what `close` removes again where the start fails before the run has written anything
+        # `close` removes these again where the start fails before the run has written anything
         self._made = [p for p in (lock, self.path, *self.path.absolute().parents) if not p.exists()]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -109,7 +109,7 @@ class RunFolder:
             # with the process, however that dies
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not self._is_held():
-                raise BlockingIOError  # its owner has just taken it away
+                raise BlockingIOError  # the run that held it has just removed it
         except OSError as error:
             self._lock.close()
             raise BadInput(
@@ -117,7 +117,7 @@ class RunFolder:
                 " choose another --out"
             ) from error
         try:
-            check_folder(path, resume)  # again: now it is ours alone
+            check_folder(path, resume)  # again: no other run can write there now
         except BadInput:
             self.close()
             raise
@@ -129,7 +129,7 @@ class RunFolder:
         return self.path / LAST
 
     def close(self) -> None:
-        """Let go of the folder, and remove it where nothing was written into it."""
+        """Release the folder, and remove it where nothing was written into it."""
         for path in self._made if self._is_held() else []:
             with contextlib.suppress(OSError):
                 path.rmdir() if path.is_dir() else path.unlink()
@@ -157,7 +157,7 @@ class RunFolder:
             )
 
     def begin(self, args: dict, metrics_size: int | None) -> None:
-        """The run is to be written from here on: see `write_args` and `open_metrics`."""
+        """Begin to write the run's files: see `write_args` and `open_metrics`."""
         self.write_args(args)
         self.open_metrics(metrics_size)
 
@@ -197,8 +197,8 @@ class RunFolder:
         self._made = []
         with self._writing(path.name):
             if newest(self.path) is None and _was_saved(self.path):
-                self._lock.truncate(0)  # what was saved here before is gone
-            # without a buffer: closing would write what a full disk has refused a second time
+                self._lock.truncate(0)  # the checkpoints saved here before are gone
+            # without a buffer, which close would write again where a full disk has refused it
             self._metrics = open(path, "ab", buffering=0)
             there = self._metrics.tell()
             if size is not None and there > size:
@@ -210,14 +210,14 @@ class RunFolder:
             )
 
     def log(self, **values) -> None:
-        """One object into metrics.jsonl."""
+        """Write one object into metrics.jsonl."""
         line = (json.dumps(values, default=_plain) + "\n").encode()
         with self._writing("metrics.jsonl"):
             if self._metrics.write(line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def metrics_size(self) -> int:
-        """Bytes of metrics.jsonl, safely on the disk."""
+        """How many bytes metrics.jsonl has, once they are safely on the disk."""
         with self._writing("metrics.jsonl"):
             os.fsync(self._metrics.fileno())
             return os.fstat(self._metrics.fileno()).st_size
@@ -245,7 +245,7 @@ class RunFolder:
                 checkpoint.save(state, self.last)
                 self._note_saved()
             return
-        # the numbered one first: whoever goes on with the last one may rely on those before it
+        # the numbered one first: a run that resumes from the last one then has those before it
         path = self.path / f"checkpoint_{number:04d}.pth.tar"
         with self._writing():
             checkpoint.save(state, path)
@@ -263,7 +263,7 @@ class RunFolder:
             self._lock.flush()
 
     def save_round(self, number: int, record: dict) -> None:
-        """Write what a round of mining leaves; one that is mined again writes the same over it."""
+        """Write the record of a round of mining; a round mined again writes the same file."""
         path = self.path / "rounds" / f"round_{number:04d}.pt"
         with self._writing(path.name):
             path.parent.mkdir(exist_ok=True)
@@ -367,7 +367,7 @@ def held(path: Path) -> str:
 def _was_saved(path: Path) -> bool:
     """Whether a checkpoint was ever saved in a folder: .lock then has the length of SAVED.
 
-    It is not opened, for a process that closes a file lets go of every lock that it has on it.
+    It is not opened, because a process that closes a file loses every lock that it has on it.
     """
     lock = path / ".lock"
     return lock.is_file() and lock.stat().st_size == len(SAVED)

@@ -72,7 +72,7 @@ LINES = {
 
 
 def read_facts(folder: Path, flags: dict | None = None) -> dict:
-    """args.json in a run folder.
+    """Read args.json of a run folder.
 
     flags: the shape of its "args", see `state.flags_shape`; None: any. Raises BadInput.
     """
@@ -84,7 +84,7 @@ def read_facts(folder: Path, flags: dict | None = None) -> dict:
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """The lines of a pretraining's metrics.jsonl; a last one that a kill has torn is left out.
+    """Read the lines of a pretraining's metrics.jsonl, except a last one that a kill cut off.
 
     Raises BadInput.
     """

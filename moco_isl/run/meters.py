@@ -23,7 +23,7 @@ class Averages:
         self.bad_step = None  # scalar, -1: none so far
 
     def add(self, parts: dict[str, torch.Tensor], n: int, step: int) -> None:
-        """Take up the parts of one step over n images, scalars each."""
+        """Add the parts of the loss of one step over n images; each is a scalar."""
         values = torch.stack([value.double() for value in parts.values()])
         if self.sums is None or self.names != list(parts):
             self.names = list(parts)
@@ -51,12 +51,12 @@ class Averages:
         return dict(zip(self.names, (sums[:-1] / sums[-1]).tolist()))
 
     def state_dict(self) -> dict:
-        """Plain values; those of this rank."""
+        """The sums of this rank as plain values."""
         plain = lambda x: None if x is None else x.tolist()
         return {"names": self.names, "sums": plain(self.sums), "read": plain(self.read)}
 
     def load_state_dict(self, state: dict, device: torch.device) -> None:
-        """What `state_dict` gave, on a device."""
+        """Load what `state_dict` gave, onto a device."""
         self.names = state["names"]
         self.sums = self.read = None
         if state["sums"] is not None:
@@ -108,7 +108,7 @@ class Progress:
         self._named: set[int] = set()  # unreadable images
 
     def begin(self, done: int) -> None:
-        """The first step is about to come, after `done` steps before this start."""
+        """Begin to show the steps; `done` of them were taken before this start."""
         if self.style == "bar" and dist.is_main():
             self.bar = tqdm(
                 total=self.epochs * self.steps,
@@ -125,7 +125,7 @@ class Progress:
             self.bar.update()
 
     def report(self, epoch: int, step: int, values: dict[str, float]) -> None:
-        """A line like MoCo's, or the bar's loss."""
+        """Print a line like MoCo's, or show the loss in the bar."""
         if self.bar is not None:
             self.bar.set_postfix_str(f"loss {values['loss']:.3f}", refresh=False)
         elif dist.is_main():
@@ -144,7 +144,7 @@ class Progress:
             print("\t".join(line), flush=True)
 
     def say(self, line: str) -> None:
-        """A line of its own, above the bar if there is one."""
+        """Print a line of its own, above the bar if there is one."""
         if dist.is_main():
             self._print(line)
 
@@ -155,7 +155,9 @@ class Progress:
             tqdm.write(line, file=sys.stdout)
 
     def name_unreadable(self, found: list[tuple[int, str]]) -> None:
-        """A line for each unreadable image (index, path) the first time it is among those found.
+        """Print a line for each unreadable image (index, path) when it is found for the first time.
+
+        Every rank prints its own.
 
         Every rank says its own.
         """

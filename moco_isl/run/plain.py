@@ -75,7 +75,7 @@ def _empty_array(kind: type, *_: object) -> object:
 
 
 def _no_bytes(*_: object) -> bytes:
-    """Empty bytes: pickles write them as a call of bytes(), others as themselves."""
+    """Empty bytes, which pickles write as a call of bytes()."""
     return b""
 
 

@@ -232,7 +232,7 @@ def _spawn(
 ) -> None:
     """--multiprocessing-distributed: run the worker in n processes on this node.
 
-    The parent passes its signals on to them; where `stop` is given it asks that instead.
+    The parent passes its signals on to them; where `stop` is given, it calls that instead.
     """
     n = processes_here(args)
     if args.dist_url == MOCO_DIST_URL:
@@ -256,8 +256,8 @@ def _spawn(
     is_main_thread = threading.current_thread() is threading.main_thread()
     handled = signals.caught() if stop is None and is_main_thread else ()
     old = {number: signal.signal(number, pass_on) for number in handled}
-    # The ranks inherit blocked signals and let them in with their `Stop`: one that comes while a
-    # rank still imports is neither lost nor deadly. Only this thread blocks them. Other threads of
+    # The ranks inherit blocked signals and let them in with their `Stop`: a signal that comes while
+    # a rank imports is kept and does not end it. Only this thread blocks them. Other threads of
     # this process still take signals, so the handlers above must be set before.
     unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:

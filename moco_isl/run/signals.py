@@ -72,7 +72,7 @@ class Stop:
         self._asked = asked
         self._flag = False
         self._old = {}
-        # beside NCCL a CPU group, so that asking needs no word from the GPU
+        # a CPU group beside NCCL's, so that asking does not wait for the GPU
         nccl = dist.active() and torch.distributed.get_backend() == "nccl"
         self._group = torch.distributed.new_group(backend="gloo") if nccl else None
 
@@ -89,7 +89,7 @@ class Stop:
     def _handle(self, number, frame) -> None:
         if self._flag and number == signal.SIGINT:
             raise KeyboardInterrupt
-        # every rank says that of SIGHUP: `say` finds out whether its terminal is still there
+        # at SIGHUP every rank prints: so `say` finds out whether the rank's terminal is still there
         if not self._flag and (dist.is_main() or number == signal.SIGHUP):
             say(f"=> {signal.Signals(number).name}: saving and leaving at the next step")
         self._flag = True
@@ -107,7 +107,9 @@ class Stop:
         return bool(flag.item())
 
     def watch(self, batches: Iterable, most: int) -> Iterator:
-        """The batches, asking before each: raises Interrupted on all ranks at once.
+        """The batches; before each, Interrupted is raised on all ranks if one was asked to stop.
+
+        most: the largest number of batches that a rank has.
 
         most: how many the rank with the most of them has.
         """
@@ -124,6 +126,6 @@ class Stop:
             raise Interrupted("asked to stop")
 
     def tick(self) -> None:
-        """For long work on one rank: raises Interrupted once this rank was asked."""
+        """Raise Interrupted once this rank was asked to stop; for long work on one rank."""
         if self.here():
             raise Interrupted("asked to stop")

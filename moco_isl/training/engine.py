@@ -58,7 +58,7 @@ def rounds_until(epoch: int, start: int, every: int) -> int:
 
 
 def autocast(device: torch.device, amp: str) -> torch.autocast:
-    """amp: off, bf16 or fp16."""
+    """The context in which the network computes in `amp`: off, bf16 or fp16."""
     return torch.autocast(device.type, dtype=AMP_TYPES[amp], enabled=amp != "off")
 
 

@@ -145,7 +145,7 @@ class WatchOptions:
 
 @dataclass(kw_only=True)
 class NetworkOptions:
-    """What of the network is not MoCo's."""
+    """The parts of the network that MoCo does not have."""
 
     stem: str = opt(
         "auto",
@@ -184,7 +184,7 @@ class LossOptions:
 
 @dataclass(kw_only=True)
 class MiningOptions:
-    """Who mines, and when."""
+    """Which miner mines, and when."""
 
     miner: str = opt(
         "none",
@@ -336,12 +336,12 @@ def _check_miner(args: argparse.Namespace) -> None:
         f" {args.miner} uses none: leave it off",
     )
     flags.check_ranges(args, kind)
-    if not kind.uses_labels:  # one that does is built once the images are read
+    if not kind.uses_labels:  # a miner that uses labels is built once the images are read
         build_miner(args, None)
 
 
 def _fill_in(args: argparse.Namespace) -> None:
-    """Give a value to every flag that was not said and depends on others."""
+    """Give a value to every flag that was not given and depends on others."""
     cuda = args.device != "cpu" and torch.cuda.is_available()
     for name, value in fast.defaults(args.fast, cuda).items():
         if getattr(args, name) is None:
@@ -356,7 +356,7 @@ def _fill_in(args: argparse.Namespace) -> None:
     )
     several = args.isl_rounds > 1
     if args.schedule is SCHEDULE and several:
-        # up: a round of two epochs is not to decay in its first
+        # rounded up, so that the rate of a round of two epochs does not drop in its first
         args.schedule = [math.ceil(length * 3 / 5), math.ceil(length * 4 / 5)]
     if args.isl_start is None:
         late = length if several else args.epochs // 2
@@ -366,7 +366,7 @@ def _fill_in(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Write the page of all flags into the file that is named."""
+    """Write the page of all flags into the file that the command line names."""
     page = flags.page(GROUPS, {name: kind for name, kind in MINERS.items() if flags_of(kind)})
     with open(sys.argv[1], "w", encoding="utf-8") as file:
         file.write(page)

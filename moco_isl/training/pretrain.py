@@ -35,7 +35,10 @@ ALIKE = 0.99  # the mean cosine above which all features count as alike
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run does when, by the flags of these names. mines: there is a miner."""
+    """What a run does in which epoch; the fields are the flags of these names.
+
+    mines: there is a miner.
+    """
 
     mines: bool
     start_epoch: int
@@ -76,7 +79,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Numerics:
-    """How the network computes, by the flags of these names."""
+    """How the network computes; the fields are the flags of these names."""
 
     amp: str
     channels_last: bool
@@ -88,7 +91,7 @@ class Numerics:
         return torch.channels_last if self.channels_last else torch.preserve_format
 
 
-# ---- before anything is written: what is known of the file
+# ---- checks of the file, before anything is written
 
 
 def check_file(
@@ -104,10 +107,10 @@ def check_file(
     fp16: bool,
     out: str,
 ) -> None:
-    """Hold what is in the file of a start against the run that starts from it. Raises BadInput.
+    """Check the content of a start's file against the run that starts from it. Raises BadInput.
 
-    images: those to train on. model: on any device. isl_shape, miner_shape: what `state_shape` of
-    either says. The rest as the flags have it.
+    images: those to train on. model: on any device. isl_shape, miner_shape: the `state_shape` of
+    either. Everything else follows from the flags.
     """
     checkpoint.match(model, content, start.path)
     ours = content.get("isl")
@@ -142,7 +145,7 @@ def check_file(
 def _require_images(ours: dict, M: int, names: str, path: str) -> None:
     """Raise BadInput where a file of ours was trained on other images than the M of these names."""
     cure = "give it the same ones, or start a new run with --init and another --out"
-    if ours.get("num_images", M) != M:  # `require_state` says what is missing
+    if ours.get("num_images", M) != M:  # `require_state` reports a missing number
         raise BadInput(
             f"'{path}' was trained on {ours['num_images']} images, and now there are {M}: {cure}"
         )
@@ -159,9 +162,9 @@ def _require_images(ours: dict, M: int, names: str, path: str) -> None:
 def assemble(
     model: nn.Module, isl: Objective, miner, reader: Reader, plan: Plan, numerics: Numerics
 ) -> resume.Parts:
-    """All that a checkpoint holds the state of, put around a model on its device and its objective.
+    """Put together all parts of a run whose state a checkpoint holds.
 
-    miner: see mining.rounds.Miner.
+    model: on its device. isl: its objective. miner: see mining.rounds.Miner.
     """
     cuda = reader.device.type == "cuda"
     optimizer = fast.sgd(
@@ -181,13 +184,13 @@ def assemble(
     return resume.Parts(model, optimizer, scaler, isl, miner, names, position)
 
 
-# ---- what a run says and writes
+# ---- what a run prints and writes
 
 
 class Journal:
-    """What a run says and logs: lines on the screen, metrics.jsonl and TensorBoard's events.
+    """Prints what a run does, and logs it in metrics.jsonl and TensorBoard's events.
 
-    Every rank has one, and only that of rank 0, which has a folder, says and writes anything.
+    Every rank has a journal. Only rank 0 has a folder, and only its journal prints and writes.
     """
 
     def __init__(self, folder: RunFolder | None, progress: Progress, position: engine.Position):
@@ -201,7 +204,7 @@ class Journal:
         self.progress.say(line)
 
     def log(self, **values) -> None:
-        """One line into metrics.jsonl, and its numbers into TensorBoard."""
+        """Write one line into metrics.jsonl, and its numbers into TensorBoard."""
         if self.folder is not None:
             self.folder.log(**values)
         if self.writer is not None:
@@ -212,7 +215,7 @@ class Journal:
     def close(self) -> None:
         self.progress.close()
         if self.writer is not None:
-            with contextlib.suppress(OSError):  # its folder is gone or full, as was said
+            with contextlib.suppress(OSError):  # its folder is gone or full: that was printed
                 self.writer.close()
         if self.folder is not None:
             self.folder.close()
@@ -272,14 +275,14 @@ def begin(
     save: Saver,
     tensorboard: bool,
 ) -> None:
-    """Load what the run starts from, and open its files. `content` is empty afterwards."""
+    """Load what the run starts from, and open its files. `content` is emptied."""
     metrics_size = 0
     if start.path:
         metrics_size = load(start, content, parts, reader, save.flags)
     content.clear()  # it is as large as the model and the bank
     ranks.on_main(lambda: journal.folder.begin(save.flags, metrics_size))
     if start.goes_on and not start.in_place:
-        save()  # now the folder has all that --resume auto needs, however early this run ends
+        save()  # so --resume auto finds all it needs in the folder, however early this run ends
     journal.progress.begin(parts.position.total)
     if start.path:
         journal.mean_cosine = parts.isl.mean_cosine()
@@ -404,7 +407,7 @@ def warnings(
     research_labels: bool,
     idle: list[str],
 ) -> list[str]:
-    """What a run of these settings does that its user may not expect, a line each.
+    """What a run of these settings does that its user may not expect; each is one line.
 
     idle: flags that were given and change nothing.
     """
@@ -519,7 +522,7 @@ def mine(
     epoch: int,
     number: int,
 ) -> None:
-    """The round of this number in the plan, before an epoch. Raises Interrupted after saving."""
+    """Mine the plan's round of this number, before an epoch. Raises Interrupted after saving."""
     isl = parts.isl
     miner = parts.miner
     before = isl.positives
@@ -532,7 +535,7 @@ def mine(
         report = engine.mine_round(
             isl, miner, features, reader.labels, reader.settings.seed, stop, views, number=number
         )
-    except Interrupted:  # as if this round had not begun
+    except Interrupted:  # all is put back as it was before the round
         miner.load_state_dict(miner_before)
         resume.restore_rng(generators, reader.device)
         save()
@@ -571,7 +574,7 @@ def end_of_epoch(
     save: Saver,
     judge: Callable[..., torch.Tensor],
 ) -> None:
-    """kNN where it is due, the epoch's line, the checkpoint where it is due."""
+    """Finish an epoch: kNN and a checkpoint where they are due, and its line in the log."""
     position = parts.position
     epoch = position.epoch
     values = position.averages.epoch()

@@ -19,9 +19,9 @@ from moco_isl.training import fast
 
 @dataclass(frozen=True)
 class Reading:
-    """How images are read, by the flags of these names. workers: processes of this rank.
+    """How images are read; the fields are the flags of these names.
 
-    batch_size: of all ranks. views: of an image in a step.
+    workers: processes of this rank. batch_size: of all ranks. views: of an image in a step.
     """
 
     views: int
@@ -54,7 +54,9 @@ class TrainingImages:
 
 
 def split(whole: Dataset, holdout: int, seed: int, side: int = 0) -> TrainingImages:
-    """A data set with `holdout` images of it, drawn by the seed, held out.
+    """Hold out `holdout` images of a data set, drawn by the seed.
+
+    side: of a crop; 0: chosen to suit the images.
 
     side: of a crop; 0: as it suits the images.
     """
@@ -82,9 +84,10 @@ class Reader:
         return len(self.images.train)
 
     def features(self, encoder: nn.Module, dataset: Dataset | None = None) -> torch.Tensor:
-        """[M, C] unit rows, equal on all ranks: centre crops through the encoder in eval mode.
+        """Features of the centre crops of all images: [M, C] unit rows, equal on all ranks.
 
-        dataset: None for the images to train on. Raises Interrupted when asked to stop.
+        The encoder is in eval mode. dataset: None for the images to train on. Raises Interrupted
+        when asked to stop.
         """
         dataset = self.images.train if dataset is None else dataset
         loader = data.eval_loader(
@@ -135,7 +138,7 @@ class Reader:
 def open_reader(
     images: TrainingImages, settings: Reading, device: torch.device, stop: Stop
 ) -> Reader:
-    """A reader of the images, which are decoded and kept first where the settings say so.
+    """Open a reader of the images; if the settings ask for it, decode and keep all of them first.
 
     Writes nothing but the cache. Raises BadInput for images that cannot be read.
     """

@@ -99,10 +99,10 @@ def _relative_rate(epoch: int, flags: dict) -> float:
 class Start:
     """What a run starts from.
 
-    path: a file, None: nothing. goes_on: it is resumed, not only initialised. in_place: what is in
-    the run's folder is this very run. seen: what tells the newest checkpoint that was in that
-    folder from any that is saved later. unsaved: the flags of the run in that folder, where it
-    ended before its first checkpoint.
+    path: a file, None: nothing. goes_on: the run is resumed, not only initialised. in_place: the
+    run in the folder is the one that is resumed. seen: a stamp of the newest checkpoint in that
+    folder, to notice a later one. unsaved: the flags of the run in that folder, where it ended
+    before its first checkpoint.
     """
 
     path: str | None = None
@@ -271,7 +271,7 @@ def _reached(content: dict) -> tuple[int, int]:
 def finished(start: Start, content: dict, epochs: int, max_steps: int) -> str:
     """How far the run to be resumed is, where nothing is left to do; '' otherwise.
 
-    Raises BadInput where that is a file from elsewhere.
+    Raises BadInput where nothing is left to do and the file is not of the run in the folder.
     """
     epoch = epoch_of(content) or 0
     steps = content.get("isl", {}).get("total", 0)

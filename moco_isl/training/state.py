@@ -1,10 +1,10 @@
 """The shapes of all that a checkpoint of ours holds beside the weights.
 
-A file is held against them once, where it is read, before anything is done with it.
-`resume.Parts.state` writes the file of a pretraining; `evaluation.probing` has that of a probe.
-What a part of a run keeps has its shape next to its `state_dict`: an objective's `state_shape`, a
-miner's `state_shape`.
-The weights are checked by `checkpoint.match`.
+A file is compared with them once, when it is read and before it is used. `resume.Parts.state`
+writes the file of a pretraining; `evaluation.probing` has that of a probe. An objective and a miner
+have the shape of their own state, `state_shape`, next to their `state_dict`. `checkpoint.match`
+checks the weights.
+
 Letters: M images, C feature dimension.
 """
 
@@ -22,7 +22,7 @@ from moco_isl.schema import COUNT, EARLIER, LARGEST, Holds, Number, Tensor, requ
 ANEW = f"{EARLIER}, or start a new run from its weights with --init"
 SMALLEST = torch.finfo(torch.float32).tiny
 
-# ---- what can be told of any file, before flags, images and network are known
+# ---- checks of any file, before flags, images and network are known
 
 
 POSITION = {
@@ -53,7 +53,7 @@ def where(path) -> str:
 
 
 def require_start(content: dict, path, resume: bool) -> None:
-    """Hold a file to start from against what is read of it first. Raises BadInput."""
+    """Check the parts of a file to start from that are read first. Raises BadInput."""
     shape = START
     if "isl" in content or "probe" in content:
         shape = OURS
@@ -63,7 +63,7 @@ def require_start(content: dict, path, resume: bool) -> None:
 
 
 def _cure(content: dict) -> str:
-    """What to do where a file cannot be gone on with: it is damaged, or of another version."""
+    """What to do with a file that no run can go on from: it is damaged, or of another version."""
     return ANEW if "isl" in content else EARLIER
 
 
@@ -238,7 +238,7 @@ def require_state(
 
 
 def require_queue(content: dict, path, model: nn.Module, M: int | None) -> None:
-    """Hold what a file of ours says of its queue's keys against a MoCo that starts from it.
+    """Check what a file of ours says of its queue's keys against the MoCo that starts from it.
 
     M: how many images, where the file was trained on the same; else None. Raises BadInput.
     """
