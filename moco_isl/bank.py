@@ -110,11 +110,11 @@ class QueueSlots:
     def count_held(self, queue: torch.Tensor, pointer: torch.Tensor) -> int:
         """How many slots of queue [C, K], from the first on, hold keys.
 
-        A file of MoCo's does not say that. All slots do, or only those before the pointer, where
-        the next key goes, if the rest is as random as it began: the mean of n random unit rows has
-        a squared length of about 1 / n, and that of keys, which have a direction in common, a
-        larger one. A few keys may be taken for random; that changes a mean over all others little.
-        Waits for the device when asked for the first time.
+        A file of MoCo's does not record it. The slots before the pointer (where the next key goes)
+        hold keys. So do all others, unless they are still as random as the queue began: the mean of
+        n random unit rows has a squared length of about 1 / n, and that of keys, which have a
+        direction in common, a larger one. A few keys may be taken for random; that changes a mean
+        over all others little. Waits for the device when asked for the first time.
         """
         if self.held is None:
             oldest = int(pointer)

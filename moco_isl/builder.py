@@ -21,7 +21,7 @@ class MoCo(nn.Module):
 
     Drop-in for `moco.builder.MoCo`: same arguments, same `forward`, same state-dict keys and
     shapes. It also runs on one device and on a CPU, the batch need not divide K, and `encode` gives
-    q and k to those who bring their own loss.
+    q and k to callers with a loss of their own.
 
     Shuffling BN: a key is normalised among other images than its query. That takes several devices,
     or on one a batch norm over parts of the batch (`encoders.split_batch_norm`, or MoCo's own
@@ -91,12 +91,12 @@ class MoCo(nn.Module):
         return self._in_parts
 
     def _apply(self, *args, **kwargs) -> "MoCo":
-        """`to`, `half`, `cuda` and the like come through here."""
+        """Look for parameters anew after `to`, `half`, `cuda` and the like, which call this."""
         self._forget_pairs()
         return super()._apply(*args, **kwargs)
 
     def train(self, mode: bool = True) -> "MoCo":
-        self._forget_pairs()  # called at every epoch, which notices a layer exchanged by hand
+        self._forget_pairs()  # called at every epoch, so that a layer exchanged by hand is noticed
         return super().train(mode)
 
     @torch.no_grad()

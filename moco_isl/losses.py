@@ -4,7 +4,7 @@ Letters: N batch, C feature dimension, K queue length, M images, P positives of 
 padding, S = 1 + P with the image's own, T temperature. Logits are cosines divided by T. A weight
 of 0 is padding. Sums are taken in float32, whatever the logits are stored in.
 
-A row whose negatives are all absent has nothing to be told from: the log-sum-exp (lse) of its
+A row whose negatives are all absent has nothing to be compared with: the log-sum-exp (lse) of its
 negatives is -inf, and its cross-entropy with one positive, its KL and its gradients are 0.
 """
 

@@ -1,4 +1,4 @@
-"""Who finds the positives: one file a miner, and the table of their names."""
+"""The miners, which find the positives: one file for each, and the table of their names."""
 
 import dataclasses
 

@@ -1,6 +1,6 @@
 """Neighbourhood means: pairs are ranked by how similar the means around both images are.
 
-A mean is a proxy as ISL's is, a point between an image and those that mean the same, but no network
+Like ISL's proxy, a mean is a point between an image and its likely positives, but no network
 has to be trained for it.
 
 Letters: M images, C feature dimension, N anchors of a block, k neighbours.
@@ -30,7 +30,7 @@ class AverageMiner(RoundMiner):
     """The pairs of images of the whole data set whose neighbourhood means are most similar.
 
     Where a round has two augmented views of every image, features and views are averaged together:
-    what an encoder makes of one crop is partly chance. A mean has the image itself at weight 1; a
+    the features of a single crop are partly chance. A mean has the image itself at weight 1; a
     neighbour weighs its cosine to the power of `power`, and nothing where that is below 0. Each
     image offers its `candidates` (None: four times the budget) most similar ones by their means.
     """

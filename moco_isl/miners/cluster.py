@@ -65,7 +65,7 @@ class ClusterMiner(RoundMiner):
         def block(anchors: Tensor, number: int) -> tuple[Tensor, Tensor]:
             cosine, near = topk(features[anchors], bank, k, anchors, tick=tick)  # [N, k]
             together = sum((own[near] == own[anchors][:, None]).float() for own in cluster)
-            # |cosine| <= 1: it decides among equals only
+            # |cosine| <= 1, so it only orders equals
             sureness = torch.where(together > 0, together + cosine / 4, 0)
             sureness, at = sureness.sort(dim=1, descending=True, stable=True)
             return near.gather(1, at)[:, :candidates], sureness[:, :candidates]

@@ -46,7 +46,7 @@ class EntropyMiner(RoundMiner):
         low_open=True,
         high=1,
         metavar="x",
-        help="the surest share of all images mines, another x each round",
+        help="share of the images that get positives, surest first; each round adds as many",
     )
     T: float = opt(
         default_of(MoCo, "T"),
@@ -62,7 +62,7 @@ class EntropyMiner(RoundMiner):
 
     def begin(self, number: int) -> None:
         super().begin(number)
-        self.rounds = number - 1  # `find` counts its own
+        self.rounds = number - 1  # `find` adds the round that begins
 
     def find(
         self, features: Tensor, positives: PositiveSets, seed: int, tick: Tick | None

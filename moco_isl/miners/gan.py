@@ -27,9 +27,8 @@ class GANMiner(RoundMiner):
     batch, lr: of the GAN's training, see GANSettings. G, D and their Adam moments are where the
     next round starts, unless they collapsed.
 
-    An edge is as sure as its image is similar to the proxy. The score decides what Eq. 2 and 3 say
-    and no more: it was seen to rank nothing (the upper half of the scores held the less precise
-    proxies).
+    An edge is as sure as its image is similar to the proxy. Edges are not ranked by the proxy's
+    score: in a trial the proxies in the upper half of the scores were the less precise ones.
     """
 
     name = "gan"
@@ -89,7 +88,7 @@ class GANMiner(RoundMiner):
         "--isl-gan-min-iters",
         low=1,
         metavar="n",
-        help="fewest (a quarter of the most); a short GAN collapses onto one image",
+        help="least iterations (a quarter of the most); a short GAN collapses onto one image",
     )
     batch: int = GANSettings.batch
     lr: float = GANSettings.lr
@@ -121,7 +120,7 @@ class GANMiner(RoundMiner):
             )
             figures = _statistics(M, score, near, to_triplet)
             self.report |= figures
-            # a hub's share falls with the size of the bank it is among
+            # a hub's share is smaller in a larger bank
             natural = fit.report["natural_hub"] * fit.report["probe_bank"] / M
             why = collapse(figures["hub"], figures["distinct"], natural, self.settings)
         self.networks = (
@@ -153,7 +152,9 @@ class GANMiner(RoundMiner):
     def fit(
         self, features: Tensor, positives: PositiveSets, seed: int, tick: Tick | None = None
     ) -> GANFit:
-        """G and D, fitted by rank 0 and equal on all ranks.
+        """Fit G and D on rank 0, and give them to all ranks.
+
+        An error that ends the fit on rank 0 is raised on all ranks.
 
         What ends rank 0's fit is raised on all.
         """

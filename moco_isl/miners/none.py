@@ -10,7 +10,7 @@ Tensor = torch.Tensor
 
 
 class NoMiner:
-    """Adds nothing and takes nothing away: MoCo."""
+    """A miner that adds no positives and removes none: the run is MoCo v2."""
 
     name = "none"
     uses_labels = False

@@ -116,7 +116,7 @@ class OracleMiner(RoundMiner):
                 pairs.append(draw_pairs(self.labels.cpu(), kind == "right", number, generator))
         src, dst = (torch.cat(x).to(features.device) for x in zip(*pairs))
         self.report |= {"labels_used": True, "right": self.right, "wrong": self.wrong}
-        start, stop = dist.shard(len(src))  # all ranks have drawn all; each hands in its share
+        start, stop = dist.shard(len(src))  # every rank has drawn all pairs, and returns its share
         sureness = torch.ones(stop - start, device=features.device)
         return Edges(src[start:stop], dst[start:stop], sureness), ""
 
@@ -192,7 +192,7 @@ def draw_pairs(
         at = torch.cat(turns)[: missing + missing // 16 + 16]
         own = labels[order[at]]
         step = (torch.rand(len(at), generator=generator, dtype=torch.float64) * partners[at]).long()
-        # around the class, from the next image on; otherwise around all, from the next class on
+        # right: go round the class from the next image on; wrong: round all from the next class on
         if right:
             other = first[own] + (at - first[own] + 1 + step) % count[own]
         else:
@@ -205,7 +205,7 @@ def draw_pairs(
 
 
 def _first_of_each(key: Tensor) -> Tensor:
-    """key [n] without its doubles, in the order of their first coming."""
+    """The distinct values of key [n], in the order in which they first appear."""
     values, order = key.sort(stable=True)
     new = torch.ones_like(values, dtype=torch.bool)
     torch.ne(values[1:], values[:-1], out=new[1:])

@@ -39,8 +39,8 @@ class Rules:
         is added.
     floor: an old pair that was not found again leaves where its cosine is below this quantile of
         the cosines of the pairs found today.
-    trust: of the pairs that are left, surest first, the longest list stays of which this share is
-        right by the estimate without labels (estimate.py); the budget stays its bound. None: the
+    trust: the pairs that are left, surest first, are cut to the longest list of which this share is
+        right by the estimate without labels (estimate.py); the budget still bounds it. None: the
         estimate is only reported.
     """
 
@@ -118,7 +118,7 @@ def _choose(
     room = torch.full((M,), max(1, int(rules.max_share * M)), device=lower.device)
     room -= torch.bincount(torch.cat([lower[always], higher[always]]), minlength=M)
     chosen = [always]
-    for part in rest.split(piece):  # greedy on a list is greedy on its pieces in turn
+    for part in rest.split(piece):  # piece by piece gives the same pairs as all at once
         taken = part[under_cap(lower[part], higher[part], room)][:bound]
         chosen.append(taken)
         bound -= len(taken)
@@ -138,12 +138,12 @@ def pair_cosines(features: Tensor, a: Tensor, b: Tensor, chunk: int = 1 << 18) -
 
 
 def _judge(cosine: Tensor, sureness: Tensor, old_cosine: Tensor, floor: float) -> Tensor:
-    """Old pairs by the measure of the pairs found today: their sureness, -inf where they must go.
+    """The sureness of old pairs on the scale of the pairs found today; -inf where they must go.
 
     cosine [U], sureness [U] of the pairs found today, old_cosine [U_old]: all in today's features.
     An old pair goes where its cosine is below the `floor` quantile of today's. Where it stays, it
-    is as sure as the pair of today whose cosine has the rank of its own: both then stand on one
-    scale, whatever the miner's sureness means.
+    is as sure as the pair of today whose cosine has the same rank. So both stand on one scale,
+    whatever the miner's sureness means.
     """
     cosine = cosine.sort().values
     scale = sureness.sort().values

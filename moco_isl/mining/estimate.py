@@ -2,7 +2,7 @@
 
 Two images that are alike in one view of the data set have the same neighbours in another view: the
 more neighbours i has in the first view of those that j has in the second, the more often the pair
-i, j is right. What is chance in one view is not in the other.
+i, j is right. Neighbours that are there by chance differ between the views.
 
     s_ij = (|N1(i) & N2(j)| + |N2(i) & N1(j)|) / 2k
     p_ij = sigmoid(A + B logit(e + (1 - 2 e) s_ij))
@@ -13,13 +13,13 @@ There are two kinds of views, each with its own A, B and e:
               have in common. An encoder that is not trained yet scatters the views of an image, and
               the estimate is then too low.
   by_halves   two halves of the feature's dimensions, drawn once and for all: it needs no more than
-              the features. But the neighbours that a poor encoder finds agree with themselves too,
-              so this is a bound from above.
+              the features. But both halves of a poor encoder's features agree on wrong neighbours
+              too, so this is an upper bound.
 
 A and B were fitted to labels once: those of the views on the digits by one MoCo encoder, those of
-the halves on the digits and on features of CIFAR-10 by another. `python -m benchmarks.estimate`
-measures how far off both are elsewhere. Both speak of kinds of pairs, not of a single pair, and
-cannot know of classes that the encoder confounds.
+the halves on the digits and on features of CIFAR-10 by another. `python -m studies.estimate`
+measures how far off both are on other features. Both hold for the pairs of one s together, not
+for a single pair, and neither sees that an encoder confounds two classes.
 
 Letters: M images, C feature dimension, U undirected pairs, n images looked at, k neighbours.
 """
@@ -57,7 +57,10 @@ Views = tuple[Tensor, Tensor]
 
 
 def halves(features: Tensor) -> tuple[Tensor, Tensor]:
-    """features [M, C] -> two parts of their dimensions [M, C / 2], unit rows; the same for a C."""
+    """Two parts of the dimensions of features [M, C]: [M, C / 2] unit rows each.
+
+    The parts depend on C alone.
+    """
     order = torch.randperm(features.shape[1], generator=torch.Generator().manual_seed(0))
     first, second = order.to(features.device).tensor_split(2)
     unit = lambda part: F.normalize(features[:, part].float(), dim=1).to(features.dtype)
@@ -88,9 +91,10 @@ def _neighbours(M: int) -> int:
 
 @torch.no_grad()
 def common_neighbours(views: Views, a: Tensor, b: Tensor, tick: Tick | None = None) -> Tensor:
-    """Two views [M, ...] unit rows, pairs a [U], b [U] -> s [U] float32.
+    """The share s [U] float32 of neighbours that the images of pairs a [U], b [U] have in common.
 
-    Only the images of the pairs are searched for their neighbours.
+    views: two views [M, ...] of unit rows. Only the images of the pairs are searched for their
+    neighbours.
     """
     k = _neighbours(len(views[0]))
     images, place = torch.cat([a, b]).unique(return_inverse=True)  # [n], [2 U]

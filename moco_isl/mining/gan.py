@@ -2,7 +2,7 @@
 
 Letters: M images, N batch of anchors, C feature dimension; a triplet (a, p, n) holds the features
 of anchors, of one of their positives each, and of a negative each.
-gan_training.py trains both networks, gan_watch.py sees a collapse.
+gan_training.py trains both networks, gan_watch.py notices a collapse.
 """
 
 import math
@@ -86,7 +86,7 @@ def generator_loss(
 
 @dataclass
 class GANSettings:
-    """How a GAN is trained, and from where on its proxies count as collapsed."""
+    """How a GAN is trained, and when its proxies count as collapsed."""
 
     iters: int | None = None  # at most; None: 90 sqrt(M), 3,400 at 1,437 images, 20,000 at 50,000
     min_iters: int | None = None  # at least; None: a quarter of iters

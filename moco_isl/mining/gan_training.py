@@ -34,7 +34,7 @@ Tensor = torch.Tensor
 COMPILE_FROM = 50_000  # iterations: fewer likely save less time than compiling takes (an estimate)
 
 
-@torch.enable_grad()  # also where the caller has turned gradients off
+@torch.enable_grad()  # the caller may have turned gradients off
 def fit_gan(
     features: Tensor,
     positives: PositiveSets,
@@ -59,7 +59,7 @@ def fit_gan(
     every = max(1, min(most // 40, 500))  # iterations from look to look
     a_pass = trainer.a_pass
     history = []
-    best = None  # the look that is best so far, and the state then
+    best = None  # the best look so far, and the state at that time
     read = 0  # iterations whose losses were read
     i = 0
     while i < most:
@@ -78,7 +78,7 @@ def fit_gan(
         if best is None or look["hub"] <= best[0]["hub"]:
             best = look, trainer.state()
         collapsed = collapse(look["hub"], look["distinct"], probe.natural, settings)
-        if not collapsed and settled(history):  # collapsed proxies lie still too
+        if not collapsed and settled(history):  # collapsed proxies settle too
             break
     kept, state = best
     trainer.load(state)
@@ -111,7 +111,10 @@ class Forms(NamedTuple):
 
 @functools.cache
 def _compiled(fn: Callable) -> Callable:
-    """One for all fits: the networks are arguments, so a later round finds them compiled."""
+    """`fn`, compiled once for all fits.
+
+    The networks are its arguments, so later rounds reuse what was compiled.
+    """
     return torch.compile(fn, dynamic=False)
 
 
@@ -200,7 +203,7 @@ class Trainer:
 
     def _try_out(self) -> None:
         """Losses and gradients of an iteration, without its steps."""
-        # Any images do. But one tensor given three times would have another form compiled.
+        # Any images do, in three tensors: the same tensor given thrice would be compiled otherwise.
         a, p, n = self.features[self.anchors[:1].expand(3, -1)].float().unbind()  # each [N, C]
         proxy = self.forms.proxy(self.G, a, p, n)
         torch.autograd.grad(self.loss_of_D(a, p, n, proxy.detach()), list(self.D.parameters()))
@@ -255,7 +258,7 @@ class Trainer:
     # ---- iterations
 
     def step(self, iterations: int = 1) -> None:
-        """So many iterations, at most `self.most`."""
+        """Run so many iterations, at most `self.most`."""
         with torch.no_grad():
             triplets = self.features[torch.stack(self.draw(iterations), 1)].float()  # [B, 3, N, C]
         for triplet in triplets.unbind():
@@ -272,7 +275,7 @@ class Trainer:
 
     def _update(self, adam: torch.optim.Optimizer, network: nn.Module, loss: Tensor) -> None:
         params = list(network.parameters())
-        grads = torch.autograd.grad(loss, params)  # of this network alone: G's step spares D's
+        grads = torch.autograd.grad(loss, params)  # G's step needs no gradients of D
         for param, grad in zip(params, grads):
             param.grad = grad
         adam.step()
@@ -289,9 +292,9 @@ class Trainer:
     # ---- CUDA graphs
 
     def run(self, left: int = 1) -> int:
-        """At most `left` iterations; returns how many.
+        """Run at most `left` iterations; returns how many.
 
-        One on a CPU; on a GPU `self.most` or one, first to warm up, then as a captured graph.
+        A CPU runs one. A GPU runs `self.most` or one, first to warm up, then as a captured graph.
         """
         if not self.on_gpu:
             self.step()
@@ -308,7 +311,7 @@ class Trainer:
         return iterations
 
     def warm_up(self, iterations: int = 1) -> None:
-        """Iterations on the stream that will be captured.
+        """Run iterations on the stream that will be captured.
 
         What libraries and optimizers set up at their first call must not be in the graph.
         """
@@ -358,7 +361,10 @@ class Trainer:
 
 @functools.cache
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all fits: cuBLAS keeps a workspace a stream."""
+    """The stream of all captures.
+
+    All fits share it, because cuBLAS keeps a workspace for each stream.
+    """
     return torch.cuda.Stream(device)
 
 

@@ -11,7 +11,7 @@ Tensor = torch.Tensor
 
 
 class PositiveSets:
-    """For every image the other images that are taken to mean the same, without the image itself.
+    """For every image, the other images that count as its positives.
 
     Set i is members[offsets[i]:offsets[i + 1]], the surest first, and among equally sure ones the
     lowest index first.
@@ -47,7 +47,7 @@ class PositiveSets:
         """Sets from edges src [E] -> dst [E], in any order and with doubles.
 
         Self edges go; of a double edge (either direction where `symmetric`) the largest weight and
-        the largest sureness stay; `symmetric` adds the way back of every edge. Missing weights are
+        the largest sureness stay; `symmetric` adds the reverse of every edge. Missing weights are
         1, missing sureness is 0 (order by index).
         Raises ValueError for an image outside 0..M-1. Needs about 60 bytes a directed edge while it
         works.
@@ -165,7 +165,7 @@ class PositiveSets:
 
     @staticmethod
     def state_shape(*names: str, edges: str = "E") -> schema.Holds:
-        """What a file may hold of sets: offsets, members and the values of edges so named.
+        """The shape of sets in a file: offsets, members, and these values of the edges.
 
         edges: the letter of their number in the file.
         """
@@ -235,6 +235,6 @@ def _surest_first(src: Tensor, sureness: Tensor | None) -> Tensor:
     if sureness is None:
         return src.sort(stable=True).indices
     bits = sureness.view(torch.int32).long()
-    # as integers, floats of one sign order like their bits
+    # floats of one sign are in the order of their bits, read as integers
     bits = torch.where(bits < 0, -0x80000000 - bits, bits)
     return (src << 32).sub_(bits).sort(stable=True).indices

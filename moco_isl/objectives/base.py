@@ -48,9 +48,9 @@ class Objective:
     # The model's `encode` if it has been wrapped already; None wraps it here where there are ranks.
     encode: Callable | None = None
 
-    around: ClassVar[type[nn.Module]]  # the model it goes around
-    has_queue: ClassVar[bool] = False  # the model is a MoCo
-    mined: ClassVar[bool] = False  # it has a use for positives
+    around: ClassVar[type[nn.Module]]  # the class of model that it trains
+    has_queue: ClassVar[bool] = False  # the model is a MoCo, which has a queue
+    mined: ClassVar[bool] = False  # whether it trains on mined positives
 
     # Options of those that can be mined for.
     active = False  # whether the mined sets are looked at
@@ -88,7 +88,7 @@ class Objective:
 
     @property
     def encoder(self) -> nn.Module:
-        """Whose features the rounds of mining look at."""
+        """The encoder whose features are mined."""
         return self.model.encoder_q
 
     def __call__(self, *batch: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ class Objective:
         return parts["loss"]
 
     def step(self, *batch: Tensor) -> Parts:
-        """Encode the views, make the loss, remember. batch: the views and their index, checked."""
+        """Encode the views, compute the loss, and update queue, slots and bank."""
         raise NotImplementedError
 
     def _checked(self, *batch: Tensor) -> list[Tensor]:
@@ -201,8 +201,8 @@ class MinedObjective(Objective):
         "logsum",
         "--isl-loss",
         choices=FORMS,
-        help="logsum: Eq. 5, forgiving. meanlog: the mean of the logs, which learns most from clean"
-        " sets, and suffers most from wrong ones",
+        help="logsum: Eq. 5, which tolerates wrong positives. meanlog: the mean of the logs, which"
+        " learns most from clean sets, and suffers most from wrong ones",
     )
     hpe: float = opt(
         0.5,

@@ -75,7 +75,7 @@ class QueueObjective(MinedObjective):
         parts = self.loss(q, k, index.repeat(self.directions))
         if self.symmetric:  # the mean over both directions so far
             parts |= {name: 2 * parts[name] for name in ("loss", "isl", "hpe")}
-        for keys in k.chunk(self.directions):  # the slots take an image once a call
+        for keys in k.chunk(self.directions):  # an image may come once in a call of `write`
             everyone, keys = self.of_all_ranks(index, keys)
             self.slots.write(self.model.enqueue(keys), everyone)
             if self.bank.filled:
@@ -121,9 +121,9 @@ class QueueObjective(MinedObjective):
     def recentered(self, rows: Tensor) -> Tensor:
         """Bank rows [N, P, C], moved from the bank's mean to that of the queue's keys; unit again.
 
-        Rows are up to an epoch older than keys, and all features have moved meanwhile. Left as they
-        are, that common move would tell positives from negatives, and the query would learn it.
-        Before the queue holds any keys rows stay as they are.
+        Rows are up to an epoch older than keys, and all features have moved in a common direction
+        meanwhile. Without the move this shift would tell positives from negatives, and the query
+        would learn the shift. Rows stay as they are until the queue holds keys.
         """
         held = self.slots.count_held(self.model.queue, self.model.queue_ptr)
         if not held or not self.bank.filled:

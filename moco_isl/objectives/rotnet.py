@@ -1,4 +1,4 @@
-"""RotNet (Gidaris et al. 2018), to compare with: by which right angle was an image turned?
+"""RotNet (Gidaris et al. 2018), for comparison: by how many right angles was an image turned?
 
 Letters: N batch.
 """
@@ -39,7 +39,7 @@ class Rotation(nn.Module):
 
 @dataclass(eq=False, repr=False, kw_only=True)
 class RotationObjective(Objective):
-    """Cross-entropy of every image in all four positions; an image is told nothing about others."""
+    """Cross-entropy of every image in all four positions; no image is compared with another."""
 
     around: ClassVar[type[nn.Module]] = Rotation
 
