@@ -1,5 +1,7 @@
 """From options to submitit: what sbatch is given, and how a job is submitted.
 
+A job goes to SLURM, to this machine, or into this process.
+
 To SLURM, to this machine, or into this process.
 """
 
@@ -25,7 +27,7 @@ from launch.report import Entry, write_entry
 from moco_isl import files
 from moco_isl.errors import BadInput
 
-# pending for a reason that time alone will not cure
+# reasons to be pending that do not pass with time
 STUCK = {
     "PartitionNodeLimit": "the partition has not that many nodes, or they are down",
     "PartitionConfig": (
@@ -79,7 +81,8 @@ def slurm_parameters(opts: argparse.Namespace, name: str, after: str | None = No
     }
     always = {"requeue": True}  # whatever the cluster's default is
     if after:
-        always["kill-on-invalid-dep"] = "yes"  # or it would pend for ever once the other has failed
+        # without it the job would be pending for ever once the other has failed
+        always["kill-on-invalid-dep"] = "yes"
     asked = {
         "job_name": name,
         "time": opts.timeout,
@@ -185,7 +188,9 @@ def note(entry: Entry, folder: str) -> None:
 
 
 def _half_submitted(folder: str) -> set[Path]:
-    """What submitit writes before it knows whether sbatch takes the job.
+    """The files that submitit writes before it knows whether sbatch takes the job.
+
+    Other submissions may have such files in the same folder.
 
     Other submissions may have theirs there too.
     """
@@ -195,6 +200,8 @@ def _half_submitted(folder: str) -> set[Path]:
 
 def _is_of(file: Path, ticket: str, name: str) -> bool:
     """Whether this submission wrote such a file.
+
+    The ticket is searched for in the bytes of a pickle, which is never loaded.
 
     A pickle is searched for the ticket as it lies there, never loaded.
     """
@@ -221,7 +228,9 @@ def _slurm(
 
 
 def _local(opts: argparse.Namespace, folder: str) -> submitit.LocalExecutor:
-    """This machine.
+    """An executor for this machine.
+
+    A job inherits this process's environment, so its variables are put there.
 
     A job inherits this process's environment, so that is where its variables go.
     """

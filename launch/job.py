@@ -1,10 +1,10 @@
 """What runs on the nodes: one `Task` each, which submitit pickles, starts and restarts.
 
-Life of a task: forget what the last life left, meet the other ranks, run the script's main with a
-`stop` that signals set. When main has saved and comes back with 75, all ranks came back together:
+In each life a task removes what its last life left, meets the other ranks, and runs the script's
+main with a `stop` that signals set. When main has saved and returns 75, it does so on all ranks:
 rank 0 lets submitit requeue the job, and all wait to be ended. However a life ends, each rank
 leaves a record beside the logs (`end_file`): it says whether the job succeeded, or which rank
-failed first. The pickles of submitit are for submitit alone.
+failed first. Only submitit reads submitit's pickles.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from launch import slurm
 from moco_isl import files
 from moco_isl.errors import BadInput, Interrupted
 
-# how a life of a rank ends
+# the ways in which a life of a rank ends
 SUCCEEDED = "succeeded"
 FAILED = "failed"
 INTERRUPTED = "interrupted"
@@ -84,7 +84,7 @@ class Task:
         return submitit.helpers.DelayedSubmission(next_life)
 
     def __call__(self) -> dict:
-        stop = StopSignals()  # first of all: until here a signal goes to submitit's handler
+        stop = StopSignals()  # first, because until here a signal goes to submitit's handler
         env = submitit.JobEnvironment()
         _forget_last_life(env)
         out = self.out.replace("%j", env.job_id)
@@ -149,9 +149,9 @@ class Task:
         return importlib.import_module(SCRIPTS[self.script]).main(flags, stop)
 
     def _leave(self, env: submitit.JobEnvironment, out: str, stop: StopSignals) -> None:
-        """Everything is saved: have the job requeued, and wait for the end.
+        """Have the job requeued, now that everything is saved, and wait for the end.
 
-        Comes back if there is no next life.
+        Returns if there is no next life.
         """
         most = self.max_restarts
         if env.cluster != "slurm":
@@ -223,7 +223,7 @@ def end_file(folder: Path, job_id: str, rank: int) -> Path:
 
 
 def _record(env: submitit.JobEnvironment, state: str, code: int, error: str) -> None:
-    """Note how, when and where this rank ended, in a file that is whole or not there.
+    """Write when, where and how this rank ended, in a file that is whole or not there.
 
     A full disk may refuse it: the logs and the exit code remain.
     """

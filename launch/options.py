@@ -1,5 +1,8 @@
 """The command lines of submit.py and sweep.py.
 
+They say what is asked of the cluster, and have the flags of the script, which the script's own
+parser reads.
+
 What is asked of the cluster, and the flags of the script, parsed by the script's own parser.
 """
 
@@ -304,6 +307,8 @@ def split_flags(
 ) -> tuple[argparse.Namespace, list[str]]:
     """The launcher's options, and the script's flags.
 
+    All after `--` is the script's, and so is what stands before it and the launcher does not know.
+
     The script's are all after `--`, and before it what the launcher does not know.
     """
     cut = argv.index("--") if "--" in argv else len(argv)
@@ -372,7 +377,7 @@ def words(text: str, option: str) -> list[str]:
 
 @contextlib.contextmanager
 def clean_environment() -> Iterator[None]:
-    """Without what a shell inside another job, or under torchrun, has set."""
+    """This process's environment without what a shell inside another job, or torchrun, has set."""
     is_foreign = lambda name: name in FOREIGN or name.startswith(FOREIGN_PREFIXES)
     foreign = {k: v for k, v in os.environ.items() if is_foreign(k) and k not in FAMILIAR}
     for name in foreign:

@@ -1,5 +1,8 @@
 """What became of a job, in words.
 
+It is read from SLURM, from the records and logs that its ranks left, and from the run's own
+metrics.
+
 From SLURM, from the records and logs that its ranks left, and from the run's own metrics. A job's
 folder holds launch.jsonl (a line a submission), and per job J and rank R: J_R_log.out,
 J_R_log.err and, of a rank that has ended, J_R_end.json. Whoever may write into the folder may have
@@ -152,7 +155,7 @@ def parse(text: str, where: str):
 
 
 def state(entry: Entry) -> JobState:
-    """From SLURM, or from the files of the ranks where SLURM does not know the job."""
+    """The state of a job by SLURM, or by its ranks' files where SLURM does not know it."""
     if entry.cluster == "slurm" and (job := slurm.ask(entry.job)):
         return job
     if entry.cluster == "local" and _alive(entry):
@@ -221,7 +224,8 @@ def _end(entry: Entry, rank: int) -> dict | None:
 def failures(entry: Entry) -> list[Failure]:
     """The ranks that failed, the one that began it first.
 
-    Causes come before consequences, those that said a word before those that did not, then by time.
+    Causes come before consequences, then ranks that left an error before those that did not, then
+    the earlier ones.
     """
     found = {}
     for rank in range(entry.tasks):
@@ -240,7 +244,9 @@ def failures(entry: Entry) -> list[Failure]:
 
 
 def _srun_says(entry: Entry) -> list[tuple[int, str, str]]:
-    """(rank, node, how it ended) as srun tells it at the end of rank 0's log.
+    """(rank, node, how it ended), as srun says at the end of rank 0's log.
+
+    It is the only word on ranks that were killed.
 
     Of ranks that were killed there is nothing else.
     """
@@ -281,7 +287,7 @@ def _last_error(log: Path) -> str:
 
 
 def _text(file: Path, most: int = 2**20) -> str:
-    """The last `most` bytes of a file; '' if there is none, or something else than a file."""
+    """The last `most` bytes of a file; '' if there is none, or if it is not a regular file."""
     try:
         with files.open_regular(file) as stream:
             stream.seek(max(0, os.fstat(stream.fileno()).st_size - most))

@@ -1,5 +1,8 @@
 """What SLURM knows about a job.
 
+slurmctld is asked while it remembers the job (MinJobAge, 5 minutes after the end), then the
+accounting if there is one.
+
 From slurmctld while it remembers (MinJobAge, 5 minutes after the end), then from the accounting if
 there is one.
 """
@@ -34,12 +37,12 @@ class JobState:
 
     @property
     def leaving(self) -> bool:
-        """SLURM is ending it, or has, or is about to start it again."""
+        """Whether SLURM is ending it, has ended it, or is about to start it again."""
         return self.final or self.state in LEAVING
 
     @property
     def may_return(self) -> bool:
-        """Final by its name, but SLURM requeues such jobs by itself."""
+        """Whether SLURM may requeue it by itself, though its state is final by its name."""
         return self.requeue and self.state in PASSING
 
 

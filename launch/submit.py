@@ -263,7 +263,7 @@ def submit_all(plan: list[Task], opts: argparse.Namespace, command: list[str]) -
 
 
 def tell(entry: Entry, opts: argparse.Namespace) -> None:
-    """The job's id, where its logs are, and how to follow them."""
+    """Print the job's id, where its logs are, and how to follow them."""
     where = f"partition {opts.partition}" if opts.partition else "default partition"
     print(
         f"job {entry.job}: {entry.script}, {entry.tasks} task{'s' if entry.tasks > 1 else ''}"

@@ -328,14 +328,14 @@ def dry_run(
 
 
 def make_folders(folders: list[Path]) -> None:
-    """One for each point, before anything is started. Raises BadInput."""
+    """Make a folder for each point, before anything is started. Raises BadInput."""
     for folder in folders:
         files.require_folder(folder, "the folder of a point,")
         folder.mkdir(parents=True, exist_ok=True)
 
 
 def run_here(script: str, points: dict[str, list[str]], folder: Path) -> int:
-    """One point after another; a point that fails does not stop the others.
+    """Run one point after another; a point that fails does not stop the others.
 
     The script itself leaves alone what is finished already.
     """

@@ -1,4 +1,4 @@
-"""What a sweep has to show: a row a point, and curves of a result over a setting."""
+"""The results of a sweep: a table with a row for each point, and curves over a setting."""
 
 import contextlib
 import io
@@ -10,7 +10,7 @@ from launch import report
 from moco_isl import files, schema
 from moco_isl.errors import BadInput, RunFailed
 
-CREATOR = "moco_isl"  # how a curve is known again
+CREATOR = "moco_isl"  # marks a curve that we wrote
 
 
 def write_table(plan: dict, folder: Path) -> None:

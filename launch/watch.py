@@ -1,5 +1,8 @@
 """Waiting for jobs.
 
+A state that SLURM calls final need not be the end, and a job that SLURM has forgotten must not be
+waited for.
+
 What SLURM calls final need not be the end, and what it has forgotten must not be waited for.
 """
 
