@@ -54,7 +54,7 @@ CPU = {
 
 
 def start(part: str, more: list[str]) -> subprocess.Popen:
-    """In a process group of its own, with what it will start."""
+    """Start the part in a process group of its own, with all processes that it will start."""
     return subprocess.Popen(
         [sys.executable, "-m", *part.split(), *more],
         cwd=Path(__file__).parent.parent,

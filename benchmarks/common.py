@@ -386,7 +386,7 @@ def cell(x) -> str:
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """With the flags that all benchmarks have."""
+    """A parser with the flags that all benchmarks have."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -146,7 +146,7 @@ def measure_loss(args: argparse.Namespace, result: common.Result) -> None:
             timing = common.Timing(
                 row["all_cpu_seconds" if common.by_cpu_time(args.device) else "all_seconds"]
             )
-            # on a CPU it is too little to be seen in the process's memory
+            # on a CPU it is too little to show in the process's memory
             peak = row["peak_mib"] / 1024 if args.device.type == "cuda" else 0.0
             result.add(
                 timing.row(f"bank loss, {row['form']}, M = {M:,}", memory_gib=peak or None, **more)

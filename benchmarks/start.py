@@ -51,7 +51,7 @@ def seconds_to_first_step(flags: list[str], out: Path) -> float:
 
 
 def cpu_seconds() -> float:
-    """Of all processes that this one has started and that have ended."""
+    """CPU seconds of all processes that this one has started and that have ended."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 

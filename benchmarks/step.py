@@ -157,7 +157,7 @@ Turn = Callable[[], None]
 
 class Silent(Progress):
     def report(self, epoch: int, step: int, values: dict[str, float]) -> None:
-        """Nothing is shown; the values were read."""
+        """Show nothing; the values were read."""
 
 
 def turn_of(step: Callable, loader, work: Work) -> Turn:
@@ -232,7 +232,7 @@ def our_model(
 
 
 def give_positives(isl: ISL, work: Work, device: torch.device) -> ISL:
-    """As after a round of mining: sets of P on average, and a bank of features."""
+    """Give an objective sets of P on average and a bank of features, as a round of mining does."""
     src = torch.arange(work.M, device=device).repeat_interleave(P // 2)
     dst = torch.randint(
         work.M, (len(src),), device=device, generator=torch.Generator(device).manual_seed(1)
@@ -322,7 +322,7 @@ def build_all(
     only: set[str] | None = None,
     more: Sequence[str] = (),
 ) -> tuple[dict[str, Turn], dict[str, float | None], list[str]]:
-    """The forms, warmed up by two turns each.
+    """Build the forms, and warm each up by two turns.
 
     Returns name -> turn; name -> GiB that it needs at most beyond the others; names of those that
     could not be built.

@@ -1,4 +1,4 @@
-"""Questions to the method, one file each.
+"""Studies of the method: each file answers one question.
 
 A `.yaml` file that has points is a sweep (`python launch/sweep.py FILE`), judged by
 `python -m studies.judge FILE`; flags_*.yaml hold what sweeps share. `demo`, `miners` and `estimate`

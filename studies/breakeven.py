@@ -36,7 +36,7 @@ FORMS = {  # loss form -> what it is called, its flags
     "meanlog": ("mean of logs", ["--isl-loss", "meanlog", "--isl-hpe", "0"]),
 }
 METRICS = {"knn": "kNN", "one_shot": "1-shot", "near": "share of true labels among the nearest"}
-CLOSE = 0.06  # a crossing between two precisions this close is not looked for any closer
+CLOSE = 0.06  # the search for the crossing ends between two precisions this close
 
 # ---------------------------------------------------------------- the crossing
 
@@ -44,7 +44,7 @@ Gains = dict[float, list[float]]  # precision -> gains over no positives, one a 
 
 
 def monotone(values: list[float]) -> list[float]:
-    """The rising sequence that is nearest to values in squares: falling neighbours are pooled."""
+    """The rising sequence nearest to values by squared distance: falling neighbours are pooled."""
     pools: list[list[float]] = []
     for value in values:
         pools.append([value])

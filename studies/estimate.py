@@ -9,8 +9,8 @@ They are compared with the truth, over sets of 1 to 50 positives an image by fou
 
 Rules: each image's own nearest, all pairs by cosine, shared neighbours, neighbourhood means (see
 studies/miners.py). An error is of one set of pairs, in points: the estimate's mean over 2,000 of
-them less the share of them that is right. By halves of the features (a bound from above), and where
-there are images by two augmented views of each. Labels judge and choose nothing.
+them less the share of them that is right. The estimates are by halves of the features (an upper
+bound) and, where there are images, by two augmented views of each. Labels judge and choose nothing.
 """
 
 import statistics

@@ -1,5 +1,7 @@
 """How good an encoder is, by labels of held-out images: weighted kNN, 1-shot, a linear probe.
 
+The labels are used only to judge.
+
 Labels judge here, and steer nothing. Letters: M images, C feature dimension, k neighbours.
 """
 

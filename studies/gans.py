@@ -71,9 +71,9 @@ class GradedNegatives(Trainer):
 
 
 class MatchedFalse(Trainer):
-    """D has a third false triplet to tell: its positive is real, but of another anchor.
+    """D also learns a third kind of false triplet: its positive is real, but of another anchor.
 
-    So Reed et al., 2016, do with texts. The score then says whether anchor and positive match, and
+    Reed et al., 2016, do so with texts. The score then says whether anchor and positive match, and
     not only whether the positive looks real.
     """
 

@@ -45,7 +45,7 @@ GRACE = 4  # seconds from a part's own alarm to its end by SIGKILL
 
 
 def warm(context: Context, name: str, wanted: tuple[str, ...]) -> None:
-    """Compile what part B measures, so that it finds the compiler's work done."""
+    """Compile what part B measures, so that part B does not wait for the compiler."""
     work = figures.work_of(name, context.quick)
     for form, build in figures.step.forms(work, context.device, lambda text: None):
         if figures.FORMS.get(form) in wanted:

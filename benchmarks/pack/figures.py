@@ -67,7 +67,7 @@ def figures_of(row: dict) -> dict:
 
 
 def photos(context: Context) -> None:
-    """The forms that users have first; the published one last, which is known from elsewhere."""
+    """Measure the forms that users have first, and the published one, which is known, last."""
     forms = Forms(context, "photos")
     for form in ("fast", "fast, ISL on"):
         forms.time(form)

@@ -93,7 +93,7 @@ def kernels_work(C: int, device: torch.device) -> dict:
 
 
 def optimizer_equals(device: torch.device) -> dict:
-    """Weights after five equal steps of SGD, fused on the device and plain on the CPU."""
+    """Compare weights after five equal SGD steps, fused on the device and plain on the CPU."""
     g = torch.Generator().manual_seed(0)
     start = torch.randn(300, 40, generator=g)
     gradients = torch.randn(5, 300, 40, generator=g)
@@ -117,10 +117,10 @@ def graphs() -> int:
 
 
 def steps_equal(name: str, device: torch.device, rehearsal: bool) -> dict:
-    """Losses of 12 fast steps beside the plain path's.
+    """Compare the losses of 12 fast steps with the plain path's.
 
-    Fast: bf16, channels last, compiled, fused optimizer and loss. Not ok either where nothing was
-    compiled or the kernels were left out.
+    Fast: bf16, channels last, compiled, fused optimizer and loss. The row also fails where nothing
+    was compiled or the kernels were left out.
     """
     from tests import small_training as small
 
@@ -142,7 +142,7 @@ def steps_equal(name: str, device: torch.device, rehearsal: bool) -> dict:
 
 
 def augmentation_equals(device: torch.device, N: int) -> dict:
-    """Views of N images by the compiled augmentation on the device, beside the CPU's.
+    """Compare views of N images by the compiled augmentation on the device with the CPU's.
 
     The two round differently, and a crop that then lies a pixel elsewhere gives another view: one
     in a hundred may differ.

@@ -1,4 +1,4 @@
-"""What the pack writes, in a form that survives a cut at any moment, and the clock of its parts."""
+"""What the pack writes, in a form that is whole at any moment, and the clock of its parts."""
 
 import contextlib
 import fcntl
@@ -49,7 +49,7 @@ TITLES = {
 class TimeUp(BaseException):
     """The time of a row or of a part is over.
 
-    No Exception: an `except Exception` around a trial must not take it for a failure.
+    It is no Exception: an `except Exception` around a trial must not take it for a failure.
     """
 
 
@@ -153,11 +153,11 @@ class Record:
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[io.TextIOWrapper]:
-        """rows.jsonl, for one process at a time; the lock ends with its holder.
+        """Hold rows.jsonl for one process at a time; the lock ends with its holder.
 
-        After LOCKED seconds it is done without: one that was stopped while it wrote must not stop
-        all. A line of a file that is appended to stays whole, and of the table a later one will
-        follow.
+        After LOCKED seconds the caller goes on without the lock: a process that was stopped while
+        it wrote must not stop all others. A line that is appended stays whole, and a later table
+        replaces an older one.
         """
         with open(self.out / "rows.jsonl", "a") as file:
             end = time.monotonic() + LOCKED
@@ -170,7 +170,7 @@ class Record:
 
 
 def _finite(row: dict) -> dict:
-    """JSON knows no NaN."""
+    """A value for JSON, which knows no NaN."""
     return {
         key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in row.items()
     }

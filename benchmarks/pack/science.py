@@ -1,4 +1,6 @@
-"""Part C: one MoCo v2, and from it equal continuations, one a miner.
+"""Part C: one MoCo v2, and equal continuations from it, one for each miner.
+
+It is one process, so that images are decoded and networks compiled once.
 
 One process: images are decoded once, networks compiled once.
 """
