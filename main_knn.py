@@ -47,7 +47,7 @@ def names_data(args) -> bool:
 
 
 def check_subject(args) -> Subject:
-    """What is judged. Raises BadInput where flags, files and images do not go together."""
+    """The subject to judge. Raises BadInput where flags, files and images do not go together."""
     kept = has_features(args)
     flags.check(
         args.pretrained or kept,
@@ -97,7 +97,7 @@ Features = tuple[dict[str, features.Split], dict[str, str]]  # of each split, an
 
 
 def read_features(args, subject: Subject, device: torch.device) -> Features:
-    """Those that are kept in --features. Raises BadInput where the flags name others."""
+    """Read the features kept in --features. Raises BadInput where the flags name others."""
     named = names_data(args)
     if named:
         say(data.describe(**subject.splits))
@@ -110,7 +110,7 @@ def read_features(args, subject: Subject, device: torch.device) -> Features:
 
 
 def take_features(args, subject: Subject, device: torch.device, stop: Stop) -> Features:
-    """Those of the encoder, output and backbone; kept in --features where that is given."""
+    """Take the encoder's features, output and backbone; keep them in --features if it is given."""
     say(data.describe(**subject.splits))
     say(describe(subject.info))
     devices.warn_of_slow_amp(args.amp, device, trains=False)
@@ -159,7 +159,10 @@ def take_features(args, subject: Subject, device: torch.device, stop: Stop) -> F
 
 
 def expectations(args, subject: Subject, named: bool) -> dict[str, str]:
-    """What kept features have to say of themselves: all that the flags name; named: the data."""
+    """The metadata that kept features must have to fit the flags.
+
+    named: the flags name the data too.
+    """
     expected = {"image_size": str(args.image_size)} if args.image_size else {}
     if named:
         expected |= {"dataset": args.dataset, "data_sha256": identity(subject.splits.values())}

@@ -40,7 +40,7 @@ def get_parser() -> flags.Parser:
 def main(argv: list[str] | None = None, stop=None) -> int:
     """Run with flags argv; returns the exit code.
 
-    stop: a launcher's own 'shall we stop?', asked once a step.
+    stop: a launcher's own function that says whether to stop, called once a step.
     """
     return exits.exit_code(run, argv, stop)
 
@@ -98,7 +98,7 @@ def settle_flags(args, resumed: Resumed) -> None:
 
 
 def check_subject(args, resumed: Resumed) -> Subject:
-    """What is judged; raises BadInput where flags, files and images do not go together."""
+    """The subject to judge. Raises BadInput where flags, files and images do not go together."""
     # a file of MoCo's holds the encoder, too
     resumes = bool(resumed.path) and not (resumed.is_ours and args.pretrained)
     path = resumed.path if resumes else args.pretrained
@@ -159,7 +159,7 @@ def assemble(args, device, folder, stop: Stop, resumed: Resumed, subject: Subjec
     images = probing.hold_out(subject, args.holdout, len(args.lr), args.seed)
     require_shots(images.train.labels, max(args.shots, default=0))
     head = get_head(subject.encoder) if subject.info["head"] else None
-    torch.manual_seed(args.seed)  # the start of the classifiers hangs on nothing else
+    torch.manual_seed(args.seed)  # so the initial weights depend on the seed alone
     probe = Probe(
         subject.encoder,
         None if args.finetune else layer_names(subject.encoder, args.layers),

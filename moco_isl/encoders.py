@@ -629,7 +629,7 @@ def extract_features(
     """
     device = torch.device(device)
     autocast = torch.autocast(device.type, dtype=amp) if amp is not None else nullcontext()
-    alone = dist.world_size() == 1  # then rows go straight to the bank, which is held only once
+    alone = dist.world_size() == 1  # rows then go into the bank at once, not held twice
     bank = {}
     parts = {}  # by layer, until the ranks exchange them
     indices = [torch.empty(0, dtype=torch.int64, device=device)]

@@ -1,4 +1,4 @@
-"""Write the backbone of a checkpoint in the form of another library, and prove that it arrived.
+"""Write the backbone of a checkpoint in the form of another library, and check what was written.
 
 python -m moco_isl.export FILE --to torchvision|timm|safetensors|detectron2 --out FILE
 """
@@ -219,7 +219,10 @@ def _same_shapes(build: Callable[[], nn.Module], state: Tensors, whole: bool = F
 
 @torch.no_grad()
 def _compare(encoder: nn.Module, info: dict, read_again: nn.Module) -> None:
-    """Raise RunFailed where what was read again answers a fixed tensor otherwise."""
+    """Raise RunFailed where the network that was read again gives another output.
+
+    Both get the same fixed tensor.
+    """
     side = info["image_size"] or getattr(encoder, "pretrained_cfg", {}).get("input_size", [224])[-1]
     if isinstance(encoder, torchvision.models.ResNet) or info["stem"] == "cifar":
         side = 64

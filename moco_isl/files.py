@@ -241,7 +241,7 @@ def write(content: dict, path: Path, temporary: Path) -> None:
 
     At any moment `path` is the old file or the new one, also after a kill or on a full disk.
     """
-    import torch  # takes seconds, which the launcher's commands are spared
+    import torch  # here, because it takes seconds, and the launcher's commands do not need it
 
     try:
         with replacing(path, temporary):
@@ -280,7 +280,7 @@ def undisturbed() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _check_sums() -> Iterator[None]:
-    """torch.save writes check sums during the block, also where this process has set that off."""
+    """Let torch.save write check sums during the block, also where this process has them off."""
     import torch
 
     # an older torch offers no choice and always writes them

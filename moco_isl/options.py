@@ -36,7 +36,7 @@ class Flag:
     default: object
     kind: type  # of one value: int, float, str or bool
     several: str | None  # "*" or "+" where it takes a list
-    optional: bool  # None is a value: not said
+    optional: bool  # None is a value: not given
     help: str
     low: float | None
     high: float
@@ -162,7 +162,7 @@ def dashed(name: str) -> str:
 
 
 def check_values(options) -> None:
-    """Hold the fields of a dataclass against their ranges and choices. Raises BadInput."""
+    """Check the fields of a dataclass against their ranges and choices. Raises BadInput."""
     for name, flag in flags_of(type(options)).items():
         value = getattr(options, name)
         what = f"{type(options).__name__}: {name}"
@@ -190,7 +190,7 @@ def check_range(
         if above and v <= most and finite:
             continue
         bounds = f"{'more than' if low_open else 'at least'} {low:g}"
-        if most < LARGEST or v > most:  # only who is above LARGEST needs to hear of it
+        if most < LARGEST or v > most:  # LARGEST is named only to a value above it
             bounds += f" and at most {LARGEST if most == LARGEST else format(most, 'g')}"
         bounds += "" if finite else ", and finite"
         raise BadInput(f"{what} {short(str(v))} is out of range: expected {bounds}")

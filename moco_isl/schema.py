@@ -1,4 +1,4 @@
-"""What a file must hold that may be damaged or written by hand: a shape, checked where it is read.
+"""Check the content of a file that may be damaged or written by hand against a shape.
 
 A shape is one of:
 

@@ -1,4 +1,4 @@
-"""What comes in: data sets, augmentation, batches."""
+"""Data sets, augmentation, and batches of images."""
 
 from moco_isl.data.augment import BatchAugmentation, BatchViews, DigitAugmentation
 from moco_isl.data.cache import hold_cached

@@ -485,6 +485,8 @@ class BatchAugmentation(BatchViews):
 class DigitAugmentation(BatchViews):
     """Grey digits: turned, scaled, moved a little, brightness, contrast, noise.
 
+    They are not mirrored, because a mirrored 2 is not a 2.
+
     They are not mirrored: a mirrored 2 is no 2.
     """
 
@@ -511,7 +513,7 @@ class DigitAugmentation(BatchViews):
         self.draws = 6 + size * size
 
     def apply(self, images: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-        images = images[:, :1].to(self.dtype) / 255  # three equal channels: one until the end
+        images = images[:, :1].to(self.dtype) / 255  # the channels are equal: one will do
         angle = between(u[:, 0], -self.turn, self.turn)
         zoom = between(u[:, 1], *self.zoom)
         cos = torch.cos(angle) / zoom

@@ -129,7 +129,7 @@ def value_range(values: np.ndarray, tops: Sequence[float]) -> tuple[float, float
     values = values[np.isfinite(values)]
     if not len(values):
         raise ValueError("no value of the image is finite")
-    few = 1 + (len(values) - 1) // 100  # so many at an end do not count: of the smallest image one
+    few = 1 + (len(values) - 1) // 100  # how many do not count at each end: at least one
     last = max(len(values) - 1 - few, 0)
     first = min(few, last)
     ordered = np.partition(values, (first, last))
@@ -139,7 +139,7 @@ def value_range(values: np.ndarray, tops: Sequence[float]) -> tuple[float, float
     most = values.max()
     top = next((top for top in tops if high <= 1.05 * top), None)
     if top is not None and low >= -0.05 * max(high, 0):
-        dark = 0 < most < top / 8  # black on all of that range: of 12 bits, perhaps
+        dark = 0 < most < top / 8  # nearly black on that range: perhaps 12 bits
         sure = least >= -0.05 * top and most <= 1.05 * top and not dark
         return 0.0, float(top), "" if sure else f"values reach from {least:g} to {most:g}"
     low = min(low, 0.0)
@@ -163,7 +163,7 @@ class ImageFiles(Dataset):
         folder: str = "",
         layout: folders.Layout | None = None,
     ):
-        # one block: of a list of a million strings every worker would soon have its own copy
+        # one block: every worker would soon have a copy of its own of a list of a million strings
         self._paths = np.array([os.fsencode(path) for path in paths])
         self.labels = labels
         self.classes = classes
@@ -186,7 +186,7 @@ class ImageFiles(Dataset):
         return decode_pixels(self.path(i), at_least, partial(self._unclear, i))
 
     def _unclear(self, i: int, why: str) -> None:
-        """Say, once a data set, of what range the values of an image are."""
+        """Print once for a data set which range is assumed for the values of an image."""
         if not self._said_unclear:
             self._said_unclear.fill_(True)
             warnings.warn(f"{self.path(i)!r}: {why} (there may be more such images)", stacklevel=2)
@@ -243,7 +243,7 @@ class ImagesInMemory(Dataset):
         been read from files.
         """
         labels = None if self.labels is None else self.labels[rows]
-        # of the files: this data set need not stay
+        # the files, where there are any, so that this data set can be freed
         source = self if isinstance(self.source, str) else self.source
         part = ImagesInMemory(self.images[rows], labels, self.classes, Part(source, rows))
         unreadable = set(self.unreadable)
@@ -255,7 +255,9 @@ class ImagesInMemory(Dataset):
 
 
 def stand_ins(M: int, unreadable: Sequence[int]) -> list[tuple[int, int]]:
-    """Of each unreadable image its position, and that of the next readable one.
+    """The position of each unreadable image, and that of the next readable one.
+
+    After the last image comes the first.
 
     After the last image comes the first.
     """

@@ -198,7 +198,7 @@ class _Reading:
                         self.skipped["hidden"] += 1
                     elif entry.is_dir(follow_symlinks=False):
                         real.append(entry.path)
-                    elif _is_image(entry.name):  # whatever it is: reading it tells
+                    elif _is_image(entry.name):  # a link too; reading it shows what it is
                         images.append(entry.name)
                     elif entry.is_symlink() and os.path.isdir(entry.path):
                         links.append(entry.path)

@@ -375,7 +375,7 @@ class _MemoryLoader:
         return [(i, self.dataset.path(i)) for i in self.dataset.unreadable]
 
     def close(self) -> None:
-        """Does nothing: there are no workers."""
+        """Do nothing: there are no workers."""
 
 
 class MemoryTrainLoader(_MemoryLoader):
@@ -427,7 +427,7 @@ class MemoryEvalLoader(_MemoryLoader):
                 yield self.normalize(self.images[rows]), rows
 
 
-# ---------------------------------------------------------------- the three doors
+# ---------------------------------------------------------------- the three loaders
 
 TrainLoader = FileTrainLoader | PhotoTrainLoader | MemoryTrainLoader
 

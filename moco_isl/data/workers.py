@@ -142,7 +142,7 @@ def end(holder: list[DataLoader]) -> None:
 
 
 def _past_news(end: Callable[[], None]) -> None:
-    """Call end(); torch's news that a worker was ended may arrive as late as here."""
+    """Call end(), and ignore torch's late error that a worker was ended."""
     try:
         end()
     except RuntimeError as error:

@@ -79,7 +79,7 @@ def load_backbone(
     if content is None:
         content, metadata = read_file(path)
     state, left = _state_dict(content, path)
-    if "isl" in content or "probe" in content:  # a file of ours has these, and right
+    if "isl" in content or "probe" in content:  # a file of ours must have these entries
         require(
             content,
             {"epoch": COUNT, "args": _TRAINED_ON, ...: object},
@@ -325,7 +325,7 @@ def to_detectron2(state: Tensors) -> Tensors:
 
 
 def from_detectron2(state: Tensors) -> Tensors:
-    """The way back; tensors under any other names come back as they are."""
+    """The inverse of `to_detectron2`; tensors under any other names stay as they are."""
     is_theirs = "stem.conv1.weight" in state and "res2.0.conv1.weight" in state
     return _rename(state, _FROM_DETECTRON2) if is_theirs else state
 

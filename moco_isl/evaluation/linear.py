@@ -31,7 +31,7 @@ Answer = Callable[[object], dict[str, torch.Tensor]]
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
-    """Half precision of this type inside; None: float32."""
+    """The context in which the network computes in this type of half precision; None: float32."""
     return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
 
@@ -68,7 +68,7 @@ class Layers(nn.Module):
 
 
 class Frozen:
-    """A copy of all weights and running statistics of an encoder, to prove that none has moved."""
+    """A copy of all weights and running statistics of an encoder, to prove that none changes."""
 
     def __init__(self, encoder: nn.Module):
         self.before = {name: t.detach().cpu().clone() for name, t in encoder.state_dict().items()}
@@ -235,7 +235,7 @@ class JudgedImages:
 
 
 class JudgedFeatures:
-    """The same from features that were taken once: iterates ({layer: [n, C]}, labels)."""
+    """A split to be judged by features taken once: iterates ({layer: [n, C]}, labels)."""
 
     def __init__(self, split: Split, batch_size: int = 4096):
         self.split = split

@@ -21,7 +21,11 @@ from moco_isl.training import engine, fast, resume, state
 
 
 class Images(NamedTuple):
-    """train; those held out of it to choose among learning rates by (None: none); val."""
+    """The images of a probe.
+
+    train: to train on. held: taken out of train, to choose among learning rates by; None: none.
+    val: to judge on.
+    """
 
     train: object
     held: object | None
@@ -31,10 +35,9 @@ class Images(NamedTuple):
 class Probing:
     """Trains and judges a `Probe` of a subject, and writes its files.
 
-    first_epoch: the position where no file is gone on with. flags: what the checkpoint has as
-    `args`. folder: of rank 0; None on the others, and where nothing is trained. Attributes:
-    position, best (per cent on val of each classifier in its best epoch), batch_size and seconds of
-    the training.
+    first_epoch: where a probe begins that goes on from no file. flags: `args` of the checkpoint.
+    folder: of rank 0; None on the others, and where nothing is trained. Attributes: position, best
+    (per cent on val of each classifier in its best epoch), batch_size and seconds of the training.
     """
 
     def __init__(
@@ -224,9 +227,10 @@ class Probing:
     # ---- the result
 
     def finish(self, out: str, facts: dict, *, shots: list[int], draws: int) -> None:
-        """MoCo's sanity check, the table of all classifiers, and results.json in the folder `out`.
+        """Make MoCo's sanity check, print the table of all classifiers, and write results.json.
 
-        facts: what else it is to say. shots, draws: see `Probe.few_labels`.
+        out: the folder of results.json. facts: further entries of results.json. shots, draws: see
+        `Probe.few_labels`.
         """
         train, held, val = self.images
         judge = lambda dataset: self.probe.judge(self.probe.judged(dataset))
@@ -352,7 +356,7 @@ def require_probe(
 
 
 def metrics_size(resumed: Resumed, out: str | Path) -> int | None:
-    """How many bytes of metrics.jsonl in `out` stand (None: all)."""
+    """How many bytes of metrics.jsonl in `out` are kept (None: all)."""
     if not resumed.path:
         return 0
     if not resumed.is_ours:
