@@ -73,7 +73,7 @@ def check_subject(args) -> Subject:
 
 
 def worker(args, stop, subject: Subject) -> None:
-    """One rank: features of all images, its share of the queries, the results of all ranks."""
+    """Run one rank: features of all images, its share of the queries, the results of all ranks."""
     device = devices.resolve_device(args)
     with Stop(stop) as asked:
         if dist.broadcast_object(has_features(args)):
@@ -93,7 +93,7 @@ def worker(args, stop, subject: Subject) -> None:
         print("\n".join(results.write_results(args.out, "results", facts)))
 
 
-Features = tuple[dict[str, features.Split], dict[str, str]]  # of each split, and what they are of
+Features = tuple[dict[str, features.Split], dict[str, str]]  # splits, and metadata
 
 
 def read_features(args, subject: Subject, device: torch.device) -> Features:

@@ -116,7 +116,7 @@ def prepare(
 
 
 def worker(args: argparse.Namespace, stop, start: resume.Start, content: dict) -> None:
-    """One rank of the run. content: of the file to start from, empty if it is yet to be read."""
+    """Run one rank. content: of the file to start from, empty if it is yet to be read."""
     device = devices.resolve_device(args)  # first: the ranks talk through their GPUs
     devices.warn_of_slow_amp(args.amp, device, trains=True)
     own = start

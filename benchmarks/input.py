@@ -74,7 +74,7 @@ def candidates(photos: list[Path], note: Callable[[str], None], compiles: bool) 
     pil = published_pipeline()
 
     def by_files(read, transform) -> None:
-        """As a DataLoader without workers has it: two views an image, then batches."""
+        """Read photos as a DataLoader without workers does: two views an image, then batches."""
         for start in range(0, len(photos), BATCH):
             views = []
             for path in photos[start : start + BATCH]:

@@ -75,7 +75,7 @@ class Task:
     max_restarts: int = 30
     join_timeout: float = 300  # seconds
     restarts: int = 0
-    # of the submission, to know its files by
+    # marks the files of this submission
     ticket: str = dataclasses.field(default="", compare=False)
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
@@ -190,7 +190,7 @@ class Task:
 def _forget_last_life(env: submitit.JobEnvironment) -> None:
     """Remove what this rank's last life left.
 
-    A stale error would be taken for this life's, and submitit stumbles over half-written files.
+    An old error would be taken for one of this life, and submitit fails on half-written files.
     """
     paths = env.paths
     stale = [paths.result_pickle, end_file(paths.folder, env.job_id, env.global_rank)]

@@ -18,7 +18,7 @@ from datetime import timedelta
 
 from torch.distributed import DistError, TCPStore
 
-# below 32768, where Linux begins to hand out ports of its own accord
+# below 32768: Linux hands out the ports from there on to any program
 FIRST_PORT = 10_000
 PORTS = 22_000
 CANDIDATES = 8

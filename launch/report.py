@@ -67,15 +67,15 @@ TAKEN_DOWN = re.compile(r"CANCELLED AT .* DUE TO")
 
 @dataclasses.dataclass
 class Entry:
-    """One submission: what status and --wait have to know of it later."""
+    """One submission: what status.py and --wait need to know of it later."""
 
     job: str
     cluster: str
     script: str
-    folder: str  # of the logs
+    folder: str  # where the logs are
     out: str  # run folder
     tasks: int
-    command: list[str]  # that submitted it
+    command: list[str]  # the command that submitted it
 
     def log(self, rank: int, kind: str = "err") -> Path:
         return Path(self.folder) / f"{self.job}_{rank}_log.{kind}"

@@ -240,7 +240,7 @@ def dry_run(plan: list[Task], opts: argparse.Namespace) -> int:
 def submit_all(plan: list[Task], opts: argparse.Namespace, command: list[str]) -> int:
     """Submit the plan.
 
-    SLURM holds what follows until the first has succeeded; on this machine this process waits.
+    SLURM holds what follows until the first job has succeeded; on this machine this process waits.
     """
     first = executors.submit(opts, plan[:1], plan[0].out, _name(plan[0], opts), command)[0]
     tell(first, opts)
@@ -288,7 +288,7 @@ def tell(entry: Entry, opts: argparse.Namespace) -> None:
 
 
 def debug(run: Task) -> int:
-    """One task in this very process; where it fails a debugger opens, if somebody can type."""
+    """Run one task in this very process; where it fails a debugger opens, if somebody can type."""
     files.require_folder(run.out, "--job-dir")
     Path(run.out).mkdir(parents=True, exist_ok=True)
     os.environ["SUBMITIT_FOLDER"] = run.out

@@ -379,7 +379,7 @@ def run_array(
         opts, runs, str(logs), opts.name or f"moco_isl-{folder.name}", command
     )
     for entry in entries:
-        executors.note(entry, entry.out)  # with its point too, where status.py is asked for it
+        executors.note(entry, entry.out)  # in the point's folder too, for status.py
         print(f"job {entry.job}: {Path(entry.out).name}\n  logs    {entry.log(0, 'out')}")
     print(
         f"state: python launch/status.py {shlex.quote(str(folder))}\ntable: python launch/sweep.py"

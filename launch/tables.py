@@ -92,7 +92,7 @@ def _shown(value) -> str:
     return "" if value is None else files.shown(str(value)).replace("|", "\\|")
 
 
-ROWS = {"knn": "results", "lincls": "classifiers"}  # where results.json has what was judged
+ROWS = {"knn": "results", "lincls": "classifiers"}  # the name of the rows in each results.json
 
 
 def results(script: str, out: Path) -> dict:
@@ -112,7 +112,7 @@ def results(script: str, out: Path) -> dict:
     judged = [
         result for result in found.get(ROWS[script], []) if report.is_number(result.get("top1"))
     ]
-    # of learning rates, on images held out
+    # the best learning rate, chosen on images held out
     chosen = [result for result in judged if result.get("chosen", True)]
     best = max(chosen, key=lambda result: result["top1"], default={})
     return {k: v for k, v in best.items() if isinstance(v, str) or report.is_number(v)}

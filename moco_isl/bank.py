@@ -137,7 +137,7 @@ class QueueSlots:
         first = torch.searchsorted(images, images)  # [n], where an image's keys begin
         turn = torch.arange(len(images), device=owner.device) - first  # [n], 0: its oldest key
         most = int(turn.max()) + 1 if len(turn) else 0
-        if most > self.slots.shape[1]:  # of a run with two keys a visit
+        if most > self.slots.shape[1]:  # that run had two keys a visit
             self.slots = self.slots.new_zeros(len(self.slots), most)
         for number in range(most):
             self.write(slots[order][turn == number], images[turn == number])

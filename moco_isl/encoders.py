@@ -471,7 +471,7 @@ class SplitBatchNorm(nn.modules.batchnorm._BatchNorm):
     def _splits(self, x: torch.Tensor) -> int:
         """The largest number of parts that divides the batch and leaves a part two values."""
         N = len(x)
-        values = x[0, 0].numel()  # of an image in a channel; a part of one has no variance
+        values = x[0, 0].numel()  # of an image in a channel; one value alone has no variance
         for splits in range(min(self.num_splits, N), 1, -1):
             if N % splits == 0 and N // splits * values > 1:
                 return splits

@@ -1,4 +1,4 @@
-"""The front door of a training loop of your own.
+"""`ISL`, the objective for a training loop of your own.
 
     model = MoCo(torchvision.models.resnet50, mlp=True)
     isl = ISL(model, num_images=len(dataset))

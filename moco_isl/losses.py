@@ -67,7 +67,7 @@ FORMS = {"logsum": multi_positive_nce, "meanlog": multi_positive_mean_log}
 
 
 class _SoftmaxOver(torch.autograd.Function):
-    """See `softmax_over`.
+    """The autograd function of `softmax_over`.
 
     The gradient of lse, mean / T, is known when the pass is over, so neither logits nor rows are
     kept for backward.

@@ -32,9 +32,9 @@ class Flag:
 
     field: str
     dest: str  # its name in a Namespace and in args.json
-    names: tuple[str, ...]  # as typed; without dashes for a positional argument
+    names: tuple[str, ...]  # as they are typed; a positional argument has no dashes
     default: object
-    kind: type  # of one value: int, float, str or bool
+    kind: type  # the type of one value: int, float, str or bool
     several: str | None  # "*" or "+" where it takes a list
     optional: bool  # None is a value: not given
     help: str
@@ -153,7 +153,7 @@ def _kind(hint) -> tuple[type, bool]:
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         parts = typing.get_args(hint)
     plain = [kind for kind in (str, float, int, bool) if kind in parts]
-    inner = [x for part in parts for x in typing.get_args(part)]  # of list[int]
+    inner = [x for part in parts for x in typing.get_args(part)]  # the int in list[int]
     return [*plain, *inner][0], type(None) in parts
 
 

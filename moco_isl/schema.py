@@ -44,7 +44,7 @@ DTYPES = {
     "int": {"uint8", "int8", "int16", "int32", "int64"},
     "bool": {"bool"},
 }
-LARGEST = 2**63 - 1  # of a count in a file
+LARGEST = 2**63 - 1  # the largest count in a file
 EARLIER = "take another file, such as an earlier checkpoint"  # the cure for a damaged file
 DEEP = 50  # levels of nesting; our own files have no more than ten
 _repr = reprlib.Repr()

@@ -138,7 +138,7 @@ def _images(settings: dict) -> list[str]:
 
 
 def _seconds(run: TrainedRun) -> float | None:
-    """Of training, by the median rate, and of the rounds."""
+    """The seconds of training, by the median rate, and those of the rounds."""
     batch = json.loads((run.folder / "args.json").read_text())["args"]["batch_size"]
     steps = run.lines("step")
     rates = [line["images_per_s"] for line in steps]

@@ -134,7 +134,7 @@ class Lists:
         return self.pairs(self.shared + self.cosine / 4)
 
     def by_means(self, k: int) -> Pairs:
-        """By the cosine of their means over k neighbours, as --miner average."""
+        """Pairs by the cosine of their means over k neighbours, as --miner average ranks them."""
         means = Lists(neighbourhood_means(self.features, min(k, self.M - 1), 3.0))
         return means.pairs(means.cosine)
 

@@ -170,7 +170,7 @@ class Record:
 
 
 def _finite(row: dict) -> dict:
-    """A value for JSON, which knows no NaN."""
+    """The row with None in place of NaN and infinities, which JSON does not know."""
     return {
         key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in row.items()
     }

@@ -187,7 +187,9 @@ def adjust_hue(images: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
 
 
 def _turn_hue(planes: Planes, top: torch.Tensor, low: torch.Tensor, shift: torch.Tensor) -> Planes:
-    """To HSV, turn, and back. top, low [N, H, W]: the largest and smallest of the planes.
+    """Convert images to HSV, turn the hue, and convert them back.
+
+    top, low [N, H, W]: the largest and smallest of the planes.
 
     A pixel of hue h (0 to 6) has in red, green and blue the values
     top - (top - low) clamp(min(k, 4 - k), 0, 1) with k = h + 5, h + 3 and h + 1, modulo 6. The
@@ -213,7 +215,7 @@ ADJUST = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
 def _jitter_step(
     planes: Planes, step: torch.Tensor, factors: torch.Tensor, mean: torch.Tensor
 ) -> Planes:
-    """One operation of ADJUST on each image, that of number step [N].
+    """Apply one operation of ADJUST to each image: that of number step [N].
 
     The first three are one blend: with black, with `mean` [N, 1, 1], the mean grey that contrast
     needs, or with the grey image.
@@ -256,9 +258,9 @@ def _jitter_at_once(planes: Planes, factors: torch.Tensor, order: torch.Tensor) 
 def _jitter_by_rows(
     images, factors, order: list[list[int]], idle: list[bool], adjust=ADJUST
 ) -> torch.Tensor:
-    """As `_jitter_at_once`, where looking at values costs nothing: each operation on its images.
+    """As `_jitter_at_once`, but each operation runs on those images alone that it changes.
 
-    idle: whether an image stays as it is.
+    It is for devices where the host reads values at no cost. idle: whether an image stays as it is.
     """
     for turn in zip(*order):
         for step, operation in enumerate(adjust):
@@ -506,7 +508,7 @@ class DigitAugmentation(BatchViews):
         super().__init__(mean, std, size, dtype)
         self.turn = math.radians(turn)
         self.zoom = zoom
-        self.move = move  # of the image's side
+        self.move = move  # a share of the image's side
         self.contrast = contrast
         self.brightness = brightness
         self.noise = noise  # standard deviation

@@ -167,9 +167,9 @@ class ImageFiles(Dataset):
         self._paths = np.array([os.fsencode(path) for path in paths])
         self.labels = labels
         self.classes = classes
-        self.folder = folder  # in which all of them lie
+        self.folder = folder  # the folder in which all of them lie
         self.layout = layout or folders.Layout(f"{len(paths)} images, {len(classes or ())} classes")
-        self._said_unclear = torch.zeros(1, dtype=torch.bool).share_memory_()  # by the workers too
+        self._said_unclear = torch.zeros(1, dtype=torch.bool).share_memory_()  # workers share it
 
     def __len__(self) -> int:
         return len(self._paths)

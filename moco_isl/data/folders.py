@@ -33,7 +33,7 @@ _OTHER_IMAGES = (".avif", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jxl", ".p
 _SPLIT = re.compile(
     r"(train|training|val|valid|validation|test|testing)([-_ ]?(set|split|data|images))?\d*", re.I
 )
-_ROOT = -1  # in place of a class: directly in the folder
+_ROOT = -1  # stands for the class of images that lie directly in the folder
 _NAMED = 5  # names that a message lists
 
 

@@ -13,7 +13,7 @@ from moco_isl.data.sets import DataSet, find_set
 from moco_isl.errors import BadInput
 from moco_isl.loader import GaussianBlur
 
-_SMALLEST_CROP = 0.2  # of the area
+_SMALLEST_CROP = 0.2  # as a share of the image's area
 
 
 def _side(row: DataSet, size: int | None) -> int:

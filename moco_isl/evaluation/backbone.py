@@ -47,7 +47,7 @@ _GROUPED = {  # (depth, groups, width of the first block's 3x3 convolution) -> t
 }
 # beginnings of the names of architectures that have both stems
 _STEMMED = ("resnet", "resnext", "wide_resnet", "alexnet")
-LARGEST_SIDE = 4096  # of images, as --image-size has it
+LARGEST_SIDE = 4096  # the largest --image-size
 # extra classifiers of torchvision's Inceptions, which are left out
 _AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")
 

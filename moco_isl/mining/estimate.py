@@ -12,7 +12,7 @@ There are two kinds of views, each with its own A, B and e:
   by_views    features of two random augmentations of every image; s less what sets drawn by chance
               have in common. An encoder that is not trained yet scatters the views of an image, and
               the estimate is then too low.
-  by_halves   two halves of the feature's dimensions, drawn once and for all: it needs no more than
+  by_halves   two halves of the feature's dimensions, always the same ones: it needs no more than
               the features. But both halves of a poor encoder's features agree on wrong neighbours
               too, so this is an upper bound.
 
@@ -39,7 +39,7 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True)
 class Curve:
-    """From the share s of common neighbours to the share p of right pairs."""
+    """The curve that gives the share p of right pairs for a share s of common neighbours."""
 
     A: float
     B: float

@@ -119,7 +119,9 @@ def _compiled(fn: Callable) -> Callable:
 
 
 class Trainer:
-    """One iteration: draw triplets, step D, step G. It reads no value back from the device.
+    """Trains the GAN by iterations that read no value back from the device.
+
+    An iteration draws triplets, steps D, and steps G.
 
     On a GPU up to `GRAPH` iterations are one CUDA graph, and their triplets are drawn at once:
     draws do not depend on the networks. `shuffle` draws the random numbers of a whole pass over the
@@ -156,7 +158,7 @@ class Trainer:
         if state is not None:
             self.load(state)
         self.losses = torch.zeros(2, device=features.device)  # sums of D's, G's since the last read
-        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}  # by their number of iterations
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}  # number of iterations -> their graph
         self.warm: dict[int, int] = {}  # how often so many iterations were run to warm up
         self._prepare_draws(positives, seed)
         self.forms = Forms()
@@ -224,7 +226,8 @@ class Trainer:
         )
         self.anchors = torch.empty(self.a_pass, self.N, dtype=torch.int64, device=device)
         self.u = torch.empty(self.a_pass, self.N, device=device)  # which positive of an anchor
-        self.offsets = torch.empty(self.a_pass, 1, dtype=torch.int64, device=device)  # of windows
+        # where the window of candidates of each iteration begins
+        self.offsets = torch.empty(self.a_pass, 1, dtype=torch.int64, device=device)
         self.cursor = torch.zeros(1, dtype=torch.int64, device=device)  # iterations of this pass
         self.lane = torch.arange(self.most, device=device)
         self.shuffle()
@@ -370,7 +373,7 @@ def _capture_stream(device: torch.device) -> torch.cuda.Stream:
 
 @contextmanager
 def _tf32(device: torch.device) -> Iterator[None]:
-    """On CUDA: float32 products that are computed or captured inside are in TF32.
+    """A context in which float32 products that CUDA computes or captures are in TF32.
 
     Outside, where features are compared, they keep full precision.
     """

@@ -59,7 +59,7 @@ class TripletSampler:
         self.capacity = None if device.type == "cpu" else int(sizes.sum())
         self.order = torch.empty(self.M, dtype=torch.int64, device=device)
         self.place = torch.empty_like(self.order)  # place[order[i]] = i
-        self.slots = torch.arange(self.pool, device=device)  # of a window
+        self.slots = torch.arange(self.pool, device=device)  # the places of a window
         self.shuffle()
 
     def shuffle(self) -> None:

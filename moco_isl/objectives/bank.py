@@ -58,7 +58,7 @@ class BankObjective(MinedObjective):
     products.
     """
 
-    seed: int = 0  # of the random rows
+    seed: int = 0  # of the random rows with which the bank begins
 
     around: ClassVar[type[nn.Module]] = Instance
     begins_filled: ClassVar[bool] = True

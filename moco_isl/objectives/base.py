@@ -266,7 +266,7 @@ class MinedObjective(Objective):
         views: tuple[Tensor, Tensor] | None = None,
         number: int | None = None,
     ) -> dict:
-        """One round: replace the positives by what `miner` finds in features [M, C] (unit rows).
+        """Mine once: replace the positives by what `miner` finds in features [M, C] (unit rows).
 
         rng: the round's draws; None: seeded by the number of the round. tick: called often, may
         raise to abandon the round; then nothing has changed. views 2 x [M, C]: unit rows of two

@@ -17,7 +17,7 @@ Tensor = torch.Tensor
 
 _WIDEST = 256  # C that still fits a tile
 _ROUNDING = 1.1e-3  # a float16 score of unit rows is off by less: 2^-11 a factor, and float32 sums
-_BYTES = 1 << 30  # of group maxima, or of rescored rows, at a time
+_BYTES = 1 << 30  # memory of the group maxima, or of the rescored rows, held at a time
 
 
 def kernels_for(rows: Tensor) -> ModuleType | None:

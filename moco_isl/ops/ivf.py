@@ -20,15 +20,15 @@ Tensor = torch.Tensor
 
 CHOICES = ("exact", "ivf", "auto")
 WINS = {"cpu": 100_000, "cuda": 14_000_000}  # rows from which "auto" takes an index
-RECALL = 0.95  # of the 10 nearest of a sample; nprobe is raised until it is reached
-NEAREST = 10  # whose recall is measured
+RECALL = 0.95  # share of a sample's nearest to be found; nprobe is raised until it is
+NEAREST = 10  # nearest rows of a query over which recall is measured
 SAMPLE = 1000  # rows of the bank that are searched to measure it
 PER_LIST = 40  # rows a list that the k-means is fitted to
-ITERATIONS = 10  # of the k-means
+ITERATIONS = 10  # iterations of the k-means
 _HALF_FROM = 8 << 30  # bytes of a float32 copy from which the lists hold float16
 _SPARE = 6  # rows found beyond k in lists of float16, so that rounding costs no true neighbour
-_QUERIES = 1024  # of one call of faiss
-_NUMBERS = 1 << 23  # in the rows that are compared again at a time
+_QUERIES = 1024  # queries in one call of faiss
+_NUMBERS = 1 << 23  # numbers in the rows that are compared again at a time
 _ROWS = 1 << 16  # added in one call
 
 

@@ -106,7 +106,7 @@ def _softmax_kernel(
         x = tl.where(j[None, :] < M, x, float("-inf"))
         if MASKED:
             column = tl.arange(0, BM)[None, :]
-            word = tl.load(bits_ptr + first // 32)[:, None]  # of each anchor, bits of 32 rows
+            word = tl.load(bits_ptr + first // 32)[:, None]  # bits of 32 rows for each anchor
             for b in tl.static_range(1, BM // 32):
                 following = tl.load(bits_ptr + first // 32 + b)[:, None]
                 word = tl.where(column // 32 == b, following, word)

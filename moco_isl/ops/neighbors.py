@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 Tensor = torch.Tensor
 Tick = Callable[[], None]  # called often during long work, which ends with what it raises
 
-_BYTES = {"cpu": 32 << 20, "cuda": 1 << 30}  # of one piece of the score matrix
-_COLUMNS = {"cpu": 65536, "cuda": 131072}  # of one piece, at most
+_BYTES = {"cpu": 32 << 20, "cuda": 1 << 30}  # memory of one piece of the score matrix
+_COLUMNS = {"cpu": 65536, "cuda": 131072}  # most columns of one piece
 _GROUP = 32  # columns whose maximum is looked at first
 
 

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
 INCHES = (4.7, 3.0)
-BOX = (0.155, 0.14, 0.825, 0.84)  # of the axes; one for all, so that charts side by side line up
+BOX = (0.155, 0.14, 0.825, 0.84)  # of the axes in every chart, so that they line up
 # colours that no chart uses otherwise, each of which stands for a CSS variable
 NAMES = ("fg", "muted", "grid", "bad", "c1", "c2", "c3", "c4", "c5", "c6")
 STAND_IN = {name: f"#01{i:02x}fe" for i, name in enumerate(NAMES)}

@@ -19,7 +19,7 @@ from moco_isl.report.runs import Record, Run
 
 Tensor = torch.Tensor
 
-ANCHORS = 6  # of a grid
+ANCHORS = 6  # anchors in a grid
 SHOWN = 8  # positives of an anchor
 PHOTO = 96  # side of a thumbnail of a photo
 
@@ -40,7 +40,7 @@ class Row:
 
     round: int | None
     cells: list[Cell]
-    size: int  # of the whole set
+    size: int  # how many positives the whole set has
 
 
 @dataclass

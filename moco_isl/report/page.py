@@ -19,7 +19,7 @@ from moco_isl.report.grids import Album, Cell, Grid, build_grids
 from moco_isl.report.runs import Run
 from moco_isl.report.verdict import LABELS_USED, Verdict, gains, judge
 
-MOST_CLASSES = 16  # of a confusion table; above, only its worst pairs are shown
+MOST_CLASSES = 16  # most classes of a confusion table; with more, only the worst pairs are shown
 
 
 @dataclass
@@ -112,7 +112,7 @@ def _environment() -> jinja2.Environment:
 
 
 def _albums(runs: Sequence[Run], labels: bool, root: str | None) -> dict[tuple, Album]:
-    """By `Run.images`, the images of every data set that is at hand.
+    """The images of every data set that is at hand, by `Run.images`.
 
     Where images are gone the page has no grids of them; with labels that is bad input.
     """

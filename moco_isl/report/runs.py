@@ -91,7 +91,7 @@ class Run:
 
     path: Path
     name: str
-    flags: dict  # of args.json, resolved
+    flags: dict  # the resolved flags in args.json
     facts: dict  # what else args.json holds
     steps: list[dict]  # lines of metrics.jsonl
     epochs: list[dict]

@@ -473,7 +473,7 @@ def compared_precision(runs: Sequence[tuple[Run, Sequence[Mined]]]) -> list[Char
 
 
 def fill_precision(rounds: Sequence[Mined]) -> None:
-    """Into the reports of rounds that were logged without labels, what the labels say now."""
+    """Put the precisions that the labels now give into reports of rounds logged without labels."""
     for m in rounds:
         if m.curves.get("mined") and m.round.report.get("precision") is None:
             m.round.report |= {

@@ -50,7 +50,7 @@ def breakeven_of(table: dict | None, form: str, size: float) -> float | None:
 
 
 def judge(run: Run, table: dict | None = None) -> Verdict:
-    """By the last round's precision where the run's own log has one.
+    """The verdict on a run; by the last round's precision where the run's own log has one.
 
     Of a run whose positives are drawn from labels it says so first.
     """

@@ -198,7 +198,7 @@ class Journal:
         self.progress = progress
         self.position = position
         self.writer = None
-        self.mean_cosine = math.inf  # of the features at the end of the epoch before
+        self.mean_cosine = math.inf  # between features at the end of the epoch before
 
     def say(self, line: str) -> None:
         self.progress.say(line)
