@@ -126,8 +126,8 @@ def measure_mining(args: argparse.Namespace, result: common.Result) -> None:
             timing.row(f"mining pass, M = {M:,}", "s", memory_gib=done[-1][2] / 2**30, **more)
         )
         report = miner.report
-        if report["why"] or not report["edges"]:
-            raise RuntimeError(f"the pass joined nothing, so it measured nothing: {report['why']}")
+        if report.why or not report.edges:
+            raise RuntimeError(f"the pass joined nothing, so it measured nothing: {report.why}")
     add_exponents(result, "mining pass", done)
 
 

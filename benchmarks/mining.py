@@ -34,7 +34,6 @@ from moco_isl.mining.baselines import baselines
 from moco_isl.mining.edges import Edges, Rules, settle
 from moco_isl.mining.gan import Discriminator, GANFit, Generator
 from moco_isl.mining.positives import PositiveSets
-from moco_isl.mining.record import one_line
 from moco_isl.ops.neighbors import topk
 
 
@@ -182,18 +181,19 @@ def rounds(
         before = peak_bytes(args.device, reset=True)
         sets = miner.mine(features, sets, torch.Generator().manual_seed(args.seed + number))
         peak = peak_bytes(args.device)
-        precision = sets.precision(labels) if sets.num_edges else None
-        report = {**miner.report, "precision": precision}
+        report = miner.report
+        if sets.num_edges:
+            report.precision = sets.precision(labels)
         result.add(
             {
                 "what": f"round {number}",
-                "size": report["mean_size"],
-                "hub": report["worst_in_degree"],
-                "seconds": report["seconds"],
+                "size": report.mean_size,
+                "hub": report.worst_in_degree,
+                "seconds": report.seconds,
                 "memory_gib": None if peak is None else (peak - before) / 2**30,
             }
         )
-        result.note(f"round {number}: {one_line(report)}")
+        result.note(f"round {number}: {report}")
 
 
 def table(

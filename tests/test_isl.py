@@ -323,7 +323,7 @@ def test_a_large_set_takes_turns():
 def test_mine_replaces_sets_and_fills_the_bank():
     isl, features = ISL(moco(), M), unit(M, 3)
     report = isl.mine(features, KNNMiner(k=2, budget=2, max_share=1.0))
-    assert isl.round == 1 and report["mean_size"] == isl.positives.mean_size > 0
+    assert isl.round == 1 and report.mean_size == isl.positives.mean_size > 0
     assert torch.equal(isl.bank.rows, features)
     isl.bank.rows.zero_()
     isl.mine(features, NoMiner())

@@ -19,7 +19,6 @@ from moco_isl.mining import edges, rounds
 from moco_isl.mining.edges import Edges, Rules, settle, under_cap
 from moco_isl.mining.gan import Discriminator, GANFit, Generator
 from moco_isl.mining.positives import PositiveSets
-from moco_isl.mining.record import one_line
 from moco_isl.mining.triplets import TripletSampler
 from tests.ranks import run_ranks
 
@@ -288,11 +287,9 @@ def test_knn_miner_finds_the_nearest_and_keeps_the_budget():
     miner = KNNMiner(k=k, budget=None, max_share=1.0)
     sets = miner.mine(features, PositiveSets.empty(M), rng())
     assert edge_set(sets) == expected | {(j, i) for i, j in expected}
-    assert miner.report["accepted"] and miner.report["mean_size"] == sets.mean_size
+    assert miner.report.accepted and miner.report.mean_size == sets.mean_size
     again = miner.mine(features, sets, rng())
-    assert (
-        edge_set(again) == edge_set(sets) and miner.report["edges_dropped"] <= 0.06 * sets.num_edges
-    )
+    assert edge_set(again) == edge_set(sets) and miner.report.edges_dropped <= 0.06 * sets.num_edges
     budgeted = KNNMiner(k=k, budget=2.0).mine(features, PositiveSets.empty(M), rng())
     assert budgeted.num_edges == 300 and edge_set(budgeted) <= edge_set(sets)
     assert float(budgeted.sureness.min()) >= float(sets.sureness.sort(descending=True).values[310])
@@ -300,7 +297,7 @@ def test_knn_miner_finds_the_nearest_and_keeps_the_budget():
 
 def test_no_miner_is_the_identity():
     sets, miner = PositiveSets.empty(5), NoMiner()
-    assert miner.mine(rows(5), sets, rng()) is sets and one_line(miner.report) == "no mining"
+    assert miner.mine(rows(5), sets, rng()) is sets and str(miner.report) == "no mining"
     miner.load_state_dict(miner.state_dict())
 
 
@@ -334,18 +331,13 @@ def warm_miner(first_round, **changes) -> GANMiner:
 
 def test_a_gan_round_is_accepted_precise_and_reported(first_round):
     M, (miner, sets) = 400, first_round
-    labels, report = torch.arange(M) % 20, miner.report
-    assert (
-        report["accepted"]
-        and report["why"] == ""
-        and sets.num_edges == 4 * M == report["edges_added"]
-    )
+    labels = torch.arange(M) % 20
+    report = miner.report
+    figures = report.figures()
+    assert report.accepted and report.why == ""
+    assert report.edges == report.edges_added == sets.num_edges == 4 * M
     assert sets.precision(labels) > 0.8
-    assert (
-        sum(report["score_histogram"]) == M
-        and len(report["history"]["hub"]) == 41
-        and report["edges"] == 4 * M
-    )
+    assert sum(figures["score_histogram"]) == M and len(figures["history"]["hub"]) == 41
     for name in (
         "mean_size",
         "coverage",
@@ -363,9 +355,9 @@ def test_a_gan_round_is_accepted_precise_and_reported(first_round):
         "threshold",
         "peak_memory_gib",
     ):
-        assert report[name] >= 0, name
-    json.dumps(report, allow_nan=False)
-    assert "4.00 positives an image" in one_line(report) and "\n" not in one_line(report)
+        assert figures[name] >= 0, name
+    json.dumps(figures, allow_nan=False)
+    assert "4.00 positives an image" in str(report) and "\n" not in str(report)
 
 
 def test_a_collapsed_round_adds_nothing_says_why_and_is_no_start(capsys):
@@ -373,14 +365,11 @@ def test_a_collapsed_round_adds_nothing_says_why_and_is_no_start(capsys):
     old = PositiveSets.from_edges(M, torch.arange(10), torch.arange(10) + 20)
     miner = gan_miner(iters=200, min_iters=200, lr=1e-2)
     sets = miner.mine(clusters(M), old, rng())
-    assert (
-        edge_set(sets) == edge_set(old)
-        and not miner.report["accepted"]
-        and miner.report["edges_added"] == 0
-    )
-    assert "collapsed" in miner.report["why"] and "more iterations" in one_line(miner.report)
+    assert edge_set(sets) == edge_set(old)
+    assert not miner.report.accepted and miner.report.edges_added == 0
+    assert "collapsed" in miner.report.why and "more iterations" in str(miner.report)
     assert miner.state_dict() == {"networks": None}
-    json.dumps(miner.report, allow_nan=False)
+    json.dumps(miner.report.figures(), allow_nan=False)
 
 
 def test_proxies_that_collapse_only_in_the_mining_are_refused(monkeypatch, first_round):
@@ -392,17 +381,17 @@ def test_proxies_that_collapse_only_in_the_mining_are_refused(monkeypatch, first
     )
     miner = warm_miner(first_round)
     assert miner.mine(clusters(M), PositiveSets.empty(M), rng()).num_edges == 0
-    assert "collapsed" in miner.report["why"] and not miner.report["accepted"]
+    assert "collapsed" in miner.report.why and not miner.report.accepted
 
 
 def test_a_silent_round_says_why(first_round):
     features, empty = clusters(400), PositiveSets.empty(400)
     miner = warm_miner(first_round, threshold=1.0)
     miner.mine(features, empty, rng())
-    assert "no proxy scored above 1" in miner.report["why"] and miner.report["accepted"]
+    assert "no proxy scored above 1" in miner.report.why and miner.report.accepted
     miner = warm_miner(first_round, threshold=0.0, radius=0.0, radius_mode="fixed")
     miner.mine(features, empty, rng())
-    assert "--isl-radius" in miner.report["why"]
+    assert "--isl-radius" in miner.report.why
 
 
 def test_the_next_round_starts_from_the_last_networks(tmp_path, first_round):
@@ -411,14 +400,15 @@ def test_the_next_round_starts_from_the_last_networks(tmp_path, first_round):
     second = gan_miner(iters=1, min_iters=1)
     second.load_state_dict(torch.load(tmp_path / "miner", weights_only=True))
     second.mine(clusters(400), sets, rng(1))
-    assert second.report["accepted"] and second.report["hub"] < 0.25
+    assert second.report.accepted and second.report.extra["hub"] < 0.25
     steps = [int(miner.networks["adam_G"][0]["step"]) for miner in (first, second)]
     # Adam goes on as well
-    assert steps == [first.report["iteration_kept"], first.report["iteration_kept"] + 1]
+    kept = first.report.extra["iteration_kept"]
+    assert steps == [kept, kept + 1]
     cold = gan_miner(iters=1, min_iters=1)
     assert (
         not cold.mine(clusters(400), sets, rng(1)).num_edges > sets.num_edges
-        and "collapsed" in cold.report["why"]
+        and "collapsed" in cold.report.why
     )
 
 
@@ -449,7 +439,8 @@ def mine_on_rank(rank, world, state, M):
     miner.load_state_dict(state)
     for number in range(2):
         sets = miner.mine(features, sets, rng(number + 10 * rank))  # rank 0's draw counts
-    report = {k: v for k, v in miner.report.items() if "seconds" not in k and "memory" not in k}
+    figures = miner.report.figures().items()
+    report = {name: x for name, x in figures if "seconds" not in name and "memory" not in name}
     return sets.state_dict(), report
 
 

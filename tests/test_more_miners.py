@@ -17,7 +17,6 @@ from moco_isl.miners.gan import GANMiner
 from moco_isl.miners.knn import KNNMiner
 from moco_isl.miners.oracle import OracleMiner
 from moco_isl.mining.positives import PositiveSets
-from moco_isl.mining.record import one_line
 from moco_isl.ops.neighbors import topk
 from moco_isl.ops.softmax import entropy
 from tests.ranks import run_ranks
@@ -94,7 +93,7 @@ def test_entropy_miner_gives_the_surest_their_nearest_and_more_of_them_each_roun
             for j in nearest_by_loops(x, i, k):
                 truth[i].add(j), truth[j].add(i)
         assert sets_of(found) == truth, f"round {n}"
-        assert miner.report["share"] == pytest.approx(anchors / M)
+        assert miner.report.extra["share"] == pytest.approx(anchors / M)
 
 
 def test_entropy_budget_leaves_out_the_least_sure_anchors():
@@ -114,7 +113,7 @@ def test_entropy_counts_its_rounds_across_a_resume():
     mine(miner, unit())
     other.load_state_dict(miner.state_dict())
     mine(other, unit())
-    assert other.report["share"] == 0.5
+    assert other.report.extra["share"] == 0.5
 
 
 # ---- diffusion -----------------------------------------------------------------------------------
@@ -184,7 +183,7 @@ def test_diffusion_without_affinities_says_so():
     x = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
     miner = DiffusionMiner(k=1)
     assert mine(miner, x).num_edges == 0
-    assert "mutual" in miner.report["why"]
+    assert "mutual" in miner.report.why
 
 
 # ---- clusters ------------------------------------------------------------------------------------
@@ -342,8 +341,8 @@ def test_a_single_image_has_no_positives_and_the_round_says_why(name):
     miner, old = FEW[name](20), PositiveSets.empty(1)
     for views in (None, (unit(1), unit(1))):
         sets = miner.mine(unit(1), old, torch.Generator().manual_seed(0), None, views)
-        assert sets_of(sets) == [set()] and not miner.report["accepted"]
-        assert "a single image has no others that could be like it" in one_line(miner.report)
+        assert sets_of(sets) == [set()] and not miner.report.accepted
+        assert "a single image has no others that could be like it" in str(miner.report)
 
 
 @pytest.mark.parametrize("name", ["knn", "average", "entropy", "diffusion", "cluster"])

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from moco_isl.errors import BadInput
 from moco_isl.miners.oracle import OracleMiner, draw_pairs, nearest_by_label
 from moco_isl.mining.positives import PositiveSets
-from moco_isl.mining.record import one_line
 from moco_isl.run import checkpoint
 from tests.ranks import run_ranks
 from tests.runs import DIGITS, differences
@@ -253,16 +252,3 @@ def test_a_run_without_labels_says_nothing_of_them(tmp_path):
     assert code == 0 and "knn: " in out and "LABELS" not in out
     assert json.loads((tmp_path / "run" / "args.json").read_text())["labels_used"] is False
     assert "labels_used" not in checkpoint.load(tmp_path / "run" / "rounds" / "round_0001.pt")
-    assert "LABELS" not in one_line(
-        {
-            "miner": "knn",
-            "mean_size": 1,
-            "coverage": 1,
-            "worst_in_degree": 1,
-            "edges_added": 1,
-            "edges_dropped": 0,
-            "seconds": 0,
-            "peak_memory_gib": 0,
-            "why": "",
-        }
-    )

@@ -48,7 +48,7 @@ class ToyMiner(RoundMiner):
     def find(self, features, positives, seed, tick):
         near = lambda anchors, _: topk(features[anchors], features, self.place, anchors, tick=tick)
         anchors, cosine, images = over_blocks(len(features), features.device, near, tick)
-        self.report["place"] = self.place
+        self.report.extra["place"] = self.place
         return Edges(anchors, images[:, -1], cosine[:, -1]), ""
 
 

@@ -262,8 +262,20 @@ def test_precision_of_a_ranking_is_counting():
     found = records.precision_of_ranking(record, labels, (1, 2))
     # image 4 has no label: neither its own pairs nor those with it count; right are 0-1, 1-0, 2-3,
     # 3-2
-    assert found == {"precision_ranked": {"1": pytest.approx(2 / 3), "2": pytest.approx(4 / 6)}}
-    assert records.precision_of_ranking({}, labels) == {}
+    assert found == {"1": pytest.approx(2 / 3), "2": pytest.approx(4 / 6)}
+    assert records.precision_of_ranking({}, labels) is None
+
+
+def test_a_report_writes_what_is_known_and_null_where_a_precision_was_asked_for_in_vain():
+    report = records.RoundReport("knn", mean_size=0.0, extra={"share": 0.5})
+    figures = report.figures()
+    assert figures["share"] == 0.5 and figures["precision_estimate"] is None
+    assert not figures.keys() & {"extra", "round", "recall", "memory_gib", "precision"}
+    report.baselines = {"sizes": [5.0], "own_nearest": [0.7]}
+    assert report.figures()["precision"] is None and "precision 0" not in str(report)
+    report.precision = 0.8
+    report.precision_own_nearest = 0.7
+    assert "; precision 0.800 (own nearest 0.700); " in str(report)
 
 
 def test_a_run_leaves_a_record_a_round_and_a_resumed_one_the_same(knn, tmp_path, capsys):

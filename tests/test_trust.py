@@ -92,9 +92,7 @@ def _on_ranks(rank, world, trust, views=False):
         clusters(600, spread=0.8),
         views=[clusters(600, spread=0.8, seed=seed) for seed in (1, 2)] if views else None,
     )
-    return sets.state_dict(), [
-        miner.report[name] for name in ("precision_estimate", "precision_at_most")
-    ]
+    return sets.state_dict(), [miner.report.precision_estimate, miner.report.precision_at_most]
 
 
 @pytest.mark.parametrize("trust, views", [(None, False), (0.9, False), (0.9, True)])
@@ -218,7 +216,7 @@ def test_the_widest_set_that_the_estimate_bears_is_kept():
     wide, narrow = mine(free, x), mine(bound, x)
     assert (
         0 < narrow.num_edges < wide.num_edges
-        and free.report["precision_at_most"] < 0.9 <= bound.report["precision_at_most"] + 1e-6
+        and free.report.precision_at_most < 0.9 <= bound.report.precision_at_most + 1e-6
     )
     assert (
         float(narrow.sureness.min())
@@ -229,7 +227,7 @@ def test_the_widest_set_that_the_estimate_bears_is_kept():
 def test_nothing_sure_enough_is_said():
     miner = KNNMiner(k=5, budget=5.0, trust=0.95)
     sets = mine(miner, rows(400, C=32))
-    assert sets.num_edges == 0 and miner.report["why"].startswith(
+    assert sets.num_edges == 0 and miner.report.why.startswith(
         "nothing sure enough to add this round: of the surest pairs "
     )
 
@@ -257,13 +255,13 @@ def test_views_decide_where_they_are_there():
     sets = mine(miner, x, views=chance)
     assert (
         sets.num_edges == 1800
-        and miner.report["precision_at_most"] > 0.9
-        and miner.report["precision_estimate"] < 0.2
+        and miner.report.precision_at_most > 0.9
+        and miner.report.precision_estimate < 0.2
     )
     miner.rules.trust = 0.8
     assert mine(miner, x).num_edges == 1800
     assert mine(miner, x, views=chance).num_edges == 0 and re.match(
-        "nothing sure enough .*: of the surest pairs 1?[0-9] % are estimated", miner.report["why"]
+        "nothing sure enough .*: of the surest pairs 1?[0-9] % are estimated", miner.report.why
     )
 
 

@@ -72,7 +72,7 @@ class ClusterMiner(RoundMiner):
 
         anchors, near, sureness = over_blocks(M, features.device, block, tick)
         found = sureness > 0
-        self.report |= {"clusters": G, "largest_cluster": int(cluster[0].bincount().max())}
+        self.report.extra |= {"clusters": G, "largest_cluster": int(cluster[0].bincount().max())}
         return Edges(anchors[:, None].expand_as(found)[found], near[found], sureness[found]), ""
 
     def _clusterings(self, features: Tensor, G: int, seed: int, tick: Tick | None) -> Tensor:

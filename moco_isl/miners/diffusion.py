@@ -65,7 +65,7 @@ class DiffusionMiner(RoundMiner):
         # [M, k] each: in order
         _, cosine, near = (dist.all_gather_rows(x) for x in over_blocks(M, device, nearest, tick))
         mutual, S = mutual_graph(near, cosine)
-        self.report |= {
+        self.report.extra |= {
             "mutual": float(mutual.float().mean()),
             "alone": float((~mutual.any(1)).float().mean()),
         }
@@ -82,7 +82,7 @@ class DiffusionMiner(RoundMiner):
         found = F > 0
         any_found = int(dist.all_reduce_max(found.any().int()))
         alone = "no two images are mutual neighbours of positive cosine"
-        self.report["why"] = "" if any_found else alone
+        self.report.why = "" if any_found else alone
         return Edges(anchors[:, None].expand_as(found)[found], reached[found], F[found]), ""
 
 

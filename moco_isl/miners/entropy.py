@@ -85,7 +85,7 @@ class EntropyMiner(RoundMiner):
         everyone = dist.all_gather_rows(own)
         chosen = torch.zeros(M, dtype=torch.bool, device=features.device)
         chosen[everyone.sort(stable=True).indices[: max(1, round(share * M))]] = True
-        self.report |= {
+        self.report.extra |= {
             "share": share,
             "entropy": float(everyone.mean()),
             "entropy_anchors": float(everyone[chosen].max()),

@@ -110,7 +110,8 @@ class GANMiner(RoundMiner):
     ) -> tuple[Edges, str]:
         M, device = len(features), features.device
         fit = self.fit(features, positives, seed, tick)
-        self.report |= {**fit.report, "threshold": self.threshold, "radius": self.radius}
+        own = {"threshold": self.threshold, "radius": self.radius}
+        self.report.extra |= fit.report | own
         why, none = fit.why, torch.empty(0, device=device)
         if not why:
             k = min(self.candidates, M - 1)
@@ -119,7 +120,7 @@ class GANMiner(RoundMiner):
                 fit, features, positives, seed, k, self.settings.triplets, tick, bank
             )
             figures = _statistics(M, score, near, to_triplet)
-            self.report |= figures
+            self.report.extra |= figures
             # a hub's share is smaller in a larger bank
             natural = fit.report["natural_hub"] * fit.report["probe_bank"] / M
             why = collapse(figures["hub"], figures["distinct"], natural, self.settings)
@@ -130,14 +131,14 @@ class GANMiner(RoundMiner):
             return Edges(none.long(), none.long(), none), why
         # [n, candidates]
         joins = radius_rule(score, cosine, self.threshold, self.radius, self.radius_mode)
-        self.report["why"] = self._silence(joins)
+        self.report.why = self._silence(joins)
         return Edges(anchors[:, None].expand_as(joins)[joins], near[joins], cosine[joins]), ""
 
     def _silence(self, joins: Tensor) -> str:
         """Why a round that did not collapse found nothing; empty where it found something."""
         if int(dist.all_reduce_max(joins.any().int())):
             return ""
-        highest = self.report["score_max"]
+        highest = self.report.extra["score_max"]
         if highest <= self.threshold:
             return (
                 f"no proxy scored above {self.threshold:g} (the best {highest:.2f}): the"

@@ -4,6 +4,7 @@ import torch
 
 from moco_isl.mining.estimate import Views
 from moco_isl.mining.positives import PositiveSets
+from moco_isl.mining.record import RoundReport
 from moco_isl.ops.neighbors import Tick
 
 Tensor = torch.Tensor
@@ -17,7 +18,7 @@ class NoMiner:
     wants_views = False
 
     def __init__(self):
-        self.report: dict = {}
+        self.report = RoundReport()
 
     def mine(
         self,

@@ -115,7 +115,7 @@ class OracleMiner(RoundMiner):
             else:
                 pairs.append(draw_pairs(self.labels.cpu(), kind == "right", number, generator))
         src, dst = (torch.cat(x).to(features.device) for x in zip(*pairs))
-        self.report |= {"labels_used": True, "right": self.right, "wrong": self.wrong}
+        self.report.extra |= {"labels_used": True, "right": self.right, "wrong": self.wrong}
         start, stop = dist.shard(len(src))  # every rank has drawn all pairs, and returns its share
         sureness = torch.ones(stop - start, device=features.device)
         return Edges(src[start:stop], dst[start:stop], sureness), ""

@@ -1,8 +1,10 @@
-"""What a round of mining leaves: its record in the run folder, and its line on the screen.
+"""What a round of mining leaves: its report, and its record in the run folder.
 
 Letters: M images, C feature dimension, E directed edges of the sets, A anchors looked at, k
 neighbours.
 """
+
+from dataclasses import dataclass, field
 
 import torch
 
@@ -20,6 +22,103 @@ FEATURE_BYTES = 4 << 20
 ANCHORS = 4096  # what stands for all images where they are more
 NEAR = 512  # nearest images of an anchor
 RANKED = 100  # the largest set a report asks about
+
+
+@dataclass
+class RoundReport:
+    """What a round of mining did and cost. `str` gives its line for the screen.
+
+    None: not known. Edges are directed: a pair has two.
+    """
+
+    miner: str = ""  # its name; empty: nothing was mined
+    round: int | None = None  # its number, from 1 on
+    accepted: bool = True  # False: refused, and the sets are those of before
+    why: str = ""  # why it was refused, or found nothing
+    edges_found: int = 0
+    edges_added: int = 0
+    edges_dropped: int = 0
+    edges: int = 0  # of the sets that it left, as the next three
+    mean_size: float = 0.0  # positives an image
+    coverage: float = 0.0  # share of the images that have any
+    worst_in_degree: int = 0  # sets that the most popular image is in
+    recall: float | None = None  # of the approximate search; None: the search was exact
+    # the precision of the sets, which is the share of right positives:
+    precision_estimate: float | None = None  # estimated from two views, without labels
+    precision_at_most: float | None = None  # at most so much, estimated without labels
+    precision: float | None = None  # by the labels
+    precision_own_nearest: float | None = None  # of each image's own nearest, at the same mean size
+    precision_all_pairs: float | None = None  # of the most similar of all pairs, as many
+    baselines: dict[str, list[float]] | None = None  # see `baselines`; None: there are no labels
+    precision_ranked: dict[str, float] | None = None  # see `precision_of_ranking`
+    seconds: float = 0.0
+    peak_memory_gib: float = 0.0  # of the process so far; on a GPU, of the GPU
+    memory_gib: float | None = None  # of the GPU so far
+    extra: dict = field(default_factory=dict)  # the miner's own figures, plain values for JSON
+
+    def figures(self) -> dict:
+        """What metrics.jsonl holds of the round, with the miner's own figures among the others.
+
+        What is not known is left out, but for the precision of the sets: that is null.
+        """
+        asked = ["precision_estimate", "precision_at_most"]
+        if self.baselines is not None:
+            asked += ["precision", "precision_own_nearest", "precision_all_pairs"]
+        found = {name: value for name, value in vars(self).items() if value is not None}
+        del found["extra"]
+        return self.extra | dict.fromkeys(asked) | found
+
+    def __str__(self) -> str:
+        """One line: sets, GAN, precision where known, costs."""
+        if not self.miner:
+            return "no mining"
+        parts = [self._sets()]
+        if "loss_D" in self.extra:
+            parts.append(self._gan())
+        parts += self._precision()
+        if "labels_used" in self.extra:
+            kinds = f"right ones {self.extra['right']}, wrong ones {self.extra['wrong']}"
+            parts.append(f"LABELS WERE USED (--research-labels), {kinds}")
+        parts.append(f"{self.seconds:.1f} s, peak {self.peak_memory_gib:.1f} GiB")
+        if self.why:
+            parts.append(self.why)
+        return "; ".join(parts)
+
+    def _sets(self) -> str:
+        text = (
+            f"{self.miner}: {self.mean_size:.2f} positives an image,"
+            f" {100 * self.coverage:.1f} % have any, worst in-degree {self.worst_in_degree},"
+            f" +{self.edges_added} -{self.edges_dropped} edges"
+        )
+        if self.recall is not None:
+            text += f", recall {self.recall:.3f} of the approximate search"
+        return text
+
+    def _gan(self) -> str:
+        gan = self.extra
+        cosines = "/".join(f"{gan[f'cos_{x}']:.2f}" for x in ("anchor", "positive", "negative"))
+        return (
+            f"D {gan['loss_D']:.2f} G {gan['loss_G']:.2f} score {gan['score']:.2f},"
+            f" proxy to a/p/n {cosines}, hub {100 * gan['hub']:.2f} %,"
+            f" distinct {100 * gan['distinct']:.0f} %, {gan['iterations']} iterations"
+        )
+
+    def _precision(self) -> list[str]:
+        """Of the sets and of both baselines by labels, where there are any; then the estimates."""
+        parts = []
+        if self.precision is not None:
+            beside = [("own nearest", self.precision_own_nearest)]
+            beside += [("all pairs", self.precision_all_pairs)]
+            others = [f"{what} {share:.3f}" for what, share in beside if share is not None]
+            text = f" ({', '.join(others)})" if others else ""
+            parts.append(f"precision {self.precision:.3f}{text}")
+        if self.precision_at_most is not None:
+            most = f"at most {self.precision_at_most:.2f}"
+            if self.precision_estimate is None:
+                parts.append(f"{most} by the estimate without labels")
+            else:
+                parts.append(f"{self.precision_estimate:.2f} estimated without labels, {most}")
+        return parts
 
 
 def sample_anchors(M: int) -> Tensor:
@@ -82,7 +181,7 @@ def round_record(
     if ranking is not None:
         score, ranked, _ = ranking
         record |= {"ranked": ranked.int(), "score": score.half()}
-    if getattr(miner, "report", {}).get("labels_used"):
+    if getattr(miner, "uses_labels", False):
         record["labels_used"] = torch.tensor(True)
     return {name: x.detach().cpu().contiguous() for name, x in record.items()}
 
@@ -118,72 +217,14 @@ def _goes_together(content: dict) -> bool:
 
 def precision_of_ranking(
     record: dict[str, Tensor], labels: Tensor, sizes: tuple[int, ...] = (5, 50)
-) -> dict[str, dict[str, float]]:
-    """{"precision_ranked": {size: share}}: how precise the miner's own ranking is at set sizes, as
-    in the paper's Figure 3; empty without a ranking.
+) -> dict[str, float] | None:
+    """{size: precision} of the miner's own ranking, as in the paper's Figure 3.
 
-    labels [M], below 0 where unknown. Only `sample_anchors` are ranked.
+    None without a ranking. labels [M], below 0 where unknown. Only `sample_anchors` are ranked.
     """
     if "ranked" not in record:
-        return {}
+        return None
     anchors = sample_anchors(len(labels))
     same = same_label(labels.cpu(), anchors[:, None], record["ranked"].long())  # [A, 100]
     share = lambda size: float(same[:, :size].nanmean().nan_to_num())
-    return {"precision_ranked": {str(size): share(size) for size in sizes}}
-
-
-def one_line(report: dict) -> str:
-    """A round's report as one line for the screen: sets, GAN, precision where known, costs."""
-    if not report:
-        return "no mining"
-    parts = [_sets(report)]
-    if "loss_D" in report:
-        parts.append(_gan(report))
-    parts += _precision(report)
-    parts.append(f"{report['seconds']:.1f} s, peak {report['peak_memory_gib']:.1f} GiB")
-    if report["why"]:
-        parts.append(report["why"])
-    return "; ".join(parts)
-
-
-def _sets(report: dict) -> str:
-    text = (
-        f"{report['miner']}: {report['mean_size']:.2f} positives an image,"
-        f" {100 * report['coverage']:.1f} % have any, worst in-degree {report['worst_in_degree']},"
-        f" +{report['edges_added']} -{report['edges_dropped']} edges"
-    )
-    if "recall" in report:
-        text += f", recall {report['recall']:.3f} of the approximate search"
-    return text
-
-
-def _gan(report: dict) -> str:
-    cosines = "/".join(f"{report[f'cos_{x}']:.2f}" for x in ("anchor", "positive", "negative"))
-    return (
-        f"D {report['loss_D']:.2f} G {report['loss_G']:.2f} score {report['score']:.2f},"
-        f" proxy to a/p/n {cosines}, hub {100 * report['hub']:.2f} %,"
-        f" distinct {100 * report['distinct']:.0f} %, {report['iterations']} iterations"
-    )
-
-
-def _precision(report: dict) -> list[str]:
-    """Of the sets and of both baselines by labels, where there are any; then the estimates."""
-    known = lambda name: report.get(name) is not None
-    parts = []
-    if known("precision"):
-        beside = {"own nearest": "precision_own_nearest", "all pairs": "precision_all_pairs"}
-        others = [f"{what} {report[name]:.3f}" for what, name in beside.items() if known(name)]
-        text = f" ({', '.join(others)})" if others else ""
-        parts.append(f"precision {report['precision']:.3f}{text}")
-    if known("precision_estimate"):
-        estimate = f"{report['precision_estimate']:.2f} estimated without labels"
-        parts.append(f"{estimate}, at most {report['precision_at_most']:.2f}")
-    elif known("precision_at_most"):
-        most = f"at most {report['precision_at_most']:.2f}"
-        parts.append(f"{most} by the estimate without labels")
-    if report.get("labels_used"):
-        parts.append(
-            f"LABELS WERE USED (--research-labels), right ones {report['right']}, wrong ones"
-            f" {report['wrong']}"
-        )
-    return parts
+    return {str(size): share(size) for size in sizes}

@@ -8,7 +8,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
 import torch
@@ -18,6 +18,7 @@ from moco_isl.errors import BadInput, Interrupted
 from moco_isl.mining.edges import Edges, Rules, settle
 from moco_isl.mining.estimate import Views, by_halves, by_views, sampled, widest
 from moco_isl.mining.positives import PositiveSets
+from moco_isl.mining.record import RoundReport
 from moco_isl.ops.ivf import CHOICES, IVF, check_choice, wanted
 from moco_isl.ops.neighbors import Tick
 from moco_isl.options import LARGEST, check_values, opt
@@ -31,12 +32,12 @@ NO_BOUND = 5  # images looked for where no budget says how many
 class Miner(Protocol):
     """What the training engine and ISL ask of a miner.
 
-    report: JSON-able figures of the last round. state_dict: tensors and plain values, what the next
-    round starts from; state_shape(C): what load_state_dict takes, for features of C numbers, as a
-    shape of `schema`.
+    report: of the last round. state_dict: tensors and plain values, what the next round starts
+    from; state_shape(C): what load_state_dict takes, for features of C numbers, as a shape of
+    `schema`.
     """
 
-    report: dict
+    report: RoundReport
 
     def mine(
         self,
@@ -79,9 +80,9 @@ class RoundMiner:
     A miner of this kind is a dataclass, its settings fields made by `options.opt`, and writes
     find(features, positives, seed, tick) -> (edges of this rank's share, why). A `why` that is not
     empty refuses the round, and must be so on every rank; then the sets stay as they were. `find`
-    may put figures of its own into self.report. By `over_blocks` and the seed, sets come out equal
-    on every rank and for any number of ranks (with equally many threads each: a product's last bit
-    may depend on them). self.views is what the round has of views, or None.
+    may put figures of its own into self.report.extra. By `over_blocks` and the seed, sets come out
+    equal on every rank and for any number of ranks (with equally many threads each: a product's
+    last bit may depend on them). self.views is what the round has of views, or None.
 
     uses_labels: its class takes `labels` [M], for research. uses_views: it wants views in any case,
     not only where `trust` needs them for its estimate.
@@ -148,7 +149,7 @@ class RoundMiner:
             trust=bound_of(self.trust),
         )
         self.views: Views | None = None
-        self.report: dict = {}
+        self.report = RoundReport()
 
     @property
     def budgets(self) -> list[float]:
@@ -194,7 +195,7 @@ class RoundMiner:
         if features.device.type == "cpu":  # which multiplies half precision slowly
             features = features.float()
             views = views and tuple(view.float() for view in views)
-        self.report = {"miner": self.name, "precision_estimate": None, "precision_at_most": None}
+        self.report = RoundReport(self.name)
         self.views = views
         try:
             if len(features) > 1:
@@ -206,7 +207,7 @@ class RoundMiner:
             self.views = None  # two more banks that nobody needs between rounds
         if why:
             sets = positives
-            counts = {"edges_found": 0, "edges_added": 0, "edges_dropped": 0}
+            counts = {}
         else:
             sets, counts = settle(
                 features,
@@ -215,18 +216,18 @@ class RoundMiner:
                 self.rules,
                 lambda a, b: self._trusted(features, views, a, b, tick),
             )
-        degree = sets.in_degree()
-        self.report |= {
+        self.report = replace(
+            self.report,
             **counts,
-            "accepted": not why,
-            "why": why or self.report.get("why", ""),
-            "edges": sets.num_edges,
-            "mean_size": sets.mean_size,
-            "coverage": sets.coverage,
-            "worst_in_degree": int(degree.max()),
-            "seconds": time.perf_counter() - started,
-            "peak_memory_gib": _peak_gib(features.device),
-        }
+            accepted=not why,
+            why=why or self.report.why,
+            edges=sets.num_edges,
+            mean_size=sets.mean_size,
+            coverage=sets.coverage,
+            worst_in_degree=int(sets.in_degree().max()),
+            seconds=time.perf_counter() - started,
+            peak_memory_gib=_peak_gib(features.device),
+        )
         return sets
 
     def searchable(self, rows: Tensor, tick: Tick | None = None) -> "Tensor | IVF":
@@ -246,7 +247,8 @@ class RoundMiner:
         if int(dist.all_reduce_max(torch.tensor(int(bank is None), device=rows.device))):
             raise Interrupted("mining was interrupted")
         bank.nprobe, bank.recall = dist.broadcast_object((bank.nprobe, bank.recall))
-        self.report["recall"] = min(bank.recall, self.report.get("recall", 1.0))
+        lowest = 1.0 if self.report.recall is None else self.report.recall
+        self.report.recall = min(bank.recall, lowest)
         return bank
 
     def _trusted(
@@ -258,25 +260,20 @@ class RoundMiner:
         """
         if not len(a):
             return 0
-        found = {"precision_at_most": sampled(by_halves, features, a, b, tick)}
+        at_most, at = sampled(by_halves, features, a, b, tick)
+        share = at_most if views is None else sampled(by_views, views, a, b, tick)[0]
         bound = self.rules.trust
-        number = len(a)
-        if views is not None:
-            found["precision_estimate"] = sampled(by_views, views, a, b, tick)
-        share, at = found.get("precision_estimate", found["precision_at_most"])
-        if bound is not None and not (number := widest(share, at, len(a), bound)):
-            self.report["why"] = (
+        number = len(a) if bound is None else widest(share, at, len(a), bound)
+        if not number:
+            self.report.why = (
                 f"{NOTHING_SURE}: of the surest pairs"
                 f" {'at most ' if views is None else ''}{100 * share[:32].double().mean():.0f} %"
                 f" are estimated to be right, and {100 * bound:.0f} % are asked for (--isl-trust)"
             )
             return 0
-        self.report |= {
-            name: float(share[at < number].double().mean()) for name, (share, at) in found.items()
-        }
-        self.report["precision_at_most"] = max(
-            self.report["precision_at_most"], self.report["precision_estimate"] or 0
-        )
+        most, likely = (float(x[at < number].double().mean()) for x in (at_most, share))
+        self.report.precision_at_most = max(most, likely)
+        self.report.precision_estimate = None if views is None else likely
         return number
 
     def begin(self, number: int) -> None:

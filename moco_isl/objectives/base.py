@@ -19,6 +19,7 @@ from moco_isl.errors import BadInput
 from moco_isl.loader import check_index, check_once
 from moco_isl.losses import FORMS
 from moco_isl.mining.positives import PositiveSets
+from moco_isl.mining.record import RoundReport
 from moco_isl.mining.rounds import check_features
 from moco_isl.ops import fused
 from moco_isl.options import opt
@@ -265,16 +266,16 @@ class MinedObjective(Objective):
         tick: Callable[[], None] | None = None,
         views: tuple[Tensor, Tensor] | None = None,
         number: int | None = None,
-    ) -> dict:
+    ) -> RoundReport:
         """Mine once: replace the positives by what `miner` finds in features [M, C] (unit rows).
 
         rng: the round's draws; None: seeded by the number of the round. tick: called often, may
         raise to abandon the round; then nothing has changed. views 2 x [M, C]: unit rows of two
         random augmentations of every image, for an estimate of what is right (`mining.estimate`).
         number: of this round, from 1 on; None: the one after the last.
-        Returns the miner's report. The first round around a MoCo fills the bank with the features:
-        they have its C numbers. Raises BadInput for features that are not finite, are no unit rows,
-        or do not fit.
+        Returns the round's report, one line where it is printed. The first round around a MoCo
+        fills the bank with the features: they have its C numbers. Raises BadInput for features that
+        are not finite, are no unit rows, or do not fit.
         """
         check_features(features, self.num_images, views)
         self._check_rows(features)

@@ -7,7 +7,7 @@ padding.
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -15,7 +15,7 @@ from moco_isl import dist
 from moco_isl.encoders import AMP_TYPES
 from moco_isl.errors import Interrupted, RunFailed
 from moco_isl.mining.baselines import baselines
-from moco_isl.mining.record import sample_anchors
+from moco_isl.mining.record import RoundReport, sample_anchors
 from moco_isl.objectives.base import Objective
 from moco_isl.run.meters import Averages, Clock, Progress, require_finite
 from moco_isl.run.signals import Stop
@@ -155,10 +155,10 @@ def mine_round(
     views: tuple[torch.Tensor, torch.Tensor] | None = None,
     sizes: tuple[int, ...] = (5, 50),
     number: int | None = None,
-) -> dict:
-    """One round of mining on features [M, C] (unit rows, equal on all ranks), and maybe on two
-    views 2 x [M, C] of them; returns its report.
+) -> RoundReport:
+    """One round of mining on features [M, C] (unit rows, equal on all ranks); returns its report.
 
+    views 2 x [M, C]: of two random augmentations of every image, unit rows; None: there are none.
     number: of the round, from 1 on; None: the one after the last.
     labels [M]: on the features' device, -1: none. They are looked at after the mining: the report
     then has the precision of the sets, of each image's own nearest at equal size, and of all pairs
@@ -177,15 +177,13 @@ def mine_round(
             " or without --amp"
         )
         raise RunFailed(text if dist.is_main() else "")
-    report = dict(isl.mine(features, miner, rng, stop.tick, views, number))
-    report |= {
-        "round": isl.round,
-        "seconds": time.perf_counter() - start,
-        **_memory(features.device),
-    }
-    if labels is not None:
-        report |= judge_positives(isl, features, labels, sizes, sampled="recall" in report)
-    return report
+    report = isl.mine(features, miner, rng, stop.tick, views, number)
+    seconds = time.perf_counter() - start
+    report = replace(report, round=isl.round, seconds=seconds, **_memory(features.device))
+    if labels is None:
+        return report
+    sampled = report.recall is not None
+    return replace(report, **judge_positives(isl, features, labels, sizes, sampled))
 
 
 def judge_positives(
@@ -197,6 +195,7 @@ def judge_positives(
 ) -> dict:
     """Precision of the sets, and of both baselines at the sets' mean size and at `sizes`.
 
+    Returns fields of RoundReport, the sets' precision alone on ranks other than 0.
     sampled: the round searched approximately, because an exact search of all images takes too long.
     Own nearest is then that of 4,096 images, searched exactly, and all pairs are left out.
     """

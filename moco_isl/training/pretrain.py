@@ -20,7 +20,7 @@ from moco_isl.builder import MoCo
 from moco_isl.encoders import as_in_library
 from moco_isl.errors import BadInput, Interrupted, RunFailed
 from moco_isl.mining.positives import PositiveSets
-from moco_isl.mining.record import one_line, precision_of_ranking, round_record
+from moco_isl.mining.record import precision_of_ranking, round_record
 from moco_isl.objectives.base import Objective
 from moco_isl.ops import ivf
 from moco_isl.run import checkpoint, logs, ranks
@@ -543,9 +543,9 @@ def mine(
             f"saved before the mining of epoch {epoch}: go on with --resume auto"
         ) from None
     keep = lambda: keep_round(parts, features, before, reader.labels, journal.folder)
-    report |= ranks.on_main(keep) or {}
-    journal.say(f"=> {one_line(report)}")
-    journal.log(kind="round", epoch=epoch, **report)
+    report.precision_ranked = ranks.on_main(keep)
+    journal.say(f"=> {report}")
+    journal.log(kind="round", epoch=epoch, **report.figures())
     save()
 
 
@@ -555,7 +555,7 @@ def keep_round(
     before: PositiveSets,
     labels: torch.Tensor | None,
     folder: RunFolder,
-) -> dict:
+) -> dict[str, float] | None:
     """Write the record of a round, and return the precision of the miner's own ranking.
 
     There is a precision only where there are labels. features [M, C]: what was mined from. before:
@@ -563,7 +563,7 @@ def keep_round(
     """
     record = round_record(features, parts.isl.positives, parts.miner, before)
     folder.save_round(parts.isl.round, record)
-    return {} if labels is None else precision_of_ranking(record, labels)
+    return None if labels is None else precision_of_ranking(record, labels)
 
 
 def end_of_epoch(
