@@ -11,7 +11,6 @@ A first try without any data:
 """
 
 import argparse
-import dataclasses
 import random
 import sys
 import time
@@ -123,8 +122,8 @@ def worker(args: argparse.Namespace, stop, start: resume.Start, content: dict) -
     args.seed, args.out, start = dist.broadcast_object((args.seed, args.out, start))
     if start != own:  # a shared file system may show different ranks different files
         content.clear()
-    plan = chosen(pretrain.Plan, args, mines=args.miner != "none")
-    numerics = chosen(pretrain.Numerics, args)
+    plan = flags.take(pretrain.Plan, args, mines=args.miner != "none")
+    numerics = flags.take(pretrain.Numerics, args)
     with Stop(stop) as stop:
         reader, model = ranks.together(lambda: get_ready(args, start, content, device, stop))
         with closing(reader):
@@ -161,19 +160,13 @@ def get_ready(
     if start.path and not content:
         content |= resume.read(start)
     images, model = prepare(args, start, content)
-    model.to(device, memory_format=chosen(pretrain.Numerics, args).layout)
+    model.to(device, memory_format=flags.take(pretrain.Numerics, args).layout)
     if args.tensorboard:
         pretrain.tensorboard_writer()  # raises where it is not installed
     workers = devices.usable_workers(args.workers, ranks.processes_here(args))
     views = OBJECTIVES[args.objective].views(args.isl_hpe)
-    settings = chosen(reading.Reading, args, views=views, workers=workers)
+    settings = flags.take(reading.Reading, args, views=views, workers=workers)
     return reading.open_reader(images, settings, device, stop), model
-
-
-def chosen(kind: type, args: argparse.Namespace, **more):
-    """A dataclass of settings, its fields filled by the flags of their names."""
-    names = {field.name for field in dataclasses.fields(kind)} - more.keys()
-    return kind(**{name: getattr(args, name) for name in names}, **more)
 
 
 def build_model(args: argparse.Namespace, size: int) -> torch.nn.Module:

@@ -147,6 +147,16 @@ def flags_of(kind: type) -> dict[str, Flag]:
     return found
 
 
+def needed(kind: type) -> set[str]:
+    """The fields of a dataclass that have no default; none of any other class."""
+    missing = dataclasses.MISSING
+    return {
+        field.name
+        for field in (dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ())
+        if field.init and field.default is missing and field.default_factory is missing
+    }
+
+
 def _kind(hint) -> tuple[type, bool]:
     """(int, float, str or bool that values of an annotation are, whether None is one too)."""
     parts = [hint]

@@ -414,12 +414,17 @@ def check_ranges(args: argparse.Namespace, *kinds: type) -> None:
 
 
 def take(kind: type, args: argparse.Namespace, **more):
-    """Make an instance of a dataclass from the values of its flags.
+    """Make an instance of a dataclass from the values of flags.
 
-    more: the fields that are no flags. Raises BadInput where a value is out of range.
+    A field that is a flag takes the value of that flag. Another field that needs a value takes the
+    value of the flag with its name. more: fields that are no flags. Raises BadInput where a value
+    is out of range.
     """
     check_ranges(args, kind)
-    values = {name: getattr(args, flag.dest) for name, flag in flags_of(kind).items()}
+    own = flags_of(kind)
+    values = {name: getattr(args, flag.dest) for name, flag in own.items()}
+    for name in options.needed(kind) - own.keys() - more.keys():
+        values[name] = getattr(args, name)
     return kind(**values, **more)
 
 
