@@ -23,7 +23,7 @@ from moco_isl.run.signals import Stop
 
 
 def get_parser() -> flags.Parser:
-    return options.knn_parser(__doc__)
+    return options.get_parser(__doc__, options.KNN_GROUPS)
 
 
 def main(argv: list[str] | None = None, stop=None) -> int:
@@ -57,7 +57,7 @@ def check_subject(args) -> Subject:
         files.require_folder(args.out, "--out")
         results.read_own(args.out, "results")
     if names_data(args) or not kept:
-        flags.check_data_options(args)
+        data.check_options(flags.take(data.DataOptions, args))
     encoder = (args.pretrained, args.arch, args.stem, args.key)
     images = (args.dataset, args.data, args.download, args.image_size)
     subject = Subject(*encoder, *images, needs_val=False)

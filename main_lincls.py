@@ -27,14 +27,9 @@ from moco_isl.run.folder import check_folder
 from moco_isl.run.signals import Stop
 from moco_isl.training import resume, state
 
-# flags that may change on resuming, beside resume.MAY_CHANGE: they do not touch the training
-FREE = {"pretrained", "arch", "stem", "mlp", "shots", "draws", "evaluate"}
-# flags that -e takes from the file: which classifiers, and which images are held out
-OF_THE_RUN = ("lr", "layers", "finetune", "cache_features", "key", "seed", "holdout")
-
 
 def get_parser() -> flags.Parser:
-    return options.probe_parser(__doc__)
+    return options.get_parser(__doc__, options.PROBE_GROUPS)
 
 
 def main(argv: list[str] | None = None, stop=None) -> int:
@@ -47,7 +42,7 @@ def main(argv: list[str] | None = None, stop=None) -> int:
 
 def run(argv: list[str] | None, stop) -> None:
     args = get_parser().parse_args(argv)
-    flags.check_data_options(args)
+    data.check_options(flags.take(data.DataOptions, args))
     options.check_resume(args)
     resumed = find_start(args)
     settle_flags(args, resumed)
@@ -73,7 +68,7 @@ def find_start(args) -> Resumed:
         " and another --out",
     )
     if resumed.is_ours:
-        state.require_flags(resumed.content, resumed.path, get_parser(), OF_THE_RUN)
+        state.require_flags(resumed.content, resumed.path, get_parser(), options.OF_THE_RUN)
     return resumed
 
 
@@ -82,7 +77,7 @@ def settle_flags(args, resumed: Resumed) -> None:
     start = resumed.start
     saved = resumed.content["args"] if resumed.is_ours else {}
     if saved and args.evaluate:
-        for name in OF_THE_RUN:
+        for name in options.OF_THE_RUN:
             setattr(args, name, saved[name])
         args.image_size = args.image_size or saved.get("image_size", 0)
     if args.seed is None and start.in_place and not saved:
@@ -92,7 +87,7 @@ def settle_flags(args, resumed: Resumed) -> None:
     options.settle_probe(args)
     if not args.evaluate:
         check_folder(args.out, start.in_place)
-        resume.check_unsaved(start, vars(args), FREE)
+        resume.check_unsaved(start, vars(args), options.MAY_CHANGE)
     if args.seed is None:
         args.seed = random.SystemRandom().randrange(2**31)
 
@@ -113,9 +108,14 @@ def check_subject(args, resumed: Resumed) -> Subject:
         named = "" if args.evaluate else args.data or args.dataset
         probing.require_origin(resumed, subject.origin, file=args.pretrained, images=named)
         if not args.evaluate:
-            saved = {name: x for name, x in resumed.content["args"].items() if name not in FREE}
             begun = resumed.content["epoch"] + bool(resumed.content["probe"]["step"])
-            resume.check_same(saved, vars(args), "choose another --out", epochs=begun)
+            resume.check_same(
+                resumed.content["args"],
+                vars(args),
+                "choose another --out",
+                epochs=begun,
+                may_change=options.MAY_CHANGE,
+            )
     return subject
 
 
@@ -152,7 +152,7 @@ def assemble(args, device, folder, stop: Stop, resumed: Resumed, subject: Subjec
     ranks.say(data.describe(**subject.splits))
     workers = devices.usable_workers(args.workers, ranks.processes_here(args))
     subject.hold_cached(args.cache, workers)
-    lr_given = args.finetune or args.lr != [options.MOCO_LR]
+    lr_given = args.finetune or args.lr != [probing.MOCO_LR]
     traps = probing.traps(subject.info, args.batch_size, lr_given, args.mlp)
     for line in traps + subject.mismatches():
         ranks.say(f"=> warning: {line}")

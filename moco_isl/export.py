@@ -16,8 +16,13 @@ from torch import nn
 from moco_isl import __version__, files
 from moco_isl.encoders import BACKBONE, Taps, backbone_shapes, evaluating, head_name, on_meta
 from moco_isl.errors import BadInput, RunFailed
-from moco_isl.evaluation.backbone import describe, from_detectron2, load_backbone, to_detectron2
-from moco_isl.evaluation.options import add_file_options
+from moco_isl.evaluation.backbone import (
+    EncoderOptions,
+    describe,
+    from_detectron2,
+    load_backbone,
+    to_detectron2,
+)
 from moco_isl.evaluation.results import read_results
 from moco_isl.evaluation.subject import fingerprint
 from moco_isl.run import checkpoint, exits, flags
@@ -302,7 +307,7 @@ def get_parser() -> flags.Parser:
     add("--to", required=True, choices=_FORMS, help="the library to write for")
     out = "the file to write; none that is there is written over"
     add("--out", required=True, metavar="FILE", help=out)
-    add_file_options(parser)
+    parser.add_options("encoder", EncoderOptions)
     given = {"type": _results, "default": [], "metavar": "results.json"}
     add("--results", nargs="+", help="for the model card of safetensors", **given)
     return parser

@@ -5,7 +5,7 @@
         hops: int = opt(3, low=1, help="steps of a walk (3)")        # the flag --hops
 
 The field is the only place of the flag. `moco_isl.run.flags` makes from it the parser, the checks
-of ranges, what --resume may change, and docs/flags.md.
+of ranges and what --resume may change, and `moco_isl.flags_page` writes docs/flags.md.
 """
 
 import dataclasses

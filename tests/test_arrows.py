@@ -14,6 +14,7 @@ FLOORS = [
     {"run", "data"},  # what any script needs, and what comes in
     {"training"},  # how a run goes
     {"evaluation", "export", "report"},  # how good it is
+    {"flags_page"},  # the flags of all of it
 ]
 
 

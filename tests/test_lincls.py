@@ -17,7 +17,7 @@ from moco_isl.builder import MoCo
 from moco_isl.data.draws import permutation
 from moco_isl.encoders import build_encoder, get_head, set_head
 from moco_isl.errors import RunFailed
-from moco_isl.evaluation import linear, probe, probing
+from moco_isl.evaluation import linear, options, probe, probing
 from moco_isl.evaluation.backbone import load_backbone
 from moco_isl.evaluation.features import Split
 from moco_isl.evaluation.knn import few_shot
@@ -663,6 +663,8 @@ def test_other_settings_or_another_file_cannot_be_resumed(moco_file, cached_run,
     same = ["--cache-features --lr 0.3 30 --epochs 6 --schedule 4 5 --layers all --resume auto"]
     assert run(moco_file, cached_run, *same, "--momentum", 0.5) == 2
     assert "--momentum was 0.9 and is now 0.5" in capsys.readouterr().err
+    assert options.MAY_CHANGE >= {"pretrained", "arch", "stem", "mlp", "shots", "draws", "workers"}
+    assert not options.MAY_CHANGE & {*options.OF_THE_RUN, "epochs", "batch_size", "amp", "dataset"}
     other = tmp_path / "other.pth"
     encoder = build_encoder("digits", 4)
     torch.save(encoder.state_dict(), other)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import main_knn
+import main_lincls
 import main_moco_isl
 from moco_isl import miners
 from moco_isl.errors import BadInput
@@ -179,17 +180,26 @@ def test_a_miner_keeps_its_budget_of_each_round():
     assert miners.KNNMiner(budget=None).rules.budget is None
 
 
+SCRIPTS = [main_moco_isl, main_lincls, main_knn]
+
+
 def test_the_page_of_flags_is_that_of_the_fields(tmp_path):
     root = Path(__file__).parent.parent
-    command = [sys.executable, "-m", "moco_isl.training.options", str(tmp_path / "flags.md")]
+    command = [sys.executable, "-m", "moco_isl.flags_page", str(tmp_path / "flags.md")]
     subprocess.run(command, check=True, cwd=root)
     fresh = (tmp_path / "flags.md").read_text()
     assert (root / "docs" / "flags.md").read_text() == fresh, f"run {' '.join(command[1:3])}"
-    assert fresh.count("\n## ") == 8 + 7 and "`--isl-walk`" in fresh
+    assert fresh.count("\n## ") == len(SCRIPTS) and fresh.count("\n### ") == 8 + 7 + 3 + 2
+    for script in SCRIPTS:
+        for action in script.get_parser()._actions:
+            named = action.option_strings[:1] if hasattr(action, "flag") else []
+            assert all(f"`{name}`" in fresh for name in named), script
+    assert "timm:&lt;name>" in fresh, "a browser takes <name> for HTML"
 
 
-def test_each_flag_of_the_parser_is_a_field():
-    parser = main_moco_isl.get_parser()
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_each_flag_of_the_parser_is_a_field(script):
+    parser = script.get_parser()
     actions = [a for a in parser._actions if a.dest not in ("help", "help_all", "version")]
     assert all(action.flag.dest == action.dest for action in actions)
     assert all(a.default == a.flag.default for a in actions if not hasattr(a, "owners"))

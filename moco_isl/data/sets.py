@@ -329,6 +329,14 @@ class DataOptions:
         may_change=True,
         help="let torchvision fetch cifar10, cifar100 or svhn into DIR; needed once",
     )
+    workers: int = opt(
+        32,
+        "-j",
+        "--workers",
+        low=0,
+        may_change=True,
+        help="number of data loading workers, at most one a core",
+    )
     image_size: int = opt(
         0,
         low=0,

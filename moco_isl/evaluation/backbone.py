@@ -8,6 +8,7 @@ import argparse
 import math
 import re
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ from torch import nn
 from moco_isl import files
 from moco_isl.builder import add_mlp
 from moco_isl.encoders import (
+    STEMS,
     backbone_shapes,
     build_encoder,
     feature_dim,
@@ -26,6 +28,7 @@ from moco_isl.encoders import (
     set_head,
 )
 from moco_isl.errors import BadInput
+from moco_isl.options import opt
 from moco_isl.run import checkpoint
 from moco_isl.schema import COUNT, EARLIER, Number, like, require
 
@@ -50,6 +53,23 @@ _STEMMED = ("resnet", "resnext", "wide_resnet", "alexnet")
 LARGEST_SIDE = 4096  # the largest --image-size
 # extra classifiers of torchvision's Inceptions, which are left out
 _AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")
+
+
+@dataclass(kw_only=True)
+class EncoderOptions:
+    """Which encoder of a file, and as which network."""
+
+    arch: str | None = opt(
+        None,
+        "-a",
+        "--arch",
+        may_change=True,
+        help="architecture (as the file says or its tensors show)",
+    )
+    stem: str = opt(
+        "auto", choices=STEMS, may_change=True, help="auto: as the tensors of the file show"
+    )
+    key: bool = opt(False, help="the key encoder of a MoCo file, not the query encoder")
 
 
 def load_backbone(

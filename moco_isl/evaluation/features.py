@@ -18,6 +18,7 @@ from moco_isl.data.loaders import refuse
 from moco_isl.encoders import extract_features
 from moco_isl.errors import BadInput, RunFailed
 from moco_isl.files import named, shown
+from moco_isl.options import opt
 from moco_isl.run import checkpoint, ranks
 from moco_isl.schema import Tensor, require
 
@@ -30,6 +31,18 @@ class Split:
 
     features: dict[str, torch.Tensor]
     labels: torch.Tensor
+
+
+@dataclass(kw_only=True)
+class FeatureOptions:
+    """How features are taken, and where they are kept."""
+
+    batch_size: int = opt(256, "-b", "--batch-size", low=1, help="images at a time on each rank")
+    features: str | None = opt(
+        None,
+        metavar="FILE.safetensors",
+        help="keep the features in this file, or use those that are in it",
+    )
 
 
 def take(

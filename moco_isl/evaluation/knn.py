@@ -4,6 +4,7 @@ Letters: M images in the bank, Q queries, C feature dimension, k neighbours, T t
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,9 @@ import torch.nn.functional as F
 from moco_isl import dist
 from moco_isl.errors import BadInput
 from moco_isl.evaluation.features import Split
+from moco_isl.files import short
 from moco_isl.ops.neighbors import topk
+from moco_isl.options import default_of, opt
 from moco_isl.run.ranks import say
 
 
@@ -103,6 +106,25 @@ def weighted_knn(
     return knn_grid(queries, bank, labels, [k], [T], num_classes, chunk, own)[k, T]
 
 
+@dataclass(kw_only=True)
+class NeighbourOptions:
+    """How neighbours vote."""
+
+    k: list[int] = opt(
+        [default_of(weighted_knn, "k")],
+        low=1,
+        several="+",
+        help="neighbours that vote; several are judged in one pass",
+    )
+    T: list[float] = opt(
+        [default_of(weighted_knn, "T")],
+        low=0,
+        low_open=True,
+        several="+",
+        help="temperature of a vote's weight exp(similarity / T)",
+    )
+
+
 def judge(splits: dict[str, Split], ks: Sequence[int], Ts: Sequence[float]) -> list[dict]:
     """A row with the accuracy in per cent of every feature, k and T; the same on all ranks.
 
@@ -167,6 +189,39 @@ def few_shot(
         accuracy.append((predicted == test_labels).double().mean().item())
     spread = torch.tensor(accuracy).std().item() if draws > 1 else 0.0
     return sum(accuracy) / draws, spread
+
+
+def whole_numbers(text: str) -> list[int]:
+    """[1, 5, 10] of the text 1,5,10. Raises BadInput."""
+    try:
+        return [int(n) for n in text.split(",") if n]
+    except ValueError:
+        raise BadInput(
+            f"'{short(text)}' is no list of whole numbers: expected such as 1,5,10"
+        ) from None
+
+
+@dataclass(kw_only=True)
+class FewLabelsOptions:
+    """How often the accuracy with few labels is taken, and with how many. A resumed run may change
+    it: nothing is trained.
+    """
+
+    shots: list[int] = opt(
+        [],
+        low=1,
+        parse=whole_numbers,
+        metavar="n,n",
+        may_change=True,
+        help="also the accuracy with so many labelled images a class, e.g. 1,5,10",
+    )
+    draws: int = opt(
+        default_of(few_shot, "draws"),
+        low=1,
+        metavar="n",
+        may_change=True,
+        help="draws of labelled images for --shots",
+    )
 
 
 def require_shots(labels: torch.Tensor, shots: int) -> None:

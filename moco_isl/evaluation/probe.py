@@ -1,7 +1,9 @@
 """A probe: classifiers on an encoder with their optimizer, how they are judged and saved."""
 
 import os
+import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -9,13 +11,49 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from moco_isl import dist
-from moco_isl.encoders import BACKBONE, evaluating, get_head, head_name, stage_names
+from moco_isl.encoders import BACKBONE, OUTPUT, evaluating, get_head, head_name, stage_names
 from moco_isl.errors import BadInput
 from moco_isl.evaluation import features, linear
 from moco_isl.evaluation.knn import few_shot
+from moco_isl.files import short
+from moco_isl.options import opt
 from moco_isl.run import checkpoint
 from moco_isl.run.checkpoint import PREFIX
 from moco_isl.training.engine import learning_rate
+
+
+def layer(text: str) -> str:
+    """The name of a layer, or "all". Raises BadInput."""
+    if not re.fullmatch(rf"all|{BACKBONE}|{OUTPUT}|conv\d", text):
+        raise BadInput(
+            f"'{short(text)}' is no layer: expected backbone, output, conv1 ... conv5, or all"
+        )
+    return text
+
+
+@dataclass(kw_only=True)
+class ProbeOptions:
+    """What is trained, and on what."""
+
+    layers: list[str] = opt(
+        [BACKBONE],
+        several="+",
+        parse=layer,
+        metavar="LAYER",
+        help="backbone (MoCo's), output, conv1 ... conv5 (of a ResNet its stem and four stages), or"
+        " all; one classifier for each, on about 9,000 numbers",
+    )
+    cache_features: bool = opt(
+        False,
+        help="train on features taken once, without augmentation: fast, not MoCo's protocol",
+    )
+    finetune: bool = opt(False, help="train the whole network from the checkpoint")
+    holdout: int = opt(
+        0,
+        low=0,
+        metavar="n",
+        help="images of train to choose among several --lr by; 0: a tenth, at most 10,000",
+    )
 
 
 def layer_names(encoder: nn.Module, asked: Iterable[str]) -> list[str]:

@@ -1,6 +1,7 @@
 """A linear probe from its first batch to results.json, and its checkpoint."""
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,12 +13,63 @@ from moco_isl.evaluation import linear, results
 from moco_isl.evaluation.probe import Probe
 from moco_isl.evaluation.subject import Resumed, Subject, head_mismatch
 from moco_isl.files import shown
+from moco_isl.options import opt
 from moco_isl.run import checkpoint, ranks
 from moco_isl.run.folder import RunFolder
 from moco_isl.run.ranks import say
 from moco_isl.run.signals import Stop
 from moco_isl.schema import COUNT, EARLIER, Holds, Number, like, require
 from moco_isl.training import engine, fast, resume, state
+from moco_isl.training.options import TrainingOptions
+
+MOCO_LR, FINETUNE_LR = 30.0, 0.01
+
+
+@dataclass(kw_only=True)
+class ProbeTrainingOptions(TrainingOptions):
+    """MoCo's flags of the training of a classifier; those of a pretraining that are not here have
+    its default.
+    """
+
+    epochs: int = opt(100, low=1, help="number of total epochs to run")
+    batch_size: int = opt(
+        256,
+        "-b",
+        "--batch-size",
+        low=1,
+        help="mini-batch size, the total of all GPUs on all nodes",
+    )
+    lr: list[float] | None = opt(
+        None,
+        "--lr",
+        "--learning-rate",
+        low=0,
+        several="+",
+        help=f"initial learning rate ({MOCO_LR:g}; {FINETUNE_LR:g} with --finetune), or several,"
+        " trained side by side: the best is chosen on images held out of train",
+    )
+    schedule: list[int] = opt(
+        [60, 80],
+        low=0,
+        several="*",
+        help="learning rate schedule (when to drop lr by 10x)",
+    )
+    weight_decay: float = opt(0.0, "--wd", "--weight-decay", low=0, help="weight decay")
+    evaluate: bool = opt(
+        False,
+        "-e",
+        "--evaluate",
+        may_change=True,
+        help="evaluate the classifiers of --resume on the validation set",
+    )
+    mlp: bool | None = opt(
+        None,
+        may_change=True,
+        help="warn if the file's head is not MoCo v2's MLP (--no-mlp: if it is); not needed",
+    )
+    out: str | None = opt(
+        None, metavar="DIR", may_change=True, help="folder of the run (runs/<time>-lincls)"
+    )
 
 
 class Images(NamedTuple):

@@ -3,10 +3,12 @@
 import json
 import sys
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from moco_isl import files
 from moco_isl.errors import BadInput, RunFailed
+from moco_isl.options import opt
 from moco_isl.schema import COUNT, Number, read_json
 
 RESULTS = "results.json"
@@ -34,6 +36,17 @@ _SHAPE = {
     "earlier?": [dict],
     ...: object,
 }
+
+
+@dataclass(kw_only=True)
+class ResultsOptions:
+    """Where results are written."""
+
+    out: str | None = opt(
+        None,
+        metavar="DIR",
+        help="folder for results.json (none); results of other checkpoints in it are kept",
+    )
 
 
 def read_results(path: str | Path, flag: str = "") -> dict:

@@ -11,9 +11,10 @@ from torch import nn
 
 from moco_isl import data
 from moco_isl.data.datasets import ImagesInMemory
-from moco_isl.encoders import require_side
+from moco_isl.encoders import AMP_TYPES, require_side
 from moco_isl.errors import BadInput
 from moco_isl.evaluation.backbone import load_backbone
+from moco_isl.options import opt
 from moco_isl.run import checkpoint, ranks
 from moco_isl.training import resume
 from moco_isl.training.state import require_start
@@ -62,6 +63,24 @@ class Resumed(ReadOnce):
     def let_go(self) -> None:
         """Free the memory of what has been read."""
         self._content = None
+
+
+@dataclass(kw_only=True)
+class SubjectOptions:
+    """Which file is judged, and how its network computes."""
+
+    pretrained: str = opt(
+        "",
+        metavar="FILE",
+        may_change=True,
+        help="what to judge: a checkpoint of ours or MoCo's, or a state dict of torchvision or timm"
+        " (.safetensors too)",
+    )
+    amp: str = opt(
+        "off",
+        choices=AMP_TYPES,
+        help="half precision in the network; bf16 on any recent GPU",
+    )
 
 
 @dataclass

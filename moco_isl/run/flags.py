@@ -6,14 +6,28 @@ import functools
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from moco_isl import __version__, files, options
 from moco_isl.errors import BadInput
 from moco_isl.files import short
-from moco_isl.options import LARGEST, Flag, flags_of
+from moco_isl.options import LARGEST, Flag, flags_of, opt
 from moco_isl.run import plain_yaml
 
 __all__ = ["LARGEST", "short"]  # names that other modules import from here
+
+
+@dataclass(kw_only=True)
+class ConfigOptions:
+    """Where more flags are read from."""
+
+    config: str | None = opt(
+        None,
+        metavar="FILE.yaml",
+        may_change=True,
+        help="flags by name, values as they would be typed, switches true or false; the command"
+        " line wins",
+    )
 
 
 class Parser(argparse.ArgumentParser):
@@ -40,6 +54,8 @@ class Parser(argparse.ArgumentParser):
             for flag in flags_of(kind).values():
                 if flag.name not in self._option_string_actions:
                     _add(group, flag, flag.default)
+                if flag.rare:
+                    self._offer_all()
 
     def add_plugins(self, flag: str, kinds: dict[str, type], find: Callable[[str], type]) -> None:
         """Let the flag --`flag` choose one of several classes, each with flags of its own.
@@ -51,9 +67,13 @@ class Parser(argparse.ArgumentParser):
         self._plugins = _Plugins(flag, kinds, find, self.add_argument_group(f"--{flag}'s own"))
         for name, kind in kinds.items():
             self._know(name, kind)
-        self.add_argument(
-            "--help-all", action=_HelpAll, help=f"show every flag, those of each --{flag} too"
-        )
+        self._offer_all().help = f"show every flag, those of each --{flag} too"
+
+    def _offer_all(self) -> argparse.Action:
+        """The flag --help-all."""
+        if "--help-all" not in self._option_string_actions:
+            self.add_argument("--help-all", action=_HelpAll, help="show every flag")
+        return self._option_string_actions["--help-all"]
 
     def _know(self, name: str, kind: type) -> None:
         for flag in flags_of(kind).values():
@@ -394,17 +414,6 @@ def check(ok: bool, message: str) -> None:
         raise BadInput(message)
 
 
-def check_range(
-    args: argparse.Namespace,
-    name: str,
-    low: float,
-    high: float = float("inf"),
-    low_open: bool = False,
-) -> None:
-    """Check the value(s) of flag `name` against a range, see `options.check_range`."""
-    options.check_range(f"--{options.dashed(name)}", getattr(args, name), low, high, low_open)
-
-
 def check_ranges(args: argparse.Namespace, *kinds: type) -> None:
     """Check the fields of these dataclasses against their ranges. Raises BadInput."""
     for kind in kinds:
@@ -432,55 +441,3 @@ def may_change(*kinds: type) -> set[str]:
     """The names in args.json of the flags that a resumed run may change."""
     found = [flag for kind in kinds for flag in flags_of(kind).values()]
     return {flag.dest for flag in found if flag.may_change}
-
-
-# ---- the page of all flags -----------------------------------------------------------------------
-
-_HEAD = """# Flags of main_moco_isl.py
-
-`python -m moco_isl.training.options docs/flags.md` writes this page from the code: edit it there.
-Where the default depends on other flags, the last column says it. *resume*: a run that is resumed
-may be given another value.
-"""
-_COLUMNS = "| flag | default | takes | resume | what it does |\n|---|---|---|---|---|"
-
-
-def page(groups: dict[str, tuple[type, ...]], miners: dict[str, type]) -> str:
-    """The text of docs/flags.md: a table for each group of flags and for each miner's own flags."""
-    parts = [_HEAD]
-    common = set()
-    for title, kinds in groups.items():
-        found = {flag.name: flag for kind in kinds for flag in flags_of(kind).values()}
-        common |= found.keys()
-        parts.append(_table(title, list(found.values())))
-    for name, kind in miners.items():
-        own = [flag for flag in flags_of(kind).values() if flag.name not in common]
-        parts.append(_table(f"--miner {name}", own))
-    return "\n".join(parts)
-
-
-def _table(title: str, found: list[Flag]) -> str:
-    lines = [f"## {title}", "", *_COLUMNS.splitlines()]
-    for flag in found:
-        names = ", ".join(f"`{name}`" for name in flag.names)
-        if flag.metavar and not flag.names[0].startswith("-"):
-            names = f"`{flag.metavar}`"
-        cells = (names, flag.default_text, flag.range, "yes" if flag.may_change else "", flag.help)
-        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
-    return "\n".join([*lines, ""])
-
-
-# ---- the images; `data` is imported inside, so that launch/ need not wait for torch --------------
-
-
-def add_data_options(parser: Parser) -> None:
-    from moco_isl import data
-
-    parser.add_options("data set", data.DataOptions)
-
-
-def check_data_options(args: argparse.Namespace) -> None:
-    """Raise BadInput where the flags of the data set are wrong, see `data.check_options`."""
-    from moco_isl import data
-
-    data.check_options(take(data.DataOptions, args))

@@ -33,13 +33,6 @@ SAVED = "a checkpoint was saved here\n"  # the content of .lock once there is on
 class FolderOptions:
     """The folder of a run, what it starts from, and when it saves."""
 
-    config: str | None = opt(
-        None,
-        metavar="FILE.yaml",
-        may_change=True,
-        help="flags by name, values as they would be typed, switches true or false; the command"
-        " line wins",
-    )
     out: str | None = opt(
         None, metavar="DIR", may_change=True, help="folder of the run (runs/<time>-<arch>)"
     )

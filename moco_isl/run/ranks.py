@@ -25,7 +25,7 @@ from moco_isl.files import short
 from moco_isl.options import opt
 from moco_isl.run import environment, signals
 from moco_isl.run.exits import KEYBOARD, exit_code
-from moco_isl.run.flags import Parser, check, check_ranges
+from moco_isl.run.flags import check, check_ranges
 from moco_isl.run.signals import SIGNALS
 
 MOCO_DIST_URL = "tcp://224.66.41.62:23456"
@@ -80,10 +80,6 @@ class DistributedOptions:
         may_change=True,
         help="auto: CUDA where there is any",
     )
-
-
-def add_distributed_options(parser: Parser) -> None:
-    parser.add_options("devices and processes", DistributedOptions)
 
 
 def processes_here(args: argparse.Namespace) -> int:

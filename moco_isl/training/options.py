@@ -1,12 +1,8 @@
-"""The flags of a pretraining: which dataclasses make them, and how they have to go together.
-
-python -m moco_isl.training.options FILE     writes docs/flags.md
-"""
+"""The flags of a pretraining: which dataclasses make them, and how they have to go together."""
 
 import argparse
 import math
 import random
-import sys
 from dataclasses import dataclass
 
 import torch
@@ -28,23 +24,8 @@ SCHEDULE = [120, 160]  # MoCo's, for its 200 epochs
 
 @dataclass(kw_only=True)
 class TrainingOptions:
-    """MoCo's flags of a training."""
+    """MoCo's flags of a training by SGD, of an encoder or of classifiers."""
 
-    arch: str = opt(
-        "resnet50",
-        "-a",
-        "--arch",
-        help="encoder: torchvision's classifiers (but squeezenet), timm:<name>, resnet18w32"
-        " (narrow), alexnet, digits",
-    )
-    workers: int = opt(
-        32,
-        "-j",
-        "--workers",
-        low=0,
-        may_change=True,
-        help="number of data loading workers, at most one a core",
-    )
     epochs: int = opt(200, low=1, help="number of total epochs to run")
     start_epoch: int = opt(
         0, low=0, may_change=True, help="manual epoch number (useful on restarts)"
@@ -87,6 +68,13 @@ class TrainingOptions:
 class MoCoOptions:
     """MoCo's own flags; where its class has the default, the default is read from there."""
 
+    arch: str = opt(
+        "resnet50",
+        "-a",
+        "--arch",
+        help="encoder: torchvision's classifiers (but squeezenet), timm:<name>, resnet18w32"
+        " (narrow), alexnet, digits",
+    )
     dim: int = opt(default_of(MoCo, "dim"), "--moco-dim", low=1, help="feature dimension")
     K: int = opt(
         default_of(MoCo, "K"), "--moco-k", low=1, help="queue size; number of negative keys"
@@ -233,7 +221,7 @@ GROUPS: dict[str, tuple[type, ...]] = {
     "training, as MoCo has it": (TrainingOptions,),
     "MoCo's own": (MoCoOptions,),
     "devices and processes": (ranks.DistributedOptions,),
-    "run": (FolderOptions, WatchOptions),
+    "run": (flags.ConfigOptions, FolderOptions, WatchOptions),
     "network and numerics": (NetworkOptions, fast.SpeedOptions),
     "ISL: the loss": (LossOptions, *OBJECTIVES.values()),
     "ISL: mining": (MiningOptions, RoundMiner),
@@ -281,7 +269,7 @@ def idle(args: argparse.Namespace) -> list[str]:
 
 def check_args(args: argparse.Namespace) -> None:
     """Raise BadInput for flags that cannot work; fill in those that depend on others."""
-    flags.check_data_options(args)
+    data.check_options(flags.take(data.DataOptions, args))
     flags.check_ranges(args, *KINDS)
     flags.check(
         args.start_epoch < args.epochs,
@@ -363,14 +351,3 @@ def _fill_in(args: argparse.Namespace) -> None:
         args.isl_start = 0 if args.init else late
     if args.isl_every is None:
         args.isl_every = length if several else 20
-
-
-def main() -> None:
-    """Write the page of all flags into the file that the command line names."""
-    page = flags.page(GROUPS, {name: kind for name, kind in MINERS.items() if flags_of(kind)})
-    with open(sys.argv[1], "w", encoding="utf-8") as file:
-        file.write(page)
-
-
-if __name__ == "__main__":
-    main()

@@ -31,8 +31,10 @@ def check_same(
     otherwise: str = "start a new run with --init and another --out",
     *,
     epochs: int | None = None,
+    may_change: Container[str] = MAY_CHANGE,
 ) -> None:
-    """Raise BadInput where flags of the saved run and of this one differ and may not.
+    """Raise BadInput where flags of the saved run and of this one differ and are not among those
+    that `may_change`.
 
     It names both values of each, and what to do `otherwise`. --epochs may grow where what the saved
     run has done stays as it was. epochs: how many it has begun (None: all).
@@ -40,7 +42,7 @@ def check_same(
     changed = [
         name
         for name in saved
-        if name not in MAY_CHANGE and name in now and saved[name] != now[name]
+        if name not in may_change and name in now and saved[name] != now[name]
     ]
     why = ""
     if "epochs" in changed and now["epochs"] > (saved["epochs"] or 0):
@@ -204,18 +206,17 @@ def check_flags(start: Start, content: dict, now: dict) -> None:
         check_same(content["args"], now, epochs=begun)
 
 
-def check_unsaved(start: Start, now: dict, free: Container[str] = ()) -> None:
+def check_unsaved(start: Start, now: dict, may_change: Container[str] = MAY_CHANGE) -> None:
     """Raise BadInput where this run would overwrite one that ended before its first checkpoint.
 
-    It would where that run had other values of flags that may not change. free: flags that are not
-    compared.
+    It would where that run had other values of flags that are not in `may_change`.
     """
-    saved = {name: value for name, value in start.unsaved.items() if name not in free}
     check_same(
-        saved,
+        start.unsaved,
         now,
         "choose another --out: that run ended before its first checkpoint, and starting anew would"
         " overwrite its metrics.jsonl",
+        may_change=may_change,
     )
 
 
