@@ -114,7 +114,7 @@ def opt(
         "rare": rare,
     }
     if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: default, metadata={"flag": about})
+        return dataclasses.field(default_factory=default.copy, metadata={"flag": about})
     return dataclasses.field(default=default, metadata={"flag": about})
 
 
@@ -214,7 +214,7 @@ def load_object(name: str, flag: str):
     expected = "expected module:name of a Python module that can be imported"
     try:
         found = importlib.import_module(module)
-    except Exception as error:  # a module of somebody else's may raise anything
+    except (Exception, SystemExit) as error:  # a module of somebody else's may raise anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise BadInput(f"{flag} {short(name)}: {short(reason, 150)}; {expected}") from error
     if not hasattr(found, attribute):

@@ -17,7 +17,7 @@ from moco_isl.mining.gan import (
     generator_loss,
 )
 from moco_isl.mining.gan_training import Trainer, fit_gan
-from moco_isl.mining.gan_watch import Probe, collapse, settled
+from moco_isl.mining.gan_watch import Watch, collapse, settled
 from moco_isl.mining.positives import PositiveSets
 from moco_isl.mining.triplets import TripletSampler, training_search
 from studies import gans
@@ -265,7 +265,7 @@ def test_settled_needs_still_figures_and_a_hub_that_stopped_falling():
 def run_scripted(monkeypatch, hubs, settings):
     """fit_gan with the looks' hubs scripted: [M = 300, batch 32]."""
     script = iter(looks(hubs))
-    monkeypatch.setattr(Probe, "look", lambda self: {**next(script), "distinct": 0.9})
+    monkeypatch.setattr(Watch, "look", lambda self: {**next(script), "distinct": 0.9})
     monkeypatch.setattr(Trainer, "read_losses", lambda self, n: {"loss_D": 1.38, "loss_G": 0.7})
     return fit_gan(clusters(300), some_sets(300, 0), settings, seed=0).report
 

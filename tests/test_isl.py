@@ -367,3 +367,10 @@ def test_state_dict_round_trip():
     fresh.load_state_dict(isl.state_dict())
     step = lambda x: x(images(6, 2), images(6, 3), torch.arange(6, 12)).item()
     assert step(fresh) == step(isl)
+
+
+def test_each_round_of_ones_own_loop_has_its_budget():
+    isl = ISL(moco(), M)
+    miner = KNNMiner(budget=[1, 2, 4], max_share=1.0)
+    sizes = [isl.mine(unit(M, 0), miner).mean_size for _ in range(4)]
+    assert sizes == [1, 2, 4, 4]

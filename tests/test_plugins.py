@@ -59,7 +59,64 @@ class Bare:
 
 class Forgotten(RoundMiner):
     place: int = opt(1, help="nothing makes this class a dataclass")
+
+
+class Idle(RoundMiner):
+    """It has no find."""
+
+
+class Keeps(ToyMiner):
+    def state_dict(self):
+        return {"n": 1}
+
+
+def field(**fields):
+    return dataclass(eq=False, kw_only=True)(type("Field", (ToyMiner,), fields))
+
+
+Taken = field(epochs=opt(7, help="a flag of the run"), __annotations__={"epochs": int})
+Short = field(steps=opt(3, "-a", "--steps", help="of --arch"), __annotations__={"steps": int})
+Dashless = field(steps=opt(3, "steps", help="no dashes"), __annotations__={"steps": int})
+Needs = field(__annotations__={"steps": int})
+Strange = field(steps=opt(3, help="?"), __annotations__={"steps": "Nope"})
+
+
+class Nothing(ToyMiner):
+    def find(self, features, positives, seed, tick):
+        return None
+
+
+class Outside(ToyMiner):
+    def find(self, features, positives, seed, tick):
+        image = torch.arange(len(features))
+        return Edges(image, image + 1, torch.ones(len(image))), ""
+
+
+class Endless(ToyMiner):
+    def find(self, features, positives, seed, tick):
+        edges, why = super().find(features, positives, seed, tick)
+        return Edges(edges.src, edges.dst, edges.sureness / 0), why
+
+
+def grey(root, split, download):
+    return ImagesInMemory(torch.zeros(20, 1, 16, 16, dtype=torch.uint8), None, None, "grey")
+
+
+def misnamed(root, split, download):
+    labels = torch.arange(20)
+    return ImagesInMemory(torch.zeros(20, 3, 16, 16, dtype=torch.uint8), labels, ["a"], "misnamed")
+
+
+def unlabelled(root, split, download):
+    return ImagesInMemory(read(root, split, download).images, None, None, "unlabelled")
+
+
+settings = {"size": 16, "mean": (0.4,) * 3, "std": (0.3,) * 3, "needs_dir": False}
+grey_row = DataSet(grey, **settings)
+misnamed_row = DataSet(misnamed, **settings)
+unlabelled_row = DataSet(unlabelled, **settings)
 '''
+LEAVES = "raise SystemExit(5)"
 RUN = (
     "--dataset toy_module:toy --miner toy_module:ToyMiner -a digits --moco-dim 16 --moco-k 32 -b 20"
     " -j 0 --seed 0 --device cpu -p 1 --epochs 2 --isl-start 1 --isl-every 1"
@@ -70,6 +127,7 @@ RUN = (
 def toy(tmp_path, monkeypatch):
     """The module, in the folder that the script is started in."""
     (tmp_path / "toy_module.py").write_text(TOY)
+    (tmp_path / "leaves.py").write_text(LEAVES)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     yield
@@ -115,7 +173,17 @@ def test_a_plug_ins_flags_come_from_a_config_too(tmp_path):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        ("--miner toy_module:Nothing", "toy_module has no 'Nothing'; expected module:name"),
+        ("--miner toy_module:Absent", "toy_module has no 'Absent'; expected module:name"),
+        ("--miner leaves:Miner", "--miner leaves:Miner: 5; expected module:name"),
+        ("--miner toy_module:Idle", "finds nothing: expected a method find("),
+        ("--miner toy_module:Keeps", "expected state_shape(dim) beside state_dict"),
+        ("--miner toy_module:Taken", "its field epochs would be --epochs, and the script has"),
+        ("--miner toy_module:Short", "its field steps would be --steps, and the script has"),
+        ("--miner toy_module:Dashless", "expected a name that begins with --"),
+        ("--miner toy_module:Needs", "has the field steps without a default"),
+        ("--miner toy_module:Strange", "has a field that cannot be a flag"),
+        ("--dataset toy_module:grey_row", "images are torch.uint8 of shape (20, 1, 16, 16)"),
+        ("--dataset toy_module:misnamed_row", "labels go up to 19, and there are 1 classes"),
         ("--miner nowhere:Miner", "No module named 'nowhere'; expected module:name"),
         ("--miner toy_module:Bare", "is no miner: expected a class made from"),
         ("--miner toy_module:Forgotten", "put @dataclass(eq=False) before the class"),
@@ -134,6 +202,32 @@ def test_what_cannot_be_is_one_line(flags, words):
     given = flags if "--dataset" in flags else f"--dataset digits {flags}"
     code, _, said = ask([*RUN[4:], "--out", "new", *given.split()])
     assert code == 2 and words in said and said.count("\n") == 1, said
+
+
+@pytest.mark.parametrize(
+    "miner, words",
+    [
+        ("Nothing", "the miner toy found a NoneType in place of pairs"),
+        ("Outside", "the miner toy found pairs of no images"),
+        ("Endless", "the miner toy gave pairs a sureness that is not finite"),
+    ],
+)
+def test_pairs_that_are_none_are_one_line(miner, words, tmp_path):
+    flags = [*RUN, "--miner", f"toy_module:{miner}", "--out", "new"]
+    code, _, said = ask(flags)
+    assert code == 3 and words in said and said.count("\n") == 1, said
+    assert (tmp_path / "new" / "checkpoint_last.pth.tar").exists()
+
+
+def test_a_data_set_without_labels_trains():
+    flags = [*RUN[4:], "--dataset", "toy_module:unlabelled_row", "--epochs", "1", "--out", "new"]
+    assert ask(flags)[0] == 0
+
+
+def test_a_config_whose_miner_is_gone_is_overruled_by_the_command_line(tmp_path):
+    (tmp_path / "run.yaml").write_text("miner: nowhere:Miner\n")
+    args = main_moco_isl.get_parser().parse_args(["--config", "run.yaml", "--miner", "knn"])
+    assert args.miner == "knn"
 
 
 def test_help_shows_the_flags_of_the_chosen_miner(capsys):
@@ -177,6 +271,9 @@ def test_a_miner_keeps_its_budget_of_each_round():
         miner.begin(number)
         budgets.append(miner.rules.budget)
     assert budgets == [0.5, 1.5, 1.5]
+    first, second = miners.KNNMiner(), miners.KNNMiner()
+    first.budget.append(9)
+    assert second.budget == [5.0]
     assert miners.KNNMiner(budget=None).rules.budget is None
 
 

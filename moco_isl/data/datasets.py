@@ -195,10 +195,35 @@ class ImageFiles(Dataset):
         return self.image(i), (-1 if self.labels is None else int(self.labels[i]))
 
 
+def _require_images(images: torch.Tensor) -> None:
+    kind = getattr(images, "dtype", type(images).__name__)
+    shape = tuple(getattr(images, "shape", ()))
+    fits = isinstance(images, torch.Tensor) and kind == torch.uint8 and len(shape) == 4
+    if not fits or shape[1] != 3 or 0 in shape:
+        raise BadInput(
+            f"images are {kind} of shape {shape}: expected a tensor of uint8 [M, 3, H, W]"
+        )
+
+
+def _require_labels(labels: torch.Tensor | None, M: int, classes: list[str] | None) -> None:
+    if labels is None:
+        return
+    kind = getattr(labels, "dtype", type(labels).__name__)
+    shape = tuple(getattr(labels, "shape", ()))
+    if kind != torch.int64 or shape != (M,):
+        raise BadInput(f"labels are {kind} of shape {shape}: expected int64 of shape ({M},)")
+    if classes is not None and int(labels.max()) >= len(classes):
+        raise BadInput(
+            f"labels go up to {int(labels.max())}, and there are {len(classes)} classes: expected"
+            " a name for each label, from 0 on"
+        )
+
+
 class ImagesInMemory(Dataset):
     """Images held whole: uint8 [M, 3, H, W].
 
-    source: a name, or the data set they were read from.
+    labels: int64 [M], -1 for none, or None. classes: a name for each label, or None. source: a
+    name, or the data set they were read from. Raises BadInput for anything else.
     """
 
     def __init__(
@@ -208,6 +233,8 @@ class ImagesInMemory(Dataset):
         classes: list[str] | None,
         source: str | Dataset,
     ):
+        _require_images(images)
+        _require_labels(labels, len(images), classes)
         self.images = images
         self.labels = labels
         self.classes = classes
@@ -318,7 +345,8 @@ def describe(**splits: Dataset) -> str:
             lines.append(f"=> {name}: {dataset.layout.summary}")
             lines += [f"=> warning: {name}: {line}" for line in dataset.layout.warnings]
         else:
-            lines.append(f"=> {name}: {len(dataset)} images, {len(dataset.classes)} classes")
+            classes = len(dataset.classes or [])
+            lines.append(f"=> {name}: {len(dataset)} images, {classes} classes")
     return "\n".join(lines)
 
 

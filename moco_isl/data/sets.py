@@ -52,6 +52,15 @@ class DataSet:
     in_files: bool = False
     augmentation: Callable | None = None
 
+    def __post_init__(self) -> None:
+        """Raise BadInput for numbers with which no image can be normalised."""
+        three = len(self.mean) == len(self.std) == 3 and all(0 < x for x in self.std)
+        if not three or self.size < 1:
+            raise BadInput(
+                f"a data set has size {self.size}, mean {self.mean} and std {self.std}: expected a"
+                " size of 1 or more, and three numbers each, those of std above 0"
+            )
+
 
 def find_set(name: str) -> DataSet:
     """The row of that name, or the row that `my.module:name` names. Raises BadInput."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from moco_isl.errors import BadInput
+from moco_isl.errors import BadInput, first_line
 from moco_isl.miners.average import AverageMiner
 from moco_isl.miners.cluster import ClusterMiner
 from moco_isl.miners.diffusion import DiffusionMiner
@@ -12,7 +12,7 @@ from moco_isl.miners.knn import KNNMiner
 from moco_isl.miners.none import NoMiner
 from moco_isl.miners.oracle import OracleMiner
 from moco_isl.mining.rounds import RoundMiner
-from moco_isl.options import load_object
+from moco_isl.options import flags_of, load_object, needed
 
 MINERS = {
     "none": NoMiner,
@@ -41,6 +41,26 @@ def find_miner(name: str) -> type:
             f"--miner {name} is no miner: expected a class made from"
             " moco_isl.mining.rounds.RoundMiner"
         )
-    if any(isinstance(value, dataclasses.Field) for value in vars(kind).values()):
-        raise BadInput(f"--miner {name} has flags: put @dataclass(eq=False) before the class")
+    if wrong := _what_is_wrong(kind):
+        raise BadInput(f"--miner {name} {wrong}")
     return kind
+
+
+def _what_is_wrong(kind: type) -> str:
+    """What a miner's class from elsewhere lacks, seen before any work; '' for nothing."""
+    if any(isinstance(value, dataclasses.Field) for value in vars(kind).values()):
+        return "has flags: put @dataclass(eq=False) before the class"
+    try:
+        flags_of(kind)
+    except Exception as error:  # the annotations of its fields are evaluated
+        return f"has a field that cannot be a flag: {first_line(error)}"
+    if missing := needed(kind) - ({"labels"} if kind.uses_labels else set()):
+        return f"has the field {sorted(missing)[0]} without a default: expected a default"
+    if kind.find is RoundMiner.find and kind.mine is RoundMiner.mine:
+        return "finds nothing: expected a method find(features, positives, seed, tick)"
+    if kind.state_dict is not RoundMiner.state_dict and kind.state_shape is RoundMiner.state_shape:
+        return (
+            "keeps a state of its own, without which no run of it can be resumed: expected"
+            " state_shape(dim) beside state_dict, see moco_isl.schema"
+        )
+    return ""

@@ -24,7 +24,7 @@ from moco_isl.mining.gan import (
     discriminator_loss,
     generator_loss,
 )
-from moco_isl.mining.gan_watch import Probe, collapse, settled
+from moco_isl.mining.gan_watch import Watch, collapse, settled
 from moco_isl.mining.positives import PositiveSets
 from moco_isl.mining.triplets import TripletSampler, training_search
 from moco_isl.ops.neighbors import Tick
@@ -54,7 +54,7 @@ def fit_gan(
     """
     started = time.perf_counter()
     trainer = (kind or Trainer)(features, positives, settings, state, seed)
-    probe = Probe(trainer)
+    probe = Watch(trainer)
     least, most = settings.span(trainer.M)
     every = max(1, min(most // 40, 500))  # iterations from look to look
     a_pass = trainer.a_pass

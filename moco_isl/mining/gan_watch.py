@@ -12,7 +12,7 @@ from moco_isl.ops.neighbors import topk
 Tensor = torch.Tensor
 
 
-class Probe:
+class Watch:
     """Looks at the proxies of one sample of triplets among one sample of images: cheap to repeat.
 
     trainer: a `gan_training.Trainer`. natural: the hub of the features themselves in that bank.

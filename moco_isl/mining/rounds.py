@@ -14,7 +14,7 @@ from typing import ClassVar, Protocol
 import torch
 
 from moco_isl import dist
-from moco_isl.errors import BadInput, Interrupted
+from moco_isl.errors import BadInput, Interrupted, RunFailed
 from moco_isl.mining.edges import Edges, Rules, settle
 from moco_isl.mining.estimate import Views, by_halves, by_views, sampled, widest
 from moco_isl.mining.positives import PositiveSets
@@ -199,7 +199,7 @@ class RoundMiner:
         self.views = views
         try:
             if len(features) > 1:
-                edges, why = self.find(features, positives, seed, tick)
+                edges, why = self._found(self.find(features, positives, seed, tick), len(features))
             else:
                 edges = None
                 why = "a single image has no others that could be like it"
@@ -229,6 +229,29 @@ class RoundMiner:
             peak_memory_gib=_peak_gib(features.device),
         )
         return sets
+
+    def _found(self, answer, M: int) -> tuple[Edges, str]:
+        """What `find` has answered of M images. Raises RunFailed where it is no answer."""
+        expected = "expected Edges(src, dst, sureness) and a text, see docs/python.md"
+        if not isinstance(answer, tuple) or len(answer) != 2:
+            kind = type(answer).__name__
+            raise RunFailed(f"the miner {self.name} found a {kind} in place of pairs: {expected}")
+        edges, why = answer
+        if why:
+            return edges, why
+        if not isinstance(edges, Edges):
+            kind = type(edges).__name__
+            raise RunFailed(f"the miner {self.name} found a {kind} in place of pairs: {expected}")
+        images = [edges.src, edges.dst]
+        whole = all(not x.is_floating_point() and x.shape == edges.sureness.shape for x in images)
+        if not whole or any(len(x) and not 0 <= int(x.min()) <= int(x.max()) < M for x in images):
+            raise RunFailed(
+                f"the miner {self.name} found pairs of no images: expected src and dst [E] of whole"
+                f" numbers from 0 to {M - 1}, and a sureness for each pair"
+            )
+        if not edges.sureness.isfinite().all():
+            raise RunFailed(f"the miner {self.name} gave pairs a sureness that is not finite")
+        return edges, why
 
     def searchable(self, rows: Tensor, tick: Tick | None = None) -> "Tensor | IVF":
         """What `topk` takes as its bank of rows [M, C]: the rows, or an index built of them.

@@ -281,7 +281,9 @@ class MinedObjective(Objective):
         self._check_rows(features)
         number = self.round + 1 if number is None else number
         rng = rng or torch.Generator().manual_seed(number - 1)
-        # a miner of a user's own need not know of views
+        # a miner of a user's own need not know of rounds and views
+        if begin := getattr(miner, "begin", None):
+            begin(number)
         given = {} if views is None else {"views": views}
         positives = miner.mine(features, self.positives, rng, tick, **given)
         if not self.bank.filled:

@@ -1,6 +1,7 @@
 """Flags of a script: a parser whose errors are one line, config files, and checks of values."""
 
 import argparse
+import contextlib
 import difflib
 import functools
 import re
@@ -77,12 +78,39 @@ class Parser(argparse.ArgumentParser):
 
     def _know(self, name: str, kind: type) -> None:
         for flag in flags_of(kind).values():
+            if ":" in name:
+                self._require_room(flag, f"--{self._plugins.flag} {name}")
             action = self._option_string_actions.get(flag.name)
             if action is None:
                 action = _add(self._plugins.group, flag, None)
                 action.owners = {}
             if hasattr(action, "owners"):
                 action.owners[name] = flag
+
+    def _require_room(self, flag: Flag, plugin: str) -> None:
+        """Raise BadInput where a plug-in's flag is another one than the flag that has its name.
+
+        Those that it inherits are the same; of another plug-in's flag it may have its own default.
+        """
+        of = f"{plugin}: its field {flag.field}"
+        if not all(name.startswith("-") for name in flag.names):
+            raise BadInput(f"{of} is no flag: expected a name that begins with --")
+        shares = lambda action: (
+            flag.dest == action.dest or set(flag.names) & set(action.option_strings)
+        )
+        for action in filter(shares, self._actions):
+            known = getattr(action, "flag", None)
+            same = known == flag
+            if hasattr(action, "owners"):
+                same = (known.names, known.kind, known.several) == (
+                    *(flag.names, flag.kind),
+                    flag.several,
+                )
+            if not same:
+                raise BadInput(
+                    f"{of} would be {flag.name}, and the script has such a flag already: give the"
+                    " field another name"
+                )
 
     def _choose(self, name: str | None) -> None:
         """Take note of the class that the plug-ins' flag names, and of its flags."""
@@ -240,13 +268,15 @@ class Parser(argparse.ArgumentParser):
         return [*argv, "--config", path]
 
     def _without_plugin(self, settings: dict, chosen: str | None) -> dict:
-        """The settings; without the flags of the plug-in they name where another one is chosen."""
+        """The settings; without the plug-in they name, and its flags, where another is chosen."""
         own = settings.get(self._plugins.flag) if self._plugins else None
         if chosen is None or not isinstance(own, str) or own == chosen:
             return settings
-        self._choose(own)
+        with contextlib.suppress(BadInput):  # of a plug-in that is not even chosen
+            self._choose(own)
         self._choose(chosen)
         gone = {action.dest for action in self._owned() if chosen not in action.owners}
+        gone.add(self._plugins.flag)
         return {name: x for name, x in settings.items() if name.replace("-", "_") not in gone}
 
     def argv_of(

@@ -343,7 +343,7 @@ def _fill_in(args: argparse.Namespace) -> None:
         f" a multiple of {args.isl_rounds}",
     )
     several = args.isl_rounds > 1
-    if args.schedule is SCHEDULE and several:
+    if args.schedule is flags_of(TrainingOptions)["schedule"].default and several:
         # rounded up, so that the rate of a round of two epochs does not drop in its first
         args.schedule = [math.ceil(length * 3 / 5), math.ceil(length * 4 / 5)]
     if args.isl_start is None:

@@ -528,7 +528,6 @@ def mine(
     before = isl.positives
     miner_before = copy.deepcopy(miner.state_dict())
     generators = resume.rng_of_ranks(reader.device)
-    miner.begin(number)
     try:
         features = reader.features(isl.encoder)  # [M, C]
         views = reader.views(isl.encoder, epoch) if miner.wants_views else None  # 2 x [M, C]
