@@ -54,9 +54,12 @@ def curves() -> dict[float, list[tuple[float, float, float]]]:
     return {size: sorted(points) for size, points in found.items()}
 
 
+GAINED = "points of 1-shot accuracy over\nas many epochs of MoCo v2 alone"
+
+
 def draw_miners(axes) -> None:
     axes.set_title("What mining adds on 1,437 digits", loc="left")
-    axes.set_ylabel("points of 1-shot accuracy over\nthe same epochs of MoCo v2")
+    axes.set_ylabel(GAINED)
     for place, (mean, spread) in enumerate(gains().values()):
         axes.bar(place, mean, yerr=spread, width=0.5, color=LIGHT, ecolor=INK, capsize=4)
         axes.text(place, mean + spread + 0.25, f"{mean:+.1f} ± {spread:.1f}", ha="center")
@@ -67,6 +70,7 @@ def draw_miners(axes) -> None:
 def draw_curves(axes) -> None:
     axes.set_title("Right positives help, wrong ones cost", loc="left")
     axes.set_xlabel("share of the positives that are right")
+    axes.set_ylabel(GAINED)
     axes.axhline(0, color=GREY, linewidth=1)
     axes.text(0.565, 0.25, "they help", color=GREY)
     axes.text(0.565, -0.35, "they cost", color=GREY, va="top")
