@@ -202,8 +202,8 @@ class MinedObjective(Objective):
         "logsum",
         "--isl-loss",
         choices=FORMS,
-        help="logsum: Eq. 5, which tolerates wrong positives. meanlog: the mean of the logs, which"
-        " learns most from clean sets, and suffers most from wrong ones",
+        help="logsum: Eq. 5, for which one likely positive is enough. meanlog: the mean of the"
+        " logs, by which each has to be likely; it learns most from clean, wide sets",
     )
     hpe: float = opt(
         0.5,

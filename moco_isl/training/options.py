@@ -179,9 +179,9 @@ class MiningOptions:
         choices=MINERS,
         plugin=True,
         metavar="NAME",
-        help="who finds the positives: none (default, which is MoCo), knn, gan: ISL, entropy: AND,"
-        " diffusion: PAD, cluster: LA, average: by neighbourhood means; or a class of your own as"
-        " my.module:MyMiner. --miner NAME --help shows the flags of one",
+        help="who finds the positives: none (MoCo); knn (own nearest); gan (ISL, the paper's);"
+        " entropy (AND); diffusion (PAD); cluster (LA); average (neighbourhood means); or a class of"
+        " your own, my.module:MyMiner. --miner NAME --help shows the flags of one",
     )
     rounds: int = opt(
         1,
