@@ -74,7 +74,7 @@ def _place() -> str:
 
 
 def arm_job(module) -> None:
-    ask, leave = module.StopSignals.__call__, module.Run._main
+    ask, leave = module.StopSignals.__call__, module.Task._main
 
     def asked(self) -> bool:
         fire(_place(), lambda: ask(self))
@@ -85,7 +85,7 @@ def arm_job(module) -> None:
         fire("end")
         return code
 
-    module.StopSignals.__call__, module.Run._main = asked, main
+    module.StopSignals.__call__, module.Task._main = asked, main
 
 
 def arm_rendezvous(module) -> None:
