@@ -180,8 +180,8 @@ class MiningOptions:
         plugin=True,
         metavar="NAME",
         help="who finds the positives: none (MoCo); knn (own nearest); gan (ISL, the paper's);"
-        " entropy (AND); diffusion (PAD); cluster (LA); average (neighbourhood means); or a class of"
-        " your own, my.module:MyMiner. --miner NAME --help shows the flags of one",
+        " entropy (AND); diffusion (PAD); cluster (LA); average (neighbourhood means); or a class"
+        " of your own, my.module:MyMiner. --miner NAME --help shows the flags of one",
     )
     rounds: int = opt(
         1,
