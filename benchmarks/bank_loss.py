@@ -30,6 +30,7 @@ import torch.nn.functional as F
 
 from benchmarks import common
 from benchmarks.knn import peak_bytes, unit_rows
+from moco_isl.errors import first_line
 from moco_isl.losses import bank_loss
 from moco_isl.ops.fused import kernels_for
 
@@ -162,8 +163,7 @@ def rows_of(
             yield {"form": name, "images": M, **measure(loss, rows, batch, args.repeats, device)}
         except Exception as error:  # of memory or a compiler: the other forms are measured
             failed.append(
-                f"{name}, M = {M:,}, is left out, {type(error).__name__}:"
-                f" {(str(error).strip().splitlines() or [''])[0]}"
+                f"{name}, M = {M:,}, is left out, {type(error).__name__}: {first_line(error)}"
             )
 
 

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from benchmarks import common
 from benchmarks.knn import peak_bytes
 from benchmarks.mining import load_features, synthetic
-from moco_isl.errors import BadInput
+from moco_isl.errors import BadInput, missing_package
 from moco_isl.mining.rounds import block_size
 from moco_isl.ops.ivf import IVF, installed
 from moco_isl.ops.neighbors import topk
@@ -159,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
         args.queries = 200
     try:
         if not installed():
-            raise BadInput("this needs the package faiss: pip install 'moco_isl[faiss]'")
+            raise missing_package("this", "faiss", "'moco_isl[faiss]'")
         real = load_features(args.file, "cpu")[0] if args.file else None
     except BadInput as error:
         print(f"benchmarks.index: {error}", file=sys.stderr)

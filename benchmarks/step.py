@@ -32,6 +32,7 @@ from benchmarks.published import PublishedMoCo, published_step
 from moco_isl import builder, data
 from moco_isl.data.datasets import ImagesInMemory
 from moco_isl.encoders import build_encoder
+from moco_isl.errors import first_line
 from moco_isl.isl import ISL
 from moco_isl.mining.positives import PositiveSets
 from moco_isl.objectives.bank import Instance
@@ -344,10 +345,7 @@ def build_all(
             common.synchronize(device)
         except Exception as error:  # of a compiler or a library: the other forms are measured
             failed.append(name)
-            result.note(
-                f"{name} is left out, {type(error).__name__}:"
-                f" {(str(error).strip().splitlines() or [''])[0]}"
-            )
+            result.note(f"{name} is left out, {type(error).__name__}: {first_line(error)}")
             continue
         turns[name] = turn
         peak = common.peak_gib(device)

@@ -315,7 +315,7 @@ def require_side(encoder: nn.Module, arch: str, side: int) -> None:
         with evaluating(encoder):
             encoder(torch.zeros(1, 3, side, side, device=device))
     except (RuntimeError, AssertionError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        reason = first_line(error).rstrip(".")
         raise BadInput(
             f"{arch} does not take images of side {side} ({reason}): give the --image-size it was"
             " made for"

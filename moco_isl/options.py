@@ -20,7 +20,7 @@ import typing
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from moco_isl.errors import BadInput
+from moco_isl.errors import BadInput, first_line
 from moco_isl.files import short
 
 LARGEST = 2**31 - 1  # the largest whole number that a flag takes, unless it says another `high`
@@ -215,7 +215,7 @@ def load_object(name: str, flag: str):
     try:
         found = importlib.import_module(module)
     except (Exception, SystemExit) as error:  # a module of somebody else's may raise anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise BadInput(f"{flag} {short(name)}: {short(reason, 150)}; {expected}") from error
     if not hasattr(found, attribute):
         raise BadInput(f"{flag} {short(name)}: {module} has no '{short(attribute)}'; {expected}")

@@ -25,7 +25,7 @@ from moco_isl import files
 from moco_isl.data import folders
 from moco_isl.data.augment import DigitAugmentation
 from moco_isl.data.datasets import ImageFiles, ImagesInMemory
-from moco_isl.errors import BadInput
+from moco_isl.errors import BadInput, first_line
 from moco_isl.options import load_object, opt
 
 _DIGITS_TRAIN = 1437  # of 1,797, in the order of the file: DIGITS.md says why
@@ -155,10 +155,9 @@ def _torchvision(name: str, read: Callable) -> Callable:
                     f"{name} is not in {root}, or not whole: expected torchvision's files; add"
                     " --download"
                 ) from None
-            reason = (str(error) or type(error).__name__).splitlines()[0]
             raise BadInput(
-                f"could not download {name} to {root}: {reason}; expected a way to the network and"
-                " a folder that can be written; or copy the files there"
+                f"could not download {name} to {root}: {first_line(error)}; expected a way to the"
+                " network and a folder that can be written; or copy the files there"
             ) from None
         images = torch.from_numpy(np.ascontiguousarray(images))
         return ImagesInMemory(images, torch.tensor(labels).long(), classes, f"{name}/{split}")

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from moco_isl.errors import Interrupted, RunFailed
+from moco_isl.errors import Interrupted, RunFailed, first_line
 from moco_isl.mining.gan import (
     Discriminator,
     GANFit,
@@ -198,9 +198,8 @@ class Trainer:
         except Interrupted:
             raise
         except Exception as error:  # the compilers raise almost anything
-            reason = (str(error).strip().splitlines() or [""])[0]
             what = "the GAN's networks are not compiled, plain ones used instead"
-            warnings.warn(f"{what}: {type(error).__name__}: {reason}", stacklevel=2)
+            warnings.warn(f"{what}: {type(error).__name__}: {first_line(error)}", stacklevel=2)
             self.forms = plain
 
     def _try_out(self) -> None:

@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 import torch.nn.functional as F
 
-from moco_isl.errors import Interrupted
+from moco_isl.errors import Interrupted, first_line
 
 Tensor = torch.Tensor
 
@@ -58,9 +58,8 @@ def _seen_to_work(device: torch.device, C: int) -> ModuleType | None:
     except Interrupted:
         raise
     except Exception as error:  # Triton, its compiler and the driver raise almost anything
-        reason = (str(error).strip().splitlines() or [""])[0]
         what = "fused kernels are left out, plain ones used instead"
-        warnings.warn(f"{what}: {type(error).__name__}: {reason}", stacklevel=2)
+        warnings.warn(f"{what}: {type(error).__name__}: {first_line(error)}", stacklevel=2)
         return None
     return kernels
 

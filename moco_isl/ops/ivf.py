@@ -12,7 +12,7 @@ import math
 
 import torch
 
-from moco_isl.errors import BadInput
+from moco_isl.errors import BadInput, missing_package
 from moco_isl.ops.kmeans import kmeans
 from moco_isl.ops.neighbors import Tick, in_order, topk
 
@@ -41,9 +41,7 @@ def check_choice(choice: str) -> None:
     if choice not in CHOICES:
         raise BadInput(f"index {choice!r} is unknown: use {', '.join(CHOICES)}")
     if choice == "ivf" and not installed():
-        raise BadInput(
-            "an approximate index (ivf) needs the package faiss: pip install 'moco_isl[faiss]'"
-        )
+        raise missing_package("an approximate index (ivf)", "faiss", "'moco_isl[faiss]'")
 
 
 def wanted(choice: str, rows: Tensor) -> bool:

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from moco_isl import dist, files
 from moco_isl.builder import MoCo
 from moco_isl.encoders import as_in_library
-from moco_isl.errors import BadInput, Interrupted, RunFailed
+from moco_isl.errors import BadInput, Interrupted, RunFailed, missing_package
 from moco_isl.mining.positives import PositiveSets
 from moco_isl.mining.record import precision_of_ranking, round_record
 from moco_isl.objectives.base import Objective
@@ -257,9 +257,8 @@ def tensorboard_writer() -> type:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise BadInput(
-            "--tensorboard needs the package tensorboard: pip install 'moco_isl[tensorboard]'"
-        ) from error
+        extra = "'moco_isl[tensorboard]'"
+        raise missing_package("--tensorboard", "tensorboard", extra) from error
     return SummaryWriter
 
 
