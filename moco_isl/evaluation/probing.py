@@ -274,7 +274,7 @@ class Probing:
 
     def last_good(self) -> str:
         """The path of the checkpoint that was saved last; '' where there is none."""
-        return str(self.folder.last) if self.folder and self.folder.last.exists() else ""
+        return self.folder.last_good() if self.folder else ""
 
     # ---- the result
 

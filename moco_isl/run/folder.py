@@ -121,6 +121,10 @@ class RunFolder:
     def last(self) -> Path:
         return self.path / LAST
 
+    def last_good(self) -> str:
+        """The path of the checkpoint that was saved last; '' where none was saved."""
+        return str(self.last) if self.last.exists() else ""
+
     def close(self) -> None:
         """Release the folder, and remove it where nothing was written into it."""
         for path in self._made if self._is_held() else []:
@@ -222,7 +226,7 @@ class RunFolder:
         """
         if not broken:
             return
-        good = start_anew(str(self.last) if self.last.exists() else "")
+        good = start_anew(self.last_good())
         raise RunFailed(
             f"the weights have exploded at epoch {epoch}, step {step} ({checkpoint.some(broken)}"
             f" not finite, or too large to be squared), and are not saved; {good}"

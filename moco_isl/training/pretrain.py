@@ -249,7 +249,7 @@ class Saver:
 
     def last_good(self) -> str:
         """The file that holds what was saved last; '' where nothing was saved."""
-        return str(self.folder.last) if self.folder and self.folder.last.exists() else ""
+        return self.folder.last_good() if self.folder else ""
 
 
 def tensorboard_writer() -> type:
