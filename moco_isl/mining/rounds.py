@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import torch
 
@@ -29,15 +29,19 @@ AUTO = 0.8  # of --isl-trust auto: on the digits mining broke even between 0.7 a
 NO_BOUND = 5  # images looked for where no budget says how many
 
 
-class Miner(Protocol):
-    """What the training engine and ISL ask of a miner.
+class Miner:
+    """What the training engine and ISL ask of a miner; one that keeps nothing between rounds.
 
-    report: of the last round. state_dict: tensors and plain values, what the next round starts
-    from; state_shape(C): what load_state_dict takes, for features of C numbers, as a shape of
-    `schema`.
+    report: of the last round. uses_labels: its class takes `labels` [M], for research. wants_views:
+    a round is to be given two augmented views of every image.
     """
 
+    uses_labels: ClassVar[bool] = False
+    wants_views: bool = False
     report: RoundReport
+
+    def begin(self, number: int) -> None:
+        """The next round is the one of this number, from 1 on."""
 
     def mine(
         self,
@@ -46,13 +50,20 @@ class Miner(Protocol):
         rng: torch.Generator,
         tick: Tick | None = None,
         views: Views | None = None,
-    ) -> PositiveSets: ...
+    ) -> PositiveSets:
+        """The sets of a round, from features [M, C] (unit rows) and the sets so far."""
+        raise NotImplementedError
 
-    def state_dict(self) -> dict: ...
+    def state_dict(self) -> dict:
+        """What the next round starts from, in tensors and plain values."""
+        return {}
 
-    def load_state_dict(self, state: dict) -> None: ...
+    def load_state_dict(self, state: dict) -> None:
+        pass
 
-    def state_shape(self, dim: int) -> dict: ...
+    def state_shape(self, dim: int) -> dict:
+        """What load_state_dict takes, for features of `dim` numbers, as a shape of `schema`."""
+        return {}
 
 
 def bound_of(trust: float | str | None) -> float | None:
@@ -74,7 +85,7 @@ def bound_of(trust: float | str | None) -> float | None:
 
 
 @dataclass(kw_only=True, eq=False)
-class RoundMiner:
+class RoundMiner(Miner):
     """The round around a `find`: settles by the rules what was found, and reports.
 
     A miner of this kind is a dataclass, its settings fields made by `options.opt`, and writes
@@ -84,12 +95,10 @@ class RoundMiner:
     equal on every rank and for any number of ranks (with equally many threads each: a product's
     last bit may depend on them). self.views is what the round has of views, or None.
 
-    uses_labels: its class takes `labels` [M], for research. uses_views: it wants views in any case,
-    not only where `trust` needs them for its estimate.
+    uses_views: it wants views in any case, not only where `trust` needs them for its estimate.
     """
 
     name: ClassVar[str] = "miner"
-    uses_labels: ClassVar[bool] = False
     uses_views: ClassVar[bool] = False
 
     budget: float | list[float] | None = opt(
@@ -303,15 +312,6 @@ class RoundMiner:
         """The next round is the one of this number, from 1 on: take up its budget."""
         if self.budgets:
             self.rules.budget = self.budgets[min(number, len(self.budgets)) - 1]
-
-    def state_dict(self) -> dict:
-        return {}
-
-    def load_state_dict(self, state: dict) -> None:
-        pass
-
-    def state_shape(self, dim: int) -> dict:
-        return {}
 
 
 def check_features(features: Tensor, M: int, views: Views | None = None) -> None:
