@@ -211,7 +211,7 @@ def _with_seed(value, seed: str):
 def _check_name(name: str, where: str) -> None:
     if not NAME.fullmatch(name):
         raise BadInput(
-            f"{where}: '{flags.short(name)}' is no name: expected letters, digits, - and _"
+            f"{where}: '{files.short(name)}' is no name: expected letters, digits, - and _"
         )
     if name in ("out", "resume"):
         raise BadInput(
@@ -274,7 +274,7 @@ def flags_of(script: str, settings: dict, where: str = "the sweep") -> list[str]
         raise BadInput(f"{where}: config: expected one path")
     argv, data = options.script_parser(script).argv_of(given, where)
     if data is not None and (not data or data.startswith("-")):
-        given = flags.short(data)
+        given = files.short(data)
         raise BadInput(
             f"{where}: data is '{given}': expected the path of a folder, such as ./{given}"
         )

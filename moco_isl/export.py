@@ -316,7 +316,7 @@ def get_parser() -> flags.Parser:
 def _results(text: str) -> str:
     if not text.endswith(".json"):  # so that a FILE behind these is not taken for one of them
         raise argparse.ArgumentTypeError(
-            f"'{flags.short(text)}' is no .json file: expected a results.json of main_knn.py or"
+            f"'{files.short(text)}' is no .json file: expected a results.json of main_knn.py or"
             " main_lincls.py"
         )
     return text

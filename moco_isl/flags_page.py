@@ -5,6 +5,7 @@ import sys
 from moco_isl.evaluation import options as judging
 from moco_isl.miners import MINERS
 from moco_isl.options import Flag, flags_of
+from moco_isl.run.flags import Groups
 from moco_isl.training import options as training
 
 HEAD = """# Flags
@@ -38,7 +39,7 @@ def page() -> str:
     return "\n".join(parts)
 
 
-def of_groups(groups: dict[str, tuple[type, ...]]) -> Tables:
+def of_groups(groups: Groups) -> Tables:
     """The flags of dataclasses by group; what dataclasses of a group share is one flag."""
     by_name = lambda kinds: {flag.name: flag for kind in kinds for flag in flags_of(kind).values()}
     return {title: list(by_name(kinds).values()) for title, kinds in groups.items()}

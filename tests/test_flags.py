@@ -12,8 +12,9 @@ import main_moco_isl
 from moco_isl import builder, export
 from moco_isl.encoders import build_encoder
 from moco_isl.errors import BadInput
+from moco_isl.options import LARGEST
 from moco_isl.report import __main__ as report
-from moco_isl.run import checkpoint, devices, flags
+from moco_isl.run import checkpoint, devices
 
 # every flag of main_moco.py: dest -> default
 MOCO = {
@@ -318,7 +319,7 @@ def test_the_largest_numbers_end_in_a_line(tmp_path, monkeypatch, capsys):
     )
     assert (
         main_moco_isl.main(
-            [*base, "--moco-k", str(flags.LARGEST), "--moco-dim", str(flags.LARGEST), "--out", "a"]
+            [*base, "--moco-k", str(LARGEST), "--moco-dim", str(LARGEST), "--out", "a"]
         )
         == 3
     )
@@ -328,7 +329,7 @@ def test_the_largest_numbers_end_in_a_line(tmp_path, monkeypatch, capsys):
         and said.count("\n") == 1
         and not os.path.exists("a")
     )
-    most = str(flags.LARGEST)
+    most = str(LARGEST)
     for name, argv in {
         "knn": ["--isl-neighbors", most],
         "diffusion": ["--isl-budget", most],

@@ -17,33 +17,31 @@ from moco_isl.evaluation.subject import SubjectOptions
 from moco_isl.run import flags, ranks
 from moco_isl.run.flags import check
 from moco_isl.run.folder import held
+from moco_isl.training.options import require_epochs_left
 
-Groups = dict[str, tuple[type, ...]]
-
-OF_BOTH: Groups = {
+OF_BOTH: flags.Groups = {
     "data set": (data.DataOptions,),
     "encoder": (SubjectOptions, EncoderOptions),
     "devices and processes": (ranks.DistributedOptions,),
 }
-KNN_GROUPS: Groups = OF_BOTH | {
+KNN_GROUPS: flags.Groups = OF_BOTH | {
     "neighbours": (NeighbourOptions, FeatureOptions),
     "results": (flags.ConfigOptions, ResultsOptions),
 }
-PROBE_GROUPS: Groups = OF_BOTH | {
+PROBE_GROUPS: flags.Groups = OF_BOTH | {
     "training of classifiers, as MoCo has it": (flags.ConfigOptions, ProbeTrainingOptions),
     "what is trained": (ProbeOptions, FewLabelsOptions),
 }
-KNN_KINDS = [kind for kinds in KNN_GROUPS.values() for kind in kinds]
-PROBE_KINDS = [kind for kinds in PROBE_GROUPS.values() for kind in kinds]
+KNN_KINDS = flags.kinds_of(KNN_GROUPS)
+PROBE_KINDS = flags.kinds_of(PROBE_GROUPS)
 MAY_CHANGE = flags.may_change(*PROBE_KINDS)
 # the flags that -e takes from the file: which classifiers, and which images are held out
 OF_THE_RUN = ("lr", "layers", "finetune", "cache_features", "key", "seed", "holdout")
 
 
-def get_parser(description: str, groups: Groups) -> flags.Parser:
+def get_parser(description: str, groups: flags.Groups) -> flags.Parser:
     parser = flags.Parser(description=description)
-    for title, kinds in groups.items():
-        parser.add_options(title, *kinds)
+    parser.add_groups(groups)
     return parser
 
 
@@ -97,11 +95,8 @@ def protocol(args: argparse.Namespace) -> str:
 def check_probe(args: argparse.Namespace) -> None:
     """Raise BadInput for values out of range, and for flags that do not go together."""
     flags.check_ranges(args, *PROBE_KINDS)
-    check(
-        args.start_epoch < args.epochs or args.evaluate,
-        f"--start-epoch {args.start_epoch} leaves nothing of --epochs {args.epochs}: give a smaller"
-        " one, or more epochs",
-    )
+    if not args.evaluate:
+        require_epochs_left(args)
     world = ranks.total_ranks(args)
     check(
         args.batch_size % world == 0,

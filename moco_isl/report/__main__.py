@@ -19,9 +19,10 @@ from moco_isl.run import exits, flags
 def get_parser() -> argparse.ArgumentParser:
     parser = flags.Parser(prog="python -m moco_isl.report", description=__doc__)
     parser.add_argument("runs", metavar="RUN", nargs="+", help="the --out folder of a run")
-    flags.add_switch(
-        parser,
+    parser.add_argument(
         "--labels",
+        action=argparse.BooleanOptionalAction,
+        default=False,
         help=(
             "look the labels of the images up: precision of the mined sets, mistakes, confused"
             " classes"

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from moco_isl import __version__, files, options
 from moco_isl.errors import BadInput
 from moco_isl.files import short
-from moco_isl.options import LARGEST, Flag, flags_of, opt
+from moco_isl.options import Flag, flags_of, opt
 from moco_isl.run import plain_yaml
 
-__all__ = ["LARGEST", "short"]  # names that other modules import from here
+Groups = dict[str, tuple[type, ...]]  # the dataclasses of flags under each title
 
 
 @dataclass(kw_only=True)
@@ -44,6 +44,10 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--version", action="version", version=f"moco_isl {__version__}")
         self._plugins: _Plugins | None = None
         self._shows_all = False
+
+    def add_groups(self, groups: Groups) -> None:
+        for title, kinds in groups.items():
+            self.add_options(title, *kinds)
 
     def add_options(self, title: str, *kinds: type) -> None:
         """Add a group of flags: the fields of these dataclasses.
@@ -95,17 +99,14 @@ class Parser(argparse.ArgumentParser):
         of = f"{plugin}: its field {flag.field}"
         if not all(name.startswith("-") for name in flag.names):
             raise BadInput(f"{of} is no flag: expected a name that begins with --")
-        shares = lambda action: (
-            flag.dest == action.dest or set(flag.names) & set(action.option_strings)
-        )
-        for action in filter(shares, self._actions):
+        typed_as = lambda flag: (flag.names, flag.kind, flag.several)
+        for action in self._actions:
+            if flag.dest != action.dest and not set(flag.names) & set(action.option_strings):
+                continue
             known = getattr(action, "flag", None)
             same = known == flag
             if hasattr(action, "owners"):
-                same = (known.names, known.kind, known.several) == (
-                    *(flag.names, flag.kind),
-                    flag.several,
-                )
+                same = typed_as(known) == typed_as(flag)
             if not same:
                 raise BadInput(
                     f"{of} would be {flag.name}, and the script has such a flag already: give the"
@@ -365,11 +366,6 @@ def _nearest(word: str, known) -> str:
     return f" (did you mean {near[0]}?)" if near else ""
 
 
-def add_switch(group, *flags: str, help: str, default: bool = False) -> None:
-    """A switch that a config file may set and the command line may take back: --x and --no-x."""
-    group.add_argument(*flags, action=argparse.BooleanOptionalAction, default=default, help=help)
-
-
 class _Plugins:
     """Classes of which a flag chooses one, see `Parser.add_plugins`."""
 
@@ -465,6 +461,10 @@ def take(kind: type, args: argparse.Namespace, **more):
     for name in options.needed(kind) - own.keys() - more.keys():
         values[name] = getattr(args, name)
     return kind(**values, **more)
+
+
+def kinds_of(groups: Groups) -> list[type]:
+    return [kind for kinds in groups.values() for kind in kinds]
 
 
 def may_change(*kinds: type) -> set[str]:

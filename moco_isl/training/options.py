@@ -216,7 +216,7 @@ class MiningOptions:
     )
 
 
-GROUPS: dict[str, tuple[type, ...]] = {
+GROUPS: flags.Groups = {
     "data set": (data.DataOptions,),
     "training, as MoCo has it": (TrainingOptions,),
     "MoCo's own": (MoCoOptions,),
@@ -226,14 +226,13 @@ GROUPS: dict[str, tuple[type, ...]] = {
     "ISL: the loss": (LossOptions, *OBJECTIVES.values()),
     "ISL: mining": (MiningOptions, RoundMiner),
 }
-KINDS = [kind for kinds in GROUPS.values() for kind in kinds]
+KINDS = flags.kinds_of(GROUPS)
 MAY_CHANGE = flags.may_change(*KINDS)
 
 
 def get_parser(description: str) -> flags.Parser:
     parser = flags.Parser(description=description, usage="%(prog)s [DIR] [flags]")
-    for title, kinds in GROUPS.items():
-        parser.add_options(title, *kinds)
+    parser.add_groups(GROUPS)
     parser.add_plugins("miner", MINERS, find_miner)
     return parser
 
@@ -271,15 +270,19 @@ def check_args(args: argparse.Namespace) -> None:
     """Raise BadInput for flags that cannot work; fill in those that depend on others."""
     data.check_options(flags.take(data.DataOptions, args))
     flags.check_ranges(args, *KINDS)
+    require_epochs_left(args)
+    _check_batch(args)
+    _check_objective(args)
+    _check_miner(args)
+    _fill_in(args)
+
+
+def require_epochs_left(args: argparse.Namespace) -> None:
     flags.check(
         args.start_epoch < args.epochs,
         f"--start-epoch {args.start_epoch} leaves nothing of --epochs {args.epochs}: give a smaller"
         " one, or more epochs",
     )
-    _check_batch(args)
-    _check_objective(args)
-    _check_miner(args)
-    _fill_in(args)
 
 
 def _check_batch(args: argparse.Namespace) -> None:
@@ -323,8 +326,9 @@ def _check_miner(args: argparse.Namespace) -> None:
         f"--research-labels is for a miner that draws positives from the labels, and --miner"
         f" {args.miner} uses none: leave it off",
     )
-    flags.check_ranges(args, kind)
-    if not kind.uses_labels:  # a miner that uses labels is built once the images are read
+    if kind.uses_labels:  # it is built once the images are read
+        flags.check_ranges(args, kind)
+    else:
         build_miner(args, None)
 
 
