@@ -123,10 +123,13 @@ class QueueObjective(MinedObjective):
 
         Rows are up to an epoch older than keys, and all features have moved in a common direction
         meanwhile. Without the move this shift would tell positives from negatives, and the query
-        would learn the shift. Rows stay as they are until the queue holds keys.
+        would learn the shift. Rows stay as they are until the queue holds keys, and while no image
+        has positives: then all of them are padding.
         """
+        if not self.positives.num_edges:
+            return rows
         held = self.slots.count_held(self.model.queue, self.model.queue_ptr)
-        if not held or not self.bank.filled:
+        if not held:
             return rows
         keys = self.model.queue[:, :held]  # [C, n]
         return F.normalize(rows + (keys.mean(1) - self.bank.mean()), dim=-1)
