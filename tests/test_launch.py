@@ -394,28 +394,12 @@ def test_a_job_folder_that_cannot_be_is_one_line(tmp_path, capsys, no_environmen
 
 
 def test_the_shell_of_another_job_is_not_submitted(monkeypatch):
-    for name in (
-        "RANK",
-        "MASTER_PORT",
-        "CUDA_VISIBLE_DEVICES",
-        "SLURM_NTASKS",
-        "SLURM_CONF",
-        "SBATCH_ACCOUNT",
-    ):
+    names = ["RANK", "MASTER_PORT", "CUDA_VISIBLE_DEVICES"]
+    names += ["SLURM_NTASKS", "SLURM_CONF", "SBATCH_ACCOUNT"]
+    for name in names:
         monkeypatch.setenv(name, "1")
     with options.clean_environment():
-        left = {
-            name
-            for name in (
-                "RANK",
-                "MASTER_PORT",
-                "CUDA_VISIBLE_DEVICES",
-                "SLURM_NTASKS",
-                "SLURM_CONF",
-                "SBATCH_ACCOUNT",
-            )
-            if name in os.environ
-        }
+        left = {name for name in names if name in os.environ}
     assert left == {"SLURM_CONF", "SBATCH_ACCOUNT"} and os.environ["RANK"] == "1"
 
 

@@ -241,16 +241,15 @@ class RoundMiner(Miner):
 
     def _found(self, answer, M: int) -> tuple[Edges, str]:
         """What `find` has answered of M images. Raises RunFailed where it is no answer."""
-        expected = "expected Edges(src, dst, sureness) and a text, see docs/python.md"
-        if not isinstance(answer, tuple) or len(answer) != 2:
-            kind = type(answer).__name__
-            raise RunFailed(f"the miner {self.name} found a {kind} in place of pairs: {expected}")
-        edges, why = answer
+        pair = isinstance(answer, tuple) and len(answer) == 2
+        edges, why = answer if pair else (answer, "")
         if why:
             return edges, why
-        if not isinstance(edges, Edges):
-            kind = type(edges).__name__
-            raise RunFailed(f"the miner {self.name} found a {kind} in place of pairs: {expected}")
+        if not pair or not isinstance(edges, Edges):
+            raise RunFailed(
+                f"the miner {self.name} found a {type(edges).__name__} in place of pairs: expected"
+                " Edges(src, dst, sureness) and a text, see docs/python.md"
+            )
         images = [edges.src, edges.dst]
         whole = all(not x.is_floating_point() and x.shape == edges.sureness.shape for x in images)
         if not whole or any(len(x) and not 0 <= int(x.min()) <= int(x.max()) < M for x in images):

@@ -57,8 +57,6 @@ def split(whole: Dataset, holdout: int, seed: int, side: int = 0) -> TrainingIma
     """Hold out `holdout` images of a data set, drawn by the seed.
 
     side: of a crop; 0: chosen to suit the images.
-
-    side: of a crop; 0: as it suits the images.
     """
     train, held_out = data.holdout(whole, holdout, seed) if holdout else (whole, None)
     return TrainingImages(whole, train, held_out, side or data.native_size(train))
