@@ -119,19 +119,14 @@ def softmax_over(
     return _SoftmaxOver.apply(f, hard, rows, T, absent, chunk, fused)
 
 
-def hard_positive(
-    own: Tensor, bank_rows: Tensor, weight: Tensor, rows: Tensor, other: Tensor
-) -> Tensor:
-    """The hard positive h of Eq. 6, [N, C]: the least similar member of each set.
+def least_similar(own: Tensor, rows: Tensor, present: Tensor) -> Tensor:
+    """The place in each set of its hard positive, Eq. 6: [N] int64, 0 of an empty set.
 
-    It is the one whose bank row in bank_rows [N, P, C] has the smallest cosine with the image's own
-    bank row in own [N, C]; padding (weight [N, P] of 0) is never chosen. What is returned of it is
-    taken from rows [N, P, C], and for an empty set from other [N, C], features of another view.
+    It is the member whose row in rows [N, L, C] has the smallest cosine with the image's own row in
+    own [N, C]; present [N, L]: False for padding, which is never chosen.
     """
-    cosine = (own[:, None] * bank_rows).sum(2)  # [N, P]; no product, which autocast would halve
-    place = cosine.masked_fill(weight == 0, torch.inf).argmin(dim=1)  # [N]
-    chosen = rows[torch.arange(len(rows), device=rows.device), place]
-    return torch.where((weight > 0).any(1, keepdim=True), chosen, other)
+    cosine = (own[:, None] * rows).sum(2)  # [N, L]; no product, which autocast would halve
+    return cosine.masked_fill(~present, torch.inf).argmin(dim=1)
 
 
 def linear_kl(
@@ -157,6 +152,7 @@ def bank_loss(
     T: float,
     hard: Tensor | None = None,
     form: str = "logsum",
+    absent: Tensor | None = None,
     chunk: int | None = None,
     fused: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -169,14 +165,18 @@ def bank_loss(
         positives: [N, S] bank rows that count as positive, the own row among them.
         weight: [N, S], 0 for padding.
         hard: [N, C] features h of the hard positives, without gradient; None: no Eq. 6.
-        form: "logsum" (Eq. 5) or "meanlog". chunk, fused: see `softmax_over`.
+        form: "logsum" (Eq. 5) or "meanlog".
+        absent: [N, A] int64, bank rows that do not count for an image, M for none.
+        chunk, fused: see `softmax_over`.
 
     Returns:
         (L_isl, L_hp), scalars, means over N; L_hp is 0 without `hard`.
     """
     with torch.autocast(f.device.type, enabled=False):
         f = f.float()
-        lse, _, lse_h, mean_h = softmax_over(f, bank, T, hard=hard, chunk=chunk, fused=fused)
+        lse, _, lse_h, mean_h = softmax_over(
+            f, bank, T, hard=hard, absent=absent, chunk=chunk, fused=fused
+        )
         l_pos = torch.einsum("nc,nsc->ns", f, bank[positives].float()) / T
         if form == "logsum":
             isl = (lse - torch.logsumexp(_with_weight(l_pos, weight), dim=1)).mean()

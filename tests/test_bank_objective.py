@@ -45,9 +45,10 @@ def build(encoder=tiny, sets=True, **options):
     return isl
 
 
-def softmax_by_loops(f, bank):
-    """p_n of Eq. 4 for one feature."""
+def softmax_by_loops(f, bank, absent=()):
+    """p_n of Eq. 4 for one feature; absent: rows that do not count, of which p_n is 0."""
     e = [torch.exp(sum(f[c] * v[c] for c in range(C)) / T) for v in bank]
+    e = [0 * x if n in absent else x for n, x in enumerate(e)]
     return [x / sum(e) for x in e]
 
 
@@ -64,8 +65,12 @@ def step_by_loops(isl, f, bank, index, second):
         mined = list(
             zip(members[offsets[i] : offsets[i + 1]], weights[offsets[i] : offsets[i + 1]])
         )
-        p = softmax_by_loops(f[row], bank)
-        terms = [(1.0, p[i])] + [(w, p[j]) for j, w in mined]
+        sizes = len(mined)
+        start = isl.turn * isl.P % sizes if sizes > isl.P else 0
+        pulled = [mined[(start + n) % sizes] for n in range(min(isl.P, sizes))]
+        waiting = {j for j, _ in mined} - {j for j, _ in pulled}
+        p = softmax_by_loops(f[row], bank, waiting)
+        terms = [(1.0, p[i])] + [(w, p[j]) for j, w in pulled]
         if isl.form == "logsum":
             total = total - torch.log(sum(w * x for w, x in terms))
         else:
@@ -75,16 +80,21 @@ def step_by_loops(isl, f, bank, index, second):
             if mined
             else second[row]
         )
-        p_h = softmax_by_loops(hard, bank)
-        total = total + isl.hpe * sum(h * torch.log(h / x) for h, x in zip(p_h, p))
+        p_h = softmax_by_loops(hard, bank, waiting)
+        total = total + isl.hpe * sum(
+            h * torch.log(h / x) for n, (h, x) in enumerate(zip(p_h, p)) if n not in waiting
+        )
     return total / len(index)
 
 
 @pytest.mark.parametrize("form", ["logsum", "meanlog"])
 @pytest.mark.parametrize("hpe", [0.0, 0.5])
-def test_step_equals_loops_in_value_and_gradient(form, hpe):
+@pytest.mark.parametrize("P", [32, 2])
+def test_step_equals_loops_in_value_and_gradient(form, hpe, P):
+    """Where P is 2, a set of 3 is pulled at in turns; none of it is a negative in any turn."""
     # sets of 3, 1, 1, none, 1
-    isl = build(form=form, hpe=hpe)
+    isl = build(form=form, hpe=hpe, P=P)
+    isl.turn = 1
     index = torch.tensor([0, 1, 4, 7, 9])
     bank = isl.bank.rows.double()
     loss = isl(images(5, 0), images(5, 1), index)

@@ -52,10 +52,13 @@ def test_mask_off_and_no_positives_is_mocos_cross_entropy():
         assert torch.allclose(mine.grad, theirs.grad, atol=1e-6)
 
 
+@pytest.mark.parametrize("P", [32, 2])
 @pytest.mark.parametrize("mask", [True, False])
 @pytest.mark.parametrize("form", ["logsum", "meanlog"])
-def test_queue_loss_equals_loops(form, mask):
-    isl = with_sets(form=form, hpe=0.5, mask=mask)
+def test_queue_loss_equals_loops(form, mask, P):
+    """Where P is 2, a set of 3 is pulled at in turns; none of it is a negative in any turn."""
+    isl = with_sets(form=form, hpe=0.5, mask=mask, P=P)
+    isl.turn = 1
     owner = fill_queue(isl)
     index = torch.tensor([0, 1, 4, 7])  # sets of 2, 1, 3 and none
     q, k = unit(4, 11).requires_grad_(), unit(4, 12)
@@ -65,11 +68,12 @@ def test_queue_loss_equals_loops(form, mask):
     shown = [(v + shift) / (v + shift).norm() for v in bank]
     total = 0
     sets = {0: [3, 9], 1: [2], 4: [5, 6, 19], 7: []}
+    pulled = sets if P > 3 else {**sets, 4: [19, 5]}
     for row, i in enumerate(index.tolist()):
         kept = [j for j in range(K) if not mask or owner[j] not in [i, *sets[i]]]
         assert (len(kept) < K) is mask
         negative = sum(torch.exp(q[row] @ queue[:, j] / T) for j in kept)
-        positive = [torch.exp(q[row] @ v / T) for v in [k[row], *(shown[j] for j in sets[i])]]
+        positive = [torch.exp(q[row] @ v / T) for v in [k[row], *(shown[j] for j in pulled[i])]]
         if form == "logsum":
             total = total - torch.log(sum(positive) / (sum(positive) + negative))
         else:
@@ -90,7 +94,7 @@ def test_positives_move_with_the_keys_that_the_bank_has_not_yet_followed():
     isl = with_sets()
     fill_queue(isl)
     isl.model.queue.copy_(F.normalize(isl.model.queue + unit(1, 99)[0][:, None], dim=0))
-    rows = isl.recentered(isl.bank.rows[None])[0]
+    rows = isl.moved(isl.bank.rows[None])[0]
     away = lambda x: float((x.mean(0) - isl.model.queue.mean(1)).norm())
     assert torch.allclose(rows.norm(dim=1), torch.ones(M))
     assert away(isl.bank.rows) > 0.5 and away(rows) < 0.4 * away(isl.bank.rows)
@@ -99,7 +103,7 @@ def test_positives_move_with_the_keys_that_the_bank_has_not_yet_followed():
 def shift_of(isl):
     """By how much positives are moved before they are made unit again, seen at a row of zeros."""
     bank, isl.bank.rows = isl.bank.rows, torch.zeros(M, C)
-    moved = isl.recentered(torch.zeros(1, 1, C))[0, 0]
+    moved = isl.moved(torch.zeros(1, 1, C))[0, 0]
     isl.bank.rows = bank
     return moved
 
@@ -114,7 +118,7 @@ def test_only_rows_that_hold_keys_count_for_the_queues_mean():
     is. K is 24.
     """
     isl, written = with_sets(), []
-    assert torch.equal(isl.recentered(isl.bank.rows[None])[0], isl.bank.rows)
+    assert torch.equal(isl.moved(isl.bank.rows[None])[0], isl.bank.rows)
     for number, n in enumerate((5, 5, 10, 4, 7)):
         keys = keys_alike(n, number)
         isl.slots.write(isl.model.enqueue(keys), torch.arange(n))
@@ -146,7 +150,7 @@ def test_of_a_queue_from_elsewhere_all_keys_count_and_no_random_row(ptr, written
 def test_of_a_queue_that_was_written_before_anybody_counted_owners_tell_keys(steps):
     """As by the steps before a first round. The fifth one goes round, by one slot."""
     isl, counting = with_sets(), with_sets()
-    counting.recentered(counting.bank.rows[None])
+    counting.moved(counting.bank.rows[None])
     for step in range(steps):
         for x in (isl, counting):
             x.slots.write(x.model.enqueue(unit(5, step)), torch.arange(5) + step % 4 * 5)

@@ -3,6 +3,8 @@
 Letters: M images in the data set, E directed edges, N batch, P positives of an image after padding.
 """
 
+import functools
+
 import torch
 
 from moco_isl import schema
@@ -94,6 +96,11 @@ class PositiveSets:
     def sizes(self) -> Tensor:
         """[M] int64, members of each set."""
         return self.offsets.diff()
+
+    @functools.cached_property
+    def largest(self) -> int:
+        """Members of the largest set. Waits for the device when asked for the first time."""
+        return int(self.sizes().max()) if self.num_edges else 0
 
     @property
     def mean_size(self) -> float:

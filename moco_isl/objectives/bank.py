@@ -1,7 +1,7 @@
 """Instance discrimination + ISL, the paper's own objective: a softmax over all images.
 
-Letters: N batch, C feature dimension, M images, P positives of an image after padding, T
-temperature.
+Letters: N batch, C feature dimension, M images, P positives of an image after padding, L members of
+the largest set, T temperature.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from torch import nn
 from moco_isl import dist
 from moco_isl.builder import add_mlp
 from moco_isl.encoders import evaluating
-from moco_isl.losses import bank_loss, hard_positive
+from moco_isl.losses import bank_loss
 from moco_isl.objectives.base import MinedObjective, Parts
 
 Tensor = torch.Tensor
@@ -80,22 +80,41 @@ class BankObjective(MinedObjective):
     def step(self, im_1: Tensor, *rest: Tensor) -> Parts:
         """Train on im_1; the second view gives the hard positives of images with an empty set."""
         *second, index = rest
+        members, present = self.whole_sets(index)  # [N, L] each
         mined, weight = self.positives.lookup(index, self.P, self.turn)  # [N, P] each
-        without = (weight == 0).all(dim=1)  # [N]
+        without = ~present.any(dim=1)  # [N]
         count = Coming(without.sum()) if self.hpe and self.positives.num_edges else None
         f = self.encode(im_1)  # [N, C]
         hard = None
         if self.hpe:
             other = self.second_views(*second, without, count)  # [N, C]
-            rows = self.bank.lookup(mined)  # [N, P, C]
-            hard = hard_positive(self.bank.lookup(index), rows, weight, rows, other)  # [N, C]
+            hard = self.hard_positive(index, members, present, other)  # [N, C]
         images = torch.cat([index[:, None], mined], dim=1)  # [N, 1 + P]
         weight = torch.cat([torch.ones_like(weight[:, :1]), weight], dim=1)  # [N, 1 + P]
         isl, hp = bank_loss(
-            f, self.bank.rows, images, weight, self.model.T, hard, self.form, fused=self.fast
+            f,
+            self.bank.rows,
+            images,
+            weight,
+            self.model.T,
+            hard,
+            self.form,
+            self.waiting(members, present, mined),
+            fused=self.fast,
         )
         self.bank.update(*self.of_all_ranks(index, f.detach()), self.bank_mix)
         return {"loss": isl + self.hpe * hp, "isl": isl, "hpe": hp}
+
+    def waiting(self, members: Tensor, present: Tensor, mined: Tensor) -> Tensor | None:
+        """[N, L] int64: the members of each set that are not pulled at now, M for none.
+
+        members, present [N, L]: the sets; mined [N, P]: the window of this step. They are left out
+        of the softmax, where they would count as negatives. None where all are pulled at.
+        """
+        if self.positives.largest <= self.P:
+            return None
+        pulled = (members[:, :, None] == mined[:, None]).any(2)  # [N, L]
+        return torch.where(present & ~pulled, members, self.num_images)
 
     @torch.no_grad()
     def second_views(self, im_2: Tensor, wanted: Tensor, count: "Coming | None" = None) -> Tensor:

@@ -17,7 +17,7 @@ from moco_isl import dist
 from moco_isl.bank import FeatureBank
 from moco_isl.errors import BadInput
 from moco_isl.loader import check_index, check_once
-from moco_isl.losses import FORMS
+from moco_isl.losses import FORMS, least_similar
 from moco_isl.mining.positives import PositiveSets
 from moco_isl.mining.record import RoundReport
 from moco_isl.mining.rounds import check_features
@@ -218,8 +218,8 @@ class MinedObjective(Objective):
         low=1,
         metavar="P",
         rare=True,
-        help="positives of an image that a step looks at; a larger set takes turns, one window an"
-        " epoch",
+        help="positives of an image that a step pulls at; a larger set takes turns, one window an"
+        " epoch. None of a set is ever a negative",
     )
     bank_mix: float | None = opt(
         None,
@@ -313,6 +313,30 @@ class MinedObjective(Objective):
                 f" length {float(lengths[odd].max()):.3g}: expected F.normalize(features, dim=1),"
                 " for miners take products of rows as cosines"
             )
+
+    def whole_sets(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """All members [N, L] of the sets of images index [N], L that of the largest set of all.
+
+        present [N, L]: False for padding.
+        """
+        members, weight = self.positives.lookup(index, max(1, self.positives.largest))
+        return members, weight > 0
+
+    def hard_positive(
+        self, index: Tensor, members: Tensor, present: Tensor, other: Tensor
+    ) -> Tensor:
+        """h of Eq. 6, [N, C]: the bank row of the least similar member of each image's set.
+
+        index [N]; members, present [N, L]: see `whole_sets`. other [N, C]: what stands for it where
+        a set is empty, features of another view.
+        """
+        place = least_similar(self.bank.lookup(index), self.bank.lookup(members), present)  # [N]
+        hardest = self.moved(self.bank.lookup(members.gather(1, place[:, None])))[:, 0]  # [N, C]
+        return torch.where(present.any(1, keepdim=True), hardest, other)
+
+    def moved(self, rows: Tensor) -> Tensor:
+        """Bank rows [N, P, C] as the loss compares queries with them."""
+        return rows
 
     @torch.no_grad()
     def mean_cosine(self) -> float:

@@ -4,7 +4,7 @@ Positives of an image: its key and the bank rows of its mined set. Negatives: th
 keys of the image itself and of its set.
 
 Letters: N batch, C feature dimension, K queue length, M images, P positives of an image after
-padding, S slots remembered of an image, T temperature.
+padding, L members of the largest set, S slots remembered of an image, T temperature.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from torch import nn
 from moco_isl import dist
 from moco_isl.bank import QueueSlots
 from moco_isl.builder import MoCo
-from moco_isl.losses import FORMS, accuracy, hard_positive, info_nce, linear_kl, softmax_over
+from moco_isl.losses import FORMS, accuracy, info_nce, linear_kl, softmax_over
 from moco_isl.objectives.base import MinedObjective, Parts
 from moco_isl.options import opt
 from moco_isl.schema import Holds
@@ -90,18 +90,21 @@ class QueueObjective(MinedObjective):
         T = self.model.T
         queue = self.model.queue.t()  # [K, C]
 
-        # The mined positives of each image, and their rows.
+        # The set of each image; of a large one, a window is pulled at in this step.
+        members, present = self.whole_sets(index)  # [N, L] each
         mined, weight = self.positives.lookup(index, self.P, self.turn)  # [N, P] each
-        bank_rows = self.bank.lookup(mined)  # [N, P, C]
-        rows = self.recentered(bank_rows)  # [N, P, C]
-        hard = None
-        if self.hpe:
-            hard = hard_positive(self.bank.lookup(index), bank_rows, weight, rows, k)  # [N, C]
+        rows = self.moved(self.bank.lookup(mined))  # [N, P, C]
+        hard = self.hard_positive(index, members, present, k) if self.hpe else None  # [N, C]
 
-        # The own key counts as a positive too. The slots of all of them are no negatives.
-        images = torch.cat([index[:, None], mined], dim=1)  # [N, 1 + P]
+        # The image itself and all of its set are no negatives.
+        absent = None
+        if self.mask:
+            alike = torch.cat([index[:, None], members], dim=1)  # [N, 1 + L]
+            own = torch.ones_like(present[:, :1])  # [N, 1]
+            absent = self.slots.absent(alike, torch.cat([own, present], dim=1))  # [N, (1 + L) S]
+
+        # The own key counts as a positive too.
         weight = torch.cat([torch.ones_like(weight[:, :1]), weight], dim=1)  # [N, 1 + P]
-        absent = self.slots.absent(images, weight > 0) if self.mask else None  # [N, (1 + P) S]
 
         # Logits, and one pass over the queue.
         l_own = (q * k).sum(1, keepdim=True) / T  # [N, 1]
@@ -118,7 +121,7 @@ class QueueObjective(MinedObjective):
         loss = isl + self.hpe * hp  # Eq. 7
         return {"loss": loss, "isl": isl, "hpe": hp, "acc1": accuracy(l_own, top)}
 
-    def recentered(self, rows: Tensor) -> Tensor:
+    def moved(self, rows: Tensor) -> Tensor:
         """Bank rows [N, P, C], moved from the bank's mean to that of the queue's keys; unit again.
 
         Rows are up to an epoch older than keys, and all features have moved in a common direction
