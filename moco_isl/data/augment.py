@@ -488,8 +488,6 @@ class DigitAugmentation(BatchViews):
     """Grey digits: turned, scaled, moved a little, brightness, contrast, noise.
 
     They are not mirrored, because a mirrored 2 is not a 2.
-
-    They are not mirrored: a mirrored 2 is no 2.
     """
 
     def __init__(
