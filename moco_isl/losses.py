@@ -32,6 +32,19 @@ def accuracy(l_own: Tensor, top: Tensor) -> Tensor:
     return (l_own[:, 0] >= top).float().mean() * 100
 
 
+def with_own_key(weight: Tensor, share: float | None) -> Tensor:
+    """The weights [N, 1 + P] of the own key and of the mined positives, weight [N, P].
+
+    share: what the own key has of the whole, 0 to 1 without 1. None: it weighs 1, as a positive of
+    weight 1 does, which is 1 / (1 + P) of the whole. An image without positives has it alone.
+    """
+    own = torch.ones_like(weight[:, :1])
+    if share is not None:
+        others = weight.sum(1, keepdim=True)  # [N, 1]
+        own = torch.where(others > 0, share / (1 - share) * others, own)
+    return torch.cat([own, weight], dim=1)
+
+
 def multi_positive_nce(l_pos: Tensor, lse: Tensor, weight: Tensor | None = None) -> Tensor:
     """Log of the sum over the positives: Eq. 5 of the paper with the queue as negatives.
 

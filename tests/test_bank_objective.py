@@ -70,7 +70,10 @@ def step_by_loops(isl, f, bank, index, second):
         pulled = [mined[(start + n) % sizes] for n in range(min(isl.P, sizes))]
         waiting = {j for j, _ in mined} - {j for j, _ in pulled}
         p = softmax_by_loops(f[row], bank, waiting)
-        terms = [(1.0, p[i])] + [(w, p[j]) for j, w in pulled]
+        own = 1.0
+        if isl.own and pulled:
+            own = isl.own / (1 - isl.own) * sum(w for _, w in pulled)
+        terms = [(own, p[i])] + [(w, p[j]) for j, w in pulled]
         if isl.form == "logsum":
             total = total - torch.log(sum(w * x for w, x in terms))
         else:
@@ -89,11 +92,11 @@ def step_by_loops(isl, f, bank, index, second):
 
 @pytest.mark.parametrize("form", ["logsum", "meanlog"])
 @pytest.mark.parametrize("hpe", [0.0, 0.5])
-@pytest.mark.parametrize("P", [32, 2])
-def test_step_equals_loops_in_value_and_gradient(form, hpe, P):
+@pytest.mark.parametrize(("P", "own"), [(32, None), (2, None), (2, 0.4)])
+def test_step_equals_loops_in_value_and_gradient(form, hpe, P, own):
     """Where P is 2, a set of 3 is pulled at in turns; none of it is a negative in any turn."""
     # sets of 3, 1, 1, none, 1
-    isl = build(form=form, hpe=hpe, P=P)
+    isl = build(form=form, hpe=hpe, P=P, own=own)
     isl.turn = 1
     index = torch.tensor([0, 1, 4, 7, 9])
     bank = isl.bank.rows.double()

@@ -52,12 +52,13 @@ def test_mask_off_and_no_positives_is_mocos_cross_entropy():
         assert torch.allclose(mine.grad, theirs.grad, atol=1e-6)
 
 
+@pytest.mark.parametrize("own", [None, 0.4])
 @pytest.mark.parametrize("P", [32, 2])
 @pytest.mark.parametrize("mask", [True, False])
 @pytest.mark.parametrize("form", ["logsum", "meanlog"])
-def test_queue_loss_equals_loops(form, mask, P):
+def test_queue_loss_equals_loops(form, mask, P, own):
     """Where P is 2, a set of 3 is pulled at in turns; none of it is a negative in any turn."""
-    isl = with_sets(form=form, hpe=0.5, mask=mask, P=P)
+    isl = with_sets(form=form, hpe=0.5, mask=mask, P=P, own=own)
     isl.turn = 1
     owner = fill_queue(isl)
     index = torch.tensor([0, 1, 4, 7])  # sets of 2, 1, 3 and none
@@ -74,12 +75,15 @@ def test_queue_loss_equals_loops(form, mask, P):
         assert (len(kept) < K) is mask
         negative = sum(torch.exp(q[row] @ queue[:, j] / T) for j in kept)
         positive = [torch.exp(q[row] @ v / T) for v in [k[row], *(shown[j] for j in pulled[i])]]
+        weight = [1.0] * len(positive)
+        if own and pulled[i]:
+            weight[0] = own / (1 - own) * len(pulled[i])
         if form == "logsum":
-            total = total - torch.log(sum(positive) / (sum(positive) + negative))
+            likely = sum(w * p for w, p in zip(weight, positive))
+            total = total - torch.log(likely / (likely + negative))
         else:
-            total = total - sum(torch.log(p / (sum(positive) + negative)) for p in positive) / len(
-                positive
-            )
+            logs = [torch.log(p / (sum(positive) + negative)) for p in positive]
+            total = total - sum(w * log for w, log in zip(weight, logs)) / sum(weight)
         h = shown[min(sets[i], key=lambda j: float(bank[j] @ bank[i]))] if sets[i] else k[row]
         p_h = torch.stack([h @ queue[:, j] / T for j in kept]).softmax(0)
         p_i = torch.stack([q[row] @ queue[:, j] / T for j in kept]).softmax(0)

@@ -14,6 +14,7 @@ from moco_isl.losses import (
     multi_positive_mean_log,
     multi_positive_nce,
     softmax_over,
+    with_own_key,
 )
 from moco_isl.ops.softmax import entropy, stream_softmax
 from tests.references import hard_positive_kl
@@ -154,6 +155,17 @@ def test_the_hard_positive_is_the_least_similar_of_a_set():
     for i in range(N):
         members = [s for s in range(S) if weight[i, s] > 0]
         assert int(found[i]) == min(members, key=lambda s: float(own[i] @ rows[i, s]), default=0)
+
+
+def test_the_own_key_has_its_share():
+    weight = torch.tensor([[1.0, 1, 2, 0], [0.5, 0, 0, 0], [0, 0, 0, 0]])
+    alone = with_own_key(weight, None)
+    assert torch.equal(alone[:, 0], torch.ones(3)) and torch.equal(alone[:, 1:], weight)
+    for share in (0.0, 0.2, 0.75):
+        found = with_own_key(weight, share)
+        assert torch.equal(found[:, 1:], weight)
+        part = found[:, 0] / found.sum(1)
+        assert part.tolist() == pytest.approx([share, share, 1])  # alone, it is all there is
 
 
 @pytest.mark.parametrize("chunk", [7, 1000])

@@ -15,7 +15,7 @@ from torch import nn
 from moco_isl import dist
 from moco_isl.builder import add_mlp
 from moco_isl.encoders import evaluating
-from moco_isl.losses import bank_loss
+from moco_isl.losses import bank_loss, with_own_key
 from moco_isl.objectives.base import MinedObjective, Parts
 
 Tensor = torch.Tensor
@@ -90,7 +90,7 @@ class BankObjective(MinedObjective):
             other = self.second_views(*second, without, count)  # [N, C]
             hard = self.hard_positive(index, members, present, other)  # [N, C]
         images = torch.cat([index[:, None], mined], dim=1)  # [N, 1 + P]
-        weight = torch.cat([torch.ones_like(weight[:, :1]), weight], dim=1)  # [N, 1 + P]
+        weight = with_own_key(weight, self.own)  # [N, 1 + P]
         isl, hp = bank_loss(
             f,
             self.bank.rows,

@@ -212,6 +212,15 @@ class MinedObjective(Objective):
         metavar="w",
         help="weight of hard positive enhancement, Eq. 6 and 7; 0 turns it off",
     )
+    own: float | None = opt(
+        None,
+        "--isl-own",
+        low=0,
+        high=0.99,
+        metavar="a",
+        help="share of an image's own key in what the loss asks for, its mined positives have the"
+        " rest: the larger, the less wrong ones harm and right ones teach (1 of 1 + P)",
+    )
     P: int = opt(
         32,
         "--isl-max-positives",
@@ -244,6 +253,8 @@ class MinedObjective(Objective):
             raise BadInput(f"form {self.form!r} is unknown: use {' or '.join(FORMS)}")
         check_at_least(1, P=self.P)
         check_at_least(0, hpe=self.hpe)
+        if self.own is not None and not 0 <= self.own <= 0.99:
+            raise BadInput(f"own is {self.own}: expected 0 to 0.99, the own key's share")
         if self.bank_mix is None:
             self.bank_mix = self.usual_mix
         if not 0 <= self.bank_mix <= 1:

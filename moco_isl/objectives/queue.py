@@ -18,7 +18,7 @@ from torch import nn
 from moco_isl import dist
 from moco_isl.bank import QueueSlots
 from moco_isl.builder import MoCo
-from moco_isl.losses import FORMS, accuracy, info_nce, linear_kl, softmax_over
+from moco_isl.losses import FORMS, accuracy, info_nce, linear_kl, softmax_over, with_own_key
 from moco_isl.objectives.base import MinedObjective, Parts
 from moco_isl.options import opt
 from moco_isl.schema import Holds
@@ -103,8 +103,7 @@ class QueueObjective(MinedObjective):
             own = torch.ones_like(present[:, :1])  # [N, 1]
             absent = self.slots.absent(alike, torch.cat([own, present], dim=1))  # [N, (1 + L) S]
 
-        # The own key counts as a positive too.
-        weight = torch.cat([torch.ones_like(weight[:, :1]), weight], dim=1)  # [N, 1 + P]
+        weight = with_own_key(weight, self.own)  # [N, 1 + P]
 
         # Logits, and one pass over the queue.
         l_own = (q * k).sum(1, keepdim=True) / T  # [N, 1]
