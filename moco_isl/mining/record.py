@@ -43,6 +43,8 @@ class RoundReport:
     coverage: float = 0.0  # share of the images that have any
     worst_in_degree: int = 0  # sets that the most popular image is in
     recall: float | None = None  # of the approximate search; None: the search was exact
+    reach: float | None = None  # of the sets, see `reach.reach`; None: they are empty
+    same_class_found: float | None = None  # the share of all pairs of one class that the sets hold
     # the precision of the sets, which is the share of right positives:
     precision_estimate: float | None = None  # estimated from two views, without labels
     precision_at_most: float | None = None  # at most so much, estimated without labels
@@ -59,20 +61,23 @@ class RoundReport:
     def figures(self) -> dict:
         """What metrics.jsonl holds of the round, with the miner's own figures among the others.
 
-        What is not known is left out, but for the precision of the sets: that is null.
+        What is not known is left out, but for reach and precision of the sets: these are null.
         """
-        asked = ["precision_estimate", "precision_at_most"]
+        asked = ["reach", "precision_estimate", "precision_at_most"]
         if self.baselines is not None:
+            asked += ["same_class_found"]
             asked += ["precision", "precision_own_nearest", "precision_all_pairs"]
         found = {name: value for name, value in vars(self).items() if value is not None}
         del found["extra"]
         return self.extra | dict.fromkeys(asked) | found
 
     def __str__(self) -> str:
-        """One line: sets, GAN, precision where known, costs."""
+        """One line: sets, their reach, GAN, precision where known, costs."""
         if not self.miner:
             return "no mining"
         parts = [self._sets()]
+        if self.reach is not None:
+            parts.append(self._reach())
         if "loss_D" in self.extra:
             parts.append(self._gan())
         parts += self._precision()
@@ -92,6 +97,12 @@ class RoundReport:
         )
         if self.recall is not None:
             text += f", recall {self.recall:.3f} of the approximate search"
+        return text
+
+    def _reach(self) -> str:
+        text = f"reach {percent(self.reach)} of all images"
+        if self.same_class_found is not None:
+            text += f", {percent(self.same_class_found)} of the same-class pairs found"
         return text
 
     def _gan(self) -> str:
@@ -121,13 +132,23 @@ class RoundReport:
         return parts
 
 
-def sample_anchors(M: int) -> Tensor:
-    """[A] int64, ascending: all images, or ANCHORS of them.
+def percent(share: float) -> str:
+    """A share in per cent, to one digit behind the point, or two digits of one below 1 %."""
+    value = 100 * share
+    return f"{value:.1f} %" if value >= 1 else f"{value:.2g} %"
 
-    They depend on M alone, so that rounds and runs can be compared.
+
+def anchor_order(M: int) -> Tensor:
+    """[M] int64: the order in which images are taken where a few stand for all.
+
+    It depends on M alone, so that rounds and runs can be compared.
     """
-    order = torch.randperm(M, generator=torch.Generator().manual_seed(0))
-    return order[:ANCHORS].sort().values
+    return torch.randperm(M, generator=torch.Generator().manual_seed(0))
+
+
+def sample_anchors(M: int) -> Tensor:
+    """[A] int64, ascending: all images, or the first ANCHORS of `anchor_order`."""
+    return anchor_order(M)[:ANCHORS].sort().values
 
 
 def nearest_of_sample(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:

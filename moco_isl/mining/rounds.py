@@ -18,6 +18,7 @@ from moco_isl.errors import BadInput, Interrupted, RunFailed
 from moco_isl.mining.edges import Edges, Rules, settle
 from moco_isl.mining.estimate import Views, by_halves, by_views, sampled, widest
 from moco_isl.mining.positives import PositiveSets
+from moco_isl.mining.reach import reach
 from moco_isl.mining.record import RoundReport
 from moco_isl.ops.ivf import CHOICES, IVF, check_choice, wanted
 from moco_isl.ops.neighbors import Tick
@@ -234,6 +235,7 @@ class RoundMiner(Miner):
             mean_size=sets.mean_size,
             coverage=sets.coverage,
             worst_in_degree=int(sets.in_degree().max()),
+            reach=reach(features, sets, tick),
             seconds=time.perf_counter() - started,
             peak_memory_gib=_peak_gib(features.device),
         )

@@ -61,6 +61,8 @@ LINES = {
         "seconds?": Number(0, 1e12),
         "distinct?": SHARE,
         "threshold?": FIGURE,
+        "reach?": (SHARE, None),
+        "same_class_found?": (SHARE, None),
         "history?": _HISTORY,
         **{
             f"precision{of}?": (SHARE, None)

@@ -15,6 +15,7 @@ from moco_isl import dist
 from moco_isl.encoders import AMP_TYPES
 from moco_isl.errors import Interrupted, RunFailed
 from moco_isl.mining.baselines import baselines
+from moco_isl.mining.reach import same_class_found
 from moco_isl.mining.record import RoundReport, sample_anchors
 from moco_isl.objectives.base import Objective
 from moco_isl.run.meters import Averages, Clock, Progress, require_finite
@@ -195,12 +196,14 @@ def judge_positives(
 ) -> dict:
     """Precision of the sets, and of both baselines at the sets' mean size and at `sizes`.
 
+    Beside it the share of the pairs of one class that the sets hold.
     Returns fields of RoundReport, the sets' precision alone on ranks other than 0.
     sampled: the round searched approximately, because an exact search of all images takes too long.
     Own nearest is then that of 4,096 images, searched exactly, and all pairs are left out.
     """
     mean = isl.positives.mean_size
-    precision = isl.positives.precision(labels) if isl.positives.num_edges else None
+    mined = isl.positives.num_edges > 0
+    precision = isl.positives.precision(labels) if mined else None
     if not dist.is_main():
         return {"precision": precision}
     at = sorted({*sizes, mean} - {0})
@@ -208,6 +211,7 @@ def judge_positives(
     found = baselines(features, labels, at, pairs=not sampled, anchors=anchors)
     at_mean = lambda rule: found[rule][at.index(mean)] if mean and rule in found else None
     return {
+        "same_class_found": same_class_found(isl.positives, labels) if mined else None,
         "precision": precision,
         "precision_own_nearest": at_mean("own_nearest"),
         "precision_all_pairs": at_mean("all_pairs"),
