@@ -25,6 +25,7 @@ from moco_isl.miners.gan import GANMiner
 from moco_isl.mining import record as records
 from moco_isl.mining.gan import Discriminator, Generator
 from moco_isl.mining.positives import PositiveSets
+from moco_isl.mining.reach import same_class_found
 from moco_isl.mining.rounds import NOTHING_SURE
 from moco_isl.mining.triplets import TripletSampler
 from moco_isl.report import __main__ as command
@@ -593,6 +594,7 @@ def test_a_page_without_labels_says_nothing_about_classes(knn, tmp_path):
     run = tmp_path / "unlabelled"
     shutil.copytree(knn, run)
     drop = ("knn", "precision", "precision_own_nearest", "precision_all_pairs", "baselines")
+    drop += ("same_class_found",)
     (run / "metrics.jsonl").write_text(
         "".join(
             json.dumps({k: v for k, v in line.items() if k not in drop}) + "\n" for line in lines
@@ -605,21 +607,23 @@ def test_a_page_without_labels_says_nothing_about_classes(knn, tmp_path):
     assert (
         "needs labels" in words
         and "Worst hub" in words
+        and "Reach of the sets" in words
         and page.rows
         and not any(wrong for cells in page.rows.values() for *_, wrong in cells)
     )
     assert (
         "Precision against" not in words
         and "The worst mistakes" not in words
-        and "class " not in words.replace("class than", "")
+        and "Same-class pairs found" not in words
+        and "class " not in words.replace("class than", "").replace("same-class found", "")
     )
     assert report(run, "--labels", "--out", tmp_path / "with.html") == 0
-    precision = PositiveSets.precision(
-        runs.read_run(run, "x").rounds[1].load().sets, data.build_dataset("digits").labels
-    )
-    assert f"{100 * precision:.1f}" in " ".join(Cells((tmp_path / "with.html").read_text()).text), (
-        "filled in from the labels"
-    )
+    sets = runs.read_run(run, "x").rounds[1].load().sets
+    labels = data.build_dataset("digits").labels
+    words = Cells((tmp_path / "with.html").read_text()).text
+    assert "Same-class pairs found" in words
+    for figure in (sets.precision(labels), same_class_found(sets, labels)):
+        assert f"{100 * figure:.1f}" in " ".join(words), "filled in from the labels"
 
 
 def test_bad_input_is_one_line_and_exit_code_2(knn, tmp_path, capsys):

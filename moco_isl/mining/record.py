@@ -100,9 +100,9 @@ class RoundReport:
         return text
 
     def _reach(self) -> str:
-        text = f"reach {percent(self.reach)} of all images"
+        text = f"reach {in_percent(self.reach)} % of all images"
         if self.same_class_found is not None:
-            text += f", {percent(self.same_class_found)} of the same-class pairs found"
+            text += f", {in_percent(self.same_class_found)} % of the same-class pairs found"
         return text
 
     def _gan(self) -> str:
@@ -132,10 +132,10 @@ class RoundReport:
         return parts
 
 
-def percent(share: float) -> str:
-    """A share in per cent, to one digit behind the point, or two digits of one below 1 %."""
+def in_percent(share: float) -> str:
+    """A share in per cent, to one digit behind the point; two digits of what is below 1 %."""
     value = 100 * share
-    return f"{value:.1f} %" if value >= 1 else f"{value:.2g} %"
+    return f"{value:.1f}" if value >= 1 else f"{value:.2g}"
 
 
 def anchor_order(M: int) -> Tensor:

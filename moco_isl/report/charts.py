@@ -38,6 +38,7 @@ SETTINGS = {
     "grid.color": STAND_IN["grid"],
     "grid.linewidth": 0.8,
     "axes.axisbelow": True,
+    "axes.formatter.useoffset": False,
     "axes.linewidth": 0.8,
     "axes.labelsize": 9.5,
 }

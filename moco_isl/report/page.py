@@ -13,6 +13,7 @@ import torch
 
 from moco_isl import __version__, files
 from moco_isl.errors import BadInput, RunFailed
+from moco_isl.mining.record import in_percent
 from moco_isl.report import figures, sections
 from moco_isl.report.charts import Chart
 from moco_isl.report.grids import Album, Cell, Grid, build_grids
@@ -70,7 +71,7 @@ def write_report(
     for run, colour in zip(runs, itertools.cycle(sections.COLOURS)):
         album = albums.get(run.images)
         rounds = _rounds(run, album)
-        sections.fill_precision(rounds)
+        sections.fill_by_labels(rounds)
         measured.append((run, rounds))
         parts.append(_part(run, colour, rounds, album, breakeven))
     comparison = None
@@ -104,6 +105,7 @@ def _environment() -> jinja2.Environment:
     number = lambda pattern: lambda x, *a: "–" if x is None or x != x else pattern(x, *a)
     environment.filters |= {
         "percent": number(lambda x, digits=1: f"{100 * x:.{digits}f}"),
+        "in_percent": number(in_percent),  # of shares that may be small
         "decimal": number(lambda x, digits=2: f"{x:.{digits}f}"),
         "count": number(lambda x: f"{x:,}"),
         "points": number(lambda x: f"{100 * x:+.1f}".replace("-", "−")),
@@ -209,6 +211,8 @@ def _row(run: Run) -> dict:
         "size": last.get("mean_size"),
         "coverage": last.get("coverage"),
         "hub": last.get("worst_in_degree"),
+        "reach": last.get("reach"),
+        "same_class_found": last.get("same_class_found"),
         "precision": last.get("precision"),
         "over_own": gap("precision_own_nearest"),
         "over_pairs": gap("precision_all_pairs"),

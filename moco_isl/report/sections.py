@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from moco_isl.mining.reach import same_class_found
 from moco_isl.report import figures
 from moco_isl.report.charts import Chart, Line, line_chart
 from moco_isl.report.figures import SIZES
@@ -125,6 +126,16 @@ def compared_training(runs: Sequence[Run]) -> list[Chart]:
             whole_y=True,
         ),
         line_chart(
+            "Reach of the sets", by_round("reach"), "epochs", "median rank, % of all", percent=True
+        ),
+        line_chart(
+            "Same-class pairs found",
+            by_round("same_class_found"),
+            "epochs",
+            "pairs of one class, %",
+            percent=True,
+        ),
+        line_chart(
             "Precision of the sets", by_round("precision"), "epochs", "right pairs, %", percent=True
         ),
     ]
@@ -139,7 +150,7 @@ class Mined:
     """Numbers of a round with a record.
 
     curves: rule of RULES -> {positives an image: precision}.
-    Without labels curves, by_cosine and by_score are empty.
+    Without labels curves, by_cosine and by_score are empty, confusion and same_class_found None.
     """
 
     round: Round
@@ -151,6 +162,7 @@ class Mined:
     by_cosine: dict[str, list[tuple[float, float, int]]]
     by_score: list[tuple[float, float, int]]
     confusion: Tensor | None
+    same_class_found: float | None  # the share of the pairs of one class that the sets hold
     unseen: float  # share of anchors whose known neighbours are too few, see figures.unseen
     sampled: bool  # whether the anchors are a sample
 
@@ -164,10 +176,12 @@ def mined(round_: Round, labels: Tensor | None, K: int = 0) -> Mined | None:
     by_cosine = {}
     by_score = []
     counts = None
+    found = None
     unseen = 0.0
     if labels is not None:
         curves, by_cosine, by_score, unseen = judge(record, labels)
         counts = figures.confusion(sets, labels, K)
+        found = same_class_found(sets, labels)
     return Mined(
         round_,
         sets.mean_size,
@@ -178,6 +192,7 @@ def mined(round_: Round, labels: Tensor | None, K: int = 0) -> Mined | None:
         by_cosine,
         by_score,
         counts,
+        found,
         unseen,
         len(record.anchors) < record.M,
     )
@@ -233,6 +248,7 @@ def mining_charts(run: Run, rounds: Sequence[Mined]) -> list[Chart]:
             marks=marks(run),
             percent=True,
         ),
+        reach_chart(run),
         estimate_chart(run),
         line_chart(
             "Worst hub",
@@ -246,6 +262,25 @@ def mining_charts(run: Run, rounds: Sequence[Mined]) -> list[Chart]:
         score_histogram(run, rounds),
     ]
     return [chart for chart in found if chart]
+
+
+def reach_chart(run: Run) -> Chart | None:
+    """The sets' reach, and that of as many of each image's own nearest, which is their middle."""
+    sets = over_rounds(run, lambda report: report.get("reach"))
+    lines = [Line(*sets, "the mined sets")]
+    if M := run.rounds[-1].M:
+        middle = lambda report: math.ceil(round(report["mean_size"], 1) / 2) / M
+        own = over_rounds(run, lambda report: middle(report) or None)
+        lines.append(Line(*own, RULES["own"], RULE_COLOURS["own"], "--"))
+    return line_chart(
+        "Reach of the sets",
+        lines,
+        "epochs",
+        "median rank of a positive, % of all",
+        marks=marks(run),
+        percent=True,
+        note="Rank 1 is the image most similar to the anchor. Own nearest: at the same mean size.",
+    )
 
 
 def estimate_chart(run: Run) -> Chart | None:
@@ -389,6 +424,14 @@ def precision_charts(rounds: Sequence[Mined]) -> list[Chart]:
         ),
         *(_over_epochs(rounds, size) for size in (5, 50)),
         line_chart(
+            "Same-class pairs found",
+            [Line([m.round.epoch for m in rounds], [m.same_class_found for m in rounds])],
+            "epochs",
+            "pairs of one class, %",
+            percent=True,
+            note="How many of all pairs of images of one class stand in the sets.",
+        ),
+        line_chart(
             f"Precision against similarity, round {last.round.number}",
             [
                 Line(*_columns(last.by_cosine["mined"]), "mined pairs", RULE_COLOURS["mined"]),
@@ -472,11 +515,12 @@ def compared_precision(runs: Sequence[tuple[Run, Sequence[Mined]]]) -> list[Char
     return [chart] if chart else []
 
 
-def fill_precision(rounds: Sequence[Mined]) -> None:
-    """Put the precisions that the labels now give into reports of rounds logged without labels."""
+def fill_by_labels(rounds: Sequence[Mined]) -> None:
+    """Put what the labels now say into reports of rounds logged without labels."""
     for m in rounds:
         if m.curves.get("mined") and m.round.report.get("precision") is None:
             m.round.report |= {
+                "same_class_found": m.same_class_found,
                 "precision": m.curves["mined"][m.mean_size],
                 "precision_own_nearest": _at(m.curves["own"], m.mean_size),
                 "precision_all_pairs": _at(m.curves["pairs"], m.mean_size),
