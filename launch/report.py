@@ -302,8 +302,9 @@ def progress(out: str) -> dict:
 
 
 def last_round(out: str) -> dict:
-    """The last mining round: mean size and, with labels, precision of the sets; {} without one."""
-    return _last(out, ("round",), ("mean_size", "precision", "precision_own_nearest"))
+    """The last mining round: size and reach and, with labels, precision; {} without one."""
+    names = ("mean_size", "reach", "precision", "precision_own_nearest")
+    return _last(out, ("round",), names)
 
 
 def _last(out: str, kinds: tuple[str, ...], names: tuple[str, ...]) -> dict:

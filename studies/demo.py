@@ -39,6 +39,8 @@ COLUMNS = {  # key -> heading, digits behind the point
     "knn": ("kNN %", 1),
     "one_shot": ("1-shot %", 1),
     "size": ("set size", 1),
+    "reach": ("reach", 3),
+    "found": ("same-class found", 3),
     "precision": ("precision", 3),
     "own_nearest": ("own nearest", 3),
     "all_pairs": ("all pairs", 3),
@@ -92,6 +94,8 @@ def mined(out: Path) -> dict:
     last = rounds[-1]
     return {
         "size": last["mean_size"],
+        "reach": last["reach"],
+        "found": last["same_class_found"],
         "precision": last["precision"],
         "own_nearest": last["precision_own_nearest"],
         "all_pairs": last["precision_all_pairs"],
@@ -99,10 +103,10 @@ def mined(out: Path) -> dict:
 
 
 def table(seeds: list[dict[str, dict]]) -> str:
-    lines = [" " * 22 + "".join(f"{heading:>16}" for heading, _ in COLUMNS.values())]
+    lines = [" " * 22 + "".join(f"{heading:>18}" for heading, _ in COLUMNS.values())]
     for name in seeds[0]:
         cells = [cell(seeds, name, column) for column in COLUMNS]
-        lines.append(f"{name:22}" + "".join(f"{text:>16}" for text in cells))
+        lines.append(f"{name:22}" + "".join(f"{text:>18}" for text in cells))
     return "\n".join(lines)
 
 

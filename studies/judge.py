@@ -45,6 +45,8 @@ HEADINGS = {
 }
 ROUND = {  # column -> its heading, and the name in the line of the last round
     "size": ("set size", "mean_size"),
+    "reach": ("reach", "reach"),
+    "found": ("same-class found", "same_class_found"),
     "precision": ("precision", "precision"),
     "own_nearest": ("own nearest", "precision_own_nearest"),
     "all_pairs": ("all pairs", "precision_all_pairs"),

@@ -12,14 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from benchmarks.pack import __main__ as pack
 from benchmarks.pack import proof, science
 from benchmarks.pack.record import Context, Record, TimeUp, alarm
 from moco_isl.evaluation.backbone import load_backbone
-from moco_isl.mining import record as records
-from moco_isl.mining.positives import PositiveSets
 
 ROOT = Path(__file__).parent.parent
 
@@ -211,31 +208,6 @@ def test_a_paused_part_stands_still(tmp_path):
 
 
 # ---------------------------------------------------------------- pieces
-
-
-def test_reach_is_the_median_rank_of_positives():
-    """Beside loops, with all features in the record and with the nearest of a sample of anchors."""
-    M = 60
-    features = F.normalize(torch.randn(M, 8, generator=torch.Generator().manual_seed(0)), dim=1)
-    src, dst = torch.randint(M, (2, 150), generator=torch.Generator().manual_seed(1))
-    sets = PositiveSets.from_edges(M, src[src != dst], dst[src != dst])
-    found = records.round_record(features, sets, None, PositiveSets.empty(M))
-    whole = found["features"].float()
-    ranks = []
-    for i in range(M):
-        order = sorted((j for j in range(M) if j != i), key=lambda j: -float(whole[i] @ whole[j]))
-        for j in found["members"][found["offsets"][i] : found["offsets"][i + 1]].tolist():
-            ranks.append(order.index(j) + 1)
-    want = sorted(ranks)[(len(ranks) - 1) // 2]
-    assert abs(science.reach(found) - want) <= 1  # cosines are kept in half precision
-    nearest = {**found, "anchors": torch.arange(M)}
-    nearest["near_cosine"] = (
-        (whole @ whole.T).fill_diagonal_(-2).sort(1, descending=True).values[:, : M - 1].half()
-    )
-    del nearest["features"]
-    assert abs(science.reach(nearest) - want) <= 1
-    nothing = records.round_record(features, PositiveSets.empty(M), None, PositiveSets.empty(M))
-    assert science.reach(nothing) is None
 
 
 def test_every_test_of_a_gpu_is_in_the_suite_of_the_pack():

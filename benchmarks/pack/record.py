@@ -33,9 +33,10 @@ COLUMNS = {
     "science": [
         *[("what", ""), ("epochs", "epochs")],
         *[("knn", "kNN %"), ("one_shot", "1-shot %"), ("linear", "linear %")],
-        *[("size", "set size"), ("precision", "precision")],
+        *[("size", "set size"), ("reach", "reach"), ("found", "same-class found")],
+        ("precision", "precision"),
         *[("own_nearest", "own nearest"), ("all_pairs", "all pairs"), ("estimate", "estimated")],
-        *[("reach", "reach"), ("seconds", "training s"), RATE, ("said", "said")],
+        *[("seconds", "training s"), RATE, ("said", "said")],
     ],
 }
 TITLES = {

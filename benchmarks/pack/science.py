@@ -11,7 +11,6 @@ import statistics
 import time
 from pathlib import Path
 
-import torch
 from PIL import Image
 
 import main_moco_isl
@@ -99,10 +98,6 @@ class Science:
             # the median: a pause or a busy GPU in some epochs changes nothing
             found["images_per_s"] = statistics.median(rates)
             found["seconds"] = found["epochs"] * self.M / found["images_per_s"]
-        if rounds:
-            found["reach"] = reach(
-                torch.load(max((out / "rounds").glob("round_*.pt")), weights_only=True)
-            )
         if code:
             found["said"] = "ended by the clock"
         return out / "checkpoint_last.pth.tar", found
@@ -176,37 +171,14 @@ def of_round(line: dict) -> dict:
     """What the table shows of a round."""
     shown = {
         "size": "mean_size",
+        "reach": "reach",
+        "found": "same_class_found",
         "precision": "precision",
         "own_nearest": "precision_own_nearest",
         "all_pairs": "precision_all_pairs",
         "estimate": "precision_estimate",
     }
     return {**{key: line.get(name) for key, name in shown.items()}, "said": line.get("why") or None}
-
-
-def reach(record: dict[str, torch.Tensor]) -> float | None:
-    """How far from their anchors a round's positives lie: their median rank among all images.
-
-    Images are ranked by similarity to the anchor. Positives beyond the nearest images in the record
-    count as the last of these.
-
-    record: of `round_record`. Returns None where the round found nothing.
-    """
-    offsets = record["offsets"]
-    cosine = record["cosine"].float()
-    if "features" in record:
-        features = record["features"].float()
-        anchors = torch.arange(len(features))
-        near = (features @ features.T).fill_diagonal_(-torch.inf).sort(1, descending=True).values
-    else:
-        anchors = record["anchors"].long()
-        near = record["near_cosine"].float()
-    ranks = []
-    for row, i in enumerate(anchors.tolist()):
-        own = cosine[offsets[i] : offsets[i + 1]]
-        ranks.append(torch.searchsorted(-near[row], -own).clamp(max=near.shape[1] - 1) + 1)
-    ranks = torch.cat(ranks)
-    return float(ranks.float().median()) if len(ranks) else None
 
 
 def keep_encoder(file: Path, out: Path) -> None:
