@@ -2,6 +2,8 @@
 pieces, in half precision, over ranks and interrupted.
 """
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,7 @@ from moco_isl.mining.positives import PositiveSets
 from moco_isl.mining.reach import ranks_of_positives, reach, same_class_found
 from moco_isl.mining.record import RoundReport
 from moco_isl.ops.neighbors import topk
+from moco_isl.report import runs, sections
 from tests.ranks import run_ranks
 
 Tensor = torch.Tensor
@@ -148,3 +151,8 @@ def test_the_line_of_a_round_says_both():
     report.reach = None
     assert "reach" not in str(report)
     assert report.figures()["reach"] is None
+
+
+def test_a_run_without_rounds_has_no_chart_of_reach():
+    run = runs.Run(Path("none"), "none", {}, {}, [], [], [])
+    assert sections.mining_charts(run, []) == []

@@ -266,6 +266,8 @@ def mining_charts(run: Run, rounds: Sequence[Mined]) -> list[Chart]:
 
 def reach_chart(run: Run) -> Chart | None:
     """The sets' reach, and that of as many of each image's own nearest, which is their middle."""
+    if not run.rounds:
+        return None
     sets = over_rounds(run, lambda report: report.get("reach"))
     lines = [Line(*sets, "the mined sets")]
     if M := run.rounds[-1].M:
