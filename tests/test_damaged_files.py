@@ -39,7 +39,7 @@ from moco_isl.miners.none import NoMiner
 from moco_isl.miners.oracle import OracleMiner
 from moco_isl.mining import gan_training
 from moco_isl.mining.rounds import RoundMiner
-from moco_isl.report import grids, page, runs, sections, verdict
+from moco_isl.report import grids, outcome, page, runs, sections, verdict
 from moco_isl.report.__main__ import main as report_main
 from moco_isl.run import checkpoint
 from moco_isl.training import engine, fast, pretrain, resume, state
@@ -481,8 +481,7 @@ def read_a_run(place: Place, draw: random.Random) -> None:
     }.values():
         assert value is None or isinstance(value, (int, float)) and not isinstance(value, bool)
     run = runs.read_run(folder, "read")
-    one_line(verdict.judge(run).text)
-    verdict.gains([run, run])
+    one_line(verdict.judge(run, [run]).text)
     page._facts(run), page._row(run)
     (
         sections.training_charts(run),
@@ -494,6 +493,8 @@ def read_a_run(place: Place, draw: random.Random) -> None:
 def read_results(place: Place, draw: random.Random) -> None:
     (place.folder / "results.json").write_bytes(damaged_text(place.results, draw))
     tables.results("lincls", place.folder)
+    run = runs.Run(place.folder, "run", {}, {}, [], [{}], [])
+    assert all(0 <= accuracy <= 100 for accuracy in outcome.reached(run).values())
     found = read_figures(place.folder / "results.json")
     max((row["top1"] for row in found.get("results", found.get("classifiers", []))), default=0)
 

@@ -29,6 +29,8 @@ _LINEAR = {
 _SHAPE = {
     "results?": [_KNN],
     "classifiers?": [_LINEAR],
+    "few_labels?": [{"shots": COUNT, "top1": _PERCENT, ...: object}],
+    "epoch?": (COUNT, str, None),
     "sha256?": str,
     "encoder?": {"key", "query"},
     "dataset?": str,

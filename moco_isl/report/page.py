@@ -18,7 +18,7 @@ from moco_isl.report import figures, sections
 from moco_isl.report.charts import Chart
 from moco_isl.report.grids import Album, Cell, Grid, build_grids
 from moco_isl.report.runs import Run
-from moco_isl.report.verdict import LABELS_USED, Verdict, gains, judge
+from moco_isl.report.verdict import LABELS_USED, Verdict, judge
 
 MOST_CLASSES = 16  # most classes of a confusion table; with more, only the worst pairs are shown
 
@@ -73,11 +73,10 @@ def write_report(
         rounds = _rounds(run, album)
         sections.fill_by_labels(rounds)
         measured.append((run, rounds))
-        parts.append(_part(run, colour, rounds, album, breakeven))
+        parts.append(_part(run, colour, rounds, album, judge(run, runs, breakeven)))
     comparison = None
     if len(runs) > 1:
         comparison = {
-            "lines": gains(runs),
             "rows": [(part, _row(part.run)) for part in parts],
             "charts": [*sections.compared_training(runs), *sections.compared_precision(measured)],
         }
@@ -151,14 +150,14 @@ def _rounds(run: Run, album: Album | None) -> list[sections.Mined]:
 
 
 def _part(
-    run: Run, colour: str, rounds: list[sections.Mined], album: Album | None, breakeven: dict | None
+    run: Run, colour: str, rounds: list[sections.Mined], album: Album | None, verdict: Verdict
 ) -> Part:
     hubs = [(album.cell(i), degree) for i, degree in rounds[-1].hubs] if album and rounds else []
     judged = bool(rounds) and bool(rounds[-1].curves)
     return Part(
         run,
         colour,
-        judge(run, breakeven),
+        verdict,
         _facts(run),
         sections.training_charts(run),
         sections.mining_charts(run, rounds),
