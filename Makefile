@@ -1,4 +1,4 @@
-# make demo       pretrain on the embedded digits, go on with and without mining, print the table
+# make demo       pretrain on the embedded digits, go on with and without mining: a table, a report
 # make lint       the form of the code: ruff check, ruff format (make format mends what it can)
 # make test       the whole suite but the tests marked slurm or long
 # make test-long  those that are long: the GPU pack's rehearsal, and what compiles for long

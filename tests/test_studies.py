@@ -184,30 +184,61 @@ def test_what_cannot_be_judged_is_one_line(tmp_path, capsys):
     assert "judge: figures[0] is 'top1'" in said and said.count("\n") == 1
 
 
-def test_the_demo_prints_a_row_a_run(tmp_path, monkeypatch, capsys):
-    """make demo, of two steps a run."""
+def test_the_demo_prints_a_row_a_run_and_what_mining_added(tmp_path, monkeypatch, capsys):
+    """make demo, of one epoch a run, without a terminal."""
     monkeypatch.setattr(demo, "OUT", tmp_path / "demo")
-    short = ["--epochs", "1", "--max-steps", "2", "--device", "cpu"]
+    short = ["--epochs", "1", "--device", "cpu"]
     for name in ("PRETRAIN", "CONTINUE"):
         monkeypatch.setattr(demo, name, short)
-    monkeypatch.setattr(demo, "GAN", [])
-    quick = {title: [*flags[:2]] for title, flags in demo.CONTINUATIONS.items()}
-    for flags in quick.values():
-        if flags[1] != "none":
-            flags += "--isl-start 0 --isl-budget 4".split()
-        if flags[1] == "gan":
-            flags += "--isl-gan-iters 20 --isl-gan-min-iters 10".split()
+    mined = "--isl-start 0 --isl-budget 4".split()
+    quick = {
+        demo.PAPER: ("gan", ["--miner", "gan", *mined, "--isl-gan-iters", "20"]),
+        demo.MINED: ("recommended", ["--miner", "knn", *mined]),
+        demo.PLAIN: ("none", ["--miner", "none"]),
+    }
     monkeypatch.setattr(demo, "CONTINUATIONS", quick)
     monkeypatch.setattr("sys.argv", ["demo"])
     demo.main()
-    said = capsys.readouterr().out
-    lines = said[said.index("kNN %") :].splitlines()[1:7]
-    assert [line[:20].strip() for line in lines] == [
-        "raw pixels",
-        "untrained",
-        "MoCo v2, 60 epochs",
-        *quick,
-    ]
+    said, progress = capsys.readouterr()
+    assert progress == ""
+    first, rest = said.split("\nUCI digits")
+    assert len(first.splitlines()) == 4, "a line a run"
+    lines = rest[rest.index("kNN %") :].splitlines()[1:7]
+    assert [line[:20].strip() for line in lines] == demo.ROWS
     assert lines[0].split()[2:] == ["94.2", "62.7"], "pixels are no encoder's"
-    table = json.loads((tmp_path / "demo" / "table.json").read_text())
-    assert table["seeds"][0]["+ 60, kNN mining"]["size"] > 0
+    (seed,) = json.loads((tmp_path / "demo" / "table.json").read_text())["seeds"]
+    assert seed[demo.MINED]["size"] > 0
+    added = [f"{seed[demo.MINED][key] - seed[demo.PLAIN][key]:.1f}" for key in ("one_shot", "knn")]
+    assert rest.splitlines()[-2] == (
+        f"Mining added {added[0]} points of 1-shot and {added[1]} of kNN to equal epochs (n = 1)."
+    )
+    page = tmp_path / "demo" / "report.html"
+    assert rest.splitlines()[-1].startswith(f"=> {page}")
+    assert "against the same epochs without it (none-0)" in page.read_text()
+
+
+def test_the_demo_says_over_seeds_what_mining_added():
+    row = lambda shot, knn: {"one_shot": shot, "knn": knn}
+    seeds = [
+        {demo.MINED: row(80.0, 95.0), demo.PLAIN: row(61.0, 96.0)},
+        {demo.MINED: row(82.0, 94.0), demo.PLAIN: row(61.0, 94.5)},
+    ]
+    assert demo.sentence(seeds) == (
+        "Mining added 20.0 ± 1.4 points of 1-shot and -0.8 ± 0.4 of kNN to equal epochs (n = 2)."
+    )
+
+
+def test_the_demo_names_the_run_that_failed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "OUT", tmp_path / "demo")
+    monkeypatch.setattr(demo, "PRETRAIN", ["--epochs", "0"])
+    monkeypatch.setattr("sys.argv", ["demo"])
+    with pytest.raises(SystemExit) as end:
+        demo.main()
+    assert "moco-0 ended with exit code 2: error: --epochs" in end.value.code
+
+
+def test_without_the_extra_packages_the_demo_says_the_command(monkeypatch, capsys):
+    monkeypatch.setattr(demo, "report", lambda flags: 2)
+    demo.write_report()
+    said = capsys.readouterr().out
+    assert "python -m moco_isl.report runs/demo/recommended-0 runs/demo/gan-0" in said

@@ -1,4 +1,4 @@
 """One page about one run or several.
 
-It shows how training went, what was mined, and whether the mining helps or hurts.
+It shows how training went, what was mined, and whether the mining helped or hurt.
 """

@@ -1,9 +1,9 @@
-"""Write report.html about runs: how training went, what was mined, whether mining helps or hurts.
+"""Write report.html about runs: how training went, what was mined, whether mining helped or hurt.
 
     python -m moco_isl.report RUN [RUN ...] [--labels] [--out FILE]
 
 The page is one file that works offline. Several runs are compared; it then lies in the first one's
-folder.
+folder. A run that mined is held against its twin: the same run with --miner none.
 """
 
 import argparse
@@ -41,8 +41,8 @@ def get_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help=(
             'from which precision on mined positives help, as JSON: {"meanlog": {"5": 0.84},'
-            ' "logsum": 0.7}, by loss and set size; the verdict uses it (default:'
-            " RUN/breakeven.json, if there)"
+            ' "logsum": 0.7}, by loss and set size; for the verdict on a run without a twin'
+            " (default: RUN/breakeven.json, if there)"
         ),
     )
     return parser
