@@ -36,14 +36,14 @@ RECOMMENDED = "--miner average --isl-trust auto --isl-budget 50 --isl-loss meanl
 # as wide for the paper's GAN, whose radius decides; its networks go on from round to round
 GAN = (
     "--miner gan --isl-budget 50 --isl-candidates 60 --isl-radius 0.2 --isl-threshold 0.3"
-    " --isl-gan-iters 1000 --isl-gan-min-iters 1000 --isl-loss meanlog --isl-hpe 0"
+    " --isl-gan-iters 1200 --isl-gan-min-iters 1200 --isl-loss meanlog --isl-hpe 0"
 )
 DIGITS = ["--config", str(HERE / "flags_digits.yaml")]
 FAST = "--fast --no-compile --save-epochs 100".split()
 EPOCHS, MORE = 60, 40  # of MoCo v2 and of each continuation
 PRETRAIN = f"--epochs {EPOCHS} --lr 0.06".split()
 CONTINUE = f"--epochs {MORE} --lr 0.02".split()
-MINING = "--isl-every 10".split()
+MINING = "--isl-every 14".split()  # three rounds
 START, PLAIN, MINED, PAPER = "MoCo v2", "+ no mining", "+ recommended", "+ GAN"
 CONTINUATIONS = {  # row -> folder, flags; the longest first
     PAPER: ("gan", [*MINING, *GAN.split()]),
@@ -163,9 +163,11 @@ def train_all(seeds: int) -> list[dict[str, dict]]:
 @contextlib.contextmanager
 def processes(n: int) -> Iterator[ProcessPoolExecutor]:
     """A pool of n processes; an error ends them, runs in them too."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__spec__.name])  # torch is imported once for all of them
     pool = ProcessPoolExecutor(
         n,
-        mp_context=multiprocessing.get_context("spawn"),
+        mp_context=context,
         initializer=signal.signal,
         initargs=(signal.SIGINT, signal.SIG_IGN),  # a run has a handler of its own
     )
