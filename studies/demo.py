@@ -197,8 +197,6 @@ def epochs_done() -> int:
 
 
 def table(seeds: list[dict[str, dict]]) -> str:
-        "reach": last.get("reach"),
-        "found": last.get("same_class_found"),
     lines = [" " * 20 + "".join(f"{heading:>15}" for heading, _ in COLUMNS.values())]
     for name in ROWS:
         cells = [cell(seeds, name, column) for column in COLUMNS]
