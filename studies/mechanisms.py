@@ -249,7 +249,7 @@ SETS = {  # flags of the data set, epochs and rounds, the two widths, k of kNN
         "k": 200,
     },
 }
-MINED = "--miner average --isl-trust 0.01 --isl-max-share 0.2 --isl-loss meanlog --isl-hpe 0"
+MINED = "--miner studies.with_views:WithViews --isl-max-share 0.2 --isl-loss meanlog --isl-hpe 0"
 ORACLE = (
     "--miner oracle --research-labels --oracle-right near --oracle-wrong near --isl-loss meanlog"
     " --isl-hpe 0"
