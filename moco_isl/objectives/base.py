@@ -199,18 +199,19 @@ class MinedObjective(Objective):
     """An objective with a bank, whose positives rounds of mining find."""
 
     form: str = opt(
-        "logsum",
+        "meanlog",
         "--isl-loss",
         choices=FORMS,
-        help="logsum: Eq. 5, for which one likely positive is enough. meanlog: the mean of the"
-        " logs, by which each has to be likely; it learns most from clean, wide sets",
+        help="meanlog: the mean of the logs, by which each positive has to be likely; it learns most"
+        " from sets that are right. logsum: Eq. 5 of the paper, for which one likely positive is"
+        " enough; wrong ones cost less with it",
     )
     hpe: float = opt(
-        0.5,
+        0.0,
         "--isl-hpe",
         low=0,
         metavar="w",
-        help="weight of hard positive enhancement, Eq. 6 and 7; 0 turns it off",
+        help="weight of hard positive enhancement, Eq. 6 and 7; the paper's is 0.5",
     )
     own: float | None = opt(
         None,
