@@ -92,7 +92,7 @@ def prepare(
         not find_miner(args.miner).uses_labels or images.train.labels is not None,
         f"--miner {args.miner} needs labels, and {args.data} has none: expected a folder a class",
     )
-    miner = build_miner(args, images.train.labels)
+    miner = build_miner(args, images.train.labels, images)
     if device == "meta":  # not every network runs there, so `require_side` cannot try it out
         model = on_meta(lambda: build_model(args, images.side))
     else:
@@ -128,7 +128,7 @@ def worker(args: argparse.Namespace, stop, start: resume.Start, content: dict) -
         reader, model = ranks.together(lambda: get_ready(args, start, content, device, stop))
         with closing(reader):
             isl = build_objective(args, model, reader.M)
-            miner = build_miner(args, reader.labels)
+            miner = build_miner(args, reader.labels, reader.images)
             parts = pretrain.assemble(model, isl, miner, reader, plan, numerics)
             folder = resume.take_folder(args.out, start, args.keep)
             progress = Progress(args.progress, args.epochs, len(reader.loader))

@@ -612,6 +612,13 @@ def evaluating(module: nn.Module):
             m.training = mode
 
 
+class SmallImages(nn.Module):
+    """No network: images [n, 3, S, S] -> their pixels at 8 by 8, [n, 192]."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return F.adaptive_avg_pool2d(images.float(), 8).flatten(1)
+
+
 def extract_features(
     encoder: nn.Module,
     loader: Iterable[tuple[torch.Tensor, torch.Tensor]],

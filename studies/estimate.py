@@ -1,103 +1,135 @@
-"""How far off are the estimates of precision without labels (moco_isl/mining/estimate.py)?
+"""How far off are the estimates of precision (moco_isl/mining/estimate.py)?
 
-They are compared with the truth, over sets of 1 to 50 positives an image by four rules.
+They are compared with the truth, on the list of pairs that --miner average --isl-budget auto ranks.
 
-    python -m studies.estimate digits FILE.safetensors ...     features [M, C] and labels [M];
-                                                               digits: see studies/miners.py
-    python -m studies.estimate --run FILE.pth.tar cifar10 DIR  a checkpoint and its images, of which
-                                                               there are views too; may be repeated
+    python -m studies.estimate --run FILE.pth.tar digits --run FILE.pth.tar folder DIR
+                                        checkpoints, each with its data set and where that is
+    python -m studies.estimate FILE.safetensors ...
+                                        features [M, C], labels [M]; first, second [M, C] of two
+                                        views and pixels [M, D], see `mining.estimate.Views`
+    --save DIR                          keep what --run has made as such files
 
-Rules: each image's own nearest, all pairs by cosine, shared neighbours, neighbourhood means (see
-studies/miners.py). An error is of one set of pairs, in points: the estimate's mean over 2,000 of
-them less the share of them that is right. The estimates are by halves of the features (an upper
-bound) and, where there are images, by two augmented views of each. Labels judge and choose nothing.
+A row is an encoder and a number of its images, drawn. Per cent right at 5, 20 and 50 an image; what
+is guessed without labels, from the lower guess to the highest; what --isl-budget auto would keep by
+it; and the error of --isl-check, with 300 and with 500 labelled images drawn 20 times: the root of
+the mean square at 50 an image and at the widest. Labels judge and choose nothing but --isl-check's.
 """
 
-import statistics
+import argparse
 import sys
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from benchmarks import common
 from moco_isl.errors import BadInput
-from moco_isl.mining.estimate import Views, by_halves, by_views
-from moco_isl.mining.positives import same_label
+from moco_isl.miners.average import AverageMiner
+from moco_isl.mining.estimate import Views, by_check, guess, widest
+from moco_isl.mining.positives import PositiveSets, same_label
+from moco_isl.mining.rounds import AUTO
 from studies import miners
 from studies.figures import Result
 
-SIZES = [1, 2, 5, 10, 20, 50]
-SAMPLE = 2000
+Tensor = torch.Tensor
+SIZES = (5, 20, 50)
+IMAGES = (300, 1000, 5000)  # drawn of a data set's; all where there are fewer
+LABELLED = (300, 500)
+DRAWS = 20
 
 
-def sets(features: torch.Tensor) -> dict[str, miners.Pairs]:
-    """Name of a set -> pairs a, b: up to SAMPLE of it, drawn."""
-    lists = miners.Lists(features)
-    M, K = lists.near.shape
-    ranked = {
-        "all pairs": lists.by_cosine(),
-        "shared neighbours": lists.by_shared(),
-        "neighbourhood means": lists.by_means(50),
+class Ranked(AverageMiner):
+    """Keeps the list of pairs, surest first, that a round has ranked."""
+
+    def _trusted(self, features, views, a, b, tick) -> int:
+        self.list = a, b
+        return len(a)
+
+
+def part(source: miners.Source, M: int) -> miners.Source:
+    """M of its images, drawn; all where there are no more."""
+    if M >= len(source.labels):
+        return source
+    order = torch.randperm(len(source.labels), generator=torch.Generator().manual_seed(0))
+    rows = order[:M].sort().values.to(source.labels.device)
+    views = source.views and Views(*(x[rows] for x in source.views))
+    return miners.Source(source.features[rows], source.labels[rows], views=views)
+
+
+def ranked(source: miners.Source) -> tuple[Tensor, Tensor]:
+    """The pairs [U], [U] of the widest sets that --isl-budget auto looks at."""
+    miner = Ranked(budget="auto")
+    sets = PositiveSets.empty(len(source.labels), source.features.device)
+    miner.mine(source.features, sets, torch.Generator().manual_seed(0), views=source.views)
+    return miner.list
+
+
+def row(source: miners.Source) -> dict:
+    """The figures of a table's row, shares in per cent and errors in points."""
+    M = len(source.labels)
+    a, b = ranked(source)
+    found = guess(source.features, source.views, a, b)
+    right = same_label(source.labels, a, b)
+    truth = lambda number: 100 * float(right[:number].nanmean())
+    last = lambda number: max(int((found.at < number).sum()) - 1, 0)
+    numbers = [n for size in SIZES if (n := round(size * M / 2)) <= len(a)]
+    shown = lambda values: ", ".join(f"{x:.0f}" for x in values)
+    cells = {
+        "M": M,
+        "truth": shown(map(truth, numbers)),
+        "low": shown(100 * float(found.share[last(n)]) for n in numbers),
+        "most": shown(100 * float(found.most[last(n)]) for n in numbers),
+        "kept": "cannot tell" if found.doubt else "nothing sure",
     }
-    draw = torch.Generator().manual_seed(0)
-    found = {}
-    for size in (size for size in SIZES if size <= K):
-        a = torch.randint(M, (SAMPLE,), generator=draw)
-        place = torch.randint(size, (SAMPLE,), generator=draw)
-        found[f"own nearest, {size}"] = lists.anchors[a], lists.near[a, place]
-        for name, (a, b) in ranked.items():
-            if (n := round(size * M / 2)) <= len(a):
-                at = torch.randperm(n, generator=draw)[:SAMPLE].to(a.device)
-                found[f"{name}, {size}"] = a[at], b[at]
-    return found
+    number = 0 if found.doubt else widest(found.share, found.at, len(a), AUTO)
+    if number:
+        off = 100 * float(found.share[last(number)]) - truth(number)
+        cells["kept"] = f"{2 * number / M:.0f} an image, {truth(number):.0f} right, {off:+.0f}"
+    for count in (n for n in LABELLED if n <= M // 2):
+        errors = [check_errors(source.labels, a, b, right, count, seed) for seed in range(DRAWS)]
+        rms = torch.tensor(errors).square().nanmean(0).sqrt()
+        cells[f"by_{count}"] = f"{rms[0]:.1f}, {rms[1]:.1f}"
+    return cells
 
 
-def errors(
-    features: torch.Tensor, labels: torch.Tensor, views: Views | None = None
-) -> dict[str, dict[str, float]]:
-    """Name of a set -> share of it that is right ("truth"), and the errors of the estimates.
-
-    An error ("halves", "views") is the estimate less the truth; all in per cent.
-    """
-    found = {}
-    for name, (a, b) in sets(features).items():
-        truth = float(same_label(labels, a, b).nanmean())
-        guesses = {
-            "halves": by_halves(features, a, b),
-            **({} if views is None else {"views": by_views(views, a, b)}),
-        }
-        found[name] = {
-            "truth": 100 * truth,
-            **{by: 100 * (float(guess.mean()) - truth) for by, guess in guesses.items()},
-        }
-    return found
+def check_errors(
+    labels: Tensor, a: Tensor, b: Tensor, right: Tensor, count: int, seed: int
+) -> list[float]:
+    """Errors of --isl-check at 50 an image and at the widest, in points; NaN where it is unsure."""
+    drawn = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:count]
+    known = torch.full_like(labels, -1)
+    known[drawn] = labels[drawn]
+    errors = []
+    for number in (min(len(a), round(50 * len(labels) / 2)), len(a)):
+        found = by_check(known, a[:number], b[:number])
+        off = float("nan")
+        if not found.doubt:
+            off = 100 * (float(found.share[-1]) - float(right[:number].nanmean()))
+        errors.append(off)
+    return errors
 
 
-def sources(args) -> dict[str, miners.Source]:
-    found = {}
-    for file in args.files:
-        if file == "digits":
-            digits = miners.of_digits(args.seeds, args.device, args.sweeps)
-            found |= {f"digits, seed {seed}": source for seed, source in enumerate(digits)}
-        else:
-            found[Path(file).stem.removeprefix("features_")] = miners.from_file(
-                file, args.device, 1000 if args.quick else None
-            )[0]
-    for file, dataset, *root in args.run:
-        found[f"{Path(file).resolve().parent.name}, {dataset}"] = miners.of_checkpoint(
-            Path(file), dataset, *root or [None], args.device
-        )
-    return found
+def of_file(file: str, device: torch.device) -> miners.Source:
+    """What a safetensors file holds. Raises BadInput."""
+    try:
+        content = {name: x.to(device) for name, x in load_file(file).items()}
+        views = None
+        if "first" in content:
+            views = Views(content["first"], content["second"], content.get("pixels"))
+        return miners.Source(content["features"].float(), content["labels"].long(), views=views)
+    except (OSError, KeyError, ValueError) as error:
+        raise BadInput(f"{file}: {error}; expected safetensors with features and labels") from error
 
 
-def main(argv: list[str] | None = None) -> int:
+def save(source: miners.Source, file: Path) -> None:
+    content = {"features": source.features, "labels": source.labels, **source.views._asdict()}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: x.cpu().contiguous() for name, x in content.items()}, file)
+
+
+def get_parser() -> argparse.ArgumentParser:
     parser = common.parser(__doc__)
-    parser.add_argument(
-        "files",
-        metavar="FILE|digits",
-        nargs="*",
-        help="safetensors files with features [M, C] and labels [M]",
-    )
+    parser.add_argument("files", metavar="FILE", nargs="*", help="safetensors, see above")
     parser.add_argument(
         "--run",
         nargs="+",
@@ -106,50 +138,46 @@ def main(argv: list[str] | None = None) -> int:
         metavar="X",
         help="a checkpoint, the name of its data set and where that is",
     )
-    parser.add_argument("--seeds", type=int, default=3, help="of the digits (3)")
-    parser.add_argument(
-        "--sweeps", type=Path, default=Path("runs"), help="where the digits' sweeps have run (runs)"
-    )
-    args = parser.parse_args(argv)
+    parser.add_argument("--save", type=Path, metavar="DIR", help="keep features of --run there")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = get_parser().parse_args(argv)
     common.begin(args)
-    columns = [("of", "features"), ("M", "images"), ("truth", "truth, %")]
-    for by in ("views", "halves"):
-        columns += [
-            (f"{by}_mean", f"by {by}: mean error"),
-            (f"{by}_size", f"by {by}: of |error|"),
-            (f"{by}_range", f"by {by}: least to most"),
-        ]
-    title = "The estimates without labels, less the truth, in points"
-    result = Result("estimate", title, args.device, [*columns, ("n", "sets")])
+    columns = [
+        ("of", "encoder"),
+        ("M", "images"),
+        ("truth", "right at 5, 20, 50, %"),
+        ("low", "lower guess"),
+        ("most", "highest guess"),
+        ("kept", "kept by auto, and the guess's error"),
+        *((f"by_{n}", f"--isl-check, {n}: error at 50, widest") for n in LABELLED),
+    ]
+    result = Result("estimate", "The estimates of precision beside the truth", args.device, columns)
     try:
         if wrong := [run for run in args.run if not 2 <= len(run) <= 3]:
             raise BadInput(
                 f"--run {' '.join(wrong[0])}: expected a checkpoint, the name of its data set and,"
                 " but for digits, where that is"
             )
-        for name, source in sources(args).items():
-            found = errors(source.features, source.labels, source.views)
-            truth = [x["truth"] for x in found.values()]
-            row = {
-                "of": name,
-                "M": len(source.labels),
-                "truth": f"{min(truth):.0f} to {max(truth):.0f}",
-                "n": len(found),
-            }
-            for by in ("views", "halves"):
-                if off := [x[by] for x in found.values() if by in x]:
-                    row |= {
-                        f"{by}_mean": f"{statistics.fmean(off):+.1f}",
-                        f"{by}_size": f"{statistics.fmean(map(abs, off)):.1f}",
-                        f"{by}_range": f"{min(off):+.1f} to {max(off):+.1f}",
-                    }
-            result.add(row)
+        jobs = {Path(file).stem: (of_file, file, args.device) for file in args.files}
+        for file, dataset, *root in args.run:
+            name = f"{Path(file).resolve().parent.name}-{Path(file).name.split('.')[0]}"
+            root = root[0] if root else None
+            jobs[name] = miners.of_checkpoint, Path(file), dataset, root, args.device
+        for name, (open_, *what) in jobs.items():
+            source = open_(*what)
+            if args.save and source.views is not None:
+                save(source, args.save / f"{name}.safetensors")
+            for M in sorted({min(M, len(source.labels)) for M in IMAGES}):
+                result.add({"of": name, **row(part(source, M))})
     except BadInput as error:
         print(f"studies.estimate: {error}", file=sys.stderr)
         return error.exit_code
     result.note(
-        "The constants were fitted to labels: by views on seed 0 of the digits, by halves there and"
-        " on moco_resnet18w32; the others had no part in it. Files of features have no views."
+        "The guess's constants were chosen on the digits, by encoders of 11 and of 60 epochs; no"
+        " other data set had a part in them. Files of bare features have no views."
     )
     common.end(args, result)
     return 0

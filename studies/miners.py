@@ -49,13 +49,13 @@ import torch
 from benchmarks import common
 from benchmarks.mining import load_features
 from moco_isl import data, files
-from moco_isl.encoders import extract_features, extract_views
+from moco_isl.encoders import SmallImages, extract_features, extract_views
 from moco_isl.errors import BadInput
 from moco_isl.evaluation.backbone import load_backbone
 from moco_isl.miners.average import neighbourhood_means, with_views
 from moco_isl.miners.gan import best_proxies
 from moco_isl.mining.edges import under_cap
-from moco_isl.mining.estimate import Views, by_halves
+from moco_isl.mining.estimate import Views, by_halves, pixel_rows
 from moco_isl.mining.gan import GANFit, GANSettings
 from moco_isl.mining.gan_training import Trainer, fit_gan
 from moco_isl.mining.positives import PositiveSets, distinct_edges, same_label
@@ -428,11 +428,10 @@ def of_checkpoint(file: Path, dataset: str, root: str | None, device: torch.devi
     seen = data.view_loader(
         images, augmentation=augmentation, batch_size=256, seed=0, device=device
     )
-    return Source(
-        extract_features(encoder, plain, M, device),
-        images.labels.to(device),
-        views=extract_views(encoder, seen.epoch(0), M, device),
-    )
+    features = extract_features(encoder, plain, M, device)
+    small = extract_features(SmallImages(), plain, M, device, normalize=False)
+    first, second = extract_views(encoder, seen.epoch(0), M, device)
+    return Source(features, images.labels.to(device), views=Views(first, second, pixel_rows(small)))
 
 
 def of_digits(seeds: int, device: torch.device, runs: Path) -> list[Source]:

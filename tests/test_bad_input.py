@@ -243,6 +243,12 @@ TOGETHER = [
     ),
     ("a bound that is none", [*RUN, *OUT, "--miner", "knn", "--isl-trust", "sure"]),
     (
+        "as wide as is sure, by no estimate",
+        [*RUN, *OUT, "--miner", "knn", "--isl-budget", "auto", "--isl-trust", "off"],
+    ),
+    ("a width beside auto", [*RUN, *OUT, "--miner", "knn", "--isl-budget", "auto", "5"]),
+    ("no list to check by", [*RUN, *OUT, "--miner", "knn", "--isl-check", "nowhere.csv"]),
+    (
         "an oracle that is to keep its sets",
         [*RUN, *OUT, *ORACLE, "--isl-keep"],
     ),

@@ -265,7 +265,7 @@ def test_every_miner_says_no_in_its_own_words():
 
 def test_a_miner_keeps_its_budget_of_each_round():
     miner = miners.KNNMiner(budget=(0.5, 1.5))
-    assert miner.rules.budget == 0.5 and miner.most == 2
+    assert miner.rules.budget == 0.5 and miner.most(100) == 2
     budgets = []
     for number in (1, 2, 3):
         miner.begin(number)

@@ -32,7 +32,7 @@ class AverageMiner(RoundMiner):
     Where a round has two augmented views of every image, features and views are averaged together:
     the features of a single crop are partly chance. A mean has the image itself at weight 1; a
     neighbour weighs its cosine to the power of `power`, and nothing where that is below 0. Each
-    image offers its `candidates` (None: four times the budget) most similar ones by their means.
+    image offers its `candidates` (None: see `offered`) most similar ones by their means.
     """
 
     name = "average"
@@ -56,7 +56,7 @@ class AverageMiner(RoundMiner):
     ) -> tuple[Edges, str]:
         M = len(features)
         k = min(self.k, M - 1)
-        candidates = min(self.candidates or 4 * self.most, M - 1)
+        candidates = min(self.candidates or self.offered(M), M - 1)
         rows = features if self.views is None else with_views(features, self.views)
         means = neighbourhood_means(rows, k, self.power, tick, self.searchable(rows, tick))
         bank = self.searchable(means, tick)

@@ -24,7 +24,7 @@ Tensor = torch.Tensor
 class ClusterMiner(RoundMiner):
     """Members of an image's clusters, in any of H clusterings, among its `background` nearest.
 
-    Each image offers its surest `candidates` (None: four times the budget): first those that more
+    Each image offers its surest `candidates` (None: see `offered`): first those that more
     clusterings put beside it, among equals the more similar. iterations: of k-means.
     """
 
@@ -42,7 +42,7 @@ class ClusterMiner(RoundMiner):
         "--isl-background",
         low=1,
         metavar="k",
-        help="positives are among the k nearest",
+        help="positives are among the k nearest, or as many as the budget if it is more",
     )
     candidates: int | None = None
     iterations: int = 20
@@ -57,9 +57,9 @@ class ClusterMiner(RoundMiner):
     ) -> tuple[Edges, str]:
         M = len(features)
         G = min(M, self.clusters or max(1, round(M / 40)))
-        k = min(self.background, M - 1)
+        k = min(max(self.background, self.most(M)), M - 1)
         cluster = self._clusterings(features, G, seed, tick)  # [H, M]
-        candidates = self.candidates or 4 * self.most
+        candidates = self.candidates or self.offered(M)
         bank = self.searchable(features, tick)
 
         def block(anchors: Tensor, number: int) -> tuple[Tensor, Tensor]:

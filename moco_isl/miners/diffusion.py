@@ -28,7 +28,7 @@ class DiffusionMiner(RoundMiner):
     Affinity of mutual neighbours: max(cosine, 0); S is that over k, so that no row sums to more
     than 1. Diffused: F = sum over t = 1..steps of decay^(t-1) S^t, the walks of up to `steps`
     edges; exact as long as no more than 1,024 images are t edges away. Each image offers its
-    `candidates` (None: four times the budget) highest F, an edge is as sure as its F, and the
+    `candidates` (None: see `offered`) highest F, an edge is as sure as its F, and the
     budget takes the surest of the data set.
 
     F is not divided by the images' own sums of affinities, as walks often are: two images with no
@@ -70,7 +70,7 @@ class DiffusionMiner(RoundMiner):
             "alone": float((~mutual.any(1)).float().mean()),
         }
 
-        keep = min(self.candidates or 4 * self.most, M)
+        keep = min(self.candidates or self.offered(M), M)
 
         def walk(anchors: Tensor, number: int) -> tuple[Tensor, Tensor]:
             pieces = anchors.split(max(1, _TOGETHER // (min(_REACH, k ** (self.steps - 1)) * k)))

@@ -68,7 +68,7 @@ class EntropyMiner(RoundMiner):
         self, features: Tensor, positives: PositiveSets, seed: int, tick: Tick | None
     ) -> tuple[Edges, str]:
         M = len(features)
-        k = min(self.k or self.most, M - 1)
+        k = min(self.k or self.most(M), M - 1)
         bank = self.searchable(features, tick)
 
         def block(anchors: Tensor, number: int) -> tuple[Tensor, Tensor]:

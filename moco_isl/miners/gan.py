@@ -32,12 +32,12 @@ class GANMiner(RoundMiner):
     """
 
     name = "gan"
-    candidates: int = opt(
-        10,
+    candidates: int | None = opt(
+        None,
         "--isl-candidates",
         low=1,
         metavar="k",
-        help="nearest images of a proxy that may join",
+        help="nearest images of a proxy that may join (10, or as many as the budget if it is more)",
     )
     threshold: float = opt(
         0.5,
@@ -114,7 +114,7 @@ class GANMiner(RoundMiner):
         self.report.extra |= fit.report | own
         why, none = fit.why, torch.empty(0, device=device)
         if not why:
-            k = min(self.candidates, M - 1)
+            k = min(self.candidates or max(10, self.most(M)), M - 1)
             bank = self.searchable(features, tick)
             anchors, score, near, cosine, to_triplet = best_proxies(
                 fit, features, positives, seed, k, self.settings.triplets, tick, bank

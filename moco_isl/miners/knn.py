@@ -30,8 +30,9 @@ class KNNMiner(RoundMiner):
     def find(
         self, features: Tensor, positives: PositiveSets, seed: int, tick: Tick | None
     ) -> tuple[Edges, str]:
-        k = min(self.k or self.most, len(features) - 1)
+        M = len(features)
+        k = min(self.k or self.most(M), M - 1)
         bank = self.searchable(features, tick)
         block = lambda anchors, number: topk(features[anchors], bank, k, anchors, tick=tick)
-        anchors, cosine, near = over_blocks(len(features), features.device, block, tick)
+        anchors, cosine, near = over_blocks(M, features.device, block, tick)
         return Edges(anchors.repeat_interleave(k), near.flatten(), cosine.flatten()), ""

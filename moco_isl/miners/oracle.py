@@ -72,10 +72,10 @@ class OracleMiner(RoundMiner):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.keep or self.rules.trust is not None or self.index != "exact":
+        if self.keep or self.check or self.rules.trust is not None or self.index != "exact":
             raise BadInput(
                 "--miner oracle draws its sets anew each round, of --oracle-size, by an exact"
-                " search: leave --isl-keep, --isl-trust and --isl-index off"
+                " search: leave --isl-keep, --isl-trust, --isl-check and --isl-index off"
             )
         self.rules = Rules(max_share=1.0)
         pairs = max(1, round(self.size * len(self.labels) / 2))

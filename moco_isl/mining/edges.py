@@ -5,6 +5,7 @@ Old pairs are judged again, then the in-degree caps and the budget are applied.
 Letters: M images, C feature dimension, E directed edges as found, U undirected pairs.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -34,7 +35,8 @@ class Rules:
 
     budget: positives an image on average. Exactly round(budget * M / 2) pairs stay where so many
         were found, that is budget * M directed edges to within one. None: no bound.
-    max_share: no image is a positive of more than this share of all images (of at least one).
+    max_share: no image is a positive of more than this share of all images (of at least one). None:
+        as `cap` says, which follows the size of the sets.
     keep: sets of earlier rounds stay as they are (the paper only adds); the budget then bounds what
         is added.
     floor: an old pair that was not found again leaves where its cosine is below this quantile of
@@ -45,10 +47,21 @@ class Rules:
     """
 
     budget: float | None = None
-    max_share: float = 0.05
+    max_share: float | None = None
     keep: bool = False
     floor: float = 0.05
     trust: float | None = None
+
+    def cap(self, M: int, size: float | None = None) -> int:
+        """How many sets of M images may hold one image, where sets have `size` on average.
+
+        size: None for the budget. With no share given, 4 times the size, and never less than 5 % of
+        the images or 100. So the largest set is bounded whatever M is.
+        """
+        if self.max_share is not None:
+            return max(1, int(self.max_share * M))
+        size = self.budget if size is None else size
+        return max(1, min(M // 20, 100), 0 if size is None else math.ceil(4 * size))
 
 
 def settle(
@@ -63,8 +76,9 @@ def settle(
     features [M, C]. Returns the new sets, and how many directed edges were added and removed.
     Greedy: pairs are taken in the order of their sureness (equal ones by image), a pair that would
     put an image over the cap is passed over, and the budget ends the list. At the end trusted(lower
-    [U], higher [U]) says how many of these pairs, surest first, are to stay. Pairs that are never
-    dropped (`rules.keep`) stay anyway.
+    [U], higher [U]) says how many of these pairs, surest first, are to stay; where that leaves
+    smaller sets, the cap of their size holds. Pairs that are never dropped (`rules.keep`) stay
+    anyway.
     """
     M = len(features)
     distinct = lambda src, dst, values: distinct_edges(M, src, dst, values, undirected=True)
@@ -91,7 +105,13 @@ def settle(
     rank_by = torch.where(in_old > 0, torch.inf, sureness) if rules.keep else sureness
     chosen = _choose(lower, higher, rank_by, M, rules)
     never_dropped = int((rank_by == torch.inf).sum())
-    chosen = chosen[: max(trusted(lower[chosen], higher[chosen]), never_dropped)]
+    number = max(trusted(lower[chosen], higher[chosen]), never_dropped)
+    if number < len(chosen):
+        chosen = chosen[:number]
+        room = torch.full((M,), rules.cap(M, 2 * number / M), device=lower.device)
+        fits = under_cap(lower[chosen], higher[chosen], room)
+        fits[:never_dropped] = True
+        chosen = chosen[fits]
     sets = PositiveSets.from_edges(
         M, lower[chosen], higher[chosen], weight[chosen], sureness=sureness[chosen]
     )
@@ -115,7 +135,7 @@ def _choose(
     out = int((sureness == -torch.inf).sum())
     always, rest = order[:kept], order[kept : len(order) - out]
     bound = len(rest) if rules.budget is None else max(0, round(rules.budget * M / 2) - kept)
-    room = torch.full((M,), max(1, int(rules.max_share * M)), device=lower.device)
+    room = torch.full((M,), rules.cap(M), device=lower.device)
     room -= torch.bincount(torch.cat([lower[always], higher[always]]), minlength=M)
     chosen = [always]
     for part in rest.split(piece):  # piece by piece gives the same pairs as all at once

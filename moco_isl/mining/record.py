@@ -46,8 +46,14 @@ class RoundReport:
     reach: float | None = None  # of the sets, see `reach.reach`; None: they are empty
     same_class_found: float | None = None  # the share of all pairs of one class that the sets hold
     # the precision of the sets, which is the share of right positives:
-    precision_estimate: float | None = None  # estimated from two views, without labels
-    precision_at_most: float | None = None  # at most so much, estimated without labels
+    precision_estimate: float | None = None  # by --isl-check, or the lower of the guesses
+    precision_at_least: float | None = None  # by --isl-check, two standard deviations less
+    precision_at_most: float | None = None  # and more; or at most so much, guessed without labels
+    doubt: str | None = None  # why no estimate can be told
+    labels_checked: int | None = None  # labelled images of --isl-check; None: there are none
+    precision_surest: float | None = None  # of the surest pairs of a round that added none
+    effective_rank: float | None = None  # see `estimate.effective_rank`
+    apart: float | None = None  # see `estimate.apart`
     precision: float | None = None  # by the labels
     precision_own_nearest: float | None = None  # of each image's own nearest, at the same mean size
     precision_all_pairs: float | None = None  # of the most similar of all pairs, as many
@@ -123,12 +129,21 @@ class RoundReport:
             others = [f"{what} {share:.3f}" for what, share in beside if share is not None]
             text = f" ({', '.join(others)})" if others else ""
             parts.append(f"precision {self.precision:.3f}{text}")
-        if self.precision_at_most is not None:
-            most = f"at most {self.precision_at_most:.2f}"
-            if self.precision_estimate is None:
-                parts.append(f"{most} by the estimate without labels")
-            else:
-                parts.append(f"{self.precision_estimate:.2f} estimated without labels, {most}")
+        if self.precision_surest is not None:
+            parts.append(f"precision {self.precision_surest:.3f} of the surest pairs, not added")
+        share, most = self.precision_estimate, self.precision_at_most
+        if self.precision_at_least is not None:
+            parts.append(
+                f"{share:.2f} by the labelled images ({self.precision_at_least:.2f} to {most:.2f})"
+            )
+        elif share is not None:
+            parts.append(f"{share:.2f} to {most:.2f} by the estimate without labels")
+        elif self.doubt:
+            parts.append(f"no estimate: {self.doubt}")
+        elif most is not None:
+            parts.append(f"at most {most:.2f} by the estimate without labels")
+        if self.labels_checked is not None:
+            parts.append(f"LABELS OF {self.labels_checked} IMAGES WERE USED (--isl-check)")
         return parts
 
 
@@ -180,6 +195,7 @@ def round_record(
                                  (`miner.ranking`): for each of `sample_anchors` the first ones
       score [A] float16          and the score of its best proxy
       labels_used []             only where the miner was shown the labels
+      labels_checked []          only of --isl-check: how many labelled images there were
 
     10 bytes an edge, 8 an image, and at most 15 MB more.
     """
@@ -204,6 +220,8 @@ def round_record(
         record |= {"ranked": ranked.int(), "score": score.half()}
     if getattr(miner, "uses_labels", False):
         record["labels_used"] = torch.tensor(True)
+    if (known := getattr(miner, "known", None)) is not None:
+        record["labels_checked"] = (known >= 0).sum()
     return {name: x.detach().cpu().contiguous() for name, x in record.items()}
 
 
@@ -218,6 +236,7 @@ def require_record(content: dict, path, M: int | None = None) -> None:
         "ranked?": TensorOf("int", ("R", None), low=0, high="M"),
         "score?": TensorOf("float", ("R",)),
         "labels_used?": TensorOf("bool", ()),
+        "labels_checked?": TensorOf("int", (), low=0),
     }
     together = "features or the nearest of a sample, and a score for each ranking"
     whole = Holds(sets._replace(shape={**sets.shape, **rest}), _goes_together, together)

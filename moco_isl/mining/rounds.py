@@ -15,8 +15,19 @@ import torch
 
 from moco_isl import dist
 from moco_isl.errors import BadInput, Interrupted, RunFailed
+from moco_isl.files import short
 from moco_isl.mining.edges import Edges, Rules, settle
-from moco_isl.mining.estimate import Views, by_halves, by_views, sampled, widest
+from moco_isl.mining.estimate import (
+    FEWEST_PAIRS,
+    Estimate,
+    Views,
+    apart,
+    by_check,
+    effective_rank,
+    guess,
+    spread_of_count,
+    widest,
+)
 from moco_isl.mining.positives import PositiveSets
 from moco_isl.mining.reach import reach
 from moco_isl.mining.record import RoundReport
@@ -28,6 +39,8 @@ Tensor = torch.Tensor
 NOTHING_SURE = "nothing sure enough to add this round"
 AUTO = 0.8  # of --isl-trust auto: on the digits mining broke even between 0.7 and 0.85
 NO_BOUND = 5  # images looked for where no budget says how many
+WIDEST = 200  # positives an image that --isl-budget auto looks at; fewer where images are few
+OFFERED = 100_000_000  # candidates of all images that --isl-budget auto asks for at most
 
 
 class Miner:
@@ -85,6 +98,40 @@ def bound_of(trust: float | str | None) -> float | None:
     return bound
 
 
+AS_SURE = math.inf  # the budget of --isl-budget auto: no number bounds it
+
+
+def check_budget(text: str) -> str:
+    """The text of one --isl-budget. Raises BadInput."""
+    budgets_of(text)
+    return text
+
+
+def budgets_of(budget: str | float | list | tuple | None) -> list[float]:
+    """The budget of each round, the last one that of all later ones.
+
+    Empty: no bound. [AS_SURE]: as wide as is sure, of "auto". Raises BadInput.
+    """
+    if budget is None:
+        return []
+    values = list(budget) if isinstance(budget, list | tuple) else [budget]
+    if values == ["auto"]:
+        return [AS_SURE]
+    found = []
+    for value in values:
+        try:
+            number = float(value)
+        except ValueError:
+            number = 0.0
+        if not 0 < number <= LARGEST:
+            raise BadInput(
+                f"--isl-budget {short(' '.join(map(str, values)))}: expected auto alone, or numbers"
+                f" above 0 and at most {LARGEST}"
+            )
+        found.append(number)
+    return found
+
+
 @dataclass(kw_only=True, eq=False)
 class RoundMiner(Miner):
     """The round around a `find`: settles by the rules what was found, and reports.
@@ -97,40 +144,51 @@ class RoundMiner(Miner):
     last bit may depend on them). self.views is what the round has of views, or None.
 
     uses_views: it wants views in any case, not only where `trust` needs them for its estimate.
+    known [M]: labels of the few images that --isl-check names, -1 of the others; None: no labels.
+    surest: the surest pairs of a round that added none, about 5 an image: [n], [n].
     """
 
     name: ClassVar[str] = "miner"
     uses_views: ClassVar[bool] = False
 
-    budget: float | list[float] | None = opt(
-        [5.0],
+    budget: str | float | list[str] | list[float] | None = opt(
+        ["5"],
         "--isl-budget",
-        low=0,
-        low_open=True,
-        high=LARGEST,
+        parse=check_budget,
         several="+",
         metavar="x",
-        help="mean positives of an image after a round, the surest first; raise it while the"
-        " printed precision stays above 0.9. Several: of the first round, the second, ..., and the"
-        " last of them from then on; 0.5 1 1.5 2 is the published code's",
+        help="mean positives of an image after a round, the surest first. auto: as many as are sure"
+        " (--isl-trust), up to an eighth of the images and 200. Several numbers: of the first"
+        " round, the second, ..., and the last of them from then on; 0.5 1 1.5 2 is the published"
+        " code's",
     )
-    max_share: float = opt(
-        0.05,
+    max_share: float | None = opt(
+        None,
         "--isl-max-share",
         low=0,
         low_open=True,
         high=1,
         metavar="x",
         rare=True,
-        help="no image is a positive of more than this share of all images",
+        help="no image is a positive of more than this share of all images (by itself: of 4 times"
+        " as many images as a set has on average, or of 5 % of them up to 100 where that is more)",
     )
     trust: float | str | None = opt(
-        "off",
+        None,
         "--isl-trust",
         metavar="auto|p|off",
-        help="keep the widest sets, within the budget, of which this share is right by an estimate"
-        " without labels, and none where nothing is that sure; auto: 0.8, about where mining broke"
-        " even on the digits. The estimate takes two more feature passes a round",
+        help="keep the widest sets, within the budget, of which this share is right by an estimate,"
+        " and none where nothing is that sure; auto: 0.8, about where mining broke even on the"
+        " digits (off, but auto with --isl-budget auto). The estimate takes two more feature passes"
+        " a round",
+    )
+    check: str | None = opt(
+        None,
+        "--isl-check",
+        metavar="LIST",
+        help="a file that names a few hundred of the training images and their labels: the estimate"
+        " is then measured on them. They steer the width of the sets, and nothing else; every line"
+        " of a round says so",
     )
     keep: bool = opt(
         False,
@@ -152,26 +210,40 @@ class RoundMiner(Miner):
     def __post_init__(self):
         check_values(self)
         check_choice(self.index)
+        self.budgets = budgets_of(self.budget)
+        if self.budgets == [AS_SURE]:
+            if self.trust == "off":
+                raise BadInput(
+                    "--isl-budget auto makes the sets as wide as is sure, and --isl-trust off asks"
+                    " for no estimate: leave one of them off"
+                )
+            self.trust = "auto" if self.trust is None else self.trust
         self.rules = Rules(
             budget=self.budgets[0] if self.budgets else None,
             max_share=self.max_share,
             keep=self.keep,
             trust=bound_of(self.trust),
         )
+        self.known: Tensor | None = None
+        self.surest: tuple[Tensor, Tensor] | None = None
         self.views: Views | None = None
         self.report = RoundReport()
 
-    @property
-    def budgets(self) -> list[float]:
-        """The budget of each round, the last one that of all later ones; empty: no bound."""
-        if self.budget is None:
-            return []
-        return list(self.budget) if isinstance(self.budget, list | tuple) else [self.budget]
-
-    @property
-    def most(self) -> int:
-        """Positives an image in the largest of the rounds."""
+    def most(self, M: int) -> int:
+        """Positives an image in the largest of the rounds, of M images."""
+        if self.budgets == [AS_SURE]:
+            return max(1, min(M // 8, WIDEST))
         return max(1, math.ceil(max(self.budgets, default=NO_BOUND)))
+
+    def offered(self, M: int) -> int:
+        """Candidates of an image, of which the surest of all M images become positives.
+
+        Four times `most`, or with --isl-budget auto twice it, which is wide already.
+        """
+        most = self.most(M)
+        if self.budgets == [AS_SURE]:
+            return max(most, min(2 * most, OFFERED // M))
+        return 4 * most
 
     @property
     def wants_views(self) -> bool:
@@ -195,17 +267,25 @@ class RoundMiner(Miner):
         """The sets of this round, from features [M, C] (unit rows) and the sets so far.
 
         All are equal on all ranks. rng: a CPU generator, one draw a round (rank 0's counts). views
-        2 x [M, C]: unit rows of two random augmentations of every image, from which it is estimated
-        how much of the sets is right. Raises BadInput where features do not fit, Interrupted on
-        every rank where tick raised it on one.
+        2 x [M, C]: unit rows of two random augmentations of every image, and its pixels, from which
+        it is guessed how much of the sets is right. Raises BadInput where features do not fit,
+        Interrupted on every rank where tick raised it on one.
         """
         started = time.perf_counter()
         check_features(features, positives.num_images, views)
         seed = dist.broadcast_object(int(torch.randint(2**62, (1,), generator=rng)))
         if features.device.type == "cpu":  # which multiplies half precision slowly
             features = features.float()
-            views = views and tuple(view.float() for view in views)
-        self.report = RoundReport(self.name)
+            views = views and Views(*(x if x is None else x.float() for x in views))
+        self.report = RoundReport(
+            self.name,
+            effective_rank=effective_rank(features),
+            apart=None if views is None else apart(views),
+            labels_checked=None if self.known is None else int((self.known >= 0).sum()),
+        )
+        self.surest = None
+        if self.budgets == [AS_SURE]:
+            self.rules.budget = self.most(len(features))
         self.views = views
         try:
             if len(features) > 1:
@@ -293,26 +373,70 @@ class RoundMiner(Miner):
         """
         if not len(a):
             return 0
-        at_most, at = sampled(by_halves, features, a, b, tick)
-        share = at_most if views is None else sampled(by_views, views, a, b, tick)[0]
-        bound = self.rules.trust
-        number = len(a) if bound is None else widest(share, at, len(a), bound)
-        if not number:
-            self.report.why = (
-                f"{NOTHING_SURE}: of the surest pairs"
-                f" {'at most ' if views is None else ''}{100 * share[:32].double().mean():.0f} %"
-                f" are estimated to be right, and {100 * bound:.0f} % are asked for (--isl-trust)"
-            )
-            return 0
-        most, likely = (float(x[at < number].double().mean()) for x in (at_most, share))
-        self.report.precision_at_most = max(most, likely)
-        self.report.precision_estimate = None if views is None else likely
+        if self.known is not None:
+            estimate = by_check(self.known.to(a.device), a, b)
+            least = FEWEST_PAIRS
+        else:
+            estimate = guess(features, views, a, b, tick)
+            least = 32
+        number = len(a)
+        if (bound := self.rules.trust) is not None:
+            number = 0
+            if not estimate.doubt:
+                number = widest(estimate.share, estimate.at, len(a), bound, least)
+        if number:
+            self._say(estimate, a, b, number, views)
+        else:
+            five = max(1, round(NO_BOUND * len(features) / 2))
+            self.surest = a[:five], b[:five]
+            self.report.why = f"{NOTHING_SURE}: {_why_not(estimate, bound, least)}"
         return number
+
+    def _say(
+        self, estimate: Estimate, a: Tensor, b: Tensor, number: int, views: Views | None
+    ) -> None:
+        """Put into the report what is estimated of the first `number` of pairs a [U], b [U]."""
+        report = self.report
+        count = int((estimate.at < number).sum())  # of the estimate's pairs, those that stay
+        if not count:
+            report.doubt = estimate.doubt or None
+            return
+        share, most = float(estimate.share[count - 1]), float(estimate.most[count - 1])
+        if estimate.labelled:
+            if estimate.doubt:
+                report.doubt = estimate.doubt or None
+                return
+            at = estimate.at[:count]
+            right = self.known[a[at].cpu()] == self.known[b[at].cpu()]
+            twice = 2 * spread_of_count(right.float(), a[at].cpu(), b[at].cpu())
+            report.precision_estimate = share
+            report.precision_at_least = max(share - twice, 0.0)
+            report.precision_at_most = min(share + twice, 1.0)
+            return
+        report.precision_at_most = most
+        if views is not None:
+            report.doubt = estimate.doubt or None
+            report.precision_estimate = None if estimate.doubt else share
 
     def begin(self, number: int) -> None:
         """The next round is the one of this number, from 1 on: take up its budget."""
-        if self.budgets:
+        if self.budgets and self.budgets != [AS_SURE]:
             self.rules.budget = self.budgets[min(number, len(self.budgets)) - 1]
+
+
+def _why_not(estimate: Estimate, bound: float, least: int) -> str:
+    """Why no pairs are sure enough for the bound, and what to do."""
+    if estimate.labelled and estimate.doubt:
+        return estimate.doubt
+    label = "name a few hundred labelled images to be sure (--isl-check)"
+    if estimate.doubt:
+        return f"it cannot be told without labels how much is right ({estimate.doubt}); {label}"
+    last = min(least, len(estimate.share)) - 1
+    share, most = (100 * float(x[last]) for x in (estimate.share, estimate.most))
+    asked = f"and {100 * bound:.0f} % are asked for (--isl-trust)"
+    if estimate.labelled:
+        return f"of the surest pairs {share:.0f} % are right by the labelled images, {asked}"
+    return f"of the surest pairs {share:.0f} to {most:.0f} % are right by a guess, {asked}; {label}"
 
 
 def check_features(features: Tensor, M: int, views: Views | None = None) -> None:
@@ -334,7 +458,12 @@ def check_features(features: Tensor, M: int, views: Views | None = None) -> None
     given = {"features": features}
     if views is not None:
         given |= {"views": views[0], "second views": views[1]}
-    if any(rows.shape != features.shape for rows in given.values()):
+        if (pixels := getattr(views, "pixels", None)) is not None:
+            given |= {"pixels": pixels}
+    if any(
+        rows.shape != features.shape if name != "pixels" else len(rows) != M
+        for name, rows in given.items()
+    ):
         shapes = " and ".join(str(tuple(view.shape)) for view in views)
         raise BadInput(
             f"views of shape {shapes} do not fit features of shape {tuple(features.shape)}: equal"

@@ -15,6 +15,7 @@ from moco_isl import dist
 from moco_isl.encoders import AMP_TYPES
 from moco_isl.errors import Interrupted, RunFailed
 from moco_isl.mining.baselines import baselines
+from moco_isl.mining.positives import same_label
 from moco_isl.mining.reach import same_class_found
 from moco_isl.mining.record import RoundReport, sample_anchors
 from moco_isl.objectives.base import Objective
@@ -183,6 +184,9 @@ def mine_round(
     report = replace(report, round=isl.round, seconds=seconds, **_memory(features.device))
     if labels is None:
         return report
+    if (surest := getattr(miner, "surest", None)) is not None:
+        right = same_label(labels, *surest).nanmean()
+        report = replace(report, precision_surest=None if right.isnan() else float(right))
     sampled = report.recall is not None
     return replace(report, **judge_positives(isl, features, labels, sizes, sampled))
 

@@ -9,6 +9,7 @@ import torch
 
 from moco_isl import data
 from moco_isl.builder import MoCo
+from moco_isl.data.label_list import read_labels
 from moco_isl.encoders import STEMS
 from moco_isl.miners import MINERS, find_miner
 from moco_isl.mining.rounds import RoundMiner
@@ -237,13 +238,17 @@ def get_parser(description: str) -> flags.Parser:
     return parser
 
 
-def build_miner(args: argparse.Namespace, labels: torch.Tensor | None):
+def build_miner(args: argparse.Namespace, labels: torch.Tensor | None, images=None):
     """The miner that the flags describe. Raises BadInput.
 
-    labels [M]: of the training images, for a miner that is allowed to see them.
+    labels [M]: of the training images, for a miner that is allowed to see them. images: the
+    `TrainingImages`, of which --isl-check names a few; None: the list is not read.
     """
     kind = find_miner(args.miner)
-    return flags.take(kind, args, **({"labels": labels} if kind.uses_labels else {}))
+    miner = flags.take(kind, args, **({"labels": labels} if kind.uses_labels else {}))
+    if images is not None and getattr(miner, "check", None):
+        miner.known = read_labels(miner.check, images.train, images.whole, "--isl-check")
+    return miner
 
 
 def build_objective(args: argparse.Namespace, model: torch.nn.Module, M: int) -> Objective:

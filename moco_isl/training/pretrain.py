@@ -19,6 +19,7 @@ from moco_isl import dist, files
 from moco_isl.builder import MoCo
 from moco_isl.encoders import as_in_library
 from moco_isl.errors import BadInput, Interrupted, RunFailed, missing_package
+from moco_isl.mining.estimate import apart, effective_rank
 from moco_isl.mining.positives import PositiveSets
 from moco_isl.mining.record import precision_of_ranking, round_record
 from moco_isl.objectives.base import Objective
@@ -199,6 +200,8 @@ class Journal:
         self.position = position
         self.writer = None
         self.mean_cosine = math.inf  # between features at the end of the epoch before
+        # effective rank of the features and `apart` of their views at the round before
+        self.outcome: tuple[float, float | None] | None = None
 
     def say(self, line: str) -> None:
         self.progress.say(line)
@@ -509,6 +512,11 @@ def train(
             save()
             return
         end_of_epoch(parts, reader, plan, journal, save, judge)
+    if plan.mines and journal.outcome is not None and journal.outcome[1] is not None:
+        with contextlib.suppress(Interrupted):  # all is saved already
+            features = reader.features(isl.encoder)
+            views = reader.views(isl.encoder, plan.epochs)
+            say_outcome(journal, effective_rank(features), apart(views))
 
 
 def mine(
@@ -543,8 +551,29 @@ def mine(
     keep = lambda: keep_round(parts, features, before, reader.labels, journal.folder)
     report.precision_ranked = ranks.on_main(keep)
     journal.say(f"=> {report}")
+    say_outcome(journal, report.effective_rank, report.apart)
     journal.log(kind="round", epoch=epoch, **report.figures())
     save()
+
+
+def say_outcome(journal: Journal, rank: float | None, between: float | None) -> None:
+    """Say what the epochs since the round before have done to the features, without labels.
+
+    rank, between: their `effective_rank` and how far `apart` their views are; None: not known.
+    """
+    before = journal.outcome
+    journal.outcome = None if rank is None else (rank, between)
+    if before is None or None in (rank, between, before[1]):
+        return
+    journal.say(
+        f"=> since the round before: effective rank {before[0]:.1f} to {rank:.1f}, other images"
+        f" between two views of one {100 * before[1]:.2f} % to {100 * between:.2f} %"
+    )
+    if rank < before[0] and between > before[1]:
+        journal.say(
+            "=> warning: the features lost directions and know an image less well than before: the"
+            " positives may do harm; compare with as many epochs of --miner none"
+        )
 
 
 def keep_round(

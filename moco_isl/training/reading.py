@@ -3,6 +3,7 @@
 Letters: C feature dimension, M images.
 """
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -11,7 +12,8 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from moco_isl import data, dist
-from moco_isl.encoders import AMP_TYPES, extract_features, extract_views
+from moco_isl.encoders import AMP_TYPES, SmallImages, extract_features, extract_views
+from moco_isl.mining.estimate import Views, pixel_rows
 from moco_isl.run.ranks import say
 from moco_isl.run.signals import Stop
 from moco_isl.training import fast
@@ -76,6 +78,7 @@ class Reader:
     settings: Reading
     device: torch.device
     stop: Stop
+    pixels: torch.Tensor | None = None  # see `mining.estimate.Views`; read when first asked for
 
     @property
     def M(self) -> int:
@@ -88,7 +91,12 @@ class Reader:
         when asked to stop.
         """
         dataset = self.images.train if dataset is None else dataset
-        loader = data.eval_loader(
+        loader = self._plain(dataset)
+        return self._pass(extract_features, encoder, loader, loader, len(dataset))
+
+    def _plain(self, dataset: Dataset):
+        """A loader of the centre crops of this rank's share of a data set."""
+        return data.eval_loader(
             dataset,
             transform=data.get_eval_transform(self.settings.dataset, self.images.side),
             shard=dist.shard(len(dataset)),
@@ -96,10 +104,9 @@ class Reader:
             workers=self.settings.workers,
             device=self.device,
         )
-        return self._pass(extract_features, encoder, loader, loader, len(dataset))
 
-    def views(self, encoder: nn.Module, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features of both views of every image: 2 x [M, C] unit rows, equal on all ranks.
+    def views(self, encoder: nn.Module, epoch: int) -> Views:
+        """Features of both views of every image, 2 x [M, C], and its pixels, equal on all ranks.
 
         The views are those that this epoch draws; the encoder is in eval mode. Raises Interrupted
         when asked to stop.
@@ -114,7 +121,12 @@ class Reader:
             workers=self.settings.workers,
             device=self.device,
         )
-        return self._pass(extract_views, encoder, loader, loader.epoch(epoch), self.M)
+        seen = self._pass(extract_views, encoder, loader, loader.epoch(epoch), self.M)
+        if self.pixels is None:
+            small = functools.partial(extract_features, normalize=False)
+            loader = self._plain(self.images.train)
+            self.pixels = pixel_rows(self._pass(small, SmallImages(), loader, loader, self.M))
+        return Views(*seen, self.pixels)
 
     def _pass(self, extract: Callable, encoder: nn.Module, loader, batches: Iterable, M: int):
         """Call extract(encoder, batches, M, ...) with this rank's batches; close the loader."""
