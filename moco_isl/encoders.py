@@ -613,10 +613,14 @@ def evaluating(module: nn.Module):
 
 
 class SmallImages(nn.Module):
-    """No network: images [n, 3, S, S] -> their pixels at 8 by 8, [n, 192]."""
+    """No network: images [n, 3, S, S] -> their pixels at 8 by 8, [n, 192].
+
+    They are less the image's own mean of each channel: its colour alone makes no two images alike.
+    """
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return F.adaptive_avg_pool2d(images.float(), 8).flatten(1)
+        small = F.adaptive_avg_pool2d(images.float(), 8).flatten(2)  # [n, 3, 64]
+        return (small - small.mean(2, keepdim=True)).flatten(1)
 
 
 def extract_features(

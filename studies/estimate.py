@@ -11,7 +11,7 @@ They are compared with the truth, on the list of pairs that --miner average --is
 
 A row is an encoder and a number of its images, drawn. Per cent right at 5, 20 and 50 an image; what
 is guessed without labels, from the lower guess to the highest; what --isl-budget auto would keep by
-it; and the error of --isl-check, with 300 and with 500 labelled images drawn 20 times: the root of
+it; and the error of --isl-check, with 300 and with 500 labelled images drawn ten times: the root of
 the mean square at 50 an image and at the widest. Labels judge and choose nothing but --isl-check's.
 """
 
@@ -33,9 +33,9 @@ from studies.figures import Result
 
 Tensor = torch.Tensor
 SIZES = (5, 20, 50)
-IMAGES = (300, 1000, 5000)  # drawn of a data set's; all where there are fewer
+IMAGES = (500, 1000, 2500)  # drawn of a data set; all where there are fewer
 LABELLED = (300, 500)
-DRAWS = 20
+DRAWS = 10
 
 
 class Ranked(AverageMiner):

@@ -99,7 +99,7 @@ def test_config_file(tmp_path):
     assert (args.arch, args.moco_k, args.isl_budget, args.mlp, args.schedule, args.data) == (
         "resnet18",
         4096,
-        [2.5],
+        ["2.5"],
         True,
         [3, 4],
         "here",

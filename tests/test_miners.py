@@ -188,6 +188,22 @@ def test_the_budget_is_exact_where_enough_was_found():
         assert abs(sets.num_edges - budget * 500) <= 1 and sets.num_edges == 2 * round(budget * 250)
 
 
+def test_the_cap_follows_what_is_kept():
+    """A hub is in the 80 surest pairs; where fewer pairs stay, it keeps fewer of them."""
+    hub = torch.zeros(80).long(), torch.arange(1, 81)
+    others = torch.arange(100, 300, 2), torch.arange(101, 300, 2)
+    found = Edges(
+        torch.cat([hub[0], others[0]]), torch.cat([hub[1], others[1]]), -torch.arange(180.0)
+    )
+    settle_ = lambda keep: settle(
+        rows(300), found, PositiveSets.empty(300), Rules(budget=50.0), lambda a, b: keep
+    )[0]
+    whole, part = settle_(180), settle_(150)
+    assert int(whole.in_degree().max()) == 80 and whole.num_edges == 360
+    # of 300 images: 5 % of them, 15, is more than 4 times a set's size
+    assert int(part.in_degree().max()) == 15 and part.num_edges == 2 * (15 + 70)
+
+
 def test_members_come_surest_first():
     sets, _ = settle(rows(60), random_found(60, 400), PositiveSets.empty(60), Rules())
     for i in range(60):

@@ -482,3 +482,32 @@ def test_a_run_says_everywhere_that_labelled_images_were_used(tmp_path):
     args = json.loads((tmp_path / "run" / "args.json").read_text())["args"]
     record = torch.load(tmp_path / "run" / "rounds" / "round_0001.pt")
     assert args["isl_check"] == list_ and int(record["labels_checked"]) == count > 100
+
+
+# ---- the study of its errors ---------------------------------------------------------------------
+
+
+def test_a_row_of_the_study_says_how_far_off_the_estimates_are(tmp_path):
+    from studies import estimate as study
+    from studies.miners import Source
+
+    source = Source(crowds(1000), torch.arange(1000) % GROUPS, views=seen(1000))
+    study.save(source, tmp_path / "x.safetensors")
+    again = study.of_file(str(tmp_path / "x.safetensors"), torch.device("cpu"))
+    assert all(torch.equal(x, y) for x, y in zip(source.views, again.views))
+    row = study.row(again)
+    a, b = study.ranked(again)
+    truth = [
+        float((again.labels[a[:n]] == again.labels[b[:n]]).float().mean()) for n in (2500, 10000)
+    ]
+    assert row["M"] == 1000 and row["truth"].split(", ")[:2] == [f"{100 * x:.0f}" for x in truth]
+    assert " an image, " in row["kept"] and row["by_300"] and row["by_500"]
+    small = study.part(again, 400)
+    assert len(small.labels) == 400 and study.row(small)["kept"] == "cannot tell"
+    known = torch.full((1000,), -1)
+    drawn = torch.randperm(1000, generator=SEED(3))[:300]
+    known[drawn] = again.labels[drawn]
+    right = (again.labels[a] == again.labels[b]).float()
+    counted = right[(known[a] >= 0) & (known[b] >= 0)].mean()
+    errors = study.check_errors(again.labels, a, b, right, 300, 3)
+    assert errors[1] == pytest.approx(100 * float(counted - right.mean()), abs=1e-3)
