@@ -138,6 +138,7 @@ def get_parser() -> argparse.ArgumentParser:
         metavar="X",
         help="a checkpoint, the name of its data set and where that is",
     )
+    parser.add_argument("--name", default="", help="of the table, where there are several")
     parser.add_argument("--save", type=Path, metavar="DIR", help="keep features of --run there")
     return parser
 
@@ -154,7 +155,9 @@ def main(argv: list[str] | None = None) -> int:
         ("kept", "kept by auto, and the guess's error"),
         *((f"by_{n}", f"--isl-check, {n}: error at 50, widest") for n in LABELLED),
     ]
-    result = Result("estimate", "The estimates of precision beside the truth", args.device, columns)
+    name = f"estimate-{args.name}" if args.name else "estimate"
+    title = f"The estimates of precision beside the truth{args.name and ', '}{args.name}"
+    result = Result(name, title, args.device, columns)
     try:
         if wrong := [run for run in args.run if not 2 <= len(run) <= 3]:
             raise BadInput(
