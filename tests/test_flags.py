@@ -215,6 +215,7 @@ def test_a_flag_of_several_values_leaves_the_folder_alone():
         int: ["3", "4"],
         float: ["1e-3", "-2", "3"],
         "layers": ["all", "conv2"],
+        "isl_budget": ["1.5", "3"],
         "results": ["a.json", "b/c.json"],
     }
     tried = 0

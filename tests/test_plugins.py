@@ -273,7 +273,7 @@ def test_a_miner_keeps_its_budget_of_each_round():
     assert budgets == [0.5, 1.5, 1.5]
     first, second = miners.KNNMiner(), miners.KNNMiner()
     first.budget.append(9)
-    assert second.budget == [5.0]
+    assert second.budget == ["5"]
     assert miners.KNNMiner(budget=None).rules.budget is None
 
 
