@@ -36,6 +36,7 @@ from moco_isl.mining.estimate import (
 )
 from moco_isl.mining.positives import PositiveSets
 from moco_isl.mining.rounds import AUTO, bound_of
+from moco_isl.training.pretrain import say_outcome
 from tests.ranks import run_ranks
 from tests.runs import DIGITS
 from tests.test_bad_input import ask
@@ -511,3 +512,18 @@ def test_a_row_of_the_study_says_how_far_off_the_estimates_are(tmp_path):
     counted = right[(known[a] >= 0) & (known[b] >= 0)].mean()
     errors = study.check_errors(again.labels, a, b, right, 300, 3)
     assert errors[1] == pytest.approx(100 * float(counted - right.mean()), abs=1e-3)
+
+
+def test_features_that_got_worse_are_said():
+    class Lines(list):
+        outcome, say = None, list.append
+
+    for rank, apart_, lines in ((7.0, 0.01, 0), (8.0, 0.02, 1), (7.5, 0.03, 2), (7.4, None, 0)):
+        journal = Lines()
+        journal.outcome = {7.0: None, 8.0: (7.0, 0.01), 7.5: (8.0, 0.02), 7.4: (7.5, 0.03)}[rank]
+        say_outcome(journal, rank, apart_)
+        assert len(journal) == lines and journal.outcome == (rank, apart_)
+        assert lines < 2 or journal[1].startswith("=> warning: the features lost directions")
+        assert not lines or re.search(
+            r"effective rank \d.0 to [78]\.\d, .* [12].00 % to", journal[0]
+        )

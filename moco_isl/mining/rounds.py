@@ -103,7 +103,10 @@ AS_SURE = math.inf  # the budget of --isl-budget auto: no number bounds it
 
 def check_budget(text: str) -> str:
     """The text of one --isl-budget. Raises BadInput."""
-    budgets_of(text)
+    try:
+        budgets_of(text)
+    except BadInput as error:  # the parser names the flag
+        raise BadInput(str(error).removeprefix("--isl-budget ")) from None
     return text
 
 
