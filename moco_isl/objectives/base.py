@@ -202,8 +202,8 @@ class MinedObjective(Objective):
         "meanlog",
         "--isl-loss",
         choices=FORMS,
-        help="meanlog: the mean of the logs, by which each positive has to be likely; it learns most"
-        " from sets that are right. logsum: Eq. 5 of the paper, for which one likely positive is"
+        help="meanlog: the mean of the logs, by which each positive has to be likely; it learns"
+        " most from sets that are right. logsum: Eq. 5 of the paper, for which one likely positive is"
         " enough; wrong ones cost less with it",
     )
     hpe: float = opt(
