@@ -203,8 +203,8 @@ class MinedObjective(Objective):
         "--isl-loss",
         choices=FORMS,
         help="meanlog: the mean of the logs, by which each positive has to be likely; it learns"
-        " most from sets that are right. logsum: Eq. 5 of the paper, for which one likely positive is"
-        " enough; wrong ones cost less with it",
+        " most from sets that are right. logsum: Eq. 5 of the paper, for which one likely positive"
+        " is enough; wrong ones cost less with it",
     )
     hpe: float = opt(
         0.0,
