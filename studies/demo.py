@@ -32,11 +32,11 @@ from studies.figures import HERE, Judge, metrics
 
 OUT = Path("runs/demo")
 # the setting that README and docs/mining.md recommend
-RECOMMENDED = "--miner average --isl-trust auto --isl-budget 50 --isl-loss meanlog --isl-hpe 0"
+RECOMMENDED = "--miner average --isl-budget auto"
 # as wide for the paper's GAN, whose radius decides; its networks go on from round to round
 GAN = (
     "--miner gan --isl-budget 50 --isl-candidates 60 --isl-radius 0.2 --isl-threshold 0.3"
-    " --isl-gan-iters 1200 --isl-gan-min-iters 1200 --isl-loss meanlog --isl-hpe 0"
+    " --isl-gan-iters 1200 --isl-gan-min-iters 1200"
 )
 DIGITS = ["--config", str(HERE / "flags_digits.yaml")]
 FAST = "--fast --no-compile --save-epochs 100".split()

@@ -435,7 +435,7 @@ def of_checkpoint(file: Path, dataset: str, root: str | None, device: torch.devi
 
 
 def of_digits(seeds: int, device: torch.device, runs: Path) -> list[Source]:
-    """The digits' train images by each seed's MoCo v2 of gain_digits, trained 20 more epochs.
+    """The digits' train images by each seed's MoCo v2 of gain_digits, trained 40 more epochs.
 
     The features before those epochs are of start_digits. Raises BadInput where a run is missing.
     """

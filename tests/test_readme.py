@@ -68,7 +68,12 @@ def test_figures_are_those_of_the_results():
     breakevens = sorted(row["knn"].split()[0] for row in rows)
     bold = re.findall(r"\*\*([-+]?\d.*?)\*\*", README)
     assert len(bold) <= NUMBERS
-    assert bold[:4] == [found["gain_shot"], found["gain"], breakevens[0], breakevens[-1]]
+    assert bold[:4] == [
+        found["gain_one_shot"],
+        found["gain_knn"],
+        breakevens[0],
+        breakevens[-1],
+    ]
 
 
 def test_python_runs():

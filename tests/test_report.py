@@ -455,6 +455,7 @@ def test_an_estimate_without_labels_decides_nothing():
         ({}, "needs labels (--labels)"),
         ({"precision_estimate": 0.97, "precision_at_most": 0.99}, "calls 97 of 100 mined pairs"),
         ({"precision_estimate": None, "precision_at_most": 0.97}, "calls at most 97 of 100"),
+        ({"precision_estimate": 0.97, "labels_checked": 300}, "By labelled images 97 of 100"),
     ]:
         found = verdict.judge(run_of(last), table={"meanlog": {5.0: 0.8}})
         assert found.tone == "open" and words in found.text

@@ -104,6 +104,8 @@ def _sets(last: dict) -> str:
     wide = f"{last['mean_size']:.0f} an image"
     if (precision := _precision(last)) is not None:
         text = f"{_of_100(precision)} mined pairs are right, {wide}"
+    elif estimate is not None and last.get("labels_checked"):
+        text = f"By labelled images {_of_100(estimate)} mined pairs are right, {wide}"
     elif estimate is not None:
         text = f"An estimate without labels calls {_of_100(estimate)} mined pairs right, {wide}"
     elif most is not None:
@@ -147,8 +149,8 @@ def _expectation(run: Run, last: dict, table: dict | None) -> tuple[str, str]:
 
 
 def estimates(report: dict) -> tuple[float | None, float | None]:
-    """The share of a round's pairs that is right, estimated without labels: by two views, at most.
+    """The share of a round's pairs that is right, by an estimate: the likely one, and at most.
 
-    None where there is no such estimate.
+    The estimate is that of --isl-check, or a guess without labels. None where there is none.
     """
     return report.get("precision_estimate"), report.get("precision_at_most")
