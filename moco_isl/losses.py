@@ -64,14 +64,15 @@ def multi_positive_nce(l_pos: Tensor, lse: Tensor, weight: Tensor | None = None)
 def multi_positive_mean_log(l_pos: Tensor, lse: Tensor, weight: Tensor | None = None) -> Tensor:
     """Mean of the logs: every positive has to be likely, not just the easiest.
 
-    Arguments as in `multi_positive_nce`. Returns the mean over N of - sum_S w log [ e^l / (e^l +
-    sum_K e^l) ] / sum_S w. Each positive is told from the negatives alone: in one denominator they
-    would push each other away, the harder the less of the weight each has.
+    Arguments as in `multi_positive_nce`. Returns the mean over N of - sum_S w log [ e^l / (sum_S
+    e^l + sum_K e^l) ] / sum_S w: weights choose how much a positive is asked for, they do not
+    change the denominator.
     """
     l_pos = l_pos.float()
     weight = torch.ones_like(l_pos) if weight is None else weight.float()
-    log_p = l_pos - torch.logaddexp(l_pos, lse[:, None])  # [N, S]
-    log_p = torch.where(weight > 0, log_p, 0)
+    present = l_pos.masked_fill(weight == 0, -torch.inf)
+    total = torch.logaddexp(torch.logsumexp(present, dim=1), lse)  # [N]
+    log_p = torch.where(weight > 0, l_pos - total[:, None], 0)  # [N, S]
     return -((weight * log_p).sum(1) / weight.sum(1)).mean()
 
 
@@ -177,7 +178,7 @@ def bank_loss(
         positives: [N, S] bank rows that count as positive, the own row among them.
         weight: [N, S], 0 for padding.
         hard: [N, C] features h of the hard positives, without gradient; None: no Eq. 6.
-        form: "logsum" (Eq. 5) or "meanlog", whose negatives are the rows that are no positives.
+        form: "logsum" (Eq. 5) or "meanlog".
         absent: [N, A] int64, bank rows that do not count for an image, M for none.
         chunk, fused: see `softmax_over`.
 
@@ -186,9 +187,6 @@ def bank_loss(
     """
     with torch.autocast(f.device.type, enabled=False):
         f = f.float()
-        if form == "meanlog":
-            present = torch.where(weight > 0, positives, len(bank))  # [N, S]
-            absent = present if absent is None else torch.cat([absent, present], dim=1)
         lse, _, lse_h, mean_h = softmax_over(
             f, bank, T, hard=hard, absent=absent, chunk=chunk, fused=fused
         )
@@ -196,7 +194,7 @@ def bank_loss(
         if form == "logsum":
             isl = (lse - torch.logsumexp(_with_weight(l_pos, weight), dim=1)).mean()
         else:
-            isl = multi_positive_mean_log(l_pos, lse, weight)
+            isl = (lse - (weight * l_pos).sum(1) / weight.sum(1)).mean()
         if hard is None:
             return isl, isl.new_zeros(())
         return isl, linear_kl(f, lse, hard, lse_h, mean_h, T)

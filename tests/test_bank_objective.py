@@ -45,9 +45,11 @@ def build(encoder=tiny, sets=True, **options):
     return isl
 
 
-def similarities(f, bank):
-    """The exp of Eq. 4 for one feature and every row."""
-    return [torch.exp(sum(f[c] * v[c] for c in range(C)) / T) for v in bank]
+def softmax_by_loops(f, bank, absent=()):
+    """p_n of Eq. 4 for one feature; absent: rows that do not count, of which p_n is 0."""
+    e = [torch.exp(sum(f[c] * v[c] for c in range(C)) / T) for v in bank]
+    e = [0 * x if n in absent else x for n, x in enumerate(e)]
+    return [x / sum(e) for x in e]
 
 
 def step_by_loops(isl, f, bank, index, second):
@@ -67,29 +69,24 @@ def step_by_loops(isl, f, bank, index, second):
         start = isl.turn * isl.P % sizes if sizes > isl.P else 0
         pulled = [mined[(start + n) % sizes] for n in range(min(isl.P, sizes))]
         waiting = {j for j, _ in mined} - {j for j, _ in pulled}
-        e = similarities(f[row], bank)
+        p = softmax_by_loops(f[row], bank, waiting)
         own = 1.0
         if isl.own and pulled:
             own = isl.own / (1 - isl.own) * sum(w for _, w in pulled)
-        terms = [(own, e[i])] + [(w, e[j]) for j, w in pulled]
-        absent = waiting
-        if isl.form == "meanlog":
-            absent = waiting | {i} | {j for j, _ in pulled}
-        counts = [n for n in range(M) if n not in absent]
-        rest = sum(e[n] for n in counts)
+        terms = [(own, p[i])] + [(w, p[j]) for j, w in pulled]
         if isl.form == "logsum":
-            total = total - torch.log(sum(w * x for w, x in terms) / rest)
+            total = total - torch.log(sum(w * x for w, x in terms))
         else:
-            logs = sum(w * torch.log(x / (x + rest)) for w, x in terms)
-            total = total - logs / sum(w for w, _ in terms)
+            total = total - sum(w * torch.log(x) for w, x in terms) / sum(w for w, _ in terms)
         hard = (
             bank[min((j for j, _ in mined), key=lambda j: float(bank[i] @ bank[j]))]
             if mined
             else second[row]
         )
-        e_h = similarities(hard, bank)
-        p_h, p = ({n: x[n] / sum(x[j] for j in counts) for n in counts} for x in (e_h, e))
-        total = total + isl.hpe * sum(p_h[n] * torch.log(p_h[n] / p[n]) for n in counts)
+        p_h = softmax_by_loops(hard, bank, waiting)
+        total = total + isl.hpe * sum(
+            h * torch.log(h / x) for n, (h, x) in enumerate(zip(p_h, p)) if n not in waiting
+        )
     return total / len(index)
 
 
@@ -193,17 +190,14 @@ def large(M, N=16, C=64, S=9):
 def exact(f, bank, positives, weight, hard, form):
     """Loss and gradient in float64, all N x M logits at once."""
     f = f.double().requires_grad_()
-    logits, l_hard = (x @ bank.double().T / 0.07 for x in (f, hard.double()))
-    of = logits.gather(1, positives)
-    if form == "meanlog":
-        pulled = torch.zeros_like(logits).scatter_add_(1, positives, weight.double()) > 0
-        logits, l_hard = (x.masked_fill(pulled, -1e9) for x in (logits, l_hard))
-    lse = logits.logsumexp(1)
-    if form == "logsum":
-        isl = lse - (of + weight.double().log()).logsumexp(1)
-    else:
-        isl = (weight * (torch.logaddexp(of, lse[:, None]) - of)).sum(1) / weight.sum(1)
-    log_p, log_h = logits.log_softmax(1), l_hard.log_softmax(1)
+    log_p = (f @ bank.double().T / 0.07).log_softmax(1)
+    log_h = (hard.double() @ bank.double().T / 0.07).log_softmax(1)
+    of = log_p.gather(1, positives)
+    isl = (
+        -(of + weight.double().log()).logsumexp(1)
+        if form == "logsum"
+        else -(weight * of).sum(1) / weight.sum(1)
+    )
     loss = (isl + 0.5 * (log_h.exp() * (log_h - log_p)).sum(1)).mean()
     return loss.detach(), torch.autograd.grad(loss, f)[0]
 

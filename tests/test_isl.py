@@ -82,7 +82,7 @@ def test_queue_loss_equals_loops(form, mask, P, own):
             likely = sum(w * p for w, p in zip(weight, positive))
             total = total - torch.log(likely / (likely + negative))
         else:
-            logs = [torch.log(p / (p + negative)) for p in positive]
+            logs = [torch.log(p / (sum(positive) + negative)) for p in positive]
             total = total - sum(w * log for w, log in zip(weight, logs)) / sum(weight)
         h = shown[min(sets[i], key=lambda j: float(bank[j] @ bank[i]))] if sets[i] else k[row]
         p_h = torch.stack([h @ queue[:, j] / T for j in kept]).softmax(0)
