@@ -50,7 +50,7 @@ class Mechanism(QueueObjective):
     soft: float = opt(0.0, "--m-soft", low=0, help="w = softmax(k s / t) x confidence, ASCL's")
     twice: int = opt(0, "--m-twice", low=0, help="keys of n images near by the bank, CMSF's")
     drop: float = opt(0.0, "--m-drop", low=0, high=1, help="share of the queue nearest to k left")
-    together: bool = opt(False, "--m-together", help="all positives in one denominator")
+    apart: bool = opt(False, "--m-apart", help="each positive against the negatives alone")
     core: int = opt(0, "--m-core", low=0, help="pull at the n surest of the set alone")
     attract: bool = opt(True, "--m-attract", help="whether the set pulls at all")
     pull: float = opt(0.0, "--m-pull", low=0, help="weight of 2 - 2 h(q) s, h a predictor, MSF's")
@@ -148,10 +148,8 @@ class Mechanism(QueueObjective):
             return self.result(isl + factor * beside, l_own, top)
         l_pos = torch.cat([l_own, (q[:, None] * rows).sum(2) / T], dim=1)
         weight = torch.cat([first, weight], dim=1)
-        if self.together:
-            present = l_pos.masked_fill(weight == 0, -torch.inf)
-            total = torch.logaddexp(present.logsumexp(1), lse)[:, None]  # [N, 1]
-            logs = torch.where(weight > 0, l_pos - total, 0)
+        if self.apart:
+            logs = l_pos - torch.logaddexp(l_pos, lse[:, None])  # [N, 1 + P]
             isl = -((weight * logs).sum(1) / weight.sum(1)).mean()
         else:
             isl = FORMS[self.form](l_pos, lse, weight)
@@ -258,17 +256,15 @@ FIGURES = {"knn": "kNN %", "one_shot": "1-shot %", "linear": "linear %"}
 NONE = {"none": "", "none, weak view": "--objective mechanism --m-weak"}
 ROWS = {  # name -> flags
     "mean of logs": "",
-    "mean of logs, own key .2": "--m-share 0.2",
-    "mean of logs, own key .5": "--m-share 0.5",
-    "mean of logs, own key .75": "--m-share 0.75",
-    "one denominator": "--m-together",
-    "one denominator, own key .5": "--m-together --m-share 0.5",
+    "own key .2": "--m-share 0.2",
+    "own key .5": "--m-share 0.5",
+    "own key .75": "--m-share 0.75",
+    "each positive alone": "--m-apart",
+    "each alone, own key .5": "--m-apart --m-share 0.5",
     "mixed with the own key": "--m-mix",
     "fresh keys of the set": "--m-fresh",
     "5 nearest keys, every step": "--m-live 5 --m-share 0.5",
     "weak view for the key": "--m-weak",
-    "weak view, own key .5": "--m-weak --m-share 0.5",
-    "weak view, mixed": "--m-weak --m-mix",
     "soft weights": "--m-soft 0.05",
     "near by the bank, current key": "--m-twice 5 --m-share 0.5",
     "the set left out, not pulled": "--no-m-attract",
@@ -279,7 +275,6 @@ ROWS = {  # name -> flags
     "cosine behind a predictor": "--m-pull 1",
     "a head of its own": "--m-head 1",
     "Eq. 5": "--isl-loss logsum",
-    "Eq. 5, own key .5": "--isl-loss logsum --m-share 0.5",
     "Eq. 5 and hard positives": "--objective queue --isl-loss logsum --isl-hpe 0.5",
 }
 
