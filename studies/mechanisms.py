@@ -192,16 +192,16 @@ class Mechanism(QueueObjective):
 
     def pulled(self, q: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
         self.extra.train()
-        towards = F.normalize(self.extra(q), dim=1)
+        towards = F.normalize(self.extra(q).float(), dim=1)
         away = 2 - 2 * (towards[:, None] * rows).sum(2)
         return ((weight * away).sum(1) / weight.sum(1).clamp(min=1)).mean()
 
     def behind_head(self, index: Tensor, absent: Tensor) -> Tensor:
         """The mean of logs with a projection, a queue and a bank of its own."""
         T = self.model.T
-        z_q = F.normalize(self.extra(self.seen["encoder_q"].float()), dim=1)
+        z_q = F.normalize(self.extra(self.seen["encoder_q"]).float(), dim=1)
         with torch.no_grad():
-            self.z_k = F.normalize(self.follower(self.seen["encoder_k"].float()), dim=1)
+            self.z_k = F.normalize(self.follower(self.seen["encoder_k"]).float(), dim=1)
         mined, weight = self.positives.lookup(index, self.P, self.turn)
         weight = weight * self.known[mined]
         lse, _, _, _ = softmax_over(z_q, self.keys, T, absent=absent)
