@@ -242,7 +242,7 @@ def main(argv: list[str] | None = None) -> int:
             settings[run.row] = run.settings
             found.setdefault(run.row, {})[run.seed] = {
                 **figures(run),
-                "form": run.settings.get("isl-loss", "meanlog"),
+                "form": run.settings.get("isl-loss", "logsum"),
             }
         if not found:
             raise BadInput(

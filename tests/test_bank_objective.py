@@ -133,7 +133,7 @@ def test_only_images_without_positives_have_their_second_view_encoded():
     """N = 16: whole eighths of the batch, no more; in eval mode, with the averages of batch norm
     left alone.
     """
-    isl, seen = build(with_norm, hpe=0.5), []
+    isl, seen = build(with_norm), []
     isl.model.encoder_q.register_forward_pre_hook(
         lambda module, inputs: seen.append((len(inputs[0]), module.training))
     )

@@ -287,10 +287,10 @@ def test_symmetric_uses_both_views():
 
 def test_symmetric_in_closed_form():
     """Queue and keys all alike: each direction has log(1 + K), MoCo's sum 2 log(1 + K). With one
-    positive, as alike: -log(2 / (2 + K)) each way by Eq. 5, and 0 by Eq. 6.
+    positive, as alike: -log(2 / (2 + K)) each way, and 0 by Eq. 6.
     """
     for symmetric in (False, True):
-        isl = ISL(moco(), M, mask=False, symmetric=symmetric, form="logsum", hpe=0.5)
+        isl = ISL(moco(), M, mask=False, symmetric=symmetric)
         alike = unit(1, 0)
         isl.model.queue.copy_(alike.t().expand(C, K))
         isl.bank.fill(alike.expand(M, C))
@@ -307,7 +307,7 @@ def test_symmetric_in_closed_form():
 
 
 def test_symmetric_parts_add_up_to_the_loss():
-    isl = ISL(moco(), M, symmetric=True, hpe=0.5)
+    isl = ISL(moco(), M, symmetric=True)
     fill_queue(isl)
     loss = isl(images(4, 0), images(4, 1), torch.arange(4))
     parts = isl.parts

@@ -72,7 +72,7 @@ def test_mining_rounds_and_their_report(tmp_path, capsys):
     run(tmp_path / "moco", "--epochs", 1)
     before = weights(tmp_path / "moco")
     init = ["--init", tmp_path / "moco" / "checkpoint_last.pth.tar"]
-    mined = "--epochs 3 --miner knn --isl-every 2 --isl-budget 4 --isl-hpe 0.5".split()
+    mined = "--epochs 3 --miner knn --isl-every 2 --isl-budget 4".split()
     lines = run(tmp_path / "isl", *init, *mined)
     rounds = [line for line in lines if line["kind"] == "round"]
     assert [line["epoch"] for line in rounds] == [0, 2]
@@ -149,9 +149,7 @@ def test_bank_objective_and_held_out_knn(tmp_path):
         ["--channels-last"],
         ["--amp", "bf16"],
         ["--no-mlp"],
-        ["--isl-loss", "logsum"],
-        ["--isl-own", "0.5"],
-        ["--isl-hpe", "0.5"],
+        ["--isl-loss", "meanlog"],
     ],
 )
 def test_options_change_the_run(tmp_path, flags):

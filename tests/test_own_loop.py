@@ -148,7 +148,7 @@ def test_batches_of_another_form_are_refused():
     with pytest.raises(BadInput, match=r"was given 2 arguments: expected isl\(im_q, im_k, index\)"):
         around("queue")(images(4, 0), torch.arange(4))
     with pytest.raises(BadInput, match=r"was given 2 arguments: expected isl\(im_q, im_k, index\)"):
-        around("bank", hpe=0.5)(images(4, 0), torch.arange(4))
+        around("bank")(images(4, 0), torch.arange(4))
     assert around("bank", hpe=0)(images(4, 0), torch.arange(4)).isfinite()
     with pytest.raises(BadInput, match="4 images and 3 second views"):
         around("queue")(images(4, 0), images(3, 1), torch.arange(4))

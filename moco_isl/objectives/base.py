@@ -199,19 +199,18 @@ class MinedObjective(Objective):
     """An objective with a bank, whose positives rounds of mining find."""
 
     form: str = opt(
-        "meanlog",
+        "logsum",
         "--isl-loss",
         choices=FORMS,
-        help="meanlog: the mean of the logs, by which each positive has to be likely; it learns"
-        " most from sets that are right. logsum: Eq. 5 of the paper, for which one likely positive"
-        " is enough; wrong ones cost less with it",
+        help="logsum: Eq. 5, for which one likely positive is enough; hard positives see to the"
+        " rest. meanlog: the mean of the logs, by which each positive has to be likely",
     )
     hpe: float = opt(
-        0.0,
+        0.5,
         "--isl-hpe",
         low=0,
         metavar="w",
-        help="weight of hard positive enhancement, Eq. 6 and 7; the paper's is 0.5",
+        help="weight of hard positive enhancement, Eq. 6 and 7; 0 turns it off",
     )
     own: float | None = opt(
         None,
