@@ -150,6 +150,7 @@ def test_bank_objective_and_held_out_knn(tmp_path):
         ["--amp", "bf16"],
         ["--no-mlp"],
         ["--isl-loss", "meanlog"],
+        ["--isl-own", "0.5"],
     ],
 )
 def test_options_change_the_run(tmp_path, flags):
