@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PICTURE = ROOT / "docs" / "result.svg"
 SURE = "average,auto"
 MINERS = {  # row of gain-digits -> as it is shown
-    "knn,50": "own nearest\n--miner knn",
-    "gan,50": "the paper's GAN\n--miner gan",
+    "knn,50": "own nearest, 50\n--miner knn",
+    "gan,50": "the paper's GAN, 50\n--miner gan",
     SURE: "neighbourhood means\n--miner average\n--isl-budget auto",
 }
 LOSS = "mean of logs"

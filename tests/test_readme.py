@@ -21,7 +21,7 @@ README = (ROOT / "README.md").read_text()
 NOT_RUN = {"pip install '.[report]'": "an installation; tests/test_installed.py tries one"}
 SMALLER = {  # what is written -> what is run; -j 0: no worker that imports torch again
     "--out runs/moco\n": "--epochs 1 -j 0 --out runs/moco\n",
-    "--epochs 100": "--epochs 1 -j 0",
+    "--lr 0.01": "--lr 0.01 --epochs 1 -j 0",
     "main_knn.py photos": "main_knn.py photos -j 0",
 }
 NUMBERS = 10  # measured ones, which README prints bold
