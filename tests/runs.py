@@ -36,8 +36,9 @@ DIGITS = (
     " --knn-holdout 1000 -b 64 -j 0 --seed 1 --lr 0.1 --cos --device cpu -p 2"
 ).split()
 MINED = (
-    "--miner gan --isl-every 1 --isl-gan-iters 40 --isl-gan-min-iters 20 --isl-threshold 0"
-    " --isl-radius-mode fixed --isl-radius 2 --isl-budget 3 --isl-trust 0.01"
+    "--miner tests.viewing:ViewingGAN --isl-every 1 --isl-gan-iters 40 --isl-gan-min-iters 20"
+    " --isl-threshold 0 --isl-radius-mode fixed --isl-radius 2 --isl-budget 3"
+    " --isl-max-share 0.05"
 ).split()
 
 # where a process can be killed: the functions that a run is in then

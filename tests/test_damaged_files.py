@@ -54,7 +54,7 @@ BASE = (
 ).split()
 GAN = (
     "--miner gan --isl-gan-iters 8 --isl-gan-min-iters 4 --isl-threshold 0 --isl-radius 2"
-    " --isl-radius-mode fixed"
+    " --isl-radius-mode fixed --isl-max-share 0.05"
 ).split()
 FLAGS = [*BASE, *GAN]
 

@@ -1357,13 +1357,14 @@ def test_a_damaged_file_is_read_or_refused_in_one_line(what, entry, tmp_path, mo
     "recipe", sorted((ROOT / "launch" / "recipes").glob("queue_*.yaml")), ids=lambda p: p.stem
 )
 def test_recipes_are_command_lines_of_the_script(recipe):
+    as_typed = lambda value: [str(x) for x in value] if isinstance(value, list) else value
     args = options.parse_script(
         "pretrain", ["--config", str(recipe), "DIR"], nodes=1, tasks_per_node=8
     )
     content = yaml.safe_load(recipe.read_text())
     assert (
         all(
-            getattr(args, name.replace("-", "_")) == value
+            as_typed(getattr(args, name.replace("-", "_"))) == as_typed(value)
             for name, value in content.items()
             if name != "wd"
         )

@@ -227,10 +227,7 @@ def _the_report_says_so(run):
     with contextlib.redirect_stdout(io.StringIO()):
         assert command.main([str(run)]) == 0
     text = (run / "report.html").read_text()
-    assert (
-        "Research: labels were used to draw the positives of this run" in text
-        and "<dd>labels were used</dd>" in text
-    )
+    assert "Research, labels were used: " in text and "<dd>labels were used</dd>" in text
 
 
 def test_a_run_without_labels_says_nothing_of_them(tmp_path):
