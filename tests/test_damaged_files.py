@@ -699,6 +699,7 @@ def test_what_a_run_saves_it_can_go_on_from(place, tmp_path, flags):
 
 def test_a_miner_that_keeps_a_state_says_its_shape():
     kinds = {NoMiner, *subclasses(RoundMiner)}
+    kinds = {kind for kind in kinds if kind.__module__.startswith("moco_isl.")}
     assert {EntropyMiner, GANMiner, OracleMiner} <= kinds
     assert [
         kind for kind in kinds if ("state_dict" in vars(kind)) != ("state_shape" in vars(kind))

@@ -340,8 +340,8 @@ def test_sets_follow_what_is_sure():
     assert Rules(budget=5.0).cap(600) == 30 and Rules(50.0, 0.2).cap(1000) == 200
     assert Rules(budget=200.0).cap(10**7) == 800 and Rules(200.0).cap(10**7, 30.0) == 120
     auto, wide = KNNMiner(budget="auto"), KNNMiner(budget=[3, 20])
-    assert [auto.most(M) for M in (4, 800, 10**6)] == [1, 100, 200]
-    assert [auto.offered(M) for M in (800, 10**6)] == [200, 200]
+    assert [auto.most(M) for M in (4, 800, 10**5, 10**6)] == [1, 100, 200, 100]
+    assert [auto.offered(M) for M in (800, 10**6)] == [200, 100]
     assert (wide.most(800), wide.offered(800)) == (20, 80)
 
 

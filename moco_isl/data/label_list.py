@@ -28,7 +28,7 @@ def read_labels(path: str, images: Dataset, whole: Dataset, flag: str) -> torch.
     known = _by_name(whole)
     place = {name: i for i, name in enumerate(_names(images))}
     given: dict[str, str] = {}
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.removeprefix("\ufeff").splitlines(), 1):
         line = line.strip()
         if not line or line.startswith("#"):
             continue

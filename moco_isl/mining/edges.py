@@ -78,7 +78,7 @@ def settle(
     put an image over the cap is passed over, and the budget ends the list. At the end trusted(lower
     [U], higher [U]) says how many of these pairs, surest first, are to stay; where that leaves
     smaller sets, the cap of their size holds. Pairs that are never dropped (`rules.keep`) stay
-    anyway.
+    anyway, and are not among those that it is asked about.
     """
     M = len(features)
     distinct = lambda src, dst, values: distinct_edges(M, src, dst, values, undirected=True)
@@ -105,7 +105,8 @@ def settle(
     rank_by = torch.where(in_old > 0, torch.inf, sureness) if rules.keep else sureness
     chosen = _choose(lower, higher, rank_by, M, rules)
     never_dropped = int((rank_by == torch.inf).sum())
-    number = max(trusted(lower[chosen], higher[chosen]), never_dropped)
+    new = chosen[never_dropped:]
+    number = never_dropped + trusted(lower[new], higher[new])
     if number < len(chosen):
         chosen = chosen[:number]
         room = torch.full((M,), rules.cap(M, 2 * number / M), device=lower.device)

@@ -159,7 +159,12 @@ def apart(views: Views) -> float:
 
 @torch.no_grad()
 def effective_rank(features: Tensor) -> float:
-    """How many directions features [M, C] use: exp of the entropy of their variances' shares."""
+    """How many directions features [M, C] use: exp of the entropy of their variances' shares.
+
+    NaN where they are not finite.
+    """
+    if not features.isfinite().all():
+        return float("nan")
     centred = features.float() - features.float().mean(0)
     variance = torch.linalg.eigvalsh(centred.T @ centred).clamp(min=0).double()
     share = variance / variance.sum().clamp(min=1e-12)

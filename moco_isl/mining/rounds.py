@@ -107,7 +107,7 @@ def check_budget(text: str) -> str:
         budgets_of(text)
     except BadInput as error:  # the parser names the flag
         raise BadInput(str(error).removeprefix("--isl-budget ")) from None
-    return text
+    return text if text == "auto" else f"{float(text):g}"
 
 
 def budgets_of(budget: str | float | list | tuple | None) -> list[float]:
@@ -235,7 +235,7 @@ class RoundMiner(Miner):
     def most(self, M: int) -> int:
         """Positives an image in the largest of the rounds, of M images."""
         if self.budgets == [AS_SURE]:
-            return max(1, min(M // 8, WIDEST))
+            return max(1, min(M // 8, WIDEST, OFFERED // M))
         return max(1, math.ceil(max(self.budgets, default=NO_BOUND)))
 
     def offered(self, M: int) -> int:
@@ -276,6 +276,11 @@ class RoundMiner(Miner):
         """
         started = time.perf_counter()
         check_features(features, positives.num_images, views)
+        if self.check and self.known is None:
+            raise BadInput(
+                f"{type(self).__name__}(check=...) reads no list in a loop of your own: expected"
+                " the labels in its attribute `known`, [M] with -1 for unknown ones"
+            )
         seed = dist.broadcast_object(int(torch.randint(2**62, (1,), generator=rng)))
         if features.device.type == "cpu":  # which multiplies half precision slowly
             features = features.float()

@@ -216,6 +216,7 @@ class MinedObjective(Objective):
         None,
         "--isl-own",
         low=0,
+        low_open=True,
         high=0.99,
         metavar="a",
         help="share of an image's own key in what the loss asks for, its mined positives have the"
@@ -253,8 +254,10 @@ class MinedObjective(Objective):
             raise BadInput(f"form {self.form!r} is unknown: use {' or '.join(FORMS)}")
         check_at_least(1, P=self.P)
         check_at_least(0, hpe=self.hpe)
-        if self.own is not None and not 0 <= self.own <= 0.99:
-            raise BadInput(f"own is {self.own}: expected 0 to 0.99, the own key's share")
+        if self.own is not None and not 0 < self.own <= 0.99:
+            raise BadInput(
+                f"own is {self.own}: expected more than 0 and at most 0.99, the own key's share"
+            )
         if self.bank_mix is None:
             self.bank_mix = self.usual_mix
         if not 0 <= self.bank_mix <= 1:

@@ -11,7 +11,11 @@ from moco_isl.evaluation.results import RESULTS, read_results
 from moco_isl.report.runs import Run
 
 # flags in which a run and its twin agree, beside images and number of epochs
-SAME = ("arch", "objective", "init", "lr", "batch_size", "moco_k", "moco_m", "moco_t")
+SAME = (
+    *("arch", "stem", "objective", "init", "symmetric", "mlp", "bn_splits", "aug_plus"),
+    *("lr", "cos", "schedule", "momentum", "weight_decay", "batch_size"),
+    *("moco_dim", "moco_k", "moco_m", "moco_t"),
+)
 # points that chance alone makes between two runs
 NOISE, NOISE_OF_SHOTS = 1.0, 3.0
 

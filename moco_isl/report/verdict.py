@@ -60,6 +60,8 @@ def judge(run: Run, runs: Sequence[Run] = (), table: dict | None = None) -> Verd
     verdict = _judge(run, runs, table)
     if run.flags.get("research_labels"):
         verdict.text = f"Research, {LABELS_USED}: {verdict.text}"
+    elif run.rounds and (checked := run.rounds[-1].report.get("labels_checked")):
+        verdict.text = f"With the labels of {checked} images (--isl-check): {verdict.text}"
     return verdict
 
 

@@ -172,7 +172,9 @@ def mine_round(
     number = isl.round + 1 if number is None else number
     # a function of seed and round: a resumed round is the same
     rng = torch.Generator().manual_seed((seed * 1_000_003 + number - 1) % 2**63)
-    if not all(bool(rows.isfinite().all()) for rows in (features, *(views or ()))):
+    if not all(
+        bool(rows.isfinite().all()) for rows in (features, *(views or ())) if rows is not None
+    ):
         text = (
             f"the features from which round {number} was to be mined hold NaN or infinity: the"
             " encoder has diverged, or the file it started from had; start anew with a lower --lr"

@@ -14,7 +14,7 @@ from moco_isl.encoders import STEMS
 from moco_isl.miners import MINERS, find_miner
 from moco_isl.mining.rounds import RoundMiner
 from moco_isl.objectives import OBJECTIVES
-from moco_isl.objectives.base import Objective
+from moco_isl.objectives.base import MinedObjective, Objective
 from moco_isl.options import default_of, flags_of, opt
 from moco_isl.run import flags, ranks
 from moco_isl.run.folder import FolderOptions
@@ -267,7 +267,7 @@ def idle(args: argparse.Namespace) -> list[str]:
     """The flags of a round that were given though nothing is mined."""
     if args.miner != "none":
         return []
-    of_a_round = flags_of(RoundMiner).values()
+    of_a_round = [*flags_of(RoundMiner).values(), flags_of(MinedObjective)["own"]]
     return [flag.name for flag in of_a_round if getattr(args, flag.dest) != flag.default]
 
 

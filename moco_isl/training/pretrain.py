@@ -569,7 +569,7 @@ def say_outcome(journal: Journal, rank: float | None, between: float | None) -> 
         f"=> since the round before: effective rank {before[0]:.1f} to {rank:.1f}, other images"
         f" between two views of one {100 * before[1]:.2f} % to {100 * between:.2f} %"
     )
-    if rank < before[0] and between > before[1]:
+    if rank < 0.95 * before[0] and between > max(1.25 * before[1], before[1] + 0.005):
         journal.say(
             "=> warning: the features lost directions and know an image less well than before: the"
             " positives may do harm; compare with as many epochs of --miner none"
