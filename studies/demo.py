@@ -197,10 +197,10 @@ def epochs_done() -> int:
 
 
 def table(seeds: list[dict[str, dict]]) -> str:
-    lines = [" " * 20 + "".join(f"{heading:>15}" for heading, _ in COLUMNS.values())]
+    lines = [" " * 20 + "".join(f"{heading:>18}" for heading, _ in COLUMNS.values())]
     for name in ROWS:
         cells = [cell(seeds, name, column) for column in COLUMNS]
-        lines.append(f"{name:20}" + "".join(f"{text:>15}" for text in cells))
+        lines.append(f"{name:20}" + "".join(f"{text:>18}" for text in cells))
     return "\n".join(line.rstrip() for line in lines)
 
 
