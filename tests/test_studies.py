@@ -95,7 +95,8 @@ def test_a_study_is_flags_that_the_script_takes(file, monkeypatch):
     for settings in plan["points"].values():
         flags = sweep.flags_of("pretrain", {**settings, "init": None, "device": "cpu"})
         args = options.parse_script("pretrain", flags, 1, 1, check=False)
-        args.download = args.dataset != "digits"  # CIFAR stands for a folder
+        args.download = args.dataset == "cifar10"  # CIFAR stands for a folder
+        args.data = str(HERE) if args.data == "TINY100" else args.data
         check_args(args)
         first = file.parent / f"{settings.get('init', '').partition('/')[2].partition('/')[0]}.yaml"
         assert "init" not in settings or first in SWEEPS
