@@ -1,8 +1,9 @@
-"""Gloo ranks on this CPU: forked once a session from a server that has imported the package, and
-used by every test that asks for them.
+"""Gloo ranks on this CPU, forked from a server that has imported the package.
+
+Every call has ranks of its own: what one leaves behind, such as half of a collective, cannot reach
+the next.
 """
 
-import atexit
 import queue
 import tempfile
 import traceback
@@ -11,45 +12,19 @@ import torch
 
 from tests.runs import SERVER
 
-_pools: dict[int, tuple] = {}
 
-
-def _serve(rank: int, world: int, store: str, jobs, results) -> None:
+def _serve(rank: int, world: int, store: str, job, results, read) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=world
     )
-    while (job := jobs.get()) is not None:
-        fn, args = job
-        try:
-            results.put((rank, fn(rank, world, *args), None))
-        except Exception:
-            results.put((rank, None, traceback.format_exc()))
+    fn, args = job
+    try:
+        results.put((rank, fn(rank, world, *args), None))
+    except Exception:
+        results.put((rank, None, traceback.format_exc()))
+    read.get()  # a tensor is read from the process that sent it
     torch.distributed.destroy_process_group()
-
-
-def _pool(world: int) -> tuple:
-    if world not in _pools:
-        store = tempfile.mktemp(prefix="moco_isl_store_")
-        jobs, results = [SERVER.SimpleQueue() for _ in range(world)], SERVER.Queue()
-        workers = [
-            SERVER.Process(target=_serve, args=(r, world, store, jobs[r], results), daemon=True)
-            for r in range(world)
-        ]
-        for worker in workers:
-            worker.start()
-        _pools[world] = jobs, results, workers
-    return _pools[world]
-
-
-@atexit.register
-def _stop() -> None:
-    for jobs, _, workers in _pools.values():
-        for job in jobs:
-            job.put(None)
-        for worker in workers:
-            worker.join(timeout=10)
-    _pools.clear()
 
 
 def run_ranks(world: int, fn, *args, timeout: float = 120) -> list:
@@ -57,9 +32,16 @@ def run_ranks(world: int, fn, *args, timeout: float = 120) -> list:
 
     Raises with the traceback of the first that fails.
     """
-    jobs, results, _ = _pool(world)
-    for job in jobs:
-        job.put((fn, args))
+    store = tempfile.mktemp(prefix="moco_isl_store_")
+    job = fn, args
+    results = SERVER.Queue()
+    read = SERVER.SimpleQueue()
+    workers = [
+        SERVER.Process(target=_serve, args=(r, world, store, job, results, read), daemon=True)
+        for r in range(world)
+    ]
+    for worker in workers:
+        worker.start()
     answers = {}
     try:
         while len(answers) < world:
@@ -68,8 +50,12 @@ def run_ranks(world: int, fn, *args, timeout: float = 120) -> list:
                 raise AssertionError(f"rank {rank} of {world}:\n{error}")
             answers[rank] = value
     except (AssertionError, queue.Empty):
-        # the others may hang in a collective: do not reuse this pool
-        for worker in _pools.pop(world)[2]:
+        for worker in workers:
             worker.terminate()
         raise
+    for _ in workers:
+        read.put(None)
+    for worker in workers:
+        worker.join(timeout=10)
+        worker.terminate()
     return [answers[rank] for rank in range(world)]
