@@ -6,6 +6,8 @@ Without a process group this is a world of one: rank 0 of 1, and every call is t
 import torch
 import torch.distributed as dist
 
+from moco_isl.errors import Interrupted
+
 
 def active() -> bool:
     return dist.is_available() and dist.is_initialized()
@@ -62,6 +64,12 @@ def all_reduce_max(x: torch.Tensor) -> torch.Tensor:
     if active():
         dist.all_reduce(x, op=dist.ReduceOp.MAX)
     return x
+
+
+def stop_mining_together(stopped: bool, device: torch.device) -> None:
+    """Raise Interrupted on every rank where `stopped` is True on one. All ranks call it."""
+    if int(all_reduce_max(torch.tensor(int(stopped), device=device))):
+        raise Interrupted("mining was interrupted")
 
 
 @torch.no_grad()

@@ -83,7 +83,7 @@ class ClusterMiner(RoundMiner):
         cluster = torch.zeros(
             self.clusterings, len(features), dtype=torch.int64, device=features.device
         )
-        stopped = torch.zeros((), dtype=torch.int64, device=features.device)
+        stopped = False
         try:
             for h in range(dist.rank(), self.clusterings, dist.world_size()):
                 cluster[h] = kmeans(
@@ -94,7 +94,6 @@ class ClusterMiner(RoundMiner):
                     tick,
                 )[0]
         except Interrupted:
-            stopped += 1
-        if int(dist.all_reduce_max(stopped)):
-            raise Interrupted("mining was interrupted")
+            stopped = True
+        dist.stop_mining_together(stopped, features.device)
         return dist.all_reduce_sum(cluster)

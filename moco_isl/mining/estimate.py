@@ -263,8 +263,7 @@ def guess(
             found, why = _guesses(features, views, a[at], b[at], tick)
         except Interrupted:
             stopped = True
-    if int(dist.all_reduce_max(torch.tensor(int(stopped), device=a.device))):
-        raise Interrupted("mining was interrupted")
+    dist.stop_mining_together(stopped, a.device)
     share, most = dist.broadcast(found.contiguous())
     return Estimate(at, share, most, dist.broadcast_object(why))
 

@@ -365,8 +365,7 @@ class RoundMiner(Miner):
             bank = IVF(rows, tick)
         except Interrupted:
             pass
-        if int(dist.all_reduce_max(torch.tensor(int(bank is None), device=rows.device))):
-            raise Interrupted("mining was interrupted")
+        dist.stop_mining_together(bank is None, rows.device)
         bank.nprobe, bank.recall = dist.broadcast_object((bank.nprobe, bank.recall))
         lowest = 1.0 if self.report.recall is None else self.report.recall
         self.report.recall = min(bank.recall, lowest)
@@ -519,8 +518,7 @@ def over_blocks(
             parts.append(tuple(x[:0] for x in (anchors, *block(anchors, 0))))
     except Interrupted:
         stopped = True
-    if int(dist.all_reduce_max(torch.tensor(int(stopped), device=device))):
-        raise Interrupted("mining was interrupted")
+    dist.stop_mining_together(stopped, device)
     return [torch.cat(x) for x in zip(*parts)]
 
 
