@@ -29,7 +29,7 @@ from benchmarks import common
 from moco_isl import files
 from moco_isl.data.augment import BatchAugmentation, DigitAugmentation
 from moco_isl.encoders import feature_dim, head_name
-from moco_isl.losses import FORMS, accuracy, softmax_over
+from moco_isl.losses import FORMS, accuracy, softmax_over, with_own_key
 from moco_isl.objectives import OBJECTIVES
 from moco_isl.objectives.base import Parts
 from moco_isl.objectives.queue import QueueObjective
@@ -43,7 +43,6 @@ RATE = 0.03  # of the modules that are not MoCo's own
 class Mechanism(QueueObjective):
     """The queue objective, changed by what is switched on."""
 
-    share: float = opt(0.0, "--m-share", low=0, high=1, help="the own key's share of the target")
     mix: bool = opt(False, "--m-mix", help="s = unit(l s + (1 - l) k), l uniform, MNN's")
     fresh: bool = opt(False, "--m-fresh", help="members that the queue holds, by their key there")
     live: int = opt(0, "--m-live", low=0, help="the n keys of the queue nearest to k, NNCLR's")
@@ -134,11 +133,6 @@ class Mechanism(QueueObjective):
             weight = self.by_similarity(k, rows, weight)
         if not self.attract:
             weight = torch.zeros_like(weight)
-        first = torch.ones_like(weight[:, :1])
-        if self.share:
-            others = weight.sum(1, keepdim=True)
-            asked = self.share / (1 - self.share) * others
-            first = torch.where(others > 0, asked, first)
         l_own = (q * k).sum(1, keepdim=True) / T
         lse, top, _, _ = softmax_over(q, queue, T, absent=absent)
         if self.head or self.pull:
@@ -147,7 +141,7 @@ class Mechanism(QueueObjective):
             factor = self.pull or self.head
             return self.result(isl + factor * beside, l_own, top)
         l_pos = torch.cat([l_own, (q[:, None] * rows).sum(2) / T], dim=1)
-        weight = torch.cat([first, weight], dim=1)
+        weight = with_own_key(weight, self.own)
         if self.apart:
             logs = l_pos - torch.logaddexp(l_pos, lse[:, None])  # [N, 1 + P]
             isl = -((weight * logs).sum(1) / weight.sum(1)).mean()
@@ -207,8 +201,7 @@ class Mechanism(QueueObjective):
         lse, _, _, _ = softmax_over(z_q, self.keys, T, absent=absent)
         l_own = (z_q * self.z_k).sum(1, keepdim=True) / T
         l_pos = torch.cat([l_own, (z_q[:, None] * self.rows[mined]).sum(2) / T], dim=1)
-        weight = torch.cat([torch.ones_like(weight[:, :1]), weight], dim=1)
-        return FORMS["meanlog"](l_pos, lse, weight)
+        return FORMS["meanlog"](l_pos, lse, with_own_key(weight, None))
 
 
 def weaken(weak: bool) -> None:
@@ -256,17 +249,17 @@ FIGURES = {"knn": "kNN %", "one_shot": "1-shot %", "linear": "linear %"}
 NONE = {"none": "", "none, weak view": "--objective mechanism --m-weak"}
 ROWS = {  # name -> flags
     "mean of logs": "",
-    "own key .2": "--m-share 0.2",
-    "own key .5": "--m-share 0.5",
-    "own key .75": "--m-share 0.75",
+    "own key .2": "--isl-own 0.2",
+    "own key .5": "--isl-own 0.5",
+    "own key .75": "--isl-own 0.75",
     "each positive alone": "--m-apart",
-    "each alone, own key .5": "--m-apart --m-share 0.5",
+    "each alone, own key .5": "--m-apart --isl-own 0.5",
     "mixed with the own key": "--m-mix",
     "fresh keys of the set": "--m-fresh",
-    "5 nearest keys, every step": "--m-live 5 --m-share 0.5",
+    "5 nearest keys, every step": "--m-live 5 --isl-own 0.5",
     "weak view for the key": "--m-weak",
     "soft weights": "--m-soft 0.05",
-    "near by the bank, current key": "--m-twice 5 --m-share 0.5",
+    "near by the bank, current key": "--m-twice 5 --isl-own 0.5",
     "the set left out, not pulled": "--no-m-attract",
     "the set and 1 % of the queue left out": "--m-drop 0.01 --no-m-attract",
     "the set and 3 % of the queue left out": "--m-drop 0.03 --no-m-attract",
