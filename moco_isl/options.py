@@ -173,13 +173,19 @@ def dashed(name: str) -> str:
 
 def check_values(options) -> None:
     """Check the fields of a dataclass against their ranges and choices. Raises BadInput."""
-    for name, flag in flags_of(type(options)).items():
-        value = getattr(options, name)
-        what = f"{type(options).__name__}: {name}"
-        check_range(what, value, flag.low, flag.high, flag.low_open)
-        known = not flag.choices or value is None or value in flag.choices
-        if not known and not (flag.plugin and ":" in value):
-            raise BadInput(f"{what} is {value!r}: expected {' or '.join(flag.choices)}")
+    for name in flags_of(type(options)):
+        check_value(options, name)
+
+
+def check_value(options, name: str) -> None:
+    """Check one field of a dataclass, as `check_values`. Raises BadInput."""
+    flag = flags_of(type(options))[name]
+    value = getattr(options, name)
+    what = f"{type(options).__name__}: {name}"
+    check_range(what, value, flag.low, flag.high, flag.low_open)
+    known = not flag.choices or value is None or value in flag.choices
+    if not known and not (flag.plugin and ":" in value):
+        raise BadInput(f"{what} is {value!r}: expected {' or '.join(flag.choices)}")
 
 
 def check_range(

@@ -22,7 +22,7 @@ from moco_isl.mining.positives import PositiveSets
 from moco_isl.mining.record import RoundReport
 from moco_isl.mining.rounds import check_features
 from moco_isl.ops import fused
-from moco_isl.options import opt
+from moco_isl.options import check_value, opt
 from moco_isl.schema import COUNT, Holds
 
 CPU = torch.device("cpu")
@@ -254,10 +254,7 @@ class MinedObjective(Objective):
             raise BadInput(f"form {self.form!r} is unknown: use {' or '.join(FORMS)}")
         check_at_least(1, P=self.P)
         check_at_least(0, hpe=self.hpe)
-        if self.own is not None and not 0 < self.own <= 0.99:
-            raise BadInput(
-                f"own is {self.own}: expected more than 0 and at most 0.99, the own key's share"
-            )
+        check_value(self, "own")
         if self.bank_mix is None:
             self.bank_mix = self.usual_mix
         if not 0 <= self.bank_mix <= 1:
