@@ -171,10 +171,11 @@ def effective_rank(features: Tensor) -> float:
     return float(torch.special.entr(share).sum().exp())
 
 
-def doubt(views: Views | None) -> str:
+def doubt(views: Views | None, between: float | None = None) -> str:
     """Why nothing can be told without labels, whatever the guesses are; '' for no reason.
 
-    On encoders with such views, or on so few images, guesses of 0.8 were right in 0.15.
+    between: `apart` of the views, where it is known already. On encoders with such views, or on so
+    few images, guesses of 0.8 were right in 0.15.
     """
     if views is None:
         return "no views of the images were given"
@@ -182,9 +183,10 @@ def doubt(views: Views | None) -> str:
         return "the pixels of the images were not given"
     if len(views[0]) < FEWEST_IMAGES:
         return f"{len(views[0])} images are fewer than {FEWEST_IMAGES}"
-    if (share := apart(views)) > FARTHEST:
+    between = apart(views) if between is None else between
+    if between > FARTHEST:
         return (
-            f"the encoder hardly knows an image again: {100 * share:.1f} % of all images lie"
+            f"the encoder hardly knows an image again: {100 * between:.1f} % of all images lie"
             f" between two views of one, and {100 * FARTHEST:g} % may"
         )
     return ""
@@ -246,21 +248,27 @@ def common_neighbours(
 
 
 def guess(
-    features: Tensor, views: Views | None, a: Tensor, b: Tensor, tick: Tick | None = None
+    features: Tensor,
+    views: Views | None,
+    a: Tensor,
+    b: Tensor,
+    tick: Tick | None = None,
+    between: float | None = None,
 ) -> Estimate:
     """What can be guessed without labels of pairs a [U], b [U], by up to SAMPLE of them.
 
     share is the lower of what views and pixels say, most the highest of all three; without views
     only the halves of the features are there. The sample is spread evenly from the first pair to
-    the last. Every rank gets rank 0's answer, and raises Interrupted where tick raised it on rank
-    0.
+    the last. between: see `doubt`. Every rank gets rank 0's answer, and raises Interrupted where
+    tick raised it on rank 0.
     """
     at = torch.linspace(0, len(a) - 1, min(SAMPLE, len(a)), device=a.device).round().long()
     found = torch.zeros(2, len(at), device=a.device)
     stopped, why = False, ""
     if dist.is_main():
         try:
-            found, why = _guesses(features, views, a[at], b[at], tick)
+            found = _guesses(features, views, a[at], b[at], tick)
+            why = doubt(views, between)
         except Interrupted:
             stopped = True
     dist.stop_mining_together(stopped, a.device)
@@ -270,15 +278,15 @@ def guess(
 
 def _guesses(
     features: Tensor, views: Views | None, a: Tensor, b: Tensor, tick: Tick | None
-) -> tuple[Tensor, str]:
-    """(the lowest and the highest guess [2, n] of pairs a [n], b [n], why they tell nothing)."""
+) -> Tensor:
+    """The lowest and the highest guess of pairs a [n], b [n]: [2, n]."""
     halves = running_mean(by_halves(features, a, b, tick))
     if views is None:
-        return torch.stack([halves, halves]), doubt(None)
+        return torch.stack([halves, halves])
     lowest = seen = running_mean(by_views(views, a, b, tick))
     if (pixels := getattr(views, "pixels", None)) is not None:
         lowest = torch.minimum(seen, running_mean(by_pixels(pixels, a, b, tick)))
-    return torch.stack([lowest, torch.maximum(halves, seen)]), doubt(views)
+    return torch.stack([lowest, torch.maximum(halves, seen)])
 
 
 def widest(share: Tensor, at: Tensor, number: int, bound: float, least: int = 32) -> int:

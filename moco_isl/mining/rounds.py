@@ -214,7 +214,7 @@ class RoundMiner(Miner):
         check_values(self)
         check_choice(self.index)
         self.budgets = budgets_of(self.budget)
-        if self.budgets == [AS_SURE]:
+        if self.as_sure:
             if self.trust == "off":
                 raise BadInput(
                     "--isl-budget auto makes the sets as wide as is sure, and --isl-trust off asks"
@@ -232,9 +232,14 @@ class RoundMiner(Miner):
         self.views: Views | None = None
         self.report = RoundReport()
 
+    @property
+    def as_sure(self) -> bool:
+        """Whether the sets are to be as wide as is sure: --isl-budget auto."""
+        return self.budgets == [AS_SURE]
+
     def most(self, M: int) -> int:
         """Positives an image in the largest of the rounds, of M images."""
-        if self.budgets == [AS_SURE]:
+        if self.as_sure:
             return max(1, min(M // 8, WIDEST, OFFERED // M))
         return max(1, math.ceil(max(self.budgets, default=NO_BOUND)))
 
@@ -244,7 +249,7 @@ class RoundMiner(Miner):
         Four times `most`, or with --isl-budget auto twice it, which is wide already.
         """
         most = self.most(M)
-        if self.budgets == [AS_SURE]:
+        if self.as_sure:
             return max(most, min(2 * most, OFFERED // M))
         return 4 * most
 
@@ -292,7 +297,7 @@ class RoundMiner(Miner):
             labels_checked=None if self.known is None else int((self.known >= 0).sum()),
         )
         self.surest = None
-        if self.budgets == [AS_SURE]:
+        if self.as_sure:
             self.rules.budget = self.most(len(features))
         self.views = views
         try:
@@ -384,7 +389,7 @@ class RoundMiner(Miner):
             estimate = by_check(self.known.to(a.device), a, b)
             least = FEWEST_PAIRS
         else:
-            estimate = guess(features, views, a, b, tick)
+            estimate = guess(features, views, a, b, tick, self.report.apart)
             least = 32
         number = len(a)
         if (bound := self.rules.trust) is not None:
@@ -405,14 +410,11 @@ class RoundMiner(Miner):
         """Put into the report what is estimated of the first `number` of pairs a [U], b [U]."""
         report = self.report
         count = int((estimate.at < number).sum())  # of the estimate's pairs, those that stay
-        if not count:
+        if not count or (estimate.labelled and estimate.doubt):
             report.doubt = estimate.doubt or None
             return
         share, most = float(estimate.share[count - 1]), float(estimate.most[count - 1])
         if estimate.labelled:
-            if estimate.doubt:
-                report.doubt = estimate.doubt or None
-                return
             at = estimate.at[:count]
             right = self.known[a[at].cpu()] == self.known[b[at].cpu()]
             twice = 2 * spread_of_count(right.float(), a[at].cpu(), b[at].cpu())
@@ -427,7 +429,7 @@ class RoundMiner(Miner):
 
     def begin(self, number: int) -> None:
         """The next round is the one of this number, from 1 on: take up its budget."""
-        if self.budgets and self.budgets != [AS_SURE]:
+        if self.budgets and not self.as_sure:
             self.rules.budget = self.budgets[min(number, len(self.budgets)) - 1]
 
 
