@@ -106,6 +106,7 @@ def prepare(
             model,
             isl_shape=OBJECTIVES[args.objective].state_shape(model),
             miner_shape=miner.state_shape(args.moco_dim),
+            labels=resume.labels_of(miner),
             batch_size=args.batch_size,
             momentum=args.momentum,
             fp16=args.amp == "fp16",

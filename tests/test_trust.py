@@ -485,6 +485,22 @@ def test_a_run_says_everywhere_that_labelled_images_were_used(tmp_path):
     assert args["isl_check"] == list_ and int(record["labels_checked"]) == count > 100
 
 
+def test_a_resumed_run_compares_with_its_last_round_and_wants_the_same_list(tmp_path):
+    digits = data.build_dataset("digits", None, "train")
+    list_ = write_list(tmp_path / "list", digits, 1400)
+    flags = "--epochs 2 --miner knn --isl-start 0 --isl-every 1 --isl-budget auto --isl-check"
+    command = [*DIGITS, *flags.split(), list_, "--out", str(tmp_path / "run")]
+    code, out, _ = ask([*command, "--max-steps", "3"])
+    assert code == 0 and "since the round before" not in out
+    kept = (tmp_path / "list").read_text()
+    (tmp_path / "list").write_text(kept.rstrip("\n").rpartition("\n")[0])  # without its last line
+    code, _, err = ask([*command, "--resume", "auto"])
+    assert code == 2 and "the list of --isl-check has other images or labels than when" in err
+    (tmp_path / "list").write_text(kept)
+    code, out, _ = ask([*command, "--resume", "auto"])
+    assert code == 0 and out.count("=> since the round before: effective rank") == 2
+
+
 # ---- the study of its errors ---------------------------------------------------------------------
 
 

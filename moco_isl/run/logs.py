@@ -63,6 +63,8 @@ LINES = {
         "threshold?": FIGURE,
         "reach?": (SHARE, None),
         "same_class_found?": (SHARE, None),
+        "effective_rank?": FIGURE,
+        "apart?": SHARE,
         "history?": _HISTORY,
         **{
             f"precision{of}?": (SHARE, None)

@@ -103,6 +103,7 @@ def check_file(
     *,
     isl_shape,
     miner_shape: dict,
+    labels: str | None,
     batch_size: int,
     momentum: float,
     fp16: bool,
@@ -111,13 +112,13 @@ def check_file(
     """Check the content of a start's file against the run that starts from it. Raises BadInput.
 
     images: those to train on. model: on any device. isl_shape, miner_shape: the `state_shape` of
-    either. Everything else follows from the flags.
+    either. labels: see `resume.labels_of`. Everything else follows from the flags.
     """
     checkpoint.match(model, content, start.path)
     ours = content.get("isl")
     names = resume.images_of(images)
     if start.goes_on and ours:
-        _require_images(ours, len(images), names, start.path)
+        _require_images(ours, len(images), names, labels, start.path)
         if start.in_place:
             logs.require_lines_after(Path(out), ours["metrics_size"], ours["total"], start.path)
         state.require_state(
@@ -143,8 +144,11 @@ def check_file(
         )
 
 
-def _require_images(ours: dict, M: int, names: str, path: str) -> None:
-    """Raise BadInput where a file of ours was trained on other images than the M of these names."""
+def _require_images(ours: dict, M: int, names: str, labels: str | None, path: str) -> None:
+    """Raise BadInput where a file of ours was trained on other images than the M of these names.
+
+    Likewise where the labels of --isl-check were others.
+    """
     cure = "give it the same ones, or start a new run with --init and another --out"
     if ours.get("num_images", M) != M:  # `require_state` reports a missing number
         raise BadInput(
@@ -154,6 +158,11 @@ def _require_images(ours: dict, M: int, names: str, path: str) -> None:
         raise BadInput(
             f"'{path}' was trained on as many images of other names, or in another order: what was"
             f" mined belongs to images by their place; {cure}"
+        )
+    if ours.get("labels", labels) != labels:
+        raise BadInput(
+            f"the list of --isl-check has other images or labels than when '{path}' was saved: give"
+            " it as it was, or start a new run with --init and another --out"
         )
 
 
@@ -288,6 +297,9 @@ def begin(
     journal.progress.begin(parts.position.total)
     if start.path:
         journal.mean_cosine = parts.isl.mean_cosine()
+    if start.in_place:
+        read = lambda: outcome_before(journal.folder.path)
+        journal.outcome = dist.broadcast_object(ranks.on_main(read))
     if tensorboard and journal.folder is not None:
         path = journal.folder.path
         journal.writer = tensorboard_writer()(path, purge_step=parts.position.total)
@@ -554,6 +566,14 @@ def mine(
     say_outcome(journal, report.effective_rank, report.apart)
     journal.log(kind="round", epoch=epoch, **report.figures())
     save()
+
+
+def outcome_before(folder: Path) -> tuple[float, float | None] | None:
+    """What the last round in a folder's metrics.jsonl says of the features, see `say_outcome`."""
+    rounds = [line for line in logs.read_metrics(folder) if line["kind"] == "round"]
+    if not rounds or "effective_rank" not in rounds[-1]:
+        return None
+    return rounds[-1]["effective_rank"], rounds[-1].get("apart")
 
 
 def say_outcome(journal: Journal, rank: float | None, between: float | None) -> None:

@@ -295,6 +295,12 @@ def images_of(dataset) -> str:
     return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
 
 
+def labels_of(miner) -> str | None:
+    """A digest of the labels that --isl-check names; None where it names none."""
+    known = getattr(miner, "known", None)
+    return None if known is None else hashlib.sha256(str(known.tolist()).encode()).hexdigest()
+
+
 def take_over(flags, saved: dict) -> None:
     """Give flags that are None the values that the run had, such as a drawn seed."""
     for name, value in saved.items():
@@ -363,6 +369,8 @@ class Parts:
             "images": self.images,
             "metrics_size": metrics_size,
         }
+        if (labels := labels_of(self.miner)) is not None:
+            ours["labels"] = labels
         return {
             "epoch": self.position.epoch,
             "arch": flags["arch"],

@@ -37,6 +37,7 @@ BEGUN = {
     "state": {"round?": COUNT, ...: object},
     "num_images?": Number(1, LARGEST, whole=True),
     "images?": str,
+    "labels?": str,
 }
 START = {
     "epoch?": object,
@@ -225,6 +226,7 @@ def require_state(
         **position_shape(steps, epoch),
         "num_images": {M},
         "images": str,
+        "labels?": str,
         "metrics_size": COUNT,
     }
     ours = Holds(ours, steps_agree, STEPS_AGREE)
