@@ -29,6 +29,7 @@ Letters: M images, C feature dimension, D pixels of a small image, U undirected 
 pairs looked at, k neighbours.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -200,11 +201,13 @@ def by_check(known: Tensor, a: Tensor, b: Tensor) -> Estimate:
     both = (known[a] >= 0) & (known[b] >= 0)
     at = both.nonzero().squeeze(1)
     share = running_mean((known[a[at]] == known[b[at]]).float())
+    count = int((known >= 0).sum())
+    # of U pairs among M images, U (n / M)^2 have two of n labelled ones
+    enough = math.ceil(len(known) * math.sqrt(FEWEST_PAIRS / max(len(a), 1)))
     few = (
         f"of {len(a)} pairs {len(at)} have two labelled images, and {FEWEST_PAIRS} are needed:"
-        " label more images"
+        f" label about {max(enough, count + 1)} images"
     )
-    count = int((known >= 0).sum())
     return Estimate(at, share, share, few if len(at) < FEWEST_PAIRS else "", count)
 
 
