@@ -19,7 +19,7 @@ from moco_isl.mining import edges, rounds
 from moco_isl.mining.edges import Edges, Rules, settle, under_cap
 from moco_isl.mining.gan import Discriminator, GANFit, Generator
 from moco_isl.mining.positives import PositiveSets
-from moco_isl.mining.triplets import TripletSampler
+from moco_isl.mining.triplets import TripletSampler, largest_set
 from tests.ranks import run_ranks
 
 
@@ -434,6 +434,14 @@ def test_a_round_is_a_function_of_features_sets_state_and_seed(first_round):
         warm_miner(first_round).mine(features, empty, rng(seed)) for seed in (0, 0, 1)
     )
     assert edge_set(first) == edge_set(again) != edge_set(other) and first.num_edges
+
+
+def test_wide_sets_of_a_gan_leave_negatives_for_its_next_round(first_round):
+    anything = {"threshold": 0.0, "radius": 2.0, "radius_mode": "fixed", "candidates": 200}
+    miner = warm_miner(first_round, budget=60, **anything)
+    sets = miner.mine(clusters(400), PositiveSets.empty(400), rng())
+    assert int(sets.sizes().max()) == largest_set(400, 5) == 400 // 5 - 3
+    assert miner.mine(clusters(400), sets, rng()).mean_size > 50
 
 
 def test_bad_settings_and_features_are_refused():

@@ -12,7 +12,7 @@ from moco_isl.mining.gan_training import fit_gan
 from moco_isl.mining.gan_watch import collapse
 from moco_isl.mining.positives import PositiveSets
 from moco_isl.mining.rounds import RoundMiner, block_size, over_blocks
-from moco_isl.mining.triplets import TripletSampler
+from moco_isl.mining.triplets import TripletSampler, largest_set
 from moco_isl.ops.ivf import IVF
 from moco_isl.ops.neighbors import Tick, topk
 from moco_isl.options import opt
@@ -104,6 +104,11 @@ class GANMiner(RoundMiner):
         )
         # weights of G and D; on rank 0, which fits them, the state of their optimizers too
         self.networks: dict | None = None
+
+    def mine(self, features: Tensor, positives: PositiveSets, *args, **more) -> PositiveSets:
+        """As `RoundMiner.mine`; no set is so large that the next round would find no negatives."""
+        self.rules.largest = max(1, largest_set(positives.num_images, self.triplets))
+        return super().mine(features, positives, *args, **more)
 
     def find(
         self, features: Tensor, positives: PositiveSets, seed: int, tick: Tick | None
@@ -259,9 +264,24 @@ def proxies_of(
     anchors: Tensor,
     draws: torch.Generator,
 ) -> tuple[Tensor, ...]:
-    """The best proxy of each of anchors [N] over its triplets (Eq. 3).
+    """The best proxy of each of anchors [N] over its t triplets (Eq. 3).
 
     Returns scores [N], proxies [N, C], and the proxy's cosines to a, p, n [N, 3].
+    """
+    return best_of(*all_proxies_of(G, D, features, sampler, anchors, draws))
+
+
+def all_proxies_of(
+    G: Generator,
+    D: Discriminator,
+    features: Tensor,
+    sampler: TripletSampler,
+    anchors: Tensor,
+    draws: torch.Generator,
+) -> tuple[Tensor, ...]:
+    """The proxies of each of anchors [N], one for each of its t triplets.
+
+    Returns scores [t, N], proxies [t, N, C], and their cosines to a, p, n [t, N, 3].
     """
     windows = sampler.spread(int(torch.randint(sampler.M, (1,), generator=draws)))
     u = torch.rand(sampler.triplets, len(anchors), generator=draws).to(features.device)
@@ -270,14 +290,9 @@ def proxies_of(
         p = features[sampler.draw_positives(anchors, u[t])].float()
         n = features[sampler.draw_negatives(anchors, window)].float()
         proxy = G(a, p, n)  # [N, C]
-        tries.append(
-            (
-                D(a, proxy, n).sigmoid(),
-                proxy,
-                torch.stack([(proxy * x).sum(1) for x in (a, p, n)], 1),
-            )
-        )
-    return best_of(*(torch.stack(x) for x in zip(*tries)))
+        cosines = torch.stack([(proxy * x).sum(1) for x in (a, p, n)], 1)  # [N, 3]
+        tries.append((D(a, proxy, n).sigmoid(), proxy, cosines))
+    return tuple(torch.stack(x) for x in zip(*tries))
 
 
 def best_of(score: Tensor, *values: Tensor) -> tuple[Tensor, ...]:

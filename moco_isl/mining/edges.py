@@ -37,6 +37,7 @@ class Rules:
         were found, that is budget * M directed edges to within one. None: no bound.
     max_share: no image is a positive of more than this share of all images (of at least one). None:
         as `cap` says, which follows the size of the sets.
+    largest: and of no more images than this. None: no such bound.
     keep: sets of earlier rounds stay as they are (the paper only adds); the budget then bounds what
         is added.
     floor: an old pair that was not found again leaves where its cosine is below this quantile of
@@ -48,6 +49,7 @@ class Rules:
 
     budget: float | None = None
     max_share: float | None = None
+    largest: int | None = None
     keep: bool = False
     floor: float = 0.05
     trust: float | None = None
@@ -58,10 +60,12 @@ class Rules:
         size: None for the budget. With no share given, 4 times the size, and never less than 5 % of
         the images or 100. So the largest set is bounded whatever M is.
         """
+        largest = M if self.largest is None else self.largest
         if self.max_share is not None:
-            return max(1, int(self.max_share * M))
+            return max(1, min(int(self.max_share * M), largest))
         size = self.budget if size is None else size
-        return max(1, min(M // 20, 100), 0 if size is None else math.ceil(4 * size))
+        wide = 0 if size is None else math.ceil(4 * size)
+        return max(1, min(max(min(M // 20, 100), wide), largest))
 
 
 def settle(

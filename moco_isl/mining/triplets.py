@@ -14,6 +14,16 @@ Tensor = torch.Tensor
 _POOL = 4096  # candidates of a draw, at most
 
 
+def pool_size(M: int, triplets: int) -> int:
+    """S, candidates of a draw among M images, of which an anchor has so many triplets."""
+    return min(_POOL, M // max(4, triplets))
+
+
+def largest_set(M: int, triplets: int) -> int:
+    """Positives that an image of M may have: more could leave no negative among a draw's S."""
+    return pool_size(M, triplets) - 3
+
+
 class TripletSampler:
     """Draws positives and negatives for batches of anchors.
 
@@ -46,10 +56,10 @@ class TripletSampler:
         self.positives = positives
         self.generator = generator
         self.triplets = triplets
-        self.pool = min(_POOL, self.M // max(4, triplets))  # S
+        self.pool = pool_size(self.M, triplets)  # S
         sizes = positives.sizes().sort(descending=True).values[:batch]
         largest = int(sizes[0])
-        if self.pool < 3 or largest > self.pool - 3:
+        if self.pool < 3 or largest > largest_set(self.M, triplets):
             raise BadInput(
                 f"{self.M} images with up to {largest} positives an image leave no negatives among"
                 f" the {self.pool} candidates of a draw: mine more images, or with a smaller budget"
