@@ -36,6 +36,7 @@ FORMS = {  # loss form -> what it is called, its flags
     "meanlog": ("mean of logs", ["--isl-loss", "meanlog", "--isl-hpe", "0"]),
 }
 METRICS = {"knn": "kNN", "one_shot": "1-shot", "near": "share of true labels among the nearest"}
+COLOURS = ["#3b6fb6", "#c8553d", "#4f8a4c", "#8a6bb1", "#b08a2e", "#888888"]
 CLOSE = 0.06  # the search for the crossing ends between two precisions this close
 
 # ---------------------------------------------------------------- the crossing
@@ -172,7 +173,7 @@ def evens_table(name: str, part: dict, rows: list[dict], device: torch.device) -
     title = f"Break-even precision of positives, {part.get('title', name)}"
     result = Result(name, title, device, columns)
     for (form, size), points in _curves(rows).items():
-        cells = {m: _in_words(gains) for m, gains in points.items()}
+        cells = {m: in_words(gains) for m, gains in points.items()}
         n = min(map(len, points["knn"].values()))
         result.add({"loss": FORMS[form][0], "size": size, "n": n, **cells})
         if (precision := closer(points["knn"])) is not None:
@@ -199,7 +200,8 @@ def _curves(rows: list[dict]) -> dict[tuple[str, float], dict[str, Gains]]:
     return found
 
 
-def _in_words(gains: Gains) -> str:
+def in_words(gains: Gains) -> str:
+    """The crossing, and in brackets its range."""
     at, bound = crossing(gains)
     low, high = bootstrap(gains)
     return f"{bound} {at:.2f}".strip() + (f" ({low:.2f} to {high:.2f})" if high > low else "")
@@ -209,32 +211,36 @@ def _in_words(gains: Gains) -> str:
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """Gain of kNN against precision: a panel a loss form, a line a size, a dot a seed."""
+    """Gain of kNN against precision, of rows of `gains_table`: a panel a loss, a line a size."""
+    panels: dict[str, dict[str, Gains]] = {}
+    for (form, size), points in _curves(rows).items():
+        panels.setdefault(FORMS[form][0], {})[f"{size:g} an image"] = points["knn"]
+    draw_panels(panels, "points of kNN over no positives", path)
+
+
+def draw_panels(
+    panels: dict[str, dict[str, Gains]], ylabel: str, path: Path, sharey: bool = True
+) -> None:
+    """Gain against precision: a panel a title, a line a name, a dot a seed."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    curves = {key: points["knn"] for key, points in _curves(rows).items()}
-    forms = list(dict.fromkeys(form for form, _ in curves))
-    colours = ["#3b6fb6", "#c8553d", "#4f8a4c", "#8a6bb1", "#888888"]
     style = {"svg.fonttype": "none", "svg.hashsalt": "breakeven", "font.size": 9.5}
     with matplotlib.rc_context(style | {f"axes.spines.{x}": False for x in ("top", "right")}):
-        figure = Figure(figsize=(4.6 * len(forms), 3.4), layout="constrained")
-        panels = figure.subplots(1, len(forms), sharey=True, squeeze=False)[0]
-        for axes, form in zip(panels, forms):
+        figure = Figure(figsize=(4.6 * len(panels), 3.4), layout="constrained")
+        all_axes = figure.subplots(1, len(panels), sharey=sharey, squeeze=False)[0]
+        for axes, (title, lines) in zip(all_axes, panels.items()):
             axes.axhline(0, color="#888888", linewidth=1, linestyle=(0, (2, 2)))
-            sizes = [size for of, size in curves if of == form]
-            for size, colour in zip(sizes, colours):
-                gains = curves[form, size]
+            for (name, gains), colour in zip(lines.items(), COLOURS):
                 x = sorted(gains)
                 y = [statistics.fmean(gains[p]) for p in x]
-                label = f"{size:g} an image"
-                axes.plot(x, y, color=colour, label=label, marker="o", markersize=4)
+                axes.plot(x, y, color=colour, label=name, marker="o", markersize=4)
                 dots = [(p, gain) for p in x for gain in gains[p]]
                 axes.scatter(*zip(*dots), color=colour, s=6, alpha=0.5)
-            axes.set(title=FORMS[form][0], xlabel="precision of the positives")
-            axes.set(ylabel="points of kNN over no positives")
-            axes.label_outer()
-            axes.legend(frameon=False)
+            axes.set(title=title, xlabel="precision of the positives", ylabel=ylabel)
+            if sharey:
+                axes.label_outer()
+            axes.legend(frameon=False, fontsize=8.5)
         page = io.StringIO()
         figure.savefig(page, format="svg", metadata={"Date": None})
     files.write_text(page.getvalue(), path)

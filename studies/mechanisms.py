@@ -6,7 +6,8 @@
 Every row trains the same epochs from the same MoCo v2, a seed at a time, mined by neighbourhood
 means of features and views; the row none has no sets. Widths are positives an image. The oracle's
 rows draw sets of known precision from the labels instead, the nearest right and the nearest wrong
-ones, to find where each mechanism breaks even. A run that has ended is not run again.
+ones, to find where each mechanism breaks even; of several precisions there is a table of these and
+a picture of the curves. A run that has ended is not run again.
 
 `Mechanism` is the queue objective with switches for what peers do differently. Letters as in
 moco_isl/objectives/queue.py; s a positive's row, w its weight in the target.
@@ -220,6 +221,7 @@ def weaken(weak: bool) -> None:
 
 OBJECTIVES["mechanism"] = Mechanism
 import main_moco_isl  # noqa: E402  its flags are made from OBJECTIVES
+from studies import breakeven  # noqa: E402
 from studies.figures import HERE, Judge, Result, linear, metrics  # noqa: E402
 
 SETS = {  # flags of the data set, epochs and rounds, the two widths, k of kNN
@@ -322,6 +324,7 @@ def table(args, runs: dict[tuple, dict[int, dict]]) -> Result:
         columns += [(key, heading), (f"gain_{key}", f"gain, {heading.replace(' %', '')}")]
     name = f"mechanisms-{args.of}" + ("-oracle" if args.precisions else "")
     result = Result(name, title, args.device, [*columns, ("seconds", "seconds"), ("n", "n")])
+    result.unshown = tuple(f"{key}_gains" for key in FIGURES)
     none = runs["none", 0, None]
     for (row, width, precision), seeds in runs.items():
         right = [x["precision"] for x in seeds.values() if x.get("precision") is not None]
@@ -334,12 +337,45 @@ def table(args, runs: dict[tuple, dict[int, dict]]) -> Result:
             cells[key] = common.spread([x[key] for x in seeds.values()])
             pairs = [x[key] - none[seed][key] for seed, x in seeds.items() if key in none[seed]]
             cells[f"gain_{key}"] = common.spread(pairs, "+") if seeds is not none else None
+            cells[f"{key}_gains"] = pairs if precision is not None else None
         result.add(cells)
     result.note(
         "Gains are over the row none, in points, paired by seed; mean ± standard deviation of n"
         " seeds. Precision is that of the last round, by labels, which steer nothing"
         + (", but of the oracle's sets, which are drawn by them." if args.precisions else ".")
     )
+    return result
+
+
+def break_evens(args, rows: list[dict]) -> Result:
+    """Where each mechanism's gain crosses zero, and a picture of the curves; rows of `table`."""
+    curves: dict[str, dict[str, breakeven.Gains]] = {}
+    for row in rows:
+        for key in FIGURES:
+            if row.get(f"{key}_gains"):
+                of = curves.setdefault(key, {}).setdefault((row["row"], row["width"]), {})
+                of[row["precision"]] = row[f"{key}_gains"]
+    name = f"mechanisms-{args.of}-breakeven"
+    title = f"Break-even precision by mechanism, {args.of}"
+    columns = [("row", "mechanism"), ("width", "positives an image")]
+    columns += [(key, FIGURES[key].removesuffix(" %")) for key in curves]
+    result = Result(name, title, args.device, [*columns, ("n", "n")])
+    for at in curves["knn"]:
+        cells = {key: breakeven.in_words(lines[at]) for key, lines in curves.items()}
+        n = min(map(len, curves["knn"][at].values()))
+        result.add({"row": at[0], "width": at[1], "n": n, **cells})
+    result.note(
+        "From which precision on sets drawn by labels help, right and wrong ones near. In brackets:"
+        " 5th to 95th percentile of 1,000 bootstrap draws of the seeds."
+    )
+    if args.picture:
+        panels = {}
+        for key, lines in curves.items():
+            several = len({width for _, width in lines}) > 1
+            named = {f"{row}, {w:g}" if several else row: x for (row, w), x in lines.items()}
+            panels[FIGURES[key].removesuffix(" %")] = named
+        breakeven.draw_panels(panels, "points over no sets", args.picture, sharey=False)
+        print(f"  written: {args.picture}")
     return result
 
 
@@ -357,6 +393,9 @@ def main(argv: list[str] | None = None) -> int:
         "--precisions", type=float, nargs="+", default=[], help="of an oracle's sets"
     )
     parser.add_argument("--linear", action="store_true", help="a linear probe of every run too")
+    parser.add_argument(
+        "--picture", type=Path, metavar="OUT.svg", help="the curves of several --precisions"
+    )
     parser.add_argument("--folder", type=Path, help="of the runs (runs/mechanisms_<of>)")
     args = parser.parse_args(argv)
     common.begin(args)
@@ -372,7 +411,10 @@ def main(argv: list[str] | None = None) -> int:
     runs = {point: {} for point in points}
     for seed, point in itertools.product(args.seeds, points):
         runs[point][seed] = figures(args, judge, *point, seed)
-    common.end(args, table(args, runs))
+    found = table(args, runs)
+    common.end(args, found)
+    if len(args.precisions) > 1:
+        common.end(args, break_evens(args, found.rows))
     return 0
 
 
