@@ -164,7 +164,8 @@ def train_all(seeds: int) -> list[dict[str, dict]]:
 def processes(n: int) -> Iterator[ProcessPoolExecutor]:
     """A pool of n processes; an error ends them, runs in them too."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__spec__.name])  # torch is imported once for all of them
+    # torch is imported once for all of them; each of them imports this module itself
+    context.set_forkserver_preload(["main_moco_isl", "studies.figures"])
     pool = ProcessPoolExecutor(
         n,
         mp_context=context,
