@@ -31,6 +31,7 @@ from moco_isl import files
 from moco_isl.data.augment import BatchAugmentation, DigitAugmentation
 from moco_isl.encoders import feature_dim, head_name
 from moco_isl.losses import FORMS, accuracy, softmax_over, with_own_key
+from moco_isl.mining.estimate import Views
 from moco_isl.objectives import OBJECTIVES
 from moco_isl.objectives.base import Parts
 from moco_isl.objectives.queue import QueueObjective
@@ -56,10 +57,13 @@ class Mechanism(QueueObjective):
     pull: float = opt(0.0, "--m-pull", low=0, help="weight of 2 - 2 h(q) s, h a predictor, MSF's")
     head: float = opt(0.0, "--m-head", low=0, help="weight of the mined loss behind its own head")
     weak: bool = opt(False, "--m-weak", help="a weak view for the key")
+    sure: bool = opt(False, "--m-sure", help="own key's share: 1 less the mean weight of the set")
+    backbone: bool = opt(False, "--m-backbone", help="mine in the backbone's features")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         weaken(self.weak)
+        self.with_backbone = WithBackbone(self.model.encoder_k)
         self.extra: nn.Module | None = None
         C = self.model.dim
         if self.pull:
@@ -86,6 +90,20 @@ class Mechanism(QueueObjective):
             self.optimizer = torch.optim.SGD(
                 self.extra.parameters(), RATE, momentum=0.9, weight_decay=5e-4
             )
+
+    @property
+    def encoder(self) -> nn.Module:
+        return self.with_backbone if self.backbone else super().encoder
+
+    def mine(self, features: Tensor, miner, rng=None, tick=None, views=None, number=None):
+        if self.backbone:
+            C = self.model.dim
+            if not self.bank.filled:
+                self.bank.fill(F.normalize(features[:, -C:].float(), dim=1))
+            of_backbone = lambda rows: F.normalize(rows[:, :-C].float(), dim=1)
+            features = of_backbone(features)
+            views = views and Views(*map(of_backbone, views[:2]), views.pixels)
+        return super().mine(features, miner, rng, tick, views, number)
 
     def step(self, im_q: Tensor, im_k: Tensor, index: Tensor) -> Parts:
         if self.extra is not None:  # its gradient is that of the step before
@@ -142,6 +160,10 @@ class Mechanism(QueueObjective):
             factor = self.pull or self.head
             return self.result(isl + factor * beside, l_own, top)
         l_pos = torch.cat([l_own, (q[:, None] * rows).sum(2) / T], dim=1)
+        if self.sure:
+            sure = (weight.sum(1) / (weight > 0).sum(1).clamp(min=1)).clamp(max=0.99)
+            factor = sure / (1 - sure) / weight.sum(1).clamp(min=1e-9)  # [N]
+            weight = weight * factor[:, None]
         weight = with_own_key(weight, self.own)
         if self.apart:
             logs = l_pos - torch.logaddexp(l_pos, lse[:, None])  # [N, 1 + P]
@@ -205,6 +227,21 @@ class Mechanism(QueueObjective):
         return FORMS["meanlog"](l_pos, lse, with_own_key(weight, None))
 
 
+class WithBackbone(nn.Module):
+    """Images -> [unit(h), unit(z)], the backbone's features h before an encoder's output z."""
+
+    def __init__(self, encoder: nn.Module):
+        super().__init__()
+        self.of = encoder
+        self.h = None
+        head = encoder.get_submodule(head_name(encoder))
+        head.register_forward_pre_hook(lambda module, inputs: setattr(self, "h", inputs[0]))
+
+    def forward(self, images: Tensor) -> Tensor:
+        z = self.of(images)
+        return torch.cat([F.normalize(x.float(), dim=1) for x in (self.h, z)], dim=1)
+
+
 def weaken(weak: bool) -> None:
     """Make the second view of an image a crop (of digits: a turn) alone, or a whole view again."""
     for kind, first, still in ((BatchAugmentation, 23, 0.999), (DigitAugmentation, 4, 0.5)):
@@ -261,6 +298,10 @@ ROWS = {  # name -> flags
     "5 nearest keys, every step": "--m-live 5 --isl-own 0.5",
     "weak view for the key": "--m-weak",
     "soft weights": "--m-soft 0.05",
+    "weights by the estimate": "--miner studies.with_views:Weighed",
+    "own key by the estimate": "--miner studies.with_views:Weighed --m-sure",
+    "mined in backbone features": "--m-backbone",
+    "means taken twice": "--miner studies.with_views:Twice",
     "near by the bank, current key": "--m-twice 5 --isl-own 0.5",
     "the set left out, not pulled": "--no-m-attract",
     "the set and 1 % of the queue left out": "--m-drop 0.01 --no-m-attract",
