@@ -28,7 +28,7 @@ from moco_isl.builder import add_mlp
 from moco_isl.encoders import build_encoder
 from moco_isl.evaluation.results import write_results
 from moco_isl.report.__main__ import main as report
-from studies.figures import HERE, Judge, metrics
+from studies.figures import HERE, ROUND, Judge, metrics, of_round
 
 OUT = Path("runs/demo")
 # the setting that README and docs/mining.md recommend
@@ -54,12 +54,11 @@ ROWS = ["raw pixels", "untrained", START, PLAIN, MINED, PAPER]
 COLUMNS = {  # key -> heading, digits behind the point
     "knn": ("kNN %", 1),
     "one_shot": ("1-shot %", 1),
-    "size": ("set size", 1),
-    "reach": ("reach", 3),
-    "found": ("same-class found", 3),
-    "precision": ("precision", 3),
-    "own_nearest": ("own nearest", 3),
-    "all_pairs": ("all pairs", 3),
+    "size": (ROUND["size"][0], 1),
+    **{
+        key: (ROUND[key][0], 3)
+        for key in ("reach", "found", "precision", "own_nearest", "all_pairs")
+    },
 }
 K = 50  # neighbours of kNN
 
@@ -112,15 +111,7 @@ def mined(lines: list[dict]) -> dict:
     rounds = [line for line in lines if line["kind"] == "round"]
     if not rounds:
         return {}
-    last = rounds[-1]
-    return {
-        "size": last["mean_size"],
-        "reach": last.get("reach"),
-        "found": last.get("same_class_found"),
-        "precision": last.get("precision"),
-        "own_nearest": last.get("precision_own_nearest"),
-        "all_pairs": last.get("precision_all_pairs"),
-    }
+    return of_round(rounds[-1])
 
 
 # ---- all runs ------------------------------------------------------------------------------------

@@ -26,6 +26,18 @@ HERE = Path(__file__).parent
 PROBE = ["--cache-features", *"--lr 1 3 10 30 --epochs 100 --schedule 60 80 -j 0".split()]
 Features = tuple[torch.Tensor, torch.Tensor]  # unit rows [M, C] and labels [M]
 
+ROUND = {  # column -> its heading, and the name in the line of the last round
+    "size": ("set size", "mean_size"),
+    "reach": ("reach", "reach"),
+    "found": ("same-class found", "same_class_found"),
+    "precision": ("precision", "precision"),
+    "own_nearest": ("own nearest", "precision_own_nearest"),
+    "all_pairs": ("all pairs", "precision_all_pairs"),
+    "estimate": ("estimated", "precision_estimate"),
+    "most": ("at most", "precision_at_most"),
+    "hub": ("worst in-degree", "worst_in_degree"),
+}
+
 
 class Result(common.Result):
     """A table that goes into studies/results."""
@@ -115,3 +127,8 @@ def linear(file: Path, images: list[str], out: Path, probe: list[str] = PROBE) -
 def metrics(run: Path) -> list[dict]:
     """The lines of a run's metrics.jsonl."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def of_round(line: dict) -> dict:
+    """What a table may show of a round, by the keys of `ROUND`; line: of metrics.jsonl."""
+    return {key: line.get(name) for key, (_, name) in ROUND.items()}

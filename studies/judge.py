@@ -34,7 +34,7 @@ from moco_isl import files, schema
 from moco_isl.errors import BadInput
 from moco_isl.report.verdict import breakeven_of, read_breakeven
 from studies import breakeven
-from studies.figures import Judge, Result, linear, metrics
+from studies.figures import ROUND, Judge, Result, linear, metrics, of_round
 
 HEADINGS = {
     "knn": "kNN %",
@@ -42,17 +42,6 @@ HEADINGS = {
     "linear": "linear %",
     "near": "true among nearest %",
     "logged": "kNN % by the run",
-}
-ROUND = {  # column -> its heading, and the name in the line of the last round
-    "size": ("set size", "mean_size"),
-    "reach": ("reach", "reach"),
-    "found": ("same-class found", "same_class_found"),
-    "precision": ("precision", "precision"),
-    "own_nearest": ("own nearest", "precision_own_nearest"),
-    "all_pairs": ("all pairs", "precision_all_pairs"),
-    "estimate": ("estimated", "precision_estimate"),
-    "most": ("at most", "precision_at_most"),
-    "hub": ("worst in-degree", "worst_in_degree"),
 }
 PART = {
     "title?": str,
@@ -99,7 +88,7 @@ class Figures:
     def __call__(self, run: TrainedRun) -> dict:
         """Figures by labels, those that the run logged, and those of its last round of mining."""
         rounds = run.lines("round")
-        found = {key: rounds[-1].get(name) for key, (_, name) in ROUND.items()} if rounds else {}
+        found = of_round(rounds[-1]) if rounds else {}
         found["seconds"] = _seconds(run)
         if "logged" in self.names:
             found["logged"] = next(

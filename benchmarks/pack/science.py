@@ -20,7 +20,7 @@ from moco_isl.errors import Interrupted
 from moco_isl.ops.neighbors import searched_again
 from moco_isl.run import checkpoint
 from studies.breakeven import FORMS
-from studies.figures import HERE, Judge, linear, metrics
+from studies.figures import HERE, Judge, linear, metrics, of_round
 
 MOCO = "MoCo v2"
 MEANLOG, LOGSUM = (FORMS[form][1] for form in ("meanlog", "logsum"))
@@ -91,7 +91,7 @@ class Science:
         rounds = [line for line in lines if line["kind"] == "round"]
         found = {
             "epochs": sum(line["kind"] == "epoch" for line in lines),
-            **(of_round(rounds[-1]) if rounds else {}),
+            **(of_round(rounds[-1]) | {"said": rounds[-1].get("why") or None} if rounds else {}),
         }
         if rates := [line["images_per_s"] for line in lines if line["kind"] == "step"]:
             found["last_images_per_s"] = statistics.median(rates[-5:])
@@ -165,20 +165,6 @@ def science(context: Context) -> None:
 
 
 # ---------------------------------------------------------------- pieces
-
-
-def of_round(line: dict) -> dict:
-    """What the table shows of a round."""
-    shown = {
-        "size": "mean_size",
-        "reach": "reach",
-        "found": "same_class_found",
-        "precision": "precision",
-        "own_nearest": "precision_own_nearest",
-        "all_pairs": "precision_all_pairs",
-        "estimate": "precision_estimate",
-    }
-    return {**{key: line.get(name) for key, name in shown.items()}, "said": line.get("why") or None}
 
 
 def keep_encoder(file: Path, out: Path) -> None:
