@@ -36,7 +36,7 @@ FORMS = {  # loss form -> what it is called, its flags
     "meanlog": ("mean of logs", ["--isl-loss", "meanlog", "--isl-hpe", "0"]),
 }
 METRICS = {"knn": "kNN", "one_shot": "1-shot", "near": "share of true labels among the nearest"}
-COLOURS = ["#3b6fb6", "#c8553d", "#4f8a4c", "#8a6bb1", "#b08a2e", "#888888"]
+COLOURS = ["#3b6fb6", "#c8553d", "#4f8a4c", "#8a6bb1", "#b08a2e", "#3a9a9a", "#888888", "#a05a7a"]
 CLOSE = 0.06  # the search for the crossing ends between two precisions this close
 
 # ---------------------------------------------------------------- the crossing
