@@ -227,7 +227,7 @@ def draw_panels(
 
     style = {"svg.fonttype": "none", "svg.hashsalt": "breakeven", "font.size": 9.5}
     with matplotlib.rc_context(style | {f"axes.spines.{x}": False for x in ("top", "right")}):
-        figure = Figure(figsize=(4.6 * len(panels), 3.4), layout="constrained")
+        figure = Figure(figsize=(4.6 * len(panels) + 1.4, 3.4), layout="constrained")
         all_axes = figure.subplots(1, len(panels), sharey=sharey, squeeze=False)[0]
         for axes, (title, lines) in zip(all_axes, panels.items()):
             axes.axhline(0, color="#888888", linewidth=1, linestyle=(0, (2, 2)))
@@ -240,7 +240,10 @@ def draw_panels(
             axes.set(title=title, xlabel="precision of the positives", ylabel=ylabel)
             if sharey:
                 axes.label_outer()
-            axes.legend(frameon=False, fontsize=8.5)
+        # the panels have the same lines
+        figure.legend(
+            *all_axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False
+        )
         page = io.StringIO()
         figure.savefig(page, format="svg", metadata={"Date": None})
     files.write_text(page.getvalue(), path)
