@@ -8,11 +8,12 @@ import torch
 import main_moco_isl
 from moco_isl.errors import BadInput
 from moco_isl.miners.average import with_views
-from moco_isl.mining.gan import GANSettings
+from moco_isl.miners.gan import all_proxies_of
+from moco_isl.mining.gan import Discriminator, GANFit, GANSettings, Generator
 from moco_isl.mining.gan_training import fit_gan
 from moco_isl.mining.positives import PositiveSets
 from moco_isl.mining.triplets import TripletSampler
-from studies import miners
+from studies import miners, wide_gan
 from studies.figures import Result
 from tests.runs import DIGITS
 from tests.test_miners import clusters
@@ -168,3 +169,39 @@ def test_the_digits_need_the_runs_of_two_sweeps(tmp_path, capsys):
     assert miners.main(["digits", "--sweeps", str(tmp_path), "--device", "cpu"]) == 2
     said = capsys.readouterr().err
     assert "run python launch/sweep.py studies/gain_digits.yaml first" in said
+
+
+def test_joined_neighbourhoods_equal_a_loop_over_all_proxies(monkeypatch):
+    M, seed, features = 130, 7, clusters(130)
+    sets = PositiveSets.empty(M)
+    fit = GANFit(Generator(16), Discriminator(16), {}, "")
+    miner = wide_gan.JoinedGANMiner(budget=4, candidates=3, **wide_gan.UNBOUNDED)
+    monkeypatch.setattr(miner, "fit", lambda *args: fit)
+    edges, why = miner.find(features, sets, seed, None)
+    assert not why and len(edges.src) == 5 * 3 * M
+    found = set(zip(edges.src.tolist(), edges.dst.tolist()))
+    sampler = TripletSampler(features, sets, M, torch.Generator().manual_seed(seed))
+    wanted = set()
+    for number, anchors in enumerate(torch.arange(M).split(64)):
+        draws = torch.Generator().manual_seed(seed + number)
+        _, proxies, _ = all_proxies_of(fit.G, fit.D, features, sampler, anchors, draws)
+        for of_triplet in proxies:
+            for anchor, proxy in zip(anchors.tolist(), of_triplet):
+                order = (features @ proxy).argsort(descending=True).tolist()
+                order.remove(anchor)
+                wanted |= {(anchor, image) for image in order[:3]}
+    assert found == wanted
+
+
+def test_the_table_of_wide_sets_has_precision_and_reach(monkeypatch):
+    monkeypatch.setattr(wide_gan, "WIDTHS", (4,))
+    monkeypatch.setattr(wide_gan, "ROWS", {"own nearest": 1, "neighbourhood means": 1})
+    labels = torch.arange(130) % 5
+    source = miners.Source(clusters(130, groups=5), labels)
+    runs = [wide_gan.study(source, seed, None) for seed in (0, 1)]
+    result = Result("x", "x", torch.device("cpu"), [])
+    wide_gan.show(runs, result)
+    cells = {row["row"]: row for row in result.rows}
+    right = runs[0]["own nearest", 1][4, "precision"]
+    assert 20 < right <= 100 and cells["own nearest"]["precision_4"] == f"{right:.1f} ± 0.0"
+    assert cells["neighbourhood means"]["n"] == 2 and "reach_4" in cells["neighbourhood means"]
