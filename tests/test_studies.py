@@ -14,10 +14,11 @@ import yaml
 
 import main_moco_isl
 from launch import options, sweep
-from moco_isl import schema
+from moco_isl import data, schema
+from moco_isl.data.label_list import read_labels
 from moco_isl.report.verdict import breakeven_of, read_breakeven
 from moco_isl.training.options import check_args
-from studies import breakeven, demo, judge
+from studies import breakeven, demo, judge, letters
 from studies.breakeven import bootstrap, closer, crossing, monotone
 from studies.figures import HERE, Judge
 
@@ -243,3 +244,24 @@ def test_without_the_extra_packages_the_demo_says_the_command(monkeypatch, capsy
     demo.write_report()
     said = capsys.readouterr().out
     assert "python -m moco_isl.report runs/demo/recommended-0 runs/demo/gan-0" in said
+
+
+def test_letters_are_drawn_alike_each_time_and_their_list_is_read(tmp_path, capsys, monkeypatch):
+    matplotlib = pytest.importorskip("matplotlib")
+    monkeypatch.setattr(letters, "NUMBERS", {"train": 12, "val": 2})
+    fonts = ["--fonts", str(Path(matplotlib.get_data_path()) / "fonts" / "ttf")]
+    for out in ("a", "b"):
+        assert letters.main([str(tmp_path / out), *fonts, "--check", "110"]) == 0
+    files = sorted(file.relative_to(tmp_path / "a") for file in (tmp_path / "a").rglob("*.*"))
+    assert len(files) == 10 * 14 + 3
+    for file in files:
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    images = data.build_dataset("folder", str(tmp_path / "a"), "train")
+    known = read_labels(str(tmp_path / "a" / "check_1.txt"), images, images, "--isl-check")
+    assert int((known >= 0).sum()) == 110
+    assert torch.equal(known[known >= 0], images.labels[known >= 0])
+    capsys.readouterr()
+    assert letters.main([str(tmp_path / "a")]) == 2
+    assert letters.main([str(tmp_path / "c"), "--fonts", str(tmp_path)]) == 2
+    assert letters.main([str(tmp_path / "c"), *fonts, "--check", "121"]) == 2
+    assert capsys.readouterr().err.count("expected") == 3 and not (tmp_path / "c").exists()
