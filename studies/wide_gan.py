@@ -168,7 +168,7 @@ def main(argv: list[str] | None = None) -> int:
         args.images, args.iters, args.seeds = args.images or 1000, args.iters or 50, 1
     try:
         if args.of:
-            name = Path(args.file).resolve().parent.name
+            name = args.of[0]
             root = args.of[1] if len(args.of) > 1 else None
             source = miners.of_checkpoint(Path(args.file), args.of[0], root, args.device)
         else:
