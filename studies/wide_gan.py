@@ -6,7 +6,8 @@
                                         what a checkpoint makes of these images
 
 Three rounds on the same features: from the second on, the positive of a triplet is drawn from the
-sets mined before. Miners are those of the product, and nothing but the budget bounds what joins:
+sets mined before. Miners are those of the product. What joins is bounded by the budget and the
+in-degree cap, for all of them no higher than a GAN's triplets can bear:
 
   own nearest               --miner knn
   neighbourhood means       --miner average, without views
@@ -33,9 +34,10 @@ from moco_isl.miners.average import AverageMiner
 from moco_isl.miners.gan import GANMiner, all_proxies_of
 from moco_isl.miners.knn import KNNMiner
 from moco_isl.mining.edges import Edges
+from moco_isl.mining.gan import GANSettings
 from moco_isl.mining.positives import PositiveSets, same_label
 from moco_isl.mining.rounds import RoundMiner, over_blocks
-from moco_isl.mining.triplets import TripletSampler
+from moco_isl.mining.triplets import TripletSampler, largest_set
 from moco_isl.ops.neighbors import Tick, topk
 from studies import miners
 from studies.figures import Result
@@ -108,6 +110,7 @@ def study(source: miners.Source, seed: int, iters: int | None) -> dict[tuple[str
     for row, rounds in ROWS.items():
         for width in WIDTHS:
             miner = miner_of(row, width, iters)
+            miner.rules.largest = largest_set(M, GANSettings.triplets)  # the GAN's bound, for all
             sets = PositiveSets.empty(M, source.features.device)
             rng = torch.Generator().manual_seed(seed)
             for number in range(1, rounds + 1):
@@ -187,7 +190,8 @@ def main(argv: list[str] | None = None) -> int:
     show(runs, result)
     result.note(
         "From the second round on the positive of a triplet is drawn from the sets mined before."
-        " Sets are symmetric and bounded by the budget and the in-degree cap alone."
+        " Sets are symmetric and bounded by the budget and the in-degree cap, at 200 an image by"
+        f" the {largest_set(M, GANSettings.triplets)} positives that a GAN's triplets can bear."
     )
     common.end(args, result)
     return 0

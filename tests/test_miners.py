@@ -442,6 +442,8 @@ def test_wide_sets_of_a_gan_leave_negatives_for_its_next_round(first_round):
     sets = miner.mine(clusters(400), PositiveSets.empty(400), rng())
     assert int(sets.sizes().max()) == largest_set(400, 5) == 400 // 5 - 3
     assert miner.mine(clusters(400), sets, rng()).mean_size > 50
+    with pytest.raises(BadInput, match="no negatives"):  # at once, not in the second round
+        GANMiner().mine(rows(19), PositiveSets.empty(19), rng())
 
 
 def test_bad_settings_and_features_are_refused():

@@ -345,6 +345,21 @@ def test_sets_follow_what_is_sure():
     assert (wide.most(800), wide.offered(800)) == (20, 80)
 
 
+@pytest.mark.parametrize(
+    ("M", "pairs", "every", "cure"),
+    [
+        (1000, 900, 10, "label about 236 images"),  # 1000 sqrt(50 / 900)
+        (1000, 900, 2, "label more images"),  # by bad luck no pair has two of 500 labelled ones
+        (60, 20, 1, "give a larger --isl-budget"),  # even all labels are too few
+    ],
+)
+def test_how_many_images_to_label_is_said(M, pairs, every, cure):
+    known = torch.full((M,), -1)
+    known[::every] = 0
+    a = torch.arange(pairs)
+    assert by_check(known, a, a + 1).doubt.endswith(f"and 50 are needed: {cure}")
+
+
 def test_auto_stands_alone():
     for wrong in (["auto", "5"], ["5", "auto"], "x", "0", "nan", "-1"):
         with pytest.raises(
@@ -489,7 +504,7 @@ def test_a_resumed_run_compares_with_its_last_round_and_wants_the_same_list(tmp_
     digits = data.build_dataset("digits", None, "train")
     list_ = write_list(tmp_path / "list", digits, 1400)
     flags = "--epochs 2 --miner knn --isl-start 0 --isl-every 1 --isl-budget auto --isl-check"
-    command = [*DIGITS, *flags.split(), list_, "--out", str(tmp_path / "run")]
+    command = [*DIGITS, *flags.split(), list_, "--out", str(tmp_path / "run"), "-p", "1"]
     code, out, _ = ask([*command, "--max-steps", "3"])
     assert code == 0 and "since the round before" not in out
     kept = (tmp_path / "list").read_text()
@@ -497,8 +512,17 @@ def test_a_resumed_run_compares_with_its_last_round_and_wants_the_same_list(tmp_
     code, _, err = ask([*command, "--resume", "auto"])
     assert code == 2 and "the list of --isl-check has other images or labels than when" in err
     (tmp_path / "list").write_text(kept)
-    code, out, _ = ask([*command, "--resume", "auto"])
-    assert code == 0 and out.count("=> since the round before: effective rank") == 2
+    log = tmp_path / "run" / "metrics.jsonl"
+    lines = log.read_text().splitlines(keepends=True)
+    assert [json.loads(line)["kind"] for line in lines] == ["round", "step", "step", "step"]
+    damaged = "x" * (len(lines[1]) - 1) + "\n"
+    log.write_text(lines[0] + damaged + lines[2] + lines[3][:-20])  # and cut
+    code, out, err = ask([*command, "--resume", "auto"])
+    assert code == 0 and "lines are missing" in out, err
+    assert out.count("=> since the round before: effective rank") == 2
+    again = log.read_text()
+    assert again.startswith(lines[0] + damaged + lines[2] + '{"kind": "step"')
+    assert all(json.loads(line) for line in again.splitlines() if line + "\n" != damaged)
 
 
 # ---- the study of its errors ---------------------------------------------------------------------

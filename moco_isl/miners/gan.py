@@ -107,7 +107,7 @@ class GANMiner(RoundMiner):
 
     def mine(self, features: Tensor, positives: PositiveSets, *args, **more) -> PositiveSets:
         """As `RoundMiner.mine`; no set is so large that the next round would find no negatives."""
-        self.rules.largest = max(1, largest_set(positives.num_images, self.triplets))
+        self.rules.largest = largest_set(positives.num_images, self.triplets)
         return super().mine(features, positives, *args, **more)
 
     def find(

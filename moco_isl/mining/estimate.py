@@ -204,9 +204,14 @@ def by_check(known: Tensor, a: Tensor, b: Tensor) -> Estimate:
     count = int((known >= 0).sum())
     # of U pairs among M images, U (n / M)^2 have two of n labelled ones
     enough = math.ceil(len(known) * math.sqrt(FEWEST_PAIRS / max(len(a), 1)))
+    cure = "label more images"
+    if enough > len(known):
+        cure = "give a larger --isl-budget"
+    elif enough > count:
+        cure = f"label about {enough} images"
     few = (
         f"of {len(a)} pairs {len(at)} have two labelled images, and {FEWEST_PAIRS} are needed:"
-        f" label about {max(enough, count + 1)} images"
+        f" {cure}"
     )
     return Estimate(at, share, share, few if len(at) < FEWEST_PAIRS else "", count)
 

@@ -59,7 +59,7 @@ class TripletSampler:
         self.pool = pool_size(self.M, triplets)  # S
         sizes = positives.sizes().sort(descending=True).values[:batch]
         largest = int(sizes[0])
-        if self.pool < 3 or largest > largest_set(self.M, triplets):
+        if self.pool < 4 or largest > largest_set(self.M, triplets):
             raise BadInput(
                 f"{self.M} images with up to {largest} positives an image leave no negatives among"
                 f" the {self.pool} candidates of a draw: mine more images, or with a smaller budget"

@@ -200,6 +200,8 @@ class RunFolder:
             there = self._metrics.tell()
             if size is not None and there > size:
                 self._metrics.truncate(size)
+            else:
+                self._metrics.truncate(_whole_lines(path))
         if size is not None and there < size:
             print(
                 f"=> warning: {path} is shorter than it was when the checkpoint was saved ({there}"
@@ -339,6 +341,19 @@ def numbered(path: Path) -> list[Path]:
     name = re.compile(r"checkpoint_(\d{4,})\.pth\.tar")
     found = [p for p in path.glob("checkpoint_*.pth.tar") if name.fullmatch(p.name)]
     return sorted(found, key=lambda p: int(name.fullmatch(p.name)[1]))
+
+
+def _whole_lines(path: Path) -> int:
+    """Bytes of a file to the end of its last whole line: a kill may have cut the one behind."""
+    with open(path, "rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        while end > 0:
+            start = max(0, end - (1 << 16))
+            file.seek(start)
+            if (place := file.read(end - start).rfind(b"\n")) >= 0:
+                return start + place + 1
+            end = start
+    return 0
 
 
 def newest(path: str | Path) -> Path | None:

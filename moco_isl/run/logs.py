@@ -103,6 +103,27 @@ def read_metrics(folder: Path) -> list[dict]:
     ]
 
 
+def last_round(folder: Path, size: int) -> dict:
+    """The last line of a round in the first `size` bytes of metrics.jsonl; {} where there is none.
+
+    No file and lines that are no JSON of ours are passed over: a run can go on without them.
+    """
+    try:
+        with open(folder / "metrics.jsonl", "rb") as file:
+            lines = file.read(size).decode(errors="replace").split("\n")
+    except OSError:
+        return {}
+    for text in reversed(lines):
+        if '"round"' in text:
+            try:
+                line = _line(text, "")
+            except BadInput:
+                continue
+            if line["kind"] == "round":
+                return line
+    return {}
+
+
 def _line(text: str, where: str) -> dict:
     line = parse_json(text, where)
     require(line, {"kind": str, ...: object}, where)

@@ -288,6 +288,7 @@ def begin(
 ) -> None:
     """Load what the run starts from, and open its files. `content` is emptied."""
     metrics_size = 0
+    logged = content.get("isl", {}).get("metrics_size", 0)
     if start.path:
         metrics_size = load(start, content, parts, reader, save.flags)
     content.clear()  # it is as large as the model and the bank
@@ -297,8 +298,8 @@ def begin(
     journal.progress.begin(parts.position.total)
     if start.path:
         journal.mean_cosine = parts.isl.mean_cosine()
-    if start.in_place:
-        read = lambda: outcome_before(journal.folder.path)
+    if start.goes_on:
+        read = lambda: outcome_before(Path(start.path).parent, logged)
         journal.outcome = dist.broadcast_object(ranks.on_main(read))
     if tensorboard and journal.folder is not None:
         path = journal.folder.path
@@ -362,10 +363,14 @@ def resume_exactly(content: dict, path: str, parts: resume.Parts, device: torch.
 
 def warn_of_labels(content: dict, path: str) -> None:
     flags = content.get("args")
-    if isinstance(flags, dict) and flags.get("research_labels") is True:
+    if not isinstance(flags, dict):
+        return
+    used = ["--research-labels"] if flags.get("research_labels") is True else []
+    used += ["--isl-check"] if flags.get("isl_check") else []
+    if used:
         ranks.say(
             f"=> warning: labels were used in the training of '{files.shown(path)}'"
-            " (--research-labels), and so in what is made of it here"
+            f" ({', '.join(used)}), and so in what is made of it here"
         )
 
 
@@ -568,12 +573,14 @@ def mine(
     save()
 
 
-def outcome_before(folder: Path) -> tuple[float, float | None] | None:
-    """What the last round in a folder's metrics.jsonl says of the features, see `say_outcome`."""
-    rounds = [line for line in logs.read_metrics(folder) if line["kind"] == "round"]
-    if not rounds or "effective_rank" not in rounds[-1]:
-        return None
-    return rounds[-1]["effective_rank"], rounds[-1].get("apart")
+def outcome_before(folder: Path, size: int) -> tuple[float, float | None] | None:
+    """What the last round in a folder's metrics.jsonl says of the features, see `say_outcome`.
+
+    size: bytes that were logged when the run was saved. None where the file does not tell.
+    """
+    last = logs.last_round(folder, size)
+    rank, between = (last.get(name) for name in ("effective_rank", "apart"))
+    return None if rank is None else (rank, between)
 
 
 def say_outcome(journal: Journal, rank: float | None, between: float | None) -> None:
