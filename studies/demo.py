@@ -39,11 +39,11 @@ GAN = (
     " --isl-gan-iters 1200 --isl-gan-min-iters 1200"
 )
 DIGITS = ["--config", str(HERE / "flags_digits.yaml")]
-FAST = "--fast --no-compile --save-epochs 100".split()
-EPOCHS, MORE = 60, 40  # of MoCo v2 and of each continuation
+FAST = "--fast --no-compile --channels-last --save-epochs 100".split()
+EPOCHS, MORE = 60, 30  # of MoCo v2 and of each continuation
 PRETRAIN = f"--epochs {EPOCHS} --lr 0.06".split()
 CONTINUE = f"--epochs {MORE} --lr 0.02".split()
-MINING = "--isl-every 14".split()  # three rounds
+MINING = "--isl-every 10".split()  # three rounds
 START, PLAIN, MINED, PAPER = "MoCo v2", "+ no mining", "+ recommended", "+ GAN"
 CONTINUATIONS = {  # row -> folder, flags; the longest first
     PAPER: ("gan", [*MINING, *GAN.split()]),
