@@ -191,7 +191,8 @@ def assemble(
         fast.compile_encoders(model, reader.settings.batch_size // dist.world_size())
     names = resume.images_of(reader.images.train)
     position = engine.Position(epoch=plan.start_epoch)
-    return resume.Parts(model, optimizer, scaler, isl, miner, names, position)
+    labels = resume.labels_of(miner)
+    return resume.Parts(model, optimizer, scaler, isl, miner, names, position, labels)
 
 
 # ---- what a run prints and writes

@@ -351,6 +351,7 @@ class Parts:
     miner: object  # see mining.rounds.Miner
     images: str  # see images_of
     position: Position
+    labels: str | None = None  # see labels_of
 
     def state(self, flags: dict, generators: list[dict], metrics_size: int) -> dict:
         """What a file holds: MoCo's keys, and what an exact resume needs.
@@ -369,8 +370,8 @@ class Parts:
             "images": self.images,
             "metrics_size": metrics_size,
         }
-        if (labels := labels_of(self.miner)) is not None:
-            ours["labels"] = labels
+        if self.labels is not None:
+            ours["labels"] = self.labels
         return {
             "epoch": self.position.epoch,
             "arch": flags["arch"],
