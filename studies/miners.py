@@ -454,13 +454,8 @@ def of_digits(seeds: int, device: torch.device, runs: Path) -> list[Source]:
     return sources
 
 
-def get_parser() -> argparse.ArgumentParser:
-    parser = common.parser(__doc__)
-    parser.add_argument(
-        "file",
-        metavar="FILE|digits",
-        help="safetensors file with features [M, C] and labels [M], or a checkpoint",
-    )
+def add_source(parser: argparse.ArgumentParser) -> None:
+    """The flags that say of which images a file is."""
     parser.add_argument(
         "--of",
         nargs="+",
@@ -468,6 +463,16 @@ def get_parser() -> argparse.ArgumentParser:
         help="of a checkpoint: the name of the data set and, but for digits, where it is",
     )
     parser.add_argument("--images", type=int, metavar="M", help="draw so many of the file's (all)")
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = common.parser(__doc__)
+    parser.add_argument(
+        "file",
+        metavar="FILE|digits",
+        help="safetensors file with features [M, C] and labels [M], or a checkpoint",
+    )
+    add_source(parser)
     parser.add_argument(
         "--gan", type=int, default=0, metavar="n", help="seeds of the GANs' rows (0: none of them)"
     )

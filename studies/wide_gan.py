@@ -31,13 +31,13 @@ import torch
 from benchmarks import common
 from moco_isl.errors import BadInput
 from moco_isl.miners.average import AverageMiner
-from moco_isl.miners.gan import GANMiner, all_proxies_of
+from moco_isl.miners.gan import GANMiner, proxies_of, sampler_of_all
 from moco_isl.miners.knn import KNNMiner
 from moco_isl.mining.edges import Edges
 from moco_isl.mining.gan import GANSettings
 from moco_isl.mining.positives import PositiveSets, same_label
 from moco_isl.mining.rounds import RoundMiner, over_blocks
-from moco_isl.mining.triplets import TripletSampler, largest_set
+from moco_isl.mining.triplets import largest_set
 from moco_isl.ops.neighbors import Tick, topk
 from studies import miners
 from studies.figures import Result
@@ -64,14 +64,11 @@ class JoinedGANMiner(GANMiner):
             return Edges(none.long(), none.long(), none), fit.why
         self.networks = {"G": fit.G.state_dict(), "D": fit.D.state_dict(), **fit.optimizers}
         k = min(self.candidates, M - 1)
-        sampler = TripletSampler(
-            features, positives, M, torch.Generator().manual_seed(seed), self.settings.triplets
-        )
-        sampler.capacity = None  # nothing is captured here
+        sampler = sampler_of_all(features, positives, seed, self.settings.triplets)
 
         def block(anchors: Tensor, number: int) -> tuple[Tensor, Tensor]:
             draws = torch.Generator().manual_seed(seed + number)
-            _, proxies, _ = all_proxies_of(fit.G, fit.D, features, sampler, anchors, draws)
+            _, proxies, _ = proxies_of(fit.G, fit.D, features, sampler, anchors, draws)
             found = [topk(proxy, features, k, anchors) for proxy in proxies]
             cosine, near = (torch.cat(x, dim=1) for x in zip(*found))  # [N, t k]
             return cosine, near
@@ -152,13 +149,7 @@ def show(runs: list[dict], result: Result) -> None:
 def get_parser() -> argparse.ArgumentParser:
     parser = common.parser(__doc__)
     parser.add_argument("file", metavar="FILE", help="safetensors, or a checkpoint")
-    parser.add_argument(
-        "--of",
-        nargs="+",
-        metavar="X",
-        help="of a checkpoint: the name of the data set and, but for digits, where it is",
-    )
-    parser.add_argument("--images", type=int, metavar="M", help="draw so many of the file's (all)")
+    miners.add_source(parser)
     parser.add_argument("--seeds", type=int, default=3, metavar="n", help="seeds of the GAN (3)")
     parser.add_argument("--iters", type=int, help="cap of the GAN's iterations (90 sqrt(M))")
     return parser

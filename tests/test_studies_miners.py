@@ -8,7 +8,7 @@ import torch
 import main_moco_isl
 from moco_isl.errors import BadInput
 from moco_isl.miners.average import with_views
-from moco_isl.miners.gan import all_proxies_of
+from moco_isl.miners.gan import proxies_of
 from moco_isl.mining.gan import Discriminator, GANFit, GANSettings, Generator
 from moco_isl.mining.gan_training import fit_gan
 from moco_isl.mining.positives import PositiveSets
@@ -184,7 +184,7 @@ def test_joined_neighbourhoods_equal_a_loop_over_all_proxies(monkeypatch):
     wanted = set()
     for number, anchors in enumerate(torch.arange(M).split(64)):
         draws = torch.Generator().manual_seed(seed + number)
-        _, proxies, _ = all_proxies_of(fit.G, fit.D, features, sampler, anchors, draws)
+        _, proxies, _ = proxies_of(fit.G, fit.D, features, sampler, anchors, draws)
         for of_triplet in proxies:
             for anchor, proxy in zip(anchors.tolist(), of_triplet):
                 order = (features @ proxy).argsort(descending=True).tolist()

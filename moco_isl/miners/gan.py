@@ -204,13 +204,10 @@ class GANMiner(RoundMiner):
         G.load_state_dict(self.networks["G"])
         D.load_state_dict(self.networks["D"])
         draws = torch.Generator().manual_seed(M)
-        sampler = TripletSampler(
-            features, positives, M, torch.Generator().manual_seed(M), self.settings.triplets
-        )
-        sampler.capacity = None  # nothing is captured here
+        sampler = sampler_of_all(features, positives, M, self.settings.triplets)
         parts = []
         for part in anchors.split(block_size(M)):
-            score, proxy, _ = proxies_of(G, D, features, sampler, part, draws)
+            score, proxy, _ = best_of(*proxies_of(G, D, features, sampler, part, draws))
             cosine, near = topk(proxy, features, k, part)
             parts.append((score, near, cosine))
         return tuple(torch.cat(x) for x in zip(*parts))
@@ -244,34 +241,29 @@ def best_proxies(
     depends on the seed and its block: not on the ranks.
     """
     M, device = len(features), features.device
-    sampler = TripletSampler(features, positives, M, torch.Generator().manual_seed(seed), triplets)
-    sampler.capacity = None  # nothing is captured here
+    sampler = sampler_of_all(features, positives, seed, triplets)
 
     def block(anchors: Tensor, number: int) -> tuple[Tensor, ...]:
         draws = torch.Generator().manual_seed((seed + 0x9E3779B97F4A7C15 * (number + 1)) % 2**63)
-        score, proxy, to_triplet = proxies_of(fit.G, fit.D, features, sampler, anchors, draws)
+        proxies = proxies_of(fit.G, fit.D, features, sampler, anchors, draws)
+        score, proxy, to_triplet = best_of(*proxies)
         cosine, near = topk(proxy, features if bank is None else bank, k, anchors, tick=tick)
         return score, near, cosine, to_triplet
 
     return over_blocks(M, device, block, tick)
 
 
+def sampler_of_all(
+    features: Tensor, positives: PositiveSets, seed: int, triplets: int
+) -> TripletSampler:
+    """A sampler for any of the images as anchors, up to all of them at once."""
+    draws = torch.Generator().manual_seed(seed)
+    sampler = TripletSampler(features, positives, len(features), draws, triplets)
+    sampler.capacity = None  # nothing is captured here
+    return sampler
+
+
 def proxies_of(
-    G: Generator,
-    D: Discriminator,
-    features: Tensor,
-    sampler: TripletSampler,
-    anchors: Tensor,
-    draws: torch.Generator,
-) -> tuple[Tensor, ...]:
-    """The best proxy of each of anchors [N] over its t triplets (Eq. 3).
-
-    Returns scores [N], proxies [N, C], and the proxy's cosines to a, p, n [N, 3].
-    """
-    return best_of(*all_proxies_of(G, D, features, sampler, anchors, draws))
-
-
-def all_proxies_of(
     G: Generator,
     D: Discriminator,
     features: Tensor,
