@@ -109,9 +109,7 @@ def train(out: Path, flags: list[str], threads: int) -> dict[str, float]:
 def mined(lines: list[dict]) -> dict:
     """Figures of a run's last round of mining; {} where it had none."""
     rounds = [line for line in lines if line["kind"] == "round"]
-    if not rounds:
-        return {}
-    return of_round(rounds[-1])
+    return of_round(rounds[-1]) if rounds else {}
 
 
 # ---- all runs ------------------------------------------------------------------------------------

@@ -63,7 +63,8 @@ class Mechanism(QueueObjective):
     def __post_init__(self) -> None:
         super().__post_init__()
         weaken(self.weak)
-        self.with_backbone = WithBackbone(self.model.encoder_k)
+        if self.backbone:
+            self.with_backbone = WithBackbone(self.model.encoder_k)
         self.extra: nn.Module | None = None
         C = self.model.dim
         if self.pull:
