@@ -21,9 +21,10 @@ import torch
 from moco_isl import data, dist
 from moco_isl.encoders import build_encoder, on_meta, require_side, split_batch_norm
 from moco_isl.evaluation.knn import weighted_knn
+from moco_isl.evaluation.linear import probe_accuracy
 from moco_isl.miners import find_miner
 from moco_isl.objectives import OBJECTIVES
-from moco_isl.run import devices, exits, flags, ranks
+from moco_isl.run import devices, exits, flags, loggers, ranks
 from moco_isl.run.folder import check_folder
 from moco_isl.run.meters import Progress
 from moco_isl.run.signals import Stop
@@ -133,9 +134,10 @@ def worker(args: argparse.Namespace, stop, start: resume.Start, content: dict) -
             parts = pretrain.assemble(model, isl, miner, reader, plan, numerics)
             folder = resume.take_folder(args.out, start, args.keep)
             progress = Progress(args.progress, args.epochs, len(reader.loader))
-            with closing(pretrain.Journal(folder, progress, parts.position)) as journal:
+            judges = pretrain.Judges(weighted_knn, probe_accuracy)
+            with pretrain.Journal(folder, progress, parts.position) as journal:
                 save = pretrain.Saver(parts, folder, vars(args), reader.images.side, device)
-                pretrain.begin(start, content, parts, reader, journal, save, args.tensorboard)
+                pretrain.begin(start, content, parts, reader, journal, save, args.log)
                 for line in pretrain.warnings(
                     parts,
                     reader,
@@ -146,7 +148,7 @@ def worker(args: argparse.Namespace, stop, start: resume.Start, content: dict) -
                     idle=options.idle(args),
                 ):
                     journal.say(f"=> {line}")
-                pretrain.train(parts, reader, plan, numerics, journal, save, stop, weighted_knn)
+                pretrain.train(parts, reader, plan, numerics, journal, save, stop, judges)
 
 
 def get_ready(
@@ -162,8 +164,7 @@ def get_ready(
         content |= resume.read(start)
     images, model = prepare(args, start, content)
     model.to(device, memory_format=flags.take(pretrain.Numerics, args).layout)
-    if args.tensorboard:
-        pretrain.tensorboard_writer()  # raises where it is not installed
+    loggers.require_installed(args.log)
     workers = devices.usable_workers(args.workers, ranks.processes_here(args))
     views = OBJECTIVES[args.objective].views(args.isl_hpe)
     settings = flags.take(reading.Reading, args, views=views, workers=workers)

@@ -61,7 +61,7 @@ setup(
         "report": ["matplotlib", "jinja2"],
         "tensorboard": ["tensorboard"],
         "wandb": ["wandb"],
-        "mlflow": ["mlflow-skinny"],
+        "mlflow": ["mlflow-skinny", "sqlalchemy", "alembic"],
         "onnx": ["onnx", "onnxruntime", "onnxscript"],
         "docs": ["mkdocs~=1.6", "mkdocs-material~=9.8"],
         "test": [
@@ -81,6 +81,8 @@ setup(
             "scikit-learn",
             "wandb",
             "mlflow-skinny",
+            "sqlalchemy",
+            "alembic",
             "onnx",
             "onnxruntime",
             "onnxscript",

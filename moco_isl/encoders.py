@@ -612,6 +612,19 @@ def evaluating(module: nn.Module):
             m.training = mode
 
 
+@contextmanager
+def without_head(encoder: nn.Module):
+    """The encoder returns its backbone's output, [N, feature_dim], during the block."""
+    parent, _, last = head_name(encoder).rpartition(".")
+    owner = encoder.get_submodule(parent)
+    head = getattr(owner, last)
+    owner.add_module(last, nn.Identity())
+    try:
+        yield encoder
+    finally:
+        owner.add_module(last, head)
+
+
 class SmallImages(nn.Module):
     """No network: images [n, 3, S, S] -> their pixels at 8 by 8, [n, 192].
 

@@ -32,6 +32,15 @@ def accuracy(l_own: Tensor, top: Tensor) -> Tensor:
     return (l_own[:, 0] >= top).float().mean() * 100
 
 
+@torch.no_grad()
+def alignment(q: Tensor, k: Tensor) -> Tensor:
+    """Mean of |q - k|^2 over the unit rows of two views, [N, C] each: 0 to 4, lower is closer.
+
+    Wang and Isola, ICML 2020.
+    """
+    return 2 - 2 * (q * k).sum(1).mean()
+
+
 def with_own_key(weight: Tensor, share: float | None) -> Tensor:
     """The weights [N, 1 + P] of the own key and of the mined positives, weight [N, P].
 

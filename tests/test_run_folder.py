@@ -255,7 +255,7 @@ def test_a_live_run_whose_folder_was_moved_ends_in_one_line(tmp_path):
 
     before = {}
     code, _, err = ask(
-        [*FLAGS, "--save-every", "1", "-p", "1", "--tensorboard", "--out", str(out)], stop
+        [*FLAGS, "--save-every", "1", "-p", "1", "--log", "tensorboard", "--out", str(out)], stop
     )
     assert (
         code == 3 and err.count("\n") == 1 and f"{out} is no longer the folder of this run" in err

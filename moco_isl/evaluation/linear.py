@@ -342,3 +342,43 @@ def judge(
         count += len(labels)
     percent = 100 * dist.all_reduce_sum(right) / dist.all_reduce_sum(count)
     return {name: {"top1": row[0], "top5": row[1]} for name, row in zip(names, percent.tolist())}
+
+
+# ---- while an encoder is trained -----------------------------------------------------------------
+
+_MOST_FITTED = 1 << 16  # images that `probe_accuracy` fits
+
+
+def probe_accuracy(
+    features: torch.Tensor, labels: torch.Tensor, queries: torch.Tensor, truth: torch.Tensor
+) -> float:
+    """Accuracy in per cent on queries [Q, C] of a linear classifier fitted to features [M, C].
+
+    labels [M], truth [Q]: from 0 on, -1 for none. The classifier is a softmax regression on
+    features that are centred and scaled to a spread of 1, with a weight decay of 1e-4, fitted by
+    L-BFGS; of many images evenly spread ones are fitted. NaN where nothing has a label.
+    """
+    features, labels = features[labels >= 0], labels[labels >= 0]
+    queries, truth = queries[truth >= 0], truth[truth >= 0]
+    if not len(features) or not len(queries):
+        return float("nan")
+    step = -(-len(features) // _MOST_FITTED)
+    features, labels = features[::step].float(), labels[::step]
+    mean, spread = features.mean(0), features.std(0).clamp(min=1e-6)
+    x = (features - mean) / spread
+    classes = int(max(labels.max(), truth.max())) + 1
+    W = torch.zeros(classes, x.shape[1] + 1, device=x.device, requires_grad=True)
+    score = lambda x: F.linear(x, W[:, :-1], W[:, -1])
+    optimizer = torch.optim.LBFGS([W], max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        value = F.cross_entropy(score(x), labels) + 1e-4 / 2 * W[:, :-1].square().sum()
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        optimizer.step(loss)
+    with torch.no_grad():
+        found = score((queries.float() - mean) / spread).argmax(1)
+    return 100 * (found == truth).float().mean().item()

@@ -15,7 +15,7 @@ from torch import nn
 from moco_isl import dist
 from moco_isl.builder import add_mlp
 from moco_isl.encoders import evaluating
-from moco_isl.losses import bank_loss, with_own_key
+from moco_isl.losses import alignment, bank_loss, with_own_key
 from moco_isl.objectives.base import MinedObjective, Parts
 
 Tensor = torch.Tensor
@@ -102,8 +102,12 @@ class BankObjective(MinedObjective):
             self.waiting(members, present, mined),
             fused=self.fast,
         )
+        apart = alignment(f, self.bank.lookup(index))  # from the row of the visit before
         self.bank.update(*self.of_all_ranks(index, f.detach()), self.bank_mix)
-        return {"loss": isl + self.hpe * hp, "isl": isl, "hpe": hp}
+        return {"loss": isl + self.hpe * hp, "isl": isl, "hpe": hp, "alignment": apart}
+
+    def negatives(self) -> tuple[int, float] | None:
+        return None if self.active else (self.num_images - 1, 0.0)
 
     def waiting(self, members: Tensor, present: Tensor, mined: Tensor) -> Tensor | None:
         """[N, L] int64: the members of each set that are not pulled at now, M for none.

@@ -165,6 +165,17 @@ class Objective:
         """
         return None
 
+    def recent_features(self) -> Tensor | None:
+        """[n, C]: unit rows that steps left, at most an epoch old; None where none are kept."""
+        return None
+
+    def negatives(self) -> tuple[int, float] | None:
+        """(negatives of an image in a step, how many of them are keys of its own, on average).
+
+        None for a loss that is no InfoNCE over them: with mined positives, or of another kind.
+        """
+        return None
+
     def start_from(
         self, state: dict, same_images: bool, features: Callable[[nn.Module], Tensor]
     ) -> None:
@@ -357,6 +368,9 @@ class MinedObjective(Objective):
     def mean_feature(self) -> Tensor:
         """[C]: the mean of the features that steps left."""
         return self.bank.mean()
+
+    def recent_features(self) -> Tensor | None:
+        return self.bank.rows
 
     def state_dict(self) -> dict:
         return {

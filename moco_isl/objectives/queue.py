@@ -18,7 +18,15 @@ from torch import nn
 from moco_isl import dist
 from moco_isl.bank import QueueSlots
 from moco_isl.builder import MoCo
-from moco_isl.losses import FORMS, accuracy, info_nce, linear_kl, softmax_over, with_own_key
+from moco_isl.losses import (
+    FORMS,
+    accuracy,
+    alignment,
+    info_nce,
+    linear_kl,
+    softmax_over,
+    with_own_key,
+)
 from moco_isl.objectives.base import MinedObjective, Parts
 from moco_isl.options import opt
 from moco_isl.schema import Holds
@@ -75,6 +83,7 @@ class QueueObjective(MinedObjective):
         parts = self.loss(q, k, index.repeat(self.directions))
         if self.symmetric:  # the mean over both directions so far
             parts |= {name: 2 * parts[name] for name in ("loss", "isl", "hpe")}
+        parts["alignment"] = alignment(q, k)
         for keys in k.chunk(self.directions):  # an image may come once in a call of `write`
             everyone, keys = self.of_all_ranks(index, keys)
             self.slots.write(self.model.enqueue(keys), everyone)
@@ -138,6 +147,12 @@ class QueueObjective(MinedObjective):
 
     def mean_feature(self) -> Tensor:
         return self.model.queue[:, self.slots.owner >= 0].float().mean(1)
+
+    def recent_features(self) -> Tensor:
+        return self.model.queue[:, self.slots.owner >= 0].t()
+
+    def negatives(self) -> tuple[int, float] | None:
+        return None if self.active else (self.model.K, self.model.K / self.num_images)
 
     def start_from(self, state: dict, same_images: bool, features: Callable) -> None:
         slots = state.get("slots")

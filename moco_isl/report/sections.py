@@ -25,7 +25,11 @@ PART_NAMES = {
     "isl": "positives against negatives",
     "hpe": "hard positives, before their weight",
 }
-NO_PARTS = set("kind epoch total step acc1 knn lr time data_time images_per_s memory_gib".split())
+NO_PARTS = set(
+    "kind epoch total step acc1 knn probe lr time data_time images_per_s memory_gib mean_cosine"
+    " alignment uniformity rankme collapsed loss_low loss_high".split()
+)
+OF_EPOCHS = set("knn probe rankme collapsed uniformity loss_low loss_high".split())
 RULES = {
     "mined": "mined, the surest first",
     "ranked": "the proxies' own ranking",
@@ -48,7 +52,7 @@ def values(run: Run, name: str) -> tuple[list[float], list[float | None]]:
     One point an epoch or, before a second epoch has ended, one a logged interval.
     """
     lines = [line for line in run.epochs if name in line]
-    if len(lines) >= 2 or name == "knn":
+    if len(lines) >= 2 or name in OF_EPOCHS:
         return [line["epoch"] + 1 for line in lines], [line[name] for line in lines]
     steps = max((line["step"] for line in run.steps), default=1)
     lines = [line for line in run.steps if name in line]
@@ -81,16 +85,24 @@ def training_charts(run: Run) -> list[Chart]:
         Line(*xy, PART_NAMES.get(name, name), colour)
         for (name, xy), colour in zip(drawn.items(), COLOURS)
     ]
+    loss += [
+        Line(*values(run, name), label, "muted", style=":", dots=False)
+        for name, label in (("loss_high", "normal range of MoCo's loss"), ("loss_low", ""))
+    ]
     found = [
         line_chart("Loss", loss, "epochs", "mean of an epoch", marks=marks(run)),
         line_chart(
-            "Weighted kNN",
-            [Line(*values(run, "knn"))],
+            "Accuracy",
+            [
+                Line(*values(run, "knn"), "weighted kNN of the outputs"),
+                Line(*values(run, "probe"), "linear probe of the backbone", "c2"),
+            ],
             "epochs",
             "accuracy, %",
             marks=marks(run),
-            note="On the query encoder's features; logged by --knn-every.",
+            note="Of the query encoder; logged by --knn-every and --probe-every.",
         ),
+        *feature_charts(run),
         line_chart(
             "Learning rate",
             [Line(*learning_rates(run), dots=False, steps="post")],
@@ -102,12 +114,51 @@ def training_charts(run: Run) -> list[Chart]:
     return [chart for chart in found if chart]
 
 
+def feature_charts(run: Run) -> list[Chart | None]:
+    """What the features look like without labels, see `training.health`."""
+    return [
+        line_chart(
+            "Directions in use",
+            [Line(*values(run, "rankme"))],
+            "epochs",
+            "RankMe",
+            marks=marks(run),
+            note="More is better where runs of one width are compared.",
+        ),
+        line_chart(
+            "Collapsed directions",
+            [Line(*values(run, "collapsed"))],
+            "epochs",
+            "of all, %",
+            marks=marks(run),
+            percent=True,
+            note="Those in which features hardly differ; rising shares are a bad sign.",
+        ),
+        line_chart(
+            "Alignment and uniformity",
+            [
+                Line(*values(run, "alignment"), "alignment: views of one image"),
+                Line(*values(run, "uniformity"), "uniformity: different images", "c2"),
+            ],
+            "epochs",
+            "lower is better",
+            marks=marks(run),
+        ),
+    ]
+
+
 def compared_training(runs: Sequence[Run]) -> list[Chart]:
     coloured = list(zip(runs, itertools.cycle(COLOURS)))
     lines = lambda of: [Line(*of(run), run.name, colour) for run, colour in coloured]
     by_round = lambda name: lines(lambda run: over_rounds(run, lambda report: report.get(name)))
     found = [
         line_chart("Weighted kNN", lines(lambda run: values(run, "knn")), "epochs", "accuracy, %"),
+        line_chart(
+            "Linear probe", lines(lambda run: values(run, "probe")), "epochs", "accuracy, %"
+        ),
+        line_chart(
+            "Directions in use", lines(lambda run: values(run, "rankme")), "epochs", "RankMe"
+        ),
         line_chart(
             "Loss",
             lines(lambda run: values(run, "loss")),

@@ -45,6 +45,7 @@ LINES = {
         "total?": WHOLE,
         "loss": FIGURE,
         "knn?": Number(0, 100),
+        "probe?": Number(0, 100, finite=False),
         ...: FIGURE,
     },
     "round": {

@@ -16,7 +16,7 @@ from moco_isl.mining.rounds import RoundMiner
 from moco_isl.objectives import OBJECTIVES
 from moco_isl.objectives.base import MinedObjective, Objective
 from moco_isl.options import default_of, flags_of, opt
-from moco_isl.run import flags, ranks
+from moco_isl.run import flags, loggers, ranks
 from moco_isl.run.folder import FolderOptions
 from moco_isl.training import fast
 
@@ -115,7 +115,16 @@ class WatchOptions:
         low=0,
         metavar="n",
         rare=True,
-        help="judge kNN on n images held out of train; 0: leave one out",
+        help="judge kNN and the probe on n images held out of train; 0: kNN leaves one out",
+    )
+    probe_every: int = opt(
+        0,
+        low=0,
+        metavar="n",
+        may_change=True,
+        rare=True,
+        help="log a linear probe of the backbone every n epochs, judged on the images of"
+        " --knn-holdout; it steers nothing",
     )
     progress: str = opt(
         "lines",
@@ -124,11 +133,14 @@ class WatchOptions:
         rare=True,
         help="MoCo's lines, or a bar with the time left",
     )
-    tensorboard: bool = opt(
-        False,
+    log: str = opt(
+        "",
+        parse=loggers.listed,
+        metavar="LOGGERS",
         may_change=True,
         rare=True,
-        help="write TensorBoard events into the run's folder too (an extra)",
+        help="log the figures elsewhere too: tensorboard, wandb, mlflow (extras of these names),"
+        " with commas between them",
     )
 
 
@@ -276,6 +288,10 @@ def check_args(args: argparse.Namespace) -> None:
     data.check_options(flags.take(data.DataOptions, args))
     flags.check_ranges(args, *KINDS)
     require_epochs_left(args)
+    flags.check(
+        not args.probe_every or args.knn_holdout,
+        "--probe-every judges on images held out of train: add --knn-holdout n",
+    )
     _check_batch(args)
     _check_objective(args)
     _check_miner(args)

@@ -17,21 +17,19 @@ from torch.utils.data import Dataset
 
 from moco_isl import dist, files
 from moco_isl.builder import MoCo
-from moco_isl.encoders import as_in_library
-from moco_isl.errors import BadInput, Interrupted, RunFailed, missing_package
+from moco_isl.encoders import as_in_library, without_head
+from moco_isl.errors import BadInput, Interrupted, RunFailed
 from moco_isl.mining.estimate import apart, effective_rank
 from moco_isl.mining.positives import PositiveSets
 from moco_isl.mining.record import precision_of_ranking, round_record
 from moco_isl.objectives.base import Objective
 from moco_isl.ops import ivf
-from moco_isl.run import checkpoint, logs, ranks
+from moco_isl.run import checkpoint, loggers, logs, ranks
 from moco_isl.run.folder import RunFolder
 from moco_isl.run.meters import Averages, Progress
 from moco_isl.run.signals import Stop
-from moco_isl.training import engine, fast, resume, state
+from moco_isl.training import engine, fast, health, resume, state
 from moco_isl.training.reading import Reader
-
-ALIKE = 0.99  # the mean cosine above which all features count as alike
 
 
 @dataclass(frozen=True)
@@ -57,6 +55,7 @@ class Plan:
     save_epochs: int
     max_steps: int
     knn_every: int
+    probe_every: int
 
     def rate(self, epoch: int) -> float:
         """The learning rate of an epoch."""
@@ -90,6 +89,17 @@ class Numerics:
     @property
     def layout(self) -> torch.memory_format:
         return torch.channels_last if self.channels_last else torch.preserve_format
+
+
+@dataclass(frozen=True)
+class Judges:
+    """What judges features by labels. The caller hands it in: evaluation imports training.
+
+    knn: `evaluation.knn.weighted_knn`. probe: `evaluation.linear.probe_accuracy`.
+    """
+
+    knn: Callable[..., torch.Tensor]
+    probe: Callable[..., float]
 
 
 # ---- checks of the file, before anything is written
@@ -199,16 +209,17 @@ def assemble(
 
 
 class Journal:
-    """Prints what a run does, and logs it in metrics.jsonl and TensorBoard's events.
+    """Prints what a run does, and logs it in metrics.jsonl and by the loggers.
 
-    Every rank has a journal. Only rank 0 has a folder, and only its journal prints and writes.
+    Every rank has a journal. Only rank 0 has a folder and loggers, and only its journal prints and
+    writes. It is a context: at its end all is closed, and the loggers learn how the run ended.
     """
 
     def __init__(self, folder: RunFolder | None, progress: Progress, position: engine.Position):
         self.folder = folder
         self.progress = progress
         self.position = position
-        self.writer = None
+        self.loggers: list[loggers.Guarded] = []
         self.mean_cosine = math.inf  # between features at the end of the epoch before
         # effective rank of the features and `apart` of their views at the round before
         self.outcome: tuple[float, float | None] | None = None
@@ -217,19 +228,28 @@ class Journal:
         self.progress.say(line)
 
     def log(self, **values) -> None:
-        """Write one line into metrics.jsonl, and its numbers into TensorBoard."""
+        """Write one line into metrics.jsonl, and its numbers by the loggers."""
         if self.folder is not None:
             self.folder.log(**values)
-        if self.writer is not None:
-            for name, value in values.items():
-                if isinstance(value, (int, float)) and name not in ("epoch", "step", "total"):
-                    self.writer.add_scalar(f"{values['kind']}/{name}", value, self.position.total)
+        kind = values["kind"]
+        numbers = {
+            f"{kind}/{name}": value
+            for name, value in values.items()
+            if isinstance(value, (int, float)) and name not in ("epoch", "step", "total")
+        }
+        for logger in self.loggers:
+            logger.log(numbers, self.position.total)
 
-    def close(self) -> None:
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, kind: type | None, *_) -> None:
         self.progress.close()
-        if self.writer is not None:
-            with contextlib.suppress(OSError):  # its folder is gone or full: that was printed
-                self.writer.close()
+        how = loggers.FINISHED if kind is None else loggers.FAILED
+        if kind is not None and issubclass(kind, (Interrupted, KeyboardInterrupt)):
+            how = loggers.KILLED
+        for logger in self.loggers:
+            logger.close(how)
         if self.folder is not None:
             self.folder.close()
 
@@ -265,16 +285,6 @@ class Saver:
         return self.folder.last_good() if self.folder else ""
 
 
-def tensorboard_writer() -> type:
-    """TensorBoard's SummaryWriter. Raises BadInput where the package is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        extra = "'moco_isl[tensorboard]'"
-        raise missing_package("--tensorboard", "tensorboard", extra) from error
-    return SummaryWriter
-
-
 # ---- the beginning
 
 
@@ -285,7 +295,7 @@ def begin(
     reader: Reader,
     journal: Journal,
     save: Saver,
-    tensorboard: bool,
+    log_to: str,
 ) -> None:
     """Load what the run starts from, and open its files. `content` is emptied."""
     metrics_size = 0
@@ -293,6 +303,11 @@ def begin(
     if start.path:
         metrics_size = load(start, content, parts, reader, save.flags)
     content.clear()  # it is as large as the model and the bank
+    total = parts.position.total if start.in_place else None
+    opened = lambda: loggers.open_loggers(
+        log_to, journal.folder.path, save.flags, total, journal.say
+    )
+    journal.loggers = ranks.on_main(opened) or []
     ranks.on_main(lambda: journal.folder.begin(save.flags, metrics_size))
     if start.goes_on and not start.in_place:
         save()  # so --resume auto finds all it needs in the folder, however early this run ends
@@ -302,9 +317,6 @@ def begin(
     if start.goes_on:
         read = lambda: outcome_before(Path(start.path).parent, logged)
         journal.outcome = dist.broadcast_object(ranks.on_main(read))
-    if tensorboard and journal.folder is not None:
-        path = journal.folder.path
-        journal.writer = tensorboard_writer()(path, purge_step=parts.position.total)
 
 
 def load(
@@ -484,13 +496,12 @@ def train(
     journal: Journal,
     save: Saver,
     stop: Stop,
-    judge: Callable[..., torch.Tensor],
+    judges: Judges,
 ) -> None:
     """Train to the end of the plan, with the rounds of mining and the saves that are due.
 
-    It starts at the position of the parts. judge: weighted kNN, see `knn_accuracy`.
-    Raises Interrupted after saving, when any rank was asked to stop, and RunFailed where the run
-    cannot go on.
+    It starts at the position of the parts. Raises Interrupted after saving, when any rank was asked
+    to stop, and RunFailed where the run cannot go on.
     """
     isl = parts.isl
     position = parts.position
@@ -529,7 +540,7 @@ def train(
         if not finished:
             save()
             return
-        end_of_epoch(parts, reader, plan, journal, save, judge)
+        end_of_epoch(parts, reader, plan, journal, save, judges)
     if plan.mines and journal.outcome is not None and journal.outcome[1] is not None:
         with contextlib.suppress(Interrupted):  # all is saved already
             features = reader.features(isl.encoder)
@@ -627,25 +638,24 @@ def end_of_epoch(
     plan: Plan,
     journal: Journal,
     save: Saver,
-    judge: Callable[..., torch.Tensor],
+    judges: Judges,
 ) -> None:
-    """Finish an epoch: kNN and a checkpoint where they are due, and its line in the log."""
+    """Finish an epoch: a look at its features, kNN, probe and checkpoint where they are due."""
     position = parts.position
     epoch = position.epoch
     values = position.averages.epoch()
     mean_cosine = parts.isl.mean_cosine()
     if mean_cosine is not None:
         values["mean_cosine"] = mean_cosine
-        warn_of_collapse(journal, epoch, mean_cosine)
-    if plan.knn_every and reader.labels is not None and (epoch + 1) % plan.knn_every == 0:
-        try:
-            values["knn"] = knn_accuracy(reader, parts.model.encoder_q, judge)
-        except Interrupted:
-            save()
-            raise Interrupted(
-                f"saved at the end of epoch {epoch}: go on with --resume auto"
-            ) from None
-        journal.say(f"=> epoch {epoch}: weighted kNN {values['knn']:.2f} %")
+    values |= look(parts, reader, journal, values)
+    try:
+        values |= judge_epoch(parts.model.encoder_q, reader, plan, epoch, judges)
+    except Interrupted:
+        save()
+        raise Interrupted(f"saved at the end of epoch {epoch}: go on with --resume auto") from None
+    for name, words in (("knn", "weighted kNN"), ("probe", "linear probe of the backbone")):
+        if name in values:
+            journal.say(f"=> epoch {epoch}: {words} {values[name]:.2f} %")
     journal.log(kind="epoch", epoch=epoch, total=position.total, **values)
     position.epoch = epoch + 1
     position.step = 0
@@ -654,18 +664,57 @@ def end_of_epoch(
         save(epoch)
 
 
-def warn_of_collapse(journal: Journal, epoch: int, mean_cosine: float) -> None:
-    """Print a warning where all features are alike at the end of an epoch.
+@torch.no_grad()
+def look(parts: resume.Parts, reader: Reader, journal: Journal, values: dict) -> dict[str, float]:
+    """Say what the features and the loss of an epoch look like; returns figures for its log.
 
-    A new encoder gives all images nearly the same features too, but each epoch parts them.
+    values: means of the epoch. Nothing is computed on ranks other than 0, which print nothing.
     """
-    before = journal.mean_cosine
-    journal.mean_cosine = mean_cosine
-    if mean_cosine > ALIKE and 1 - mean_cosine < 1.1 * (1 - before):
-        journal.say(
-            f"=> warning: epoch {epoch} ends with all features alike (mean cosine"
-            f" {mean_cosine:.3f}): nothing is learned so; a smaller --lr may help"
-        )
+    isl = parts.isl
+    features = isl.recent_features()  # [n, C]
+    if features is None or len(features) < 2 or not dist.is_main():
+        return {}
+    found = health.figures_of(features)
+    counts = isl.negatives()
+    lines = [health.words(found, values, features.shape[1])]
+    if counts is not None and len(features) >= counts[0]:
+        band = health.band_of(*counts, parts.model.T, features.shape[1])
+        loss = values["isl"] / isl.directions
+        found |= {"loss_low": isl.directions * band.low, "loss_high": isl.directions * band.high}
+        steps = parts.position.total - counts[0] // (reader.settings.batch_size * isl.directions)
+        lines[0] += f"; loss {loss:.2f}, normal is {band.low:.2f} to {band.high:.2f}"
+        if word := health.word_of(band.place(loss), steps, len(reader.loader)):
+            lines.append(f"warning: {word}")
+    if word := health.alike(values.get("mean_cosine"), journal.mean_cosine):
+        lines.append(f"warning: {word}")
+    journal.mean_cosine = values.get("mean_cosine", journal.mean_cosine)
+    for line in lines:
+        journal.say(f"=> epoch {parts.position.epoch}: {line}")
+    return found
+
+
+def judge_epoch(
+    encoder: nn.Module, reader: Reader, plan: Plan, epoch: int, judges: Judges
+) -> dict[str, float]:
+    """Accuracy in per cent of kNN and of a linear probe where they are due after an epoch."""
+    due = lambda every: every and reader.labels is not None and (epoch + 1) % every == 0
+    found = {}
+    if due(plan.knn_every):
+        found["knn"] = knn_accuracy(reader, encoder, judges.knn)
+    if due(plan.probe_every):
+        found["probe"] = probe_accuracy(reader, encoder, judges.probe)
+    return found
+
+
+def probe_accuracy(reader: Reader, encoder: nn.Module, judge: Callable[..., float]) -> float:
+    """Accuracy in per cent of a linear probe of the backbone on the images held out."""
+    held_out = reader.images.held_out
+    with without_head(encoder):
+        features = reader.features(encoder)  # [M, C]
+        queries = reader.features(encoder, held_out)
+    truth = held_out.labels.to(reader.device)
+    fit = lambda: judge(features, reader.labels, queries, truth)
+    return dist.broadcast_object(ranks.on_main(fit))
 
 
 def knn_accuracy(reader: Reader, encoder: nn.Module, judge: Callable[..., torch.Tensor]) -> float:
