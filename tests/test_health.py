@@ -229,7 +229,7 @@ def test_a_run_that_learns_nothing_says_so(tmp_path, capfd, monkeypatch):
     flags = ["--epochs", "3", "--lr", "0", "--out", str(tmp_path / "out")]
     assert main_moco_isl.main([*DIGITS, *flags]) == 0
     said = capfd.readouterr().out
-    assert "=> epoch 2: warning: after" in said
+    assert "=> warning: epoch 2: after" in said
     assert "the loss is no lower than that of an encoder that tells nothing apart" in said
 
 

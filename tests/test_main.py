@@ -282,10 +282,10 @@ def test_features_all_alike_are_said(tmp_path, capsys):
     """
     few = "--knn-holdout 900 -b 64".split()
     run(tmp_path / "far", "--epochs", 6, "--objective", "bank", "--lr", 1, *few)
-    assert "epoch 5 ends with all features alike (mean cosine 0.999)" in capsys.readouterr().out
+    assert "epoch 5: all features are alike (mean cosine 0.999)" in capsys.readouterr().out
     lines = run(tmp_path / "near", "--epochs", 3, "--moco-m", 0.99, "--moco-dim", 64)
     assert (
-        "all features alike" not in capsys.readouterr().out
+        "all features are alike" not in capsys.readouterr().out
         and 0 < [x for x in lines if x["kind"] == "epoch"][-1]["mean_cosine"] < 0.9
     )
 

@@ -369,6 +369,11 @@ class MinedObjective(Objective):
         """[C]: the mean of the features that steps left."""
         return self.bank.mean()
 
+    @property
+    def directions(self) -> int:
+        """How many losses a step sums up: of each view as the query, or of one."""
+        return 1
+
     def recent_features(self) -> Tensor | None:
         return self.bank.rows
 

@@ -676,20 +676,20 @@ def look(parts: resume.Parts, reader: Reader, journal: Journal, values: dict) ->
         return {}
     found = health.figures_of(features)
     counts = isl.negatives()
-    lines = [health.words(found, values, features.shape[1])]
+    epoch = parts.position.epoch
+    line = f"=> epoch {epoch}: {health.words(found, values, features.shape[1])}"
+    words = [health.alike(values.get("mean_cosine"), journal.mean_cosine)]
     if counts is not None and len(features) >= counts[0]:
         band = health.band_of(*counts, parts.model.T, features.shape[1])
         loss = values["isl"] / isl.directions
         found |= {"loss_low": isl.directions * band.low, "loss_high": isl.directions * band.high}
         steps = parts.position.total - counts[0] // (reader.settings.batch_size * isl.directions)
-        lines[0] += f"; loss {loss:.2f}, normal is {band.low:.2f} to {band.high:.2f}"
-        if word := health.word_of(band.place(loss), steps, len(reader.loader)):
-            lines.append(f"warning: {word}")
-    if word := health.alike(values.get("mean_cosine"), journal.mean_cosine):
-        lines.append(f"warning: {word}")
+        line += f"; loss {loss:.2f}, normal is {band.low:.2f} to {band.high:.2f}"
+        words.append(health.word_of(band.place(loss), steps, len(reader.loader)))
     journal.mean_cosine = values.get("mean_cosine", journal.mean_cosine)
-    for line in lines:
-        journal.say(f"=> epoch {parts.position.epoch}: {line}")
+    journal.say(line)
+    for word in filter(None, words):
+        journal.say(f"=> warning: epoch {epoch}: {word}")
     return found
 
 
