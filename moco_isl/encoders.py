@@ -9,13 +9,13 @@ get the small stem: a 3x3 convolution and no pooling before the first stage.
 """
 
 import difflib
+import functools
 import re
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import nn
 from torch.nn.modules.module import (
     register_module_buffer_registration_hook,
@@ -60,12 +60,12 @@ def build_encoder(
     elif name == "digits":
         encoder = DigitsNet(num_classes)
     elif narrow := _NARROW.fullmatch(name):
-        encoder = NarrowResNet(*_NARROW_LAYERS[narrow[1]], int(narrow[2]), num_classes)
+        encoder = _narrow_resnet()(*_NARROW_LAYERS[narrow[1]], int(narrow[2]), num_classes)
     elif library := _library_of(name):
         encoder = library(name, num_classes, image_size)
     else:
         raise _unknown(name)
-    if small and isinstance(encoder, torchvision.models.ResNet):
+    if small and is_resnet(encoder):
         use_cifar_stem(encoder)
     elif stem == "cifar" and not isinstance(encoder, AlexNet32):
         what = f"{name} has no cifar stem (ResNets and alexnet have)"
@@ -82,6 +82,8 @@ def encoder_names() -> list[str]:
 
 
 def _torchvision_names() -> list[str]:
+    import torchvision
+
     return torchvision.models.list_models(module=torchvision.models)
 
 
@@ -114,6 +116,8 @@ def _nearest(name: str, names: list[str], before: str = "") -> str:
 
 
 def _build_torchvision(name: str, num_classes: int, image_size: int | None) -> nn.Module:
+    import torchvision
+
     extra = {}
     if name in ("googlenet", "inception_v3"):
         # the auxiliary classifiers would make the output a tuple
@@ -198,7 +202,14 @@ def backbone_shapes(encoder: nn.Module) -> dict[str, torch.Size]:
     return {name: t.shape for name, t in encoder.state_dict().items() if not name.startswith(place)}
 
 
-def use_cifar_stem(resnet: torchvision.models.ResNet) -> None:
+def is_resnet(encoder: nn.Module) -> bool:
+    """Whether it is one of torchvision's ResNets, or a narrow one."""
+    import torchvision
+
+    return isinstance(encoder, torchvision.models.ResNet)
+
+
+def use_cifar_stem(resnet: nn.Module) -> None:
     """Give a ResNet the stem for small images: a 3x3 convolution of stride 1 and no max pooling."""
     resnet.conv1 = _stem(resnet.conv1.out_channels, kernel=3, stride=1)
     resnet.maxpool = nn.Identity()
@@ -211,24 +222,31 @@ def _stem(c_out: int, kernel: int, stride: int) -> nn.Conv2d:
     return conv
 
 
-class NarrowResNet(torchvision.models.ResNet):
-    """A ResNet whose first stage has `width` channels, not 64, the others in proportion.
+@functools.cache
+def _narrow_resnet() -> type[nn.Module]:
+    """The class of narrow ResNets. It is made on demand: torchvision takes a second to import."""
+    from torchvision.models import resnet
 
-    State-dict keys are those of a ResNet.
-    """
+    class NarrowResNet(resnet.ResNet):
+        """A ResNet whose first stage has `width` channels, not 64, the others in proportion.
 
-    def __init__(self, block: str, layers: list[int], width: int, num_classes: int):
-        self.width = width
-        block = getattr(torchvision.models.resnet, block)
-        super().__init__(block, layers, num_classes=num_classes)
-        self.conv1 = _stem(width, kernel=7, stride=2)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.fc = nn.Linear(8 * width * block.expansion, num_classes)
+        State-dict keys are those of a ResNet.
+        """
 
-    def _make_layer(self, block, planes: int, *args, **kwargs) -> nn.Sequential:
-        if planes == 64:
-            self.inplanes = self.width  # the stem feeds the first stage
-        return super()._make_layer(block, planes * self.width // 64, *args, **kwargs)
+        def __init__(self, block: str, layers: list[int], width: int, num_classes: int):
+            self.width = width
+            block = getattr(resnet, block)
+            super().__init__(block, layers, num_classes=num_classes)
+            self.conv1 = _stem(width, kernel=7, stride=2)
+            self.bn1 = nn.BatchNorm2d(width)
+            self.fc = nn.Linear(8 * width * block.expansion, num_classes)
+
+        def _make_layer(self, block, planes: int, *args, **kwargs) -> nn.Sequential:
+            if planes == 64:
+                self.inplanes = self.width  # the stem feeds the first stage
+            return super()._make_layer(block, planes * self.width // 64, *args, **kwargs)
+
+    return NarrowResNet
 
 
 def _conv(c_in: int, c_out: int, kernel: int, stride: int = 1, padding: int = 1) -> nn.Sequential:

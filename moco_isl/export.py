@@ -10,11 +10,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torchvision
 from torch import nn
 
 from moco_isl import __version__, files
-from moco_isl.encoders import BACKBONE, Taps, backbone_shapes, evaluating, head_name, on_meta
+from moco_isl.encoders import (
+    BACKBONE,
+    Taps,
+    backbone_shapes,
+    evaluating,
+    head_name,
+    is_resnet,
+    on_meta,
+)
 from moco_isl.errors import BadInput, RunFailed
 from moco_isl.evaluation.backbone import (
     EncoderOptions,
@@ -118,6 +125,8 @@ Form = tuple[Callable[[], nn.Module], list[str]]
 
 
 def _torchvision(state: Tensors, info: dict, out: Path, card: dict[str, str]) -> Form:
+    import torchvision
+
     name = info["arch"].removeprefix("timm:")
     known = name in torchvision.models.list_models(module=torchvision.models)
     build = lambda: torchvision.models.get_model(name, weights=None)
@@ -229,7 +238,7 @@ def _compare(encoder: nn.Module, info: dict, read_again: nn.Module) -> None:
     Both get the same fixed tensor.
     """
     side = info["image_size"] or getattr(encoder, "pretrained_cfg", {}).get("input_size", [224])[-1]
-    if isinstance(encoder, torchvision.models.ResNet) or info["stem"] == "cifar":
+    if is_resnet(encoder) or info["stem"] == "cifar":
         side = 64
     images = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
     with evaluating(encoder), evaluating(read_again):

@@ -78,7 +78,9 @@ def test_digits_are_the_files_in_file_order():
 
 def test_folder_is_read_as_imagefolder_does(tree):
     from torchvision.datasets import ImageFolder
+    from torchvision.datasets.folder import IMG_EXTENSIONS
 
+    assert IMG_EXTENSIONS == folders.IMG_EXTENSIONS
     ours, theirs = build_dataset("folder", tree), ImageFolder(tree / "train")
     assert [(ours.path(i), int(ours.labels[i])) for i in range(len(ours))] == theirs.samples
     assert (

@@ -11,24 +11,17 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import torch
 from PIL import Image
 from PIL.TiffImagePlugin import BITSPERSAMPLE, SAMPLEFORMAT
 from torch.utils.data import Dataset
-from torchvision.transforms.functional import pil_to_tensor
 
 from moco_isl.data import folders
 from moco_isl.errors import BadInput
 from moco_isl.files import open_regular
-
-try:
-    # deprecated since 0.29 in favour of a package of its own
-    from torchvision.io import decode_jpeg
-except ImportError:
-    decode_jpeg = None
 
 SMALL = 64  # side up to which images are treated as CIFAR's are: neither enlarged nor blurred
 _READ_WHOLE = 256 << 20  # bytes of a file up to which it is held in memory while it is decoded
@@ -49,16 +42,36 @@ def decode_pixels(
             W, H = image.size
             keep = max(1, at_least(W, H))
             if (
-                decode_jpeg
-                and whole
+                whole
                 and image.format == "JPEG"
                 and image.mode == "RGB"
                 and min(W, H) // keep < 2
+                and (decode_jpeg := _jpeg_decoder())
             ):
                 pixels = decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8))
             else:
-                pixels = pil_to_tensor(_to_rgb(image, keep, unclear))
+                pixels = _to_tensor(_to_rgb(image, keep, unclear))
     return pixels, (H, W)
+
+
+@cache
+def _jpeg_decoder() -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """torchvision's, which is imported on demand: it takes a second.
+
+    None where there is none: it is deprecated since 0.29 in favour of a package of its own.
+    """
+    try:
+        from torchvision.io import decode_jpeg
+    except ImportError:
+        return None
+    return decode_jpeg
+
+
+def _to_tensor(image: Image.Image) -> torch.Tensor:
+    """An RGB image as uint8 [3, h, w]."""
+    from torchvision.transforms.functional import pil_to_tensor
+
+    return pil_to_tensor(image)
 
 
 def decode(
@@ -430,7 +443,7 @@ def hold_small(dataset: Dataset, threads: int = 4) -> Dataset:
 def read_pixels(dataset: Dataset, i: int) -> torch.Tensor | None:
     """Image i as uint8 [3, H, W]; None where its file cannot be read."""
     try:
-        return pil_to_tensor(dataset.image(i))
+        return _to_tensor(dataset.image(i))
     except Exception:  # PIL answers a broken file with almost any exception
         return None
 

@@ -5,7 +5,6 @@ whole batch on the device, so that workers hand over a quarter of the bytes.
 """
 
 import torch
-from torchvision import transforms as T
 
 from moco_isl.data.augment import BatchAugmentation
 from moco_isl.data.datasets import SMALL
@@ -48,6 +47,8 @@ class ImageTransform:
     def __init__(
         self, steps: list, name: str, smallest: int | None = None, unchanged: int | None = None
     ):
+        from torchvision import transforms as T  # on demand: it takes a second
+
         self.steps = T.Compose([*steps, T.PILToTensor()])
         row = find_set(name)
         self.normalize = Normalize(row.mean, row.std)
@@ -56,7 +57,9 @@ class ImageTransform:
 
     def __call__(self, image) -> torch.Tensor:
         if isinstance(image, torch.Tensor):
-            image = T.functional.to_pil_image(image)
+            from torchvision.transforms.functional import to_pil_image
+
+            image = to_pil_image(image)
         return self.steps(image)
 
 
@@ -69,6 +72,8 @@ def get_augmentation(
     of PIL's; a data set whose row has an augmentation of its own always takes that. Views up to 64
     pixels are not blurred. Raises BadInput.
     """
+    from torchvision import transforms as T
+
     row = find_set(name)
     size = _side(row, size)
     if row.augmentation is not None:
@@ -97,6 +102,8 @@ def get_eval_transform(name: str, size: int | None = None) -> ImageTransform:
 
     Raises BadInput.
     """
+    from torchvision import transforms as T
+
     size = _side(find_set(name), size)
     if size <= SMALL:
         return ImageTransform([T.Resize(size), T.CenterCrop(size)], name, unchanged=size)

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision import transforms as T
 
 from moco_isl import data, dist
 from moco_isl.data.draws import permutation
@@ -151,6 +150,8 @@ def probe_augmentation(name: str, size: int):
 
     Digits and house numbers are not flipped.
     """
+    from torchvision import transforms as T
+
     row = data.find_set(name)
     if row.augmentation is not None:
         return data.get_augmentation(name, aug_plus=False, size=size)

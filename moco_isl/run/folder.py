@@ -6,6 +6,7 @@ No file of an earlier run is overwritten, and metrics.jsonl has no gaps and no l
 import contextlib
 import errno
 import fcntl
+import importlib.metadata
 import json
 import os
 import platform
@@ -16,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torchvision
 
 from moco_isl import __version__, files
 from moco_isl.errors import BadInput, RunFailed
@@ -172,7 +172,7 @@ class RunFolder:
             "git": _git_commit(),
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
+            "torchvision": importlib.metadata.version("torchvision"),
             "device": (
                 torch.cuda.get_device_name()
                 if torch.cuda.is_available()
