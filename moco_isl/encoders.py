@@ -1,6 +1,6 @@
 """Encoders by name, their heads and layers, batch norm in splits, and features of a whole data set.
 
-Letters: N batch, C feature dimension, M images in the data set, S side of an image.
+Letters: N batch, C feature dimension, M images in the data set, c channels and S side of an image.
 
 Names: torchvision's classifiers, except the SqueezeNets, which end in no linear layer;
 `timm:<name>`; ResNet-18/34/50 with a narrow first stage, such as `resnet18w32`; `alexnet`, with the
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.module import (
     register_module_buffer_registration_hook,
+    register_module_module_registration_hook,
     register_module_parameter_registration_hook,
 )
 
@@ -42,9 +43,13 @@ _NARROW_LAYERS = {
 
 
 def build_encoder(
-    name: str, num_classes: int = 128, stem: str = "auto", image_size: int | None = None
+    name: str,
+    num_classes: int = 128,
+    stem: str = "auto",
+    image_size: int | None = None,
+    channels: int = 3,
 ) -> nn.Module:
-    """A freshly initialised encoder: images [N, 3, S, S] -> [N, num_classes].
+    """A freshly initialised encoder: images [N, channels, S, S] -> [N, num_classes].
 
     stem: "imagenet" is the architecture's own, "cifar" the small one (ResNets and alexnet), "auto"
     the small one where `image_size` is at most 64 pixels. Raises BadInput for an unknown name or
@@ -56,13 +61,14 @@ def build_encoder(
     is_small = image_size is not None and image_size <= CIFAR_SIDE
     small = stem == "cifar" or (stem == "auto" and is_small)
     if name == "alexnet":
-        encoder = AlexNet32(num_classes) if small else AlexNet224(num_classes)
+        encoder = (AlexNet32 if small else AlexNet224)(num_classes, channels)
     elif name == "digits":
-        encoder = DigitsNet(num_classes)
+        encoder = DigitsNet(num_classes, channels)
     elif narrow := _NARROW.fullmatch(name):
-        encoder = _narrow_resnet()(*_NARROW_LAYERS[narrow[1]], int(narrow[2]), num_classes)
+        layers = _NARROW_LAYERS[narrow[1]]
+        encoder = _narrow_resnet()(*layers, int(narrow[2]), num_classes, channels)
     elif library := _library_of(name):
-        encoder = library(name, num_classes, image_size)
+        encoder = library(name, num_classes, image_size, channels)
     else:
         raise _unknown(name)
     if small and is_resnet(encoder):
@@ -87,7 +93,7 @@ def _torchvision_names() -> list[str]:
     return torchvision.models.list_models(module=torchvision.models)
 
 
-def _library_of(name: str) -> Callable[[str, int, int | None], nn.Module] | None:
+def _library_of(name: str) -> Callable[[str, int, int | None, int], nn.Module] | None:
     """The function that builds networks of the library a name belongs to; None for no library."""
     if name.startswith("timm:"):
         return _build_timm
@@ -115,7 +121,9 @@ def _nearest(name: str, names: list[str], before: str = "") -> str:
     return ", ".join(before + one for one in near)
 
 
-def _build_torchvision(name: str, num_classes: int, image_size: int | None) -> nn.Module:
+def _build_torchvision(
+    name: str, num_classes: int, image_size: int | None, channels: int
+) -> nn.Module:
     import torchvision
 
     extra = {}
@@ -124,11 +132,35 @@ def _build_torchvision(name: str, num_classes: int, image_size: int | None) -> n
         extra = {"aux_logits": False, "init_weights": True}
     if name.startswith("vit_") and image_size is not None:
         extra = {"image_size": image_size}
-    with _build_errors(name, image_size):
+    with _build_errors(name, image_size), _first_convolution_of(channels):
         return torchvision.models.get_model(name, weights=None, num_classes=num_classes, **extra)
 
 
-def _build_timm(given: str, num_classes: int, image_size: int | None) -> nn.Module:
+@contextmanager
+def _first_convolution_of(channels: int):
+    """A network built meanwhile takes images of so many channels; it initialises itself as ever.
+
+    torchvision's take RGB alone: their first convolution is replaced as soon as they have it.
+    """
+    done = channels == 3
+
+    def replace(parent: nn.Module, name: str, module: nn.Module | None) -> nn.Module | None:
+        nonlocal done
+        if done or not isinstance(module, nn.Conv2d) or module.in_channels != 3:
+            return None  # it stays as it is
+        done = True
+        names = ("kernel_size", "stride", "padding", "dilation")
+        same = {name: getattr(module, name) for name in names}
+        return nn.Conv2d(channels, module.out_channels, bias=module.bias is not None, **same)
+
+    hook = register_module_module_registration_hook(replace)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _build_timm(given: str, num_classes: int, image_size: int | None, channels: int) -> nn.Module:
     name = given.removeprefix("timm:")
     try:
         import timm
@@ -141,9 +173,9 @@ def _build_timm(given: str, num_classes: int, image_size: int | None) -> nn.Modu
             hint = f"; torchvision has one of this name: use {name}"
         raise BadInput(f"timm has no model {name!r}{hint}")
     config = timm.models.get_pretrained_cfg(name)
-    extra = {}
+    extra = {} if channels == 3 else {"in_chans": channels}
     if image_size is not None and config is not None and config.fixed_input_size:
-        extra = {"img_size": image_size}
+        extra["img_size"] = image_size
     with _build_errors(given, image_size):
         return timm.create_model(name, pretrained=False, num_classes=num_classes, **extra)
 
@@ -193,7 +225,22 @@ def as_in_library(encoder: nn.Module, name: str) -> bool:
     library = _library_of(name)
     if library is None:
         return True
-    return backbone_shapes(encoder) == backbone_shapes(on_meta(lambda: library(name, 1, None)))
+    # timm's take any number of channels, torchvision's take RGB
+    channels = channels_of(encoder) if library is _build_timm else 3
+    theirs = on_meta(lambda: library(name, 1, None, channels))
+    return backbone_shapes(encoder) == backbone_shapes(theirs)
+
+
+def first_convolution(encoder: nn.Module) -> tuple[str, nn.Conv2d] | None:
+    """(name, module) of the convolution that takes in the images; None where there is none."""
+    modules = encoder.named_modules()
+    return next(((name, m) for name, m in modules if isinstance(m, nn.Conv2d)), None)
+
+
+def channels_of(encoder: nn.Module) -> int:
+    """How many channels the images have that an encoder takes."""
+    first = first_convolution(encoder)
+    return first[1].in_channels if first else 3
 
 
 def backbone_shapes(encoder: nn.Module) -> dict[str, torch.Size]:
@@ -211,13 +258,14 @@ def is_resnet(encoder: nn.Module) -> bool:
 
 def use_cifar_stem(resnet: nn.Module) -> None:
     """Give a ResNet the stem for small images: a 3x3 convolution of stride 1 and no max pooling."""
-    resnet.conv1 = _stem(resnet.conv1.out_channels, kernel=3, stride=1)
+    first = resnet.conv1
+    resnet.conv1 = _stem(first.in_channels, first.out_channels, kernel=3, stride=1)
     resnet.maxpool = nn.Identity()
 
 
-def _stem(c_out: int, kernel: int, stride: int) -> nn.Conv2d:
+def _stem(c_in: int, c_out: int, kernel: int, stride: int) -> nn.Conv2d:
     """A ResNet's first convolution, initialised as torchvision does."""
-    conv = nn.Conv2d(3, c_out, kernel, stride, padding=kernel // 2, bias=False)
+    conv = nn.Conv2d(c_in, c_out, kernel, stride, padding=kernel // 2, bias=False)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     return conv
 
@@ -233,11 +281,13 @@ def _narrow_resnet() -> type[nn.Module]:
         State-dict keys are those of a ResNet.
         """
 
-        def __init__(self, block: str, layers: list[int], width: int, num_classes: int):
+        def __init__(
+            self, block: str, layers: list[int], width: int, num_classes: int, channels: int
+        ):
             self.width = width
             block = getattr(resnet, block)
             super().__init__(block, layers, num_classes=num_classes)
-            self.conv1 = _stem(width, kernel=7, stride=2)
+            self.conv1 = _stem(channels, width, kernel=7, stride=2)
             self.bn1 = nn.BatchNorm2d(width)
             self.fc = nn.Linear(8 * width * block.expansion, num_classes)
 
@@ -289,29 +339,29 @@ class _AlexNet(nn.Module):
 class AlexNet32(_AlexNet):
     """AlexNet for images of 32 pixels: 3x3 convolutions and dense layers of 1,024."""
 
-    def __init__(self, num_classes: int):
-        convs = [(3, 64, 3), (64, 192, 3), (192, 384, 3), (384, 256, 3), (256, 256, 3)]
+    def __init__(self, num_classes: int, channels: int = 3):
+        convs = [(channels, 64, 3), (64, 192, 3), (192, 384, 3), (384, 256, 3), (256, 256, 3)]
         super().__init__(convs, pool=2, side=4, hidden=1024, num_classes=num_classes)
 
 
 class AlexNet224(_AlexNet):
     """AlexNet for images of 224 pixels, with dense layers of 4,096."""
 
-    def __init__(self, num_classes: int):
-        first = [(3, 96, 11, 4, 2), (96, 256, 5, 1, 2)]
+    def __init__(self, num_classes: int, channels: int = 3):
+        first = [(channels, 96, 11, 4, 2), (96, 256, 5, 1, 2)]
         convs = [*first, (256, 384, 3), (384, 384, 3), (384, 256, 3)]
         super().__init__(convs, pool=3, side=6, hidden=4096, num_classes=num_classes)
 
 
 class DigitsNet(nn.Module):
-    """The demo's network: three 3x3 convolutions on [N, 3, 16, 16] and global average pooling.
+    """The demo's network: three 3x3 convolutions on [N, c, 16, 16] and global average pooling.
 
     It has 94 thousand weights.
     """
 
-    def __init__(self, num_classes: int):
+    def __init__(self, num_classes: int, channels: int = 3):
         super().__init__()
-        self.conv1 = _conv(3, 32, 3)
+        self.conv1 = _conv(channels, 32, 3)
         self.conv2 = _conv(32, 64, 3)
         self.conv3 = _conv(64, 128, 3)
         self.pool = nn.MaxPool2d(2)
@@ -331,7 +381,7 @@ def require_side(encoder: nn.Module, arch: str, side: int) -> None:
     device = next(encoder.parameters()).device
     try:
         with evaluating(encoder):
-            encoder(torch.zeros(1, 3, side, side, device=device))
+            encoder(torch.zeros(1, channels_of(encoder), side, side, device=device))
     except (RuntimeError, AssertionError, ValueError) as error:
         reason = first_line(error).rstrip(".")
         raise BadInput(
@@ -425,7 +475,7 @@ def require_layers(encoder: nn.Module, layers: Iterable[str]) -> None:
 
 
 class Taps(nn.Module):
-    """An encoder that returns several of its layers: images [N, 3, S, S] -> {layer: tensor}.
+    """An encoder that returns several of its layers: images [N, c, S, S] -> {layer: tensor}.
 
     layers: "output", what the encoder returns, [N, dim]; "backbone", what its head takes in,
     [N, feature_dim]; "conv1" ... "conv5", see `stage_names`, [N, c, h, w]. Raises BadInput for a
@@ -644,13 +694,13 @@ def without_head(encoder: nn.Module):
 
 
 class SmallImages(nn.Module):
-    """No network: images [n, 3, S, S] -> their pixels at 8 by 8, [n, 192].
+    """No network: images [n, c, S, S] -> their pixels at 8 by 8, [n, 64 c].
 
     They are less the image's own mean of each channel: its colour alone makes no two images alike.
     """
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        small = F.adaptive_avg_pool2d(images.float(), 8).flatten(2)  # [n, 3, 64]
+        small = F.adaptive_avg_pool2d(images.float(), 8).flatten(2)  # [n, c, 64]
         return (small - small.mean(2, keepdim=True)).flatten(1)
 
 
@@ -664,7 +714,7 @@ def extract_features(
 ) -> torch.Tensor | dict[str, torch.Tensor]:
     """Features of a data set in eval mode: [M, C], float32 on `device`, equal on all ranks.
 
-    Row i is image i. loader yields (images [n, 3, S, S], index [n]), each rank its share.
+    Row i is image i. loader yields (images [n, c, S, S], index [n]), each rank its share.
     normalize: unit rows. amp: run the encoder under autocast of this type. An encoder that returns
     a dict (`Taps`) gives a dict of [M, ...]. Raises BadInput for an index out of range (its values
     are checked where it is on the CPU), and RunFailed unless every image comes exactly once.
@@ -712,7 +762,7 @@ def extract_views(
 
     loader yields ((view, view), index [n]), as `data.view_loader` does.
     """
-    # [2n, 3, S, S], [2n]
+    # [2n, c, S, S], [2n]
     both = ((torch.cat(views), torch.cat([index, index + M])) for views, index in loader)
     return extract_features(encoder, both, 2 * M, device, amp=amp).chunk(2)
 
