@@ -14,6 +14,7 @@ from moco_isl.data.datasets import (
     native_size,
 )
 from moco_isl.data.loaders import eval_loader, train_loader, view_loader
+from moco_isl.data.pixels import RGB, Pixels, measure
 from moco_isl.data.sets import (
     SETS,
     DataOptions,
@@ -22,9 +23,10 @@ from moco_isl.data.sets import (
     check_options,
     find_set,
 )
-from moco_isl.data.transforms import get_augmentation, get_eval_transform
+from moco_isl.data.transforms import get_augmentation, get_eval_transform, left_out
 
 __all__ = [
+    "RGB",
     "SETS",
     "BatchAugmentation",
     "BatchViews",
@@ -33,6 +35,7 @@ __all__ = [
     "DigitAugmentation",
     "ImageFiles",
     "ImagesInMemory",
+    "Pixels",
     "build_dataset",
     "check_options",
     "decode",
@@ -44,7 +47,9 @@ __all__ = [
     "hold_cached",
     "hold_small",
     "holdout",
+    "left_out",
     "load_into_memory",
+    "measure",
     "names_below",
     "native_size",
     "train_loader",

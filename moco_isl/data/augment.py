@@ -1,9 +1,9 @@
 """Augmentation of a whole batch on its device, every image by its own draws.
 
-Letters: N images of a batch, H x W pixels, S side of a view. Images are floats in [0, 1],
-[N, 3, H, W]; a factor is [N]. Each operation equals torchvision's in value, a whole view equals
-torchvision's in distribution. On a GPU the host looks at no value: nothing waits for the device,
-and torch.compile makes one graph.
+Letters: N images of a batch, c channels, H x W pixels, S side of a view. Images are floats in
+[0, 1], [N, c, H, W]; a factor is [N]. Where c is not 3 there is no hue, saturation or grey. Each
+operation equals torchvision's in value, a whole view equals torchvision's in distribution. On a GPU
+the host looks at no value: nothing waits for the device, and torch.compile makes one graph.
 """
 
 import math
@@ -12,10 +12,10 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from moco_isl.data.bands import GREY
 from moco_isl.data.draws import columns, numbers, starts
 
 _CACHE = 1 << 18  # floats that stay in a CPU's cache, one MiB
-_GREY = (0.2989, 0.587, 0.114)  # ITU-R 601, as torchvision rounds it
 Channels = tuple[float, ...]  # one number a channel
 
 
@@ -154,7 +154,7 @@ Planes = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # red, green, blue, [N
 def _grey_of(planes: Planes) -> torch.Tensor:
     """[N, H, W] from three planes of that shape."""
     r, g, b = planes
-    return _GREY[0] * r + _GREY[1] * g + _GREY[2] * b
+    return GREY[0] * r + GREY[1] * g + GREY[2] * b
 
 
 def grey(images: torch.Tensor) -> torch.Tensor:
@@ -173,7 +173,10 @@ def adjust_brightness(images: torch.Tensor, factor: torch.Tensor) -> torch.Tenso
 
 
 def adjust_contrast(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    return blend(images, grey(images).mean((1, 2, 3), keepdim=True), factor)
+    """Of RGB about the mean of the grey image; of other channels each about its own mean."""
+    if images.shape[1] == 3:
+        return blend(images, grey(images).mean((1, 2, 3), keepdim=True), factor)
+    return blend(images, images.mean((2, 3), keepdim=True), factor)
 
 
 def adjust_saturation(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
@@ -255,6 +258,17 @@ def _jitter_at_once(planes: Planes, factors: torch.Tensor, order: torch.Tensor) 
     return planes
 
 
+def _light_at_once(
+    images: torch.Tensor, factors: torch.Tensor, order: torch.Tensor
+) -> torch.Tensor:
+    """As `_jitter_at_once` for images [N, c, H, W] of other channels: brightness and contrast."""
+    turns = order.argsort(1)  # [N, 4], the turn of each operation
+    is_first = _spread(turns[:, 0] < turns[:, 1], images)  # brightness, before contrast
+    images = torch.where(is_first, adjust_brightness(images, factors[:, 0]), images)
+    images = adjust_contrast(images, factors[:, 1])
+    return torch.where(is_first, images, adjust_brightness(images, factors[:, 0]))
+
+
 def _jitter_by_rows(
     images, factors, order: list[list[int]], idle: list[bool], adjust=ADJUST
 ) -> torch.Tensor:
@@ -311,7 +325,7 @@ class BatchViews:
     def views(
         self, images: torch.Tensor, seed: int, epoch: int, index: torch.Tensor, views: int = 2
     ) -> tuple[torch.Tensor, ...]:
-        """images uint8 [N, 3, H, W], index int64 [N] -> (im_q, im_k, ...), [N, 3, S, S] each."""
+        """images [N, c, H, W], index int64 [N] -> (im_q, im_k, ...), [N, c, S, S] each."""
         start = torch.cat([starts(seed, epoch, index, view) for view in range(views)])
         u = self.draw(start)  # [views * N, draws]
         return self.apply(torch.cat([images] * views), u).chunk(views)
@@ -321,11 +335,14 @@ class BatchViews:
         return self.numbers(start, columns(self.draws, start.device))
 
     def apply(self, images: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-        """One view, normalised: images uint8 [N, 3, H, W], u [N, draws] -> [N, 3, S, S].
+        """One view, normalised: images [N, c, H, W], u [N, draws] -> [N, c, S, S].
 
-        A function of its arguments alone.
+        The images are uint8, or floats in [0, 1]. A function of its arguments alone.
         """
         raise NotImplementedError
+
+    def _floats(self, images: torch.Tensor) -> torch.Tensor:
+        return images if images.is_floating_point() else (images / 255).to(self.dtype)
 
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
         planes = zip(images.unbind(1), self.mean, self.std)
@@ -336,6 +353,8 @@ class BatchAugmentation(BatchViews):
     """MoCo v2's augmentation (aug_plus) or MoCo v1's; blur: half of the views, sigma 0.1 to 2.
 
     `crop` and `finish` may run in two places: workers crop photos, and the device does the rest.
+    Of other channels than 3, one number of mean and std each, the jitter is brightness and contrast
+    alone, and none becomes grey.
     """
 
     draws = (
@@ -358,10 +377,12 @@ class BatchAugmentation(BatchViews):
         self.scale = scale
         self.flip = flip
         self.blur = blur
-        self.adjust = ADJUST  # a compiler may stand in for each of them, and for `shifts`
+        self.is_rgb = len(mean) == 3
+        # a compiler may stand in for each of them, and for `shifts`
+        self.adjust = ADJUST if self.is_rgb else ADJUST[:2]
         self.shifts = weighted_shifts
-        std = torch.tensor(std, dtype=dtype).view(1, 3, 1, 1)
-        self._affine = 1 / std, -torch.tensor(mean, dtype=dtype).view(1, 3, 1, 1) / std
+        std = torch.tensor(std, dtype=dtype).view(1, -1, 1, 1)
+        self._affine = 1 / std, -torch.tensor(mean, dtype=dtype).view(1, -1, 1, 1) / std
 
     def apply(self, images: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
         return self.finish(self.crop(images, u), u)
@@ -369,12 +390,12 @@ class BatchAugmentation(BatchViews):
     # -------- cut out, resize, mirror
 
     def crop(self, images: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-        """uint8 [N, 3, H, W] -> [N, 3, S, S] in [0, 1]: cut out, resized, mirrored.
+        """[N, c, H, W], uint8 or floats -> [N, c, S, S] in [0, 1]: cut out, resized, mirrored.
 
         It mirrors here and not at the end, since no later step tells left from right.
         """
         boxes = crop_boxes(u[:, :22], *images.shape[2:], self.scale)
-        images = images.to(self.dtype) / 255
+        images = images.to(self.dtype) / (1 if images.is_floating_point() else 255)
         return resized_crop(images, boxes, u[:, 22] < self.flip, self.size).clamp(0, 1)
 
     def box(self, draw: Callable[[int], float], H: int, W: int) -> tuple[tuple, bool]:
@@ -387,7 +408,7 @@ class BatchAugmentation(BatchViews):
     def crop_one(
         self, image: torch.Tensor, box: tuple, mirror: bool, full: tuple[int, int]
     ) -> torch.Tensor:
-        """uint8 [3, h, w] -> uint8 [3, S, S].
+        """[c, h, w] -> [c, S, S], of the same type.
 
         box: in pixels of the full size (H, W), which the image may have been decoded smaller than.
         """
@@ -403,7 +424,7 @@ class BatchAugmentation(BatchViews):
     # -------- jitter, grey, blur, normalise
 
     def finish(self, crops: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-        """The rest of a view [N, 3, S, S] from its crop: floats in [0, 1], or uint8 of workers."""
+        """The rest of a view [N, c, S, S] from its crop: floats in [0, 1], or uint8 of workers."""
         plan = self.plan(u)
         if _looks_are_free(crops):
             return self._finish_by_rows(crops, *plan)
@@ -435,7 +456,9 @@ class BatchAugmentation(BatchViews):
     def colour(
         self, crops: torch.Tensor, factors: torch.Tensor, order: torch.Tensor, to_grey: torch.Tensor
     ) -> torch.Tensor:
-        """Jitter and grey, in the order of MoCo v2 or v1: [N, 3, S, S]."""
+        """Jitter and grey, in the order of MoCo v2 or v1: [N, c, S, S]."""
+        if not self.is_rgb:
+            return _light_at_once(self._floats(crops), factors, order)
         planes = self._floats(crops).unbind(1)
         if self.aug_plus:
             planes = _jitter_at_once(planes, factors, order)
@@ -452,9 +475,6 @@ class BatchAugmentation(BatchViews):
     def blur_columns(self, images: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
         return self.normalize(blur_along(images, kernel, 2))
 
-    def _floats(self, crops: torch.Tensor) -> torch.Tensor:
-        return crops if crops.is_floating_point() else (crops / 255).to(self.dtype)
-
     # -------- the same on a CPU: a few images at a time, each operation on its images alone
 
     def _finish_by_rows(
@@ -470,7 +490,8 @@ class BatchAugmentation(BatchViews):
             images = self._floats(crops[here])
             if self.aug_plus:
                 images = _jitter_by_rows(images, *jitter)
-            images = _on_rows(images, _which(to_grey[here]), lambda x: grey(x).expand_as(x))
+            if self.is_rgb:
+                images = _on_rows(images, _which(to_grey[here]), lambda x: grey(x).expand_as(x))
             if not self.aug_plus:
                 images = _jitter_by_rows(images, *jitter)
             if self.blur:
@@ -513,7 +534,7 @@ class DigitAugmentation(BatchViews):
         self.draws = 6 + size * size
 
     def apply(self, images: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-        images = images[:, :1].to(self.dtype) / 255  # the channels are equal: one will do
+        images = self._floats(images[:, :1])  # the channels are equal: one will do
         angle = between(u[:, 0], -self.turn, self.turn)
         zoom = between(u[:, 1], *self.zoom)
         cos = torch.cos(angle) / zoom
@@ -530,4 +551,4 @@ class DigitAugmentation(BatchViews):
         # uniform: as good as Gaussian here, and cheaper
         noise = between(u[:, 6:], -1, 1) * (self.noise * 3**0.5)
         images = images + noise.view_as(images).to(self.dtype)
-        return self.normalize(images.expand(-1, 3, -1, -1))
+        return self.normalize(images.expand(-1, len(self.mean), -1, -1))

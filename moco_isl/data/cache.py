@@ -1,8 +1,8 @@
 """Decoded images kept in a file, which a run maps into its memory instead of decoding again.
 
-The file holds the images of one folder, uint8 [M, 3, H, W], and the name, size and time of each
-file that they came from. It is used as long as these are the same. Several data sets may share a
-cache folder.
+The file holds the images of one folder, uint8 [M, 3, H, W] or float32 [M, c, H, W], and the name,
+size and time of each file that they came from. It is used as long as these are the same. Several
+data sets may share a cache folder.
 """
 
 import contextlib
@@ -26,6 +26,7 @@ from moco_isl.data.datasets import (
     SMALL,
     ImageFiles,
     ImagesInMemory,
+    is_rgb,
     load_into_memory,
     native_size,
     read_pixels,
@@ -69,12 +70,17 @@ def hold_cached(
 
 
 def cache_file(dataset: ImageFiles, folder: str | Path) -> Path:
-    """The file of a data set in a cache folder: one for each folder of images."""
+    """The file of a data set in a cache folder: one for each folder of images and their pixels."""
     resolved = os.path.realpath(dataset.folder)
     digest = hashlib.sha256(os.fsencode(resolved)).hexdigest()[:16]
     name = os.path.basename(resolved) or "root"
     name = os.fsdecode(os.fsencode(name)[:100])  # a file's name may have 255 bytes
-    return Path(folder) / f"{name}-{digest}.images"
+    kind = "" if is_rgb(*_kind(dataset)) else "-{}x{}".format(*_kind(dataset))
+    return Path(folder) / f"{name}-{digest}{kind}.images"
+
+
+def _kind(dataset: ImageFiles) -> tuple[int, int]:
+    return dataset.channels, dataset.bits
 
 
 def list_sources(dataset: ImageFiles, threads: int = 4) -> dict[str, torch.Tensor]:
@@ -122,7 +128,7 @@ def _read(path: Path, sources: dict[str, torch.Tensor]) -> tuple[dict | None, st
         with files.utf8_name(path) as name:  # a private mapping: writes do not reach the file
             content = torch.load(name, mmap=True, weights_only=True)
         images = content["images"]
-        is_images = images.dtype == torch.uint8 and images.dim() == 4
+        is_images = images.dtype in (torch.uint8, torch.float32) and images.dim() == 4
         is_complete = is_images and len(images) == len(content["stats"])
         whole = is_complete and content["checksum"] == _checksum(content)
     except Exception:  # torch answers a broken file with almost any exception
@@ -203,7 +209,7 @@ def _require_room(dataset: ImageFiles, folder: Path) -> None:
     """Make the folder; raise BadInput where the decoded images cannot be written into it."""
     images = (read_pixels(dataset, i) for i in range(len(dataset)))
     first = next((image for image in images if image is not None), torch.zeros(0))
-    needed = len(dataset) * first.numel()
+    needed = len(dataset) * first.nbytes
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

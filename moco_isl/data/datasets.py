@@ -20,6 +20,7 @@ from PIL.TiffImagePlugin import BITSPERSAMPLE, SAMPLEFORMAT
 from torch.utils.data import Dataset
 
 from moco_isl.data import folders
+from moco_isl.data.bands import assumed_range, fit, read_bands
 from moco_isl.errors import BadInput
 from moco_isl.files import open_regular
 
@@ -82,7 +83,7 @@ def decode(
     Orientation tags are ignored, as torchvision ignores them.
     at_least: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as both sides keep that
     many pixels. unclear(why): called where the range of floats or 32-bit integers is a guess;
-    `value_range` has the rule.
+    `bands.value_range` has the rule.
     Raises what PIL raises on a file it cannot read (OSError and others): also on one that is no
     regular file, of a format not in `folders.FORMATS`, or of more than 179 million pixels, PIL's
     bound against decompression bombs.
@@ -118,55 +119,27 @@ def _to_eight_bits(image: Image.Image, unclear: Callable[[str], None]) -> Image.
     values = values.astype(np.float64)
     low, high = 0.0, 65535.0
     if image.mode == "F" or bits == 32:
-        low, high, why = value_range(values, (1, 255, 65535) if image.mode == "F" else (255, 65535))
-        if why:
-            unclear(
-                f"{why}: {low:g}..{high:g} is taken as black to white; convert to 8 or 16 bits to"
-                " choose yourself"
-            )
+        tops = (1, 255, 65535) if image.mode == "F" else (255, 65535)
+        low, high = assumed_range(values, tops, unclear)
     values = np.nan_to_num(values.clip(low, high), nan=low)
     return Image.fromarray(((values - low) * (255 / (high - low)) + 0.5).astype(np.uint8))
 
 
-def value_range(values: np.ndarray, tops: Sequence[float]) -> tuple[float, float, str]:
-    """The range of the values of an image whose scale is not known: (low, high, doubt).
-
-    doubt: why the range is a guess; '' where it is certain.
-    The highest and the lowest 1 % of the values do not decide, nor do those that are not finite.
-    Where the others lie between 0 and one of `tops`, the range is 0 to the first such top; else it
-    is that of the others, from 0 where none of them is negative. Values up to 5 % beyond a bound,
-    which sharpening leaves, count as within it. The range is certain where all finite values lie
-    between 0 and the top and some lie above an eighth of it, or where all are 0. Raises ValueError
-    where no value is finite.
-    """
-    values = values[np.isfinite(values)]
-    if not len(values):
-        raise ValueError("no value of the image is finite")
-    few = 1 + (len(values) - 1) // 100  # how many do not count at each end: at least one
-    last = max(len(values) - 1 - few, 0)
-    first = min(few, last)
-    ordered = np.partition(values, (first, last))
-    low = ordered[first]
-    high = ordered[last]
-    least = values.min()
-    most = values.max()
-    top = next((top for top in tops if high <= 1.05 * top), None)
-    if top is not None and low >= -0.05 * max(high, 0):
-        dark = 0 < most < top / 8  # nearly black on that range: perhaps 12 bits
-        sure = least >= -0.05 * top and most <= 1.05 * top and not dark
-        return 0.0, float(top), "" if sure else f"values reach from {least:g} to {most:g}"
-    low = min(low, 0.0)
-    return (
-        float(low),
-        float(high if high > low else low + 1),
-        f"values reach from {least:g} to {most:g}",
-    )
+def is_rgb(channels: int, bits: int) -> bool:
+    """Whether images are RGB of 8 bits, as MoCo's; `bands.read_bands` reads all others."""
+    return (channels, bits) == (3, 8)
 
 
 class ImageFiles(Dataset):
-    """Images that stay in their files, decoded when asked for."""
+    """Images that stay in their files, decoded when asked for.
+
+    channels, bits: 3 of 8 are PIL images; any others are float32 [channels, H, W] in [0, 1], see
+    `bands.read_bands`.
+    """
 
     size_hint = None
+    channels = 3
+    bits = 8
 
     def __init__(
         self,
@@ -190,31 +163,51 @@ class ImageFiles(Dataset):
     def path(self, i: int) -> str:
         return os.fsdecode(self._paths[i])
 
-    def image(self, i: int, at_least: int | None = None) -> Image.Image:
-        return decode(self.path(i), at_least, partial(self._unclear, i))
+    def side(self, i: int) -> int:
+        """The shorter side of image i in pixels. Raises what PIL raises."""
+        if not is_rgb(self.channels, self.bits):
+            return min(self.image(i).shape[1:])
+        with open_regular(self.path(i)) as file, Image.open(file, formats=folders.FORMATS) as image:
+            return min(image.size)  # from its header
+
+    def image(self, i: int, at_least: int | None = None) -> Image.Image | torch.Tensor:
+        if is_rgb(self.channels, self.bits):
+            return decode(self.path(i), at_least, partial(self._unclear, i))
+        try:
+            with open_regular(self.path(i)) as file:
+                return read_bands(file, self.channels, at_least, partial(self._unclear, i))
+        except BadInput as error:  # not broken, but not as expected: say why
+            self._unclear(i, str(error))
+            raise
 
     def pixels(
         self, i: int, at_least: Callable[[int, int], int]
     ) -> tuple[torch.Tensor, tuple[int, int]]:
-        return decode_pixels(self.path(i), at_least, partial(self._unclear, i))
+        if is_rgb(self.channels, self.bits):
+            return decode_pixels(self.path(i), at_least, partial(self._unclear, i))
+        image = self.image(i)
+        H, W = image.shape[1:]
+        at_least(W, H)  # draws the boxes; these images are never decoded smaller
+        return image, (H, W)
 
     def _unclear(self, i: int, why: str) -> None:
-        """Print once for a data set which range is assumed for the values of an image."""
+        """Print once for a data set what is assumed of an image, or why it is not used."""
         if not self._said_unclear:
             self._said_unclear.fill_(True)
             warnings.warn(f"{self.path(i)!r}: {why} (there may be more such images)", stacklevel=2)
 
-    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
+    def __getitem__(self, i: int) -> tuple[Image.Image | torch.Tensor, int]:
         return self.image(i), (-1 if self.labels is None else int(self.labels[i]))
 
 
 def _require_images(images: torch.Tensor) -> None:
     kind = getattr(images, "dtype", type(images).__name__)
     shape = tuple(getattr(images, "shape", ()))
-    fits = isinstance(images, torch.Tensor) and kind == torch.uint8 and len(shape) == 4
-    if not fits or shape[1] != 3 or 0 in shape:
+    fits = isinstance(images, torch.Tensor) and kind in (torch.uint8, torch.float32)
+    if not fits or len(shape) != 4 or 0 in shape:
         raise BadInput(
-            f"images are {kind} of shape {shape}: expected a tensor of uint8 [M, 3, H, W]"
+            f"images are {kind} of shape {shape}: expected a tensor of uint8 [M, channels, H, W],"
+            " or of float32 in [0, 1]"
         )
 
 
@@ -233,7 +226,7 @@ def _require_labels(labels: torch.Tensor | None, M: int, classes: list[str] | No
 
 
 class ImagesInMemory(Dataset):
-    """Images held whole: uint8 [M, 3, H, W].
+    """Images held whole: uint8 [M, c, H, W], or float32 in [0, 1]; c channels, of RGB 3.
 
     labels: int64 [M], -1 for none, or None. classes: a name for each label, or None. source: a
     name, or the data set they were read from. Raises BadInput for anything else.
@@ -322,6 +315,9 @@ class Part(Dataset):
     def path(self, i: int) -> str:
         return self.dataset.path(int(self.rows[i]))
 
+    def side(self, i: int) -> int:
+        return side_of(self.dataset, int(self.rows[i]))
+
     def image(self, i: int, at_least: int | None = None):
         return self.dataset.image(int(self.rows[i]), at_least)
 
@@ -350,6 +346,44 @@ def holdout(dataset: Dataset, n: int, seed: int) -> tuple[Dataset, Dataset]:
     return Part(dataset, rest), Part(dataset, held_out)
 
 
+def with_channels(dataset: Dataset, channels: int = 3, bits: int = 8) -> Dataset:
+    """The data set with images of so many channels and bits; see `bands.fit` for what can be made.
+
+    Raises BadInput where it has others. A few files are read for that.
+    """
+    if isinstance(dataset, ImagesInMemory):
+        if is_rgb(channels, bits) and dataset.images.is_floating_point():
+            raise BadInput(f"the images of {dataset.source} are floats: add --bits 16")
+        if dataset.images.shape[1] == channels:
+            return dataset
+        try:
+            images = fit(dataset.images, channels)
+        except BadInput as error:
+            raise BadInput(f"{dataset.path(0)}: {error}") from None
+        return ImagesInMemory(images, dataset.labels, dataset.classes, dataset.source)
+    if is_rgb(channels, bits):
+        return dataset
+    if not hasattr(dataset, "channels"):
+        raise BadInput(
+            f"a {type(dataset).__name__} gives RGB of 8 bits alone: expected --channels 3 --bits 8,"
+            " or moco_isl.data.ImagesInMemory"
+        )
+    dataset.channels, dataset.bits = channels, bits
+    for i in _spread_over(dataset):
+        try:
+            dataset.image(i)
+        except BadInput as error:
+            raise BadInput(f"{dataset.path(i)}: {error}") from None
+        except Exception:  # a broken file; the loader is the one that names it
+            continue
+    return dataset
+
+
+def _spread_over(dataset: Dataset, look: int = 16) -> list[int]:
+    """The positions of a few images spread over a data set."""
+    return torch.linspace(0, len(dataset) - 1, min(look, len(dataset))).long().tolist()
+
+
 def describe(**splits: Dataset) -> str:
     """Lines for the start of a run: images and classes of each split, and warnings."""
     lines = []
@@ -363,6 +397,14 @@ def describe(**splits: Dataset) -> str:
     return "\n".join(lines)
 
 
+def side_of(dataset: Dataset, i: int) -> int:
+    """The shorter side of image i, which is decoded where the data set has no quicker way."""
+    if hasattr(dataset, "side"):
+        return dataset.side(i)
+    image = dataset.image(i)
+    return min(image.shape[1:] if isinstance(image, torch.Tensor) else image.size)
+
+
 def names_below(dataset: Dataset) -> list[str]:
     """The images' names in order, without the folder that they all lie in."""
     names = [dataset.path(i) for i in range(len(dataset))]
@@ -370,7 +412,7 @@ def names_below(dataset: Dataset) -> list[str]:
     return [name[root:] for name in names]
 
 
-def native_size(dataset: Dataset, look: int = 16) -> int:
+def native_size(dataset: Dataset) -> int:
     """The side of views that fits the images: up to 64 pixels their own, else 224, as MoCo.
 
     Median of the shorter sides of a few images spread over the data set; only headers are read.
@@ -378,8 +420,8 @@ def native_size(dataset: Dataset, look: int = 16) -> int:
     """
     side = dataset.size_hint
     if side is None:
-        looked_at = torch.linspace(0, len(dataset) - 1, min(look, len(dataset))).long().tolist()
-        sides = sorted(filter(None, (_side(dataset.path(i)) for i in looked_at)))
+        looked_at = _spread_over(dataset)
+        sides = sorted(filter(None, (_side(dataset, i) for i in looked_at)))
         if not sides:
             raise BadInput(
                 f"none of {len(looked_at)} images could be read, {dataset.path(0)} for one: "
@@ -389,10 +431,9 @@ def native_size(dataset: Dataset, look: int = 16) -> int:
     return side if side <= SMALL else 224
 
 
-def _side(path: str) -> int | None:
+def _side(dataset: Dataset, i: int) -> int | None:
     try:
-        with open_regular(path) as file, Image.open(file, formats=folders.FORMATS) as image:
-            return min(image.size)
+        return side_of(dataset, i)
     except Exception:  # an unreadable image has no size; the loader is the one that names it
         return None
 
@@ -441,9 +482,10 @@ def hold_small(dataset: Dataset, threads: int = 4) -> Dataset:
 
 
 def read_pixels(dataset: Dataset, i: int) -> torch.Tensor | None:
-    """Image i as uint8 [3, H, W]; None where its file cannot be read."""
+    """Image i as uint8 [3, H, W], or float32 [c, H, W]; None where its file cannot be read."""
     try:
-        return _to_tensor(dataset.image(i))
+        image = dataset.image(i)
+        return image if isinstance(image, torch.Tensor) else _to_tensor(image)
     except Exception:  # PIL answers a broken file with almost any exception
         return None
 
@@ -462,8 +504,8 @@ def _check_size(
                 f" {'x'.join(map(str, first.shape[1:]))}, {dataset.path(i)} has {size} (height x"
                 " width); resize them or leave them in their files"
             )
-    if first.numel() * len(images) > limit_bytes:
+    if first.nbytes * len(images) > limit_bytes:
         raise BadInput(
-            f"{len(images)} images take {first.numel() * len(images) / 2**30:.1f} GiB: expected at"
+            f"{len(images)} images take {first.nbytes * len(images) / 2**30:.1f} GiB: expected at"
             f" most {limit_bytes / 2**30:.1f} GiB in memory; leave them in their files"
         )

@@ -3,11 +3,11 @@
 A data set of your own is a row in a module of yours, given as --dataset my.module:row:
 
     def read(root, split, download):        # split: train or val
-        return ImagesInMemory(images, labels, classes, f"mine/{split}")      # uint8 [M, 3, S, S]
+        return ImagesInMemory(images, labels, classes, f"mine/{split}")      # uint8 [M, c, S, S]
 
     row = DataSet(read, size=32, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), needs_dir=False)
 
-M: images, S: their side in pixels.
+M: images, c: channels, S: their side in pixels.
 """
 
 import os
@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 from moco_isl import files
 from moco_isl.data import folders
 from moco_isl.data.augment import DigitAugmentation
-from moco_isl.data.datasets import ImageFiles, ImagesInMemory
+from moco_isl.data.datasets import ImageFiles, ImagesInMemory, is_rgb, with_channels
 from moco_isl.errors import BadInput, first_line
 from moco_isl.options import load_object, opt
 
@@ -36,16 +36,16 @@ class DataSet:
     """A row of the table: all that depends on which data set it is.
 
     open: (root, split, download) -> the images as `data.datasets` has them; root is None where no
-    folder is needed. size: side of the views in pixels. mean, std: of the channels, of values in
-    [0, 1]. flip: whether a mirrored image still means the same. needs_dir: DIR has to be given.
+    folder is needed. size: side of the views in pixels. mean, std: one number a channel, of values
+    in [0, 1]. flip: whether a mirrored image still means the same. needs_dir: DIR has to be given.
     downloads: --download works. in_files: images stay in their files, and --cache may keep them
     decoded. augmentation: (mean, std, size=) -> an augmentation of its own, in place of MoCo's.
     """
 
     open: Callable[[Path | None, str, bool], Dataset]
     size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     flip: bool = True
     needs_dir: bool = True
     downloads: bool = False
@@ -54,11 +54,11 @@ class DataSet:
 
     def __post_init__(self) -> None:
         """Raise BadInput for numbers with which no image can be normalised."""
-        three = len(self.mean) == len(self.std) == 3 and all(0 < x for x in self.std)
-        if not three or self.size < 1:
+        fit = len(self.mean) == len(self.std) > 0 and all(0 < x for x in self.std)
+        if not fit or self.size < 1:
             raise BadInput(
                 f"a data set has size {self.size}, mean {self.mean} and std {self.std}: expected a"
-                " size of 1 or more, and three numbers each, those of std above 0"
+                " size of 1 or more, and a number for each channel, those of std above 0"
             )
 
 
@@ -77,9 +77,16 @@ def find_set(name: str) -> DataSet:
 
 
 def build_dataset(
-    name: str, root: str | os.PathLike | None = None, split: str = "train", download: bool = False
+    name: str,
+    root: str | os.PathLike | None = None,
+    split: str = "train",
+    download: bool = False,
+    channels: int = 3,
+    bits: int = 8,
 ) -> Dataset:
     """The data set of that name, see `find_set`; split: train or val.
+
+    channels, bits: of its images; 3 of 8 are RGB as MoCo's, see `with_channels`.
 
     folder: root/train and root/val with a folder a class, as torchvision's ImageFolder reads them;
     without root/train, root itself is the training split. Images in no class folder, in one alone,
@@ -94,14 +101,15 @@ def build_dataset(
             f"data set {name} needs the folder it lies in: give DIR (or --dataset digits, which"
             " needs none)"
         )
-    dataset = row.open(Path(root) if row.needs_dir else None, split, download)
+    more = {"arrays": True} if row.open is _folder and not is_rgb(channels, bits) else {}
+    dataset = row.open(Path(root) if row.needs_dir else None, split, download, **more)
     parts = ("__len__", "labels", "classes", "path", "image", "size_hint")
     if missing := [part for part in parts if not hasattr(dataset, part)]:
         raise BadInput(
             f"data set {name} opens as a {type(dataset).__name__} without {missing[0]}: expected"
             " moco_isl.data.ImagesInMemory, or what has the same parts"
         )
-    return dataset
+    return with_channels(dataset, channels, bits)
 
 
 def _digits(root: None, split: str, download: bool) -> ImagesInMemory:
@@ -165,7 +173,7 @@ def _torchvision(name: str, read: Callable) -> Callable:
     return open_it
 
 
-def _folder(root: Path, split: str, download: bool = False) -> ImageFiles:
+def _folder(root: Path, split: str, download: bool = False, arrays: bool = False) -> ImageFiles:
     expected = "expected a folder with train/ (and val/), or with images"
     try:
         is_folder = stat.S_ISDIR(os.stat(root).st_mode)
@@ -184,7 +192,7 @@ def _folder(root: Path, split: str, download: bool = False) -> ImageFiles:
             if split == "val" and os.path.isdir(train)
             else None
         )
-        images = _image_files(root / split, names)
+        images = _image_files(root / split, names, arrays)
         if split == "train" and not os.path.isdir(val):
             images.layout.warnings += _not_read(root)
         if split == "val" and os.path.isdir(train) and os.path.samefile(train, val):
@@ -203,7 +211,7 @@ def _folder(root: Path, split: str, download: bool = False) -> ImageFiles:
             f"no training images: {root} has val/ but not train/; expected both; add {train} or"
             f" give {val} itself"
         )
-    return _image_files(root, None)
+    return _image_files(root, None, arrays)
 
 
 def _not_read(root: Path) -> list[str]:
@@ -240,14 +248,14 @@ def _other_splits(root: Path) -> list[str]:
     return [name for name in names if os.path.isdir(root / name)]
 
 
-def _image_files(folder: Path, classes: list[str] | None) -> ImageFiles:
+def _image_files(folder: Path, classes: list[str] | None, arrays: bool) -> ImageFiles:
     """All images of a folder, at any depth, labelled by its sub-folder that they are in.
 
     Without labels where they lie in no sub-folder, some lie beside the sub-folders, or all in the
     same one: that tells nothing apart. classes: those that the labels count, if not the
-    sub-folders.
+    sub-folders. arrays: numpy's files are images too.
     """
-    found = folders.find_images(str(folder))
+    found = folders.find_images(str(folder), arrays)
     paths, labels = found.paths(), found.labels()
     if not paths:
         raise BadInput(
@@ -352,6 +360,35 @@ class DataOptions:
         metavar="S",
         help="side of a crop in pixels (224 for photos, the native side for sets of small images)",
     )
+    channels: int | None = opt(
+        None,
+        low=1,
+        high=1000,
+        metavar="n",
+        help="channels of the images (3, RGB): 1 for grey, more for bands of a TIFF or an .npy. Any"
+        " but 3 keep all their bits; their mean and std are measured once. Of the colour jitter"
+        " brightness and contrast remain",
+    )
+    bits: int | None = opt(
+        None,
+        low=8,
+        high=16,
+        metavar="n",
+        rare=True,
+        help="16 keeps all bits of images of 3 channels (8)",
+    )
+    mean: list[float] | None = opt(
+        None,
+        several="+",
+        low=0,
+        high=1,
+        rare=True,
+        help="mean of each channel, of values in 0 to 1 (the data set's; measured where it has none"
+        " for these channels or bits)",
+    )
+    std: list[float] | None = opt(
+        None, several="+", low=0, low_open=True, high=1, rare=True, help="standard deviation alike"
+    )
     cache: str | None = opt(
         None,
         metavar="DIR",
@@ -381,6 +418,7 @@ def check_options(given: DataOptions) -> None:
             )
     if given.data is not None:
         files.kind(given.data, "DIR")  # raises where the system does not let it be looked at
+    _check_pixels(given)
     if given.cache is not None and not row.in_files:
         raise BadInput(
             f"--cache keeps images of a folder decoded, and those of --dataset {given.dataset} need"
@@ -405,3 +443,18 @@ def check_options(given: DataOptions) -> None:
             f"--download works for {', '.join(known[:-1])} and {known[-1]}, not for --dataset"
             f" {given.dataset}"
         )
+
+
+def _check_pixels(given: DataOptions) -> None:
+    """Raise BadInput where the flags of channels, bits, mean and std do not go together."""
+    if given.bits not in (None, 8, 16):
+        raise BadInput(f"--bits {given.bits}: expected 8 or 16")
+    if (given.mean is None) != (given.std is None):
+        there, missing = ("std", "mean") if given.mean is None else ("mean", "std")
+        raise BadInput(f"--{there} goes with --{missing}: give both, or neither to have them found")
+    for flag, numbers in (("--mean", given.mean), ("--std", given.std)):
+        wanted = given.channels or 3
+        if numbers is not None and len(numbers) != wanted:
+            raise BadInput(
+                f"{flag} has {len(numbers)} numbers, and --channels is {wanted}: give one a channel"
+            )
