@@ -60,7 +60,7 @@ def check_subject(args) -> Subject:
         data.check_options(flags.take(data.DataOptions, args))
     encoder = (args.pretrained, args.arch, args.stem, args.key)
     images = (args.dataset, args.data, args.download, args.image_size)
-    subject = Subject(*encoder, *images, needs_val=False)
+    subject = Subject(*encoder, *images, needs_val=False, asked=flags.take(data.Pixels, args))
     if kept:
         files.require_file(args.features, "--features", "features kept before")
         if args.pretrained:
@@ -127,7 +127,7 @@ def take_features(args, subject: Subject, device: torch.device, stop: Stop) -> F
     workers = devices.usable_workers(args.workers, ranks.processes_here(args))
     ranks.together(lambda: subject.hold_cached(args.cache, workers))
     reading = {
-        "transform": data.get_eval_transform(args.dataset, subject.side),
+        "transform": data.get_eval_transform(args.dataset, subject.side, subject.pixels),
         "batch_size": args.batch_size,
         "workers": workers,
         "device": device,

@@ -99,7 +99,9 @@ def check_subject(args, resumed: Resumed) -> Subject:
     path = resumed.path if resumes else args.pretrained
     encoder = (path, args.arch, args.stem, args.key and not resumes)
     images = (args.dataset, args.data, args.download, args.image_size)
-    subject = Subject(*encoder, *images, resumed=resumed if resumes else None)
+    asked = flags.take(data.Pixels, args)
+    subject = Subject(*encoder, *images, resumed=resumed if resumes else None, asked=asked)
+    args.bits, args.mean, args.std = (subject.pixels.bits, subject.pixels.mean, subject.pixels.std)
     require_layers(subject.encoder, layer_names(subject.encoder, args.layers))
     subject.require_fit()
     require_shots(subject.splits["train"].labels, max(args.shots, default=0))
@@ -171,7 +173,7 @@ def assemble(args, device, folder, stop: Stop, resumed: Resumed, subject: Subjec
         momentum=args.momentum,
         weight_decay=args.weight_decay,
         reading={
-            "transform": data.get_eval_transform(args.dataset, subject.side),
+            "transform": data.get_eval_transform(args.dataset, subject.side, subject.pixels),
             "batch_size": args.batch_size,
             "workers": workers,
             "max_bad_images": args.max_bad_images,

@@ -51,7 +51,7 @@ def run(argv: list[str] | None, stop) -> None:
         print(f"=> already finished: {reached}")
         return
     # an unknown architecture is reported here, before any process is started
-    on_meta(lambda: build_encoder(args.arch, args.moco_dim, args.stem))
+    on_meta(lambda: build_encoder(args.arch, args.moco_dim, args.stem, channels=args.channels))
     if args.multiprocessing_distributed:
         # so are faults of the data and the file, which each rank will read for itself
         prepare(args, start, content, "meta")
@@ -87,8 +87,7 @@ def prepare(
 
     Writes nothing.
     """
-    whole = data.build_dataset(args.dataset, args.data, "train", args.download)
-    images = reading.split(whole, args.knn_holdout, args.seed, args.image_size)
+    images = open_images(args)
     flags.check(
         not find_miner(args.miner).uses_labels or images.train.labels is not None,
         f"--miner {args.miner} needs labels, and {args.data} has none: expected a folder a class",
@@ -116,6 +115,22 @@ def prepare(
     return images, model
 
 
+def open_images(args: argparse.Namespace) -> reading.TrainingImages:
+    pixels = (args.channels, args.bits)
+    whole = data.build_dataset(args.dataset, args.data, "train", args.download, *pixels)
+    return reading.split(whole, args.knn_holdout, args.seed, args.image_size)
+
+
+def settle_pixels(args: argparse.Namespace) -> None:
+    """Set --mean and --std on all ranks where neither flags nor data set say them: measure them."""
+    if flags.take(data.Pixels, args).are_known(args.dataset):
+        return
+    workers = devices.usable_workers(args.workers, 1)
+    found = ranks.on_main(lambda: data.measure(open_images(args).train, workers))
+    args.mean, args.std, line = dist.broadcast_object(found)
+    ranks.say(f"=> {line}")
+
+
 def worker(args: argparse.Namespace, stop, start: resume.Start, content: dict) -> None:
     """Run one rank. content: of the file to start from, empty if it is yet to be read."""
     device = devices.resolve_device(args)  # first: the ranks talk through their GPUs
@@ -124,6 +139,7 @@ def worker(args: argparse.Namespace, stop, start: resume.Start, content: dict) -
     args.seed, args.out, start = dist.broadcast_object((args.seed, args.out, start))
     if start != own:  # a shared file system may show different ranks different files
         content.clear()
+    settle_pixels(args)
     plan = flags.take(pretrain.Plan, args, mines=args.miner != "none")
     numerics = flags.take(pretrain.Numerics, args)
     with Stop(stop) as stop:
@@ -167,13 +183,14 @@ def get_ready(
     loggers.require_installed(args.log)
     workers = devices.usable_workers(args.workers, ranks.processes_here(args))
     views = OBJECTIVES[args.objective].views(args.isl_hpe)
-    settings = flags.take(reading.Reading, args, views=views, workers=workers)
+    pixels = flags.take(data.Pixels, args)
+    settings = flags.take(reading.Reading, args, views=views, workers=workers, pixels=pixels)
     return reading.open_reader(images, settings, device, stop), model
 
 
 def build_model(args: argparse.Namespace, size: int) -> torch.nn.Module:
     def base_encoder(num_classes: int) -> torch.nn.Module:
-        encoder = build_encoder(args.arch, num_classes, args.stem, size)
+        encoder = build_encoder(args.arch, num_classes, args.stem, size, args.channels)
         return split_batch_norm(encoder, args.bn_splits) if args.bn_splits > 1 else encoder
 
     return OBJECTIVES[args.objective].build_model(

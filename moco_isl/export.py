@@ -154,7 +154,8 @@ def _timm(state: Tensors, info: dict, out: Path, card: dict[str, str]) -> Form:
         ) from None
     name = info["arch"].removeprefix("timm:")
     known = timm.is_model(name)
-    build = lambda: timm.create_model(name, num_classes=0)
+    channels = {} if info["channels"] == 3 else {"in_chans": info["channels"]}
+    build = lambda: timm.create_model(name, num_classes=0, **channels)
     _require(known and _same_shapes(build, state, whole=True), info, "timm")
 
     def write() -> nn.Module:
@@ -163,10 +164,11 @@ def _timm(state: Tensors, info: dict, out: Path, card: dict[str, str]) -> Form:
         else:
             checkpoint.save({"arch": f"timm:{name}", "state_dict": state}, out)
         with files.utf8_name(out) as known:
-            return timm.create_model(name, num_classes=0, checkpoint_path=str(known))
+            return timm.create_model(name, num_classes=0, checkpoint_path=str(known), **channels)
 
+    more = "".join(f", {key}={value}" for key, value in channels.items())
     return write, [
-        f"=> read it by timm.create_model('{name}', num_classes=0, checkpoint_path='{out}')"
+        f"=> read it by timm.create_model('{name}', num_classes=0, checkpoint_path='{out}'{more})"
     ]
 
 
@@ -183,7 +185,7 @@ def _safetensors(state: Tensors, info: dict, out: Path, card: dict[str, str]) ->
 
 def _detectron2(state: Tensors, info: dict, out: Path, card: dict[str, str]) -> Form:
     known = info["arch"].removeprefix("timm:") in _DETECTRON2 and info["stem"] != "cifar"
-    _require(known, info, "detectron2")
+    _require(known and info["channels"] == 3, info, "detectron2")
 
     def write() -> nn.Module:
         content = {
@@ -215,9 +217,10 @@ _FORMS = {
 
 def _require(has_it: bool, info: dict, library: str) -> None:
     if not has_it:
+        channels = "" if info["channels"] == 3 else f" and {info['channels']} channels"
         raise BadInput(
-            f"{library} has no network of the shape of {info['arch']} with stem {info['stem']}:"
-            f" {_ALTERNATIVE}"
+            f"{library} has no network of the shape of {info['arch']} with stem"
+            f" {info['stem']}{channels}: {_ALTERNATIVE}"
         )
 
 
@@ -240,7 +243,8 @@ def _compare(encoder: nn.Module, info: dict, read_again: nn.Module) -> None:
     side = info["image_size"] or getattr(encoder, "pretrained_cfg", {}).get("input_size", [224])[-1]
     if is_resnet(encoder) or info["stem"] == "cifar":
         side = 64
-    images = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+    shape = (1, info["channels"], side, side)
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     with evaluating(encoder), evaluating(read_again):
         ours = Taps(encoder, [BACKBONE])(images)[BACKBONE]
         theirs = read_again(images)
@@ -270,6 +274,7 @@ def model_card(path: Path, info: dict, results: list[str]) -> dict[str, str]:
         "encoder": info["part"],
         "dataset": args.get("dataset"),
         "image_size": info["image_size"],
+        **{name: json.dumps(args[name]) for name in ("bits", "mean", "std") if args.get(name)},
         "epochs": info["epoch"],
         "objective": args.get("objective"),
         "miner": args.get("miner"),

@@ -5,6 +5,8 @@ that does not fit raises an error that names the tensors, so that no random enco
 """
 
 import argparse
+import contextlib
+import json
 import math
 import re
 from collections import Counter
@@ -22,7 +24,9 @@ from moco_isl.encoders import (
     STEMS,
     backbone_shapes,
     build_encoder,
+    channels_of,
     feature_dim,
+    first_convolution,
     head_name,
     on_meta,
     set_head,
@@ -89,11 +93,11 @@ def load_backbone(
     Names of wrappers are left out (`checkpoint.plain_names`). An encoder below a prefix is found,
     such as Lightning's "model.backbone.".
 
-    info: arch, stem, head ("linear", "mlp", or None: the file has none, and the encoder's is
-    random), dim (numbers of the output), feature_dim, image_size (the side it is built for, None if
-    unknown), part (which encoder), used and left (names of tensors), epoch, args (flags of the run
-    that wrote it, {} if unknown; image_size is a whole number), metadata (of safetensors). Raises
-    BadInput for a file that cannot be read or does not fit.
+    info: arch, stem, channels (of an image), head ("linear", "mlp", or None: the file has none, and
+    the encoder's is random), dim (numbers of the output), feature_dim, image_size (the side it is
+    built for, None if unknown), part (which encoder), used and left (names of tensors), epoch, args
+    (flags of the run that wrote it, {} if unknown; image_size is a whole number), metadata (of
+    safetensors). Raises BadInput for a file that cannot be read or does not fit.
     """
     metadata = {}
     if content is None:
@@ -130,6 +134,7 @@ def load_backbone(
         "path": str(path),
         "arch": name,
         "stem": stem,
+        "channels": channels_of(encoder),
         "head": head,
         "dim": state[_last_weight(state, head_name(encoder))].shape[0] if head else None,
         "feature_dim": feature_dim(encoder),
@@ -153,6 +158,9 @@ _TRAINED_ON = {
     "epochs?": COUNT,
     "research_labels?": bool,
     "image_size?": (COUNT, None),
+    "bits?": (COUNT, None),
+    "mean?": ([float], None),
+    "std?": ([float], None),
     ...: object,
 }
 
@@ -202,6 +210,7 @@ def _args(content: dict, metadata: dict[str, str]) -> dict:
         args = vars(args)
     if not isinstance(args, dict) or not args:
         args = {key: metadata[key] for key in ("dataset", "image_size") if key in metadata}
+        args |= _pixels_in(metadata)
     # files of ours have both, and the flag may be 0
     side = _side(args.get("image_size")) or _side(content.get("image_size"))
     args = {**args, "image_size": side}
@@ -210,6 +219,15 @@ def _args(content: dict, metadata: dict[str, str]) -> dict:
         for name, value in args.items()
         if _fits({name: value}, _TRAINED_ON) and (name != "image_size" or value)
     }
+
+
+def _pixels_in(metadata: dict[str, str]) -> dict:
+    """bits, mean and std as the model card of `moco_isl.export` has them: JSON."""
+    found = {}
+    for name in ("bits", "mean", "std"):
+        with contextlib.suppress(KeyError, ValueError):
+            found[name] = json.loads(metadata[name])
+    return found
 
 
 def _side(said: object) -> int | None:
@@ -355,8 +373,8 @@ def looks_like(state: Tensors) -> tuple[str | None, str | None]:
     shape = {name: tuple(t.shape) for name, t in state.items()}
     if "fc6.0.weight" in shape and "conv5.0.weight" in shape:
         return "alexnet", "cifar" if shape["conv1.0.weight"][2] == 3 else "imagenet"
-    digits = {"conv1.0.weight": (32, 3, 3, 3), "conv3.0.weight": (128, 64, 3, 3)}
-    if digits.items() <= shape.items():
+    first = shape.get("conv1.0.weight", ())  # [32, channels, 3, 3]
+    if (*first[:1], *first[2:]) == (32, 3, 3) and shape.get("conv3.0.weight") == (128, 64, 3, 3):
         return "digits", "auto"
     if "layer1.0.conv1.weight" not in shape or len(shape.get("conv1.weight", ())) != 4:
         return None, None
@@ -397,6 +415,14 @@ def _side_shown(state: Tensors) -> int | None:
     return None
 
 
+def _channels_shown(encoder: nn.Module, state: Tensors) -> int:
+    """How many channels of an image the first convolution in a file takes."""
+    first = first_convolution(encoder)
+    weight = state.get(f"{first[0]}.weight") if first else None
+    is_one = weight is not None and weight.dim() == 4
+    return weight.shape[1] * first[1].groups if is_one else channels_of(encoder)
+
+
 # ---- loading -------------------------------------------------------------------------------------
 
 
@@ -410,6 +436,9 @@ def _with_head(
     """(network, tensors by its names, head) with the head the file has (None: it has none)."""
     encoder = build_encoder(arch, 1, stem, image_size)
     state = checkpoint.plain_names(state, path, encoder.state_dict())
+    channels = _channels_shown(encoder, state)
+    if channels != channels_of(encoder):
+        encoder = build_encoder(arch, 1, stem, image_size, channels)
     place = head_name(encoder)
     weight = state.get(_last_weight(state, place))
     if weight is None or weight.dim() != 2:

@@ -12,7 +12,7 @@ from torch import nn
 from moco_isl import data, dist
 from moco_isl.data.draws import permutation
 from moco_isl.data.transforms import ImageTransform
-from moco_isl.encoders import Taps, evaluating, feature_dim, get_head, set_head
+from moco_isl.encoders import Taps, channels_of, evaluating, feature_dim, get_head, set_head
 from moco_isl.errors import Interrupted, RunFailed
 from moco_isl.evaluation.features import Split, unreadable
 from moco_isl.run import checkpoint
@@ -46,7 +46,7 @@ def pool(x: torch.Tensor) -> torch.Tensor:
 
 
 class Layers(nn.Module):
-    """A frozen encoder: images [N, 3, S, S] -> {layer: [N, C] float32}."""
+    """A frozen encoder: images [N, c, S, S] -> {layer: [N, C] float32}."""
 
     def __init__(self, encoder: nn.Module, layers: Iterable[str], amp: torch.dtype | None = None):
         super().__init__()
@@ -62,7 +62,8 @@ class Layers(nn.Module):
     def sizes(self, side: int, device: torch.device) -> dict[str, int]:
         """Numbers of each layer for images of this side."""
         with evaluating(self):
-            found = self(torch.zeros(1, 3, side, side, device=device))
+            channels = channels_of(self.taps.encoder)
+            found = self(torch.zeros(1, channels, side, side, device=device))
         return {layer: x.shape[1] for layer, x in found.items()}
 
 
@@ -123,7 +124,7 @@ class Heads(nn.Module):
 class Whole(nn.Module):
     """The whole network with a fresh classifier as its head.
 
-    Images [N, 3, S, S] -> {"whole network@lr": logits [N, classes]}.
+    Images [N, c, S, S] -> {"whole network@lr": logits [N, classes]}.
     """
 
     def __init__(self, encoder: nn.Module, lr: float, classes: int):
@@ -145,7 +146,7 @@ class Whole(nn.Module):
 # ---- where batches come from: (input, labels [N], size of the batch over all ranks) --------------
 
 
-def probe_augmentation(name: str, size: int):
+def probe_augmentation(name: str, size: int, pixels: data.Pixels = data.RGB):
     """MoCo's augmentation for a linear probe: a random crop of 8 % to 100 % of the image, a flip.
 
     Digits and house numbers are not flipped.
@@ -154,9 +155,9 @@ def probe_augmentation(name: str, size: int):
 
     row = data.find_set(name)
     if row.augmentation is not None:
-        return data.get_augmentation(name, aug_plus=False, size=size)
+        return data.get_augmentation(name, aug_plus=False, size=size, pixels=pixels)
     flip = T.RandomHorizontalFlip(0.5 if row.flip else 0.0)
-    return ImageTransform([T.RandomResizedCrop(size), flip], name)
+    return ImageTransform([T.RandomResizedCrop(size), flip], name, pixels=pixels)
 
 
 class AugmentedBatches:

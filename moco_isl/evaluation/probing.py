@@ -236,7 +236,9 @@ class Probing:
             return linear.CachedBatches(self.probe.take(train), batch_size, self.seed)
         loader = data.train_loader(
             train,
-            augmentation=linear.probe_augmentation(self.subject.dataset, self.subject.side),
+            augmentation=linear.probe_augmentation(
+                self.subject.dataset, self.subject.side, self.subject.pixels
+            ),
             batch_size=batch_size,
             seed=self.seed,
             device=self.probe.device,

@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from moco_isl import data
 from moco_isl.data.datasets import ImagesInMemory
-from moco_isl.encoders import AMP_TYPES, require_side
+from moco_isl.encoders import AMP_TYPES, channels_of, require_side
 from moco_isl.errors import BadInput
 from moco_isl.evaluation.backbone import load_backbone
 from moco_isl.options import opt
@@ -89,7 +89,8 @@ class Subject(ReadOnce):
 
     path, arch, stem, key_encoder: see `load_backbone`. dataset, root, download: see
     `data.build_dataset`. image_size: 0 for that of the training. needs_val: whether a data set
-    without a val split is an error. resumed: the file at `path`, where that is gone on with.
+    without a val split is an error. resumed: the file at `path`, where that is gone on with. asked:
+    what the flags say of the pixels.
     """
 
     path: str
@@ -102,6 +103,7 @@ class Subject(ReadOnce):
     image_size: int
     needs_val: bool = True
     resumed: Resumed | None = None
+    asked: data.Pixels = data.Pixels(None, None, None, None)
 
     @cached_property
     def _loaded(self) -> tuple[nn.Module, dict]:
@@ -128,11 +130,45 @@ class Subject(ReadOnce):
         return fingerprint(self.path)
 
     @cached_property
+    def _format(self) -> data.Pixels:
+        """Channels and bits as the encoder takes them, mean and std as the flags or the file say.
+
+        Raises BadInput where the flags ask for other channels.
+        """
+        asked = self.asked
+        if not self.path:
+            return replace(data.RGB, **{name: x for name, x in vars(asked).items() if x})
+        said = self.info["args"]
+        takes = channels_of(self.encoder)
+        if asked.channels not in (None, takes):
+            raise BadInput(
+                f"'{self.path}' takes images of {takes} channels, and --channels is"
+                f" {asked.channels}: leave it off"
+            )
+        found = data.Pixels(takes, asked.bits or said.get("bits") or 8, asked.mean, asked.std)
+        if asked.mean is None and len(said.get("mean") or ()) == takes:
+            found = replace(found, mean=said["mean"], std=said["std"])
+        return found
+
+    @cached_property
+    def pixels(self) -> data.Pixels:
+        """What the numbers of the images are; mean and std are measured where nobody says them."""
+        found = self._format
+        if found.are_known(self.dataset):
+            return found
+        mean, std, line = data.measure(self.splits["train"])
+        ranks.say(f"=> {line}")
+        return replace(found, mean=mean, std=std)
+
+    @cached_property
     def splits(self) -> dict:
         """Data sets by name: train, and val."""
         has_val = self.needs_val or self.dataset != "folder" or Path(self.root, "val").is_dir()
         names = ("train", "val") if has_val else ("train",)
-        return {name: labelled(self.dataset, self.root, name, self.download) for name in names}
+        pixels = (self._format.channels, self._format.bits)
+        return {
+            name: labelled(self.dataset, self.root, name, self.download, *pixels) for name in names
+        }
 
     @cached_property
     def side(self) -> int:
@@ -166,12 +202,19 @@ class Subject(ReadOnce):
         return mismatches(self.info, dataset=self.dataset, side=self.side)
 
 
-def labelled(name: str, root: str | None, split: str, download: bool = False):
+def labelled(
+    name: str,
+    root: str | None,
+    split: str,
+    download: bool = False,
+    channels: int = 3,
+    bits: int = 8,
+):
     """A split of a data set, with labels and classes.
 
     Raises BadInput where it has none, or a single class.
     """
-    dataset = data.build_dataset(name, root, split, download)
+    dataset = data.build_dataset(name, root, split, download, channels, bits)
     if dataset.labels is None:
         raise BadInput(
             f"the {split} images in '{root}' have no labels ({dataset.layout.unlabelled}): expected"
@@ -218,7 +261,7 @@ def mismatches(info: dict, *, dataset: str, side: int) -> list[str]:
     """
     trained = info["args"]
     found = head_mismatch(info, "the file's own flags say", trained.get("mlp"))
-    if trained.get("dataset", dataset) != dataset:
+    if trained.get("dataset", dataset) != dataset and not trained.get("mean"):
         found.append(
             f"trained on {trained['dataset']}, judged on {dataset}: images are normalised by"
             f" {dataset}'s statistics"

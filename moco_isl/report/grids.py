@@ -88,7 +88,7 @@ def data_uri(dataset, i: int) -> str:
     except Exception:  # PIL answers a broken file with almost any exception
         image = Image.new("RGB", (32, 32), (128, 128, 128))
     if isinstance(image, Tensor):
-        image = Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).numpy()))
+        image = Image.fromarray(np.ascontiguousarray(_shown(image).permute(1, 2, 0).numpy()))
     buffer = io.BytesIO()
     small = max(image.size) <= SMALL
     if small:
@@ -102,6 +102,20 @@ def data_uri(dataset, i: int) -> str:
         thumbnail.save(buffer, "JPEG", quality=80)
     kind = "png" if small else "jpeg"
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _shown(image: Tensor) -> Tensor:
+    """An image [c, H, W] as RGB to look at, uint8 [3, H, W].
+
+    Of RGB of 8 bits it is the image; of any other its first three channels, or of less than three
+    the first, from the least to the largest value of each.
+    """
+    if image.dtype == torch.uint8 and len(image) == 3:
+        return image
+    image = image[: 3 if len(image) > 2 else 1].float()
+    low, high = image.amin((1, 2), keepdim=True), image.amax((1, 2), keepdim=True)
+    image = (image - low) / (high - low).clamp(min=1e-9) * 255
+    return image.round().to(torch.uint8).expand(3, -1, -1)
 
 
 def choose(record: Record, labels: Tensor | None, n: int = ANCHORS) -> dict[str, list[int]]:

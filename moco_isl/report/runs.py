@@ -131,7 +131,8 @@ class Run:
         if flags["dataset"] == "digits":
             root = None
         try:
-            dataset = data.build_dataset(flags["dataset"], root, "train")
+            pixels = (flags.get("channels") or 3, flags.get("bits") or 8)
+            dataset = data.build_dataset(flags["dataset"], root, "train", False, *pixels)
         except BadInput as error:
             raise BadInput(
                 f"the images of run '{self.path}' cannot be read: {error}. Say where they lie now"

@@ -359,6 +359,8 @@ def _fill_in(args: argparse.Namespace) -> None:
     for name, value in fast.defaults(args.fast, cuda).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    args.channels = args.channels or data.RGB.channels
+    args.bits = args.bits or data.RGB.bits
     if args.seed is None:
         args.seed = random.SystemRandom().randrange(2**31)
     length, odd = divmod(args.epochs, args.isl_rounds)

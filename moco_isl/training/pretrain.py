@@ -460,10 +460,12 @@ def warnings(
         )
     if not as_in_library(model.encoder_q, arch):
         library = "timm" if arch.startswith("timm:") else "torchvision"
+        pixels = reader.settings.pixels
+        channels = "" if pixels.channels == 3 else f", {pixels.channels} channels"
         lines.append(
             f"warning: {library} has no {arch.removeprefix('timm:')} of this shape (--stem {stem},"
-            f" side {reader.images.side}), and cannot read what is trained here: its backbone goes"
-            " to safetensors and to this project's own scripts"
+            f" side {reader.images.side}{channels}), and cannot read what is trained here: its"
+            " backbone goes to safetensors and to this project's own scripts"
         )
     if plan.knn_every and reader.labels is None:
         lines.append("warning: --knn-every without labels: nothing to judge by")

@@ -23,7 +23,8 @@ from moco_isl.training import fast
 class Reading:
     """How images are read; the fields are the flags of these names.
 
-    workers: processes of this rank. batch_size: of all ranks. views: of an image in a step.
+    workers: processes of this rank. batch_size: of all ranks. views: of an image in a step. pixels:
+    see `data.Pixels`.
     """
 
     views: int
@@ -39,6 +40,7 @@ class Reading:
     seed: int
     amp: str
     compile: bool
+    pixels: data.Pixels
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,9 @@ class Reader:
         """A loader of the centre crops of this rank's share of a data set."""
         return data.eval_loader(
             dataset,
-            transform=data.get_eval_transform(self.settings.dataset, self.images.side),
+            transform=data.get_eval_transform(
+                self.settings.dataset, self.images.side, self.settings.pixels
+            ),
             shard=dist.shard(len(dataset)),
             batch_size=self.settings.batch_size,
             workers=self.settings.workers,
@@ -164,7 +168,10 @@ def open_reader(
         aug_plus=settings.aug_plus,
         size=images.side,
         on_device=settings.on_device,
+        pixels=settings.pixels,
     )
+    if not isinstance(augmentation, data.DigitAugmentation):
+        say(data.left_out(settings.pixels))
     loader = data.train_loader(
         images.train,
         augmentation=augmentation,
