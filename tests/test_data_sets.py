@@ -16,6 +16,7 @@ from PIL import Image
 
 from moco_isl.data import (
     SETS,
+    bands,
     build_dataset,
     datasets,
     decode,
@@ -260,7 +261,16 @@ def test_a_folder_that_cannot_be_read_is_refused(tree, monkeypatch, folder):
         build_dataset("folder", tree)
 
 
-def test_what_is_skipped_is_counted_by_ending(tree):
+@pytest.fixture
+def without_heif(monkeypatch):
+    """As if pillow-heif were not installed."""
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    endings, formats = folders._kinds_of_images()
+    monkeypatch.setattr(folders, "ENDINGS", endings)
+    monkeypatch.setattr(folders, "FORMATS", formats)
+
+
+def test_what_is_skipped_is_counted_by_ending(tree, without_heif):
     for i in range(11):
         (tree / "train" / "owl" / f"{i}.HEIC").touch()
     for name in ("train/1.gif", "train/dog/.DS_Store", "train/dog/README", "train/dog/x.\nodd"):
@@ -270,8 +280,8 @@ def test_what_is_skipped_is_counted_by_ending(tree):
     assert (
         describe(train=build_dataset("folder", tree), val=build_dataset("folder", tree, "val"))
         == "=> train: 10 images, 3 classes and 1 class folder without images ('empty'); skipped 17:"
-        " 11 .heic, 1 .gif, 1 .txt, 1 broken link, 1 hidden, 2 others; convert them, or install"
-        " pillow-heif\n=> val: 6 images, 2 classes"
+        " 11 .heic, 1 .gif, 1 .txt, 1 broken link, 1 hidden, 2 others; convert them, or pip"
+        " install 'moco_isl[heif]'\n=> val: 6 images, 2 classes"
     )
     assert describe(train=build_dataset("digits")) == "=> train: 1437 images, 10 classes"
     for path in (tree / "train").rglob("*.png"):
@@ -575,7 +585,7 @@ def test_the_range_equals_that_by_sorting():
             for shift in (0, -0.04, -0.5):
                 values = (rng.random(n) + shift) * scale
                 values[rng.integers(n, size=2)] = (np.nan, 10 * scale)
-                low, high, _ = datasets.value_range(values, (1, 255, 65535))
+                low, high, _ = bands.value_range(values, (1, 255, 65535))
                 wanted = range_by_sorting(values, (1, 255, 65535))
                 assert (low, high) == wanted or wanted[0] == wanted[1] == low == high - 1, (
                     n,

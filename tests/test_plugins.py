@@ -98,8 +98,8 @@ class Endless(ToyMiner):
         return Edges(edges.src, edges.dst, edges.sureness / 0), why
 
 
-def grey(root, split, download):
-    return ImagesInMemory(torch.zeros(20, 1, 16, 16, dtype=torch.uint8), None, None, "grey")
+def pair(root, split, download):
+    return ImagesInMemory(torch.zeros(20, 2, 16, 16, dtype=torch.uint8), None, None, "pair")
 
 
 def misnamed(root, split, download):
@@ -112,7 +112,7 @@ def unlabelled(root, split, download):
 
 
 settings = {"size": 16, "mean": (0.4,) * 3, "std": (0.3,) * 3, "needs_dir": False}
-grey_row = DataSet(grey, **settings)
+pair_row = DataSet(pair, **settings)
 misnamed_row = DataSet(misnamed, **settings)
 unlabelled_row = DataSet(unlabelled, **settings)
 '''
@@ -182,7 +182,10 @@ def test_a_plug_ins_flags_come_from_a_config_too(tmp_path):
         ("--miner toy_module:Dashless", "expected a name that begins with --"),
         ("--miner toy_module:Needs", "has the field steps without a default"),
         ("--miner toy_module:Strange", "has a field that cannot be a flag"),
-        ("--dataset toy_module:grey_row", "images are torch.uint8 of shape (20, 1, 16, 16)"),
+        (
+            "--dataset toy_module:pair_row",
+            "pair[0]: it has 2 channels, and 3 are expected: give --channels 2",
+        ),
         ("--dataset toy_module:misnamed_row", "labels go up to 19, and there are 1 classes"),
         ("--miner nowhere:Miner", "No module named 'nowhere'; expected module:name"),
         ("--miner toy_module:Bare", "is no miner: expected a class made from"),
