@@ -15,6 +15,7 @@ import shutil
 import signal
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from PIL import Image
 
 import main_moco_isl
 from moco_isl import builder
+from moco_isl.data import folders
 from moco_isl.encoders import build_encoder
 from moco_isl.run import checkpoint
 from moco_isl.run.folder import RunFolder
@@ -155,6 +157,11 @@ DATA = [
     ("a cache for images that need no decoding", [*RUN, *OUT, "--cache", "cache"]),
     ("a cache that is a file", ["photos", *PHOTOS, *OUT, "--cache", "text.txt"]),
     ("a cache in a file", ["photos", *PHOTOS, *OUT, "--cache", "text.txt/cache"]),
+    ("photos of other channels", ["photos", *PHOTOS, *OUT, "--channels", "4"]),
+    ("images in memory of other channels", [*RUN, *OUT, "--channels", "4"]),
+    ("bits that no image has", [*RUN, *OUT, "--bits", "12"]),
+    ("a mean without its std", [*RUN, *OUT, "--mean", "0.5", "0.5", "0.5"]),
+    ("a mean of other channels", [*RUN, *OUT, "--mean", "0.5", "--std", "0.2"]),
     ("one image, and a miner", ["one", *PHOTOS, *OUT, "--miner", "knn"]),
     (
         "one image left, and a miner",
@@ -449,9 +456,13 @@ def answer(what: str, argv: list[str]) -> tuple[int, str, str]:
 
 @contextlib.contextmanager
 def a_place():
-    """A folder in which everything that can be wrong is there, as the current one."""
+    """A folder in which everything that can be wrong is there, as the current one.
+
+    There is no pillow-heif: whether it is installed would change messages.
+    """
     before = Path.cwd()
-    with tempfile.TemporaryDirectory() as folder:
+    without_heif = mock.patch.object(folders, "ENDINGS", folders.IMG_EXTENSIONS)
+    with tempfile.TemporaryDirectory() as folder, without_heif:
         os.chdir(folder)
         try:
             with contextlib.redirect_stdout(io.StringIO()):

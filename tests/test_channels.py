@@ -266,15 +266,24 @@ def test_other_channels_in_files_are_refused_before_anything_else(tmp_path):
     place(tmp_path, 6, 4)
     with pytest.raises(BadInput, match=r"train/0/00.npy: it has 6 channels, and 5 .*--channels 6"):
         data.build_dataset("folder", tmp_path, channels=5)
-    Image.new("RGB", (16, 16)).save(tmp_path / "train/0/zz.png")
-    (tmp_path / "train/1/broken.png").write_text("no image")
-    images = data.ImageFiles([str(tmp_path / "train/0/zz.png")] * 40, None, None)
-    images.channels, images.bits = 6, 8
-    with pytest.warns(UserWarning, match="zz.png': it has 3 channels") as said:
-        for i in range(2):
-            with pytest.raises(BadInput):
-                images.image(i)
-    assert len(said) == 1
+    images = data.build_dataset("folder", tmp_path, channels=6)
+    for i in (0, 1):  # they change once the run has begun
+        np.save(images.path(i), np.zeros((3, 16, 16), np.uint8))
+    Path(images.path(2)).write_text("no image")
+    transform = data.get_eval_transform("folder", 16, data.Pixels(6, 8, [0.5] * 6, [0.2] * 6))
+    loader = data.eval_loader(images, transform=transform, batch_size=4)
+    with pytest.warns(UserWarning, match="00.npy': it has 3 channels, and 6 are expected") as said:
+        ((found, _),) = loader
+    assert len(said) == 1 and found.shape == (4, 6, 16, 16)
+    assert [i for i, _ in loader.bad_images()] == [0, 1, 2]
+
+
+def test_a_tiff_of_several_bands_names_the_flag_that_reads_it(tmp_path):
+    path = tmp_path / "a.tif"
+    path.write_bytes(encoded(BANDS.transpose(1, 2, 0), "tifffile", planarconfig="contig"))
+    with pytest.raises(BadInput, match="a.tif for one.*; a TIFF of several bands needs --channels"):
+        data.native_size(data.build_dataset("folder", tmp_path))
+    assert data.build_dataset("folder", tmp_path, channels=6).image(0).shape == BANDS.shape
 
 
 def test_a_data_set_that_gives_rgb_alone_says_so():

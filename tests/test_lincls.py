@@ -408,7 +408,7 @@ def test_each_file_is_read_once(moco_file, tmp_path, monkeypatch):
 
     load = noted(checkpoint.load, lambda path: str(path))
     monkeypatch.setattr(checkpoint, "load", load)
-    build = noted(data.build_dataset, lambda name, root, split, download: split)
+    build = noted(data.build_dataset, lambda name, root, split, download, *_: split)
     monkeypatch.setattr(data, "build_dataset", build)
     flags = ["--cache-features", "--lr", 1, "--resume", "auto"]
     works(moco_file, tmp_path, *flags, "--epochs", 1)

@@ -25,6 +25,7 @@ from moco_isl.errors import BadInput
 from moco_isl.files import open_regular
 
 SMALL = 64  # side up to which images are treated as CIFAR's are: neither enlarged nor blurred
+_TIFF = (".tif", ".tiff")
 _READ_WHOLE = 256 << 20  # bytes of a file up to which it is held in memory while it is decoded
 
 
@@ -173,12 +174,8 @@ class ImageFiles(Dataset):
     def image(self, i: int, at_least: int | None = None) -> Image.Image | torch.Tensor:
         if is_rgb(self.channels, self.bits):
             return decode(self.path(i), at_least, partial(self._unclear, i))
-        try:
-            with open_regular(self.path(i)) as file:
-                return read_bands(file, self.channels, at_least, partial(self._unclear, i))
-        except BadInput as error:  # not broken, but not as expected: say why
-            self._unclear(i, str(error))
-            raise
+        with open_regular(self.path(i)) as file:
+            return read_bands(file, self.channels, at_least, partial(self._unclear, i))
 
     def pixels(
         self, i: int, at_least: Callable[[int, int], int]
@@ -191,7 +188,7 @@ class ImageFiles(Dataset):
         return image, (H, W)
 
     def _unclear(self, i: int, why: str) -> None:
-        """Print once for a data set what is assumed of an image, or why it is not used."""
+        """Print once for a data set which range is assumed for the values of an image."""
         if not self._said_unclear:
             self._said_unclear.fill_(True)
             warnings.warn(f"{self.path(i)!r}: {why} (there may be more such images)", stacklevel=2)
@@ -423,9 +420,11 @@ def native_size(dataset: Dataset) -> int:
         looked_at = _spread_over(dataset)
         sides = sorted(filter(None, (_side(dataset, i) for i in looked_at)))
         if not sides:
+            first = dataset.path(0)
+            bands = "; a TIFF of several bands needs --channels" * first.lower().endswith(_TIFF)
             raise BadInput(
-                f"none of {len(looked_at)} images could be read, {dataset.path(0)} for one: "
-                "expected image files; check the folder"
+                f"none of {len(looked_at)} images could be read, {first} for one: expected image"
+                f" files; check the folder{bands}"
             )
         side = sides[len(sides) // 2]
     return side if side <= SMALL else 224

@@ -3,10 +3,12 @@
 Each real folder is read once, however many links lead to it. Files are not opened.
 """
 
+import contextlib
 import heapq
 import os
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -96,13 +98,25 @@ def has_image(folder: str | os.PathLike) -> bool:
     """Whether an image lies directly in a folder; False where it may not be read."""
     try:
         with os.scandir(folder) as entries:
-            return any(_is_image(entry.name, ENDINGS) for entry in entries)
+            return any(_is_image(entry.name) for entry in entries)
     except OSError:
         return False
 
 
-def _is_image(name: str, endings: tuple[str, ...]) -> bool:
-    return name.lower().endswith(endings) and not name.startswith(".")
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(ENDINGS) and not name.startswith(".")
+
+
+@contextlib.contextmanager
+def arrays_too(wanted: bool) -> Iterator[None]:
+    """Files of numpy count as images for what looks for images meanwhile, if wanted."""
+    global ENDINGS
+    before = ENDINGS
+    ENDINGS = (*ENDINGS, ".npy") if wanted else ENDINGS
+    try:
+        yield
+    finally:
+        ENDINGS = before
 
 
 def class_names(root: str) -> list[str]:
@@ -110,14 +124,14 @@ def class_names(root: str) -> list[str]:
     return [name for name, _, _ in _Reading(root).class_folders()]
 
 
-def find_images(root: str, arrays: bool = False) -> Found:
+def find_images(root: str) -> Found:
     """The images in a folder, at any depth, without hidden files and folders.
 
     Real folders are read first, then links to folders, those nearest to the root first. A link to a
     folder that has been read is left out. Directly in the root it raises BadInput, since it would
-    be a second name of a class. arrays: numpy's files are images too.
+    be a second name of a class.
     """
-    reading = _Reading(root, arrays)
+    reading = _Reading(root)
     classes = reading.class_folders()  # [(name, path, whether it is a link)]
     for owner, (_, path, is_link) in enumerate(classes):
         if not is_link:
@@ -142,9 +156,8 @@ def find_images(root: str, arrays: bool = False) -> Found:
 class _Reading:
     """What has been read of a folder so far."""
 
-    def __init__(self, root: str, arrays: bool = False):
+    def __init__(self, root: str):
         self.root = root
-        self.endings = (*ENDINGS, ".npy") if arrays else ENDINGS
         self.images: list[tuple[int, str, list[str]]] = []  # as in Found, in the order of reading
         self.skipped: Counter[str] = Counter()
         # a heap of links to folders, still to be read: depth, path, class
@@ -200,7 +213,7 @@ class _Reading:
                         self.skipped["hidden"] += 1
                     elif entry.is_dir(follow_symlinks=False):
                         real.append(entry.path)
-                    elif _is_image(entry.name, self.endings):  # a link too: reading it tells
+                    elif _is_image(entry.name):  # a link too; reading it shows what it is
                         images.append(entry.name)
                     elif entry.is_symlink() and os.path.isdir(entry.path):
                         links.append(entry.path)

@@ -1,13 +1,14 @@
 """Batches of views for training, and of plain images for features.
 
-Letters: M images of the data set, B batch over all ranks, N this rank's share of it, S side of a
-view. The order of an epoch is a function of (seed, epoch), every draw of augmentation one of (seed,
-epoch, index, view). So batches do not depend on the number of workers, and a start in the middle of
-an epoch loads nothing of what it skips.
+Letters: M images of the data set, c channels, B batch over all ranks, N this rank's share of it, S
+side of a view. The order of an epoch is a function of (seed, epoch), every draw of augmentation one
+of (seed, epoch, index, view). So batches do not depend on the number of workers, and a start in the
+middle of an epoch loads nothing of what it skips.
 """
 
 import multiprocessing.util
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import NamedTuple
@@ -124,6 +125,8 @@ class _Reader:
             except Exception as error:  # PIL answers a broken file with almost any exception
                 if getattr(error, "errno", None) in reading.OF_THE_MACHINE:
                     raise
+                if isinstance(error, BadInput) and not self.unreadable.any():  # whole, but no fit
+                    warnings.warn(f"{self.dataset.path(j)!r}: {error}", stacklevel=2)
                 self.unreadable[j] = 1
             else:
                 return image, int(j != i or i in self.known)
@@ -171,7 +174,7 @@ class _TrainItems(_Items):
 
 
 class _CropItems(_Items):
-    """Crops, uint8 [3, S, S] each, of an image decoded no larger than the smallest crop needs."""
+    """Crops [c, S, S], of RGB uint8, of an image decoded no larger than the smallest crop needs."""
 
     def views_of(self, epoch: int, i: int) -> tuple[list[torch.Tensor] | None, int]:
         draws = [uniform(self.seed, epoch, i, view) for view in range(self.views)]
@@ -368,7 +371,7 @@ class FileEvalLoader(_FileLoader):
 class _MemoryLoader:
     def __init__(self, dataset: ImagesInMemory, device):
         self.dataset = dataset
-        self.images = dataset.images_on(device)  # uint8 [M, 3, H, W]
+        self.images = dataset.images_on(device)  # [M, c, H, W]
 
     def bad_images(self) -> list[tuple[int, str]]:
         """(index, path) of the images that could not be read when the data set was loaded."""
@@ -449,7 +452,7 @@ def train_loader(
     """Batches of two views, or of `views` (a supervised probe takes one), on the device.
 
     len() is the number of steps an epoch. .epoch(epoch, start_step=0) iterates over ((im_q, im_k)
-    float [N, 3, S, S] each, index int64 [N]). .bad_images() names unreadable images; above
+    float [N, c, S, S] each, index int64 [N]). .bad_images() names unreadable images; above
     max_bad_images the iteration raises RunFailed. .close() ends the workers.
 
     Global batch b of an epoch is permutation(seed, epoch)[b B : (b + 1) B], B = batch_size over all
@@ -511,7 +514,7 @@ def eval_loader(
     device="cpu",
     shard: tuple[int, int] | None = None,
 ) -> FileEvalLoader | MemoryEvalLoader:
-    """(images float [n, 3, S, S], index int64 [n]) in order: start .. stop - 1 of `shard`, or all.
+    """(images float [n, c, S, S], index int64 [n]) in order: start .. stop - 1 of `shard`, or all.
 
     An unreadable image is replaced by the next readable one and named by .bad_images(). .close()
     ends the workers.

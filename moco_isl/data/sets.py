@@ -101,8 +101,8 @@ def build_dataset(
             f"data set {name} needs the folder it lies in: give DIR (or --dataset digits, which"
             " needs none)"
         )
-    more = {"arrays": True} if row.open is _folder and not is_rgb(channels, bits) else {}
-    dataset = row.open(Path(root) if row.needs_dir else None, split, download, **more)
+    with folders.arrays_too(not is_rgb(channels, bits)):
+        dataset = row.open(Path(root) if row.needs_dir else None, split, download)
     parts = ("__len__", "labels", "classes", "path", "image", "size_hint")
     if missing := [part for part in parts if not hasattr(dataset, part)]:
         raise BadInput(
@@ -173,7 +173,7 @@ def _torchvision(name: str, read: Callable) -> Callable:
     return open_it
 
 
-def _folder(root: Path, split: str, download: bool = False, arrays: bool = False) -> ImageFiles:
+def _folder(root: Path, split: str, download: bool = False) -> ImageFiles:
     expected = "expected a folder with train/ (and val/), or with images"
     try:
         is_folder = stat.S_ISDIR(os.stat(root).st_mode)
@@ -192,7 +192,7 @@ def _folder(root: Path, split: str, download: bool = False, arrays: bool = False
             if split == "val" and os.path.isdir(train)
             else None
         )
-        images = _image_files(root / split, names, arrays)
+        images = _image_files(root / split, names)
         if split == "train" and not os.path.isdir(val):
             images.layout.warnings += _not_read(root)
         if split == "val" and os.path.isdir(train) and os.path.samefile(train, val):
@@ -211,7 +211,7 @@ def _folder(root: Path, split: str, download: bool = False, arrays: bool = False
             f"no training images: {root} has val/ but not train/; expected both; add {train} or"
             f" give {val} itself"
         )
-    return _image_files(root, None, arrays)
+    return _image_files(root, None)
 
 
 def _not_read(root: Path) -> list[str]:
@@ -248,14 +248,14 @@ def _other_splits(root: Path) -> list[str]:
     return [name for name in names if os.path.isdir(root / name)]
 
 
-def _image_files(folder: Path, classes: list[str] | None, arrays: bool) -> ImageFiles:
+def _image_files(folder: Path, classes: list[str] | None) -> ImageFiles:
     """All images of a folder, at any depth, labelled by its sub-folder that they are in.
 
     Without labels where they lie in no sub-folder, some lie beside the sub-folders, or all in the
     same one: that tells nothing apart. classes: those that the labels count, if not the
-    sub-folders. arrays: numpy's files are images too.
+    sub-folders.
     """
-    found = folders.find_images(str(folder), arrays)
+    found = folders.find_images(str(folder))
     paths, labels = found.paths(), found.labels()
     if not paths:
         raise BadInput(
