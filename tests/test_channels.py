@@ -355,7 +355,8 @@ def test_unreadable_images_do_not_count_and_a_flat_channel_gets_std_1(tmp_path):
 def test_rows_and_flags_say_mean_and_std():
     rgb, grey = data.RGB, data.Pixels(1, 8, None, None)
     assert rgb.are_known("folder") and not grey.are_known("folder")
-    assert not data.Pixels(3, 16, None, None).are_known("folder")
+    deep = data.Pixels(3, 16, None, None)
+    assert not deep.are_known("folder") and deep.are_known("cifar10")
     assert data.Pixels(4, 8, [0.5] * 4, [0.2] * 4).are_known("folder")
     row = data.DataSet(None, size=16, mean=(0.5,), std=(0.2,), needs_dir=False)
     assert grey.numbers(row) == ((0.5,), (0.2,))

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import Dataset
 
 from moco_isl.data.datasets import ImagesInMemory, is_rgb, read_pixels
-from moco_isl.data.sets import DataSet, find_set
+from moco_isl.data.sets import SETS, DataSet, find_set
 from moco_isl.errors import BadInput
 
 LOOK = 1000  # images that mean and std are measured on
@@ -37,12 +37,11 @@ class Pixels:
     def are_known(self, dataset: str) -> bool:
         """Whether mean and std are said here or in the row of a data set, or have to be measured.
 
-        The numbers in the row of `folder` are those of photos of 8 bits.
+        Those of `folder` are ImageNet's: of photos, of 8 bits.
         """
         row = find_set(dataset)
-        return self.mean is not None or (
-            len(row.mean) == self.channels and not (row.in_files and self.bits != 8)
-        )
+        of_photos = row.mean == SETS["folder"].mean and self.bits != 8
+        return self.mean is not None or (len(row.mean) == self.channels and not of_photos)
 
     def numbers(self, row: DataSet) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """(mean, std), those of the row where none are said here."""
