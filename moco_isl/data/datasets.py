@@ -1,8 +1,9 @@
 """The data sets: folders of images, torchvision's small sets, the embedded digits.
 
 All have len(), [i] -> (image, label), .labels (int64 [M] or None), .classes (list of names or
-None), .path(i) (the image's name in messages) and .size_hint (side of the images in memory; None
-for files). M is the number of images.
+None), .path(i) (where the image is, in messages) and .size_hint (side of the images in memory; None
+for files). Those of files also have .name(i) (a name that stays when the files move), .open(i),
+.side(i) and .stat(i). M is the number of images.
 """
 
 import bisect
@@ -12,6 +13,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -22,7 +24,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from moco_isl.data import folders
 from moco_isl.errors import BadInput
-from moco_isl.files import open_regular
+from moco_isl.files import AnyPath, open_regular
 
 try:
     # deprecated since 0.29 in favour of a package of its own
@@ -31,19 +33,23 @@ except ImportError:
     decode_jpeg = None
 
 SMALL = 64  # side up to which images are treated as CIFAR's are: neither enlarged nor blurred
+GONE = (-1, -1)  # size and time of a file that is not there
 _READ_WHOLE = 256 << 20  # bytes of a file up to which it is held in memory while it is decoded
 
 
 def decode_pixels(
-    path: str, at_least: Callable[[int, int], int], unclear: Callable[[str], None] = warnings.warn
+    source: AnyPath | BinaryIO,
+    at_least: Callable[[int, int], int],
+    unclear: Callable[[str], None] = warnings.warn,
 ) -> tuple[torch.Tensor, tuple[int, int]]:
     """`decode` as uint8 [3, h, w], with the image's full size (H, W).
 
     at_least(W, H) says how small it may be decoded. A JPEG of its full size goes through
     torchvision where that still decodes: PIL's values in two thirds of the time.
     """
-    with open_regular(path) as file:
-        whole = os.fstat(file.fileno()).st_size <= _READ_WHOLE
+    with _opened(source) as file:
+        whole = file.seek(0, os.SEEK_END) <= _READ_WHOLE
+        file.seek(0)
         content = file.read() if whole else b""
         with Image.open(io.BytesIO(content) if whole else file, formats=folders.FORMATS) as image:
             W, H = image.size
@@ -62,9 +68,11 @@ def decode_pixels(
 
 
 def decode(
-    path: str, at_least: int | None = None, unclear: Callable[[str], None] = warnings.warn
+    source: AnyPath | BinaryIO,
+    at_least: int | None = None,
+    unclear: Callable[[str], None] = warnings.warn,
 ) -> Image.Image:
-    """The image of a file as 8-bit RGB, whatever its format.
+    """The image of a file, given by its path or opened, as 8-bit RGB, whatever its format.
 
     Orientation tags are ignored, as torchvision ignores them.
     at_least: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as both sides keep that
@@ -74,8 +82,12 @@ def decode(
     regular file, of a format not in `folders.FORMATS`, or of more than 179 million pixels, PIL's
     bound against decompression bombs.
     """
-    with open_regular(path) as file, Image.open(file, formats=folders.FORMATS) as image:
+    with _opened(source) as file, Image.open(file, formats=folders.FORMATS) as image:
         return _to_rgb(image, at_least, unclear)
+
+
+def _opened(source: AnyPath | BinaryIO) -> BinaryIO:
+    return open_regular(source) if isinstance(source, str | os.PathLike) else source
 
 
 def _to_rgb(
@@ -151,7 +163,10 @@ def value_range(values: np.ndarray, tops: Sequence[float]) -> tuple[float, float
 
 
 class ImageFiles(Dataset):
-    """Images that stay in their files, decoded when asked for."""
+    """Images that stay in their files, decoded when asked for.
+
+    A subclass whose images are in larger files, such as tar shards, overrides `open` and `stat`.
+    """
 
     size_hint = None
 
@@ -167,7 +182,7 @@ class ImageFiles(Dataset):
         self._paths = np.array([os.fsencode(path) for path in paths])
         self.labels = labels
         self.classes = classes
-        self.folder = folder  # the folder in which all of them lie
+        self.folder = folder  # the folder in which all of them lie, or another name of their source
         self.layout = layout or folders.Layout(f"{len(paths)} images, {len(classes or ())} classes")
         self._said_unclear = torch.zeros(1, dtype=torch.bool).share_memory_()  # workers share it
 
@@ -177,13 +192,31 @@ class ImageFiles(Dataset):
     def path(self, i: int) -> str:
         return os.fsdecode(self._paths[i])
 
+    def name(self, i: int) -> str:
+        """A name that no other image of the data set has; `names_below` makes it relative."""
+        return self.path(i)
+
+    def open(self, i: int) -> BinaryIO:
+        """The bytes of image i, opened in the process that asks. Raises OSError."""
+        return open_regular(self.path(i))
+
+    def stat(self, i: int) -> tuple[int, int]:
+        """(size in bytes, time of change in nanoseconds) of image i. Raises OSError."""
+        found = os.stat(self.path(i))
+        return found.st_size, found.st_mtime_ns
+
+    def side(self, i: int) -> int:
+        """The shorter side of image i in pixels, from its header. Raises what PIL raises."""
+        with self.open(i) as file, Image.open(file, formats=folders.FORMATS) as image:
+            return min(image.size)
+
     def image(self, i: int, at_least: int | None = None) -> Image.Image:
-        return decode(self.path(i), at_least, partial(self._unclear, i))
+        return decode(self.open(i), at_least, partial(self._unclear, i))
 
     def pixels(
         self, i: int, at_least: Callable[[int, int], int]
     ) -> tuple[torch.Tensor, tuple[int, int]]:
-        return decode_pixels(self.path(i), at_least, partial(self._unclear, i))
+        return decode_pixels(self.open(i), at_least, partial(self._unclear, i))
 
     def _unclear(self, i: int, why: str) -> None:
         """Print once for a data set which range is assumed for the values of an image."""
@@ -250,6 +283,9 @@ class ImagesInMemory(Dataset):
     def path(self, i: int) -> str:
         return f"{self.source}[{i}]" if isinstance(self.source, str) else self.source.path(i)
 
+    def name(self, i: int) -> str:
+        return self.path(i) if isinstance(self.source, str) else name_of(self.source, i)
+
     def image(self, i: int, at_least: int | None = None) -> torch.Tensor:
         return self.images[i]
 
@@ -285,8 +321,6 @@ def stand_ins(M: int, unreadable: Sequence[int]) -> list[tuple[int, int]]:
     """The position of each unreadable image, and that of the next readable one.
 
     After the last image comes the first.
-
-    After the last image comes the first.
     """
     broken = set(unreadable)
     readable = [i for i in range(M) if i not in broken]
@@ -308,6 +342,15 @@ class Part(Dataset):
 
     def path(self, i: int) -> str:
         return self.dataset.path(int(self.rows[i]))
+
+    def name(self, i: int) -> str:
+        return name_of(self.dataset, int(self.rows[i]))
+
+    def side(self, i: int) -> int:
+        return side_of(self.dataset, int(self.rows[i]))
+
+    def stat(self, i: int) -> tuple[int, int]:
+        return stat_of(self.dataset, int(self.rows[i]))
 
     def image(self, i: int, at_least: int | None = None):
         return self.dataset.image(int(self.rows[i]), at_least)
@@ -341,8 +384,9 @@ def describe(**splits: Dataset) -> str:
     """Lines for the start of a run: images and classes of each split, and warnings."""
     lines = []
     for name, dataset in splits.items():
-        if isinstance(dataset, ImageFiles):
+        if hasattr(dataset, "layout"):
             lines.append(f"=> {name}: {dataset.layout.summary}")
+            lines += [f"=> {name}: {line}" for line in dataset.layout.parts]
             lines += [f"=> warning: {name}: {line}" for line in dataset.layout.warnings]
         else:
             classes = len(dataset.classes or [])
@@ -350,10 +394,32 @@ def describe(**splits: Dataset) -> str:
     return "\n".join(lines)
 
 
+def name_of(dataset: Dataset, i: int) -> str:
+    """The name of image i; its path where the data set has no other names."""
+    return getattr(dataset, "name", dataset.path)(i)
+
+
+def side_of(dataset: Dataset, i: int) -> int:
+    """The shorter side of image i, which is decoded where the data set has no quicker way."""
+    side = getattr(dataset, "side", None)
+    return side(i) if side else min(dataset.image(i).size)
+
+
+def stat_of(dataset: Dataset, i: int) -> tuple[int, int]:
+    """(size, time of change) of the file of image i; GONE where it has none."""
+    if isinstance(dataset, ImagesInMemory):
+        return GONE if isinstance(dataset.source, str) else stat_of(dataset.source, i)
+    stat = getattr(dataset, "stat", None) or partial(ImageFiles.stat, dataset)
+    try:
+        return stat(i)
+    except OSError:
+        return GONE
+
+
 def names_below(dataset: Dataset) -> list[str]:
     """The images' names in order, without the folder that they all lie in."""
-    names = [dataset.path(i) for i in range(len(dataset))]
-    root = len(os.path.commonprefix([min(names), max(names)]))
+    names = [name_of(dataset, i) for i in range(len(dataset))]
+    root = os.path.commonprefix([min(names), max(names)]).rfind("/") + 1
     return [name[root:] for name in names]
 
 
@@ -366,7 +432,7 @@ def native_size(dataset: Dataset, look: int = 16) -> int:
     side = dataset.size_hint
     if side is None:
         looked_at = torch.linspace(0, len(dataset) - 1, min(look, len(dataset))).long().tolist()
-        sides = sorted(filter(None, (_side(dataset.path(i)) for i in looked_at)))
+        sides = sorted(filter(None, (_side(dataset, i) for i in looked_at)))
         if not sides:
             raise BadInput(
                 f"none of {len(looked_at)} images could be read, {dataset.path(0)} for one: "
@@ -376,10 +442,9 @@ def native_size(dataset: Dataset, look: int = 16) -> int:
     return side if side <= SMALL else 224
 
 
-def _side(path: str) -> int | None:
+def _side(dataset: Dataset, i: int) -> int | None:
     try:
-        with open_regular(path) as file, Image.open(file, formats=folders.FORMATS) as image:
-            return min(image.size)
+        return side_of(dataset, i)
     except Exception:  # an unreadable image has no size; the loader is the one that names it
         return None
 
