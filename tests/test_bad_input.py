@@ -59,7 +59,10 @@ def make_place() -> None:
     for folder in ("splits/Training", "splits/Testing", "twice/train/cat"):
         shutil.copytree("photos/train", folder)
     Path("twice/train/kitty").symlink_to("cat")
-    Path("text.txt").write_text("not a checkpoint\n")
+    for name in ("text.txt", "text.tar", "text.tar.gz", "text.parquet"):
+        Path(name).write_text("not a checkpoint\n")
+    Path("list.txt").write_text("photos/train/00.jpg\nphotos/gone.jpg\n")
+    Path("table.csv").write_text("id,label\n1,cat\n")
     Path("unreadable/a.jpg").write_text("no image")
     Path("nothing.pth").touch()
     os.mkfifo("pipe")
@@ -147,6 +150,12 @@ DATA = [
     ("val/ without train/", ["only_val", *SMALL, *OUT]),
     ("splits in place of classes", ["splits", *SMALL, *OUT]),
     ("a class that is a link to another", ["twice", *SMALL, *OUT]),
+    ("a list of images that are not there", ["list.txt", *SMALL, *OUT]),
+    ("a table without a column of paths", ["table.csv", *SMALL, *OUT]),
+    ("a tar that is none", ["text.tar", *SMALL, *OUT]),
+    ("a compressed tar", ["text.tar.gz", *SMALL, *OUT]),
+    ("a stream", ["s3://bucket/train.tar", *SMALL, *OUT]),
+    ("a table of parquet that is none", ["text.parquet", *SMALL, *OUT]),
     ("two data sets", ["photos", *RUN, *OUT]),
     ("a folder twice", ["photos", *SMALL, *OUT, "photos"]),
     ("an unknown data set", [*SMALL, "--dataset", "digit", *OUT]),
@@ -520,7 +529,7 @@ SAID = {  # what is named: the wrong thing, what was expected, what to do
     ),
     "a class that is a link to another": "'twice/train/kitty' is a link into the class 'cat'",
     "two data sets": "'photos'",
-    "a cache for images that need no decoding": "--dataset digits need no decoding: leave it off",
+    "a cache for images that need no decoding": "--dataset digits are not read from files: leave it off",
     "a cache in a file": "text.txt is a file; expected a folder",
     "a torchvision set that is not there": "--download",
     "--epochs ten": "ten: expected a whole number",

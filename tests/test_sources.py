@@ -7,6 +7,8 @@ import io
 import json
 import os
 import pickle
+import re
+import shlex
 import shutil
 import sys
 import tarfile
@@ -23,7 +25,7 @@ import main_lincls
 import main_moco_isl
 from launch import sweep
 from moco_isl import data
-from moco_isl.data import label_list, sources
+from moco_isl.data import label_list, shards, sources
 from moco_isl.errors import BadInput
 from moco_isl.run import checkpoint
 from moco_isl.training import resume
@@ -196,7 +198,9 @@ def test_a_run_on_shards_that_is_killed_and_resumed_equals_an_unbroken_one_on_th
     broken = Running(argv, tmp_path / "log", kill=(0, kill))
     assert broken.codes() == [-9], broken.said()
     run([*argv, "--resume", "auto"], tmp_path / "log")
-    assert differences(from_folder, tmp_path / "out") == []
+    found = differences(from_folder, tmp_path / "out")
+    assert [place for place in found if not place.endswith(".isl.images")] == []  # their names
+    assert len(found) == 3
 
 
 def test_two_ranks_read_the_shards_as_one(place, tmp_path):
@@ -376,6 +380,29 @@ def test_labels_of_json_and_of_some_images(digits, tmp_path):
     assert [dataset.image(i).size for i in range(2)] == [(16, 16)] * 2
 
 
+def test_the_index_of_many_images_is_kept_as_long_as_the_tars_are_the_same(
+    digits, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(shards, "_KEEP", 120)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write_shards(tmp_path / "shards", "train", digits["train"])
+
+    def opened() -> tuple:
+        shards._index.cache_clear()  # as in another process
+        x = data.build_dataset("folder", tmp_path / "shards")
+        return data.names_below(x), x.labels.tolist(), [x.open(i).read() for i in range(len(x))]
+
+    first = opened()
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "webdataset.tariterators", None)  # no header is read
+        assert opened() == first
+    (kept,) = (tmp_path / "cache" / "moco_isl").iterdir()
+    kept.write_bytes(kept.read_bytes()[:500])
+    assert opened() == first
+    write_shards(tmp_path / "shards", "train", digits["train"][::-1])
+    assert opened() != first and len(list(kept.parent.iterdir())) == 2
+
+
 def test_images_beside_shards_are_the_data_set_and_it_is_said(place, tmp_path):
     shutil.copytree(place / "folder", tmp_path / "both")
     shutil.copy(place / "shards" / "train-0000.tar", tmp_path / "both")
@@ -510,14 +537,14 @@ def test_what_a_function_returns_is_read_as_a_data_set(own, place, digits):
         ("bad/header.tar", "is damaged at byte 1024"),
         ("bad/text.tar", "is damaged, or no tar"),
         ("bad/words.tar", "no images in 'bad/words.tar' (1 tar)"),
-        ("bad/twice.tar", "has 1 images more than once"),
+        ("bad/twice.tar", "has 1 image more than once"),
         ("bad/mixed", "holds tar shards and tables"),
         ("bad/empty.txt", "names no image: expected a path a line"),
         ("bad/gone.txt", "names 2 of 3 images that are not there, 'bad/gone1.png' for one"),
         ("bad/labelled.txt", "'3' looks like a label: labels need a .csv with path,label"),
-        ("bad/twice.txt", "names 1 images more than once"),
+        ("bad/twice.txt", "names 1 image more than once"),
         ("bad/columns.csv", "has no column of paths: its header is 'id,label'"),
-        ("bad/cells.csv", "has 1 rows without a path"),
+        ("bad/cells.csv", "has 1 row without a path"),
         ("bad/x.parquet", "cannot be read as a Hugging Face data set"),
         ("bad/plain.parquet", "has no column of images, but id, label"),
         ("bad/nowhere.txt", "no such file: bad/nowhere.txt"),
@@ -577,3 +604,41 @@ def test_a_missing_library_names_its_extra(monkeypatch, tmp_path):
         with pytest.raises(BadInput, match="pip install") as error:
             data.build_dataset("folder", tmp_path / where)
         assert extra in str(error.value)
+
+
+# ---- the page ----------------------------------------------------------------------------------
+
+
+def test_the_commands_of_the_page_run(place, tmp_path, monkeypatch):
+    page = (Path(__file__).parent.parent / "docs" / "data.md").read_text()
+    text = page.split("## Other sources")[1].split("## Named data sets")[0]
+    lines = [
+        line for block in re.findall(r"```bash\n(.*?)```", text, re.S) for line in block.split("\n")
+    ]
+    (module,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    for name, source in {
+        "photos": "folder",
+        "more": "folder/train/3",
+        "scans": "folder/val",
+        "shards": "shards",
+        "flowers": "parquet",
+    }.items():
+        shutil.copytree(place / source, tmp_path / name)
+    scans = [str(p.relative_to(tmp_path / "scans")) for p in (tmp_path / "scans").rglob("*.png")]
+    (tmp_path / "scans" / "all.txt").write_text("\n".join(sorted(scans)))
+    (tmp_path / "my_images.py").write_text(module)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    ran = 0
+    for line in filter(None, lines):
+        program, script, *argv = shlex.split(line)
+        assert (program, script, argv[:3]) == (
+            "python",
+            "main_moco_isl.py",
+            ["-a", "resnet50", "--mlp"],
+        )
+        flags = [*argv[3:], *FLAGS, "--max-steps", "1", "--out", f"out{ran}"]
+        code, out, err = ask(flags)
+        assert (code, err) == (0, "") and "=> train: " in out, line
+        ran += 1
+    assert ran == 7

@@ -4,9 +4,10 @@ Read by the library `datasets`, row by row: nothing is decoded before it is aske
 Letters: M images.
 """
 
+import contextlib
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import BinaryIO
 
 from moco_isl import files
@@ -89,10 +90,9 @@ def open_tables(
     folder: how the source is named. classes: as `lists.open_list`. Raises BadInput.
     """
     datasets = library()
-    shown = datasets.utils.logging.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
     try:
-        table = _read(datasets, paths)
+        with _silent(datasets):
+            table = _read(datasets, paths)
     except Exception as error:  # of a damaged file, datasets and pyarrow raise almost anything
         cause = error.__cause__ or error
         raise BadInput(
@@ -100,14 +100,27 @@ def open_tables(
             f" {short(first_line(cause), 150)}; expected parquet or arrow files, or a folder of"
             " save_to_disk; write it anew"
         ) from error
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
     sources = [p for path in paths for p in _files_of(path)]
     stats = [os.stat(path) for path in sources]
     stat = sum(x.st_size for x in stats), sum(x.st_mtime_ns for x in stats) % 2**62
     name = os.path.join(folder if os.path.isdir(folder) else os.path.dirname(folder), split)
     return of_table(table, name, stat, folder, classes)
+
+
+@contextlib.contextmanager
+def _silent(datasets) -> Iterator[None]:
+    """No progress bars, and no lines about an error that is raised too."""
+    log = datasets.utils.logging
+    shown = log.is_progress_bar_enabled()
+    level = log.get_verbosity()
+    datasets.disable_progress_bars()
+    log.set_verbosity(log.CRITICAL)
+    try:
+        yield
+    finally:
+        log.set_verbosity(level)
+        if shown:
+            datasets.enable_progress_bars()
 
 
 def _files_of(path: str) -> list[str]:

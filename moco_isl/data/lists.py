@@ -77,8 +77,8 @@ def _read(path: str) -> tuple[list[str], list[str | None]]:
         raise BadInput(f"'{files.shown(path)}' is no .csv file: {error}") from error
     if empty := sum(not name for name, _ in table):
         raise BadInput(
-            f"'{files.shown(path)}' has {empty} rows without a path: expected one in each; remove"
-            " them"
+            f"'{files.shown(path)}' has {folders.many(empty, 'row')} without a path: expected one"
+            " in each; remove them"
         )
     return [name for name, _ in table], [text for _, text in table]
 
@@ -98,8 +98,8 @@ def _require_unique(path: str, paths: list[str]) -> None:
     if len(set(paths)) < len(paths):
         twice = [name for name, n in Counter(paths).items() if n > 1]
         raise BadInput(
-            f"'{files.shown(path)}' names {len(twice)} images more than once, '{short(twice[0])}'"
-            " for one: expected each once; remove the others"
+            f"'{files.shown(path)}' names {folders.many(len(twice), 'image')} more than once,"
+            f" '{short(twice[0])}' for one: expected each once; remove the others"
         )
 
 

@@ -5,14 +5,18 @@ are read once, by tarfile; images are then read at their offsets. So an image ha
 exact resume and mining need, and a stream has none. Letters: M images.
 """
 
+import contextlib
+import hashlib
 import io
 import json
 import os
 import re
 import tarfile
+import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cache
+from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -24,30 +28,33 @@ from moco_isl.errors import BadInput, missing_package
 from moco_isl.files import open_regular, short
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
+_KEEP = 20_000  # images from which on an index is kept
+_FORMAT = 1  # of a kept index
 _LABELS = ("label", "cls", "class", "class_name")  # in a sample's .json
 
 
-class _Shard(NamedTuple):
-    """The images of one tar file. name: of the member; label: None where it has none."""
+class _Index(NamedTuple):
+    """Where the images of some tars are. skipped: what else is in them, counted, as JSON."""
 
-    names: list[str]
-    offsets: list[int]
-    sizes: list[int]
-    labels: list[str | None]
-    skipped: Counter
+    names: np.ndarray  # bytes [M], of the members
+    labels: np.ndarray  # bytes [M], empty for none
+    tar_of: np.ndarray  # int64 [M], the position of the tar
+    offsets: np.ndarray  # int64 [M]
+    sizes: np.ndarray  # int64 [M]
+    skipped: np.ndarray
 
 
 class TarImages(ImageFiles):
     """The images of tar files, in the order of the tars and of their members."""
 
-    def __init__(self, tars: Sequence[str], shards: Sequence[_Shard], *of_files):
+    def __init__(self, tars: Sequence[str], index: _Index, *of_files):
         """of_files: labels, classes, folder and layout, as ImageFiles has them."""
-        pairs = zip(tars, shards)
-        super().__init__([f"{tar}/{name}" for tar, x in pairs for name in x.names], *of_files)
+        of = zip(index.tar_of.tolist(), index.names)
+        super().__init__([f"{tars[tar]}/{os.fsdecode(name)}" for tar, name in of], *of_files)
         self._tars = list(tars)
-        self._tar_of = np.repeat(np.arange(len(tars)), [len(x.names) for x in shards])  # [M]
-        self._offsets = np.concatenate([np.array(x.offsets, np.int64) for x in shards])  # [M]
-        self._sizes = np.concatenate([np.array(x.sizes, np.int64) for x in shards])  # [M]
+        self._tar_of = index.tar_of
+        self._offsets = index.offsets
+        self._sizes = index.sizes
 
     def open(self, i: int) -> BinaryIO:
         with open_regular(self._tars[self._tar_of[i]]) as tar:
@@ -66,39 +73,72 @@ def open_shards(tars: Sequence[str], folder: str, classes: list[str] | None = No
 
     Raises BadInput.
     """
-    shards = []
-    for tar in tars:
-        files.require_file(tar, "", "a tar shard")
-        found = os.stat(tar)
-        shards.append(_index(tar, found.st_size, found.st_mtime_ns))
+    stats = [os.stat(files.require_file(tar, "", "a tar shard")) for tar in tars]
+    found = tuple((tar, x.st_size, x.st_mtime_ns) for tar, x in zip(tars, stats))
+    index = _index(found)
     of = f"'{files.shown(folder)}'"
-    skipped = sum((shard.skipped for shard in shards), Counter())
-    if not any(shard.names for shard in shards):
+    skipped = Counter(json.loads(str(index.skipped)))
+    if not len(index.names):
         raise BadInput(
             f"no images in {of} ({folders.many(len(tars), 'tar')}): expected members such as"
             f" 0001.jpg and 0001.cls{folders.skipped_words(skipped)}"
         )
-    texts = [text for shard in shards for text in shard.labels]
-    return TarImages(tars, shards, *_in_order(labels.number(texts, of, classes, skipped), folder))
+    texts = [label.decode(errors="replace") or None for label in index.labels]
+    numbers, names, layout = labels.number(texts, of, classes, skipped)
+    return TarImages(tars, index, numbers, names, folder, layout)
 
 
-def _in_order(found: labels.Labels, folder: str) -> tuple:
-    numbers, names, layout = found
-    return numbers, names, folder, layout
+# ---------------------------------------------------------------- the index
 
 
 @cache  # val is numbered by the classes of train, and both are opened twice
-def _index(tar: str, size: int, changed: int) -> _Shard:
-    """Where the images of a tar are, of this size and time of change. Raises BadInput."""
+def _index(tars: tuple[tuple[str, int, int], ...]) -> _Index:
+    """Where the images are in tars of these names, sizes and times of change.
+
+    That of many members is kept below ~/.cache, since reading their headers takes minutes. Raises
+    BadInput.
+    """
+    of = [(os.path.realpath(tar), size, changed) for tar, size, changed in tars]
+    digest = hashlib.sha256(repr((_FORMAT, folders.ENDINGS, of)).encode(errors="replace"))
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    kept = Path(cache, "moco_isl", f"shards-{digest.hexdigest()[:32]}.npz")
+    try:
+        with np.load(kept) as content:
+            return _Index(*(content[name] for name in _Index._fields))
+    except Exception:  # of a damaged file, zipfile and numpy raise almost anything
+        pass
+    rows = []  # (position of the tar, name, label, offset, size) of each image
+    skipped = Counter()
+    for i, (tar, _, _) in enumerate(tars):
+        rows += [(i, *row) for row in _read_headers(tar, skipped)]
+    tar_of, names, texts, offsets, sizes = zip(*rows) if rows else [()] * 5
+    whole = lambda values: np.array(values, dtype=np.int64)
+    index = _Index(
+        np.array([os.fsencode(name) for name in names], dtype=bytes),
+        np.array([text.encode(errors="replace") for text in texts], dtype=bytes),
+        *map(whole, (tar_of, offsets, sizes)),
+        np.array(json.dumps(+skipped)),
+    )
+    if len(rows) >= _KEEP:
+        with contextlib.suppress(OSError):  # then the headers are read again next time
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            temporary = kept.with_name(f"{kept.name}.{uuid.uuid4().hex[:8]}{files.TEMPORARY}")
+            with files.replacing(kept, temporary), open(temporary, "wb") as file:
+                np.savez_compressed(file, **index._asdict())
+    return index
+
+
+def _read_headers(tar: str, skipped: Counter) -> list[tuple[str, str, int, int]]:
+    """(name, label, offset, size) of each image of a tar; the rest is counted. Raises BadInput."""
     try:
         from webdataset.tariterators import group_by_keys
     except ImportError:
         raise missing_package("a tar shard", "webdataset", "'moco_isl[webdataset]'") from None
-    shard = _Shard([], [], [], [], Counter())
+    rows = []
     try:
         with open_regular(tar) as file, tarfile.open(fileobj=file, mode="r:") as members:
-            for sample in group_by_keys(_members(tar, members, shard.skipped)):
-                _add(shard, sample, file)
+            for sample in group_by_keys(_members(tar, members, skipped)):
+                rows += _row(sample, file, skipped)
             _require_end(tar, members, file)
     except (tarfile.TarError, OSError, EOFError) as error:
         raise BadInput(
@@ -112,13 +152,14 @@ def _index(tar: str, size: int, changed: int) -> _Shard:
             f"'{files.shown(tar)}' has two members of one name: {short(str(error.args[0]), 120)};"
             " expected each once"
         ) from error
-    if len(set(shard.names)) < len(shard.names):
-        twice = [name for name, n in Counter(shard.names).items() if n > 1]
+    names = [name for name, *_ in rows]
+    if len(set(names)) < len(names):
+        twice = [name for name, n in Counter(names).items() if n > 1]
         raise BadInput(
-            f"'{files.shown(tar)}' has {len(twice)} images more than once, '{short(twice[0])}' for"
-            " one: expected each name once; write it anew"
+            f"'{files.shown(tar)}' has {folders.many(len(twice), 'image')} more than once,"
+            f" '{short(twice[0])}' for one: expected each name once; write it anew"
         )
-    return shard
+    return rows
 
 
 def _members(tar: str, members: tarfile.TarFile, skipped: Counter) -> Iterator[dict]:
@@ -137,35 +178,31 @@ def _members(tar: str, members: tarfile.TarFile, skipped: Counter) -> Iterator[d
             yield {"fname": member.name, "data": member, "__url__": tar}
 
 
-def _add(shard: _Shard, sample: dict, file: BinaryIO) -> None:
-    """Add the image of a sample, if it has one, and its label."""
+def _row(sample: dict, file: BinaryIO, skipped: Counter) -> list[tuple[str, str, int, int]]:
+    """The row of a sample's image, if it has one."""
     parts = {f".{name}": x for name, x in sample.items() if isinstance(x, tarfile.TarInfo)}
     images = [ending for ending in parts if ending in folders.ENDINGS]
-    label = _label(parts, file)
     if not images:
-        shard.skipped.update(ending for ending in parts if ending not in (".cls", ".json"))
-        return
-    shard.skipped["second image of a sample"] += len(images) - 1
+        skipped.update(ending for ending in parts if ending not in (".cls", ".json"))
+        return []
+    skipped["second image of a sample"] += len(images) - 1
     image = parts[images[0]]
-    shard.names.append(image.name)
-    shard.offsets.append(image.offset_data)
-    shard.sizes.append(image.size)
-    shard.labels.append(label)
+    return [(image.name, _label(parts, file), image.offset_data, image.size)]
 
 
-def _label(parts: dict[str, tarfile.TarInfo], file: BinaryIO) -> str | None:
-    """The label in a sample's .cls, or else in its .json."""
+def _label(parts: dict[str, tarfile.TarInfo], file: BinaryIO) -> str:
+    """The label in a sample's .cls, or else in its .json; '' for none."""
     if ".cls" in parts:
-        return _read(parts[".cls"], file).decode(errors="replace").strip() or None
+        return _read(parts[".cls"], file).decode(errors="replace").strip()
     if ".json" not in parts:
-        return None
+        return ""
     try:
         content = json.loads(_read(parts[".json"], file))
     except ValueError:
-        return None
+        return ""
     named = content if isinstance(content, dict) else {}
     found = [named[name] for name in _LABELS if isinstance(named.get(name), int | str)]
-    return str(found[0]) if found else None
+    return str(found[0]) if found else ""
 
 
 def _read(member: tarfile.TarInfo, file: BinaryIO) -> bytes:

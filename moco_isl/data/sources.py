@@ -294,13 +294,14 @@ def _beside(train: Sequence[str]) -> list[str]:
 
 
 def _require_once(paths: Sequence[str]) -> None:
-    seen = {}
+    seen = set()
     for path in paths:
-        other = seen.setdefault(os.path.realpath(path), path)
-        if other is not path:
+        real = os.path.realpath(path)
+        if real in seen:
             raise BadInput(
                 f"DIR names '{files.shown(path)}' twice: expected each source once; leave one out"
             )
+        seen.add(real)
 
 
 # ---------------------------------------------------------------- several sources
@@ -340,10 +341,11 @@ def together(
     Classes of one name are one class. classes: of train, where they number these. Raises BadInput
     where an image is in several of them.
     """
-    paths = [os.path.abspath(part.path(i)) for part in parts for i in range(len(part))]
-    if len(set(paths)) < len(paths):
+    paths = [part.path(i) for part in parts for i in range(len(part))]
+    whole = [os.path.abspath(path) for path in paths]
+    if len(set(whole)) < len(whole):
         seen = set()
-        twice = next(path for path in paths if path in seen or seen.add(path))
+        twice = next(p for p, path in zip(paths, whole) if path in seen or seen.add(path))
         raise BadInput(
             f"several of the sources hold '{files.shown(twice)}': expected each image once; leave"
             " one of them out"
