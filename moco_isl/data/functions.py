@@ -66,7 +66,10 @@ class OwnImages(Dataset):
 
 def takes_root(function: Callable, name: str) -> bool:
     """Whether a function takes DIR too, as `root`. Raises BadInput for parameters it cannot get."""
-    named = inspect.signature(function).parameters
+    try:
+        named = inspect.signature(function).parameters
+    except ValueError as error:  # of some functions written in C
+        raise BadInput(f"--dataset {name}: {error}; expected a function of Python") from error
     plain = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     for parameter in named.values():
         known = parameter.name in ("split", "root") and parameter.kind in plain
