@@ -17,6 +17,7 @@ from moco_isl.evaluation import features, options, results
 from moco_isl.evaluation.backbone import describe
 from moco_isl.evaluation.knn import judge
 from moco_isl.evaluation.subject import Subject, identity
+from moco_isl.options import listed
 from moco_isl.run import checkpoint, devices, exits, flags, ranks
 from moco_isl.run.ranks import say
 from moco_isl.run.signals import Stop
@@ -115,9 +116,10 @@ def take_features(args, subject: Subject, device: torch.device, stop: Stop) -> F
     say(describe(subject.info))
     devices.warn_of_slow_amp(args.amp, device, trains=False)
     if "val" not in subject.splits:
+        where = files.shown(" ".join(listed(args.data)) or args.dataset)
         say(
-            f"=> no val split in '{files.shown(args.data)}': each image of train is judged by all"
-            " others (leave-one-out)"
+            f"=> no val split in '{where}': each image of train is judged by all others"
+            " (leave-one-out)"
         )
     for line in subject.mismatches():
         say(f"=> warning: {line}")
@@ -150,7 +152,7 @@ def take_features(args, subject: Subject, device: torch.device, stop: Stop) -> F
         "arch": subject.info["arch"],
         "stem": subject.info["stem"],
         "pretrained": args.pretrained,
-        "data": args.data or args.dataset,
+        "data": " ".join(listed(args.data)) or args.dataset,
         "epoch": str(subject.info["epoch"]),
     }
     if args.features:

@@ -22,6 +22,7 @@ from moco_isl.evaluation.knn import require_shots
 from moco_isl.evaluation.probe import Probe, layer_names
 from moco_isl.evaluation.results import read_own
 from moco_isl.evaluation.subject import Resumed, Subject
+from moco_isl.options import listed
 from moco_isl.run import devices, exits, flags, ranks
 from moco_isl.run.folder import check_folder
 from moco_isl.run.signals import Stop
@@ -107,7 +108,7 @@ def check_subject(args, resumed: Resumed) -> Subject:
     require_shots(subject.splits["train"].labels, max(args.shots, default=0))
     read_own(args.out, "classifiers")
     if resumed.is_ours:
-        named = "" if args.evaluate else args.data or args.dataset
+        named = "" if args.evaluate else " ".join(listed(args.data)) or args.dataset
         probing.require_origin(resumed, subject.origin, file=args.pretrained, images=named)
         if not args.evaluate:
             begun = resumed.content["epoch"] + bool(resumed.content["probe"]["step"])

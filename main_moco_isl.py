@@ -24,6 +24,7 @@ from moco_isl.evaluation.knn import weighted_knn
 from moco_isl.evaluation.linear import probe_accuracy
 from moco_isl.miners import find_miner
 from moco_isl.objectives import OBJECTIVES
+from moco_isl.options import listed
 from moco_isl.run import devices, exits, flags, loggers, ranks
 from moco_isl.run.folder import check_folder
 from moco_isl.run.meters import Progress
@@ -90,7 +91,8 @@ def prepare(
     images = open_images(args)
     flags.check(
         not find_miner(args.miner).uses_labels or images.train.labels is not None,
-        f"--miner {args.miner} needs labels, and {args.data} has none: expected a folder a class",
+        f"--miner {args.miner} needs labels, and {' '.join(listed(args.data)) or args.dataset} has"
+        " none: expected a folder a class",
     )
     miner = build_miner(args, images.train.labels, images)
     if device == "meta":  # not every network runs there, so `require_side` cannot try it out

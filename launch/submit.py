@@ -31,6 +31,7 @@ from launch.job import SCRIPTS, Task
 from launch.report import Entry
 from moco_isl import files
 from moco_isl.errors import BadInput
+from moco_isl.options import listed
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -171,7 +172,7 @@ def make_plan(script: str, opts: argparse.Namespace, flags: list[str]) -> list[T
         opts.tasks_per_node,
     )
     plan = [_run(script, flags, folder, opts, resume)]
-    same_data = ["--dataset", args.dataset, *([args.data] if args.data else [])]
+    same_data = ["--dataset", args.dataset, *listed(args.data)]
     for name in then:
         given = getattr(opts, name)
         flags = [

@@ -273,15 +273,16 @@ def flags_of(script: str, settings: dict, where: str = "the sweep") -> list[str]
     if config is not None and not isinstance(config, str):
         raise BadInput(f"{where}: config: expected one path")
     argv, data = options.script_parser(script).argv_of(given, where)
-    if data is not None and (not data or data.startswith("-")):
-        given = files.short(data)
-        raise BadInput(
-            f"{where}: data is '{given}': expected the path of a folder, such as ./{given}"
-        )
-    for text in [*argv, config or "", data or ""]:
+    for path in data:
+        if not path or path.startswith("-"):
+            given = files.short(path)
+            raise BadInput(
+                f"{where}: data is '{given}': expected the path of a folder, such as ./{given}"
+            )
+    for text in [*argv, config or "", *data]:
         options.require_one_line(text, f"{where}:")
     return [
-        *([] if data is None else [data]),
+        *data,
         *([] if config is None else [f"--config={config}"]),
         *argv,
     ]

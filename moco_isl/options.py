@@ -96,7 +96,8 @@ def opt(
     that was not given. names: as typed on the command line; without any, --name-of-the-field.
     low, high: the least and the largest value; low_open: `low` itself is not allowed.
     choices: the words that it takes; plugin: and any my.module:Name.
-    several: "+" or "*" for a list of values. parse: makes the value of a text, or raises BadInput.
+    several: "+" or "*" for a list of values; a positional one is then as `one_or_more` says.
+    parse: makes the value of a text, or raises BadInput.
     may_change: a resumed run may say another value. rare: --help leaves it to --help-all.
     """
     about = {
@@ -116,6 +117,19 @@ def opt(
     if isinstance(default, list):
         return dataclasses.field(default_factory=default.copy, metadata={"flag": about})
     return dataclasses.field(default=default, metadata={"flag": about})
+
+
+def listed(value: str | os.PathLike | list | tuple | None) -> list[str]:
+    """The values of a positional flag that takes one or several, such as DIR; [] for none."""
+    if value is None:
+        return []
+    several = value if isinstance(value, list | tuple) else [value]
+    return [os.fspath(one) for one in several]
+
+
+def one_or_more(values: list[str]) -> str | list[str] | None:
+    """The value that such a flag has for these: none is None, one a text, more a list."""
+    return values if len(values) > 1 else next(iter(values), None)
 
 
 def default_of(function: Callable, parameter: str):

@@ -61,7 +61,10 @@ def make_place() -> None:
     for folder in ("splits/Training", "splits/Testing", "twice/train/cat"):
         shutil.copytree("photos/train", folder)
     Path("twice/train/kitty").symlink_to("cat")
-    Path("text.txt").write_text("not a checkpoint\n")
+    for name in ("text.txt", "text.tar", "text.tar.gz", "text.parquet"):
+        Path(name).write_text("not a checkpoint\n")
+    Path("list.txt").write_text("photos/train/00.jpg\nphotos/gone.jpg\n")
+    Path("table.csv").write_text("id,label\n1,cat\n")
     Path("unreadable/a.jpg").write_text("no image")
     Path("nothing.pth").touch()
     os.mkfifo("pipe")
@@ -143,14 +146,20 @@ DATA = [
     ("no data set named", [*SMALL, *OUT]),
     ("an empty text", ["", *SMALL, *OUT]),
     ("no such folder", ["nowhere", *SMALL, *OUT]),
-    ("a file for a folder", ["text.txt", *SMALL, *OUT]),
+    ("a file for a folder", ["pickle.pth", *SMALL, *OUT]),
     ("a folder without images", ["empty", *SMALL, *OUT]),
     ("a folder of which no image can be read", ["unreadable", *SMALL, *OUT, "--knn-holdout", "0"]),
     ("val/ without train/", ["only_val", *SMALL, *OUT]),
     ("splits in place of classes", ["splits", *SMALL, *OUT]),
     ("a class that is a link to another", ["twice", *SMALL, *OUT]),
+    ("a list of images that are not there", ["list.txt", *SMALL, *OUT]),
+    ("a table without a column of paths", ["table.csv", *SMALL, *OUT]),
+    ("a tar that is none", ["text.tar", *SMALL, *OUT]),
+    ("a compressed tar", ["text.tar.gz", *SMALL, *OUT]),
+    ("a stream", ["s3://bucket/train.tar", *SMALL, *OUT]),
+    ("a table of parquet that is none", ["text.parquet", *SMALL, *OUT]),
     ("two data sets", ["photos", *RUN, *OUT]),
-    ("two folders", ["photos", *SMALL, *OUT, "run"]),
+    ("a folder twice", ["photos", *SMALL, *OUT, "photos"]),
     ("an unknown data set", [*SMALL, "--dataset", "digit", *OUT]),
     ("a torchvision set that is not there", ["empty", *SMALL, "--dataset", "cifar10", *OUT]),
     ("nothing to download", [*RUN, *OUT, "--download"]),
@@ -531,7 +540,10 @@ SAID = {  # what is named: the wrong thing, what was expected, what to do
     ),
     "a class that is a link to another": "'twice/train/kitty' is a link into the class 'cat'",
     "two data sets": "'photos'",
-    "a cache for images that need no decoding": "--dataset digits need no decoding: leave it off",
+    "a cache for images that need no decoding": "digits are not read from files: leave it off",
+    "a folder twice": "DIR names 'photos' twice",
+    "a list of images that are not there": "names 1 of 2 images that are not there",
+    "a stream": "has no positions",
     "a cache in a file": "text.txt is a file; expected a folder",
     "a torchvision set that is not there": "--download",
     "--epochs ten": "ten: expected a whole number",

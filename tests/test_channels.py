@@ -6,6 +6,7 @@ import shlex
 import shutil
 import struct
 import sys
+import tarfile
 import warnings
 import zlib
 from pathlib import Path
@@ -665,3 +666,34 @@ def test_nothing_warns_of_a_read_only_array():
         warnings.simplefilter("error")
         read(encoded(RAMP, "PNG"), 1)
         read(encoded(RAMP.astype(np.uint8), "PNG"), 1)
+
+
+# ---- other sources -------------------------------------------------------------------------------
+
+
+def six_bands(split):
+    return [(torch.from_numpy(BANDS.astype(np.float32) / 65535) * (i + 1) / 9, i) for i in range(8)]
+
+
+def test_lists_shards_and_functions_give_channels_too(tmp_path, monkeypatch):
+    folder = place(tmp_path / "in", 6, 6)
+    images = data.build_dataset("folder", folder, channels=6)
+    names = [images.path(i) for i in range(6)]
+    (tmp_path / "train.txt").write_text("\n".join(names))
+    with tarfile.open(tmp_path / "train.tar", "w") as tar:
+        for i, name in enumerate(names):
+            tar.add(name, f"{i}{Path(name).suffix}")
+    for source in ("train.txt", "train.tar"):
+        found = data.build_dataset("folder", tmp_path / source, channels=6)
+        assert len(found) == 6
+        assert all(torch.equal(found.image(i), images.image(i)) for i in range(6))
+        assert len(data.build_dataset("folder", tmp_path / source)) == 3  # arrays are none in RGB
+    monkeypatch.setitem(sys.modules, "own_bands", sys.modules[__name__])
+    found = data.build_dataset("own_bands:six_bands", channels=6)
+    pixels, full = found.pixels(8 - 1, lambda W, H: 1)
+    assert torch.equal(pixels, six_bands("train")[7][0]) and full == (9, 12)
+    with pytest.raises(BadInput, match=r"six_bands/train\[0\]: it has 6 channels"):
+        data.build_dataset("own_bands:six_bands")
+    assert data.measure(found)[0] == pytest.approx(
+        [x / 2 for x in (BANDS.mean((1, 2)) / 65535).tolist()], rel=1e-4
+    )

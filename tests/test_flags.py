@@ -185,7 +185,7 @@ def test_a_switch_in_a_config(tmp_path, word, on):
         ("moco-k: 1\nmoco_k: 2", "moco-k and moco_k are one flag"),
         ("wd: 1\nweight-decay: 2", "wd and weight-decay are one flag"),
         ("epochs: [1, 2]", "epochs: expected one value"),
-        ("data: [a, b]", "data: expected one path"),
+        ("data: {a: b}", "data: expected a path, or a list of them"),
         ("schedule: {a: 1}", "schedule: expected a value, or a list of them"),
         ("schedule: [[1]]", "schedule: expected a value, or a list of them"),
         ("schedule: [1, --download]", "'--download' looks like a flag"),
@@ -253,7 +253,21 @@ def test_a_value_of_the_wrong_kind_is_named(tmp_path):
             parse_.get_parser().parse_args(line.split())
         assert words in str(error.value)
     with pytest.raises(BadInput, match="'' is one argument too many"):
-        parse(["DIR", ""])
+        export.get_parser().parse_args([*"--to timm --out x FILE".split(), ""])
+
+
+def test_several_folders_stand_anywhere_and_keep_their_order(tmp_path):
+    for line in (
+        "a b c --mlp -j 4",
+        "--mlp a -j 4 b c",
+        "a --schedule 3 4 b -j=4 --mlp c",
+        "-j 4 a b --no-cos c --mlp",
+    ):
+        args = parse(line.split())
+        assert (args.data, args.mlp, args.workers) == (["a", "b", "c"], True, 4), line
+    assert parse(["a"]).data == "a" and parse([]).data is None
+    argv = config(tmp_path, "data: [a, b]")
+    assert parse(argv).data == ["a", "b"] and parse([*argv, "c"]).data == "c"
 
 
 def test_a_list_in_a_config_takes_nothing_of_the_command_line(tmp_path):

@@ -1096,7 +1096,7 @@ BAD_SWEEPS = [
     ("points: [{help: true}]", "no flag named 'help'"),
     ("points: [{mlp: maybe}]", "mlp is a switch: expected true or false"),
     ("points: [{data: --download}]", "data is '--download'"),
-    ("points: [{data: [a, b]}]", "data: expected one path"),
+    ("points: [{data: {a: b}}]", "points[0].data is {'a': 'b'}"),
     ("points: [{config: [a, b]}]", "config: expected one path"),
     ("points: [{data: DIR, wd: 1, weight-decay: 2}]", "wd and weight-decay are one flag"),
     ('points: [{name: a, dist-url: "x\\ny"}]', "holds \\n: expected UTF-8 text in one line"),

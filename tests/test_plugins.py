@@ -192,7 +192,7 @@ def test_a_plug_ins_flags_come_from_a_config_too(tmp_path):
         ("--miner toy_module:Forgotten", "put @dataclass(eq=False) before the class"),
         ("--miner toy_module:ToyMiner --toy-place 10", "--toy-place 10 is out of range"),
         ("--miner knn --toy-place 2", "no flag --toy-place"),
-        ("--dataset toy_module:read", "is a function: expected a row, moco_isl.data.DataSet"),
+        ("--dataset toy_module:read", "needs 'download': expected a function of split"),
         ("--dataset toy_module:tay", "toy_module has no 'tay'"),
         ("--dataset toys", "--dataset toys: expected one of folder,"),
         ("--dataset toy_module:toy DIR", "two data sets are named"),

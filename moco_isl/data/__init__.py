@@ -22,6 +22,7 @@ from moco_isl.data.sets import (
     build_dataset,
     check_options,
     find_set,
+    has_val,
 )
 from moco_isl.data.transforms import get_augmentation, get_eval_transform, left_out
 
@@ -44,6 +45,7 @@ __all__ = [
     "find_set",
     "get_augmentation",
     "get_eval_transform",
+    "has_val",
     "hold_cached",
     "hold_small",
     "holdout",

@@ -55,6 +55,28 @@ def read_bands(
     return fit(_scaled(values, unclear), channels, has_alpha=len(values) in (2, 4))
 
 
+def to_channels(image: Image.Image | torch.Tensor, channels: int) -> torch.Tensor:
+    """An image of PIL, or a tensor [c, H, W], as `read_bands` gives those of files.
+
+    A tensor is uint8, or floats in [0, 1]. Raises ValueError for others.
+    """
+    if isinstance(image, Image.Image):
+        values = _from_pil(image, None)
+        return fit(_scaled(values, warnings.warn), channels, has_alpha=len(values) in (2, 4))
+    require_range(image)
+    image = fit(image.cpu(), channels)
+    return image.float() if image.is_floating_point() else image / 255
+
+
+def require_range(image: torch.Tensor) -> None:
+    """Raise ValueError unless a tensor is uint8, or floats in [0, 1]."""
+    if image.dtype == torch.uint8:
+        return
+    low, high = image.min().item(), image.max().item()
+    if not image.is_floating_point() or not 0 <= low <= high <= 1:
+        raise ValueError(f"a tensor of {image.dtype} from {low:g} to {high:g}")
+
+
 def fit(images: torch.Tensor, channels: int, has_alpha: bool = False) -> torch.Tensor:
     """Images [..., c, H, W] with as many channels as wanted.
 

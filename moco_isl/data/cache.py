@@ -30,6 +30,7 @@ from moco_isl.data.datasets import (
     load_into_memory,
     native_size,
     read_pixels,
+    stat_of,
 )
 from moco_isl.errors import BadInput
 from moco_isl.files import TEMPORARY
@@ -37,7 +38,6 @@ from moco_isl.files import TEMPORARY
 # Two versions of a decoder may differ in the last bit of a pixel. The format's number goes up when
 # this package decodes differently.
 DECODER = f"Pillow {PIL.__version__}, format 2"
-GONE = (-1, -1)  # size and time of a file that is no longer there
 
 
 def hold_cached(
@@ -90,26 +90,14 @@ def list_sources(dataset: ImageFiles, threads: int = 4) -> dict[str, torch.Tenso
     size in bytes and time of change in nanoseconds.
     """
     M = len(dataset)
-    paths = [dataset.path(i) for i in range(M)]
-    names = b"\0".join(os.fsencode(path.removeprefix(dataset.folder)) for path in paths)
+    names = b"\0".join(os.fsencode(dataset.path(i).removeprefix(dataset.folder)) for i in range(M))
+    stats_of = lambda start: [stat_of(dataset, i) for i in range(start, min(start + 4096, M))]
     with ThreadPoolExecutor(max(threads, 1)) as pool:
-        blocks = pool.map(_stats_of, (paths[start : start + 4096] for start in range(0, M, 4096)))
-        stats = [stat for block in blocks for stat in block]
+        stats = [stat for block in pool.map(stats_of, range(0, M, 4096)) for stat in block]
     return {
         "names": torch.frombuffer(bytearray(names), dtype=torch.uint8),
         "stats": torch.tensor(stats, dtype=torch.int64),
     }
-
-
-def _stats_of(paths: list[str]) -> list[tuple[int, int]]:
-    stats = []
-    for path in paths:
-        try:
-            found = os.stat(path)
-            stats.append((found.st_size, found.st_mtime_ns))
-        except OSError:
-            stats.append(GONE)
-    return stats
 
 
 # ---------------------------------------------------------------- the file

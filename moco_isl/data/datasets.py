@@ -1,8 +1,9 @@
 """The data sets: folders of images, torchvision's small sets, the embedded digits.
 
 All have len(), [i] -> (image, label), .labels (int64 [M] or None), .classes (list of names or
-None), .path(i) (the image's name in messages) and .size_hint (side of the images in memory; None
-for files). M is the number of images.
+None), .path(i) (where the image is, in messages) and .size_hint (side of the images in memory; None
+for files). Those of files also have .name(i) (a name that stays when the files move), .open(i),
+.side(i) and .stat(i). M is the number of images.
 """
 
 import bisect
@@ -12,6 +13,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -22,23 +24,27 @@ from torch.utils.data import Dataset
 from moco_isl.data import folders
 from moco_isl.data.bands import assumed_range, fit, read_bands
 from moco_isl.errors import BadInput
-from moco_isl.files import open_regular
+from moco_isl.files import AnyPath, open_regular
 
 SMALL = 64  # side up to which images are treated as CIFAR's are: neither enlarged nor blurred
 _TIFF = (".tif", ".tiff")
+GONE = (-1, -1)  # size and time of a file that is not there
 _READ_WHOLE = 256 << 20  # bytes of a file up to which it is held in memory while it is decoded
 
 
 def decode_pixels(
-    path: str, at_least: Callable[[int, int], int], unclear: Callable[[str], None] = warnings.warn
+    source: AnyPath | BinaryIO,
+    at_least: Callable[[int, int], int],
+    unclear: Callable[[str], None] = warnings.warn,
 ) -> tuple[torch.Tensor, tuple[int, int]]:
     """`decode` as uint8 [3, h, w], with the image's full size (H, W).
 
     at_least(W, H) says how small it may be decoded. A JPEG of its full size goes through
     torchvision where that still decodes: PIL's values in two thirds of the time.
     """
-    with open_regular(path) as file:
-        whole = os.fstat(file.fileno()).st_size <= _READ_WHOLE
+    with _opened(source) as file:
+        whole = file.seek(0, os.SEEK_END) <= _READ_WHOLE
+        file.seek(0)
         content = file.read() if whole else b""
         with Image.open(io.BytesIO(content) if whole else file, formats=folders.FORMATS) as image:
             W, H = image.size
@@ -77,9 +83,11 @@ def _to_tensor(image: Image.Image) -> torch.Tensor:
 
 
 def decode(
-    path: str, at_least: int | None = None, unclear: Callable[[str], None] = warnings.warn
+    source: AnyPath | BinaryIO,
+    at_least: int | None = None,
+    unclear: Callable[[str], None] = warnings.warn,
 ) -> Image.Image:
-    """The image of a file as 8-bit RGB, whatever its format.
+    """The image of a file, given by its path or opened, as 8-bit RGB, whatever its format.
 
     Orientation tags are ignored, as torchvision ignores them.
     at_least: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as both sides keep that
@@ -89,8 +97,12 @@ def decode(
     regular file, of a format not in `folders.FORMATS`, or of more than 179 million pixels, PIL's
     bound against decompression bombs.
     """
-    with open_regular(path) as file, Image.open(file, formats=folders.FORMATS) as image:
+    with _opened(source) as file, Image.open(file, formats=folders.FORMATS) as image:
         return _to_rgb(image, at_least, unclear)
+
+
+def _opened(source: AnyPath | BinaryIO) -> BinaryIO:
+    return open_regular(source) if isinstance(source, str | os.PathLike) else source
 
 
 def _to_rgb(
@@ -134,6 +146,8 @@ def is_rgb(channels: int, bits: int) -> bool:
 class ImageFiles(Dataset):
     """Images that stay in their files, decoded when asked for.
 
+    A subclass whose images are in larger files, such as tar shards, overrides `open` and `stat`.
+
     channels, bits: 3 of 8 are PIL images; any others are float32 [channels, H, W] in [0, 1], see
     `bands.read_bands`.
     """
@@ -154,7 +168,7 @@ class ImageFiles(Dataset):
         self._paths = np.array([os.fsencode(path) for path in paths])
         self.labels = labels
         self.classes = classes
-        self.folder = folder  # the folder in which all of them lie
+        self.folder = folder  # the folder in which all of them lie, or another name of their source
         self.layout = layout or folders.Layout(f"{len(paths)} images, {len(classes or ())} classes")
         self._said_unclear = torch.zeros(1, dtype=torch.bool).share_memory_()  # workers share it
 
@@ -164,24 +178,37 @@ class ImageFiles(Dataset):
     def path(self, i: int) -> str:
         return os.fsdecode(self._paths[i])
 
+    def name(self, i: int) -> str:
+        """A name that no other image of the data set has; `names_below` makes it relative."""
+        return self.path(i)
+
+    def open(self, i: int) -> BinaryIO:
+        """The bytes of image i, opened in the process that asks. Raises OSError."""
+        return open_regular(self.path(i))
+
+    def stat(self, i: int) -> tuple[int, int]:
+        """(size in bytes, time of change in nanoseconds) of image i. Raises OSError."""
+        found = os.stat(self.path(i))
+        return found.st_size, found.st_mtime_ns
+
     def side(self, i: int) -> int:
         """The shorter side of image i in pixels. Raises what PIL raises."""
         if not is_rgb(self.channels, self.bits):
             return min(self.image(i).shape[1:])
-        with open_regular(self.path(i)) as file, Image.open(file, formats=folders.FORMATS) as image:
+        with self.open(i) as file, Image.open(file, formats=folders.FORMATS) as image:
             return min(image.size)  # from its header
 
     def image(self, i: int, at_least: int | None = None) -> Image.Image | torch.Tensor:
         if is_rgb(self.channels, self.bits):
-            return decode(self.path(i), at_least, partial(self._unclear, i))
-        with open_regular(self.path(i)) as file:
+            return decode(self.open(i), at_least, partial(self._unclear, i))
+        with self.open(i) as file:
             return read_bands(file, self.channels, at_least, partial(self._unclear, i))
 
     def pixels(
         self, i: int, at_least: Callable[[int, int], int]
     ) -> tuple[torch.Tensor, tuple[int, int]]:
         if is_rgb(self.channels, self.bits):
-            return decode_pixels(self.path(i), at_least, partial(self._unclear, i))
+            return decode_pixels(self.open(i), at_least, partial(self._unclear, i))
         image = self.image(i)
         H, W = image.shape[1:]
         at_least(W, H)  # draws the boxes; these images are never decoded smaller
@@ -253,6 +280,9 @@ class ImagesInMemory(Dataset):
     def path(self, i: int) -> str:
         return f"{self.source}[{i}]" if isinstance(self.source, str) else self.source.path(i)
 
+    def name(self, i: int) -> str:
+        return self.path(i) if isinstance(self.source, str) else name_of(self.source, i)
+
     def image(self, i: int, at_least: int | None = None) -> torch.Tensor:
         return self.images[i]
 
@@ -288,8 +318,6 @@ def stand_ins(M: int, unreadable: Sequence[int]) -> list[tuple[int, int]]:
     """The position of each unreadable image, and that of the next readable one.
 
     After the last image comes the first.
-
-    After the last image comes the first.
     """
     broken = set(unreadable)
     readable = [i for i in range(M) if i not in broken]
@@ -312,8 +340,14 @@ class Part(Dataset):
     def path(self, i: int) -> str:
         return self.dataset.path(int(self.rows[i]))
 
+    def name(self, i: int) -> str:
+        return name_of(self.dataset, int(self.rows[i]))
+
     def side(self, i: int) -> int:
         return side_of(self.dataset, int(self.rows[i]))
+
+    def stat(self, i: int) -> tuple[int, int]:
+        return stat_of(self.dataset, int(self.rows[i]))
 
     def image(self, i: int, at_least: int | None = None):
         return self.dataset.image(int(self.rows[i]), at_least)
@@ -358,8 +392,10 @@ def with_channels(dataset: Dataset, channels: int = 3, bits: int = 8) -> Dataset
         except BadInput as error:
             raise BadInput(f"{dataset.path(0)}: {error}") from None
         return ImagesInMemory(images, dataset.labels, dataset.classes, dataset.source)
-    if is_rgb(channels, bits):
-        return dataset
+    if is_rgb(channels, bits) and (
+        isinstance(dataset, ImageFiles) or not hasattr(dataset, "channels")
+    ):
+        return dataset  # any file is read as RGB
     if not hasattr(dataset, "channels"):
         raise BadInput(
             f"a {type(dataset).__name__} gives RGB of 8 bits alone: expected --channels 3 --bits 8,"
@@ -385,13 +421,19 @@ def describe(**splits: Dataset) -> str:
     """Lines for the start of a run: images and classes of each split, and warnings."""
     lines = []
     for name, dataset in splits.items():
-        if isinstance(dataset, ImageFiles):
+        if hasattr(dataset, "layout"):
             lines.append(f"=> {name}: {dataset.layout.summary}")
+            lines += [f"=> {name}: {line}" for line in dataset.layout.parts]
             lines += [f"=> warning: {name}: {line}" for line in dataset.layout.warnings]
         else:
             classes = len(dataset.classes or [])
             lines.append(f"=> {name}: {len(dataset)} images, {classes} classes")
     return "\n".join(lines)
+
+
+def name_of(dataset: Dataset, i: int) -> str:
+    """The name of image i; its path where the data set has no other names."""
+    return getattr(dataset, "name", dataset.path)(i)
 
 
 def side_of(dataset: Dataset, i: int) -> int:
@@ -402,10 +444,21 @@ def side_of(dataset: Dataset, i: int) -> int:
     return min(image.shape[1:] if isinstance(image, torch.Tensor) else image.size)
 
 
+def stat_of(dataset: Dataset, i: int) -> tuple[int, int]:
+    """(size, time of change) of the file of image i; GONE where it has none."""
+    if isinstance(dataset, ImagesInMemory):
+        return GONE if isinstance(dataset.source, str) else stat_of(dataset.source, i)
+    stat = getattr(dataset, "stat", None) or partial(ImageFiles.stat, dataset)
+    try:
+        return stat(i)
+    except OSError:
+        return GONE
+
+
 def names_below(dataset: Dataset) -> list[str]:
     """The images' names in order, without the folder that they all lie in."""
-    names = [dataset.path(i) for i in range(len(dataset))]
-    root = len(os.path.commonprefix([min(names), max(names)]))
+    names = [name_of(dataset, i) for i in range(len(dataset))]
+    root = os.path.commonprefix([min(names), max(names)]).rfind("/") + 1
     return [name[root:] for name in names]
 
 

@@ -42,14 +42,16 @@ _NAMED = 5  # names that a message lists
 
 @dataclass
 class Layout:
-    """What a folder of images holds, in words.
+    """What a folder of images, or another source, holds, in words.
 
-    unlabelled: why its images have no labels; '' where they have.
+    unlabelled: why its images have no labels; '' where they have. parts: of several sources, a line
+    each.
     """
 
     summary: str
     unlabelled: str = ""
     warnings: list[str] = field(default_factory=list)
+    parts: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -315,9 +317,9 @@ def _only_splits(root: str, names: list[str]) -> BadInput:
 def _summary(found: Found, counts: Counter) -> str:
     empty = [name for i, name in enumerate(found.classes) if i not in counts]
     classes = len(found.classes) - len(empty)
-    text = f"{_many(counts.total(), 'image')}, {_many(classes, 'class')}"
+    text = f"{many(counts.total(), 'image')}, {many(classes, 'class')}"
     if classes and empty:
-        text += f" and {_many(len(empty), 'class folder')} without images ({some(empty)})"
+        text += f" and {many(len(empty), 'class folder')} without images ({some(empty)})"
     return text + skipped_words(found.skipped)
 
 
@@ -327,7 +329,7 @@ def skipped_words(skipped: Counter[str]) -> str:
         return ""
     kinds = sorted(skipped.items(), key=lambda kind: (-kind[1], kind[0]))
     counted = ("broken link", "repeated folder")
-    words = [_many(n, what) if what in counted else f"{n} {what}" for what, n in kinds[:_NAMED]]
+    words = [many(n, what) if what in counted else f"{n} {what}" for what, n in kinds[:_NAMED]]
     rest = sum(n for _, n in kinds[_NAMED:])
     if rest:
         words.append(f"{rest} others")
@@ -341,7 +343,7 @@ def skipped_words(skipped: Counter[str]) -> str:
     return f"; skipped {skipped.total()}: {', '.join(words)}{advice}"
 
 
-def _many(n: int, what: str) -> str:
+def many(n: int, what: str) -> str:
     """'1 class', '2 classes', '2 links'."""
     ending = "es" if what.endswith("s") else "s"
     return f"1 {what}" if n == 1 else f"{n} {what}{ending}"

@@ -9,6 +9,7 @@ import re
 import torch
 from torch.utils.data import Dataset
 
+from moco_isl.data.datasets import names_below
 from moco_isl.errors import BadInput
 from moco_isl.files import named, read_text, short
 
@@ -80,10 +81,10 @@ def _names(images: Dataset) -> list[str]:
 def _by_name(images: Dataset) -> dict[str, str]:
     """Path of each image below the folder of all, or its position -> its whole path."""
     paths = _names(images)
-    if all(re.search(r"\[\d+\]$", path) for path in (paths[0], paths[-1])):
+    ends = [re.fullmatch(r"(.*)\[\d+\]", path) for path in (min(paths), max(paths))]
+    if all(ends) and ends[0][1] == ends[1][1]:
         return {re.search(r"\[(\d+)\]$", path)[1]: path for path in paths}
-    root = os.path.dirname(os.path.commonprefix([min(paths), max(paths)]) + "x")
-    return {os.path.relpath(path, root): path for path in paths}
+    return dict(zip(names_below(images), paths))
 
 
 def _find(name: str, known: dict[str, str]) -> str | None:

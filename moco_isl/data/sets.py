@@ -7,13 +7,13 @@ A data set of your own is a row in a module of yours, given as --dataset my.modu
 
     row = DataSet(read, size=32, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), needs_dir=False)
 
+or a function that returns a torch Dataset, my.module:function: see `data.functions`.
 M: images, c: channels, S: their side in pixels.
 """
 
 import os
-import stat
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +22,11 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset
 
 from moco_isl import files
-from moco_isl.data import folders
+from moco_isl.data import folders, functions, sources
 from moco_isl.data.augment import DigitAugmentation
-from moco_isl.data.datasets import ImageFiles, ImagesInMemory, is_rgb, with_channels
+from moco_isl.data.datasets import ImagesInMemory, is_rgb, with_channels
 from moco_isl.errors import BadInput, first_line
-from moco_isl.options import load_object, opt
+from moco_isl.options import listed, load_object, opt
 
 _DIGITS_TRAIN = 1437  # of 1,797, in the order of the file: DIGITS.md says why
 
@@ -35,21 +35,25 @@ _DIGITS_TRAIN = 1437  # of 1,797, in the order of the file: DIGITS.md says why
 class DataSet:
     """A row of the table: all that depends on which data set it is.
 
-    open: (root, split, download) -> the images as `data.datasets` has them; root is None where no
-    folder is needed. size: side of the views in pixels. mean, std: one number a channel, of values
-    in [0, 1]. flip: whether a mirrored image still means the same. needs_dir: DIR has to be given.
-    downloads: --download works. in_files: images stay in their files, and --cache may keep them
-    decoded. augmentation: (mean, std, size=) -> an augmentation of its own, in place of MoCo's.
+    open: (root, split, download) -> the images as `data.datasets` has them, None where the split is
+    not there; root is None where no folder is needed, and a list with `several`. size: side of the
+    views in pixels. mean, std: one number a channel, of values in [0, 1]. flip: whether a mirrored
+    image still means the same. needs_dir: DIR has to be given. downloads: --download works.
+    several: DIR may be several. in_files: images stay in their files, and --cache may keep them
+    decoded. has_val: (root) -> whether there is a val split. augmentation: (mean, std, size=) -> an
+    augmentation of its own, in place of MoCo's.
     """
 
-    open: Callable[[Path | None, str, bool], Dataset]
+    open: Callable[[Path | list[str] | None, str, bool], Dataset | None]
     size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
     flip: bool = True
     needs_dir: bool = True
     downloads: bool = False
+    several: bool = False
     in_files: bool = False
+    has_val: Callable[[Path | list[str] | None], bool] = lambda root: True
     augmentation: Callable | None = None
 
     def __post_init__(self) -> None:
@@ -63,46 +67,68 @@ class DataSet:
 
 
 def find_set(name: str) -> DataSet:
-    """The row of that name, or the row that `my.module:name` names. Raises BadInput."""
+    """The row of that name, or that of what `my.module:name` names. Raises BadInput."""
     if name in SETS:
         return SETS[name]
     if ":" not in name:
         raise BadInput(f"no data set named {name!r}: expected one of {', '.join(SETS)}")
     row = load_object(name, "--dataset")
-    if not isinstance(row, DataSet):
+    if isinstance(row, DataSet):
+        return row
+    if not callable(row):
         raise BadInput(
-            f"--dataset {name} is a {type(row).__name__}: expected a row, moco_isl.data.DataSet"
+            f"--dataset {name} is a {type(row).__name__}: expected a row, moco_isl.data.DataSet, or"
+            " a function that returns a torch Dataset"
         )
-    return row
+    return _of_function(row, name)
+
+
+def _of_function(function: Callable, name: str) -> DataSet:
+    """The row of a function, see `data.functions`: its images are treated as those of a folder."""
+
+    def open_it(root: Path | None, split: str, download: bool) -> Dataset | None:
+        known = None
+        if split == "val":
+            known = getattr(functions.open_function(function, name, root, "train"), "classes", None)
+        return functions.open_function(function, name, root, split, known)
+
+    return replace(
+        SETS["folder"],
+        open=open_it,
+        needs_dir=functions.takes_root(function, name),
+        several=False,
+        in_files=False,
+        has_val=lambda root: functions.has_split(function, name, root, "val"),
+    )
 
 
 def build_dataset(
     name: str,
-    root: str | os.PathLike | None = None,
+    root: str | os.PathLike | Sequence[str] | None = None,
     split: str = "train",
     download: bool = False,
     channels: int = 3,
     bits: int = 8,
 ) -> Dataset:
-    """The data set of that name, see `find_set`; split: train or val.
+    """The data set of that name, see `find_set`; root: DIR, or several; split: train or val.
 
     channels, bits: of its images; 3 of 8 are RGB as MoCo's, see `with_channels`.
 
-    folder: root/train and root/val with a folder a class, as torchvision's ImageFolder reads them;
-    without root/train, root itself is the training split. Images in no class folder, in one alone,
-    or beside the class folders have no labels; `describe` says what was found and what was skipped.
-    Raises BadInput.
+    folder: what `data.sources` knows: root/train and root/val with a folder a class, as
+    torchvision's ImageFolder reads them; without root/train, root itself is the training split.
+    Images in no class folder, in one alone, or beside the class folders have no labels; `describe`
+    says what was found and what was skipped. Raises BadInput.
     """
     row = find_set(name)
     if split not in ("train", "val"):
         raise BadInput(f"no split named {split!r}: expected train or val")
-    if root is None and row.needs_dir:
-        raise BadInput(
-            f"data set {name} needs the folder it lies in: give DIR (or --dataset digits, which"
-            " needs none)"
-        )
     with folders.arrays_too(not is_rgb(channels, bits)):
-        dataset = row.open(Path(root) if row.needs_dir else None, split, download)
+        dataset = row.open(_root(row, name, root), split, download)
+    if dataset is None:
+        raise BadInput(
+            f"data set {name} has no {split} split: expected one; do without"
+            f" {'validation' if split == 'val' else 'it'}"
+        )
     parts = ("__len__", "labels", "classes", "path", "image", "size_hint")
     if missing := [part for part in parts if not hasattr(dataset, part)]:
         raise BadInput(
@@ -110,6 +136,35 @@ def build_dataset(
             " moco_isl.data.ImagesInMemory, or what has the same parts"
         )
     return with_channels(dataset, channels, bits)
+
+
+def has_val(name: str, root: str | os.PathLike | Sequence[str] | None = None) -> bool:
+    """Whether a data set has a val split, as far as can be told without opening it.
+
+    Raises BadInput.
+    """
+    row = find_set(name)
+    return row.has_val(_root(row, name, root))
+
+
+def _root(row: DataSet, name: str, root) -> Path | list[str] | None:
+    """DIR as the row's functions take it. Raises BadInput."""
+    dirs = listed(root)
+    if not row.needs_dir:
+        return None
+    if not dirs:
+        raise BadInput(
+            f"data set {name} needs the folder it lies in: give DIR (or --dataset digits, which"
+            " needs none)"
+        )
+    if row.several:
+        return dirs
+    if len(dirs) > 1:
+        raise BadInput(
+            f"data set {name} lies in one folder, and DIR names {len(dirs)}: expected one; leave"
+            " the others out"
+        )
+    return Path(dirs[0])
 
 
 def _digits(root: None, split: str, download: bool) -> ImagesInMemory:
@@ -173,117 +228,15 @@ def _torchvision(name: str, read: Callable) -> Callable:
     return open_it
 
 
-def _folder(root: Path, split: str, download: bool = False) -> ImageFiles:
-    expected = "expected a folder with train/ (and val/), or with images"
-    try:
-        is_folder = stat.S_ISDIR(os.stat(root).st_mode)
-    except (FileNotFoundError, NotADirectoryError):
-        raise BadInput(f"no such folder: {root}; {expected}") from None
-    except OSError as error:  # no permission above it, or a name that is too long
-        raise BadInput(f"cannot read {root}: {error.strerror}; {expected}") from None
-    if not is_folder:
-        raise BadInput(f"not a folder: {root}; {expected}")
-    train, val = root / "train", root / "val"
-    if os.path.isdir(root / split):
-        # val is numbered by the classes of train: with a class missing there, its own numbering
-        # would shift all labels
-        names = (
-            folders.class_names(str(train)) or None
-            if split == "val" and os.path.isdir(train)
-            else None
-        )
-        images = _image_files(root / split, names)
-        if split == "train" and not os.path.isdir(val):
-            images.layout.warnings += _not_read(root)
-        if split == "val" and os.path.isdir(train) and os.path.samefile(train, val):
-            images.layout.warnings.append(
-                "val/ is a link to train/, so each image is judged by its own training image"
-            )
-        return images
-    if split == "val":
-        found = f", and it holds {folders.some(others)}" if (others := _other_splits(root)) else ""
-        raise BadInput(
-            f"no validation images: {val} is missing{found}; expected a folder a class as in"
-            " train/; add it or do without validation"
-        )
-    if os.path.isdir(val):
-        raise BadInput(
-            f"no training images: {root} has val/ but not train/; expected both; add {train} or"
-            f" give {val} itself"
-        )
-    return _image_files(root, None)
-
-
-def _not_read(root: Path) -> list[str]:
-    """Warnings of what lies beside train/, where there is no val/, and is not read."""
-    splits, said = _other_splits(root), []
-    if splits:
-        said.append(
-            f"{folders.some(splits)} beside train/ in {str(root)!r} is not read: a val split is"
-            " named val"
-        )
-    others = [
-        name
-        for name in sorted(os.listdir(root))
-        if name not in ("train", *splits) and not name.startswith(".")
-    ]
-    if others := [
-        name for name in others if os.path.isdir(root / name) and folders.has_image(root / name)
-    ]:
-        said.append(
-            f"{folders.some(others)} beside train/ in {str(root)!r} hold images that are not read:"
-            " expected all training images in train/; if train is one of the classes, move all of"
-            " them into a folder"
-        )
-    return said
-
-
-def _other_splits(root: Path) -> list[str]:
-    """The folders beside train/ and val/ that are named as splits often are."""
-    names = (
-        name
-        for name in sorted(os.listdir(root))
-        if name not in ("train", "val") and folders.is_split_name(name)
-    )
-    return [name for name in names if os.path.isdir(root / name)]
-
-
-def _image_files(folder: Path, classes: list[str] | None) -> ImageFiles:
-    """All images of a folder, at any depth, labelled by its sub-folder that they are in.
-
-    Without labels where they lie in no sub-folder, some lie beside the sub-folders, or all in the
-    same one: that tells nothing apart. classes: those that the labels count, if not the
-    sub-folders.
-    """
-    found = folders.find_images(str(folder))
-    paths, labels = found.paths(), found.labels()
-    if not paths:
-        raise BadInput(
-            f"no images in {folder}: expected files ending in"
-            f" {', '.join(e[1:] for e in folders.ENDINGS)}, in a folder a class or directly; check"
-            f" the path{folders.skipped_words(found.skipped)}"
-        )
-    names = classes or found.classes
-    if extra := sorted({found.classes[label] for label in labels if label >= 0} - set(names)):
-        raise BadInput(
-            f"{folder} has a class that train lacks: {extra[0]!r}; expected a subset of the"
-            f" {len(names)} classes of train; move it away"
-        )
-    layout = folders.layout_of(found, classes)
-    if layout.unlabelled:
-        return ImageFiles(paths, None, None, str(folder), layout)
-    number = {name: i for i, name in enumerate(names)}
-    labels = torch.tensor([number[found.classes[label]] for label in labels])
-    return ImageFiles(paths, labels, names, str(folder), layout)
-
-
 SETS = {
     "folder": DataSet(
-        _folder,
+        lambda dirs, split, download: sources.open_images(dirs, split),
         size=224,
         mean=(0.485, 0.456, 0.406),  # of ImageNet
         std=(0.229, 0.224, 0.225),
+        several=True,
         in_files=True,
+        has_val=sources.has_val,
     ),
     "cifar10": DataSet(
         _torchvision("cifar10", _read_cifar),
@@ -323,22 +276,24 @@ SETS = {
 class DataOptions:
     """Which images, and how they are read."""
 
-    data: str | None = opt(
+    data: str | list[str] | None = opt(
         None,
         "data",
         metavar="DIR",
+        several="*",
         may_change=True,
         help="path to dataset: DIR/train and DIR/val with a folder a class; a flat folder of images"
-        " (no labels) works for pretraining; for cifar10, cifar100, svhn: where torchvision keeps"
-        " them",
+        " (no labels) works for pretraining; or a list of files (.txt, .csv), tar shards (.tar), a"
+        " Hugging Face data set (.parquet, .arrow, save_to_disk), or several of these; for cifar10,"
+        " cifar100, svhn: where torchvision keeps them",
     )
     dataset: str = opt(
         "folder",
         choices=SETS,
         plugin=True,
         metavar="NAME",
-        help=f"what DIR holds: {', '.join(SETS)} (embedded, needs no DIR), or a row of your own as"
-        " my.module:row",
+        help=f"what DIR holds: {', '.join(SETS)} (embedded, needs no DIR), or one of your own as"
+        " my.module:row, or my.module:function that returns a torch Dataset",
     )
     download: bool = opt(
         False,
@@ -411,26 +366,27 @@ class DataOptions:
 def check_options(given: DataOptions) -> None:
     """Raise BadInput where flags of the data set do not go together, or name no folder."""
     row = find_set(given.dataset)
-    for flag, path in (("DIR", given.data), ("--cache", given.cache)):
+    dirs = listed(given.data)
+    for flag, path in (*(("DIR", path) for path in dirs), ("--cache", given.cache)):
         if path == "":
             raise BadInput(
                 f"{flag} is an empty text: expected a folder; '.' is the one this is started in"
             )
-    if given.data is not None:
-        files.kind(given.data, "DIR")  # raises where the system does not let it be looked at
+    for path in dirs:
+        files.kind(path, "DIR")  # raises where the system does not let it be looked at
     _check_pixels(given)
     if given.cache is not None and not row.in_files:
         raise BadInput(
-            f"--cache keeps images of a folder decoded, and those of --dataset {given.dataset} need"
-            " no decoding: leave it off"
+            f"--cache keeps images of files decoded, and those of --dataset {given.dataset} are"
+            " not read from files: leave it off"
         )
     if given.cache is not None:
         # a full cache is only read
         files.require_folder(given.cache, "--cache", may_be_read_only=True)
     if given.data is not None and not row.needs_dir:
         raise BadInput(
-            f"two data sets are named: --dataset {given.dataset} is embedded, and DIR is"
-            f" '{given.data}': drop one of them"
+            f"two data sets are named: --dataset {given.dataset} needs no DIR, and DIR is"
+            f" '{' '.join(dirs)}': drop one of them"
         )
     if given.data is None and row.needs_dir:
         raise BadInput(

@@ -1,7 +1,6 @@
 """What is judged: the encoder in a file, and the labelled images that it is judged on."""
 
 import hashlib
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -10,11 +9,11 @@ from pathlib import Path
 from torch import nn
 
 from moco_isl import data
-from moco_isl.data.datasets import ImagesInMemory
+from moco_isl.data.datasets import ImagesInMemory, stat_of
 from moco_isl.encoders import AMP_TYPES, channels_of, require_side
 from moco_isl.errors import BadInput
 from moco_isl.evaluation.backbone import load_backbone
-from moco_isl.options import opt
+from moco_isl.options import listed, opt
 from moco_isl.run import checkpoint, ranks
 from moco_isl.training import resume
 from moco_isl.training.state import require_start
@@ -98,7 +97,7 @@ class Subject(ReadOnce):
     stem: str
     key_encoder: bool
     dataset: str
-    root: str | None
+    root: str | list[str] | None
     download: bool
     image_size: int
     needs_val: bool = True
@@ -163,7 +162,7 @@ class Subject(ReadOnce):
     @cached_property
     def splits(self) -> dict:
         """Data sets by name: train, and val."""
-        has_val = self.needs_val or self.dataset != "folder" or Path(self.root, "val").is_dir()
+        has_val = self.needs_val or data.has_val(self.dataset, self.root)
         names = ("train", "val") if has_val else ("train",)
         pixels = (self._format.channels, self._format.bits)
         return {
@@ -204,7 +203,7 @@ class Subject(ReadOnce):
 
 def labelled(
     name: str,
-    root: str | None,
+    root: str | list[str] | None,
     split: str,
     download: bool = False,
     channels: int = 3,
@@ -216,9 +215,10 @@ def labelled(
     """
     dataset = data.build_dataset(name, root, split, download, channels, bits)
     if dataset.labels is None:
+        why = f" ({dataset.layout.unlabelled})" if hasattr(dataset, "layout") else ""
         raise BadInput(
-            f"the {split} images in '{root}' have no labels ({dataset.layout.unlabelled}): expected"
-            f" a folder a class, as in {split}/dog/1.jpg"
+            f"the {split} images in '{' '.join(listed(root)) or name}' have no labels{why}:"
+            f" expected a folder a class, as in {split}/dog/1.jpg"
         )
     return dataset
 
@@ -246,8 +246,8 @@ def identity(splits: Iterable) -> str:
             digest.update(dataset.images.contiguous().numpy())
             continue
         digest.update("\0".join(data.names_below(dataset)).encode(errors="surrogateescape"))
-        for path in map(dataset.path, range(0, len(dataset), -(-len(dataset) // LOOKED_AT))):
-            digest.update(b"%d " % (os.path.getsize(path) if os.path.exists(path) else -1))
+        for i in range(0, len(dataset), -(-len(dataset) // LOOKED_AT)):
+            digest.update(b"%d " % stat_of(dataset, i)[0])
     return digest.hexdigest()
 
 

@@ -34,7 +34,10 @@ def get_parser() -> argparse.ArgumentParser:
         help="the page (default: RUN/report.html); over nothing but such a page",
     )
     parser.add_argument(
-        "--data", metavar="DIR", help="where the images lie now, if not where the run read them"
+        "--data",
+        metavar="DIR",
+        action="append",
+        help="where the images lie now, if not where the run read them; again for each of several",
     )
     parser.add_argument(
         "--breakeven",

@@ -14,6 +14,7 @@ import torch
 from moco_isl import __version__, files
 from moco_isl.errors import BadInput, RunFailed
 from moco_isl.mining.record import in_percent
+from moco_isl.options import listed
 from moco_isl.report import figures, sections
 from moco_isl.report.charts import Chart
 from moco_isl.report.grids import Album, Cell, Grid, build_grids
@@ -112,7 +113,7 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
-def _albums(runs: Sequence[Run], labels: bool, root: str | None) -> dict[tuple, Album]:
+def _albums(runs: Sequence[Run], labels: bool, root: str | list[str] | None) -> dict[tuple, Album]:
     """The images of every data set that is at hand, by `Run.images`.
 
     Where images are gone the page has no grids of them; with labels that is bad input.
@@ -173,7 +174,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     version = [run.facts.get("version"), (run.facts.get("git") or "")[:10]]
     speed = [line["images_per_s"] for line in run.steps if "images_per_s" in line]
     facts = [
-        ("images", " ".join(filter(None, [flags.get("dataset"), flags.get("data")]))),
+        ("images", " ".join(filter(None, [flags.get("dataset"), *listed(flags.get("data"))]))),
         ("encoder", flags.get("arch")),
         ("objective", flags.get("objective")),
         ("miner", flags.get("miner")),

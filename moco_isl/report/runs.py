@@ -15,6 +15,7 @@ from moco_isl import data, files
 from moco_isl.errors import BadInput
 from moco_isl.mining.positives import PositiveSets
 from moco_isl.mining.record import nearest_of_sample, require_record, sample_anchors
+from moco_isl.options import listed
 from moco_isl.run import checkpoint
 from moco_isl.run.logs import read_facts, read_metrics
 from moco_isl.training.options import get_parser
@@ -100,11 +101,11 @@ class Run:
     @property
     def images(self) -> tuple:
         """What tells whether two runs counted their images alike."""
-        root = self.flags.get("data")
+        roots = listed(self.flags.get("data"))
         held_out = self.flags.get("knn_holdout") or 0
         return (
             self.flags.get("dataset"),
-            root and os.path.realpath(root),
+            tuple(map(os.path.realpath, roots)),
             held_out,
             self.flags.get("seed") if held_out else None,
         )
@@ -120,7 +121,7 @@ class Run:
             round_.M = record.M if record else None
         return record.M if record else None
 
-    def dataset(self, root: str | None = None, M: int | None = None):
+    def dataset(self, root: str | list[str] | None = None, M: int | None = None):
         """The images it was trained on, in the order that its sets count.
 
         root: where they lie, if not where they lay; M: how many there are. Raises BadInput where
@@ -141,10 +142,10 @@ class Run:
         if flags.get("knn_holdout"):
             dataset, _ = data.holdout(dataset, flags["knn_holdout"], flags["seed"])
         if M is not None and len(dataset) != M:
+            where = " ".join(listed(root)) or flags["dataset"]
             raise BadInput(
-                f"run '{self.path}' mined {M} images, but {root or flags['dataset']} holds"
-                f" {len(dataset)}: expected the images it was trained on; say where they lie with"
-                " --data DIR"
+                f"run '{self.path}' mined {M} images, but {where} holds {len(dataset)}: expected"
+                " the images it was trained on; say where they lie with --data DIR"
             )
         return dataset
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from moco_isl import __version__, files, options
 from moco_isl.errors import BadInput
 from moco_isl.files import short
-from moco_isl.options import Flag, flags_of, opt
+from moco_isl.options import Flag, flags_of, listed, one_or_more, opt
 from moco_isl.run import plain_yaml
 
 Groups = dict[str, tuple[type, ...]]  # the dataclasses of flags under each title
@@ -195,12 +195,7 @@ class Parser(argparse.ArgumentParser):
 
     def _what_is_expected(self) -> str:
         names = [action.metavar for action in self._actions if not action.option_strings]
-        which = (
-            f"at most one {names[0]}, which names the data set"
-            if names == ["DIR"]
-            else ", ".join(names)
-        )
-        return f"flags and {which}"
+        return f"flags and {', '.join(names)}"
 
     def parse_args(self, argv: list[str] | None = None, namespace=None) -> argparse.Namespace:
         """Flags of argv; those of `--config FILE.yaml` come first, so the command line wins."""
@@ -223,28 +218,32 @@ class Parser(argparse.ArgumentParser):
         return getattr(alone.parse_known_args(argv)[0], name)
 
     def _data_first(self, argv: list[str]) -> list[str]:
-        """Move DIR to the front of argv where it follows a flag that takes several values.
+        """Move the words that are no values of a flag, such as DIR, to the front of argv.
 
-        Otherwise argparse would take DIR for one of these values, as in `--lr 30 DIR` and `--layers
-        all DIR`. DIR is told from the values by the flag's type, which refuses it. Where a flag
-        needs at least one value, the first one stays with it, so that a wrong one is reported.
+        Otherwise argparse would take DIR for a value, as in `--lr 30 DIR` and `--layers all DIR`,
+        and would refuse `DIR --mlp DIR`. DIR is told from the values of a flag that takes several
+        by the flag's type, which refuses it. Where a flag needs at least one value, the first one
+        stays with it, so that a wrong one is reported.
         """
         front = []
         rest = []
         flag = None
-        fewest = 0
+        needs = 0  # how many more words are values of the flag for sure
+        several = False  # whether others may be
+        moves = True  # whether the words up to the next flag are no values
         for token in argv:
             if token.startswith("-") and not _takes(float, token):
-                flag = self._option_string_actions.get(token)
-                flag = flag if flag is not None and flag.nargs in ("*", "+") else None
-                fewest = 1 if flag is not None and flag.nargs == "+" else 0
-            elif flag is not None and fewest == 0 and not _takes(flag.type, token):
-                front.append(token)
-                flag = None
-                continue
-            else:
-                fewest = 0
-            rest.append(token)
+                name, given, _ = token.partition("=")
+                flag = self._option_string_actions.get(name)
+                nargs = 0 if flag is None or given else flag.nargs
+                needs = 0 if nargs in (0, "*") else 1
+                several = nargs in ("*", "+")
+                moves = False
+            elif needs:
+                needs -= 1
+            elif not moves:
+                moves = flag is not None and not (several and _takes(flag.type, token))
+            (front if moves else rest).append(token)
         return front + rest
 
     def _from_config(self, path: str, chosen: str | None) -> list[str]:
@@ -262,9 +261,9 @@ class Parser(argparse.ArgumentParser):
             )
         content = self._without_plugin(content or {}, chosen)
         argv, data = self.argv_of(content, of)
-        if data is not None:
+        if data:
             # a positional before the flags would be a second one beside the command line's
-            self.set_defaults(data=data)
+            self.set_defaults(data=one_or_more(data))
         # --config again: otherwise the flag before it could take the first words of argv
         return [*argv, "--config", path]
 
@@ -282,14 +281,14 @@ class Parser(argparse.ArgumentParser):
 
     def argv_of(
         self, settings: dict[str, plain_yaml.Value], of: str
-    ) -> tuple[list[str], str | None]:
-        """(argv, DIR or None) of flags by name with their values, as `plain_yaml.read` gives them.
+    ) -> tuple[list[str], list[str]]:
+        """(argv, the DIRs) of flags by name with their values, as `plain_yaml.read` gives them.
 
         of: the file, for BadInput.
         """
         argv = []
         named = {}
-        data = None
+        data = []
         if self._plugins is not None and isinstance(settings.get(self._plugins.flag), str):
             self._choose(settings[self._plugins.flag])
         for name, value in settings.items():
@@ -304,8 +303,9 @@ class Parser(argparse.ArgumentParser):
             other = named.setdefault("data" if action is None else action.dest, name)
             check(other == name, f"{of}: {other} and {name} are one flag: name it once")
             if name == "data":
-                check(not isinstance(value, list | dict), f"{of}: data: expected one path")
-                data = value
+                data = listed(value) if not isinstance(value, dict) else [value]
+                texts = all(isinstance(x, str) for x in data)
+                check(texts, f"{of}: data: expected a path, or a list of them")
             elif action.nargs == 0:
                 argv += self._switch(flag, value, of)
             elif value is not None:
@@ -387,6 +387,15 @@ class _HelpAll(argparse.Action):
         parser.exit()
 
 
+class _OneOrMore(argparse.Action):
+    """A positional argument of any number of values, see `one_or_more`."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if isinstance(values, list):  # else the default
+            values = one_or_more(values)
+        setattr(namespace, self.dest, values)
+
+
 def _add(group, flag: Flag, default) -> argparse.Action:
     """Add a flag to a group of arguments."""
     given = {"default": default, "help": _help(flag), "metavar": flag.metavar}
@@ -399,6 +408,8 @@ def _add(group, flag: Flag, default) -> argparse.Action:
         given["nargs"] = flag.several
     if names[0].startswith("-"):
         given["dest"] = flag.dest
+    elif flag.several:
+        given["action"] = _OneOrMore
     else:
         given["nargs"] = "?"
     action = group.add_argument(*names, **given)

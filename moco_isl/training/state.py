@@ -111,6 +111,8 @@ def flags_shape(parser: argparse.ArgumentParser, optional: set[str] | None = Non
             kind = Number(-LARGEST - 1, LARGEST, whole=True) if action.type is int else float
             return [kind] if action.nargs in ("*", "+") else kind
         several = action.nargs in ("*", "+")
+        if several and not action.option_strings:
+            return (str, [str])  # see `options.one_or_more`
         # a word with a meaning of its own, such as a list of numbers
         if action.type not in (None, str) and not several:
             return (str, [Number(-LARGEST - 1, LARGEST, whole=True)])
