@@ -15,6 +15,7 @@ import tarfile
 from pathlib import Path
 
 import datasets as hf
+import numpy as np
 import pytest
 import torch
 import webdataset
@@ -157,6 +158,24 @@ def test_every_source_has_the_same_images(place, digits, kind, tmp_path):
 def one_tensor(image: Image.Image) -> torch.Tensor:
     values = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return values.view(image.height, image.width, 3).permute(2, 0, 1)
+
+
+def test_jpegs_in_shards_are_decoded_as_those_of_a_folder(tmp_path):
+    rng = np.random.default_rng(0)
+    (tmp_path / "photos").mkdir()
+    with webdataset.TarWriter(str(tmp_path / "a.tar")) as tar:
+        for i in range(3):
+            coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+            coarse.resize((320, 240)).save(tmp_path / "photos" / f"{i}.jpg")
+            tar.write({"__key__": str(i), "jpg": (tmp_path / "photos" / f"{i}.jpg").read_bytes()})
+    photos, packed = (data.build_dataset("folder", tmp_path / name) for name in ("photos", "a.tar"))
+    for i in range(3):
+        for least in (240, 120, 30):  # of its full size through torchvision, smaller ones by PIL
+            one, other = (x.pixels(i, lambda W, H: least) for x in (photos, packed))
+            assert torch.equal(one[0], other[0]) and one[1] == other[1] == (240, 320)
+            assert (min(one[0].shape[1:]) < 240) == (least < 240)
+        assert photos.image(i, 30).tobytes() == packed.image(i, 30).tobytes()
+    assert data.native_size(packed) == 224
 
 
 # ---- runs --------------------------------------------------------------------------------------
