@@ -14,10 +14,10 @@ import torch
 from moco_isl import data, dist, files
 from moco_isl.encoders import AMP_TYPES, BACKBONE, OUTPUT, Taps
 from moco_isl.evaluation import features, options, results
-from moco_isl.evaluation.backbone import describe
 from moco_isl.evaluation.knn import judge
 from moco_isl.evaluation.subject import Subject, identity
 from moco_isl.run import checkpoint, devices, exits, flags, ranks
+from moco_isl.run.backbone import describe
 from moco_isl.run.ranks import say
 from moco_isl.run.signals import Stop
 

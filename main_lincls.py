@@ -17,12 +17,12 @@ import torch
 from moco_isl import data, dist
 from moco_isl.encoders import AMP_TYPES, get_head, require_layers
 from moco_isl.evaluation import options, probing
-from moco_isl.evaluation.backbone import describe
 from moco_isl.evaluation.knn import require_shots
 from moco_isl.evaluation.probe import Probe, layer_names
 from moco_isl.evaluation.results import read_own
 from moco_isl.evaluation.subject import Resumed, Subject
 from moco_isl.run import devices, exits, flags, ranks
+from moco_isl.run.backbone import describe
 from moco_isl.run.folder import check_folder
 from moco_isl.run.signals import Stop
 from moco_isl.training import resume, state

@@ -16,16 +16,16 @@ from torch import nn
 from moco_isl import __version__, files
 from moco_isl.encoders import BACKBONE, Taps, backbone_shapes, evaluating, head_name, on_meta
 from moco_isl.errors import BadInput, RunFailed
-from moco_isl.evaluation.backbone import (
+from moco_isl.evaluation.results import read_results
+from moco_isl.evaluation.subject import fingerprint
+from moco_isl.run import checkpoint, exits, flags
+from moco_isl.run.backbone import (
     EncoderOptions,
     describe,
     from_detectron2,
     load_backbone,
     to_detectron2,
 )
-from moco_isl.evaluation.results import read_results
-from moco_isl.evaluation.subject import fingerprint
-from moco_isl.run import checkpoint, exits, flags
 from moco_isl.run.logs import read_facts
 
 Tensors = dict[str, torch.Tensor]
@@ -167,8 +167,7 @@ def _safetensors(state: Tensors, info: dict, out: Path, card: dict[str, str]) ->
         return Taps(load_backbone(out)[0], [BACKBONE])
 
     return write, [
-        f"=> read it by moco_isl.evaluation.backbone.load_backbone('{out}'), or any reader of"
-        " safetensors"
+        f"=> read it by moco_isl.run.backbone.load_backbone('{out}'), or any reader of safetensors"
     ]
 
 

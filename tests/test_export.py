@@ -12,8 +12,8 @@ import main_moco_isl
 from moco_isl import export
 from moco_isl.builder import MoCo
 from moco_isl.encoders import build_encoder
-from moco_isl.evaluation.backbone import load_backbone
 from moco_isl.evaluation.subject import fingerprint
+from moco_isl.run.backbone import load_backbone
 
 
 def write_moco(path, arch, stem="imagenet", mlp=True):

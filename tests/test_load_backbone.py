@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from moco_isl.builder import MoCo
 from moco_isl.encoders import build_encoder, get_head
 from moco_isl.errors import BadInput
-from moco_isl.evaluation.backbone import describe, load_backbone, looks_like, to_detectron2
 from moco_isl.evaluation.subject import Subject
 from moco_isl.run import checkpoint
+from moco_isl.run.backbone import describe, load_backbone, looks_like, to_detectron2
 
 
 def moco(arch, mlp=True, dim=16, size=32):

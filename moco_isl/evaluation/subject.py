@@ -13,9 +13,9 @@ from moco_isl import data
 from moco_isl.data.datasets import ImagesInMemory
 from moco_isl.encoders import AMP_TYPES, require_side
 from moco_isl.errors import BadInput
-from moco_isl.evaluation.backbone import load_backbone
 from moco_isl.options import opt
 from moco_isl.run import checkpoint, ranks
+from moco_isl.run.backbone import load_backbone
 from moco_isl.training import resume
 from moco_isl.training.state import require_start
 
