@@ -20,6 +20,7 @@ from moco_isl.run import checkpoint, devices, exits, flags, ranks
 from moco_isl.run.backbone import describe
 from moco_isl.run.ranks import say
 from moco_isl.run.signals import Stop
+from moco_isl.run.weights import weights_file
 
 
 def get_parser() -> flags.Parser:
@@ -64,7 +65,7 @@ def check_subject(args) -> Subject:
     if kept:
         files.require_file(args.features, "--features", "features kept before")
         if args.pretrained:
-            files.require_file(args.pretrained, "--pretrained", "a checkpoint")
+            weights_file(args.pretrained)
         return subject
     subject.require_fit()
     if args.features:

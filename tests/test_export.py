@@ -24,7 +24,7 @@ def write_moco(path, arch, stem="imagenet", mlp=True):
             p.mul_(0.9)
         for name, t in model.named_buffers():
             if "running" in name:
-                t.add_(torch.rand_like(t))
+                t.add_(0.1 * torch.rand_like(t))  # not so far that all features are zero
     state = {f"module.{n}": t for n, t in model.state_dict().items()}
     torch.save(
         {

@@ -20,7 +20,8 @@ from moco_isl.encoders import build_encoder, get_head
 from moco_isl.errors import BadInput
 from moco_isl.evaluation.subject import Subject
 from moco_isl.run import checkpoint
-from moco_isl.run.backbone import describe, load_backbone, looks_like, to_detectron2
+from moco_isl.run.backbone import describe, load_backbone
+from moco_isl.run.naming import looks_like, to_detectron2
 
 
 def moco(arch, mlp=True, dim=16, size=32):
@@ -155,7 +156,7 @@ def test_files_without_a_head_and_from_before_batches_were_counted(tmp_path):
 
 def test_timm_state_dicts(tmp_path):
     timm = pytest.importorskip("timm")
-    for name, needs_arch in (("resnet18", False), ("vit_tiny_patch16_224", True)):
+    for name, needs_arch in (("resnet18", False), ("convnext_atto", True)):
         model = timm.create_model(name, num_classes=10)
         torch.save(model.state_dict(), tmp_path / "timm.pth")
         if needs_arch:

@@ -1,11 +1,12 @@
-"""The encoder in a file: ours, MoCo's, torchvision's, timm's, detectron2's, safetensors.
+"""The encoder in a file: ours, MoCo's, DINO's, torchvision's, timm's, transformers', detectron2's.
 
-Architecture and stem are read from the file where it says them or its tensors show them. A file
-that does not fit raises an error that names the tensors, so that no random encoder is judged.
+`weights.read` says where it may lie. Architecture and stem are read from the file where it says
+them or its tensors show them. A file that does not fit raises an error that names the tensors, so
+that no random encoder is judged.
 """
 
 import argparse
-import math
+import importlib
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -13,8 +14,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
+from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
 
 from moco_isl import files
 from moco_isl.builder import add_mlp
@@ -23,31 +24,17 @@ from moco_isl.encoders import (
     backbone_shapes,
     build_encoder,
     feature_dim,
+    get_head,
     head_name,
     on_meta,
     set_head,
 )
 from moco_isl.errors import BadInput
 from moco_isl.options import opt
-from moco_isl.run import checkpoint
+from moco_isl.run import checkpoint, naming, weights
+from moco_isl.run.naming import Tensors, looks_like
 from moco_isl.schema import COUNT, EARLIER, Number, like, require
 
-Tensors = dict[str, torch.Tensor]
-
-_DEPTHS = {  # block has a third convolution, blocks a stage -> ResNet-
-    (False, (2, 2, 2, 2)): 18,
-    (False, (3, 4, 6, 3)): 34,
-    (True, (3, 4, 6, 3)): 50,
-    (True, (3, 4, 23, 3)): 101,
-    (True, (3, 8, 36, 3)): 152,
-}
-_GROUPED = {  # (depth, groups, width of the first block's 3x3 convolution) -> torchvision's name
-    (50, 32, 128): "resnext50_32x4d",
-    (101, 32, 256): "resnext101_32x8d",
-    (101, 64, 256): "resnext101_64x4d",
-    (50, 1, 128): "wide_resnet50_2",
-    (101, 1, 128): "wide_resnet101_2",
-}
 # beginnings of the names of architectures that have both stems
 _STEMMED = ("resnet", "resnext", "wide_resnet", "alexnet")
 LARGEST_SIDE = 4096  # the largest --image-size
@@ -72,6 +59,82 @@ class EncoderOptions:
     key: bool = opt(False, help="the key encoder of a MoCo file, not the query encoder")
 
 
+@dataclass
+class Weights:
+    """One encoder's tensors in a file, before any network is built.
+
+    arch, stem: its network, as asked for, as the file says or as the tensors show. side: of the
+    images that its positions are for, None of most networks. tensors: by torchvision's and timm's
+    names. part: which encoder it is. left: names of what else is in the file. epoch, args and
+    metadata: see `load_backbone`.
+    """
+
+    path: str
+    arch: str
+    stem: str
+    side: int | None
+    tensors: Tensors
+    part: str
+    left: list[str]
+    epoch: int | None
+    args: dict
+    metadata: dict[str, str]
+
+    @property
+    def looks(self) -> str:
+        """What the tensors look like, in words for an error; '' where they show nothing."""
+        shown, stem = looks_like(self.tensors)
+        return f"; it looks like {shown}{f' with stem {stem}' if stem else ''}" if shown else ""
+
+
+def find_encoder(
+    path: str | Path,
+    content: dict,
+    arch: str | None = None,
+    stem: str | None = None,
+    key_encoder: bool = False,
+) -> Weights:
+    """The encoder in the content of a file, and what is known about it. Raises BadInput.
+
+    content: of `weights.read` or `checkpoint.load`. Everything else: see `load_backbone`.
+    """
+    state, left, under = _state_dict(content, path)
+    if "isl" in content or "probe" in content:  # a file of ours must have these entries
+        require(
+            content,
+            {"epoch": COUNT, "args": _TRAINED_ON, ...: object},
+            f"cannot read {files.named('', path)}",
+            cure=EARLIER,
+        )
+    metadata = content.get("metadata")
+    metadata = metadata if _fits(metadata, {...: str}) else {}
+    said = metadata.get("arch") or content.get("arch")
+    known = arch or (said if isinstance(said, str) else None)
+    state, part, more = _one_encoder(state, known, key_encoder, path)
+    state = naming.known_names(state)
+    shown, shown_stem = looks_like(state)
+    name = known or shown
+    if name is None:
+        raise BadInput(
+            f"'{path}' does not say its architecture and {checkpoint.some(state)} do not show it:"
+            " give it with -a"
+        )
+    if stem in (None, "auto"):
+        stem = shown_stem if shown_stem and name.startswith(_STEMMED) else "auto"
+    return Weights(
+        path=str(path),
+        arch=name,
+        stem=stem,
+        side=_side(naming.side_shown(state)),
+        tensors=state,
+        part=".".join(filter(None, (under, part))) or "the encoder",
+        left=left + more,
+        epoch=content.get("epoch") if _fits(content.get("epoch"), int) else None,
+        args=_args(content, metadata),
+        metadata=metadata,
+    )
+
+
 def load_backbone(
     path: str | Path,
     arch: str | None = None,
@@ -82,66 +145,57 @@ def load_backbone(
 ) -> tuple[nn.Module, dict]:
     """The encoder in a file, on the CPU, and what is known about it. Never executes a pickle.
 
-    arch, stem: as for `build_encoder`; None (or stem "auto") reads them from the file. key_encoder:
-    MoCo's other one. image_size: side of the images, for networks that are built for one; None
-    reads it from the file. content: what is in the file, where that has been read.
+    path: a file, a run's folder or a Hugging Face folder, see `weights.read`. arch, stem: as for
+    `build_encoder`; None (or stem "auto") reads them from the file. key_encoder: MoCo's other one.
+    image_size: side of the images, for networks that are built for one; None reads it from the
+    file. Positions of a vision transformer for another side are interpolated as its library does.
+    content: what is at the path, where that has been read.
 
     Names of wrappers are left out (`checkpoint.plain_names`). An encoder below a prefix is found,
-    such as Lightning's "model.backbone.".
+    such as Lightning's "model.backbone.", and of DINO's two the teacher.
 
     info: arch, stem, head ("linear", "mlp", or None: the file has none, and the encoder's is
     random), dim (numbers of the output), feature_dim, image_size (the side it is built for, None if
-    unknown), part (which encoder), used and left (names of tensors), epoch, args (flags of the run
-    that wrote it, {} if unknown; image_size is a whole number), metadata (of safetensors). Raises
-    BadInput for a file that cannot be read or does not fit.
+    unknown), positions (the side that they were for, where they are interpolated), part (which
+    encoder), used and left (names of tensors), epoch, args (flags of the run that wrote it, {} if
+    unknown; image_size is a whole number), metadata (of safetensors). Raises BadInput for a file
+    that cannot be read or does not fit.
     """
-    metadata = {}
-    if content is None:
-        content, metadata = read_file(path)
-    state, left = _state_dict(content, path)
-    if "isl" in content or "probe" in content:  # a file of ours must have these entries
-        require(
-            content,
-            {"epoch": COUNT, "args": _TRAINED_ON, ...: object},
-            f"cannot read {files.named('', path)}",
-            cure=EARLIER,
-        )
-    args = _args(content, metadata)
-    said = metadata.get("arch") or content.get("arch")
-    known = arch or (said if isinstance(said, str) else None)
-    state, part, more = _one_encoder(state, known, key_encoder, path)
-    state = from_detectron2(state)
-    shown, shown_stem = looks_like(state)
-    name = known or shown
-    if name is None:
-        raise BadInput(
-            f"'{path}' does not say its architecture and {checkpoint.some(state)} do not show it:"
-            " give it with -a"
-        )
-    if stem in (None, "auto"):
-        stem = shown_stem if shown_stem and name.startswith(_STEMMED) else "auto"
-    side = _side_shown(state) or image_size or args.get("image_size")
-    encoder, state, head = _with_head(name, stem, state, side, path)
-    looks = ""
-    if shown:
-        looks = f"; it looks like {shown}" + (f" with stem {shown_stem}" if shown_stem else "")
-    used, extra = _load(encoder, head, state, path, f"{name} with stem {stem}", looks)
-    info = {
-        "path": str(path),
-        "arch": name,
-        "stem": stem,
+    path = weights.run_file(path)
+    content = weights.read(path) if content is None else content
+    found = find_encoder(path, content, arch, stem, key_encoder)
+    side = image_size or found.side or found.args.get("image_size")
+    encoder = build_encoder(found.arch, 1, found.stem, side)
+    head = give_head(encoder, found)
+    used, left = fit(encoder, found, with_head=bool(head))
+    encoder.load_state_dict(used, strict=False)
+    return encoder, information(found, encoder, used, left, head, side)
+
+
+def information(
+    found: Weights, encoder: nn.Module, used: Tensors, left: list[str], head: str | None, side
+) -> dict:
+    """The `info` of `load_backbone`.
+
+    side: of the images that the encoder is built for. head: "" where there is one and it is left.
+    """
+    interpolated = found.side and naming.side_shown(used) != found.side
+    return {
+        "path": found.path,
+        "arch": found.arch,
+        "stem": found.stem,
         "head": head,
-        "dim": state[_last_weight(state, head_name(encoder))].shape[0] if head else None,
+        "dim": used[_last_weight(used, head_name(encoder))].shape[0] if head else None,
         "feature_dim": feature_dim(encoder),
         "image_size": side,
-        "part": part,
-        "used": used,
-        "left": left + more + extra,
-        "epoch": content.get("epoch") if _fits(content.get("epoch"), int) else None,
-        "args": args,
-        "metadata": metadata,
+        "positions": found.side if interpolated else None,
+        "part": found.part,
+        "used": list(used),
+        "left": found.left + left,
+        "epoch": found.epoch,
+        "args": found.args,
+        "metadata": found.metadata,
     }
-    return encoder, info
 
 
 # flags that are looked at, as files of ours hold them; a flag of another file counts if it fits
@@ -165,34 +219,76 @@ def _fits(value, shape) -> bool:
     return True
 
 
+def flags_known(content: dict, path: str | Path, arch: str | None, stem: str | None) -> dict:
+    """The flags of a pretraining, by name in args.json, that a file of any kind knows.
+
+    Those of the network, and of a file of ours the temperature and the side of its images. arch,
+    stem: where they are given; the rest is what they would be of that network. Raises BadInput.
+    """
+    found = find_encoder(path, content, arch, stem)
+    known = {"arch": found.arch, "stem": found.stem}
+    if not checkpoint.is_moco(content):
+        return known
+    args = content["args"] if "isl" in content else {}
+    encoder = on_meta(lambda: build_encoder(found.arch, 1, found.stem, found.side))
+    head = give_head(encoder, found)
+    dim = get_head(encoder).out_features
+    if head and args.get("moco_dim", dim) == dim:  # no head of another kind, such as RotNet's
+        known |= {"mlp": head == "mlp", "moco_dim": dim}
+    queue = checkpoint.plain_names(content.get("state_dict", content), path).get("queue")
+    if queue is not None and queue.dim() == 2:
+        known["moco_k"] = queue.shape[1]
+    if _fits(args.get("moco_t"), Number(0)):
+        known["moco_t"] = args["moco_t"]
+    if "isl" in content and _side(content.get("image_size")):
+        known["image_size"] = content["image_size"]
+    return known
+
+
+def into_start(content: dict, path: str | Path, encoder: nn.Module, arch: str, stem: str) -> None:
+    """Make of the content of any file one that `checkpoint.match` takes to start a training from.
+
+    It becomes a MoCo file of the query encoder alone, with what it was in "weights", the `info` of
+    `load_backbone`. A MoCo file stays as it is where its backbone fits. encoder: the query encoder,
+    on any device; arch, stem: its own. Raises BadInput.
+    """
+    moco = checkpoint.is_moco(content)
+    found = find_encoder(path, content, arch, stem)
+    place = head_name(encoder) + "."
+    backbone = {n: t for n, t in encoder.state_dict().items() if not n.startswith(place)}
+    state = checkpoint.plain_names(found.tensors, path, encoder.state_dict())
+    if moco and all(n in state and state[n].shape == t.shape for n, t in backbone.items()):
+        return
+    used, left = fit(encoder, found, with_head=False)
+    taken = dict(used)
+    if moco:  # its head goes with it
+        taken |= {n: state[n] for n in left if n.startswith(place)}
+        left = [n for n in left if not n.startswith(place)]
+    side = _side(naming.side_shown(used))
+    info = information(found, encoder, used, left, "", side)
+    kept = {name: content[name] for name in ("epoch", "args", "isl") if name in content}
+    content.clear()
+    content.update(kept, arch=found.arch, weights=info)
+    content["state_dict"] = {f"encoder_q.{name}": tensor for name, tensor in taken.items()}
+
+
 def describe(info: dict) -> str:
     """What was loaded, in one line: tensors used, tensors left."""
-    head = f"{info['head']} head to {info['dim']}" if info["head"] else "no head"
+    head = f", {info['head']} head to {info['dim']}" if info["head"] else ""
+    head = ", no head" if info["head"] is None else head
     epoch = f", epoch {info['epoch']}" if info["epoch"] is not None else ""
     parts = Counter(re.split(r"[.:]", files.shown(str(name)))[0] for name in info["left"])
     left = ", ".join(f"{n} of {part}" if n > 1 else part for part, n in parts.items())
     left = left and f"; left {left}"
+    if info["positions"]:
+        left += f"; positions of side {info['positions']} interpolated to side {info['image_size']}"
     return (
-        f"=> loaded '{files.shown(info['path'])}' ({info['arch']}, stem {info['stem']},"
-        f" {head}{epoch}): used all {len(info['used'])} tensors of {info['part']}{left}"
+        f"=> loaded '{files.shown(info['path'])}' ({info['arch']}, stem {info['stem']}"
+        f"{head}{epoch}): used all {len(info['used'])} tensors of {info['part']}{left}"
     )
 
 
 # ---- reading -------------------------------------------------------------------------------------
-
-
-def read_file(path: str | Path) -> tuple[dict, dict[str, str]]:
-    """(content, safetensors' metadata) of a file of tensors. Raises BadInput."""
-    path = checkpoint.require_file(path)
-    if path.suffix == ".safetensors" or checkpoint.is_safetensors(path):
-        try:
-            with files.utf8_name(path) as known, safe_open(known, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-        except (SafetensorError, OSError) as error:
-            raise BadInput(
-                f"cannot read '{path}' as safetensors: {error}; is it cut off, or of another kind?"
-            ) from error
-    return checkpoint.load(path), {}
 
 
 def _args(content: dict, metadata: dict[str, str]) -> dict:
@@ -229,29 +325,35 @@ def _side(said: object) -> int | None:
     return int(said)
 
 
-def _state_dict(content: dict, path: str | Path) -> tuple[Tensors, list[str]]:
-    """The tensors of the model by their plain names, and the names of what else is in the file."""
-    for key in ("state_dict", "model", None):
+def _state_dict(content: dict, path: str | Path) -> tuple[Tensors, list[str], str]:
+    """(tensors of the model by their plain names, names of what else is in the file, network).
+
+    network: "teacher" or "student" where the file holds DINO's two, else "".
+    """
+    for key in ("state_dict", "model", "teacher", "student", None):
         state = content.get(key) if key else content
         if isinstance(state, dict) and any(isinstance(v, torch.Tensor) for v in state.values()):
             break
     else:
         raise BadInput(
             f"'{path}' holds no tensors but {checkpoint.some(content) or 'nothing'}: expected a"
-            " state dict, bare or under state_dict or model"
+            " state dict, bare or under state_dict, model or teacher"
         )
     beside = {} if state is content else content
     left = [
         key
         for key, value in beside.items()
-        if isinstance(value, (dict, torch.Tensor)) and value is not state and key != "args"
+        if isinstance(value, (dict, torch.Tensor))
+        and value is not state
+        and key not in ("args", "metadata")
     ]
     tensors = {
         name: value
         for name, value in state.items()
         if isinstance(name, str) and isinstance(value, torch.Tensor)
     }
-    return checkpoint.plain_names(tensors, path), left
+    network = key if key in ("teacher", "student") else ""
+    return checkpoint.plain_names(tensors, path), left, network
 
 
 def _one_encoder(
@@ -270,7 +372,7 @@ def _one_encoder(
             " query encoder"
         )
     left = [name for name in state if not name.startswith(prefix)]
-    return chosen, prefix[:-1] or "the encoder", left
+    return chosen, prefix[:-1], left
 
 
 def _below(state: Tensors, prefix: str) -> Tensors:
@@ -282,15 +384,8 @@ def _prefix(state: Tensors, arch: str | None, path: str | Path) -> str:
 
     Raises BadInput where there are several encoders.
     """
-    if arch is None:
-        found = {
-            name.removesuffix(end)
-            for name in state
-            for end in _ANCHORS
-            if f".{name}".endswith(f".{end}")
-        }
-        found = [prefix for prefix in found if looks_like(_below(state, prefix))[0]]
-    else:
+    found = []
+    if arch is not None:
         own = backbone_shapes(on_meta(lambda: build_encoder(arch, 1)))
         own = [
             name
@@ -299,6 +394,15 @@ def _prefix(state: Tensors, arch: str | None, path: str | Path) -> str:
         ]
         found = {name.removesuffix(own[0]) for name in state if f".{name}".endswith(f".{own[0]}")}
         found = [prefix for prefix in found if all(prefix + name in state for name in own)]
+    if not found:
+        found = {
+            name.removesuffix(end)
+            for name in state
+            for end in naming.ANCHORS
+            if f".{name}".endswith(f".{end}")
+        }
+        shows = lambda prefix: looks_like(naming.known_names(_below(state, prefix)))[0]
+        found = [prefix for prefix in found if arch or shows(prefix)]
     if not found or "" in found:
         return ""
     if len(found) > 1:
@@ -312,91 +416,6 @@ def _prefix(state: Tensors, arch: str | None, path: str | Path) -> str:
     return found[0]
 
 
-# ---- names ---------------------------------------------------------------------------------------
-
-_TO_DETECTRON2 = (
-    (re.compile(r"^(conv1|bn1)\."), r"stem.\1."),
-    (re.compile(r"^layer(\d)\."), lambda m: f"res{int(m[1]) + 1}."),
-    (re.compile(r"\bbn(\d)\."), r"conv\1.norm."),
-    (re.compile(r"\bdownsample\.0\."), "shortcut."),
-    (re.compile(r"\bdownsample\.1\."), "shortcut.norm."),
-)
-_FROM_DETECTRON2 = (
-    (re.compile(r"\bshortcut\.norm\."), "downsample.1."),
-    (re.compile(r"\bshortcut\."), "downsample.0."),
-    (re.compile(r"\bconv(\d)\.norm\."), r"bn\1."),
-    (re.compile(r"^res(\d)\."), lambda m: f"layer{int(m[1]) - 1}."),
-    (re.compile(r"^stem\."), ""),
-)
-
-
-def _rename(state: Tensors, rules) -> Tensors:
-    def new(name: str) -> str:
-        for pattern, replacement in rules:
-            name = pattern.sub(replacement, name)
-        return name
-
-    return {new(name): tensor for name, tensor in state.items()}
-
-
-def to_detectron2(state: Tensors) -> Tensors:
-    """A torchvision ResNet's tensors under the names of detectron2's ResNets."""
-    return _rename(state, _TO_DETECTRON2)
-
-
-def from_detectron2(state: Tensors) -> Tensors:
-    """The inverse of `to_detectron2`; tensors under any other names stay as they are."""
-    is_theirs = "stem.conv1.weight" in state and "res2.0.conv1.weight" in state
-    return _rename(state, _FROM_DETECTRON2) if is_theirs else state
-
-
-def looks_like(state: Tensors) -> tuple[str | None, str | None]:
-    """(architecture, stem) that names and shapes show, each None where they do not."""
-    shape = {name: tuple(t.shape) for name, t in state.items()}
-    if "fc6.0.weight" in shape and "conv5.0.weight" in shape:
-        return "alexnet", "cifar" if shape["conv1.0.weight"][2] == 3 else "imagenet"
-    digits = {"conv1.0.weight": (32, 3, 3, 3), "conv3.0.weight": (128, 64, 3, 3)}
-    if digits.items() <= shape.items():
-        return "digits", "auto"
-    if "layer1.0.conv1.weight" not in shape or len(shape.get("conv1.weight", ())) != 4:
-        return None, None
-    blocks = tuple(
-        len({n.split(".")[1] for n in shape if n.startswith(f"layer{i}.")}) for i in (1, 2, 3, 4)
-    )
-    bottleneck = "layer1.0.conv3.weight" in shape
-    stem = {3: "cifar", 7: "imagenet"}.get(shape["conv1.weight"][2])
-    depth = _DEPTHS.get((bottleneck, blocks))
-    width = shape["conv1.weight"][0]
-    if depth is None:
-        return None, stem
-    middle, inner = shape["layer1.0.conv2.weight"][:2]
-    if bottleneck and middle != width:
-        return _GROUPED.get((depth, middle // inner, middle)), stem
-    return f"resnet{depth}" + (f"w{width}" if width != 64 else ""), stem
-
-
-# names by which `looks_like` knows a network
-_ANCHORS = ("layer1.0.conv1.weight", "conv1.0.weight")
-
-
-def _side_shown(state: Tensors) -> int | None:
-    """The side of the images that a vision transformer of torchvision or timm is built for.
-
-    Its positions are a square of patches, and up to two tokens that are no patch.
-    """
-    for names in (
-        ("encoder.pos_embedding", "conv_proj.weight"),
-        ("pos_embed", "patch_embed.proj.weight"),
-    ):
-        positions, patches = (tuple(state[n].shape) if n in state else () for n in names)
-        if len(positions) != 3 or len(patches) != 4:
-            continue
-        for n in range(positions[1], max(positions[1] - 3, 0), -1):
-            if math.isqrt(n) ** 2 == n:
-                return _side(math.isqrt(n) * patches[-1])
-    return None
-
-
 # ---- loading -------------------------------------------------------------------------------------
 
 
@@ -404,58 +423,81 @@ def _last_weight(state: Tensors, head: str) -> str:
     return f"{head}.2.weight" if f"{head}.2.weight" in state else f"{head}.weight"
 
 
-def _with_head(
-    arch: str, stem: str, state: Tensors, image_size: int | None, path: str | Path
-) -> tuple[nn.Module, Tensors, str | None]:
-    """(network, tensors by its names, head) with the head the file has (None: it has none)."""
-    encoder = build_encoder(arch, 1, stem, image_size)
-    state = checkpoint.plain_names(state, path, encoder.state_dict())
+def give_head(encoder: nn.Module, found: Weights) -> str | None:
+    """Give the encoder the kind of head that the file has: "linear" or "mlp", None for none."""
     place = head_name(encoder)
-    weight = state.get(_last_weight(state, place))
+    weight = found.tensors.get(_last_weight(found.tensors, place))
     if weight is None or weight.dim() != 2:
-        return encoder, state, None
-    mlp = f"{place}.2.weight" in state
-    bias = _last_weight(state, place).replace("weight", "bias") in state
+        return None
+    mlp = f"{place}.2.weight" in found.tensors
+    bias = _last_weight(found.tensors, place).replace("weight", "bias") in found.tensors
     set_head(encoder, nn.Linear(feature_dim(encoder), weight.shape[0], bias=bias))
     if mlp:
         add_mlp(encoder)
-    return encoder, state, "mlp" if mlp else "linear"
+    return "mlp" if mlp else "linear"
 
 
-def _load(
-    encoder: nn.Module, head: str | None, state: Tensors, path, name: str, looks: str
-) -> tuple[list[str], list[str]]:
-    """Load all of it or raise BadInput; returns the names used and the names left.
+def fit(encoder: nn.Module, found: Weights, with_head: bool) -> tuple[Tensors, list[str]]:
+    """The tensors for all of an encoder by its own names, and the names of those left.
 
-    name: of the network. looks: words on what the tensors look like.
+    Where they do not fit as they are, they are converted as the network's library does when it
+    loads a file: positions of another side are interpolated, other names of its own are changed.
+    encoder: on any device. with_head: the head too; else it is left. Raises BadInput where
+    anything is missing or not known.
     """
-    own = encoder.state_dict()
-    place = head_name(encoder) + "."
-    own = {name: t for name, t in own.items() if head or not name.startswith(place)}
-    # files of older torch lack it
-    optional = {name for name in own if name.endswith("num_batches_tracked")}
-    missing = [name for name in own if name not in state and name not in optional]
-    extra = [name for name in state if name not in own]
-    auxiliary = [name for name in extra if name.startswith(_AUXILIARY)]
-    unknown = [name for name in extra if name not in auxiliary]
-    shapes = [
-        f"{name} {list(state[name].shape)} in place of {list(own[name].shape)}"
-        for name in own
-        if name in state and state[name].shape != own[name].shape
-    ]
-    if missing or unknown or shapes:
-        kinds = {"missing": missing, "not known to it": unknown, "of another shape": shapes}
-        wrong = "; ".join(
-            f"{len(names)} {kind}: {checkpoint.some(names)}"
-            for kind, names in kinds.items()
-            if names
-        )
-        raise BadInput(
-            f"'{path}' does not fit {name}: {wrong}{looks}; give the -a and --stem it was trained"
-            " with"
-        )
+    state = checkpoint.plain_names(found.tensors, found.path, encoder.state_dict())
+    wrong = _misfit(encoder, state, with_head)
+    if wrong:
+        converted = _converted(encoder, found.arch, state)
+        if _misfit(encoder, converted, with_head):
+            raise BadInput(
+                f"'{found.path}' does not fit {found.arch} with stem {found.stem}: {wrong}"
+                f"{found.looks}; give the -a and --stem it was trained with"
+            )
+        state = converted
+    own = _wanted(encoder, with_head)
     used = {name: state[name] for name in own if name in state}
     shape = like({name: own[name] for name in used})
-    require(used, shape, f"cannot use the weights in {files.named('', path)}", cure=EARLIER)
-    encoder.load_state_dict(used, strict=False)
-    return list(used), auxiliary
+    require(used, shape, f"cannot use the weights in {files.named('', found.path)}", cure=EARLIER)
+    return used, [name for name in state if name not in used]
+
+
+def _wanted(encoder: nn.Module, with_head: bool) -> Tensors:
+    place = head_name(encoder) + "."
+    own = encoder.state_dict()
+    return {name: t for name, t in own.items() if with_head or not name.startswith(place)}
+
+
+def _misfit(encoder: nn.Module, state: Tensors, with_head: bool) -> str:
+    """What is missing in a state, not known to the encoder or of another shape; '' for nothing."""
+    own = _wanted(encoder, with_head)
+    left = (*_AUXILIARY, *([] if with_head else [head_name(encoder) + "."]))
+    kinds = {
+        # files of older torch lack the count of batches
+        "missing": [n for n in own if n not in state and not n.endswith("num_batches_tracked")],
+        "not known to it": [n for n in state if n not in own and not n.startswith(left)],
+        "of another shape": [
+            f"{name} {list(state[name].shape)} in place of {list(own[name].shape)}"
+            for name in own
+            if name in state and state[name].shape != own[name].shape
+        ],
+    }
+    return "; ".join(
+        f"{len(names)} {kind}: {checkpoint.some(names)}" for kind, names in kinds.items() if names
+    )
+
+
+def _converted(encoder: nn.Module, arch: str, state: Tensors) -> Tensors:
+    """The state as the library of this architecture would convert it, or unchanged."""
+    try:
+        if arch.startswith("timm:"):
+            import timm
+
+            module = timm.models.model_entrypoint(arch.removeprefix("timm:")).__module__
+            convert = getattr(importlib.import_module(module), "checkpoint_filter_fn", None)
+            return convert(dict(state), encoder) if convert else state
+        if isinstance(encoder, VisionTransformer):
+            return interpolate_embeddings(encoder.image_size, encoder.patch_size, dict(state))
+    except Exception:  # of tensors that are no such network's, the library may raise anything
+        pass
+    return state
