@@ -566,7 +566,7 @@ def test_a_file_of_an_earlier_version_was_trained_by_the_defaults_it_lacks(finis
         code, _, err = ask([*flags, *other])
         assert code == 2 and f"{other[0]} was " in err
     code, out, err = ask(flags)
-    assert (code, err) == (0, "") and "does not say --isl-hpe 0.1 --momentum 0.9: these" in out
+    assert (code, err) == (0, "") and "does not say --isl-hpe 0.5 --momentum 0.9: these" in out
     assert differences(finished, file.parent) == []
 
 

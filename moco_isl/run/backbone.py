@@ -23,6 +23,7 @@ from moco_isl.encoders import (
     STEMS,
     backbone_shapes,
     build_encoder,
+    encoder_names,
     feature_dim,
     get_head,
     head_name,
@@ -109,7 +110,7 @@ def find_encoder(
     metadata = content.get("metadata")
     metadata = metadata if _fits(metadata, {...: str}) else {}
     said = metadata.get("arch") or content.get("arch")
-    known = arch or (said if isinstance(said, str) else None)
+    known = arch or (_known_here(said) if isinstance(said, str) else None)
     state, part, more = _one_encoder(state, known, key_encoder, path)
     state = naming.known_names(state)
     shown, shown_stem = looks_like(state)
@@ -196,6 +197,15 @@ def information(
         "args": found.args,
         "metadata": found.metadata,
     }
+
+
+def _known_here(said: str) -> str:
+    """An architecture's name as `build_encoder` has it: timm's own files leave out "timm:"."""
+    if said in encoder_names() or ":" in said:
+        return said
+    import timm
+
+    return f"timm:{said}" if timm.is_model(said) else said
 
 
 # flags that are looked at, as files of ours hold them; a flag of another file counts if it fits

@@ -124,7 +124,12 @@ def from_transformers(state: Tensors) -> Tensors:
 
 
 def from_chunks(state: Tensors) -> Tensors:
-    """DINOv2's training keeps its blocks in chunks: blocks.1.7.* is blocks.7.*."""
+    """DINOv2's training keeps its blocks in chunks: blocks.1.7.* is blocks.7.*.
+
+    Tensors under any other names stay as they are.
+    """
+    if not {"cls_token", "mask_token"} <= state.keys():
+        return state
     return _rename(state, ((re.compile(r"^blocks\.\d+\.(\d+)\."), r"blocks.\1."),))
 
 

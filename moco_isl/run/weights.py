@@ -8,6 +8,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from moco_isl import files, schema
+from moco_isl.encoders import on_meta
 from moco_isl.errors import BadInput
 from moco_isl.run import checkpoint
 from moco_isl.run.folder import newest
@@ -21,7 +22,7 @@ _TRANSFORMERS = {
     "resnet": {"hidden_act": "relu", "downsample_in_bottleneck": False},
 }
 # arguments of timm's networks that the reader sets for itself
-_SET_HERE = {"img_size", "in_chans", "num_classes"}
+_SET_HERE = ("img_size", "in_chans", "num_classes")
 
 
 def run_file(path: str | Path) -> Path:
@@ -86,6 +87,20 @@ def _read_file(path: Path) -> dict:
         ) from error
 
 
+def _changes_nothing(name: str, more: dict) -> bool:
+    """Whether timm's network of a name is the same one with these arguments."""
+    import timm
+
+    def written(**given) -> str:
+        network = on_meta(lambda: timm.create_model(name, num_classes=0, **given))
+        return f"{network} {getattr(network, 'global_pool', '')}"
+
+    try:
+        return written(**more) == written()
+    except Exception:  # an argument that timm does not know, or a value that it cannot use
+        return False
+
+
 def _named(config: dict, path: Path) -> dict[str, str]:
     """{"arch": name} where a config.json says which network its weights are for, else {}.
 
@@ -94,13 +109,14 @@ def _named(config: dict, path: Path) -> dict[str, str]:
     where = f"'{path}/config.json'"
     if "architecture" in config:  # timm's
         schema.require(config, {"architecture": str, "model_args?": dict, ...: object}, where)
-        changed = set(config.get("model_args", {})) - _SET_HERE
-        if changed:
+        name = config["architecture"]
+        more = {n: x for n, x in config.get("model_args", {}).items() if n not in _SET_HERE}
+        if more and not _changes_nothing(name, more):
             raise BadInput(
-                f"{where}: {checkpoint.some(sorted(changed))} in model_args make another network"
-                " than timm's of that name: expected none"
+                f"{where}: model_args {files.short(str(more))} make another network than timm's"
+                f" {files.short(name)}: expected those of its own"
             )
-        return {"arch": f"timm:{config['architecture']}"}
+        return {"arch": f"timm:{name}"}
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in _TRANSFORMERS:
         named = f"is of model_type {files.short(str(kind))}" if kind else "names no architecture"
