@@ -3,7 +3,9 @@ and everything around it is made anew.
 """
 
 import json
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import timm
@@ -12,13 +14,16 @@ import torchvision
 from safetensors.torch import save_file
 from timm.models.vision_transformer import checkpoint_filter_fn
 
+import main_knn
+import main_lincls
 import main_moco_isl
+from moco_isl import export
 from moco_isl.builder import MoCo
 from moco_isl.encoders import BACKBONE, Taps, build_encoder
 from moco_isl.run import checkpoint
 from moco_isl.run.backbone import load_backbone
 from moco_isl.training import pretrain
-from tests.runs import Kill, Running, differences, run
+from tests.runs import Kill, Running, differences, photos, run
 from tests.test_bad_input import ask
 
 # 37 images, 4 steps an epoch
@@ -335,6 +340,58 @@ def test_of_a_typed_flag_the_parser_knows(tmp_path):
     typed = parse("--config", str(tmp_path / "c.yaml"), "--miner", "diffusion", "--isl-walk", "3")
     assert typed == {"config", "lr", "data", "miner", "isl_walk"}
     assert "given" not in vars(main_moco_isl.get_parser().parse_args([]))
+
+
+# ---- the page, and the other scripts -------------------------------------------------------------
+
+
+def test_the_commands_of_the_page(tmp_path, monkeypatch):
+    """With files of those names, and the flags that make them small."""
+    page = (Path(__file__).parent.parent / "docs" / "moco.md").read_text()
+    block = page.partition("## Start from weights you have")[2].split("```")[1]
+    monkeypatch.chdir(tmp_path)
+    small = [*photos(tmp_path / "DIR", 6)[3:], "--epochs", "1", "--max-steps", "1"]
+    small = [x for x in small if x not in ("--mlp",)]
+    for flag in ("--moco-dim", "--moco-k", "--image-size"):
+        if flag in small:
+            del small[small.index(flag) : small.index(flag) + 2]
+    assert ask(["DIR", "-a", "digits", *small, "--moco-k", "16", "--out", "runs/moco"])[0] == 0
+    of_torchvision(tmp_path)[0].rename("resnet18.pth")
+    of_dino(tmp_path)[0].rename("dino_pretrain_full_checkpoint.pth")
+    (tmp_path / "models").mkdir()
+    of_hugging_face(tmp_path)[0].rename("models/mobilenet")
+    commands = [line.split()[2:] for line in block.strip().splitlines()]
+    for i, argv in enumerate(commands):
+        more = [*small, "--out", f"runs/{i}"]
+        more += [] if "--moco-k" in argv else ["--moco-k", "8"]
+        more += [] if "--image-size" in argv else ["--image-size", "16"]
+        if "--resume" in argv:
+            more = ["--max-steps", "2", "--device", "cpu"]
+        code, out, err = ask([*argv, *more])
+        assert (code, err) == (0, "") and "=> loaded '" in out, argv
+    assert len(commands) == 5
+
+
+def test_the_other_scripts_take_folders(finished, tmp_path, capsys):
+    judge = ["--dataset", "digits", "--device", "cpu", "-j", "0"]
+    last = finished / "checkpoint_last.pth.tar"
+    said = []
+    for path in (finished, last):
+        assert main_knn.main([*judge, "--pretrained", str(path)]) == 0
+        said.append(re.findall(r"^ *(?:output|backbone) .*", capsys.readouterr().out, re.M))
+    assert said[0] == said[1] and len(said[0]) == 2
+    probe = [*judge, "--cache-features", "--epochs", "1", "--out", str(tmp_path / "probe")]
+    assert main_lincls.main([*probe, "--pretrained", str(finished)]) == 0
+    again = [*judge, "-e", "--resume", str(tmp_path / "probe"), "--cache-features"]
+    assert main_lincls.main([*again, "--pretrained", str(finished)]) == 0
+    for kind in (of_dino, of_hugging_face):
+        path, network, _ = kind(tmp_path)
+        out = tmp_path / f"{kind.__name__}.safetensors"
+        assert export.main([str(path), "--to", "safetensors", "--out", str(out)]) == 0
+        encoder, info = load_backbone(out)
+        own = network.state_dict()
+        here = {n: x for n, x in encoder.state_dict().items() if n in own and n != "pos_embed"}
+        assert all(torch.equal(x, own[n]) for n, x in here.items()) and len(here) > 100
 
 
 # ---- files that are no start ---------------------------------------------------------------------

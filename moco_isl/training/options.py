@@ -54,8 +54,8 @@ class TrainingOptions:
     resume: str = opt(
         "",
         may_change=True,
-        help="path to latest checkpoint, ours or MoCo's, or auto: go on with what is in --out, if"
-        " anything is",
+        help="path to latest checkpoint, ours or MoCo's; a run's folder, to go on with that run; or"
+        " auto: go on with what is in --out, if anything is",
     )
     seed: int | None = opt(
         None,
