@@ -585,7 +585,7 @@ def test_a_probe_names_what_is_wrong_with_its_file(place, tmp_path):
             "probe.best.x is 101.0: expected a number from 0 to 100",
         ),
         ({"args": {**place.probe["args"], "lr": "1"}}, "lr is '1': expected a list"),
-        ({"args": {}}, "it has no 'data'"),
+        ({"args": {}}, "it has no 'lr'"),
         (
             {"optimizer": {"state": {}, "param_groups": []}},
             "it is for other parameters (none): expected 2 + 2",
