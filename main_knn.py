@@ -14,13 +14,14 @@ import torch
 from moco_isl import data, dist, files
 from moco_isl.encoders import AMP_TYPES, BACKBONE, OUTPUT, Taps
 from moco_isl.evaluation import features, options, results
-from moco_isl.evaluation.backbone import describe
 from moco_isl.evaluation.knn import judge
 from moco_isl.evaluation.subject import Subject, identity
 from moco_isl.options import listed
 from moco_isl.run import checkpoint, devices, exits, flags, ranks
+from moco_isl.run.backbone import describe
 from moco_isl.run.ranks import say
 from moco_isl.run.signals import Stop
+from moco_isl.run.weights import weights_file
 
 
 def get_parser() -> flags.Parser:
@@ -65,7 +66,7 @@ def check_subject(args) -> Subject:
     if kept:
         files.require_file(args.features, "--features", "features kept before")
         if args.pretrained:
-            files.require_file(args.pretrained, "--pretrained", "a checkpoint")
+            weights_file(args.pretrained)
         return subject
     subject.require_fit()
     if args.features:

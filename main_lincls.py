@@ -17,15 +17,16 @@ import torch
 from moco_isl import data, dist
 from moco_isl.encoders import AMP_TYPES, get_head, require_layers
 from moco_isl.evaluation import options, probing
-from moco_isl.evaluation.backbone import describe
 from moco_isl.evaluation.knn import require_shots
 from moco_isl.evaluation.probe import Probe, layer_names
 from moco_isl.evaluation.results import read_own
 from moco_isl.evaluation.subject import Resumed, Subject
 from moco_isl.options import listed
 from moco_isl.run import devices, exits, flags, ranks
+from moco_isl.run.backbone import describe
 from moco_isl.run.folder import check_folder
 from moco_isl.run.signals import Stop
+from moco_isl.run.weights import run_file
 from moco_isl.training import resume, state
 
 
@@ -59,7 +60,7 @@ def find_start(args) -> Resumed:
     """The file to go on with or to evaluate; sets --out. Raises BadInput."""
     args.out = args.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-lincls"
     if args.evaluate:
-        resumed = Resumed(resume.Start(args.resume))
+        resumed = Resumed(resume.Start(str(run_file(args.resume))))
     else:
         shape = state.flags_shape(get_parser())
         resumed = Resumed(*resume.find_start(args.resume, None, args.out, shape))

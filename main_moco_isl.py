@@ -18,7 +18,7 @@ from contextlib import closing
 
 import torch
 
-from moco_isl import data, dist
+from moco_isl import data, dist, files
 from moco_isl.encoders import build_encoder, on_meta, require_side, split_batch_norm
 from moco_isl.evaluation.knn import weighted_knn
 from moco_isl.evaluation.linear import probe_accuracy
@@ -63,18 +63,20 @@ def run(argv: list[str] | None, stop) -> None:
 def check_start(args: argparse.Namespace) -> tuple[resume.Start, dict]:
     """Find and read what the run starts from, and check the flags. Raises BadInput before any work.
 
-    Flags that were not given are taken from the run that goes on. Returns the start and the content
-    of its file.
+    Flags that were not given are taken from the file where it knows them. --resume FOLDER goes on
+    with the run in that folder. Returns the start and the content of its file.
     """
     flags.check(
         args.resume != "auto" or args.out,
         "--resume auto needs --out: it goes on with the run in that folder",
     )
+    if args.resume not in ("", "auto") and files.kind(args.resume, "--resume") == "folder":
+        args.out = args.out or args.resume
+    shape = state.flags_shape(get_parser())
+    start, content = resume.find_start(args.resume, args.init, args.out or None, shape)
+    start = resume.settle_flags(args, start, content, get_parser())
     name = args.arch.replace(":", "-").replace("/", "-")
     args.out = args.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{name}"
-    shape = state.flags_shape(get_parser())
-    start, content = resume.find_start(args.resume, args.init, args.out, shape)
-    resume.take_over(args, resume.saved_flags(start, content, get_parser()))
     check_args(args)
     check_folder(args.out, start.in_place)
     resume.check_flags(start, content, vars(args))
@@ -113,6 +115,8 @@ def prepare(
             momentum=args.momentum,
             fp16=args.amp == "fp16",
             out=args.out,
+            arch=args.arch,
+            stem=args.stem,
         )
     return images, model
 

@@ -423,8 +423,9 @@ def _find_head(encoder: nn.Module) -> str | None:
 
 
 def _is_mlp(module: nn.Module | None) -> bool:
-    layers = [nn.Linear, nn.ReLU, nn.Linear]
-    return isinstance(module, nn.Sequential) and [type(m) for m in module] == layers
+    layers = (nn.Linear, nn.ReLU, nn.Linear)  # timm has a Linear of its own
+    fits = isinstance(module, nn.Sequential) and len(module) == len(layers)
+    return fits and all(isinstance(m, layer) for m, layer in zip(module, layers))
 
 
 def get_head(encoder: nn.Module) -> nn.Linear:

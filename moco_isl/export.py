@@ -23,17 +23,13 @@ from moco_isl.encoders import (
     on_meta,
 )
 from moco_isl.errors import BadInput, RunFailed
-from moco_isl.evaluation.backbone import (
-    EncoderOptions,
-    describe,
-    from_detectron2,
-    load_backbone,
-    to_detectron2,
-)
 from moco_isl.evaluation.results import read_results
 from moco_isl.evaluation.subject import fingerprint
 from moco_isl.run import checkpoint, exits, flags
+from moco_isl.run.backbone import EncoderOptions, describe, load_backbone
 from moco_isl.run.logs import read_facts
+from moco_isl.run.naming import from_detectron2, to_detectron2
+from moco_isl.run.weights import run_file, weights_file
 
 Tensors = dict[str, torch.Tensor]
 TOLERANCE = 1e-5
@@ -59,7 +55,7 @@ def export(
     names are mapped back and the tensors compared. Raises BadInput where the library has no such
     network, RunFailed on a difference.
     """
-    path = Path(path)
+    path = run_file(path)
     out = Path(out)
     _check_out(path, to, out)
     has_card = to == "safetensors" or (to == "timm" and out.suffix == ".safetensors")
@@ -178,8 +174,7 @@ def _safetensors(state: Tensors, info: dict, out: Path, card: dict[str, str]) ->
         return Taps(load_backbone(out)[0], [BACKBONE])
 
     return write, [
-        f"=> read it by moco_isl.evaluation.backbone.load_backbone('{out}'), or any reader of"
-        " safetensors"
+        f"=> read it by moco_isl.run.backbone.load_backbone('{out}'), or any reader of safetensors"
     ]
 
 
@@ -279,7 +274,7 @@ def model_card(path: Path, info: dict, results: list[str]) -> dict[str, str]:
         "objective": args.get("objective"),
         "miner": args.get("miner"),
         "command": command,
-        "source_sha256": fingerprint(path),
+        "source_sha256": fingerprint(weights_file(path)),
     }
     judged = {key: info["metadata"][key] for key in ("knn", "linear") if key in info["metadata"]}
     rows_of = {}

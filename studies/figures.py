@@ -18,9 +18,9 @@ from benchmarks import common
 from moco_isl import data
 from moco_isl.encoders import extract_features
 from moco_isl.errors import BadInput
-from moco_isl.evaluation.backbone import load_backbone
 from moco_isl.evaluation.knn import few_shot, nearest, vote
 from moco_isl.run import devices
+from moco_isl.run.backbone import load_backbone
 
 HERE = Path(__file__).parent
 PROBE = ["--cache-features", *"--lr 1 3 10 30 --epochs 100 --schedule 60 80 -j 0".split()]

@@ -51,7 +51,6 @@ from benchmarks.mining import load_features
 from moco_isl import data, files
 from moco_isl.encoders import SmallImages, extract_features, extract_views
 from moco_isl.errors import BadInput
-from moco_isl.evaluation.backbone import load_backbone
 from moco_isl.miners.average import neighbourhood_means, with_views
 from moco_isl.miners.gan import best_proxies
 from moco_isl.mining.edges import under_cap
@@ -61,6 +60,7 @@ from moco_isl.mining.gan_training import Trainer, fit_gan
 from moco_isl.mining.positives import PositiveSets, distinct_edges, same_label
 from moco_isl.mining.triplets import TripletSampler
 from moco_isl.ops.neighbors import topk
+from moco_isl.run.backbone import load_backbone
 from studies import gans
 from studies.figures import Result
 

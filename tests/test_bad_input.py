@@ -67,6 +67,10 @@ def make_place() -> None:
     Path("table.csv").write_text("id,label\n1,cat\n")
     Path("unreadable/a.jpg").write_text("no image")
     Path("nothing.pth").touch()
+    for folder in ("bert", "settings"):
+        Path(folder).mkdir()
+        Path(folder, "config.json").write_text('{"model_type": "bert"}')
+    torch.save({"word.weight": torch.zeros(3, 4)}, "bert/pytorch_model.bin")
     os.mkfifo("pipe")
     Path("pickle.pth").write_bytes(pickle.dumps({"state_dict": Evil()}))
     torch.save({"state_dict": Evil()}, "code.pth")
@@ -317,7 +321,7 @@ FILES = [
     for flag in ("resume", "init")
     for what, path in [
         ("to nothing", "nowhere.pth"),
-        ("to a folder", "run"),
+        ("to a folder", "photos"),
         ("to an empty folder", "empty"),
         ("to text", "text.txt"),
         ("to a pickle", "pickle.pth"),
@@ -336,14 +340,8 @@ FILES = [
         "another architecture than the file's",
         [*RUN, *OUT, "--init", "run/checkpoint_last.pth.tar", "-a", "resnet18w16"],
     ),
-    (
-        "another K than the file's",
-        [*RUN, *OUT, "--init", "run/checkpoint_last.pth.tar", "--moco-k", "256"],
-    ),
-    (
-        "another dimension than the file's",
-        [*RUN, *OUT, "--init", "run/checkpoint_last.pth.tar", "--moco-dim", "32"],
-    ),
+    ("--init to a Hugging Face folder of no image model", [*RUN, *OUT, "--init", "bert"]),
+    ("--init to a Hugging Face folder without weights", [*RUN, *OUT, "--init", "settings"]),
     *[
         (f"--{flag} to {what}", [*RUN, *OUT, f"--{flag}", f"{name}.pth"])
         for what, name, flags in [
@@ -570,15 +568,16 @@ SAID = {  # what is named: the wrong thing, what was expected, what to do
     "an architecture that is for larger images": "vit_b_32 cannot be built for images of side 16",
     "a config with an unknown name": "lerning-rate",
     "--resume to nothing": "no file at --resume 'nowhere.pth'",
-    "--resume to a folder": "checkpoint_last.pth.tar: name one of them",
+    "--resume to a folder": "'photos' is a folder: expected a checkpoint file",
+    "--init to a folder": "neither a run's nor one of Hugging Face with config.json: expected one",
     "--resume to text": "'text.txt': it is a text file; expected a checkpoint",
     "--init to a file with code in it": (
         "it holds a pickled posix.system, and pickles are not executed"
     ),
     "--init to half a file": "cut off or damaged",
     "--resume to another architecture": "(arch resnet18w16) does not fit this model: missing ",
-    "another architecture than the file's": "unknown encoder_q.",
-    "another K than the file's": "queue [16, 128] for [16, 256]; give its --moco-k",
+    "another architecture than the file's": "does not fit resnet18w16 with stem auto: ",
+    "--init to a Hugging Face folder of no image model": "is of model_type bert: expected timm's",
     "resumed with another architecture": "--arch was 'digits' and is now 'resnet18w16'",
     "resumed with another batch": "--batch-size was 64 and is now 32",
     "resumed with another K": "--moco-k was 128 and is now 256",

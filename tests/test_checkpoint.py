@@ -256,7 +256,6 @@ def test_the_bank_takes_a_mocos_query_encoder():
             ),
         ),
         ({"mlp": False}, "missing encoder_q.fc.0.weight.*unknown encoder_q.fc.weight.* --mlp"),
-        ({"K": 64}, r"other shapes: queue \[16, 64\] for \[16, 32\]; give its --moco-k"),
     ],
 )
 def test_what_does_not_fit_is_named_and_not_loaded(other, words):

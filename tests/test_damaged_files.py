@@ -27,7 +27,6 @@ from launch import tables
 from moco_isl.encoders import build_encoder
 from moco_isl.errors import BadInput
 from moco_isl.evaluation import features, probe, probing
-from moco_isl.evaluation.backbone import describe, load_backbone
 from moco_isl.evaluation.results import read_results as read_figures
 from moco_isl.evaluation.subject import mismatches
 from moco_isl.export import main as export_main
@@ -42,6 +41,7 @@ from moco_isl.mining.rounds import RoundMiner
 from moco_isl.report import grids, outcome, page, runs, sections, verdict
 from moco_isl.report.__main__ import main as report_main
 from moco_isl.run import checkpoint
+from moco_isl.run.backbone import describe, load_backbone
 from moco_isl.training import engine, fast, pretrain, resume, state
 from tests.runs import photos
 from tests.small_training import unit
@@ -585,7 +585,7 @@ def test_a_probe_names_what_is_wrong_with_its_file(place, tmp_path):
             "probe.best.x is 101.0: expected a number from 0 to 100",
         ),
         ({"args": {**place.probe["args"], "lr": "1"}}, "lr is '1': expected a list"),
-        ({"args": {}}, "it has no 'data'"),
+        ({"args": {}}, "it has no 'lr'"),
         (
             {"optimizer": {"state": {}, "param_groups": []}},
             "it is for other parameters (none): expected 2 + 2",

@@ -12,8 +12,8 @@ import main_moco_isl
 from moco_isl import export
 from moco_isl.builder import MoCo
 from moco_isl.encoders import build_encoder
-from moco_isl.evaluation.backbone import load_backbone
 from moco_isl.evaluation.subject import fingerprint
+from moco_isl.run.backbone import load_backbone
 
 
 def write_moco(path, arch, stem="imagenet", mlp=True):
@@ -24,7 +24,7 @@ def write_moco(path, arch, stem="imagenet", mlp=True):
             p.mul_(0.9)
         for name, t in model.named_buffers():
             if "running" in name:
-                t.add_(torch.rand_like(t))
+                t.add_(0.1 * torch.rand_like(t))  # not so far that all features are zero
     state = {f"module.{n}": t for n, t in model.state_dict().items()}
     torch.save(
         {

@@ -18,11 +18,11 @@ from moco_isl.data.draws import permutation
 from moco_isl.encoders import build_encoder, get_head, set_head
 from moco_isl.errors import RunFailed
 from moco_isl.evaluation import linear, options, probe, probing
-from moco_isl.evaluation.backbone import load_backbone
 from moco_isl.evaluation.features import Split
 from moco_isl.evaluation.knn import few_shot
 from moco_isl.evaluation.subject import mismatches
 from moco_isl.run import checkpoint
+from moco_isl.run.backbone import load_backbone
 from tests.ranks import run_ranks
 
 

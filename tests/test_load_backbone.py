@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import io
 import pickle
+import re
 import sys
 import types
 from functools import partial
@@ -16,11 +17,12 @@ import torchvision
 from safetensors.torch import save_file
 
 from moco_isl.builder import MoCo
-from moco_isl.encoders import build_encoder, get_head
+from moco_isl.encoders import BACKBONE, Taps, build_encoder, get_head, on_meta
 from moco_isl.errors import BadInput
-from moco_isl.evaluation.backbone import describe, load_backbone, looks_like, to_detectron2
 from moco_isl.evaluation.subject import Subject
 from moco_isl.run import checkpoint
+from moco_isl.run.backbone import describe, load_backbone
+from moco_isl.run.naming import looks_like, to_detectron2
 
 
 def moco(arch, mlp=True, dim=16, size=32):
@@ -155,7 +157,7 @@ def test_files_without_a_head_and_from_before_batches_were_counted(tmp_path):
 
 def test_timm_state_dicts(tmp_path):
     timm = pytest.importorskip("timm")
-    for name, needs_arch in (("resnet18", False), ("vit_tiny_patch16_224", True)):
+    for name, needs_arch in (("resnet18", False), ("convnext_atto", True)):
         model = timm.create_model(name, num_classes=10)
         torch.save(model.state_dict(), tmp_path / "timm.pth")
         if needs_arch:
@@ -166,6 +168,83 @@ def test_timm_state_dicts(tmp_path):
             same(encoder, model.state_dict())
             and get_head(encoder).out_features == info["dim"] == 10
         )
+
+
+def test_plain_transformers_are_known_by_their_tensors():
+    """The networks that DINO and DINOv2 publish, and torchvision's."""
+    names = [f"vit_{size}_patch16_224" for size in ("tiny", "small", "base")]
+    names += ["vit_small_patch8_224", "vit_base_patch8_224", "vit_base_patch32_224"]
+    for size in ("small", "large"):
+        names += [f"vit_{size}_patch14_dinov2", f"vit_{size}_patch14_reg4_dinov2"]
+    names = [f"timm:{name}" for name in names] + ["vit_b_16", "vit_b_32", "vit_h_14"]
+    for name in names:
+        assert looks_like(on_meta(lambda: build_encoder(name)).state_dict()) == (name, None)
+    for other in ("vit_tiny_r_s16_p8_224", "swin_tiny_patch4_window7_224", "vit_giant_patch14_224"):
+        state = on_meta(lambda: build_encoder(f"timm:{other}")).state_dict()
+        assert looks_like(state) == (None, None), other
+
+
+@pytest.mark.parametrize("registers, chunked", [(False, True), (True, False)])
+def test_dinov2s_files_as_its_code_writes_them(tmp_path, registers, chunked):
+    """The hub's bare file, and the teacher of a training, whose blocks lie in chunks."""
+    timm = pytest.importorskip("timm")
+    name = f"vit_small_patch14_{'reg4_' if registers else ''}dinov2"
+    model = timm.create_model(name, num_classes=0, img_size=28).eval()
+    torch.nn.init.normal_(model.cls_token)
+    state = model.state_dict()
+    if registers:  # positions of the patches alone in timm, and of the class token too in DINOv2's
+        own = torch.randn(1, 1, 384)
+        state["pos_embed"] = torch.cat([own, state["pos_embed"]], dim=1)
+        state["cls_token"] = state["cls_token"] - own
+        state["register_tokens"] = state.pop("reg_token")
+    state["mask_token"] = torch.zeros(1, 384)
+    if chunked:
+        at = lambda n: re.sub(r"^blocks\.(\d+)", lambda m: f"blocks.{int(m[1]) // 4}.{m[1]}", n)
+        state = prefixed({at(n): t for n, t in state.items()}, "backbone.")
+        state = {"teacher": {**state, "dino_head.mlp.0.weight": torch.zeros(2, 2)}}
+    torch.save(state, tmp_path / "d.pth")
+    encoder, info = load_backbone(tmp_path / "d.pth")
+    assert info["arch"] == f"timm:{name}" and info["image_size"] == 28
+    images = torch.randn(1, 3, 28, 28)
+    with torch.no_grad():
+        ours = Taps(encoder.eval(), [BACKBONE])(images)[BACKBONE]
+        assert torch.allclose(ours, model(images), atol=1e-5)
+    assert ("dino_head" in describe(info)) == chunked
+
+
+def test_positions_are_interpolated_as_torchvision_does(tmp_path, monkeypatch):
+    thin_transformers(monkeypatch)
+    model = build_encoder("vit_b_16", 10, image_size=48)
+    torch.save({"arch": "vit_b_16", "state_dict": model.state_dict()}, tmp_path / "v.pth")
+    encoder, info = load_backbone(tmp_path / "v.pth", image_size=32)
+    expected = torchvision.models.vision_transformer.interpolate_embeddings(
+        32, 16, model.state_dict()
+    )
+    assert same(encoder, expected) and (info["positions"], info["image_size"]) == (48, 32)
+    assert describe(info).endswith("; positions of side 48 interpolated to side 32")
+
+
+def test_resnets_of_transformers(tmp_path):
+    """By the names that transformers writes, from torchvision's."""
+    model = torchvision.models.resnet50()
+    state = {}
+    for name, tensor in model.state_dict().items():
+        name = re.sub(r"downsample\.0\.", "shortcut.convolution.", name)
+        name = re.sub(r"downsample\.1\.", "shortcut.normalization.", name)
+        name = re.sub(r"^conv1\.", "embedder.embedder.convolution.", name)
+        name = re.sub(r"^bn1\.", "embedder.embedder.normalization.", name)
+        for own, theirs in (("conv", "convolution"), ("bn", "normalization")):
+            at = lambda m: f".layer.{int(m[1]) - 1}.{theirs}."
+            name = re.sub(rf"\.{own}(\d)\.", at, name)
+        name = re.sub(r"^layer(\d)\.", lambda m: f"encoder.stages.{int(m[1]) - 1}.layers.", name)
+        if not name.startswith("fc."):
+            state[f"resnet.{name}"] = tensor
+    torch.save(state | {"classifier.1.bias": torch.zeros(2)}, tmp_path / "r.bin")
+    encoder, info = load_backbone(tmp_path / "r.bin")
+    assert (info["arch"], info["stem"], info["part"]) == ("resnet50", "imagenet", "resnet")
+    own = encoder.state_dict()
+    assert all(torch.equal(own[n], t) for n, t in model.state_dict().items() if n[:3] != "fc.")
+    assert len(info["used"]) == len(state) == len(own) - 2
 
 
 def test_safetensors_under_any_name_with_and_without_metadata(tmp_path):

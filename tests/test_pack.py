@@ -16,7 +16,7 @@ import torch
 from benchmarks.pack import __main__ as pack
 from benchmarks.pack import proof, science
 from benchmarks.pack.record import Context, Record, TimeUp, alarm
-from moco_isl.evaluation.backbone import load_backbone
+from moco_isl.run.backbone import load_backbone
 
 ROOT = Path(__file__).parent.parent
 

@@ -2,7 +2,6 @@
 workers; and what may not be resumed is refused.
 """
 
-import argparse
 import contextlib
 import io
 import itertools
@@ -17,8 +16,10 @@ import torch
 
 import main_moco_isl
 from moco_isl.errors import BadInput
+from moco_isl.miners import find_miner
 from moco_isl.miners import gan as gan_miner
 from moco_isl.mining import gan_training
+from moco_isl.options import flags_of
 from moco_isl.run import checkpoint
 from moco_isl.run.folder import numbered
 from moco_isl.run.meters import Averages
@@ -539,15 +540,62 @@ def test_each_rank_keeps_its_generators_and_averages():
 
 
 def test_flags_that_were_not_given_are_those_of_the_run():
-    flags = argparse.Namespace(seed=None, isl_every=None, isl_start=3, out=None)
-    resume.take_over(flags, {"seed": 3, "isl_every": 2, "isl_start": 1, "out": "x", "other": 1})
-    assert vars(flags) == {"seed": 3, "isl_every": 2, "isl_start": 3, "out": None}
+    """Not those of its start; those of its miner too, as the file has them or by default."""
+    flags = main_moco_isl.get_parser().parse_args("--isl-start 3 --lr 0.03".split())
+    saved = {"seed": 3, "isl_every": 2, "isl_start": 1, "out": "x", "other": 1, "lr": 9.0}
+    saved |= {"miner": "diffusion", "isl_walk": 7, "mlp": True, "device": "cuda", "max_steps": 5}
+    before = vars(flags).copy()
+    taken = resume.take_over(flags, saved)
+    assert taken == {"miner": "diffusion", "isl_walk": 7, "mlp": True}
+    changed = {name: x for name, x in vars(flags).items() if before.get(name, ...) != x}
+    own = {flag.dest: flag.default for flag in flags_of(find_miner("diffusion")).values()}
+    new = {name: x for name, x in own.items() if name not in before}
+    assert changed == new | taken | {"seed": 3, "isl_every": 2} and len(new) > 1
+
+
+def test_a_file_of_an_earlier_version_was_trained_by_the_defaults_it_lacks(finished, tmp_path):
+    """It goes on bit for bit, and another value of such a flag is refused as of any other."""
+    file = tmp_path / "older" / "checkpoint_last.pth.tar"
+    shutil.copytree(finished, file.parent)
+    content = checkpoint.load(finished / "checkpoint_0000.pth.tar")
+    for name in ("isl_hpe", "momentum", "print_freq", "isl_start"):
+        del content["args"][name]
+    checkpoint.save(content, file)
+    flags = [*FLAGS, "--out", str(file.parent), "--resume", "auto"]
+    for other in (["--momentum", "0.5"], ["--isl-hpe", "1"]):
+        code, _, err = ask([*flags, *other])
+        assert code == 2 and f"{other[0]} was " in err
+    code, out, err = ask(flags)
+    assert (code, err) == (0, "") and "does not say --isl-hpe 0.5 --momentum 0.9: these" in out
+    assert differences(finished, file.parent) == []
+
+
+@pytest.mark.parametrize("way", ["--resume FOLDER", "--resume auto --out FOLDER"])
+def test_a_run_goes_on_by_the_name_of_its_folder_alone(finished, tmp_path, way):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    for name in ("checkpoint_last.pth.tar", "checkpoint_0001.pth.tar"):
+        (out / name).unlink()
+    code, said, err = ask([*way.replace("FOLDER", str(out)).split(), "--device", "cpu"])
+    assert (code, err) == (0, "") and "--moco-k 128" in said and "--dataset digits" in said
+    assert differences(finished, out) == []
+    code, _, err = ask(["--resume", str(out), "--lr", "0.2", "--device", "cpu"])
+    assert code == 2 and "--lr was 0.1 and is now 0.2" in err
+
+
+def test_a_folder_elsewhere_begins_in_its_own(finished, tmp_path):
+    (tmp_path / "run").mkdir()
+    shutil.copy(finished / "checkpoint_0000.pth.tar", tmp_path / "run")
+    before = files(tmp_path / "run")
+    argv = ["--resume", str(tmp_path / "run"), "--out", str(tmp_path / "new"), "--device", "cpu"]
+    assert ask(argv)[0] == 0 and files(tmp_path / "run") == before
+    assert metrics(tmp_path / "new")[-1] == metrics(finished)[-1]
 
 
 @pytest.mark.parametrize(
     "entry, words",
     [
-        ("args/schedule", "cannot read the flags in '{}': it has no 'schedule'"),
+        ("args/epochs", "cannot read the flags in '{}': it has no 'epochs'"),
         ("isl/images", "cannot read the state in '{}': isl has no 'images'"),
         ("isl/state/slots/held", "cannot read the state in '{}': isl.state.slots has no 'held'"),
     ],

@@ -13,8 +13,8 @@ import main_knn
 import main_lincls
 import main_moco_isl
 from moco_isl import export
-from moco_isl.evaluation.backbone import load_backbone
 from moco_isl.run import devices
+from moco_isl.run.backbone import load_backbone
 from tests.test_load_backbone import thin_transformers
 
 CPU = ["--device", "cpu", "-j", "0", "--seed", "0"]

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from moco_isl import data, files
 from moco_isl.encoders import BACKBONE
-from moco_isl.evaluation.backbone import EncoderOptions
 from moco_isl.evaluation.features import FeatureOptions
 from moco_isl.evaluation.knn import FewLabelsOptions, NeighbourOptions
 from moco_isl.evaluation.probe import ProbeOptions
@@ -15,6 +14,7 @@ from moco_isl.evaluation.probing import FINETUNE_LR, MOCO_LR, ProbeTrainingOptio
 from moco_isl.evaluation.results import ResultsOptions
 from moco_isl.evaluation.subject import SubjectOptions
 from moco_isl.run import flags, ranks
+from moco_isl.run.backbone import EncoderOptions
 from moco_isl.run.flags import check
 from moco_isl.run.folder import held
 from moco_isl.training.options import require_epochs_left

@@ -12,9 +12,10 @@ from moco_isl import data
 from moco_isl.data.datasets import ImagesInMemory, stat_of
 from moco_isl.encoders import AMP_TYPES, channels_of, require_side
 from moco_isl.errors import BadInput
-from moco_isl.evaluation.backbone import load_backbone
 from moco_isl.options import listed, opt
 from moco_isl.run import checkpoint, ranks
+from moco_isl.run.backbone import load_backbone
+from moco_isl.run.weights import weights_file
 from moco_isl.training import resume
 from moco_isl.training.state import require_start
 
@@ -72,8 +73,8 @@ class SubjectOptions:
         "",
         metavar="FILE",
         may_change=True,
-        help="what to judge: a checkpoint of ours or MoCo's, or a state dict of torchvision or timm"
-        " (.safetensors too)",
+        help="what to judge: a checkpoint of ours or MoCo's, a run's folder, weights of torchvision"
+        " or timm, DINO's or DINOv2's (.safetensors too), or a Hugging Face folder",
     )
     amp: str = opt(
         "off",
@@ -126,7 +127,7 @@ class Subject(ReadOnce):
 
     @cached_property
     def sha256(self) -> str:
-        return fingerprint(self.path)
+        return fingerprint(weights_file(self.path))
 
     @cached_property
     def _format(self) -> data.Pixels:

@@ -21,6 +21,7 @@ import torch
 import torch.nn as nn
 
 from moco_isl import files, schema
+from moco_isl.encoders import head_name
 from moco_isl.errors import BadInput, RunFailed
 from moco_isl.files import TEMPORARY, shown
 from moco_isl.run import plain
@@ -255,14 +256,25 @@ def _without_wrappers(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
-def match(model: nn.Module, content: dict, path: str | Path) -> tuple[dict, list[str]]:
+def is_moco(content: dict) -> bool:
+    """Whether a file holds the query encoder of a MoCo or an Instance."""
+    state = content.get("state_dict", content)
+    return _is_state_dict(state) and any("encoder_q." in name for name in state)
+
+
+def match(
+    model: nn.Module, content: dict, path: str | Path, init: bool = False
+) -> tuple[dict, list[str]]:
     """Compare what `load` gave with a `builder.MoCo` or `builder.Instance`, and return its tensors.
 
     The model may be on the meta device.
 
     Takes our files, MoCo's training files and MoCo's published, stripped ones, with names of
-    wrappers in theirs or without. Returns the tensors by the model's names, and which of
-    "encoder_k" and "queue" the file lacks. Raises BadInput with the names that do not fit.
+    wrappers in theirs or without. Returns the tensors by the model's names, and which of "head",
+    "encoder_k" and "queue" the model does not get from the file. Those are what the file lacks, and
+    with `init` what has another shape in it: of another head the key encoder and the queue are of
+    no use either. A queue of another length is never taken. Raises BadInput with the names that do
+    not fit.
     """
     state = content.get("state_dict", content)
     if not _is_state_dict(state):
@@ -274,13 +286,17 @@ def match(model: nn.Module, content: dict, path: str | Path) -> tuple[dict, list
     state = plain_names(state, path, wanted)
     if not any(name.startswith("encoder_q.") for name in state):
         raise BadInput(
-            f"'{path}' has no encoder_q.*, but {some(state)}: expected a MoCo file, not bare"
-            " encoder weights"
+            f"'{path}' has no encoder_q.*, but {some(state)}: expected a MoCo file; --init starts"
+            " from bare encoder weights"
         )
-    has = lambda part, names: any(name.startswith(part) for name in names)
-    filled = [p for p in ("encoder_k", "queue") if has(p, wanted) and not has(p, state)]
-    part_of = lambda name: name.split(".")[0].removesuffix("_ptr")
+    head = f"encoder_q.{head_name(model.encoder_q)}."
+    filled = _not_taken(wanted, state, head if init else None)
+
+    def part_of(name: str) -> str:
+        return "head" if name.startswith(head) else name.split(".")[0].removesuffix("_ptr")
+
     wanted = {name: tensor for name, tensor in wanted.items() if part_of(name) not in filled}
+    state = {name: tensor for name, tensor in state.items() if part_of(name) not in filled}
     state = {
         name: tensor
         for name, tensor in state.items()
@@ -293,6 +309,26 @@ def match(model: nn.Module, content: dict, path: str | Path) -> tuple[dict, list
     where = f"cannot use the weights in {files.named('', path)}"
     schema.require(state, shape, where, cure=schema.EARLIER)
     return state, filled
+
+
+def _not_taken(wanted: dict, state: dict, head: str | None) -> list[str]:
+    """The parts of a model that it does not get from a file, see `match`.
+
+    head: what the names of the head begin with, where another head may be left; else None.
+    """
+    shapes = lambda tensors: {n: t.shape for n, t in tensors.items() if n.startswith(head)}
+    if head is not None and shapes(wanted) != shapes(state):
+        state = {name: tensor for name, tensor in state.items() if name.startswith("encoder_q.")}
+        filled = ["head"]
+    else:
+        filled = []
+    has = lambda part, names: any(name.startswith(part) for name in names)
+    filled += [p for p in ("encoder_k", "queue") if has(p, wanted) and not has(p, state)]
+    if "queue" in state and "queue" in wanted:
+        C, K = wanted["queue"].shape
+        if state["queue"].shape[:-1] == (C,) and state["queue"].shape != (C, K):
+            filled.append("queue")
+    return filled
 
 
 def _is_state_dict(state) -> bool:
@@ -317,18 +353,17 @@ def _require_fit(state: dict, wanted: dict, content: dict, path: str | Path) -> 
     if not faults:
         return
     cure = "give the -a, --stem, --moco-dim and --mlp it was trained with"
-    if len(faults) == len(shapes) == 1 and shapes[0].startswith("queue "):
-        cure = "give its --moco-k"
     raise BadInput(f"'{path}'{_said(content)} does not fit this model: {'; '.join(faults)}; {cure}")
 
 
-def load_model(model: nn.Module, content: dict, path: str | Path) -> list[str]:
+def load_model(model: nn.Module, content: dict, path: str | Path, init: bool = False) -> list[str]:
     """Load what `load` gave into a `builder.MoCo` or `builder.Instance`.
 
-    `match` says which files it takes and what it raises. Returns what the file lacks: "encoder_k"
-    is copied from the query encoder here; "queue" stays as it was, and the caller has to fill it.
+    `match` says which files it takes, what init stands for and what it raises. Returns which parts
+    are not the file's: "head" stays as it was; "encoder_k" is copied from the query encoder here;
+    "queue" stays as it was, and the caller has to fill it.
     """
-    state, filled = match(model, content, path)
+    state, filled = match(model, content, path, init)
     model.load_state_dict(state, strict=False)
     if "encoder_k" in filled:
         model.copy_query_to_key()

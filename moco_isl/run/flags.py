@@ -31,6 +31,15 @@ class ConfigOptions:
     )
 
 
+class Given(argparse.Namespace):
+    """Flags, and in `given` the names of those that were typed or stand in a config file.
+
+    `given` is no flag: vars() leaves it out.
+    """
+
+    __slots__ = ("given",)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse for flags that are fields (see `moco_isl.options`), with errors of one line.
 
@@ -197,7 +206,7 @@ class Parser(argparse.ArgumentParser):
         names = [action.metavar for action in self._actions if not action.option_strings]
         return f"flags and {', '.join(names)}"
 
-    def parse_args(self, argv: list[str] | None = None, namespace=None) -> argparse.Namespace:
+    def parse_args(self, argv: list[str] | None = None, namespace=None) -> Given:
         """Flags of argv; those of `--config FILE.yaml` come first, so the command line wins."""
         argv = list(sys.argv[1:] if argv is None else argv)
         config = self._said("config", argv)
@@ -206,9 +215,27 @@ class Parser(argparse.ArgumentParser):
             argv = self._from_config(config, chosen) + argv
         if self._plugins is not None:
             self._choose(self._said(self._plugins.flag, argv))
-        args = super().parse_args(self._data_first(argv), namespace)
+        argv = self._data_first(argv)
+        args = super().parse_args(argv, Given() if namespace is None else namespace)
+        args.given = self._given(argv, args)
         self._settle(args)
         return args
+
+    def _given(self, argv: list[str], args: argparse.Namespace) -> set[str]:
+        """The flags that are not left to their defaults; a positional is given if it is not None.
+
+        argparse sets a default only where the namespace has no value, so a second reading into one
+        full of marks leaves the marks of all that was not given.
+        """
+        mark = object()
+        marked = argparse.Namespace(**dict.fromkeys(vars(args), mark))
+        super().parse_args(argv, marked)
+        typed = [action.dest for action in self._actions if action.option_strings]
+        return {
+            name
+            for name, value in vars(marked).items()
+            if (value is not mark if name in typed else getattr(args, name, None) is not None)
+        }
 
     @staticmethod
     def _said(name: str, argv: list[str]) -> str | None:
@@ -476,6 +503,11 @@ def take(kind: type, args: argparse.Namespace, **more):
 
 def kinds_of(groups: Groups) -> list[type]:
     return [kind for kinds in groups.values() for kind in kinds]
+
+
+def dests(*kinds: type) -> set[str]:
+    """The names in args.json of all flags of these dataclasses."""
+    return {flag.dest for kind in kinds for flag in flags_of(kind).values()}
 
 
 def may_change(*kinds: type) -> set[str]:

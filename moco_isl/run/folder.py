@@ -40,8 +40,8 @@ class FolderOptions:
         None,
         metavar="FILE",
         may_change=True,
-        help="start from the weights of this file, ours or MoCo's, at epoch 0: the way to continue"
-        " a converged MoCo with mining",
+        help="start at epoch 0 from the weights of this file: ours or MoCo's, to go on with mining;"
+        " or a backbone of torchvision, timm, DINO or DINOv2; or a run's or a Hugging Face folder",
     )
     keep: int | None = opt(
         None,

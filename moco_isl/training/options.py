@@ -54,8 +54,8 @@ class TrainingOptions:
     resume: str = opt(
         "",
         may_change=True,
-        help="path to latest checkpoint, ours or MoCo's, or auto: go on with what is in --out, if"
-        " anything is",
+        help="path to latest checkpoint, ours or MoCo's; a run's folder, to go on with that run; or"
+        " auto: go on with what is in --out, if anything is",
     )
     seed: int | None = opt(
         None,
@@ -241,6 +241,11 @@ GROUPS: flags.Groups = {
 }
 KINDS = flags.kinds_of(GROUPS)
 MAY_CHANGE = flags.may_change(*KINDS)
+# flags of one start of a run, on one machine: no later start takes them over
+OF_A_START = flags.dests(flags.ConfigOptions, ranks.DistributedOptions) | {
+    *("out", "init", "resume", "start_epoch", "max_steps"),
+    *("download", "workers", "compile"),
+}
 
 
 def get_parser(description: str) -> flags.Parser:
@@ -273,6 +278,12 @@ def build_objective(args: argparse.Namespace, model: torch.nn.Module, M: int) ->
     }
     more = {name: value for name, value in more.items() if name in kind.options()}
     return flags.take(kind, args, model=model, num_images=M, **more)
+
+
+def default_flags(miner: str) -> dict:
+    """The default of every flag, by name in args.json; with those of a miner's own."""
+    kinds = [*KINDS, find_miner(miner)]
+    return {flag.dest: flag.default for kind in kinds for flag in flags_of(kind).values()}
 
 
 def idle(args: argparse.Namespace) -> list[str]:

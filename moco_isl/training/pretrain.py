@@ -25,6 +25,7 @@ from moco_isl.mining.record import precision_of_ranking, round_record
 from moco_isl.objectives.base import Objective
 from moco_isl.ops import ivf
 from moco_isl.run import checkpoint, loggers, logs, ranks
+from moco_isl.run.backbone import describe, into_start
 from moco_isl.run.folder import RunFolder
 from moco_isl.run.meters import Averages, Progress
 from moco_isl.run.signals import Stop
@@ -118,13 +119,20 @@ def check_file(
     momentum: float,
     fp16: bool,
     out: str,
+    arch: str,
+    stem: str,
 ) -> None:
     """Check the content of a start's file against the run that starts from it. Raises BadInput.
 
-    images: those to train on. model: on any device. isl_shape, miner_shape: the `state_shape` of
-    either. labels: see `resume.labels_of`. Everything else follows from the flags.
+    Weights of any other kind than a MoCo file's become one of the query encoder alone (see
+    `backbone.into_start`). images: those to train on. model: on any device. isl_shape, miner_shape:
+    the `state_shape` of either. labels: see `resume.labels_of`. Everything else follows from the
+    flags.
     """
-    checkpoint.match(model, content, start.path)
+    init = not start.goes_on
+    if init:
+        into_start(content, start.path, model.encoder_q, arch, stem)
+    _, filled = checkpoint.match(model, content, start.path, init)
     ours = content.get("isl")
     names = resume.images_of(images)
     if start.goes_on and ours:
@@ -142,7 +150,7 @@ def check_file(
             momentum=momentum,
             fp16=fp16,
         )
-    elif ours and isinstance(model, MoCo):
+    elif ours and isinstance(model, MoCo) and "queue" not in filled:
         known = ours.get("images") == names
         state.require_queue(content, start.path, model, len(images) if known else None)
     elif start.goes_on and "optimizer" in content:
@@ -330,13 +338,17 @@ def load(
 
     Returns how many bytes of metrics.jsonl to keep (None: all).
     """
-    filled = checkpoint.load_model(parts.model, content, start.path)
-    fills = {"encoder_k": "copied from encoder_q", "queue": "filled anew by one feature pass"}
+    init = not start.goes_on
+    filled = checkpoint.load_model(parts.model, content, start.path, init)
     epoch = resume.epoch_of(content)
-    ranks.say(
+    loaded = (
         f"=> loaded '{files.shown(start.path)}' (epoch {'unknown' if epoch is None else epoch})"
-        + "".join(f"; it has no {part}, which is {fills[part]}" for part in filled)
     )
+    if "weights" in content:
+        loaded = describe(content["weights"])
+    ranks.say(loaded + "".join(f"; {_instead(content, part)}" for part in filled))
+    for line in start.says:
+        ranks.say(line)
     if "queue" in filled:
         refill_queue(parts, reader)
         ranks.say(f"=> queue filled with features of {min(reader.M, parts.model.K)} images")
@@ -354,6 +366,21 @@ def load(
         return None
     resume_exactly(content, start.path, parts, reader.device)
     return content["isl"]["metrics_size"] if start.in_place else 0
+
+
+def _instead(content: dict, part: str) -> str:
+    """Where a part of the model comes from that is not the file's, see `checkpoint.match`."""
+    fills = {
+        "head": "drawn anew",
+        "encoder_k": "copied from encoder_q",
+        "queue": "filled anew by one feature pass",
+    }
+    if "weights" in content:
+        return f"{part} {fills[part]}"
+    state = content.get("state_dict", content)
+    if part == "head" or any(f"{part}." in f"{name}." for name in state):
+        return f"its {part} does not fit, and is {fills[part]}"
+    return f"it has no {part}, which is {fills[part]}"
 
 
 def resume_exactly(content: dict, path: str, parts: resume.Parts, device: torch.device) -> None:

@@ -8,7 +8,7 @@ import argparse
 import hashlib
 import random
 from collections.abc import Container
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -16,12 +16,15 @@ import torch
 from moco_isl import data, dist, files
 from moco_isl.errors import BadInput
 from moco_isl.objectives.base import Objective
-from moco_isl.run import checkpoint, ranks
+from moco_isl.options import dashed
+from moco_isl.run import checkpoint, ranks, weights
+from moco_isl.run.backbone import flags_known
+from moco_isl.run.flags import Given
 from moco_isl.run.folder import RunFolder, flags_of_unsaved, newest
 from moco_isl.run.meters import Averages
 from moco_isl.training.engine import Position, learning_rate
 from moco_isl.training.fast import load_optimizer
-from moco_isl.training.options import MAY_CHANGE
+from moco_isl.training.options import MAY_CHANGE, OF_A_START, default_flags
 from moco_isl.training.state import require_flags, require_start
 
 
@@ -101,10 +104,11 @@ def _relative_rate(epoch: int, flags: dict) -> float:
 class Start:
     """What a run starts from.
 
-    path: a file, None: nothing. goes_on: the run is resumed, not only initialised. in_place: the
-    run in the folder is the one that is resumed. seen: a stamp of the newest checkpoint in that
-    folder, to notice a later one. unsaved: the flags of the run in that folder, where it ended
-    before its first checkpoint.
+    path: a file or a Hugging Face folder, None: nothing. goes_on: the run is resumed, not only
+    initialised. in_place: the run in the folder is the one that is resumed. seen: a stamp of the
+    newest checkpoint in that folder, to notice a later one. unsaved: the flags of the run in that
+    folder, where it ended before its first checkpoint. says: lines on the flags that were taken
+    from the file.
     """
 
     path: str | None = None
@@ -112,33 +116,40 @@ class Start:
     in_place: bool = False
     seen: tuple = ()
     unsaved: dict = field(default_factory=dict)
+    says: tuple[str, ...] = ()
 
 
 def find_start(
-    resume: str, init: str | None, out: str, flags: dict | None = None
+    resume: str, init: str | None, out: str | None, flags: dict | None = None
 ) -> tuple[Start, dict]:
     """Find the file that --resume or --init names, and read it: the only time that it is read.
 
-    --resume is a path, "auto" or "". flags: the shape of a run's flags, see `state.flags_shape`;
-    None: any. Raises BadInput where the file cannot be read, and where going on from it would
-    overwrite what the run in `out` has reached since. Call `require_unchanged` once the folder is
-    held: another run may have used it since.
+    --resume is a file, a run's folder, "auto" or "". out: None for a folder that is yet to be made.
+    flags: the shape of a run's flags, see `state.flags_shape`; None: any. Raises BadInput where the
+    file cannot be read, and where going on from it would overwrite what the run in `out` has
+    reached since. Call `require_unchanged` once the folder is held: another run may have used it
+    since.
     """
     if resume not in ("", "auto") and init:
         raise BadInput("--resume goes on with a run, --init starts one: give only one of them")
-    files.require_folder(out, "--out")
+    last = None
+    if out is not None:
+        files.require_folder(out, "--out")
+        last = newest(out)
     auto = resume == "auto"
-    last = newest(out)
     seen = _stamp(last)
     if auto and last is not None:
         return Start(str(last), True, True, seen), _read(str(last), "resume")
+    init = _found(init, "init") if init else init
     if auto:
         unsaved = flags_of_unsaved(out, flags)
         return Start(init, False, True, seen, unsaved), _read(init, "init") if init else {}
     if not resume:
         return Start(init), _read(init, "init") if init else {}
+    resume = _found(resume, "resume")
     content = _read(resume, "resume")
-    in_place = Path(out).exists() and Path(resume).resolve().parent.samefile(out)
+    there = out is not None and Path(out).exists()
+    in_place = there and Path(resume).resolve().parent.samefile(out)
     if in_place and last is not None and not last.samefile(resume):
         _require_newest(content, resume, last)
     return Start(resume, True, in_place, seen), content
@@ -149,13 +160,18 @@ def read(start: Start) -> dict:
     return _read(start.path, "resume" if start.goes_on else "init")
 
 
-def _read(path: str, flag: str) -> dict:
+def _found(path: str, flag: str) -> str:
+    """The path, or the newest checkpoint of the run in a folder. Raises BadInput for nothing."""
     if not files.kind(path, f"--{flag}"):
         raise BadInput(
             f"no file at --{flag} '{path}': expected a checkpoint; check the path (nothing was"
             " started)"
         )
-    content = checkpoint.load(path)
+    return str(weights.run_file(path))
+
+
+def _read(path: str, flag: str) -> dict:
+    content = checkpoint.load(path) if flag == "resume" else weights.read(path)
     require_start(content, path, flag == "resume")
     return content
 
@@ -195,6 +211,66 @@ def saved_flags(start: Start, content: dict, parser: argparse.ArgumentParser) ->
         return start.unsaved
     require_flags(content, start.path, parser)
     return content["args"]
+
+
+def settle_flags(
+    flags: Given, start: Start, content: dict, parser: argparse.ArgumentParser
+) -> Start:
+    """Give flags that were neither typed nor in a config the values that the start's file knows.
+
+    Of a run that goes on these are all but those `OF_A_START`; of any other file those of the
+    network. A file of an earlier version of ours lacks flags: the default of each is what it was
+    trained with, and is added to its own. Returns the start, with the lines that say so. Raises
+    BadInput for flags in the file that are not those of the parser.
+    """
+    saved = saved_flags(start, content, parser)
+    lines = []
+    if saved and not start.unsaved:
+        defaults = default_flags(saved.get("miner", "none"))
+        lacks = {n: x for n, x in defaults.items() if n not in saved and x is not None}
+        content["args"] = saved = {**saved, **lacks}
+        if lacks := {n: x for n, x in lacks.items() if n not in MAY_CHANGE}:
+            lines.append(
+                f"=> '{files.shown(start.path)}' does not say {_typed(lacks)}: these defaults are"
+                " taken for what it was trained with"
+            )
+    elif start.path and not saved:
+        of = {name: getattr(flags, name) for name in ("arch", "stem") if name in flags.given}
+        saved = flags_known(content, start.path, of.get("arch"), of.get("stem"))
+    taken = take_over(flags, saved)
+    if taken:
+        lines.append(f"=> flags of '{files.shown(start.path or flags.out)}': {_typed(taken)}")
+    return replace(start, says=tuple(lines))
+
+
+def take_over(flags: Given, saved: dict) -> dict:
+    """Set the flags that were not given to what was saved; returns those that it made differ.
+
+    They differ from their defaults. A flag without a default that the run filled in, such as a
+    drawn seed, is set too, and not returned.
+    """
+    miner = flags.miner if "miner" in flags.given else saved.get("miner", flags.miner)
+    taken = {}
+    for name, default in default_flags(miner).items():
+        if name in flags.given or name in OF_A_START:
+            continue
+        value = saved.get(name, getattr(flags, name, default))
+        setattr(flags, name, value)
+        if default is not None and value != default and name in saved:
+            taken[name] = value
+    return taken
+
+
+def _typed(flags: dict) -> str:
+    """Flags as they would be typed."""
+
+    def one(name: str, value) -> str:
+        if isinstance(value, bool):
+            return f"--{'' if value else 'no-'}{dashed(name)}"
+        values = value if isinstance(value, list) else [value]
+        return " ".join([f"--{dashed(name)}", *map(str, values)])
+
+    return files.shown(" ".join(one(name, value) for name, value in sorted(flags.items())))
 
 
 def check_flags(start: Start, content: dict, now: dict) -> None:
@@ -299,13 +375,6 @@ def labels_of(miner) -> str | None:
     """A digest of the labels that --isl-check names; None where it names none."""
     known = getattr(miner, "known", None)
     return None if known is None else hashlib.sha256(str(known.tolist()).encode()).hexdigest()
-
-
-def take_over(flags, saved: dict) -> None:
-    """Give flags that are None the values that the run had, such as a drawn seed."""
-    for name, value in saved.items():
-        if name not in MAY_CHANGE and getattr(flags, name, "") is None:
-            setattr(flags, name, value)
 
 
 def rng_of_ranks(device: torch.device, averages: Averages | None = None) -> list[dict]:

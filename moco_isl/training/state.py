@@ -76,12 +76,15 @@ def require_flags(
 ) -> None:
     """Check the flags (`args`) in a file of ours against the script's parser. Raises BadInput.
 
-    The file's epoch is checked against the run that they describe. known: flags that are never
+    The file's epoch is checked against the run that they describe. A file of an earlier version
+    may lack flags, but not the number of epochs, the batch, and those `known`, which are never
     None.
     """
-    shape = flags_shape(parser, optional=set())
-    shape |= {name: shape[name][0] for name in known}
-    shape |= {name: Number(1, LARGEST, whole=True) for name in ("epochs", "batch_size")}
+    shape = flags_shape(parser)
+    shape |= {name: shape.pop(f"{name}?")[0] for name in known}
+    for name in ("epochs", "batch_size"):
+        shape.pop(f"{name}?", None)
+        shape[name] = Number(1, LARGEST, whole=True)
     by_name = lambda flags: all(isinstance(name, str) for name in flags)
     texts = Holds(shape, by_name, "flags by name")
     cure = _cure(content)
