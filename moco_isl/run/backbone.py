@@ -7,8 +7,8 @@ that no random encoder is judged.
 
 import argparse
 import contextlib
-import json
 import importlib
+import json
 import re
 from collections import Counter
 from dataclasses import dataclass
