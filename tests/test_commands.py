@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -87,6 +88,13 @@ def test_an_unknown_command_is_one_line(name, words, capsys):
     assert __main__.main([name, "--out", "x"]) == 2
     found = capsys.readouterr()
     assert not found.out and found.err.count("\n") == 1 and words in found.err
+
+
+def test_the_page_has_all_commands():
+    rows = re.findall(
+        r"^\| `moco-isl (\w+)` \| `(.*)` \|$", (ROOT / "docs/moco.md").read_text(), re.M
+    )
+    assert dict(rows) == {name: command.script for name, command in COMMANDS.items()}
 
 
 def test_commands_are_named_as_they_are_typed(monkeypatch, tmp_path):

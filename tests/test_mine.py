@@ -1,7 +1,9 @@
 """moco_isl.mine: one round of mining by a trained encoder, without training."""
 
 import json
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from PIL import Image
 
 import main_moco_isl
 from moco_isl import data, mine
+from moco_isl.__main__ import main
 from moco_isl.encoders import build_encoder
 from moco_isl.evaluation.backbone import load_backbone
 from moco_isl.report.__main__ import main as report
@@ -129,6 +132,19 @@ def test_weights_without_a_head_mine_by_their_backbone(photos, tmp_path, monkeyp
     assert record(tmp_path / "mined")["features"].shape == (24, 128), "of the backbone"
     assert "python -m moco_isl.report mined" in said
     assert report(["mined"]) == 0 and (tmp_path / "mined" / "report.html").exists()
+
+
+def test_the_commands_of_the_page_run(moco, photos, tmp_path, monkeypatch):
+    """docs/evaluate.md, of the digits' encoder and 24 photos in place of one's own."""
+    text = (Path(mine.__file__).parent.parent / "docs" / "evaluate.md").read_text()
+    block = text.split("## Mine without training")[1].split("```")[1]
+    monkeypatch.chdir(tmp_path)
+    Path("runs/moco").mkdir(parents=True)
+    shutil.copy(moco, "runs/moco")
+    for command in block.strip().splitlines():
+        assert main([*command.split()[1:], *(["-j", "0"] if " mine " in command else [])]) == 0
+    assert len(rows(tmp_path / "runs" / "mined")) == 24
+    assert Path("runs/mined/report.html").exists()
 
 
 def test_nothing_is_written_without_a_folder_to_keep_it(moco, tmp_path, monkeypatch, capsys):
