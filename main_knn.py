@@ -1,9 +1,12 @@
 #!/usr/bin/env python
 """Judge features by weighted nearest neighbours: nothing is trained.
 
-From a checkpoint to a number: python main_knn.py --pretrained runs/x/checkpoint_last.pth.tar DIR
-Several k and T in one pass:        ... --k 20 50 200 --T 0.07 0.1
-Keep the features for later:        ... --features x.safetensors
+From a checkpoint to a number:
+    python main_knn.py --pretrained runs/x/checkpoint_last.pth.tar DIR
+Several k and T in one pass:
+    ... --k 20 50 200 --T 0.07 0.1
+Keep the features for later:
+    ... --features x.safetensors
 """
 
 import sys
@@ -25,7 +28,7 @@ from moco_isl.run.weights import weights_file
 
 
 def get_parser() -> flags.Parser:
-    return options.get_parser(__doc__, options.KNN_GROUPS)
+    return options.get_parser("python main_knn.py", __doc__, options.KNN_GROUPS)
 
 
 def main(argv: list[str] | None = None, stop=None) -> int:

@@ -1,11 +1,16 @@
 #!/usr/bin/env python
-"""Judge features by linear classifiers on the frozen encoder: MoCo's protocol, or a faster one.
+"""Judge features by linear classifiers on the frozen encoder.
 
-MoCo's protocol:             python main_lincls.py --pretrained runs/x/checkpoint_last.pth.tar DIR
-No augmentation, in seconds:      ... --cache-features --lr 1 3 10 30
-Every layer in one pass:          ... --layers conv1 conv2 conv3 conv4 conv5 --lr 0.03 0.1 0.3
-With few labels, too:             ... --shots 1,5,10
-The whole network:                ... --finetune --lr 0.01
+MoCo's protocol:
+    python main_lincls.py --pretrained runs/x/checkpoint_last.pth.tar DIR
+Without augmentation, in seconds:
+    ... --cache-features --lr 1 3 10 30
+Every layer in one pass:
+    ... --layers conv1 conv2 conv3 conv4 conv5 --lr 0.03 0.1 0.3
+With few labels, too:
+    ... --shots 1,5,10
+The whole network:
+    ... --finetune --lr 0.01
 """
 
 import random
@@ -31,7 +36,7 @@ from moco_isl.training import resume, state
 
 
 def get_parser() -> flags.Parser:
-    return options.get_parser(__doc__, options.PROBE_GROUPS)
+    return options.get_parser("python main_lincls.py", __doc__, options.PROBE_GROUPS)
 
 
 def main(argv: list[str] | None = None, stop=None) -> int:

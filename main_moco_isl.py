@@ -6,8 +6,8 @@ A bare run is MoCo:
 Mined by nearest neighbours:
     ... --miner knn --init runs/moco/checkpoint_last.pth.tar
 A first try without any data:
-    python main_moco_isl.py --dataset digits -a digits --mlp --moco-dim 64 --moco-k 512 \\
-        --moco-t 0.1 --epochs 20
+    python main_moco_isl.py --dataset digits -a digits --mlp --moco-dim 64 \\
+        --moco-k 512 --moco-t 0.1 --epochs 20
 """
 
 import argparse

@@ -34,11 +34,6 @@ setup(
             "main_knn = main_knn:main",
             "main_lincls = main_lincls:main",
             "moco-isl = moco_isl.__main__:main",
-            "moco-isl-report = moco_isl.report.__main__:main",
-            "moco-isl-export = moco_isl.export:main",
-            "moco-isl-submit = launch.submit:main",
-            "moco-isl-status = launch.status:main",
-            "moco-isl-sweep = launch.sweep:main",
         ]
     },
     install_requires=[

@@ -22,8 +22,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [p for p in [str(ROOT)] if p not in sys.path]
 
 from launch.job import SCRIPTS
-from moco_isl import __version__, files
+from moco_isl import __version__, commands, files
 from moco_isl.errors import BadInput
+from moco_isl.run.flags import HelpFormatter
 
 # names that would reach the job through sbatch and mean something else there
 FOREIGN = (
@@ -67,6 +68,17 @@ CLUSTERS = {
 
 
 class LauncherParser(argparse.ArgumentParser):
+    """prog, description: as `flags.Parser` has them."""
+
+    def __init__(self, prog: str = "", description: str = "", **given):
+        super().__init__(
+            prog=commands.prog(prog) if prog else None,
+            description=commands.as_typed(description),
+            allow_abbrev=False,
+            formatter_class=HelpFormatter,
+            **given,
+        )
+
     def add_version(self) -> None:
         self.add_argument("--version", action="version", version=f"moco_isl {__version__}")
 
@@ -321,7 +333,7 @@ def take_run_flags(flags: list[str]) -> tuple[list[str], str]:
 
     Raises BadInput for --out: the run folder is the launcher's business.
     """
-    mine = LauncherParser(add_help=False, allow_abbrev=False)
+    mine = LauncherParser(add_help=False)
     mine.add_argument("--resume", default="auto")
     mine.add_argument("--out")
     taken, flags = mine.parse_known_args(flags)

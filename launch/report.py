@@ -362,7 +362,7 @@ def explain(entry: Entry, job: JobState, lines: int = 12) -> list[str]:
         text.append(f"the disk of {entry.out} is full: {room:.0f} MB are free")
     bad_input = bool(found) and found[0].code == BadInput.exit_code
     if entry.script != "knn" and not bad_input:
-        of_sweep = any("sweep.py" in word for word in entry.command)
+        of_sweep = any(Path(word).stem == "sweep" for word in entry.command[:2])
         folder = "" if of_sweep else f" with --job-dir {shlex.quote(entry.folder)}"
         text.append(f"to go on from the last checkpoint: the same command{folder}")
     return [files.shown(line.replace("\t", "    "))[:500] for line in text]

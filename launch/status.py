@@ -1,9 +1,12 @@
 #!/usr/bin/env python
-"""What a job is doing: state, restarts, last epoch and loss, images/s; and why it failed.
+"""What a job is doing: state, restarts, epoch, loss, images/s; and why it failed.
 
-python launch/status.py runs/4711            the last submission into this folder
-python launch/status.py runs/4711 --all      all of them, and those that follow the pretraining
-python launch/status.py runs/4711 --wait     stays until it has ended; exit code 0 if it succeeded
+The last submission into a folder:
+    python launch/status.py runs/4711
+All of them, and those that follow the pretraining:
+    ... --all
+Stay until it has ended; exit code 0 if it succeeded:
+    ... --wait
 """
 
 import argparse
@@ -20,9 +23,7 @@ from moco_isl.errors import BadInput
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = LauncherParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = LauncherParser("python launch/status.py", __doc__)
     parser.add_version()
     folder = "the folder that submit.py or sweep.py printed"
     parser.add_argument("job_dir", metavar="JOB_DIR", type=Path, help=folder)

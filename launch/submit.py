@@ -3,14 +3,18 @@
 
 It comes back by itself after preemption, time limit and node failure.
 
-    python launch/submit.py pretrain --nodes 4 --gpus-per-node 8 --job-dir runs/%j -- DIR --mlp
+    python launch/submit.py pretrain --nodes 4 --gpus-per-node 8 \\
+        --job-dir runs/%j -- DIR --mlp
     python launch/submit.py lincls|knn ... -- --pretrained FILE DIR
-    python launch/submit.py pretrain ... --then lincls,knn --lincls "DIR --lr 30"    evaluates too
-    python launch/submit.py pretrain --cluster local --gpus-per-node 2 ...           without SLURM
+Evaluate it too:
+    python launch/submit.py pretrain ... --then lincls,knn --lincls "..."
+Without SLURM:
+    python launch/submit.py pretrain --cluster local --gpus-per-node 2 ...
 
-After `--` come the script's own flags (--help shows them too), but --out and --resume: the run
-folder is --job-dir, and a run goes on where its last checkpoint is. The same command with --job-dir
-naming that folder continues a run that was ended. The code is read anew at every restart.
+After `--` come the script's own flags (pretrain --help shows them too), but
+--out and --resume: the run folder is --job-dir, and a run goes on where its
+last checkpoint is. The same command with --job-dir naming that folder continues
+a run that was ended. The code is read anew at every restart.
 """
 
 import argparse
@@ -29,19 +33,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from launch import executors, options, watch
 from launch.job import SCRIPTS, Task
 from launch.report import Entry
-from moco_isl import files
+from moco_isl import commands, files
 from moco_isl.errors import BadInput
 from moco_isl.options import listed
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = options.LauncherParser(
-        prog="submit.py pretrain|lincls|knn",
-        description=__doc__,
-        allow_abbrev=False,
-        add_help=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    usage = "%(prog)s pretrain|lincls|knn [options] [-- flags of the script]"
+    parser = options.LauncherParser("python launch/submit.py", __doc__, usage=usage, add_help=False)
     parser.add_argument(
         "-h", "--help", action="store_true", help="show this, and the script's flags"
     )
@@ -133,7 +132,7 @@ def _main(argv: list[str]) -> int:
     plan = make_plan(script, opts, flags)
     if opts.dry_run:
         return dry_run(plan, opts)
-    command = ["python", "launch/submit.py", *argv]
+    command = [*shlex.split(commands.typed("submit")), *argv]
     return debug(plan[0]) if opts.cluster == "debug" else submit_all(plan, opts, command)
 
 
@@ -260,6 +259,14 @@ def submit_all(plan: list[Task], opts: argparse.Namespace, command: list[str]) -
     if opts.wait:
         waiting = entries if opts.cluster == "slurm" else entries[-1:]
         code = watch.outcome(waiting, watch.wait(waiting, opts.poll))
+    elif opts.cluster == "local":
+        job = entries[-1].job
+        status = f"{commands.typed('status')} {shlex.quote(entries[-1].folder)}"
+        print(
+            f"=> the job runs on in the background: {status} --wait stays until its end,"
+            f" kill {job} saves and ends it",
+            flush=True,
+        )
     return code
 
 
@@ -273,8 +280,7 @@ def tell(entry: Entry, opts: argparse.Namespace) -> None:
     print(f"  folder  {entry.out}")
     print(f"  logs    {entry.log(0, 'out')}  (.err, and a pair for every rank)")
     print(f"  follow  tail -F {shlex.quote(str(entry.log(0, 'out')))}")
-    status = shlex.quote(os.path.relpath(Path(__file__).with_name("status.py")))
-    print(f"  state   python {status} {shlex.quote(entry.folder)}", flush=True)
+    print(f"  state   {commands.typed('status')} {shlex.quote(entry.folder)}", flush=True)
     if (
         entry.cluster == "slurm"
         and not entry.out.endswith(("/lincls", "/knn"))

@@ -1,21 +1,24 @@
 #!/usr/bin/env python
 """Run one script at many settings: one folder a point, one table at the end.
 
-    python launch/sweep.py FILE.yaml             one after another here; again: it goes on
+One after another here; the same command again goes on:
+    python launch/sweep.py FILE.yaml
+As one job array, of which each point survives as a job does:
     python launch/sweep.py FILE.yaml --cluster slurm --nodes 1
-                                                 as one job array; each point survives as a job does
-    python launch/sweep.py FILE.yaml --table     the table of what is there so far
+The table of what is there so far:
+    python launch/sweep.py FILE.yaml --table
 
 FILE.yaml:
-    script: pretrain                    # or lincls, knn (default: pretrain)
+    script: pretrain            # or lincls, knn (default: pretrain)
     base: {dataset: digits, epochs: 20, mlp: true}
-    grid: {isl-budget: [1, 5], seed: [0, 1]}        # every combination; and, or instead,
-    points: [{name: plain, miner: none, seed: 0}]   # settings one by one, with a name if you like
-    seeds: [0, 1, 2]                    # every point with each of them; {seed} in a value is it
-    columns: [loss, knn]                # of the table (default: what the runs logged last)
-    figures: [{x: isl-budget, y: knn}]  # curves over one setting, drawn by matplotlib
-    judge: {over: [plain]}              # for python -m studies.judge FILE.yaml
-Flags by name, as in --config; null leaves one out. Points are named by what differs between them.
+    grid: {isl-budget: [1, 5], seed: [0, 1]}  # every combination; and, or else,
+    points: [{name: plain, miner: none}]      # settings one by one
+    seeds: [0, 1, 2]            # every point with each; {seed} in a value is it
+    columns: [loss, knn]        # of the table (default: what was logged last)
+    figures: [{x: isl-budget, y: knn}]        # curves over one setting
+    judge: {over: [plain]}      # for python -m studies.judge FILE.yaml
+Flags by name, as in --config; null leaves one out. Points are named by what
+differs between them, where they have no name.
 """
 
 import argparse
@@ -35,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from launch import executors, options, watch
 from launch.job import SCRIPTS, Task
 from launch.tables import require_ours, write_table
-from moco_isl import files, schema
+from moco_isl import commands, files, schema
 from moco_isl.errors import BadInput, Interrupted, RunFailed
 from moco_isl.run import flags, plain_yaml
 
@@ -56,11 +59,8 @@ OURS = {"jobs", "table.md", "table.json"}  # names in a sweep's folder that are 
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = options.LauncherParser(
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    usage = "%(prog)s FILE.yaml [options]"
+    parser = options.LauncherParser("python launch/sweep.py", __doc__, usage=usage)
     parser.add_argument("file", metavar="FILE.yaml", type=Path)
     parser.add_argument(
         "--job-dir",
@@ -98,9 +98,12 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
     files.print_any_name()
     try:
-        return _main(get_parser().parse_args(argv))
+        opts = get_parser().parse_args(argv)
+        opts.command = [*shlex.split(commands.typed("sweep")), *argv]
+        return _main(opts)
     except (BadInput, RunFailed) as error:
         print(f"error: {files.shown(str(error))}", file=sys.stderr)
         return error.exit_code
@@ -370,21 +373,21 @@ def run_array(
     script: str, points: dict[str, list[str]], folder: Path, opts: argparse.Namespace
 ) -> int:
     runs = _runs(script, points, folder, opts)
-    command = ["python", "launch/sweep.py", *sys.argv[1:]]
     logs = (
         folder
         / "jobs"
         / ("%j" if opts.cluster == "slurm" else time.strftime("local-%Y%m%d-%H%M%S"))
     )
     entries = executors.submit(
-        opts, runs, str(logs), opts.name or f"moco_isl-{folder.name}", command
+        opts, runs, str(logs), opts.name or f"moco_isl-{folder.name}", opts.command
     )
     for entry in entries:
         executors.note(entry, entry.out)  # in the point's folder too, for status.py
         print(f"job {entry.job}: {Path(entry.out).name}\n  logs    {entry.log(0, 'out')}")
     print(
-        f"state: python launch/status.py {shlex.quote(str(folder))}\ntable: python launch/sweep.py"
-        f" {shlex.quote(str(opts.file))} --job-dir {shlex.quote(str(folder))} --table",
+        f"state: {commands.typed('status')} {shlex.quote(str(folder))}\n"
+        f"table: {commands.typed('sweep')} {shlex.quote(str(opts.file))} --job-dir"
+        f" {shlex.quote(str(folder))} --table",
         flush=True,
     )
     return watch.outcome(entries, watch.wait(entries, opts.poll)) if opts.wait else 0

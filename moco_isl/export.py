@@ -1,6 +1,6 @@
-"""Write the backbone of a checkpoint in the form of another library, and check what was written.
+"""Write the backbone of a checkpoint for another library, and check the result.
 
-python -m moco_isl.export FILE --to torchvision|timm|safetensors|detectron2 --out FILE
+python -m moco_isl.export FILE --to LIBRARY --out FILE
 """
 
 import argparse

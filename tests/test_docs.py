@@ -5,6 +5,7 @@ it does not see.
 """
 
 import ast
+import importlib
 import re
 from pathlib import Path
 
@@ -12,14 +13,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-import main_knn
-import main_lincls
-import main_moco_isl
-from launch import status, submit, sweep
-from moco_isl import export
+from moco_isl.commands import COMMANDS
 from moco_isl.isl import ISL
 from moco_isl.loader import WithIndex
-from moco_isl.report import __main__ as report
 from studies import readme_picture as result
 from tests.test_builder import C, M, images, moco
 
@@ -59,8 +55,7 @@ def test_links_lead_somewhere(page):
 
 
 def parsers():
-    mains = [main_moco_isl, main_knn, main_lincls, export, report, status, submit, sweep]
-    return [main.get_parser() for main in mains]
+    return [importlib.import_module(c.module).get_parser() for c in COMMANDS.values()]
 
 
 @by_name

@@ -1,97 +1,117 @@
-"""What `pip install .` leaves: commands that start from any folder, and the files they need."""
+"""What an installed wheel leaves: commands that start from any folder, and the files they need."""
 
 import json
 import os
 import shutil
 import subprocess
 import sys
-from importlib.metadata import PathDistribution
+import sysconfig
+import zipfile
 from pathlib import Path
 
 import pytest
 
-from moco_isl import __main__, __version__
+from moco_isl import __version__
+from moco_isl.commands import COMMANDS
 
 ROOT = Path(__file__).parent.parent
-
-# Each command as the system starts it, with its own folder first on the path, in one interpreter:
-# torch is imported once
-START_EACH = """
-import contextlib, io, json, runpy, sys
-from pathlib import Path
-place, said = Path(sys.argv[1]), {}
-sys.path.insert(0, str(place))
-for script in sorted(place.iterdir()):
-    for flag in ("--help", "--version"):
-        sys.argv = [str(script), flag]
-        with contextlib.redirect_stdout(io.StringIO()) as out:
-            try:
-                runpy.run_path(str(script), run_name="__main__")
-            except SystemExit as end:
-                said[f"{script.name} {flag}"] = (end.code, out.getvalue())
-modules = ["main_moco_isl", "main_knn", "main_lincls", "moco_isl", "launch"]
-print(json.dumps({"said": said, "files": [sys.modules[name].__file__ for name in modules]}))
-"""
+SCRIPTS = {"main_moco_isl", "main_knn", "main_lincls", "moco-isl"}
+PACKAGES = ("moco_isl", "launch")
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory):
-    """The folder into which pip has installed a copy of the sources, without what it depends on."""
-    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("installed")
+def wheel(tmp_path_factory):
+    """The wheel, built from a copy of the sources."""
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for path in [*ROOT.glob("*.py"), ROOT / "pyproject.toml", ROOT / "README.md"]:
         shutil.copy(path, source)
     unwanted = shutil.ignore_patterns("__pycache__")
-    for package in ("moco_isl", "launch"):
+    for package in PACKAGES:
         shutil.copytree(ROOT / package, source / package, ignore=unwanted)
-    pip = f"{sys.executable} -m pip install --quiet --disable-pip-version-check".split()
-    options = "--no-index --no-deps --no-build-isolation --no-compile --target".split()
-    subprocess.run([*pip, *options, str(target), str(source)], check=True, cwd=source)
-    return target
+    build = [sys.executable, *"-m build --wheel --no-isolation --outdir".split(), str(target)]
+    done = subprocess.run([*build, str(source)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (found,) = target.iterdir()
+    return found
 
 
-def test_each_command_starts_from_another_folder(installed, tmp_path):
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    environment = kept | {"PYTHONPATH": str(installed)}
-    command = [sys.executable, "-c", START_EACH, str(installed / "bin")]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    said = found["said"]
-    flags = ("--help", "--version")
-    assert set(said) == {f"{name} {flag}" for name in __main__.COMMANDS for flag in flags}
-    for what, (code, text) in said.items():
-        assert code in (0, None), what
-        if what.endswith("--version"):
-            assert text == f"moco_isl {__version__}\n", what
-        else:
-            assert "--version" in text, what
-    assert all(file.startswith(str(installed)) for file in found["files"]), "not the checkout's"
-    assert not list(tmp_path.iterdir())
+@pytest.fixture(scope="module")
+def fresh(wheel, tmp_path_factory):
+    """The folder of programs of a new environment with the wheel in it.
+
+    It finds the packages of this one, but not this checkout, which may be installed here too.
+    """
+    place = tmp_path_factory.mktemp("fresh")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(place)], check=True)
+    pip = f"{sys.executable} -m pip --disable-pip-version-check --python {place / 'bin' / 'python'}"
+    install = "install --quiet --no-index --no-deps".split()
+    subprocess.run([*pip.split(), *install, str(wheel)], check=True)
+    (site,) = place.glob("lib/python*/site-packages")
+    # a line of a .pth file adds a folder, but not what the .pth files in there would add
+    (site / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return place / "bin"
 
 
-def test_no_command_hides_a_module(installed):
-    """Python looks beside the script first: one named like a module, with .py, imports itself."""
-    assert sorted(p.name for p in (installed / "bin").iterdir()) == sorted(__main__.COMMANDS)
-    (metadata,) = installed.glob("*.dist-info")
-    for entry in PathDistribution(metadata).entry_points:
-        assert not (installed / "bin" / f"{entry.module.split('.')[0]}.py").exists(), entry.name
+@pytest.fixture
+def run(fresh, tmp_path, monkeypatch):
+    """run(command): what an installed command printed, started in an empty folder."""
+    kept = {name: x for name, x in os.environ.items() if not name.startswith("PYTHON")}
+
+    def started(command: str, code: int = 0) -> str:
+        name, *flags = command.split()
+        done = subprocess.run(
+            [str(fresh / name), *flags], cwd=tmp_path, env=kept, capture_output=True, text=True
+        )
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    return started
 
 
-@pytest.mark.parametrize("package", ["moco_isl", "launch"])
-def test_all_files_of_a_package_are_installed(installed, package):
-    def files_in(root):
-        paths = (root / package).rglob("*.*")
-        return {path.relative_to(root) for path in paths if "__pycache__" not in path.parts}
+def test_all_files_of_the_packages_are_in_the_wheel(wheel):
+    files = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    wanted = {f"{name}.py" for name in SCRIPTS - {"moco-isl"}}
+    for package in PACKAGES:
+        paths = (ROOT / package).rglob("*.*")
+        wanted |= {str(p.relative_to(ROOT)) for p in paths if "__pycache__" not in p.parts}
+    assert files == wanted
 
-    assert files_in(installed) == files_in(ROOT)
+
+def test_each_program_starts_and_hides_no_module(fresh, run):
+    """Python looks beside a program first: one named like a module, with .py, imports itself."""
+    programs = {p.name for p in fresh.iterdir() if "moco_isl" in p.read_text(errors="ignore")[:400]}
+    assert {*SCRIPTS} <= {p.name for p in fresh.iterdir()}
+    assert not [name for name in programs if name.endswith(".py")]
+    for name in sorted(SCRIPTS):
+        assert run(f"{name} --version") == f"moco_isl {__version__}\n"
 
 
-def test_the_list_of_commands(capsys):
-    assert __main__.main([]) == 0
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    for name, (way, what) in __main__.COMMANDS.items():
-        assert [name, *way.split(), *what.split()] in lines
-        place = way.split()[-1]
-        module = place.replace(".", "/")
-        assert any((ROOT / f).is_file() for f in (place, module + ".py", module + "/__main__.py"))
-    assert __main__.main(["rep\udcff"]) == 2 and capsys.readouterr().err.count("\n") == 1
+@pytest.mark.long
+def test_a_first_try_from_the_wheel(run, fresh, tmp_path):
+    """Every command's help, and a way from no data at all to a report and an export."""
+    (tmp_path / "where.py").write_text(
+        "import moco_isl, launch, main_knn\n"
+        "print(moco_isl.__file__, launch.__file__, main_knn.__file__)\n"
+    )
+    assert all(place.startswith(str(fresh.parent)) for place in run("python where.py").split())
+    for name in COMMANDS:
+        assert run(f"moco-isl {name} --help").startswith(f"usage: moco-isl {name} "), name
+    assert run("main_knn --help").startswith("usage: main_knn ")
+
+    on = "--dataset digits -j 0 --device cpu"
+    small = "-a digits --mlp --moco-dim 32 --moco-k 256 -b 128 --seed 1"
+    run(f"moco-isl pretrain {on} {small} --epochs 1 --max-steps 4 -p 2 --out runs/a")
+    file = "runs/a/checkpoint_last.pth.tar"
+    command = json.loads((tmp_path / "runs/a/args.json").read_text())["command"]
+    assert command[1:3] == [str(fresh / "moco-isl"), "pretrain"]
+    assert "backbone" in run(f"moco-isl knn {on} --pretrained {file} --k 5")
+    said = run(f"moco-isl mine {file} {on} --miner knn --out runs/mined")
+    assert "precision" in said and "moco-isl report runs/mined" in said
+    probe = "--cache-features --lr 1 --epochs 1 --schedule --out runs/a/probe"
+    assert "digits" in run(f"moco-isl probe {on} --pretrained {file} {probe}")
+    assert "report.html" in run("moco-isl report runs/a runs/mined")
+    assert "same output" in run(f"moco-isl export {file} --to safetensors --out a.safetensors")
+    dry = run("moco-isl submit pretrain --dry-run -- --dataset digits -a digits --moco-k 512")
+    assert "# nothing was submitted" in dry
+    assert "main_moco_isl.py" in dry
+    assert run("moco-isl sweep absent.yaml", code=2).count("\n") == 1

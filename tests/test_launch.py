@@ -995,6 +995,30 @@ def test_two_tasks_of_this_machine_train_together_and_status_tells(
     assert "COMPLETED, restarts 0, epoch 0, loss" in capfd.readouterr().out
 
 
+def test_a_job_of_this_machine_is_said_to_run_on_in_the_background(
+    entry, monkeypatch, tmp_path, capsys
+):
+    """Submitting returns at once; the last line says so, and how to wait and to end the job."""
+    here = dataclasses.replace(entry, cluster="local")
+    monkeypatch.setattr(executors, "submit", lambda *_, **__: [here])
+    monkeypatch.setattr(watch, "wait", lambda entries, poll: {"7": JobState("COMPLETED")})
+    for started, state in (
+        ("launch/submit.py", "python launch/status.py"),
+        ("/home/x/bin/moco-isl", "moco-isl status"),
+    ):
+        monkeypatch.setattr(sys, "argv", [started])
+        flags = ["pretrain", "--cluster", "local", *CPU, "--job-dir", str(tmp_path), "--", *DIGITS]
+        assert submit.main(flags) == 0
+        said = capsys.readouterr().out
+        assert f"logs    {here.log(0, 'out')}" in said
+        assert said.splitlines()[-1] == (
+            f"=> the job runs on in the background: {state} {tmp_path} --wait stays until its end,"
+            " kill 7 saves and ends it"
+        )
+        assert submit.main(["pretrain", "--wait", *flags[1:]]) == 0
+        assert "background" not in capsys.readouterr().out
+
+
 # ---- sweeps
 
 

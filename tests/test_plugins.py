@@ -242,7 +242,7 @@ def test_help_shows_the_flags_of_the_chosen_miner(capsys):
         shown[line] = capsys.readouterr().out
     plain, gan, toy, everything = shown.values()
     listed = [line for line in plain.splitlines() if line.startswith("  -")]
-    assert 45 <= len(listed) <= 55
+    assert len(listed) < 45
     for word, where in {
         "--isl-radius ": [gan, everything],
         "--toy-place": [toy],

@@ -412,7 +412,7 @@ def test_an_outcome_is_read_from_what_the_scripts_wrote(tmp_path):
     )
     for folder in ("knn", "lin"):  # of another epoch
         results(plain.path / folder, "results", "1", results=[knn(50, 20.0)])
-    assert told().text.endswith("judge it and plain with main_knn.py --out RUN/knn.")
+    assert told().text.endswith("judge it and plain with python main_knn.py --out RUN/knn.")
     (plain.path / "knn" / "results.json").write_text("{")
     with pytest.raises(BadInput, match="cannot read"):
         told()

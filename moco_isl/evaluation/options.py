@@ -22,15 +22,17 @@ from moco_isl.training.options import require_epochs_left
 OF_BOTH: flags.Groups = {
     "data set": (data.DataOptions,),
     "encoder": (SubjectOptions, EncoderOptions),
-    "devices and processes": (ranks.DistributedOptions,),
 }
+DEVICES: flags.Groups = {"devices and processes": (ranks.DistributedOptions,)}
 KNN_GROUPS: flags.Groups = OF_BOTH | {
     "neighbours": (NeighbourOptions, FeatureOptions),
     "results": (flags.ConfigOptions, ResultsOptions),
+    **DEVICES,
 }
 PROBE_GROUPS: flags.Groups = OF_BOTH | {
     "training of classifiers, as MoCo has it": (flags.ConfigOptions, ProbeTrainingOptions),
     "what is trained": (ProbeOptions, FewLabelsOptions),
+    **DEVICES,
 }
 KNN_KINDS = flags.kinds_of(KNN_GROUPS)
 PROBE_KINDS = flags.kinds_of(PROBE_GROUPS)
@@ -39,8 +41,8 @@ MAY_CHANGE = flags.may_change(*PROBE_KINDS)
 OF_THE_RUN = ("lr", "layers", "finetune", "cache_features", "key", "seed", "holdout")
 
 
-def get_parser(description: str, groups: flags.Groups) -> flags.Parser:
-    parser = flags.Parser(description=description)
+def get_parser(script: str, description: str, groups: flags.Groups) -> flags.Parser:
+    parser = flags.Parser(script, description, usage="%(prog)s [DIR] [flags]")
     parser.add_groups(groups)
     return parser
 

@@ -135,6 +135,25 @@ def budgets_of(budget: str | float | list | tuple | None) -> list[float]:
     return found
 
 
+def one_round(
+    miner,
+    features: Tensor,
+    positives: PositiveSets,
+    number: int,
+    rng: torch.Generator,
+    tick: Tick | None,
+    views: Views | None,
+) -> PositiveSets:
+    """The sets that a miner makes, in the round of this number, of those of before.
+
+    A miner of a user's own need not know of rounds and views. See `Miner`.
+    """
+    if begin := getattr(miner, "begin", None):
+        begin(number)
+    given = {} if views is None else {"views": views}
+    return miner.mine(features, positives, rng, tick, **given)
+
+
 @dataclass(kw_only=True, eq=False)
 class RoundMiner(Miner):
     """The round around a `find`: settles by the rules what was found, and reports.
@@ -196,6 +215,7 @@ class RoundMiner(Miner):
     keep: bool = opt(
         False,
         "--isl-keep",
+        rare=True,
         help="never drop a pair once mined, as the paper; off: each round judges old pairs again",
     )
     index: str = opt(

@@ -20,7 +20,7 @@ from moco_isl.loader import check_index, check_once
 from moco_isl.losses import FORMS, least_similar
 from moco_isl.mining.positives import PositiveSets
 from moco_isl.mining.record import RoundReport
-from moco_isl.mining.rounds import check_features
+from moco_isl.mining.rounds import check_features, one_round
 from moco_isl.ops import fused
 from moco_isl.options import check_value, opt
 from moco_isl.schema import COUNT, Holds
@@ -230,6 +230,7 @@ class MinedObjective(Objective):
         low_open=True,
         high=0.99,
         metavar="a",
+        rare=True,
         help="share of an image's own key in what the loss asks for, its mined positives have the"
         " rest: the larger, the less wrong ones harm and right ones teach (1 of 1 + P)",
     )
@@ -303,11 +304,7 @@ class MinedObjective(Objective):
         self._check_rows(features)
         number = self.round + 1 if number is None else number
         rng = rng or torch.Generator().manual_seed(number - 1)
-        # a miner of a user's own need not know of rounds and views
-        if begin := getattr(miner, "begin", None):
-            begin(number)
-        given = {} if views is None else {"views": views}
-        positives = miner.mine(features, self.positives, rng, tick, **given)
+        positives = one_round(miner, features, self.positives, number, rng, tick, views)
         if not self.bank.filled:
             self.bank.fill(features)
         self.positives = positives.to(self.device)

@@ -1,9 +1,10 @@
-"""Write report.html about runs: how training went, what was mined, whether mining helped or hurt.
+"""Write report.html about runs: how they went, what was mined, whether it helped.
 
     python -m moco_isl.report RUN [RUN ...] [--labels] [--out FILE]
 
-The page is one file that works offline. Several runs are compared; it then lies in the first one's
-folder. A run that mined is held against its twin: the same run with --miner none.
+The page is one file that works offline. Several runs are compared; it then lies
+in the first one's folder. A run that mined is held against its twin: the same
+run with --miner none.
 """
 
 import argparse

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from moco_isl.commands import as_typed
 from moco_isl.mining.rounds import NOTHING_SURE
 from moco_isl.report.outcome import Change, changes, find_twin
 from moco_isl.report.runs import Run
@@ -80,7 +81,9 @@ def _judge(run: Run, runs: Sequence[Run], table: dict | None) -> Verdict:
     tone, expected = _expectation(run, last, table)
     todo = "to see, run the same with --miner none and give both runs"
     if twin:
-        todo = f"to see, judge it and {twin.name} with main_knn.py --out RUN/knn"
+        todo = (
+            f"to see, judge it and {twin.name} with {as_typed('python main_knn.py')} --out RUN/knn"
+        )
     return Verdict(tone, f"{sets}. {expected}; {todo}.")
 
 

@@ -6,10 +6,11 @@ import difflib
 import functools
 import re
 import sys
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from moco_isl import __version__, files, options
+from moco_isl import __version__, commands, files, options
 from moco_isl.errors import BadInput
 from moco_isl.files import short
 from moco_isl.options import Flag, flags_of, listed, one_or_more, opt
@@ -40,15 +41,36 @@ class Given(argparse.Namespace):
     __slots__ = ("given",)
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """argparse's, but it names the value of a flag once, and breaks no line within a word.
+
+    So it shows -b, --batch-size BATCH_SIZE, and --isl-rounds stays whole.
+    """
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        value = self._format_args(action, self._get_default_metavar_for_optional(action))
+        return f"{', '.join(action.option_strings)} {value}"
+
+
 class Parser(argparse.ArgumentParser):
     """argparse for flags that are fields (see `moco_isl.options`), with errors of one line.
 
     An error names the nearest flag. Flags are read from a YAML file too, see `parse_args`.
+    prog: the command as it is typed in a checkout; description: names commands so, too.
     """
 
-    def __init__(self, **given):
+    def __init__(self, prog: str, description: str, **given):
         super().__init__(
-            allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **given
+            prog=commands.prog(prog),
+            description=commands.as_typed(description),
+            allow_abbrev=False,
+            formatter_class=HelpFormatter,
+            **given,
         )
         self.add_argument("--version", action="version", version=f"moco_isl {__version__}")
         self._plugins: _Plugins | None = None

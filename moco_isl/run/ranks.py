@@ -36,17 +36,21 @@ class DistributedOptions:
     """Devices and processes: MoCo's flags, and ours. A resumed run may change all of them."""
 
     world_size: int = opt(
-        -1, low=-1, may_change=True, help="number of nodes for distributed training"
+        -1, low=-1, may_change=True, rare=True, help="number of nodes for distributed training"
     )
-    rank: int = opt(-1, low=-1, may_change=True, help="node rank for distributed training")
+    rank: int = opt(
+        -1, low=-1, may_change=True, rare=True, help="node rank for distributed training"
+    )
     dist_url: str = opt(
         MOCO_DIST_URL,
         may_change=True,
+        rare=True,
         help="url used to set up distributed training (torchrun and launch/ set their own)",
     )
     dist_backend: str = opt(
         "nccl",
         may_change=True,
+        rare=True,
         help="distributed backend; gloo is taken where there is no CUDA",
     )
     dist_timeout: int = opt(
@@ -57,7 +61,7 @@ class DistributedOptions:
         rare=True,
         help="seconds after which a rank that waits for another gives up",
     )
-    gpu: int | None = opt(None, low=0, may_change=True, help="GPU id to use.")
+    gpu: int | None = opt(None, low=0, may_change=True, rare=True, help="GPU id to use.")
     multiprocessing_distributed: bool = opt(
         False,
         may_change=True,

@@ -29,7 +29,7 @@ class TrainingOptions:
 
     epochs: int = opt(200, low=1, help="number of total epochs to run")
     start_epoch: int = opt(
-        0, low=0, may_change=True, help="manual epoch number (useful on restarts)"
+        0, low=0, may_change=True, rare=True, help="manual epoch number (useful on restarts)"
     )
     batch_size: int = opt(
         256,
@@ -48,9 +48,11 @@ class TrainingOptions:
         help="learning rate schedule (when to drop lr by 10x); with several --isl-rounds"
         " epochs of each, if not said 60 % and 80 % of it",
     )
-    momentum: float = opt(0.9, low=0, high=1, help="momentum of SGD solver")
+    momentum: float = opt(0.9, low=0, high=1, rare=True, help="momentum of SGD solver")
     weight_decay: float = opt(1e-4, "--wd", "--weight-decay", low=0, help="weight decay")
-    print_freq: int = opt(10, "-p", "--print-freq", low=1, may_change=True, help="print frequency")
+    print_freq: int = opt(
+        10, "-p", "--print-freq", low=1, may_change=True, rare=True, help="print frequency"
+    )
     resume: str = opt(
         "",
         may_change=True,
@@ -201,6 +203,7 @@ class MiningOptions:
         "--isl-rounds",
         low=1,
         metavar="n",
+        rare=True,
         help="n equal rounds of training, each with a learning rate schedule of its own, and mining"
         " between them, as the paper, which has 4",
     )
@@ -231,13 +234,13 @@ class MiningOptions:
 
 GROUPS: flags.Groups = {
     "data set": (data.DataOptions,),
-    "training, as MoCo has it": (TrainingOptions,),
-    "MoCo's own": (MoCoOptions,),
-    "devices and processes": (ranks.DistributedOptions,),
     "run": (flags.ConfigOptions, FolderOptions, WatchOptions),
-    "network and numerics": (NetworkOptions, fast.SpeedOptions),
-    "ISL: the loss": (LossOptions, *OBJECTIVES.values()),
+    "MoCo's own": (MoCoOptions,),
+    "training, as MoCo has it": (TrainingOptions,),
     "ISL: mining": (MiningOptions, RoundMiner),
+    "ISL: the loss": (LossOptions, *OBJECTIVES.values()),
+    "network and numerics": (NetworkOptions, fast.SpeedOptions),
+    "devices and processes": (ranks.DistributedOptions,),
 }
 KINDS = flags.kinds_of(GROUPS)
 MAY_CHANGE = flags.may_change(*KINDS)
@@ -249,7 +252,8 @@ OF_A_START = flags.dests(flags.ConfigOptions, ranks.DistributedOptions) | {
 
 
 def get_parser(description: str) -> flags.Parser:
-    parser = flags.Parser(description=description, usage="%(prog)s [DIR] [flags]")
+    script = "python main_moco_isl.py"
+    parser = flags.Parser(script, description, usage="%(prog)s [DIR] [flags]")
     parser.add_groups(GROUPS)
     parser.add_plugins("miner", MINERS, find_miner)
     return parser
