@@ -23,7 +23,6 @@ from moco_isl import data, files
 from moco_isl.commands import as_typed
 from moco_isl.encoders import AMP_TYPES, BACKBONE, OUTPUT, Taps, require_side
 from moco_isl.errors import Interrupted
-from moco_isl.evaluation.backbone import EncoderOptions, describe, load_backbone
 from moco_isl.evaluation.subject import ReadOnce, mismatches
 from moco_isl.miners import MINERS, find_miner
 from moco_isl.mining.edges import pair_cosines
@@ -32,6 +31,7 @@ from moco_isl.mining.record import RoundReport, precision_of_ranking, round_reco
 from moco_isl.mining.rounds import Miner, RoundMiner, one_round
 from moco_isl.options import opt
 from moco_isl.run import devices, exits, flags, ranks
+from moco_isl.run.backbone import EncoderOptions, describe, load_backbone
 from moco_isl.run.folder import RunFolder, check_folder, held
 from moco_isl.run.ranks import say
 from moco_isl.run.signals import Stop

@@ -14,8 +14,8 @@ import main_moco_isl
 from moco_isl import data, mine
 from moco_isl.__main__ import main
 from moco_isl.encoders import build_encoder
-from moco_isl.evaluation.backbone import load_backbone
 from moco_isl.report.__main__ import main as report
+from moco_isl.run.backbone import load_backbone
 from tests.ranks import run_ranks
 
 SEED = "1"

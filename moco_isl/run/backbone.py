@@ -17,7 +17,6 @@ from types import SimpleNamespace
 
 import torch
 from torch import nn
-from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
 
 from moco_isl import files
 from moco_isl.builder import add_mlp
@@ -541,6 +540,11 @@ def _converted(encoder: nn.Module, arch: str, state: Tensors) -> Tensors:
             module = timm.models.model_entrypoint(arch.removeprefix("timm:")).__module__
             convert = getattr(importlib.import_module(module), "checkpoint_filter_fn", None)
             return convert(dict(state), encoder) if convert else state
+        from torchvision.models.vision_transformer import (
+            VisionTransformer,
+            interpolate_embeddings,
+        )
+
         if isinstance(encoder, VisionTransformer):
             return interpolate_embeddings(encoder.image_size, encoder.patch_size, dict(state))
     except Exception:  # of tensors that are no such network's, the library may raise anything
