@@ -42,7 +42,9 @@ class Plan:
     mines: bool
     start_epoch: int
     epochs: int
+    optimizer: str
     lr: float
+    warmup_epochs: int
     momentum: float
     weight_decay: float
     cos: bool
@@ -66,6 +68,7 @@ class Plan:
             cos=self.cos,
             schedule=self.schedule,
             rounds=self.isl_rounds,
+            warmup=self.warmup_epochs,
         )
 
     def mined(self, epoch: int) -> bool:
@@ -112,9 +115,11 @@ def check_file(
     model: nn.Module,
     *,
     isl_shape,
+    parameters: list[nn.Parameter],
     miner_shape: dict,
     labels: str | None,
     batch_size: int,
+    optimizer: str,
     momentum: float,
     fp16: bool,
     out: str,
@@ -122,7 +127,8 @@ def check_file(
     """Check the content of a start's file against the run that starts from it. Raises BadInput.
 
     images: those to train on. model: on any device. isl_shape, miner_shape: the `state_shape` of
-    either. labels: see `resume.labels_of`. Everything else follows from the flags.
+    either. parameters: those of the optimizer, on any device. labels: see `resume.labels_of`.
+    Everything else follows from the flags.
     """
     checkpoint.match(model, content, start.path)
     ours = content.get("isl")
@@ -134,11 +140,12 @@ def check_file(
         state.require_state(
             content,
             start.path,
-            model=model,
             isl=isl_shape,
+            parameters=parameters,
             miner=miner_shape,
             M=len(images),
             batch_size=batch_size,
+            optimizer=optimizer,
             momentum=momentum,
             fp16=fp16,
         )
@@ -146,7 +153,9 @@ def check_file(
         known = ours.get("images") == names
         state.require_queue(content, start.path, model, len(images) if known else None)
     elif start.goes_on and "optimizer" in content:
-        state.require_optimizer(content["optimizer"], start.path, [list(model.parameters())])
+        state.require_optimizer(
+            content["optimizer"], start.path, [parameters], adamw=optimizer == "adamw"
+        )
     if broken := checkpoint.exploded(content):
         raise BadInput(
             f"'{start.path}' holds values that are not finite, or too large to be squared"
@@ -187,13 +196,11 @@ def assemble(
     model: on its device. isl: its objective. miner: see mining.rounds.Miner.
     """
     cuda = reader.device.type == "cuda"
-    optimizer = fast.sgd(
-        model.parameters(),  # all of them, as in MoCo's files
-        plan.lr,
-        plan.momentum,
-        plan.weight_decay,
-        fused=numerics.fast and cuda,
-    )
+    fused = numerics.fast and cuda
+    if plan.optimizer == "adamw":
+        optimizer = fast.adamw(isl.parameters(), plan.lr, plan.weight_decay, fused)
+    else:
+        optimizer = fast.sgd(isl.parameters(), plan.lr, plan.momentum, plan.weight_decay, fused)
     scaler = torch.amp.GradScaler(reader.device.type, enabled=numerics.amp == "fp16")
     if numerics.fast:
         fast.count_batches_at_once(model)
