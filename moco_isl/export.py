@@ -155,7 +155,7 @@ def _backbone(
     if image_size:
         require_side(encoder, info["arch"], image_size)
     first = next(t for t in state.values() if t.dim() == 4)  # the first convolution
-    mean, std = normalisation(encoder, info)
+    mean, std = normalisation(encoder, info, first.shape[1])
     shape = {"image_size": side} if image_size or info["image_size"] else {}
     more = {"mean": json.dumps(mean), "std": json.dumps(std)} | {
         k: str(v) for k, v in shape.items()
@@ -163,18 +163,29 @@ def _backbone(
     return Backbone(encoder, state, info, side, first.shape[1], mean, std, card | more)
 
 
-def normalisation(encoder: nn.Module, info: dict) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def normalisation(
+    encoder: nn.Module, info: dict, channels: int
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """(mean, std) of the channels by which images were normalised in training.
 
-    Those of the data set that the file names; else those that timm knows of its network, else
-    ImageNet's.
+    Those that the file says, or of the data set that it names; else those that timm knows of its
+    network, else ImageNet's; of another number of channels than three ImageNet's average.
     """
-    row = SETS.get(info["args"].get("dataset"))
+    said = info["args"]
+    row = SETS.get(said.get("dataset"))
     config = getattr(encoder, "pretrained_cfg", {})
-    if row is None and "mean" in config:
-        return tuple(config["mean"]), tuple(config["std"])
-    row = row or SETS["folder"]
-    return row.mean, row.std
+    imagenet = SETS["folder"]
+    known = [
+        (said.get("mean"), said.get("std")),
+        (row and row.mean, row and row.std),
+        (config.get("mean"), config.get("std")),
+        (imagenet.mean, imagenet.std),
+    ]
+    for mean, std in known:
+        if mean and std and len(mean) == len(std) == channels:
+            return tuple(mean), tuple(std)
+    average = lambda values: (round(sum(values) / len(values), 3),) * channels
+    return average(imagenet.mean), average(imagenet.std)
 
 
 def _check_out(path: Path, to: str, out: Path) -> None:

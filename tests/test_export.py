@@ -531,6 +531,23 @@ def test_a_side_that_the_network_does_not_take_is_said(tmp_path, capsys):
     assert "does not take images of side 64" in capsys.readouterr().err and not out.exists()
 
 
+@pytest.mark.parametrize(
+    "arch,args,channels,mean",
+    [
+        ("digits", {"dataset": "cifar10"}, 3, (0.4914, 0.4822, 0.4465)),
+        ("digits", {"dataset": "cifar10", "mean": [0.1, 0.2], "std": [1.0, 2.0]}, 2, (0.1, 0.2)),
+        ("digits", {}, 3, (0.485, 0.456, 0.406)),
+        ("digits", {}, 1, (0.449,)),
+        ("timm:vit_tiny_patch16_224", {"dataset": "own.module:row"}, 3, (0.5, 0.5, 0.5)),
+        ("timm:vit_tiny_patch16_224", {"dataset": "folder"}, 3, (0.485, 0.456, 0.406)),
+    ],
+)
+def test_mean_and_std_are_those_of_the_training_where_they_are_known(arch, args, channels, mean):
+    encoder = build_encoder(arch, 8)
+    found = export.normalisation(encoder, {"args": args}, channels)
+    assert found[0] == mean and len(found[1]) == channels
+
+
 @pytest.mark.parametrize("to,name", [("hf", "folder"), ("onnx", "x.onnx")])
 def test_nothing_is_written_over_and_nothing_half_stays(moco_file, tmp_path, monkeypatch, to, name):
     out = tmp_path / name

@@ -5,11 +5,16 @@ Letters: N batch, C feature dimension, K queue length, M images.
 
 import copy
 import math
+import re
+import shlex
+from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 import main_moco_isl
@@ -23,9 +28,10 @@ from moco_isl.objectives.queue import build_predictor
 from moco_isl.run import checkpoint
 from moco_isl.training.engine import learning_rate
 from tests.ranks import run_ranks
-from tests.runs import differences
+from tests.runs import differences, photos
 
 M, N, C, K, T, SIDE, HIDDEN = 12, 6, 8, 12, 0.2, 8, 16
+ROOT = Path(__file__).parent.parent
 PATCHES = "patch_embed.proj"
 # 437 images, 7 steps an epoch, of a transformer of four patches
 RUN = (
@@ -199,11 +205,8 @@ def test_patches_of_timm_and_torchvision_are_found(arch):
 
 def test_adamw_moves_what_learns_and_keeps_its_state_in_the_file(whole):
     content = last(whole)
-    model = MoCo(lambda num_classes: build_encoder("timm:test_vit", num_classes, image_size=32), 16)
-    from moco_isl.builder import add_mlp
-
-    for encoder in (model.encoder_q, model.encoder_k):
-        add_mlp(encoder)
+    encoder = lambda num_classes: build_encoder("timm:test_vit", num_classes, image_size=32)
+    model = MoCo(encoder, 16, mlp=True)
     names = [name for name, _ in model.named_parameters()]
     predictor = build_predictor(16, HIDDEN)
     names += [f"predictor.{name}" for name, _ in predictor.named_parameters()]
@@ -270,6 +273,43 @@ def test_what_was_trained_goes_to_timm(whole, tmp_path):
         assert F.normalize(ours - ours.mean(0)).abs().max() > 0  # images are told apart
         assert torch.allclose(theirs(x), ours, atol=1e-5)
     assert timm.data.resolve_model_data_config(theirs)["input_size"] == (3, 32, 32)
+
+
+# ---- the pages
+
+
+def blocks(page, title, language=""):
+    """The blocks of code of a section of a page in docs/."""
+    text = (ROOT / "docs" / page).read_text()
+    section = re.search(rf"^## {title}\n(.*?)(?=^## )", text, re.M | re.S)[1]
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", section, re.M | re.S)
+    return [block for word, block in found if word == language]
+
+
+def test_commands_of_the_pages_run(tmp_path, monkeypatch):
+    photos(tmp_path / "DIR", n=16)
+    monkeypatch.chdir(tmp_path)
+    (command,) = blocks("moco.md", "Vision transformers")
+    command = command.replace("\\\n", " ")
+    small = ["--epochs", "3", "-b", "8", "-j", "0", "--moco-k", "16", "--device", "cpu"]
+    assert main_moco_isl.main([*shlex.split(command)[2:], *small]) == 0
+    assert last(Path("runs/vit"))["isl"]["state"]["predictor"]["0.weight"].shape == (256, 64)
+    # of a ResNet, as the page says
+    encoder = build_encoder("resnet18", 8)
+    Path("runs/isl").mkdir()
+    content = {"arch": "resnet18", "state_dict": encoder.state_dict()}
+    torch.save(content, "runs/isl/checkpoint_last.pth.tar")
+    (commands,) = blocks("evaluate.md", "Other libraries")
+    for line in commands.splitlines():
+        assert export.main([*shlex.split(line)[3:]]) == 0
+    names = {"image": Image.new("RGB", (300, 200)), "images": np.zeros((2, 3, 224, 224), "f")}
+    python = blocks("evaluate.md", "Other libraries", "python")
+    assert len(python) == 3
+    for block in python:
+        exec(block, names)
+        names.setdefault("of_timm", names.get("features"))
+    assert names["of_timm"].shape == (1, 512) and names["features"].shape == (2, 512)
+    assert names["model"].num_classes == 10
 
 
 # ---- bad input
