@@ -19,7 +19,7 @@ from contextlib import closing
 import torch
 
 from moco_isl import data, dist, files
-from moco_isl.encoders import build_encoder, on_meta, require_side, split_batch_norm
+from moco_isl.encoders import build_encoder, freeze_patches, on_meta, require_side, split_batch_norm
 from moco_isl.evaluation.knn import weighted_knn
 from moco_isl.evaluation.linear import probe_accuracy
 from moco_isl.miners import find_miner
@@ -103,15 +103,18 @@ def prepare(
         model = build_model(args, images.side)
         require_side(model.encoder_q, args.arch, images.side)
     if start.path:
+        isl_shape, parameters = options.state_shape(args, model)
         pretrain.check_file(
             start,
             content,
             images.train,
             model,
-            isl_shape=OBJECTIVES[args.objective].state_shape(model),
+            isl_shape=isl_shape,
+            parameters=parameters,
             miner_shape=miner.state_shape(args.moco_dim),
             labels=resume.labels_of(miner),
             batch_size=args.batch_size,
+            optimizer=args.optimizer,
             momentum=args.momentum,
             fp16=args.amp == "fp16",
             out=args.out,
@@ -197,6 +200,8 @@ def get_ready(
 def build_model(args: argparse.Namespace, size: int) -> torch.nn.Module:
     def base_encoder(num_classes: int) -> torch.nn.Module:
         encoder = build_encoder(args.arch, num_classes, args.stem, size, args.channels)
+        if args.stop_grad_conv1:
+            freeze_patches(encoder, args.arch)
         return split_batch_norm(encoder, args.bn_splits) if args.bn_splits > 1 else encoder
 
     return OBJECTIVES[args.objective].build_model(

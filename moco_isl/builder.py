@@ -142,17 +142,29 @@ class MoCo(nn.Module):
         back = order.argsort().view(world, N)[dist.rank()]
         return dist.all_gather_rows(encoded(everything[mine]))[back]
 
+    def _encode_queries(self, images: torch.Tensor, predictor: nn.Module | None) -> torch.Tensor:
+        """Unit rows [N, C], with gradient, of images [N, 3, S, S]; see `encode`."""
+        rows = self.encoder_q(images)
+        if predictor is not None:
+            rows = predictor(rows)
+        return F.normalize(rows.float(), dim=1)
+
     def encode(
-        self, im_q: torch.Tensor, im_k: torch.Tensor, symmetric: bool = False
+        self,
+        im_q: torch.Tensor,
+        im_k: torch.Tensor,
+        symmetric: bool = False,
+        predictor: nn.Module | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries with gradient and keys without; moves the key encoder one momentum step.
 
         im_q, im_k: [N, 3, S, S]. Returns q and k, unit rows [N, C] float32. With `symmetric` each
         view is query once and key once: [2N, C], the second half with the views exchanged.
+        predictor: [N, C] -> [N, C], between the query encoder and q, as in MoCo v3.
         """
-        q = F.normalize(self.encoder_q(im_q).float(), dim=1)
+        q = self._encode_queries(im_q, predictor)
         if symmetric:
-            q = torch.cat([q, F.normalize(self.encoder_q(im_k).float(), dim=1)])
+            q = torch.cat([q, self._encode_queries(im_k, predictor)])
         with torch.no_grad():
             self._momentum_update_key_encoder()
             k = self._encode_keys(im_k)

@@ -219,15 +219,17 @@ def _buffer_to_meta(module: nn.Module, name: str, buffer: torch.Tensor | None):
 def as_in_library(encoder: nn.Module, name: str) -> bool:
     """Whether the library of this name has the same network, so that its code loads the backbone.
 
-    Compares names and shapes without the head: a small stem, or a transformer for another image
-    size, differs. True for names that no library has.
+    Compares names and shapes without the head: a small stem, or a transformer of torchvision for
+    another image size, differs. True for names that no library has.
     """
     library = _library_of(name)
     if library is None:
         return True
     # timm's take any number of channels, torchvision's take RGB
     channels = channels_of(encoder) if library is _build_timm else 3
-    theirs = on_meta(lambda: library(name, 1, None, channels))
+    # timm.create_model takes the side of a vision transformer, and our exports name it
+    side = getattr(getattr(encoder, "patch_embed", None), "img_size", None)
+    theirs = on_meta(lambda: library(name, 1, side and side[0], channels))
     return backbone_shapes(encoder) == backbone_shapes(theirs)
 
 
@@ -388,6 +390,22 @@ def require_side(encoder: nn.Module, arch: str, side: int) -> None:
             f"{arch} does not take images of side {side} ({reason}): give the --image-size it was"
             " made for"
         ) from error
+
+
+def freeze_patches(encoder: nn.Module, arch: str) -> nn.Module:
+    """Take the projection of the patches out of the training, as MoCo v3 does; returns the encoder.
+
+    It stays as it was drawn: its gradients are what makes the training of a transformer jump (Chen,
+    Xie and He, 2021, section 4.1). Raises BadInput where the network does not begin with one.
+    """
+    first = next((layer for layer in encoder.modules() if isinstance(layer, nn.Conv2d)), None)
+    if first is None or first.kernel_size != first.stride or max(first.stride) == 1:
+        raise BadInput(
+            f"{arch} does not begin with a projection of patches: leave out --stop-grad-conv1,"
+            " which is for vision transformers"
+        )
+    first.requires_grad_(False)
+    return encoder
 
 
 # ---- the head: the last linear layer, or the MLP that MoCo v2 puts in its place ------------------

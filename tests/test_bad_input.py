@@ -250,6 +250,10 @@ TOGETHER = [
         [*RUN, *OUT, "--moco-k", "64", "--symmetric"],
     ),
     ("symmetric with the bank", [*RUN, *OUT, "--objective", "bank", "--symmetric"]),
+    ("a predictor with the bank", [*RUN, *OUT, "--objective", "bank", "--predictor", "8"]),
+    ("momentum for AdamW", [*RUN, *OUT, "--optimizer", "adamw", "--momentum", "0.5"]),
+    ("a warm-up without an end", [*RUN, *OUT, "--warmup-epochs", "100"]),
+    ("patches of a network that has none", [*RUN, *OUT, "--stop-grad-conv1"]),
     (
         "a minimum above the cap",
         [*RUN, *OUT, "--miner", "gan", "--isl-gan-iters", "10", "--isl-gan-min-iters", "20"],

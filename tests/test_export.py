@@ -1,9 +1,16 @@
 """Every library reads what we export, and answers as ours; MoCo's own probe reads our files."""
 
+import dataclasses
+import errno
 import json
+import sys
 from functools import partial
 
+import numpy as np
+import onnx
+import onnxruntime
 import pytest
+import timm
 import torch
 import torchvision
 from safetensors import safe_open
@@ -11,7 +18,7 @@ from safetensors import safe_open
 import main_moco_isl
 from moco_isl import export
 from moco_isl.builder import MoCo
-from moco_isl.encoders import build_encoder
+from moco_isl.encoders import BACKBONE, Taps, build_encoder
 from moco_isl.evaluation.subject import fingerprint
 from moco_isl.run.backbone import load_backbone
 
@@ -88,7 +95,6 @@ def test_torchvision_misses_exactly_the_classifier(moco_file, tmp_path, key, cap
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
 def test_timm_loads_strictly(moco_file, tmp_path, suffix):
-    timm = pytest.importorskip("timm")
     path, model = moco_file
     out = tmp_path / f"timm.{suffix}"
     assert run(path, "--to", "timm", "--out", out) == 0
@@ -101,7 +107,6 @@ def test_timm_loads_strictly(moco_file, tmp_path, suffix):
 
 
 def test_a_timm_encoder_goes_back_to_timm(tmp_path):
-    timm = pytest.importorskip("timm")
     encoder = build_encoder("timm:resnet10t", 16)
     torch.save({"arch": "timm:resnet10t", "state_dict": encoder.state_dict()}, tmp_path / "own.pth")
     assert run(tmp_path / "own.pth", "--to", "timm", "--out", tmp_path / "timm.pth") == 0
@@ -225,12 +230,13 @@ def test_detectron2_has_the_names_its_resnets_expect(tmp_path, arch, blocks):
         ("resnet18", "imagenet", "detectron2", "x.pkl", "name it .pth"),
         ("digits", "auto", "safetensors", ".", "is a folder"),
         ("digits", "auto", "safetensors", "moco.pth.tar", "the file to read"),
-        ("digits", "auto", "onnx", "x.onnx", "onnx"),
+        ("digits", "auto", "hf", "x", "timm has no network of the shape of digits"),
+        ("resnet18", "cifar", "hf", "x", "timm has no network of the shape of resnet18"),
+        ("digits", "auto", "hf", "x.safetensors", "--to hf writes a folder"),
+        ("digits", "auto", "onnx", "x.pth", "name an ONNX file .onnx"),
     ],
 )
 def test_what_a_library_cannot_hold_is_said(tmp_path, capsys, arch, stem, to, out, said):
-    if to == "timm":
-        pytest.importorskip("timm")
     encoder = build_encoder(arch, 8, stem=stem)
     torch.save({"arch": arch, "state_dict": encoder.state_dict()}, tmp_path / "moco.pth.tar")
     assert run(tmp_path / "moco.pth.tar", "--to", to, "--out", tmp_path / out) == 2
@@ -358,7 +364,6 @@ def test_whoever_may_read_other_new_files_may_read_an_export(moco_file, tmp_path
 
 
 def test_detectron2_takes_a_timm_resnet_and_the_tensors_are_counted(tmp_path, capsys):
-    timm = pytest.importorskip("timm")
     torch.save(timm.create_model("resnet18", pretrained=False).state_dict(), tmp_path / "t.pth")
     assert (
         run(
@@ -374,6 +379,203 @@ def test_detectron2_takes_a_timm_resnet_and_the_tensors_are_counted(tmp_path, ca
     )
     written = torch.load(tmp_path / "d.pth", weights_only=True)["model"]
     assert f"{len(written)} tensors" in capsys.readouterr().out
+
+
+# ---- ONNX and Hugging Face folders
+
+
+def small_vit(path, side=32):
+    """A file of ours with a small ViT for images of that side, and its query encoder."""
+    torch.manual_seed(0)
+    encoder = lambda num_classes: build_encoder("timm:test_vit", num_classes, image_size=side)
+    model = MoCo(encoder, dim=16, K=32, mlp=True)
+    state = {f"module.{n}": t for n, t in model.state_dict().items()}
+    args = {"dataset": "cifar10", "image_size": side}
+    content = {"epoch": 7, "arch": "timm:test_vit", "state_dict": state, "args": args}
+    torch.save(content, path)
+    return model.encoder_q.eval()
+
+
+@torch.no_grad()
+def features(encoder, x):
+    found = Taps(encoder.eval(), [BACKBONE])(x)[BACKBONE]
+    assert found.abs().max() > 0.1 and (len(x) == 1 or found.std(0).max() > 0.01)
+    return found
+
+
+def said_to_run(text, start):
+    """What the line of the command that begins so says to write."""
+    return next(line for line in text.splitlines() if line.startswith(start)).removeprefix(start)
+
+
+@pytest.mark.parametrize(
+    "arch,dynamo",
+    [("resnet18", False), ("timm:test_vit", True), ("timm:test_vit", False), ("digits", True)],
+)
+def test_onnx_takes_any_batch_and_answers_as_ours(tmp_path, capsys, monkeypatch, arch, dynamo):
+    if dynamo and not export._has_dynamo():
+        pytest.skip("an older torch")
+    monkeypatch.setattr(export, "_has_dynamo", lambda: dynamo)
+    path, out = tmp_path / "moco.pth.tar", tmp_path / "backbone.onnx"
+    if arch == "timm:test_vit":
+        encoder, size = small_vit(path), []
+    else:
+        encoder, size = write_moco(path, arch).encoder_q, ["--image-size", 24]
+    side = 24 if size else 32
+    assert run(path, "--to", "onnx", "--out", out, *size) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["backbone.onnx", "moco.pth.tar"]
+    how = said_to_run(capsys.readouterr().out, "=> read it by ")
+    for N in (1, 3, 8):
+        x = torch.randn(N, 3, side, side, generator=torch.Generator().manual_seed(N))
+        theirs = eval(how, {"onnxruntime": onnxruntime, "images": x.numpy()})
+        ours = features(encoder, x)
+        assert theirs.shape == ours.shape and theirs.dtype == np.float32
+        assert np.allclose(theirs, ours, atol=1e-4 * max(1, float(ours.abs().max())))
+    session = onnxruntime.InferenceSession(out)
+    (given,), (got,) = session.get_inputs(), session.get_outputs()
+    assert (given.name, given.shape[1:], got.name) == ("images", [3, side, side], "features")
+    card = session.get_modelmeta().custom_metadata_map
+    assert card["arch"] == arch and card["image_size"] == str(side)
+    assert card["source_sha256"] == fingerprint(path)
+    assert json.loads(card["mean"]) == [0.4914, 0.4822, 0.4465]
+    assert json.loads(card["std"]) == [0.2023, 0.1994, 0.2010]
+
+
+def test_an_onnx_file_that_answers_otherwise_does_not_stay(
+    moco_file, tmp_path, monkeypatch, capsys
+):
+    def other(backbone, place):
+        plain(dataclasses.replace(backbone, encoder=build_encoder("resnet18", 16)), place)
+
+    plain = export._write_onnx
+    monkeypatch.setattr(export, "_write_onnx", other)
+    monkeypatch.setattr(export, "_has_dynamo", lambda: False)  # the faster of both
+    out = tmp_path / "x.onnx"
+    assert run(moco_file[0], "--to", "onnx", "--out", out, "--image-size", 32) == 3
+    assert "differs from the checkpoint" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "timm:test_vit"])
+def test_a_hugging_face_folder_is_read_by_timm(tmp_path, capsys, arch):
+    path, out = tmp_path / "moco.pth.tar", tmp_path / "folder"
+    if arch == "resnet18":
+        encoder, side = write_moco(path, arch).encoder_q, 224
+    else:
+        encoder, side = small_vit(path), 32
+    assert run(path, "--to", "hf", "--out", out) == 0
+    said = capsys.readouterr().out
+    model = eval(said_to_run(said, "=> read it by ").split(";")[0], {"timm": timm}).eval()
+    x = images(side)
+    assert torch.allclose(model(x), features(encoder, x), atol=1e-5)
+    with torch.no_grad():
+        judged = eval(said_to_run(said, "=> to train 10 classes: "), {"timm": timm}).eval()
+        assert judged(x).shape == (2, 10)
+        assert torch.allclose(
+            judged.forward_head(judged.forward_features(x), pre_logits=True), model(x), atol=1e-5
+        )
+    # what timm takes an image by: the numbers of the training, none of timm's own weights
+    config = timm.data.resolve_model_data_config(model)
+    assert config["input_size"] == (3, side, side)
+    assert list(config["mean"]) == [0.4914, 0.4822, 0.4465]
+    assert list(config["std"]) == [0.2023, 0.1994, 0.2010]
+    assert config["crop_pct"] == (1.0 if side == 32 else 0.875)
+    whole = json.loads((out / "config.json").read_text())
+    assert whole["architecture"] == arch.removeprefix("timm:") and whole["num_classes"] == 0
+    assert whole["num_features"] == model.num_features
+    assert not {"tag", "url", "hf_hub_id", "license", "origin_url"} & set(whole["pretrained_cfg"])
+    assert sorted(p.name for p in out.iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    ]
+    modes = {p.stat().st_mode for p in out.iterdir()}
+    assert len(modes) == 1  # of all alike: whoever may read one may read the others
+    readme = (out / "README.md").read_text()
+    assert readme.startswith("---\nlibrary_name: timm\n") and fingerprint(path) in readme
+    own, info = load_backbone(out / "model.safetensors")
+    assert info["arch"] == arch and torch.allclose(features(own, x), model(x), atol=1e-5)
+
+
+def test_the_way_to_ten_classes_that_is_said_for_timm_works_and_the_other_does_not(
+    moco_file, tmp_path, capsys
+):
+    out = tmp_path / "backbone.pth"
+    assert run(moco_file[0], "--to", "timm", "--out", out) == 0
+    said = capsys.readouterr().out
+    names = {"timm": timm}
+    exec(said_to_run(said, "=> read it by "), names)
+    wanted = names["model"].eval()(images())
+    said_to_run(said, "=> to train 10 classes: model.reset_classifier(10)")
+    names["model"].reset_classifier(10)
+    assert names["model"](images()).shape == (2, 10)
+    assert torch.equal(names["model"].forward_features(images()).mean((2, 3)), wanted)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        timm.create_model("resnet18", num_classes=10, checkpoint_path=str(out))
+
+
+def test_a_vit_for_small_images_goes_to_timm_with_its_size(tmp_path, capsys):
+    encoder, out = small_vit(tmp_path / "moco.pth.tar"), tmp_path / "vit.safetensors"
+    assert run(tmp_path / "moco.pth.tar", "--to", "timm", "--out", out) == 0
+    names = {"timm": timm}
+    exec(said_to_run(capsys.readouterr().out, "=> read it by "), names)
+    x = images(32)
+    assert torch.allclose(names["model"].eval()(x), features(encoder, x), atol=1e-5)
+
+
+def test_a_side_that_the_network_does_not_take_is_said(tmp_path, capsys):
+    encoder = build_encoder("timm:vit_tiny_patch16_224", 16, image_size=32)
+    content = {"arch": "timm:vit_tiny_patch16_224", "state_dict": encoder.state_dict()}
+    torch.save(content, tmp_path / "vit.pth")
+    out = tmp_path / "x.onnx"
+    assert run(tmp_path / "vit.pth", "--to", "onnx", "--out", out, "--image-size", 64) == 2
+    assert "does not take images of side 64" in capsys.readouterr().err and not out.exists()
+
+
+@pytest.mark.parametrize(
+    "arch,args,channels,mean",
+    [
+        ("digits", {"dataset": "cifar10"}, 3, (0.4914, 0.4822, 0.4465)),
+        ("digits", {"dataset": "cifar10", "mean": [0.1, 0.2], "std": [1.0, 2.0]}, 2, (0.1, 0.2)),
+        ("digits", {}, 3, (0.485, 0.456, 0.406)),
+        ("digits", {}, 1, (0.449,)),
+        ("timm:vit_tiny_patch16_224", {"dataset": "own.module:row"}, 3, (0.5, 0.5, 0.5)),
+        ("timm:vit_tiny_patch16_224", {"dataset": "folder"}, 3, (0.485, 0.456, 0.406)),
+    ],
+)
+def test_mean_and_std_are_those_of_the_training_where_they_are_known(arch, args, channels, mean):
+    encoder = build_encoder(arch, 8)
+    found = export.normalisation(encoder, {"args": args}, channels)
+    assert found[0] == mean and len(found[1]) == channels
+
+
+@pytest.mark.parametrize("to,name", [("hf", "folder"), ("onnx", "x.onnx")])
+def test_nothing_is_written_over_and_nothing_half_stays(moco_file, tmp_path, monkeypatch, to, name):
+    out = tmp_path / name
+    out.mkdir()
+    (out / "mine").write_text("days of work")
+    assert run(moco_file[0], "--to", to, "--out", out) == 2
+    assert [p.name for p in out.iterdir()] == ["mine"]
+    (out / "mine").unlink()
+    out.rmdir()
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(export, "_readme", full)
+    monkeypatch.setattr(onnx.checker, "check_model", full)
+    monkeypatch.setattr(export, "_has_dynamo", lambda: False)
+    assert run(moco_file[0], "--to", to, "--out", out, "--image-size", 32) == 3
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("missing", ["onnx", "onnxruntime"])
+def test_a_missing_package_is_named_with_its_extra(
+    moco_file, tmp_path, monkeypatch, capsys, missing
+):
+    monkeypatch.setitem(sys.modules, missing, None)
+    assert run(moco_file[0], "--to", "onnx", "--out", tmp_path / "x.onnx") == 2
+    error = capsys.readouterr().err
+    assert missing in error and "pip install 'moco_isl[onnx]'" in error and error.count("\n") == 1
 
 
 # ---- the other way: MoCo's own main_lincls.py reads what main_moco_isl.py writes

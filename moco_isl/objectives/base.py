@@ -3,6 +3,7 @@
 Letters: N batch, C feature dimension, M images, P positives of an image after padding.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, fields
@@ -64,13 +65,17 @@ class Objective:
                 " len(dataset)"
             )
         self.device = next(self.model.parameters()).device
-        self.encode = self.encode or distributed_encode(self.model)
+        self.encode = self.encode or distributed_encode(self.model, **self.encode_options())
         self.positives = PositiveSets.empty(self.num_images, self.device)
         self.round = 0  # the number of the last round of mining
         self.turn = 0  # which window of a large set is looked at: the epoch
         self.begun = False  # a first step has been taken
         self.parts: Parts = {}  # of the last step, detached
         require_same_images(self.num_images)
+
+    def encode_options(self) -> dict[str, nn.Module]:
+        """Modules that the model's `encode` takes by name, and that train with it."""
+        return {}
 
     @classmethod
     def options(cls) -> set[str]:
@@ -91,6 +96,10 @@ class Objective:
     def encoder(self) -> nn.Module:
         """The encoder whose features are mined."""
         return self.model.encoder_q
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What an optimizer is for: all of the model's, as in MoCo's files, and what is beside."""
+        return list(self.model.parameters())
 
     def __call__(self, *batch: Tensor) -> Tensor:
         """loss = isl(im_q, im_k, index): a mean over the batch; `parts` says what is in it.
@@ -425,21 +434,25 @@ def require_same_images(num_images: int) -> None:
 
 
 class Encode(nn.Module):
-    """`model.encode` as a `forward`, which is what DistributedDataParallel wants to wrap."""
+    """`model.encode` as a `forward`, which is what DistributedDataParallel wants to wrap.
 
-    def __init__(self, model: nn.Module):
+    more: modules that `encode` takes by name.
+    """
+
+    def __init__(self, model: nn.Module, **more: nn.Module):
         super().__init__()
         self.model = model
+        self.more = nn.ModuleDict(more)
 
     def forward(self, *images: Tensor, **options):
-        return self.model.encode(*images, **options)
+        return self.model.encode(*images, **options, **self.more)
 
 
-def distributed_encode(model: nn.Module) -> Callable:
-    """`model.encode`, which averages gradients over the ranks where there are any."""
+def distributed_encode(model: nn.Module, **more: nn.Module) -> Callable:
+    """`model.encode`, which averages gradients over the ranks where there are any; see `Encode`."""
     if dist.world_size() == 1:
-        return model.encode
-    encode = Encode(model)
+        return functools.partial(model.encode, **more) if more else model.encode
+    encode = Encode(model, **more)
     # The queue is equal on all ranks, and by far the largest buffer: not sent at every forward.
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
         encode, ["model.queue", "model.queue_ptr"]

@@ -18,6 +18,7 @@ from torch import nn
 from moco_isl import dist
 from moco_isl.bank import QueueSlots
 from moco_isl.builder import MoCo
+from moco_isl.errors import BadInput
 from moco_isl.losses import (
     FORMS,
     accuracy,
@@ -27,9 +28,9 @@ from moco_isl.losses import (
     softmax_over,
     with_own_key,
 )
-from moco_isl.objectives.base import MinedObjective, Parts
+from moco_isl.objectives.base import MinedObjective, Parts, check_at_least
 from moco_isl.options import opt
-from moco_isl.schema import Holds
+from moco_isl.schema import Holds, like, require
 
 Tensor = torch.Tensor
 
@@ -44,6 +45,15 @@ class QueueObjective(MinedObjective):
         " the sum of both directions, as in MoCo's notebook; with the settings of a library that"
         " takes the mean give half the --lr and twice the --wd",
     )
+    predictor: int = opt(
+        0,
+        low=0,
+        high=1 << 20,
+        metavar="n",
+        rare=True,
+        help="a predictor behind the query encoder, as in MoCo v3: an MLP with n hidden units and"
+        " batch norm, which MoCo v3 gives 4096; the key encoder has none (0: none)",
+    )
     mask: bool = True  # leave the image itself and its set out of its negatives
 
     usual_mix: ClassVar[float] = 1.0
@@ -51,6 +61,16 @@ class QueueObjective(MinedObjective):
     has_queue: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        check_at_least(0, predictor=self.predictor)
+        self.predict = None
+        if self.predictor:
+            if self.encode is not None:
+                raise BadInput(
+                    "predictor is given, and encode too: expected only one of them, because the"
+                    " predictor has to be in what is wrapped"
+                )
+            device = next(self.model.parameters()).device
+            self.predict = build_predictor(self.model.dim, self.predictor).to(device)
         super().__post_init__()
         self.slots = QueueSlots(self.num_images, self.model.K, self.directions, self.device)
         # The queue begins at random. Ranks take that of rank 0; equal writes then keep it equal.
@@ -65,6 +85,13 @@ class QueueObjective(MinedObjective):
     @staticmethod
     def views(hpe: float) -> int:
         return 2
+
+    def encode_options(self) -> dict[str, nn.Module]:
+        return {} if self.predict is None else {"predictor": self.predict}
+
+    def parameters(self) -> list[nn.Parameter]:
+        beside = [] if self.predict is None else self.predict.parameters()
+        return [*super().parameters(), *beside]
 
     @property
     def directions(self) -> int:
@@ -155,6 +182,9 @@ class QueueObjective(MinedObjective):
         return None if self.active else (self.model.K, self.model.K / self.num_images)
 
     def start_from(self, state: dict, same_images: bool, features: Callable) -> None:
+        saved = state.get("predictor")
+        if self.predict is not None and _fits(saved, self.predict):
+            self.predict.load_state_dict(saved)
         slots = state.get("slots")
         if slots is None:
             return
@@ -163,12 +193,42 @@ class QueueObjective(MinedObjective):
         self.slots.held = slots["held"]
 
     def state_dict(self) -> dict:
-        return super().state_dict() | {"slots": self.slots.state_dict()}
+        state = super().state_dict() | {"slots": self.slots.state_dict()}
+        if self.predict is not None:  # here, so that the model's names stay those of MoCo
+            state["predictor"] = dict(self.predict.state_dict())
+        return state
 
     def load_state_dict(self, state: dict) -> None:
         super().load_state_dict(state)
         self.slots.load_state_dict(state["slots"])
+        if self.predict is not None:
+            self.predict.load_state_dict(state["predictor"])
 
     @classmethod
-    def state_shape(cls, model: MoCo) -> Holds:
-        return super().state_shape(model, slots=QueueSlots.state_shape(model.K))
+    def state_shape(cls, model: MoCo, predictor: nn.Module | None = None) -> Holds:
+        """predictor: one of the shapes of the file's, on any device; None: it has none."""
+        more = {} if predictor is None else {"predictor": like(predictor.state_dict())}
+        return super().state_shape(model, slots=QueueSlots.state_shape(model.K), **more)
+
+
+def build_predictor(dim: int, hidden: int) -> nn.Sequential:
+    """MoCo v3's predictor: [N, dim] -> [N, dim], two linear layers, each with batch norm.
+
+    The last batch norm has no weights: q is scaled to a unit row anyway.
+    """
+    return nn.Sequential(
+        nn.Linear(dim, hidden, bias=False),
+        nn.BatchNorm1d(hidden),
+        nn.ReLU(inplace=True),
+        nn.Linear(hidden, dim, bias=False),
+        nn.BatchNorm1d(dim, affine=False),
+    )
+
+
+def _fits(saved: object, predictor: nn.Module) -> bool:
+    """Whether a state dict, out of a file that was not checked, is one of this predictor."""
+    try:
+        require(saved, like(predictor.state_dict()), "the predictor")
+    except BadInput:
+        return False
+    return True

@@ -37,17 +37,27 @@ class Position:
 
 
 def learning_rate(
-    epoch: int, *, lr: float, epochs: int, cos: bool, schedule: list[int], rounds: int = 1
+    epoch: int,
+    *,
+    lr: float,
+    epochs: int,
+    cos: bool,
+    schedule: list[int],
+    rounds: int = 1,
+    warmup: int = 0,
 ) -> float:
     """MoCo's learning rate of an epoch.
 
     It falls by half a cosine over the run, or is multiplied by 0.1 at every epoch of the schedule.
+    Before the cosine it rises over `warmup` epochs, by equal steps, to lr.
     With several rounds the epochs are divided evenly, and the schedule starts anew in each.
     """
     length = math.ceil(epochs / rounds)
     epoch = epoch % length
+    if epoch < warmup:
+        return lr * (epoch + 1) / warmup
     if cos:
-        return lr * 0.5 * (1.0 + math.cos(math.pi * epoch / length))
+        return lr * 0.5 * (1.0 + math.cos(math.pi * (epoch - warmup) / (length - warmup)))
     return lr * 0.1 ** sum(epoch >= milestone for milestone in schedule)
 
 

@@ -100,6 +100,11 @@ def sgd(
     )
 
 
+def adamw(parameters, lr: float, weight_decay: float, fused: bool) -> torch.optim.AdamW:
+    """MoCo v3's optimizer of vision transformers; fused: one kernel for all parameters (CUDA)."""
+    return torch.optim.AdamW(parameters, lr, weight_decay=weight_decay, fused=fused or None)
+
+
 @torch.no_grad()
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
     """Load the moments of a state that `training.state.require_optimizer` has checked.

@@ -10,11 +10,12 @@ import torch
 from moco_isl import data
 from moco_isl.builder import MoCo
 from moco_isl.data.label_list import read_labels
-from moco_isl.encoders import STEMS
+from moco_isl.encoders import STEMS, on_meta
 from moco_isl.miners import MINERS, find_miner
 from moco_isl.mining.rounds import RoundMiner
 from moco_isl.objectives import OBJECTIVES
 from moco_isl.objectives.base import MinedObjective, Objective
+from moco_isl.objectives.queue import build_predictor
 from moco_isl.options import default_of, flags_of, opt
 from moco_isl.run import flags, loggers, ranks
 from moco_isl.run.folder import FolderOptions
@@ -95,6 +96,32 @@ class MoCoOptions:
     mlp: bool = opt(default_of(MoCo, "mlp"), help="MoCo v2: use mlp head")
     aug_plus: bool = opt(False, help="MoCo v2: use its data augmentation")
     cos: bool = opt(False, help="MoCo v2: use cosine lr schedule")
+
+
+@dataclass(kw_only=True)
+class MoCoV3Options:
+    """What MoCo v3 changes for vision transformers; its predictor is the queue objective's."""
+
+    optimizer: str = opt(
+        "sgd",
+        choices=("sgd", "adamw"),
+        rare=True,
+        help="adamw: what vision transformers need, with --lr 1.5e-4 x batch size / 256 and --wd"
+        " 0.1 in MoCo v3",
+    )
+    warmup_epochs: int = opt(
+        0,
+        low=0,
+        metavar="n",
+        rare=True,
+        help="epochs over which the learning rate rises to --lr, by equal steps, before it falls;"
+        " with several --isl-rounds in each of them (MoCo v3: 40 of 300)",
+    )
+    stop_grad_conv1: bool = opt(
+        False,
+        rare=True,
+        help="leave a vision transformer's projection of patches as it was drawn, without training",
+    )
 
 
 @dataclass(kw_only=True)
@@ -236,6 +263,7 @@ GROUPS: flags.Groups = {
     "data set": (data.DataOptions,),
     "run": (flags.ConfigOptions, FolderOptions, WatchOptions),
     "MoCo's own": (MoCoOptions,),
+    "MoCo v3's, for vision transformers": (MoCoV3Options,),
     "training, as MoCo has it": (TrainingOptions,),
     "ISL: mining": (MiningOptions, RoundMiner),
     "ISL: the loss": (LossOptions, *OBJECTIVES.values()),
@@ -290,6 +318,19 @@ def default_flags(miner: str) -> dict:
     return {flag.dest: flag.default for kind in kinds for flag in flags_of(kind).values()}
 
 
+def state_shape(args: argparse.Namespace, model: torch.nn.Module) -> tuple[object, list]:
+    """(shape of the state of the objective, parameters of its optimizer) that the flags describe.
+
+    model: on any device.
+    """
+    kind = OBJECTIVES[args.objective]
+    parameters = list(model.parameters())
+    if not args.predictor:
+        return kind.state_shape(model), parameters
+    predictor = on_meta(lambda: build_predictor(args.moco_dim, args.predictor))
+    return kind.state_shape(model, predictor), [*parameters, *predictor.parameters()]
+
+
 def idle(args: argparse.Namespace) -> list[str]:
     """The flags of a round that were given though nothing is mined."""
     if args.miner != "none":
@@ -309,6 +350,7 @@ def check_args(args: argparse.Namespace) -> None:
     )
     _check_batch(args)
     _check_objective(args)
+    _check_optimizer(args)
     _check_miner(args)
     _fill_in(args)
 
@@ -344,9 +386,23 @@ def _check_objective(args: argparse.Namespace) -> None:
         f"--moco-k {args.moco_k} is smaller than the {keys} keys of one step: use at least that",
     )
     flags.check(kind.has_queue or not args.symmetric, "--symmetric belongs to --objective queue")
+    flags.check(kind.has_queue or not args.predictor, "--predictor belongs to --objective queue")
     flags.check(
         kind.mined or args.miner == "none",
         f"--objective {args.objective} has no use for positives: leave --miner none",
+    )
+
+
+def _check_optimizer(args: argparse.Namespace) -> None:
+    flags.check(
+        args.optimizer == "sgd" or args.momentum == flags_of(TrainingOptions)["momentum"].default,
+        f"--momentum {args.momentum:g} is SGD's: leave it out with --optimizer {args.optimizer}",
+    )
+    length = args.epochs // args.isl_rounds
+    flags.check(
+        not args.warmup_epochs or args.warmup_epochs < length,
+        f"--warmup-epochs {args.warmup_epochs} leaves nothing of the {length} epochs of a learning"
+        " rate schedule: give fewer, or more --epochs",
     )
 
 

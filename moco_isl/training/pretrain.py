@@ -43,7 +43,9 @@ class Plan:
     mines: bool
     start_epoch: int
     epochs: int
+    optimizer: str
     lr: float
+    warmup_epochs: int
     momentum: float
     weight_decay: float
     cos: bool
@@ -67,6 +69,7 @@ class Plan:
             cos=self.cos,
             schedule=self.schedule,
             rounds=self.isl_rounds,
+            warmup=self.warmup_epochs,
         )
 
     def mined(self, epoch: int) -> bool:
@@ -113,9 +116,11 @@ def check_file(
     model: nn.Module,
     *,
     isl_shape,
+    parameters: list[nn.Parameter],
     miner_shape: dict,
     labels: str | None,
     batch_size: int,
+    optimizer: str,
     momentum: float,
     fp16: bool,
     out: str,
@@ -126,8 +131,8 @@ def check_file(
 
     Weights of any other kind than a MoCo file's become one of the query encoder alone (see
     `backbone.into_start`). images: those to train on. model: on any device. isl_shape, miner_shape:
-    the `state_shape` of either. labels: see `resume.labels_of`. Everything else follows from the
-    flags.
+    the `state_shape` of either. parameters: those of the optimizer, on any device. labels: see
+    `resume.labels_of`. Everything else follows from the flags.
     """
     init = not start.goes_on
     if init:
@@ -142,11 +147,12 @@ def check_file(
         state.require_state(
             content,
             start.path,
-            model=model,
             isl=isl_shape,
+            parameters=parameters,
             miner=miner_shape,
             M=len(images),
             batch_size=batch_size,
+            optimizer=optimizer,
             momentum=momentum,
             fp16=fp16,
         )
@@ -154,7 +160,9 @@ def check_file(
         known = ours.get("images") == names
         state.require_queue(content, start.path, model, len(images) if known else None)
     elif start.goes_on and "optimizer" in content:
-        state.require_optimizer(content["optimizer"], start.path, [list(model.parameters())])
+        state.require_optimizer(
+            content["optimizer"], start.path, [parameters], adamw=optimizer == "adamw"
+        )
     if broken := checkpoint.exploded(content):
         raise BadInput(
             f"'{start.path}' holds values that are not finite, or too large to be squared"
@@ -195,13 +203,11 @@ def assemble(
     model: on its device. isl: its objective. miner: see mining.rounds.Miner.
     """
     cuda = reader.device.type == "cuda"
-    optimizer = fast.sgd(
-        model.parameters(),  # all of them, as in MoCo's files
-        plan.lr,
-        plan.momentum,
-        plan.weight_decay,
-        fused=numerics.fast and cuda,
-    )
+    fused = numerics.fast and cuda
+    if plan.optimizer == "adamw":
+        optimizer = fast.adamw(isl.parameters(), plan.lr, plan.weight_decay, fused)
+    else:
+        optimizer = fast.sgd(isl.parameters(), plan.lr, plan.momentum, plan.weight_decay, fused)
     scaler = torch.amp.GradScaler(reader.device.type, enabled=numerics.amp == "fp16")
     if numerics.fast:
         fast.count_batches_at_once(model)

@@ -97,6 +97,7 @@ def _relative_rate(epoch: int, flags: dict) -> float:
         cos=flags.get("cos", False),
         schedule=flags.get("schedule") or [],
         rounds=flags.get("isl_rounds") or 1,
+        warmup=flags.get("warmup_epochs") or 0,
     )
 
 

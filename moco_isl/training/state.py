@@ -208,18 +208,20 @@ def require_state(
     content: dict,
     path,
     *,
-    model: nn.Module,
     isl,
+    parameters: list[nn.Parameter],
     miner: dict,
     M: int,
     batch_size: int,
+    optimizer: str,
     momentum: float,
     fp16: bool,
 ) -> None:
     """Check a pretraining file of ours against the run that is to go on from it. Raises BadInput.
 
-    `require_start` has checked the file before. model: of builder.py, on any device. isl, miner:
-    the shape that `state_shape` of either gives. Everything else follows from the run's flags.
+    `require_start` has checked the file before. isl, miner: the shape that `state_shape` of either
+    gives. parameters: those of the optimizer, on any device. Everything else follows from the run's
+    flags.
     """
     steps = -(-M // batch_size)
     epoch = content["epoch"]
@@ -240,8 +242,9 @@ def require_state(
     whole = {**OURS, "state_dict": dict, "optimizer": dict, "isl": ours}
     require(content, whole, where(path), {"M": M}, ANEW)
     # with fp16 the first steps may all have been left out, until the scaler's scale fits
-    moved = bool(momentum and content["isl"]["total"] and not fp16)
-    require_optimizer(content["optimizer"], path, [list(model.parameters())], moved)
+    adamw = optimizer == "adamw"
+    moved = bool((momentum or adamw) and content["isl"]["total"] and not fp16)
+    require_optimizer(content["optimizer"], path, [parameters], moved, adamw=adamw)
 
 
 def require_queue(content: dict, path, model: nn.Module, M: int | None) -> None:
@@ -266,12 +269,18 @@ def _scaler(enabled: bool) -> dict:
 
 
 def require_optimizer(
-    saved: dict, path, groups: list[list[nn.Parameter]], moved: bool = False, finite: bool = True
+    saved: dict,
+    path,
+    groups: list[list[nn.Parameter]],
+    moved: bool = False,
+    finite: bool = True,
+    adamw: bool = False,
 ) -> None:
     """Check the state of an SGD, ours or MoCo's, against the parameters it is for. Raises BadInput.
 
-    moved: it must have momentum. finite: see `schema.Tensor`. As in torch's files, parameters may
-    be named by any numbers, in the order in which the groups list them.
+    moved: it must have momentum. adamw: it is that of an AdamW. finite: see `schema.Tensor`. As in
+    torch's files, parameters may be named by any numbers, in the order in which the groups list
+    them.
     """
     numbers = Number(whole=True)
     at = f"cannot read the optimizer in {named('', path)}"
@@ -289,20 +298,33 @@ def require_optimizer(
             f" {EARLIER}"
         )
     shapes = dict(zip(order, (tuple(p.shape) for group in groups for p in group)))
-    momentum = lambda dims: {"momentum_buffer?": (Tensor("float", dims, finite=finite), None)}
+    kept = _of_adamw if adamw else _of_sgd
     require(
         saved["state"],
-        {number: momentum(shape) for number, shape in shapes.items() if number in saved["state"]},
+        {n: kept(shape, finite) for n, shape in shapes.items() if n in saved["state"]},
         at,
         cure=EARLIER,
     )
-    if moved and not any(
-        remembered.get("momentum_buffer") is not None for remembered in saved["state"].values()
-    ):
+    name = "exp_avg" if adamw else "momentum_buffer"
+    if moved and not any(kept.get(name) is not None for kept in saved["state"].values()):
         raise BadInput(
             f"{at}: it has no momentum, and steps were taken: expected that of the parameters;"
             f" {EARLIER}"
         )
+
+
+def _of_sgd(dims: tuple[int, ...], finite: bool) -> dict:
+    """What SGD keeps of a parameter."""
+    return {"momentum_buffer?": (Tensor("float", dims, finite=finite), None)}
+
+
+def _of_adamw(dims: tuple[int, ...], finite: bool) -> dict:
+    """What AdamW keeps of a parameter."""
+    return {
+        "step": Tensor("float", (), low=0),
+        "exp_avg": Tensor("float", dims, finite=finite),
+        "exp_avg_sq": Tensor("float", dims, low=0, finite=finite),
+    }
 
 
 def _counts(groups: list) -> str:
