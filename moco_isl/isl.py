@@ -5,7 +5,7 @@
     for epoch in range(epochs):
         if epoch % 20 == 0:
             features = extract_features(model.encoder_k, ordered_loader, len(dataset), device)
-            isl.mine(features, KNNMiner())
+            isl.mine_features(features, KNNMiner())
         for (im_q, im_k), index in loader:
             loss = isl(im_q, im_k, index)
 

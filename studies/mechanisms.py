@@ -96,7 +96,7 @@ class Mechanism(QueueObjective):
     def encoder(self) -> nn.Module:
         return self.with_backbone if self.backbone else super().encoder
 
-    def mine(self, features: Tensor, miner, rng=None, tick=None, views=None, number=None):
+    def mine_features(self, features: Tensor, miner, rng=None, tick=None, views=None, number=None):
         if self.backbone:
             C = self.model.dim
             if not self.bank.filled:
@@ -104,7 +104,7 @@ class Mechanism(QueueObjective):
             of_backbone = lambda rows: F.normalize(rows[:, :-C].float(), dim=1)
             features = of_backbone(features)
             views = views and Views(*map(of_backbone, views[:2]), views.pixels)
-        return super().mine(features, miner, rng, tick, views, number)
+        return super().mine_features(features, miner, rng, tick, views, number)
 
     def step(self, im_q: Tensor, im_k: Tensor, index: Tensor) -> Parts:
         if self.extra is not None:  # its gradient is that of the step before

@@ -117,7 +117,7 @@ def test_the_python_page_runs():
     assert given["loss"] > 0 and "images are fewer than 500" in given["miner"].report.why
     isl = ISL(moco(), M)
     features = torch.nn.functional.normalize(torch.rand(M, C), dim=1)
-    isl.mine(features, given["MyMiner"](steps=2, budget=[2]))
+    isl.mine_features(features, given["MyMiner"](steps=2, budget=[2]))
     first = isl.positives.members[: isl.positives.offsets[1]]
     assert len(first) and set(first.tolist()) <= {1, 2, M - 1, M - 2}
     row = given["row"]

@@ -330,11 +330,11 @@ def test_a_large_set_takes_turns():
 
 def test_mine_replaces_sets_and_fills_the_bank():
     isl, features = ISL(moco(), M), unit(M, 3)
-    report = isl.mine(features, KNNMiner(k=2, budget=2, max_share=1.0))
+    report = isl.mine_features(features, KNNMiner(k=2, budget=2, max_share=1.0))
     assert isl.round == 1 and report.mean_size == isl.positives.mean_size > 0
     assert torch.equal(isl.bank.rows, features)
     isl.bank.rows.zero_()
-    isl.mine(features, NoMiner())
+    isl.mine_features(features, NoMiner())
     assert isl.round == 2 and not isl.bank.rows.any(), (
         "a bank that holds features is not overwritten"
     )
@@ -346,12 +346,12 @@ def test_a_miner_of_ones_own_needs_no_views():
             return PositiveSets.from_edges(M, torch.arange(3), torch.arange(3) + 1)
 
     isl = ISL(moco(), M)
-    isl.mine(unit(M, 3), Pairs())
+    isl.mine_features(unit(M, 3), Pairs())
     assert isl.positives.num_edges == 6
     with pytest.raises(TypeError, match="views"):
-        isl.mine(unit(M, 3), Pairs(), views=(unit(M, 1), unit(M, 2)))
+        isl.mine_features(unit(M, 3), Pairs(), views=(unit(M, 1), unit(M, 2)))
     with pytest.raises(BadInput, match="do not fit features of shape"):
-        isl.mine(unit(M, 3), KNNMiner(), views=(unit(M, 1), unit(M - 1, 2)))
+        isl.mine_features(unit(M, 3), KNNMiner(), views=(unit(M, 1), unit(M - 1, 2)))
 
 
 def test_bank_objective_trains_and_updates_its_rows():
@@ -380,5 +380,5 @@ def test_state_dict_round_trip():
 def test_each_round_of_ones_own_loop_has_its_budget():
     isl = ISL(moco(), M)
     miner = KNNMiner(budget=[1, 2, 4], max_share=1.0)
-    sizes = [isl.mine(unit(M, 0), miner).mean_size for _ in range(4)]
+    sizes = [isl.mine_features(unit(M, 0), miner).mean_size for _ in range(4)]
     assert sizes == [1, 2, 4, 4]

@@ -182,18 +182,18 @@ def test_features_that_are_not_finite_are_not_mined(miner):
         with pytest.raises(
             BadInput, match=f"features of 1 of 20 images hold NaN or infinity, image {row} for one"
         ):
-            isl.mine(bad, miner())
+            isl.mine_features(bad, miner())
         with pytest.raises(BadInput, match="second views of 1 of 20 images"):
-            isl.mine(good, miner(), views=(good, bad))
+            isl.mine_features(good, miner(), views=(good, bad))
         with pytest.raises(
             RunFailed, match="features from which round 1 was to be mined hold NaN or infinity"
         ):
             engine.mine_round(isl, miner(), bad, None, 0, Stop(lambda: False))
     for shape in ((M - 1, C), (M,)):
         with pytest.raises(BadInput, match="do not fit positive sets of 20 images"):
-            isl.mine(torch.ones(shape), miner())
+            isl.mine_features(torch.ones(shape), miner())
     with pytest.raises(BadInput, match="features of type list"):
-        isl.mine([[1.0]], miner())
+        isl.mine_features([[1.0]], miner())
     assert isl.round == 0 and not isl.bank.filled
 
 
@@ -246,11 +246,11 @@ def test_features_that_the_bank_cannot_hold_are_not_mined():
     """Such as those of the backbone: the bank took them, and the next step ended in a traceback."""
     isl, rows = around("queue"), torch.randn(M, C + 1, generator=torch.Generator().manual_seed(0))
     with pytest.raises(BadInput, match=f"features have {C + 1} numbers an image: expected {C}"):
-        isl.mine(F.normalize(rows, dim=1), KNNMiner())
+        isl.mine_features(F.normalize(rows, dim=1), KNNMiner())
     assert not isl.bank.filled and isl.round == 0
-    isl.mine(F.normalize(rows[:, :C], dim=1), KNNMiner())
+    isl.mine_features(F.normalize(rows[:, :C], dim=1), KNNMiner())
     # the bank is full: only neighbours are looked for
-    isl.mine(F.normalize(rows, dim=1), KNNMiner())
+    isl.mine_features(F.normalize(rows, dim=1), KNNMiner())
 
 
 @pytest.mark.parametrize("objective", ["queue", "bank"])
@@ -262,9 +262,9 @@ def test_features_that_are_no_unit_rows_are_not_mined(objective):
     with pytest.raises(
         BadInput, match=f"features of 1 of {M} images are no unit rows, one has length 5: expected"
     ):
-        isl.mine(rows, KNNMiner())
+        isl.mine_features(rows, KNNMiner())
     rows[3] = 0  # of an encoder that has died
-    isl.mine(rows.half(), KNNMiner())
+    isl.mine_features(rows.half(), KNNMiner())
 
 
 def test_an_unknown_option_is_refused():

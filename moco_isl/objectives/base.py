@@ -290,7 +290,7 @@ class MinedObjective(Objective):
             fused.try_out(self.device, self.model.dim)
 
     @torch.no_grad()
-    def mine(
+    def mine_features(
         self,
         features: Tensor,
         miner,

@@ -191,7 +191,7 @@ def mine_round(
             " or without --amp"
         )
         raise RunFailed(text if dist.is_main() else "")
-    report = isl.mine(features, miner, rng, stop.tick, views, number)
+    report = isl.mine_features(features, miner, rng, stop.tick, views, number)
     seconds = time.perf_counter() - start
     report = replace(report, round=isl.round, seconds=seconds, **_memory(features.device))
     if labels is None:
