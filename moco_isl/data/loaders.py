@@ -351,9 +351,9 @@ class FileEvalLoader(_FileLoader):
     """
 
     def __init__(
-        self, dataset: Dataset, transform: Callable, rows: range, batch_size: int, workers, device
+        self, dataset: Dataset, transform: Callable, batches: list[torch.Tensor], workers, device
     ):
-        self.batches = [list(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
+        self.batches = [batch.tolist() for batch in batches]
         items = _EvalItems(_Reader(dataset), transform)
         normalize = getattr(transform, "normalize", None)
         super().__init__(items, self.batches, normalize, workers, device)
@@ -413,21 +413,21 @@ class MemoryEvalLoader(_MemoryLoader):
     """The loader of eval_loader for images held on the device."""
 
     def __init__(
-        self, dataset: ImagesInMemory, normalize: Callable, rows: range, batch_size: int, device
+        self, dataset: ImagesInMemory, normalize: Callable, batches: list[torch.Tensor], device
     ):
         super().__init__(dataset, device)
         self.normalize = normalize
-        self.rows = rows
-        self.batch_size = batch_size
+        self.batches = batches
 
     def __len__(self) -> int:
-        return -(-len(self.rows) // self.batch_size)
+        return len(self.batches)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        index = torch.arange(self.rows.start, self.rows.stop, device=self.images.device)
-        for rows in index.split(self.batch_size):
-            if len(rows):
-                yield self.normalize(self.images[rows]), rows
+        device = self.images.device
+        order = torch.cat([torch.empty(0, dtype=torch.int64), *self.batches])
+        # one copy to the device
+        for rows in order.to(device).split([len(batch) for batch in self.batches]):
+            yield self.normalize(self.images[rows]), rows
 
 
 # ---------------------------------------------------------------- the three loaders
@@ -513,14 +513,18 @@ def eval_loader(
     workers: int = 0,
     device="cpu",
     shard: tuple[int, int] | None = None,
+    batches: list[torch.Tensor] | None = None,
 ) -> FileEvalLoader | MemoryEvalLoader:
     """(images float [n, c, S, S], index int64 [n]) in order: start .. stop - 1 of `shard`, or all.
 
+    batches: the positions of each batch, in place of batch_size and shard.
     An unreadable image is replaced by the next readable one and named by .bad_images(). .close()
     ends the workers.
     """
-    rows = range(*(shard or (0, len(dataset))))
+    if batches is None:
+        start, stop = shard or (0, len(dataset))
+        batches = [b for b in torch.arange(start, stop).split(batch_size) if len(b)]
     unchanged = getattr(transform, "unchanged", None)
     if isinstance(dataset, ImagesInMemory) and set(dataset.images.shape[2:]) == {unchanged}:
-        return MemoryEvalLoader(dataset, transform.normalize, rows, batch_size, device)
-    return FileEvalLoader(dataset, transform, rows, batch_size, workers, device)
+        return MemoryEvalLoader(dataset, transform.normalize, batches, device)
+    return FileEvalLoader(dataset, transform, batches, workers, device)
