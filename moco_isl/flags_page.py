@@ -3,6 +3,7 @@
 import sys
 
 from moco_isl import mine
+from moco_isl.embed import command as embedding
 from moco_isl.evaluation import options as judging
 from moco_isl.miners import MINERS
 from moco_isl.options import Flag, flags_of
@@ -13,7 +14,7 @@ HEAD = """# Flags
 
 `python -m moco_isl.flags_page docs/flags.md` writes this page from the code: edit it there. Where
 the default depends on other flags, the last column says it. *resume*: a run that is resumed may be
-given another value (main_knn.py resumes nothing).
+given another value (main_knn.py resumes nothing; `python -m moco_isl.embed` goes on by itself).
 """
 COLUMNS = ["| flag | default | takes | resume | what it does |", "|---|---|---|---|---|"]
 
@@ -27,6 +28,7 @@ def page() -> str:
         "main_lincls.py": of_groups(judging.PROBE_GROUPS),
         "main_knn.py": of_groups(judging.KNN_GROUPS),
         "moco_isl.mine": of_groups(mine.GROUPS),
+        "moco_isl.embed": of_groups(embedding.GROUPS),
     }
     parts = [HEAD]
     shown: Tables = {}

@@ -1,0 +1,102 @@
+"""The command `python -m moco_isl.embed`: its flags, and what each rank does."""
+
+import argparse
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+from moco_isl import data
+from moco_isl.embed.backbone import Backbone, load_backbone
+from moco_isl.embed.images import Images, open_images
+from moco_isl.embed.job import EmbedOptions, Job, compute
+from moco_isl.evaluation.backbone import EncoderOptions, describe
+from moco_isl.run import devices, exits, flags, ranks
+from moco_isl.run.signals import Stop
+
+ABOUT = """Write the features of all images of a folder, or of any other source: no labels needed.
+
+  python -m moco_isl.embed runs/x/checkpoint_last.pth.tar DIR --out features.parquet
+  ... --nearest 5          add each image's most similar others
+  ... --map map.png        draw all of them, similar ones near each other
+
+The same command goes on where it was stopped or killed."""
+GROUPS: flags.Groups = {
+    "features": (EmbedOptions,),
+    "data set": (data.DataOptions,),
+    "encoder": (EncoderOptions,),
+    "devices and processes": (ranks.DistributedOptions,),
+}
+
+
+def get_parser() -> flags.Parser:
+    parser = flags.Parser(prog="python -m moco_isl.embed", description=ABOUT)
+    parser.add_groups(GROUPS)
+    return parser
+
+
+def main(argv: list[str] | None = None, stop=None) -> int:
+    """Run with flags argv; returns the exit code."""
+    return exits.exit_code(run, argv, stop)
+
+
+def run(argv: list[str] | None, stop) -> None:
+    args = get_parser().parse_args(argv)
+    flags.check_ranges(args, *flags.kinds_of(GROUPS))
+    flags.check(bool(args.file), "no encoder: name the FILE it is in, and the DIR of the images")
+    flags.check(bool(args.out), "no --out: name the file to write, such as --out features.parquet")
+    data.check_options(flags.take(data.DataOptions, args))
+    asked = Asked(args)
+    asked.job.check()
+    ranks.launch(worker, args, stop, asked)
+
+
+@dataclass
+class Asked:
+    """What the flags name, read once in a process; a copy in another one reads for itself."""
+
+    flags: argparse.Namespace
+
+    def __getstate__(self) -> dict:
+        return {"flags": self.flags}
+
+    @cached_property
+    def job(self) -> Job:
+        given = self.flags
+        return Job(
+            backbone=self._backbone(),
+            images=self._images(),
+            dataset=given.dataset,
+            image_size=given.image_size,
+            options=flags.take(EmbedOptions, given),
+            max_bad_images=given.max_bad_images,
+            cache=given.cache,
+        )
+
+    def _backbone(self) -> Backbone:
+        given = self.flags
+        of = {"arch": given.arch, "stem": given.stem, "key": given.key}
+        return load_backbone(given.file, image_size=given.image_size or None, **of)
+
+    def _images(self) -> Images:
+        given = self.flags
+        return open_images(given.dataset, given.data, given.split, given.download)
+
+
+def worker(args, stop, asked: Asked) -> None:
+    """Run one rank."""
+    device = devices.resolve_device(args)
+    job = asked.job
+    ranks.say(data.describe(**job.images.splits))
+    ranks.say(describe(job.backbone.info))
+    words = f"views of {job.side} pixels, normalised as {job.statistics}"
+    ranks.say(f"=> layer {args.layer}, {words}")
+    devices.warn_of_slow_amp(args.amp, device, trains=False)
+    workers = devices.usable_workers(args.workers, ranks.processes_here(args))
+    with Stop(stop) as asked_to_stop:
+        compute(
+            job,
+            device=device,
+            workers=workers,
+            say=partial(print, flush=True),
+            progress=args.progress,
+            stop=asked_to_stop,
+        )
