@@ -33,6 +33,11 @@ COMMANDS = {
     "probe": Command(
         "main_lincls", "python main_lincls.py", "judge it by linear classifiers, or fine-tune it"
     ),
+    "embed": Command(
+        "moco_isl.embed.__main__",
+        "python -m moco_isl.embed",
+        "write the features of all images of a folder into a file",
+    ),
     "export": _of_package("export", "write it for another library"),
     "report": Command(
         "moco_isl.report.__main__",
