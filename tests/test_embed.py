@@ -4,6 +4,7 @@ the command and the call from Python.
 
 import csv
 import inspect
+import io
 import json
 import os
 import pickle
@@ -12,6 +13,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tarfile
 import warnings
 from functools import partial
 from pathlib import Path
@@ -234,6 +236,51 @@ def test_a_folder_has_names_labels_and_splits(moco_file, photos, tmp_path, capsy
     header = (tmp_path / "flat.csv").read_text().splitlines()[0]
     assert header.startswith("name,f0,f1,")
     assert "wrote" in capsys.readouterr().out
+
+
+class Own(torch.utils.data.Dataset):
+    """Somebody else's data set: items are (image, label)."""
+
+    classes = ["cat", "dog"]
+
+    def __init__(self, paths):
+        self.paths = paths
+        self.targets = [self.classes.index(path.parent.name) for path in paths]
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, i):
+        return Image.open(self.paths[i]), self.targets[i]
+
+
+def test_every_source_gives_the_same_rows(moco_file, photos, tmp_path):
+    folder = photos / "photos" / "train"
+    whole = moco_isl.embed(moco_file, folder, device="cpu")
+    paths = [folder / name for name in whole.names]
+    lines = [f"{path},{path.parent.name}" for path in paths]
+    (tmp_path / "list.csv").write_text("\n".join(["path,label", *lines, ""]))
+    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
+        for path in paths:
+            name = f"{path.parent.name}-{path.stem}"
+            tar.add(path, f"{name}.png")
+            label = tarfile.TarInfo(f"{name}.cls")
+            label.size = len(path.parent.name)
+            tar.addfile(label, io.BytesIO(path.parent.name.encode()))
+    for what, first in (
+        (tmp_path / "list.csv", str(paths[0])),
+        (tmp_path / "shard.tar", "shard.tar/cat-0.png"),
+        ([folder / "cat", folder / "dog"], "cat/0.png"),
+        (Own(paths), "images/train[0]"),
+    ):
+        found = moco_isl.embed(moco_file, what, device="cpu")
+        assert found.names[0] == first and len(set(found.names)) == 24
+        assert torch.equal(found.features, whole.features), what
+        several = isinstance(what, list)  # a folder a source, not a class
+        assert several or torch.equal(found.labels, whole.labels)
+    flags = [moco_file, "--out", tmp_path / "a.npz", folder / "cat", folder / "dog"]
+    assert run(*flags) == 0
+    assert np.array_equal(np.load(tmp_path / "a.npz")["features"], whole.features)
 
 
 # ---- ranks, resume, images that cannot be read ---------------------------------------------------

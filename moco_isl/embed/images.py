@@ -12,9 +12,11 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from moco_isl import data
-from moco_isl.data.datasets import ImagesInMemory
+from moco_isl.data import folders, functions
+from moco_isl.data.datasets import ImagesInMemory, name_of
 from moco_isl.errors import BadInput
 from moco_isl.files import shown
+from moco_isl.options import listed, one_or_more
 
 SPLITS = ("all", "train", "val")
 
@@ -22,12 +24,12 @@ SPLITS = ("all", "train", "val")
 class Images:
     """Data sets by name, such as train and val, one after the other; position i is of all images.
 
-    root: the folder that names are given without, if they lie in it.
+    dirs: what was named. Names are given without it where it is one folder, or a file in one.
     """
 
-    def __init__(self, splits: dict[str, Dataset], root: str | os.PathLike | None = None):
+    def __init__(self, splits: dict[str, Dataset], dirs: Sequence[str] = ()):
         self.splits = splits
-        self.root = os.path.join(root, "") if root is not None else ""
+        self.dirs = dirs
 
     def __len__(self) -> int:
         return sum(map(len, self.splits.values()))
@@ -48,11 +50,15 @@ class Images:
 
     def names(self) -> list[str]:
         """The images' names in order, without the root; what cannot be printed is escaped."""
-        names = []
-        for dataset in self.splits.values():
-            name_of = getattr(dataset, "name", dataset.path)
-            names += [shown(name_of(i).removeprefix(self.root)) for i in range(len(dataset))]
-        return names
+        root = ""
+        if len(self.dirs) == 1:
+            given = self.dirs[0]
+            root = os.path.join(os.path.dirname(given) if os.path.isfile(given) else given, "")
+        return [
+            shown(name_of(dataset, i).removeprefix(root))
+            for dataset in self.splits.values()
+            for i in range(len(dataset))
+        ]
 
     @property
     def classes(self) -> list[str] | None:
@@ -71,37 +77,36 @@ class Images:
 
 
 def open_images(
-    name: str, root: str | os.PathLike | None, split: str, download: bool = False
+    name: str, root: str | Sequence[str] | None, split: str, download: bool = False
 ) -> Images:
     """The images of a data set of the table (see `data.build_dataset`). Raises BadInput.
 
     split: train, val, or all of both; a folder without train/ and val/ is one split, its images.
     """
-    open_split = lambda which: data.build_dataset(name, root, which, download)
-    if split != "all":
-        return Images({split: open_split(split)}, root)
-    if name == "folder":
-        there = [which for which in ("train", "val") if root and Path(root, which).is_dir()]
-        return Images({which: open_split(which) for which in there or ["train"]}, root)
-    splits = {"train": open_split("train")}
-    try:
-        splits["val"] = open_split("val")
-    except BadInput:  # not every data set of a user's own has one
-        pass
-    return Images(splits, root)
+    dirs = listed(root)
+    splits = [split]
+    if split == "all":
+        splits = ["train", "val"] if data.has_val(name, root) else ["train"]
+        alone = name == "folder" and len(dirs) == 1 and not Path(dirs[0], "train").is_dir()
+        if alone and Path(dirs[0], "val").is_dir():
+            splits = ["val"]
+    opened = {which: data.build_dataset(name, root, which, download) for which in splits}
+    return Images(opened, dirs)
 
 
 def images_of(given, split: str = "all", dataset: str = "folder") -> Images:
     """The images that a caller from Python gives. Raises BadInput.
 
-    given: a folder; a list of paths and PIL images; a uint8 tensor [M, 3, H, W]; a data set as
-    `data.datasets` has them, or any with len() and items that are images or begin with one; or
-    None, for a data set that is embedded.
+    given: a folder, or what else DIR may be, or a list of such; a list of images' paths, PIL images
+    and uint8 tensors; a uint8 tensor [M, 3, H, W]; a data set as `data.datasets` has them, or any
+    that `data.functions` takes; or None, for a data set that is embedded.
     """
-    if given is None or isinstance(given, str | os.PathLike):
-        given = None if given is None else os.fspath(given)
-        data.check_options(data.DataOptions(data=given, dataset=dataset))
-        return open_images(dataset, given, split)
+    several = isinstance(given, list | tuple)
+    paths = listed(given) if _are_paths(given) else []
+    if given is None or (paths and not (several and all(map(_is_image, paths)))):
+        root = one_or_more(paths)
+        data.check_options(data.DataOptions(data=root, dataset=dataset))
+        return open_images(dataset, root, split)
     if isinstance(given, torch.Tensor):
         if given.is_floating_point():
             raise BadInput(
@@ -109,22 +114,32 @@ def images_of(given, split: str = "all", dataset: str = "folder") -> Images:
                 " .transform has made goes into the backbone itself, backbone(images)"
             )
         return Images({"images": ImagesInMemory(given, None, None, "images")})
+    if several and not (given and isinstance(given[0], tuple | list | dict)):
+        return Images({"images": Listed(given)})
     if all(hasattr(given, part) for part in ("__len__", "labels", "path", "image")):
         return Images({"images": given})
-    if not hasattr(given, "__getitem__") or not hasattr(given, "__len__"):
+    if not hasattr(given, "__getitem__"):
         raise BadInput(
             f"the images are a {type(given).__name__}: expected a folder, a list of paths or PIL"
             " images, a uint8 tensor [M, 3, H, W], or a data set with len() and items"
         )
-    return Images({"images": Listed(given)})
+    return Images({"images": functions.open_function(lambda: given, "images", None, "train")})
+
+
+def _are_paths(given) -> bool:
+    several = given if isinstance(given, list | tuple) else [given]
+    return bool(several) and all(isinstance(one, str | os.PathLike) for one in several)
+
+
+def _is_image(path: str) -> bool:
+    """Whether a path is one image, not a folder, a list of images or an archive of them."""
+    return not os.path.isdir(path) and path.lower().endswith(folders.ENDINGS)
 
 
 class Listed(Dataset):
-    """Images of a list or of a data set of anybody's, in its order.
+    """Images of a list, in its order: paths, PIL images, uint8 tensors [3, H, W].
 
-    An item is a path, a PIL image, a uint8 tensor [3, H, W], or a tuple that begins with one of
-    these. Labels are not looked at: that would read every image. Raises BadInput where there is no
-    image.
+    Raises BadInput where there is none.
     """
 
     labels = None
@@ -140,19 +155,15 @@ class Listed(Dataset):
         return len(self.items)
 
     def path(self, i: int) -> str:
-        if not isinstance(self.items, list | tuple):
-            return f"images[{i}]"
         item = self.items[i]
         name = item if isinstance(item, str | os.PathLike) else getattr(item, "filename", "")
         return os.fsdecode(name) if name else f"images[{i}]"
 
-    def image(self, i: int, at_least: int | None = None) -> Image.Image | torch.Tensor:
+    def image(self, i: int, at_least: int | None = None) -> Image.Image:
         item = self.items[i]
-        if isinstance(item, tuple | list):
-            item = item[0]
         if isinstance(item, str | os.PathLike):
             return data.decode(os.fspath(item), at_least)
-        return item if isinstance(item, torch.Tensor) else item.convert("RGB")
+        return functions.to_rgb(functions.image_in(item))
 
-    def __getitem__(self, i: int) -> tuple:
+    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
         return self.image(i), -1

@@ -160,7 +160,7 @@ class Job:
             "image_size": self.side,
             "amp": self.options.amp,
             "statistics": self.statistics,
-            "data": files.shown(self.images.root) or self.dataset,
+            "data": files.shown(" ".join(self.images.dirs)) or self.dataset,
             "left_out": left_out,
         }
 
