@@ -34,7 +34,7 @@ from moco_isl.embed import Backbone, command, maps, rows
 from moco_isl.embed.job import EmbedOptions
 from moco_isl.encoders import Taps, build_encoder, evaluating, extract_features
 from moco_isl.errors import BadInput, RunFailed
-from moco_isl.evaluation.backbone import load_backbone
+from moco_isl.run.backbone import load_backbone
 from tests.ranks import run_ranks
 from tests.runs import SERVER
 

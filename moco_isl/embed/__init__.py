@@ -48,7 +48,7 @@ def embed(
     """The features of images, and all that `python -m moco_isl.embed` makes of them.
 
     backbone: a file (see `load_backbone`), or what `load_backbone` gives. images: a folder; a list
-    of paths and PIL images; a uint8 tensor [M, 3, H, W]; a data set, whose items are images or
+    of paths or PIL images; a uint8 tensor [M, c, H, W]; a data set, whose items are images or
     begin with one; None with dataset="digits", which is embedded. out: the file to write, see
     `embed.features`; a call that was cut off goes on where it was. The others are the flags of the
     command; max_bad_images None is any number. progress: off, lines or bar.
@@ -77,9 +77,11 @@ def embed(
             f"backbone is a {type(backbone).__name__}: expected a file, or what"
             " moco_isl.load_backbone gives"
         )
+    pixels = backbone.pixels()
     job = Job(
         backbone=backbone,
-        images=images_of(images, split, dataset),
+        images=images_of(images, split, dataset, pixels),
+        pixels=pixels,
         dataset=dataset,
         image_size=image_size,
         options=options,

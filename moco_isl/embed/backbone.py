@@ -1,6 +1,6 @@
 """The backbone in a file as a module to call, with the transform that its images need.
 
-Letters: N images, C features of an image, S side of a view.
+Letters: N images, c channels, C features of an image, S side of a view.
 """
 
 import copy
@@ -10,26 +10,34 @@ import torch
 from torch import nn
 
 from moco_isl import data
+from moco_isl.data.bands import to_channels
+from moco_isl.data.functions import to_rgb
 from moco_isl.encoders import BACKBONE, OUTPUT, Taps, require_layers, require_side
 from moco_isl.errors import BadInput
-from moco_isl.evaluation import backbone as reading
-from moco_isl.evaluation.subject import fingerprint
+from moco_isl.evaluation.subject import fingerprint, pixels_of
+from moco_isl.run import backbone as reading
+from moco_isl.run.weights import weights_file
+
+ANY = data.Pixels(None, None, None, None)
 
 
 class Transform:
-    """PIL image, or uint8 tensor [3, H, W], -> float32 [3, S, S] as the network was trained on.
+    """PIL image, or tensor [c, H, W], -> float32 [c, S, S] as the network was trained on.
 
-    dataset: the data set by whose mean and std values are normalised. size: S.
+    A tensor is uint8, or floats in [0, 1]. dataset: the data set by whose mean and std values are
+    normalised, where `pixels` has none of its own. size: S.
     """
 
-    def __init__(self, dataset: str, size: int):
-        self.dataset = dataset
+    def __init__(self, dataset: str, size: int, pixels: data.Pixels):
         self.size = size
-        self.view = data.get_eval_transform(dataset, size)
+        self.pixels = pixels
+        self.view = data.get_eval_transform(dataset, size, pixels)
 
     def __call__(self, image) -> torch.Tensor:
-        if not isinstance(image, torch.Tensor):
-            image = image.convert("RGB")
+        if self.pixels.is_rgb:
+            image = to_rgb(image)
+        else:
+            image = to_channels(image, self.pixels.channels)
         return self.view.normalize(self.view(image)[None])[0]
 
     def __repr__(self) -> str:
@@ -38,10 +46,10 @@ class Transform:
 
 
 class Backbone(Taps):
-    """Images [N, 3, S, S], as `transform` makes them, -> backbone features [N, C].
+    """Images [N, c, S, S], as `transform` makes them, -> backbone features [N, C].
 
     encoder: the network, with its head. info: what is known about it, see
-    `evaluation.backbone.load_backbone`; "sha256" is that of the file.
+    `run.backbone.load_backbone`; "sha256" is that of the file.
     """
 
     def __init__(self, encoder: nn.Module, info: dict):
@@ -51,7 +59,19 @@ class Backbone(Taps):
 
     @property
     def transform(self) -> Transform:
-        return Transform(self.statistics(), self.trained_side() or 224)
+        """Raises BadInput where neither the file nor its data set says mean and std."""
+        pixels = self.pixels()
+        name = self.statistics()
+        if not pixels.are_known(name):
+            raise BadInput(
+                f"'{self.info['path']}' does not say mean and std of its {pixels.channels} channels:"
+                " moco_isl.embed measures them on the images"
+            )
+        return Transform(name, self.trained_side() or 224, pixels)
+
+    def pixels(self, asked: data.Pixels = ANY) -> data.Pixels:
+        """Channels, bits, mean and std of the images, see `subject.pixels_of`. Raises BadInput."""
+        return pixels_of(self.encoder, self.info, asked)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return super().forward(images)[BACKBONE]
@@ -71,7 +91,7 @@ class Backbone(Taps):
 
 
 class Layer(nn.Module):
-    """Images [N, 3, S, S] -> the features of one layer, [N, C]; maps [N, C, h, w] are averaged.
+    """Images [N, c, S, S] -> the features of one layer, [N, C]; maps [N, C, h, w] are averaged.
 
     Raises BadInput for a layer that the network does not have, or the file no weights of.
     """
@@ -104,15 +124,16 @@ def load_backbone(
 ) -> Backbone:
     """The backbone in a file: a module in eval mode, on the CPU.
 
-    path: a checkpoint of ours or MoCo's, or weights of torchvision or timm (.safetensors too).
+    path: a checkpoint of ours or MoCo's, a run's folder, weights of torchvision, timm, DINO or
+    DINOv2 (.safetensors too), or a Hugging Face folder.
     arch, stem, image_size: None reads them from the file. key: MoCo's key encoder.
         backbone = load_backbone("runs/isl/checkpoint_last.pth.tar").to("cuda")
         features = backbone(backbone.transform(Image.open("1.jpg"))[None].to("cuda"))    # [1, C]
     Raises BadInput for a file that cannot be read or does not fit, see
-    `evaluation.backbone.load_backbone`, and for an image size that the network does not take.
+    `run.backbone.load_backbone`, and for an image size that the network does not take.
     """
     encoder, info = reading.load_backbone(path, arch, stem, key, image_size)
-    info["sha256"] = fingerprint(path)
+    info["sha256"] = fingerprint(weights_file(path))
     if image_size:
         require_side(encoder, info["arch"], image_size)
         info["args"] = {**info["args"], "image_size": image_size}

@@ -6,10 +6,10 @@ from functools import cached_property, partial
 
 from moco_isl import data
 from moco_isl.embed.backbone import Backbone, load_backbone
-from moco_isl.embed.images import Images, open_images
+from moco_isl.embed.images import open_images
 from moco_isl.embed.job import EmbedOptions, Job, compute
-from moco_isl.evaluation.backbone import EncoderOptions, describe
 from moco_isl.run import devices, exits, flags, ranks
+from moco_isl.run.backbone import EncoderOptions, describe
 from moco_isl.run.signals import Stop
 
 ABOUT = """Write the features of all images of a folder, or of any other source: no labels needed.
@@ -28,7 +28,8 @@ GROUPS: flags.Groups = {
 
 
 def get_parser() -> flags.Parser:
-    parser = flags.Parser(prog="python -m moco_isl.embed", description=ABOUT)
+    usage = "%(prog)s FILE [DIR] --out FILE [flags]"
+    parser = flags.Parser("python -m moco_isl.embed", ABOUT, usage=usage)
     parser.add_groups(GROUPS)
     return parser
 
@@ -61,9 +62,12 @@ class Asked:
     @cached_property
     def job(self) -> Job:
         given = self.flags
+        backbone = self._backbone()
+        pixels = backbone.pixels(flags.take(data.Pixels, given))
         return Job(
-            backbone=self._backbone(),
-            images=self._images(),
+            backbone=backbone,
+            images=open_images(given.dataset, given.data, given.split, pixels, given.download),
+            pixels=pixels,
             dataset=given.dataset,
             image_size=given.image_size,
             options=flags.take(EmbedOptions, given),
@@ -76,10 +80,6 @@ class Asked:
         of = {"arch": given.arch, "stem": given.stem, "key": given.key}
         return load_backbone(given.file, image_size=given.image_size or None, **of)
 
-    def _images(self) -> Images:
-        given = self.flags
-        return open_images(given.dataset, given.data, given.split, given.download)
-
 
 def worker(args, stop, asked: Asked) -> None:
     """Run one rank."""
@@ -87,8 +87,8 @@ def worker(args, stop, asked: Asked) -> None:
     job = asked.job
     ranks.say(data.describe(**job.images.splits))
     ranks.say(describe(job.backbone.info))
-    words = f"views of {job.side} pixels, normalised as {job.statistics}"
-    ranks.say(f"=> layer {args.layer}, {words}")
+    by = job.statistics if job.pixels.mean is None else "the file or the flags say"
+    ranks.say(f"=> layer {args.layer}, views of {job.side} pixels, normalised as {by}")
     devices.warn_of_slow_amp(args.amp, device, trains=False)
     workers = devices.usable_workers(args.workers, ranks.processes_here(args))
     with Stop(stop) as asked_to_stop:

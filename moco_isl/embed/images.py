@@ -12,8 +12,8 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from moco_isl import data
-from moco_isl.data import folders, functions
-from moco_isl.data.datasets import ImagesInMemory, name_of
+from moco_isl.data import bands, folders, functions
+from moco_isl.data.datasets import ImageFiles, ImagesInMemory, name_of, with_channels
 from moco_isl.errors import BadInput
 from moco_isl.files import shown
 from moco_isl.options import listed, one_or_more
@@ -77,11 +77,15 @@ class Images:
 
 
 def open_images(
-    name: str, root: str | Sequence[str] | None, split: str, download: bool = False
+    name: str,
+    root: str | Sequence[str] | None,
+    split: str,
+    pixels: data.Pixels = data.RGB,
+    download: bool = False,
 ) -> Images:
     """The images of a data set of the table (see `data.build_dataset`). Raises BadInput.
 
-    split: train, val, or all of both; a folder without train/ and val/ is one split, its images.
+    pixels: their channels and bits. split: train, val, or all of both; a folder without train/ and val/ is one split, its images.
     """
     dirs = listed(root)
     splits = [split]
@@ -90,40 +94,54 @@ def open_images(
         alone = name == "folder" and len(dirs) == 1 and not Path(dirs[0], "train").is_dir()
         if alone and Path(dirs[0], "val").is_dir():
             splits = ["val"]
-    opened = {which: data.build_dataset(name, root, which, download) for which in splits}
+    of = pixels.channels, pixels.bits
+    opened = {which: data.build_dataset(name, root, which, download, *of) for which in splits}
     return Images(opened, dirs)
 
 
-def images_of(given, split: str = "all", dataset: str = "folder") -> Images:
+def images_of(
+    given, split: str = "all", dataset: str = "folder", pixels: data.Pixels = data.RGB
+) -> Images:
     """The images that a caller from Python gives. Raises BadInput.
 
     given: a folder, or what else DIR may be, or a list of such; a list of images' paths, PIL images
-    and uint8 tensors; a uint8 tensor [M, 3, H, W]; a data set as `data.datasets` has them, or any
-    that `data.functions` takes; or None, for a data set that is embedded.
+    and tensors [c, H, W]; a tensor [M, c, H, W]; a data set as `data.datasets` has them, or any
+    that `data.functions` takes; or None, for a data set that is embedded. pixels: see `open_images`.
     """
     several = isinstance(given, list | tuple)
     paths = listed(given) if _are_paths(given) else []
     if given is None or (paths and not (several and all(map(_is_image, paths)))):
         root = one_or_more(paths)
         data.check_options(data.DataOptions(data=root, dataset=dataset))
-        return open_images(dataset, root, split)
+        return open_images(dataset, root, split, pixels)
+    found = _as_dataset(given, paths, pixels)
+    return Images({"images": with_channels(found, pixels.channels, pixels.bits)})
+
+
+def _as_dataset(given, paths: list[str], pixels: data.Pixels) -> Dataset:
+    """What is given as a data set; paths: where it is a list of images' paths. Raises BadInput."""
+    if paths:
+        return ImageFiles(paths, None, None)
     if isinstance(given, torch.Tensor):
-        if given.is_floating_point():
+        if given.is_floating_point() and (
+            pixels.is_rgb or not 0 <= given.min() <= given.max() <= 1
+        ):
             raise BadInput(
-                "the images are a tensor of floats: expected uint8 [M, 3, H, W]; a batch that"
-                " .transform has made goes into the backbone itself, backbone(images)"
+                f"the images are a tensor of floats: expected uint8 [M, {pixels.channels}, H, W]; a"
+                " batch that .transform has made goes into the backbone itself, backbone(images)"
             )
-        return Images({"images": ImagesInMemory(given, None, None, "images")})
-    if several and not (given and isinstance(given[0], tuple | list | dict)):
-        return Images({"images": Listed(given)})
+        return ImagesInMemory(given, None, None, "images")
+    if isinstance(given, list | tuple) and not (given and isinstance(given[0], tuple | dict)):
+        return Listed(given)
     if all(hasattr(given, part) for part in ("__len__", "labels", "path", "image")):
-        return Images({"images": given})
+        return given
     if not hasattr(given, "__getitem__"):
         raise BadInput(
             f"the images are a {type(given).__name__}: expected a folder, a list of paths or PIL"
-            " images, a uint8 tensor [M, 3, H, W], or a data set with len() and items"
+            f" images, a uint8 tensor [M, {pixels.channels}, H, W], or a data set with len() and"
+            " items"
         )
-    return Images({"images": functions.open_function(lambda: given, "images", None, "train")})
+    return functions.open_function(lambda: given, "images", None, "train")
 
 
 def _are_paths(given) -> bool:
@@ -137,7 +155,7 @@ def _is_image(path: str) -> bool:
 
 
 class Listed(Dataset):
-    """Images of a list, in its order: paths, PIL images, uint8 tensors [3, H, W].
+    """Images of a list, in its order: PIL images and tensors [c, H, W], uint8 or floats in [0, 1].
 
     Raises BadInput where there is none.
     """
@@ -145,6 +163,8 @@ class Listed(Dataset):
     labels = None
     classes = None
     size_hint = None
+    channels = 3
+    bits = 8
 
     def __init__(self, items: Sequence):
         if not len(items):
@@ -155,15 +175,14 @@ class Listed(Dataset):
         return len(self.items)
 
     def path(self, i: int) -> str:
-        item = self.items[i]
-        name = item if isinstance(item, str | os.PathLike) else getattr(item, "filename", "")
+        name = getattr(self.items[i], "filename", "")
         return os.fsdecode(name) if name else f"images[{i}]"
 
-    def image(self, i: int, at_least: int | None = None) -> Image.Image:
-        item = self.items[i]
-        if isinstance(item, str | os.PathLike):
-            return data.decode(os.fspath(item), at_least)
-        return functions.to_rgb(functions.image_in(item))
+    def image(self, i: int, at_least: int | None = None) -> Image.Image | torch.Tensor:
+        image = functions.image_in(self.items[i])
+        if (self.channels, self.bits) == (3, 8):
+            return functions.to_rgb(image)
+        return bands.to_channels(image, self.channels)
 
-    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
+    def __getitem__(self, i: int) -> tuple[Image.Image | torch.Tensor, int]:
         return self.image(i), -1

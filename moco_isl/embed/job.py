@@ -4,7 +4,7 @@ Letters: M images, C features of an image, k nearest others.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -33,7 +33,8 @@ class EmbedOptions:
         "",
         "file",
         metavar="FILE",
-        help="a checkpoint of ours or MoCo's, or weights of torchvision or timm (.safetensors too)",
+        help="a checkpoint of ours or MoCo's, a run's folder, weights of torchvision or timm, DINO's"
+        " or DINOv2's (.safetensors too), or a Hugging Face folder",
     )
     out: str = opt(
         "",
@@ -84,11 +85,13 @@ class EmbedOptions:
 @dataclass(kw_only=True)
 class Job:
     """What is to be done. image_size: 0 for that of the training. dataset: what the images are, by
-    whose mean and std they are normalised where the file does not name its own.
+    whose mean and std they are normalised where the file does not name its own. pixels: of the
+    images; mean and std are measured where nobody says them.
     """
 
     backbone: Backbone
     images: Images
+    pixels: data.Pixels
     dataset: str
     image_size: int
     options: EmbedOptions
@@ -109,6 +112,18 @@ class Job:
     @property
     def statistics(self) -> str:
         return self.backbone.statistics(self.dataset)
+
+    @property
+    def _numbers(self) -> tuple:
+        return self.pixels.mean, self.pixels.std
+
+    def measure(self, say: Say) -> None:
+        """Measure mean and std on the images where nobody says them. Raises BadInput."""
+        if not self.pixels.are_known(self.statistics):
+            first = next(iter(self.images.splits.values()))
+            mean, std, line = data.measure(first)
+            say(f"=> {line}")
+            self.pixels = replace(self.pixels, mean=mean, std=std)
 
     def check(self) -> None:
         """Raise BadInput for what cannot be done, before anything is read or written."""
@@ -139,7 +154,7 @@ class Job:
             "data": rows.digest(self.images),
             "layer": self.options.layer,
             "--image-size": self.side,
-            "statistics": self.statistics,
+            "statistics": [self.statistics, self.pixels.bits, *self._numbers],
             "--normalize": self.options.normalize,
             "--batch-size": self.options.batch_size,
             "--amp": self.options.amp,
@@ -159,7 +174,7 @@ class Job:
             "normalized": self.options.normalize,
             "image_size": self.side,
             "amp": self.options.amp,
-            "statistics": self.statistics,
+            "statistics": self.statistics if self.pixels.mean is None else list(self._numbers),
             "data": files.shown(" ".join(self.images.dirs)) or self.dataset,
             "left_out": left_out,
         }
@@ -182,8 +197,9 @@ def compute(
     options = job.options
     if job.cache is not None:
         ranks.together(lambda: _hold_cached(job, workers, say))
+    job.measure(say if dist.is_main() else lambda line: None)
     reading = rows.Reading(
-        view=data.get_eval_transform(job.statistics, job.side),
+        view=data.get_eval_transform(job.statistics, job.side, job.pixels),
         batch_size=options.batch_size,
         workers=workers,
         device=device,

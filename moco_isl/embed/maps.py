@@ -227,13 +227,18 @@ def _pictures(axes, place: np.ndarray, names: list, colours: dict, chosen, image
 
 
 def _thumbnail(picture) -> np.ndarray | None:
-    """uint8 [h, w, 3] of a PIL image or a tensor [3, H, W], at most 128 pixels a side."""
+    """uint8 [h, w, 3] of a PIL image or a tensor [c, H, W], at most 128 pixels a side.
+
+    Of more channels than three the first three are shown, of two the first.
+    """
     from PIL import Image
 
     if picture is None:
         return None
     if isinstance(picture, torch.Tensor):
-        picture = Image.fromarray(picture.permute(1, 2, 0).cpu().numpy())
+        shown = picture[:3] if len(picture) >= 3 else picture[:1].expand(3, -1, -1)
+        shown = shown if shown.dtype == torch.uint8 else (255 * shown).to(torch.uint8)
+        picture = Image.fromarray(shown.permute(1, 2, 0).cpu().numpy())
     picture = picture.convert("RGB")
     picture.thumbnail((128, 128))
     return np.asarray(picture)

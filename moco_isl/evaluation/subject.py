@@ -135,20 +135,9 @@ class Subject(ReadOnce):
 
         Raises BadInput where the flags ask for other channels.
         """
-        asked = self.asked
         if not self.path:
-            return replace(data.RGB, **{name: x for name, x in vars(asked).items() if x})
-        said = self.info["args"]
-        takes = channels_of(self.encoder)
-        if asked.channels not in (None, takes):
-            raise BadInput(
-                f"'{self.path}' takes images of {takes} channels, and --channels is"
-                f" {asked.channels}: leave it off"
-            )
-        found = data.Pixels(takes, asked.bits or said.get("bits") or 8, asked.mean, asked.std)
-        if asked.mean is None and len(said.get("mean") or ()) == takes:
-            found = replace(found, mean=said["mean"], std=said["std"])
-        return found
+            return replace(data.RGB, **{name: x for name, x in vars(self.asked).items() if x})
+        return pixels_of(self.encoder, self.info, self.asked)
 
     @cached_property
     def pixels(self) -> data.Pixels:
@@ -200,6 +189,25 @@ class Subject(ReadOnce):
 
     def mismatches(self) -> list[str]:
         return mismatches(self.info, dataset=self.dataset, side=self.side)
+
+
+def pixels_of(encoder: nn.Module, info: dict, asked: data.Pixels) -> data.Pixels:
+    """Channels and bits as an encoder takes them, mean and std as asked for or as its file says.
+
+    info: see `load_backbone`. mean and std are None where nobody says them. Raises BadInput where
+    other channels are asked for.
+    """
+    said = info["args"]
+    takes = channels_of(encoder)
+    if asked.channels not in (None, takes):
+        raise BadInput(
+            f"'{info['path']}' takes images of {takes} channels, and --channels is"
+            f" {asked.channels}: leave it off"
+        )
+    found = data.Pixels(takes, asked.bits or said.get("bits") or 8, asked.mean, asked.std)
+    if asked.mean is None and len(said.get("mean") or ()) == takes:
+        found = replace(found, mean=said["mean"], std=said["std"])
+    return found
 
 
 def labelled(
