@@ -527,8 +527,8 @@ def test_a_side_that_the_network_does_not_take_is_said(tmp_path, capsys):
     content = {"arch": "timm:vit_tiny_patch16_224", "state_dict": encoder.state_dict()}
     torch.save(content, tmp_path / "vit.pth")
     out = tmp_path / "x.onnx"
-    assert run(tmp_path / "vit.pth", "--to", "onnx", "--out", out, "--image-size", 64) == 2
-    assert "does not take images of side 64" in capsys.readouterr().err and not out.exists()
+    assert run(tmp_path / "vit.pth", "--to", "onnx", "--out", out, "--image-size", 8) == 2
+    assert "does not fit timm:vit_tiny" in capsys.readouterr().err and not out.exists()
 
 
 @pytest.mark.parametrize(

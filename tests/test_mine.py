@@ -174,7 +174,7 @@ def test_a_miner_of_ones_own_mines(moco, tmp_path, monkeypatch):
     assert mine.main([moco, *DIGITS, *flags]) == 0
     M = len(rows(tmp_path / "mined"))
     assert all(
-        set(line["positives"]) == {f"digits/train[{j % M}]" for j in (i - 3, i + 3)}
+        set(line["positives"]) == {f"train[{j % M}]" for j in (i - 3, i + 3)}
         for i, line in enumerate(rows(tmp_path / "mined"))
     )
 

@@ -135,30 +135,14 @@ class Subject(ReadOnce):
 
         Raises BadInput where the flags ask for other channels.
         """
-        asked = self.asked
         if not self.path:
-            return replace(data.RGB, **{name: x for name, x in vars(asked).items() if x})
-        said = self.info["args"]
-        takes = channels_of(self.encoder)
-        if asked.channels not in (None, takes):
-            raise BadInput(
-                f"'{self.path}' takes images of {takes} channels, and --channels is"
-                f" {asked.channels}: leave it off"
-            )
-        found = data.Pixels(takes, asked.bits or said.get("bits") or 8, asked.mean, asked.std)
-        if asked.mean is None and len(said.get("mean") or ()) == takes:
-            found = replace(found, mean=said["mean"], std=said["std"])
-        return found
+            return replace(data.RGB, **{name: x for name, x in vars(self.asked).items() if x})
+        return format_of(self.encoder, self.info, self.asked)
 
     @cached_property
     def pixels(self) -> data.Pixels:
         """What the numbers of the images are; mean and std are measured where nobody says them."""
-        found = self._format
-        if found.are_known(self.dataset):
-            return found
-        mean, std, line = data.measure(self.splits["train"])
-        ranks.say(f"=> {line}")
-        return replace(found, mean=mean, std=std)
+        return settled(self._format, self.dataset, self.splits["train"])
 
     @cached_property
     def splits(self) -> dict:
@@ -200,6 +184,36 @@ class Subject(ReadOnce):
 
     def mismatches(self) -> list[str]:
         return mismatches(self.info, dataset=self.dataset, side=self.side)
+
+
+def format_of(encoder: nn.Module, info: dict, asked: data.Pixels) -> data.Pixels:
+    """Channels and bits as an encoder takes them, mean and std as `asked` or its file say.
+
+    info: see `load_backbone`. Raises BadInput where other channels are asked for.
+    """
+    said = info["args"]
+    takes = channels_of(encoder)
+    if asked.channels not in (None, takes):
+        raise BadInput(
+            f"'{info['path']}' takes images of {takes} channels, and --channels is"
+            f" {asked.channels}: leave it off"
+        )
+    found = data.Pixels(takes, asked.bits or said.get("bits") or 8, asked.mean, asked.std)
+    if asked.mean is None and len(said.get("mean") or ()) == takes:
+        found = replace(found, mean=said["mean"], std=said["std"])
+    return found
+
+
+def settled(found: data.Pixels, name: str, images) -> data.Pixels:
+    """The same with mean and std: measured on the images where nobody has said them.
+
+    name: of the data set.
+    """
+    if found.are_known(name):
+        return found
+    mean, std, line = data.measure(images)
+    ranks.say(f"=> {line}")
+    return replace(found, mean=mean, std=std)
 
 
 def labelled(
