@@ -67,8 +67,15 @@ class MineOptions:
 
 @dataclass(kw_only=True)
 class MinedEncoderOptions(EncoderOptions):
-    """Which encoder of a file, and how it computes."""
+    """Which encoder of which file, and how it computes."""
 
+    file: str = opt(
+        "",
+        "file",
+        metavar="FILE",
+        help="any that main_knn.py judges: a checkpoint of ours or MoCo's, a run's folder, weights"
+        " of a library",
+    )
     key: bool | None = opt(
         None, help="the key encoder of a MoCo file, as a training mines it, or the query encoder"
     )
@@ -77,9 +84,9 @@ class MinedEncoderOptions(EncoderOptions):
 
 
 GROUPS: flags.Groups = {
+    "mined encoder": (MinedEncoderOptions,),
     "data set": (data.DataOptions,),
     "mining": (MineOptions, RoundMiner),
-    "mined encoder": (MinedEncoderOptions,),
     "run": (flags.ConfigOptions,),
     "devices and processes": (ranks.DistributedOptions,),
 }
@@ -88,7 +95,6 @@ GROUPS: flags.Groups = {
 def get_parser() -> flags.Parser:
     usage = "%(prog)s FILE [DIR] [flags]"
     parser = flags.Parser("python -m moco_isl.mine", __doc__, usage=usage)
-    parser.add_argument("file", metavar="FILE", help="a checkpoint of ours or MoCo's, or weights")
     parser.add_groups(GROUPS)
     parser.add_plugins("miner", KINDS, find_miner)
     return parser
@@ -146,6 +152,7 @@ class Source(ReadOnce):
 
 def check_source(args: argparse.Namespace) -> Source:
     """What is mined. Raises BadInput where flags, file and images do not go together."""
+    flags.check(args.file, "no encoder: give FILE, a trained one, and then DIR")
     data.check_options(flags.take(data.DataOptions, args))
     flags.check_ranges(args, *flags.kinds_of(GROUPS))
     kind = find_miner(args.miner)

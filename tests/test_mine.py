@@ -189,7 +189,7 @@ def test_stopped_it_writes_nothing(moco, tmp_path, capsys):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        ([], "arguments are required: FILE"),
+        ([], "no encoder: give FILE"),
         (["absent.pth", *DIGITS], "no file at 'absent.pth': expected a checkpoint"),
         (["MOCO"], "--dataset folder needs a DIR"),
         (["MOCO", "nowhere"], "nowhere"),
