@@ -496,9 +496,10 @@ _FORMS = {
 
 def _require(has_it: bool, backbone: Backbone, library: str) -> None:
     if not has_it:
+        channels = "" if backbone.channels == 3 else f" and {backbone.channels} channels"
         raise BadInput(
             f"{library} has no network of the shape of {backbone.info['arch']} with stem"
-            f" {backbone.info['stem']}: {_ALTERNATIVE}"
+            f" {backbone.info['stem']}{channels}: {_ALTERNATIVE}"
         )
 
 
