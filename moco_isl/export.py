@@ -460,7 +460,7 @@ def _safetensors(backbone: Backbone, out: Path) -> Form:
 
 def _detectron2(backbone: Backbone, out: Path) -> Form:
     known = backbone.name in _DETECTRON2 and backbone.info["stem"] != "cifar"
-    _require(known, backbone, "detectron2")
+    _require(known and backbone.channels == 3, backbone, "detectron2")
     # its norms do not count batches
     state = {n: t for n, t in backbone.state.items() if not n.endswith("num_batches_tracked")}
 
