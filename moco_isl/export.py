@@ -460,7 +460,7 @@ def _safetensors(backbone: Backbone, out: Path) -> Form:
 
 def _detectron2(backbone: Backbone, out: Path) -> Form:
     known = backbone.name in _DETECTRON2 and backbone.info["stem"] != "cifar"
-    _require(known, backbone, "detectron2")
+    _require(known and backbone.channels == 3, backbone, "detectron2")
     # its norms do not count batches
     state = {n: t for n, t in backbone.state.items() if not n.endswith("num_batches_tracked")}
 
@@ -496,9 +496,10 @@ _FORMS = {
 
 def _require(has_it: bool, backbone: Backbone, library: str) -> None:
     if not has_it:
+        channels = "" if backbone.channels == 3 else f" and {backbone.channels} channels"
         raise BadInput(
             f"{library} has no network of the shape of {backbone.info['arch']} with stem"
-            f" {backbone.info['stem']}: {_ALTERNATIVE}"
+            f" {backbone.info['stem']}{channels}: {_ALTERNATIVE}"
         )
 
 

@@ -23,7 +23,7 @@ from moco_isl import data, files
 from moco_isl.commands import as_typed
 from moco_isl.encoders import AMP_TYPES, BACKBONE, OUTPUT, Taps, require_side
 from moco_isl.errors import Interrupted
-from moco_isl.evaluation.subject import ReadOnce, mismatches
+from moco_isl.evaluation.subject import ReadOnce, format_of, mismatches, settled
 from moco_isl.miners import MINERS, find_miner
 from moco_isl.mining.edges import pair_cosines
 from moco_isl.mining.positives import PositiveSets
@@ -67,8 +67,15 @@ class MineOptions:
 
 @dataclass(kw_only=True)
 class MinedEncoderOptions(EncoderOptions):
-    """Which encoder of a file, and how it computes."""
+    """Which encoder of which file, and how it computes."""
 
+    file: str = opt(
+        "",
+        "file",
+        metavar="FILE",
+        help="any that main_knn.py judges: a checkpoint of ours or MoCo's, a run's folder, weights"
+        " of a library",
+    )
     key: bool | None = opt(
         None, help="the key encoder of a MoCo file, as a training mines it, or the query encoder"
     )
@@ -77,9 +84,9 @@ class MinedEncoderOptions(EncoderOptions):
 
 
 GROUPS: flags.Groups = {
+    "mined encoder": (MinedEncoderOptions,),
     "data set": (data.DataOptions,),
     "mining": (MineOptions, RoundMiner),
-    "mined encoder": (MinedEncoderOptions,),
     "run": (flags.ConfigOptions,),
     "devices and processes": (ranks.DistributedOptions,),
 }
@@ -88,7 +95,6 @@ GROUPS: flags.Groups = {
 def get_parser() -> flags.Parser:
     usage = "%(prog)s FILE [DIR] [flags]"
     parser = flags.Parser("python -m moco_isl.mine", __doc__, usage=usage)
-    parser.add_argument("file", metavar="FILE", help="a checkpoint of ours or MoCo's, or weights")
     parser.add_groups(GROUPS)
     parser.add_plugins("miner", KINDS, find_miner)
     return parser
@@ -126,16 +132,27 @@ class Source(ReadOnce):
         return encoder, info
 
     @cached_property
+    def _format(self) -> data.Pixels:
+        return format_of(*self.encoder, flags.take(data.Pixels, self.args))
+
+    @cached_property
+    def pixels(self) -> data.Pixels:
+        """What the numbers of the images are."""
+        return settled(self._format, self.args.dataset, self.images.train)
+
+    @cached_property
     def images(self) -> reading.TrainingImages:
         """The images, at the side that the encoder was trained on where that is known."""
         args = self.args
-        whole = data.build_dataset(args.dataset, args.data, "train", args.download)
+        pixels = (self._format.channels, self._format.bits)
+        whole = data.build_dataset(args.dataset, args.data, "train", args.download, *pixels)
         side = args.image_size or self.encoder[1]["args"].get("image_size") or 0
         return reading.split(whole, 0, args.seed, side)
 
 
 def check_source(args: argparse.Namespace) -> Source:
     """What is mined. Raises BadInput where flags, file and images do not go together."""
+    flags.check(args.file, "no encoder: give FILE, a trained one, and then DIR")
     data.check_options(flags.take(data.DataOptions, args))
     flags.check_ranges(args, *flags.kinds_of(GROUPS))
     kind = find_miner(args.miner)
@@ -180,7 +197,7 @@ class Sets:
         self.positives = PositiveSets.empty(M, device)
         self.round = 0
 
-    def mine(
+    def mine_features(
         self, features: torch.Tensor, miner: Miner, rng, tick, views, number: int
     ) -> RoundReport:
         self.positives = one_round(miner, features, self.positives, number, rng, tick, views)
@@ -218,6 +235,7 @@ def worker(args: argparse.Namespace, stop, source: Source) -> None:
         knn_holdout=0,
         bn_splits=1,
         compile=False,
+        pixels=source.pixels,
     )
     mined = Layer(encoder, layer_of(info, args.layer))
     with Stop(stop) as asked:
@@ -244,17 +262,11 @@ def mine(args: argparse.Namespace, reader: reading.Reader, encoder: nn.Module, s
     record = round_record(features, sets.positives, miner, before)
     if reader.labels is not None:
         report.precision_ranked = precision_of_ranking(record, reader.labels)
-    lines = in_words(sets.positives, features, names_of(reader.images.train, args.data))
+    lines = in_words(sets.positives, features, data.names_below(reader.images.train))
     ranks.on_main(lambda: keep(args, report, record, "".join(lines)))
 
 
 # ---- what is kept --------------------------------------------------------------------------------
-
-
-def names_of(dataset, root: str | None) -> list[str]:
-    """The images' names: those of files from DIR on."""
-    root = os.path.join(root, "") if root else ""
-    return [dataset.path(i).removeprefix(root) for i in range(len(dataset))]
 
 
 def in_words(positives: PositiveSets, features: torch.Tensor, names: list[str]) -> Iterator[str]:

@@ -523,12 +523,23 @@ def test_a_vit_for_small_images_goes_to_timm_with_its_size(tmp_path, capsys):
 
 
 def test_a_side_that_the_network_does_not_take_is_said(tmp_path, capsys):
-    encoder = build_encoder("timm:vit_tiny_patch16_224", 16, image_size=32)
-    content = {"arch": "timm:vit_tiny_patch16_224", "state_dict": encoder.state_dict()}
-    torch.save(content, tmp_path / "vit.pth")
-    out = tmp_path / "x.onnx"
-    assert run(tmp_path / "vit.pth", "--to", "onnx", "--out", out, "--image-size", 64) == 2
-    assert "does not take images of side 64" in capsys.readouterr().err and not out.exists()
+    path, out = tmp_path / "alexnet.pth", tmp_path / "x.onnx"
+    content = {"arch": "alexnet", "state_dict": build_encoder("alexnet", 16).state_dict()}
+    torch.save(content, path)
+    assert run(path, "--to", "onnx", "--out", out, "--image-size", 16) == 2
+    error = capsys.readouterr().err
+    assert "does not take images of side 16" in error and error.count("\n") == 1
+    assert not out.exists()
+
+
+def test_positions_of_a_vit_are_stretched_for_another_side(tmp_path):
+    path, out = tmp_path / "moco.pth.tar", tmp_path / "x.onnx"
+    small_vit(path)
+    assert run(path, "--to", "onnx", "--out", out, "--image-size", 64) == 0
+    session = onnxruntime.InferenceSession(out)
+    theirs = session.run(["features"], {"images": images(64).numpy()})[0]
+    ours = features(load_backbone(path, image_size=64)[0], images(64))
+    assert np.allclose(theirs, ours, atol=1e-4)
 
 
 @pytest.mark.parametrize(

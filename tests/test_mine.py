@@ -77,7 +77,7 @@ def test_the_sets_are_named_and_have_the_cosines_of_their_features(moco, tmp_pat
         features = F.normalize(encoder.eval()(transform.normalize(seen)), dim=1)
     found = rows(tmp_path / "mined")
     place = {line["image"]: i for i, line in enumerate(found)}
-    assert list(place) == [images.path(i) for i in range(len(images))]
+    assert list(place) == data.names_below(images)
     asked = 0
     for i, line in enumerate(found):
         for name, similarity in zip(line["positives"], line["similarity"], strict=True):
@@ -174,7 +174,7 @@ def test_a_miner_of_ones_own_mines(moco, tmp_path, monkeypatch):
     assert mine.main([moco, *DIGITS, *flags]) == 0
     M = len(rows(tmp_path / "mined"))
     assert all(
-        set(line["positives"]) == {f"digits/train[{j % M}]" for j in (i - 3, i + 3)}
+        set(line["positives"]) == {f"train[{j % M}]" for j in (i - 3, i + 3)}
         for i, line in enumerate(rows(tmp_path / "mined"))
     )
 
@@ -189,7 +189,7 @@ def test_stopped_it_writes_nothing(moco, tmp_path, capsys):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        ([], "arguments are required: FILE"),
+        ([], "no encoder: give FILE"),
         (["absent.pth", *DIGITS], "no file at 'absent.pth': expected a checkpoint"),
         (["MOCO"], "--dataset folder needs a DIR"),
         (["MOCO", "nowhere"], "nowhere"),

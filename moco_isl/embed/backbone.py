@@ -14,7 +14,7 @@ from moco_isl.data.bands import to_channels
 from moco_isl.data.functions import to_rgb
 from moco_isl.encoders import BACKBONE, OUTPUT, Taps, require_layers, require_side
 from moco_isl.errors import BadInput
-from moco_isl.evaluation.subject import fingerprint, pixels_of
+from moco_isl.evaluation.subject import fingerprint, format_of
 from moco_isl.run import backbone as reading
 from moco_isl.run.weights import weights_file
 
@@ -70,8 +70,8 @@ class Backbone(Taps):
         return Transform(name, self.trained_side() or 224, pixels)
 
     def pixels(self, asked: data.Pixels = ANY) -> data.Pixels:
-        """Channels, bits, mean and std of the images, see `subject.pixels_of`. Raises BadInput."""
-        return pixels_of(self.encoder, self.info, asked)
+        """Channels, bits, mean and std of the images, see `subject.format_of`. Raises BadInput."""
+        return format_of(self.encoder, self.info, asked)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return super().forward(images)[BACKBONE]

@@ -137,17 +137,12 @@ class Subject(ReadOnce):
         """
         if not self.path:
             return replace(data.RGB, **{name: x for name, x in vars(self.asked).items() if x})
-        return pixels_of(self.encoder, self.info, self.asked)
+        return format_of(self.encoder, self.info, self.asked)
 
     @cached_property
     def pixels(self) -> data.Pixels:
         """What the numbers of the images are; mean and std are measured where nobody says them."""
-        found = self._format
-        if found.are_known(self.dataset):
-            return found
-        mean, std, line = data.measure(self.splits["train"])
-        ranks.say(f"=> {line}")
-        return replace(found, mean=mean, std=std)
+        return settled(self._format, self.dataset, self.splits["train"])
 
     @cached_property
     def splits(self) -> dict:
@@ -191,11 +186,10 @@ class Subject(ReadOnce):
         return mismatches(self.info, dataset=self.dataset, side=self.side)
 
 
-def pixels_of(encoder: nn.Module, info: dict, asked: data.Pixels) -> data.Pixels:
-    """Channels and bits as an encoder takes them, mean and std as asked for or as its file says.
+def format_of(encoder: nn.Module, info: dict, asked: data.Pixels) -> data.Pixels:
+    """Channels and bits as an encoder takes them, mean and std as `asked` or its file say.
 
-    info: see `load_backbone`. mean and std are None where nobody says them. Raises BadInput where
-    other channels are asked for.
+    info: see `load_backbone`. Raises BadInput where other channels are asked for.
     """
     said = info["args"]
     takes = channels_of(encoder)
@@ -208,6 +202,18 @@ def pixels_of(encoder: nn.Module, info: dict, asked: data.Pixels) -> data.Pixels
     if asked.mean is None and len(said.get("mean") or ()) == takes:
         found = replace(found, mean=said["mean"], std=said["std"])
     return found
+
+
+def settled(found: data.Pixels, name: str, images) -> data.Pixels:
+    """The same with mean and std: measured on the images where nobody has said them.
+
+    name: of the data set.
+    """
+    if found.are_known(name):
+        return found
+    mean, std, line = data.measure(images)
+    ranks.say(f"=> {line}")
+    return replace(found, mean=mean, std=std)
 
 
 def labelled(

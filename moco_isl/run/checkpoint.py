@@ -70,7 +70,8 @@ def exploded(state) -> list[str]:
 
 def _floats(value, name: str) -> Iterator[tuple[str, torch.Tensor]]:
     if isinstance(value, torch.Tensor):
-        if value.is_floating_point() and value.numel():
+        # one on meta has no values; where it is used, the check of its shape refuses it
+        if value.is_floating_point() and value.numel() and not value.is_meta:
             yield name, value
     elif isinstance(value, (dict, list, tuple)):
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):

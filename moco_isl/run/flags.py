@@ -251,12 +251,15 @@ class Parser(argparse.ArgumentParser):
         """
         mark = object()
         marked = argparse.Namespace(**dict.fromkeys(vars(args), mark))
+        for action in self._actions:
+            if isinstance(action, argparse._AppendAction):  # it would append to the mark
+                setattr(marked, action.dest, None)
         super().parse_args(argv, marked)
         typed = [action.dest for action in self._actions if action.option_strings]
         return {
             name
             for name, value in vars(marked).items()
-            if (value is not mark if name in typed else getattr(args, name, None) is not None)
+            if (value not in (mark, None) if name in typed else getattr(args, name) is not None)
         }
 
     @staticmethod
