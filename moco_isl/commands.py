@@ -33,6 +33,7 @@ COMMANDS = {
     "probe": Command(
         "main_lincls", "python main_lincls.py", "judge it by linear classifiers, or fine-tune it"
     ),
+    "embed": _of_package("embed", "write its features of any images"),
     "export": _of_package("export", "write it for another library"),
     "report": Command(
         "moco_isl.report.__main__",
