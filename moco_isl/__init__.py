@@ -7,6 +7,7 @@ __version__ = "0.1.0"
 _ON_DEMAND = {  # name -> the module it is in: importing moco_isl alone imports no torch
     "load_backbone": "moco_isl.embed.backbone",
     "embed": "moco_isl.embed",
+    "pretrain": "moco_isl.pretraining",
 }
 
 

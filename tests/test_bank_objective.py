@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import main_moco_isl
+from moco_isl import pretraining
 from moco_isl.bank import FeatureBank
 from moco_isl.errors import BadInput
 from moco_isl.isl import ISL
@@ -334,7 +335,7 @@ def test_learning_rate_decays_twice_in_each_round():
 
 def flags(line):
     args = main_moco_isl.get_parser().parse_args(["--dataset", "digits", *line.split()])
-    main_moco_isl.check_args(args)
+    pretraining.check_args(args)
     return args
 
 

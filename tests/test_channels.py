@@ -22,7 +22,7 @@ from torchvision.transforms import functional as TF
 import main_knn
 import main_lincls
 import main_moco_isl
-from moco_isl import data, encoders, export
+from moco_isl import data, encoders, export, pretraining
 from moco_isl.data import augment, bands, cache, datasets, folders, transforms
 from moco_isl.errors import BadInput
 from moco_isl.report import grids
@@ -557,7 +557,7 @@ def test_a_run_of_rgb_says_nothing_of_mean_and_std(finished):
 def measured(rank, world, folder):
     args = main_moco_isl.get_parser().parse_args([folder, *FLAGS, "--channels", "6"])
     args.bits, args.knn_holdout = 8, 4
-    main_moco_isl.settle_pixels(args)
+    pretraining.settle_pixels(args)
     return args.mean, args.std
 
 

@@ -24,6 +24,7 @@ import main_lincls
 import main_moco_isl
 from launch import report as launch_report
 from launch import tables
+from moco_isl import pretraining
 from moco_isl.encoders import build_encoder
 from moco_isl.errors import BadInput
 from moco_isl.evaluation import features, probe, probing
@@ -344,9 +345,9 @@ def read_resume(place: Place, draw: random.Random) -> None:
     content = damaged(place.content, draw)
     with in_place_of_files(content):
         args = main_moco_isl.get_parser().parse_args(argv)
-        start, taken = main_moco_isl.check_start(args)
+        start, taken, _ = pretraining.check_start(args)
         resume.finished(start, taken, args.epochs, args.max_steps)
-        images, model = main_moco_isl.prepare(args, start, taken)
+        images, model = pretraining.prepare(args, start, taken)
         checkpoint.load_model(model, content, start.path)
         optimizer = fast.sgd(model.parameters(), 0.1, 0.9, 1e-4, False)
         isl = ISL(model, M)
@@ -355,7 +356,7 @@ def read_resume(place: Place, draw: random.Random) -> None:
             optimizer,
             torch.amp.GradScaler("cpu"),
             isl,
-            main_moco_isl.build_miner(args, None),
+            pretraining.build_miner(args, None),
             resume.images_of(images.train),
             engine.Position(),
         )

@@ -14,6 +14,7 @@ import torch
 import main_knn
 import main_lincls
 import main_moco_isl
+from moco_isl import pretraining
 from moco_isl.run import checkpoint
 from tests.runs import photos
 
@@ -98,7 +99,7 @@ def test_labels_steer_nothing(tmp_path, monkeypatch):
     """The same run with shuffled labels writes the same weights."""
     flags = "--epochs 2 --miner knn --isl-start 1 --knn-every 1 --knn-holdout 1000".split()
     run(tmp_path / "true", *flags)
-    build = main_moco_isl.data.build_dataset
+    build = pretraining.data.build_dataset
 
     def shuffled(*args, **options):
         dataset = build(*args, **options)
@@ -107,7 +108,7 @@ def test_labels_steer_nothing(tmp_path, monkeypatch):
         ]
         return dataset
 
-    monkeypatch.setattr(main_moco_isl.data, "build_dataset", shuffled)
+    monkeypatch.setattr(pretraining.data, "build_dataset", shuffled)
     run(tmp_path / "shuffled", *flags)
     mine, theirs = weights(tmp_path / "true"), weights(tmp_path / "shuffled")
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)

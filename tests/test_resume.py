@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import main_moco_isl
+from moco_isl import pretraining
 from moco_isl.errors import BadInput
 from moco_isl.miners import find_miner
 from moco_isl.miners import gan as gan_miner
@@ -654,7 +655,7 @@ def test_a_parent_of_ranks_reads_the_file_once_and_each_rank_once(
     finished, tmp_path, loads, monkeypatch
 ):
     given = []
-    monkeypatch.setattr(main_moco_isl.ranks, "launch", lambda *args: given.append(args))
+    monkeypatch.setattr(pretraining.ranks, "launch", lambda *args: given.append(args))
     file = str(finished / "checkpoint_0000.pth.tar")
     argv = [*FLAGS, "--multiprocessing-distributed", "--nproc-per-node", "2"]
     argv += ["--resume", file, "--out", str(tmp_path / "new")]
@@ -662,6 +663,6 @@ def test_a_parent_of_ranks_reads_the_file_once_and_each_rank_once(
     [(_, args, _, start, content)] = given
     assert loads == [file] and content == {}, "large tensors are not sent to the ranks"
     with Stop(lambda: False) as stop:
-        reader, _ = main_moco_isl.get_ready(args, start, content, torch.device("cpu"), stop)
+        reader, _ = pretraining.get_ready(args, start, content, None, torch.device("cpu"), stop)
     reader.close()
     assert loads == [file, file] and content["isl"]

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import main_moco_isl
+from moco_isl import pretraining
 from moco_isl.errors import BadInput
 from moco_isl.isl import ISL
 from moco_isl.objectives.rotnet import Rotation
@@ -98,8 +99,8 @@ def test_a_run_learns_and_resumes(tmp_path):
 
 
 def test_positives_are_refused():
-    args = main_moco_isl.options.get_parser("").parse_args(
+    args = pretraining.options.get_parser("").parse_args(
         "--dataset digits --objective rotnet --miner knn".split()
     )
     with pytest.raises(BadInput, match="rotnet"):
-        main_moco_isl.check_args(args)
+        pretraining.check_args(args)

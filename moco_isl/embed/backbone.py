@@ -64,8 +64,8 @@ class Backbone(Taps):
         name = self.statistics()
         if not pixels.are_known(name):
             raise BadInput(
-                f"'{self.info['path']}' does not say mean and std of its {pixels.channels} channels:"
-                " moco_isl.embed measures them on the images"
+                f"'{self.info['path']}' does not say mean and std of its {pixels.channels}"
+                " channels: moco_isl.embed measures them on the images"
             )
         return Transform(name, self.trained_side() or 224, pixels)
 

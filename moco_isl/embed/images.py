@@ -85,7 +85,8 @@ def open_images(
 ) -> Images:
     """The images of a data set of the table (see `data.build_dataset`). Raises BadInput.
 
-    pixels: their channels and bits. split: train, val, or all of both; a folder without train/ and val/ is one split, its images.
+    pixels: their channels and bits. split: train, val, or all of both; a folder without train/ and
+    val/ is one split, its images.
     """
     dirs = listed(root)
     splits = [split]
@@ -106,7 +107,8 @@ def images_of(
 
     given: a folder, or what else DIR may be, or a list of such; a list of images' paths, PIL images
     and tensors [c, H, W]; a tensor [M, c, H, W]; a data set as `data.datasets` has them, or any
-    that `data.functions` takes; or None, for a data set that is embedded. pixels: see `open_images`.
+    that `data.functions` takes; or None, for a data set that is embedded. pixels: as in
+    `open_images`.
     """
     several = isinstance(given, list | tuple)
     paths = listed(given) if _are_paths(given) else []

@@ -33,8 +33,8 @@ class EmbedOptions:
         "",
         "file",
         metavar="FILE",
-        help="a checkpoint of ours or MoCo's, a run's folder, weights of torchvision or timm, DINO's"
-        " or DINOv2's (.safetensors too), or a Hugging Face folder",
+        help="a checkpoint of ours or MoCo's, a run's folder, weights of torchvision, timm, DINO or"
+        " DINOv2 (.safetensors too), or a Hugging Face folder",
     )
     out: str = opt(
         "",

@@ -35,10 +35,10 @@ class ConfigOptions:
 class Given(argparse.Namespace):
     """Flags, and in `given` the names of those that were typed or stand in a config file.
 
-    `given` is no flag: vars() leaves it out.
+    notes: lines about what the flags became. Neither is a flag: vars() leaves them out.
     """
 
-    __slots__ = ("given",)
+    __slots__ = ("given", "notes")
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -240,6 +240,7 @@ class Parser(argparse.ArgumentParser):
         argv = self._data_first(argv)
         args = super().parse_args(argv, Given() if namespace is None else namespace)
         args.given = self._given(argv, args)
+        args.notes = []
         self._settle(args)
         return args
 

@@ -64,6 +64,15 @@ class Averages:
             self.read = torch.tensor(state["read"], dtype=torch.float64, device=device)
 
 
+def duration(seconds: float) -> str:
+    """Seconds in words: 58 s, 3 min 20 s, 2 h 5 min."""
+    whole = round(seconds)
+    hours, minutes = whole // 3600, whole // 60 % 60
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {whole % 60} s" if minutes else f"{whole} s"
+
+
 class Clock:
     """Seconds a step, and of them seconds waiting for data, since the last reading."""
 

@@ -3,12 +3,15 @@
 import argparse
 import math
 import random
+import shlex
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from moco_isl import data
 from moco_isl.builder import MoCo
+from moco_isl.commands import typed
 from moco_isl.data.label_list import read_labels
 from moco_isl.encoders import STEMS, on_meta
 from moco_isl.miners import MINERS, find_miner
@@ -16,10 +19,10 @@ from moco_isl.mining.rounds import RoundMiner
 from moco_isl.objectives import OBJECTIVES
 from moco_isl.objectives.base import MinedObjective, Objective
 from moco_isl.objectives.queue import build_predictor
-from moco_isl.options import default_of, flags_of, opt
+from moco_isl.options import default_of, flags_of, listed, opt
 from moco_isl.run import flags, loggers, ranks
 from moco_isl.run.folder import FolderOptions
-from moco_isl.training import fast
+from moco_isl.training import fast, small
 
 SCHEDULE = [120, 160]  # MoCo's, for its 200 epochs
 
@@ -353,6 +356,55 @@ def check_args(args: argparse.Namespace) -> None:
     _check_optimizer(args)
     _check_miner(args)
     _fill_in(args)
+
+
+def suit(args: flags.Given, M: int) -> str:
+    """Set the flags that were left to MoCo's defaults to what suits M images; a line about them.
+
+    '' where the defaults suit them.
+    """
+    defaults = default_flags("none")
+    names = ["batch_size"]
+    if OBJECTIVES[args.objective].has_queue:
+        names += ["moco_k", "moco_m"]
+    if args.optimizer == "sgd":
+        names += ["lr"]
+    free = {name for name in names if getattr(args, name) == defaults[name]} - args.given
+    values = {name: getattr(args, name) for name in ("batch_size", "lr", "moco_k", "moco_m")}
+    parts = ranks.total_ranks(args) * args.bn_splits
+    found = small.suited(M, values, free, parts, views=2 if args.symmetric else 1)
+    for name, value in found.items():
+        setattr(args, name, value)
+    if not found:
+        return ""
+    words = ", ".join(f"--{name.replace('_', '-')} {value:g}" for name, value in found.items())
+    return (
+        f"{M:,} images: {words} suit them better than MoCo's defaults; a flag that is given stays"
+    )
+
+
+def next_commands(args: argparse.Namespace, labelled: bool) -> list[str]:
+    """Three commands to paste after a run: judge or embed, look, and mine or export."""
+    quote = lambda words: " ".join(shlex.quote(str(word)) for word in words)
+    where = [*listed(args.data)]
+    if args.dataset != "folder":
+        where += ["--dataset", args.dataset]
+    last = str(Path(args.out) / "checkpoint_last.pth.tar")
+    judge = f"{typed('knn')} {quote(['--pretrained', last, *where])}"
+    if not labelled:
+        judge = f"{typed('embed')} {quote([last, *where, '--out', 'features.parquet'])}"
+    found = [judge, f"{typed('report')} {quote([args.out])}"]
+    if args.miner != "none" or not OBJECTIVES[args.objective].mined:
+        to = ["--to", "safetensors", "--out", "backbone.safetensors"]
+        return [*found, f"{typed('export')} {quote([last, *to])}"]
+    kept = [f"--{name.replace('_', '-')}" for name in ("aug_plus", "cos") if getattr(args, name)]
+    usual = default_flags("none") | {"channels": data.RGB.channels, "bits": data.RGB.bits}
+    for name in ("batch_size", "moco_m", "epochs", "channels", "bits"):
+        if getattr(args, name) != usual[name]:
+            kept += [f"--{name.replace('_', '-')}", f"{getattr(args, name):g}"]
+    mined = ["--miner", "average", "--isl-budget", "auto", "--lr", f"{args.lr / 3:.2g}"]
+    to = ["--init", args.out, "--out", f"{args.out.rstrip('/')}-mined"]
+    return [*found, f"{typed('pretrain')} {quote([*where, *to, *mined, *kept])}"]
 
 
 def require_epochs_left(args: argparse.Namespace) -> None:
