@@ -94,7 +94,7 @@ def test_the_picture_shows_the_results():
 
 
 def test_the_python_page_runs(tmp_path, monkeypatch):
-    """Two runs on the digits; the loop around a tiny MoCo; the miner and the data set of a user's own."""
+    """Two runs on the digits; a loop around a tiny MoCo; a miner and a data set of a user's own."""
     monkeypatch.chdir(tmp_path)
     pictures = images(M, 0)
     dataset = [((x, x.flip(2)), 0) for x in pictures]

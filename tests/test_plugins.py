@@ -11,6 +11,7 @@ import main_knn
 import main_lincls
 import main_moco_isl
 from moco_isl import mine, miners
+from moco_isl.embed import command as embed
 from moco_isl.errors import BadInput
 from moco_isl.options import check_values, flags_of
 from tests.runs import differences
@@ -280,7 +281,7 @@ def test_a_miner_keeps_its_budget_of_each_round():
     assert miners.KNNMiner(budget=None).rules.budget is None
 
 
-SCRIPTS = [main_moco_isl, main_lincls, main_knn, mine]
+SCRIPTS = [main_moco_isl, main_lincls, main_knn, mine, embed]
 
 
 def test_the_page_of_flags_is_that_of_the_fields(tmp_path):

@@ -12,7 +12,7 @@ from moco_isl.run import devices, exits, flags, ranks
 from moco_isl.run.backbone import EncoderOptions, describe
 from moco_isl.run.signals import Stop
 
-ABOUT = """Write the features of all images of a folder, or of any other source: no labels needed.
+ABOUT = """Write the features of all images of a folder, or of any other source.
 
   python -m moco_isl.embed runs/x/checkpoint_last.pth.tar DIR --out features.parquet
   ... --nearest 5          add each image's most similar others
