@@ -6,9 +6,9 @@ The run itself, from its flags to its end: moco_isl/pretraining.py.
 
 import sys
 
-from moco_isl.pretraining import get_parser, main
+from moco_isl.pretraining import check_args, get_parser, main
 
-__all__ = ["get_parser", "main"]
+__all__ = ["check_args", "get_parser", "main"]
 
 if __name__ == "__main__":
     sys.exit(main())

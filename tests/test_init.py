@@ -316,7 +316,7 @@ def test_flags_that_the_file_knows_need_not_be_given(finished, tmp_path):
     known = "--arch digits --image-size 16 --mlp --moco-dim 16 --moco-k 128 --moco-t 0.1"
     assert (code, err) == (0, "") and f"{known}\n" in out
     ours = flags_of_run(tmp_path / "ours")
-    assert (ours["moco_k"], ours["moco_t"], ours["mlp"], ours["moco_m"]) == (128, 0.1, True, 0.999)
+    assert (ours["moco_k"], ours["moco_t"], ours["mlp"], ours["moco_m"]) == (128, 0.1, True, 0.99)
     assert ours["lr"] == 0.03 and not ours["cos"], "those of the new run are its own"
 
     (tmp_path / "c.yaml").write_text("moco-t: 0.3\nmoco-k: 40\n")

@@ -660,7 +660,8 @@ def test_a_parent_of_ranks_reads_the_file_once_and_each_rank_once(
     argv = [*FLAGS, "--multiprocessing-distributed", "--nproc-per-node", "2"]
     argv += ["--resume", file, "--out", str(tmp_path / "new")]
     assert ask(argv)[0] == 0
-    [(_, args, _, start, content)] = given
+    [(_, args, _, start, content, whole)] = given
+    assert whole is None, "images are not sent to the ranks"
     assert loads == [file] and content == {}, "large tensors are not sent to the ranks"
     with Stop(lambda: False) as stop:
         reader, _ = pretraining.get_ready(args, start, content, None, torch.device("cpu"), stop)
