@@ -3,6 +3,7 @@ the command and the call from Python.
 """
 
 import csv
+import hashlib
 import inspect
 import io
 import json
@@ -281,6 +282,50 @@ def test_every_source_gives_the_same_rows(moco_file, photos, tmp_path):
     flags = [moco_file, "--out", tmp_path / "a.npz", folder / "cat", folder / "dog"]
     assert run(*flags) == 0
     assert np.array_equal(np.load(tmp_path / "a.npz")["features"], whole.features)
+
+
+def test_images_of_five_channels_are_normalised_by_what_is_measured(tmp_path, capsys):
+    torch.manual_seed(0)
+    model = MoCo(partial(build_encoder, "digits", channels=5), dim=16, K=32, mlp=True)
+    content = {
+        "epoch": 1,
+        "arch": "digits",
+        "state_dict": {f"module.{n}": t for n, t in model.state_dict().items()},
+        "args": {"dataset": "folder", "image_size": 16},
+    }
+    torch.save(content, tmp_path / "a.pth")
+    images = np.random.default_rng(0).random((6, 16, 16, 5), np.float32)
+    (tmp_path / "bands").mkdir()
+    for i, image in enumerate(images):
+        np.save(tmp_path / "bands" / f"{i}.npy", image)
+    flags = [tmp_path / "a.pth", tmp_path / "bands", "--out"]
+    assert run(*flags, tmp_path / "a.npz", "--map", tmp_path / "a.png") == 0
+    assert "measured on 6 images" in capsys.readouterr().out
+    found = torch.from_numpy(np.load(tmp_path / "a.npz")["features"])
+    backbone = moco_isl.load_backbone(tmp_path / "a.pth")
+    x = torch.from_numpy(images).permute(0, 3, 1, 2)  # [6, 5, 16, 16]
+    dims = {"dim": (0, 2, 3), "keepdim": True}
+    with torch.no_grad():
+        by_hand = backbone((x - x.mean(**dims)) / x.std(**dims, unbiased=False))
+    assert torch.allclose(found, by_hand, atol=1e-3)
+    other = moco_isl.embed(backbone, x, device="cpu").features
+    assert torch.allclose(found, other, atol=1e-4)
+    with pytest.raises(BadInput, match="mean and std of its 5"):
+        backbone.transform  # noqa: B018
+    assert run(*flags, tmp_path / "b.npz", "--channels 3") == 2
+    assert "takes images of 5 channels" in capsys.readouterr().err
+
+
+def test_a_runs_folder_is_a_backbone(finished, tmp_path):
+    flags = "--dataset digits --split val --out"
+    file = finished / "checkpoint_last.pth.tar"
+    assert run(finished, flags, tmp_path / "a.npz") == 0
+    assert run(file, flags, tmp_path / "b.npz") == 0
+    one, other = (np.load(tmp_path / name) for name in ("a.npz", "b.npz"))
+    assert np.array_equal(one["features"], other["features"])
+    about = json.loads(str(one["about"]))
+    assert about["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert about["statistics"] == "digits"
 
 
 # ---- ranks, resume, images that cannot be read ---------------------------------------------------
