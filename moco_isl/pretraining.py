@@ -25,7 +25,7 @@ from moco_isl.run.folder import check_folder
 from moco_isl.run.logs import read_metrics
 from moco_isl.run.meters import Progress, duration
 from moco_isl.run.signals import Stop
-from moco_isl.training import options, reading, resume, small, state
+from moco_isl.training import options, reading, resume, state
 from moco_isl.training import pretrain as steps
 from moco_isl.training.options import build_miner, build_objective, check_args
 
@@ -152,15 +152,17 @@ def check_start(args: argparse.Namespace) -> tuple[resume.Start, dict, Dataset |
     start = resume.settle_flags(args, start, content, get_parser())
     name = args.arch.replace(":", "-").replace("/", "-")
     args.out = args.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{name}"
-    check_args(args)
+    opened = []
+
+    def count() -> int:
+        opened.append(open_whole(args))
+        return len(opened[0])
+
+    is_new = not start.goes_on and not start.unsaved
+    check_args(args, count if is_new else None)
     check_folder(args.out, start.in_place)
     resume.check_flags(start, content, vars(args))
-    if start.goes_on or start.unsaved:
-        return start, content, None
-    whole = open_whole(args)
-    M = len(whole) - args.knn_holdout
-    args.notes += filter(None, [options.suit(args, M), small.what_to_expect(M)])
-    return start, content, whole
+    return start, content, opened[0] if opened else None
 
 
 def prepare(
@@ -209,7 +211,7 @@ def prepare(
 
 
 def open_whole(args: argparse.Namespace) -> Dataset:
-    pixels = (args.channels, args.bits)
+    pixels = (args.channels or data.RGB.channels, args.bits or data.RGB.bits)
     return data.build_dataset(args.dataset, args.data, "train", args.download, *pixels)
 
 
@@ -271,8 +273,12 @@ def worker(
                     journal.say(f"=> {line}")
                 steps.train(parts, reader, plan, numerics, journal, save, stop, judges)
                 last = f"{args.out}/checkpoint_last.pth.tar"
-                seconds = time.perf_counter() - begun
-                journal.say(f"=> done in {duration(seconds)}; checkpoint {last}; next:")
+                took = duration(time.perf_counter() - begun)
+                if parts.position.epoch < args.epochs:
+                    end = f"=> ended by --max-steps {args.max_steps} after {took}"
+                    journal.say(f"{end}; checkpoint {last}; --resume {args.out} goes on")
+                    return
+                journal.say(f"=> done in {took}; checkpoint {last}; next:")
                 for line in options.next_commands(args, labelled=reader.labels is not None):
                     journal.say(f"   {line}")
 

@@ -32,6 +32,7 @@ import moco_isl
 from moco_isl import data
 from moco_isl.builder import MoCo
 from moco_isl.embed import Backbone, command, maps, rows
+from moco_isl.embed.images import images_of
 from moco_isl.embed.job import EmbedOptions
 from moco_isl.encoders import Taps, build_encoder, evaluating, extract_features
 from moco_isl.errors import BadInput, RunFailed
@@ -475,6 +476,31 @@ def test_an_image_that_was_repaired_is_read_again(moco_file, photos, tmp_path, c
 
 
 # ---- the map -------------------------------------------------------------------------------------
+
+
+def test_rows_that_are_kept_are_of_the_files_that_are_there_now(moco_file, tmp_path, capsys):
+    """Two folders of the same names: what an ended pass has of one is not taken for the other."""
+    rng = np.random.default_rng(0)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for i in range(6):
+            pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / name / f"{i}.png")
+    (tmp_path / "a" / "3.png").write_bytes(b"no image")
+    flags = ["--device", "cpu", "-j", "0", "-b", "2"]
+    out = tmp_path / "x.npz"
+    assert command.main([str(moco_file), str(tmp_path / "a"), *flags, "--out", str(out)]) == 3
+    assert command.main([str(moco_file), str(tmp_path / "b"), *flags, "--out", str(out)]) == 0
+    fresh = tmp_path / "y.npz"
+    assert command.main([str(moco_file), str(tmp_path / "b"), *flags, "--out", str(fresh)]) == 0
+    x, y = (np.load(file)["features"] for file in (out, fresh))
+    assert np.array_equal(x, y)
+
+
+def test_images_without_files_are_told_apart_by_their_pixels(moco_file):
+    one, two = ([torch.full((3, 16, 16), v, dtype=torch.uint8)] for v in (10, 20))
+    digests = {rows.digest(images_of(images)) for images in (one, two, one)}
+    assert len(digests) == 2
 
 
 def picture(path):

@@ -522,6 +522,21 @@ def test_a_vit_for_small_images_goes_to_timm_with_its_size(tmp_path, capsys):
     assert torch.allclose(names["model"].eval()(x), features(encoder, x), atol=1e-5)
 
 
+def test_a_hugging_face_folder_keeps_the_statistics_of_the_training(tmp_path):
+    import moco_isl
+
+    torch.manual_seed(0)
+    encoder = build_encoder("resnet18", 8, "imagenet")
+    said = {"mean": [0.2, 0.3, 0.4], "std": [0.1, 0.2, 0.3], "image_size": 32}
+    state = {f"module.encoder_q.{n}": t for n, t in encoder.state_dict().items()}
+    torch.save({"arch": "resnet18", "state_dict": state, "args": said}, tmp_path / "a.pth")
+    assert run(tmp_path / "a.pth", "--to", "hf", "--out", tmp_path / "hf") == 0
+    ours, theirs = (moco_isl.load_backbone(tmp_path / name) for name in ("a.pth", "hf"))
+    assert str(ours.transform) == str(theirs.transform) and "mean=(0.2, 0.3, 0.4)" in str(
+        theirs.transform
+    )
+
+
 def test_a_side_that_the_network_does_not_take_is_said(tmp_path, capsys):
     path, out = tmp_path / "alexnet.pth", tmp_path / "x.onnx"
     content = {"arch": "alexnet", "state_dict": build_encoder("alexnet", 16).state_dict()}

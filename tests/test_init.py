@@ -313,10 +313,10 @@ def test_flags_that_the_file_knows_need_not_be_given(finished, tmp_path):
     bare = ["--dataset", "digits", "--knn-holdout", "1400", "-b", "8", "-j", "0", "--device", "cpu"]
     argv = [*bare, "--max-steps", "1", "--init", str(finished)]  # the run's folder
     code, out, err = ask([*argv, "--out", str(tmp_path / "ours")])
-    known = "--arch digits --image-size 16 --mlp --moco-dim 16 --moco-k 128 --moco-t 0.1"
+    known = "--arch digits --image-size 16 --mlp --moco-dim 16 --moco-t 0.1"
     assert (code, err) == (0, "") and f"{known}\n" in out
     ours = flags_of_run(tmp_path / "ours")
-    assert (ours["moco_k"], ours["moco_t"], ours["mlp"], ours["moco_m"]) == (128, 0.1, True, 0.99)
+    assert (ours["moco_k"], ours["moco_t"], ours["mlp"], ours["moco_m"]) == (16, 0.1, True, 0.99)
     assert ours["lr"] == 0.03 and not ours["cos"], "those of the new run are its own"
 
     (tmp_path / "c.yaml").write_text("moco-t: 0.3\nmoco-k: 40\n")
@@ -326,7 +326,9 @@ def test_flags_that_the_file_knows_need_not_be_given(finished, tmp_path):
     assert (code, config["moco_t"], config["moco_k"], config["mlp"]) == (0, 0.3, 40, False)
 
     _, path = saved(tmp_path, dim=8, K=32, mlp=True)
-    code, out, err = ask([*bare, "--max-steps", "1", "--init", path, "--out", str(tmp_path / "m")])
+    code, out, err = ask(
+        [*bare, "--moco-k", "32", "--max-steps", "1", "--init", path, "--out", str(tmp_path / "m")]
+    )
     theirs = flags_of_run(tmp_path / "m")
     assert (code, err) == (0, "") and "does not fit" not in out
     assert (theirs["moco_dim"], theirs["moco_k"], theirs["mlp"]) == (8, 32, True)

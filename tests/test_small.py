@@ -123,6 +123,21 @@ def test_a_run_says_what_follows_and_a_resumed_one_keeps_it(tmp_path, capfd):
     assert checkpoint.load(out / "checkpoint_last.pth.tar")["args"]["batch_size"] == 32
 
 
+def test_a_run_from_a_small_one_s_file_needs_no_flags_either(tmp_path, capfd):
+    """K and batch follow the new run's images before they are compared with each other."""
+    few = [*DIGITS, "--knn-holdout", "1400", "--epochs", "1"]
+    assert main_moco_isl.main([*few, "--out", str(tmp_path / "few")]) == 0
+    start = ["--init", str(tmp_path / "few"), "--miner", "knn"]
+    assert main_moco_isl.main([*few, *start, "--out", str(tmp_path / "again")]) == 0
+    more = [*DIGITS, "--epochs", "1", *start, "--out", str(tmp_path / "more"), "--max-steps", "1"]
+    capfd.readouterr()
+    assert main_moco_isl.main(more) == 0
+    said = capfd.readouterr().out
+    assert "--moco-k 512" in said and "ended by --max-steps 1" in said and "next:" not in said
+    flags = json.loads((tmp_path / "more" / "args.json").read_text())["args"]
+    assert (flags["moco_k"], flags["batch_size"]) == (512, 64)
+
+
 def commands_after(said):
     """The argv of the commands that stand behind "next:"."""
     lines = said[said.index("; next:\n") :].splitlines()[1:4]

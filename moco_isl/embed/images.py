@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from moco_isl import data
 from moco_isl.data import bands, folders, functions
-from moco_isl.data.datasets import ImageFiles, ImagesInMemory, name_of, with_channels
+from moco_isl.data.datasets import ImageFiles, ImagesInMemory, name_of, stat_of, with_channels
 from moco_isl.errors import BadInput
 from moco_isl.files import shown
 from moco_isl.options import listed, one_or_more
@@ -47,6 +47,10 @@ class Images:
         """The data set of image i, and its position in it."""
         start, dataset = [part for part in self.parts() if part[0] <= i][-1]
         return dataset, i - start
+
+    def stat(self, i: int) -> tuple[int, int]:
+        """(size, time of change) of the file of image i; `datasets.GONE` where it has none."""
+        return stat_of(*self.find(i))
 
     def names(self) -> list[str]:
         """The images' names in order, without the root; what cannot be printed is escaped."""

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
@@ -25,7 +26,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from moco_isl import data, dist, files
-from moco_isl.data.datasets import ImagesInMemory
+from moco_isl.data.datasets import GONE, ImagesInMemory, stat_of
 from moco_isl.data.loaders import refuse
 from moco_isl.embed.images import Images
 from moco_isl.encoders import evaluating
@@ -36,6 +37,7 @@ from moco_isl.run.meters import Clock
 from moco_isl.run.signals import Stop
 
 SAVE_EVERY = 20.0  # seconds after which rows are saved
+LOOKED_AT = 64  # images without files whose pixels tell them from others
 _MOST_BYTES = 256 << 20  # of rows that are not saved yet
 
 
@@ -67,6 +69,7 @@ class Rows:
         self.tried = torch.zeros(0, dtype=torch.int64)  # positions done before, on all ranks
         self.at: list[torch.Tensor] = []
         self.rows: list[torch.Tensor] = []
+        self.stats: list[torch.Tensor] = []  # size and time of the files, [n, 2] each
         self.bad: list[int] = []
         self._saved = time.monotonic()
         self._lock = None
@@ -103,7 +106,9 @@ class Rows:
         return torch.cat([self.tried, *(part[name] for part in parts for name in ("at", "bad"))])
 
     def _parts(self) -> list[dict[str, torch.Tensor]]:
-        """What all ranks have saved: rows [n, C], at [n], and bad, positions that had no image."""
+        """What all ranks have saved: rows [n, C], at [n], stats [n, 2], and bad, positions that had
+        no image.
+        """
         found = []
         for path in sorted(self.folder.glob("*.safetensors")):
             try:
@@ -115,14 +120,36 @@ class Rows:
                 ) from error
         return found
 
-    def add(self, at: torch.Tensor, rows: torch.Tensor, bad: list[int]) -> None:
-        """Add rows [n, C] of the images at [n]; those in `bad` are left out."""
+    def forget(self, images: Images) -> list[int]:
+        """Drop what is saved of files that have changed since; returns their positions.
+
+        To be called on rank 0 alone, before any rank saves.
+        """
+        changed = []
+        for path in sorted(self.folder.glob("*.safetensors")) if self.folder else []:
+            part = load_file(path)
+            now = torch.tensor([images.stat(i) for i in part["at"].tolist()]).view(-1, 2)
+            same = (now == part["stats"]).all(1)
+            if not same.all():
+                changed += part["at"][~same].tolist()
+                part |= {name: part[name][same] for name in ("at", "rows", "stats")}
+                checkpoint.save_safetensors(part, path, {})
+        return changed
+
+    def add(
+        self, at: torch.Tensor, rows: torch.Tensor, stats: torch.Tensor, bad: list[int]
+    ) -> None:
+        """Add rows [n, C] of the images at [n]; those in `bad` are left out.
+
+        stats [n, 2]: size and time of their files.
+        """
         if bad:
             good = ~torch.isin(at, torch.tensor(bad))
-            at, rows = at[good], rows[good]
+            at, rows, stats = at[good], rows[good], stats[good]
             self.bad += bad
         self.at.append(at)
         self.rows.append(rows)
+        self.stats.append(stats)
         held = sum(rows.nbytes for rows in self.rows)
         if time.monotonic() - self._saved > SAVE_EVERY or held > _MOST_BYTES:
             self.save()
@@ -134,10 +161,11 @@ class Rows:
         part = {
             "at": torch.cat(self.at),
             "rows": torch.cat(self.rows),
+            "stats": torch.cat(self.stats),
             "bad": torch.tensor(self.bad, dtype=torch.int64),
         }
         checkpoint.save_safetensors(part, self.folder / f"{uuid.uuid4().hex}.safetensors", {})
-        self.at, self.rows, self.bad = [], [], []
+        self.at, self.rows, self.stats, self.bad = [], [], [], []
         self._saved = time.monotonic()
 
     def collect(self, M: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -182,7 +210,8 @@ def take(
     """
     done = torch.zeros(len(images), dtype=torch.bool)
     done[rows.tried] = True
-    for i in dist.broadcast_object(_readable_now(images, rows) if dist.is_main() else None):
+    again = ranks.on_main(lambda: [*rows.forget(images), *_readable_now(images, rows)])
+    for i in dist.broadcast_object(again):
         done[i] = False
     progress.begin(int(done.sum()))
     try:
@@ -255,7 +284,8 @@ def _take_some(
                     if i not in known:
                         progress.name_unreadable(dataset.path(i))
                 known.update(bad)
-                rows.add(index + start, found.cpu(), [i + start for i in bad])
+                stats = torch.tensor([stat_of(dataset, i) for i in index.tolist()])  # [n, 2]
+                rows.add(index + start, found.cpu(), stats, [i + start for i in bad])
                 progress.step(len(index))
     finally:
         loader.close()
@@ -287,11 +317,20 @@ class _Named:
 
 
 def digest(images: Images) -> str:
-    """Tells these images from others: by their names, or their pixels where they have no files."""
+    """Tells these images from others: by their names, and by pixels where they have no files.
+
+    Of pixels that are not in memory, those of LOOKED_AT evenly spread images are looked at. Files
+    are told by size and time, each by itself: see `Rows.forget`.
+    """
     crc = zlib.crc32("\0".join(images.names()).encode())
     for dataset in images.splits.values():
+        M = len(dataset)
         if isinstance(dataset, ImagesInMemory) and isinstance(dataset.source, str):
             crc = zlib.crc32(dataset.images.contiguous().numpy(), crc)
+        elif M and stat_of(dataset, 0) == GONE:
+            for i in range(0, M, max(1, M // LOOKED_AT)):
+                with contextlib.suppress(Exception):  # a broken image is named when it is read
+                    crc = zlib.crc32(np.asarray(dataset.image(i)).tobytes(), crc)
     return f"{len(images)} images ({crc:08x})"
 
 

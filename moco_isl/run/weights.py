@@ -62,7 +62,8 @@ def read(path: str | Path) -> dict:
     """The content of the weights at a path, as `checkpoint.load` gives it. Raises BadInput.
 
     Of safetensors: {"state_dict": tensors, "metadata": texts by name}. Of a Hugging Face folder
-    "arch" is added where its config.json names it.
+    its card's "metadata" stays, and "arch" and "args" (mean, std and side of its images) are added
+    where its config.json says them.
     """
     path = Path(path)
     file = weights_file(path)
@@ -71,7 +72,24 @@ def read(path: str | Path) -> dict:
         return content
     config = schema.read_json(path / "config.json", {...: object}, expected="a model's settings")
     state = content.get("state_dict", content)
-    return {"state_dict": state, **_named(config, path)}
+    beside = {"metadata": content["metadata"]} if "metadata" in content else {}
+    return {"state_dict": state, **beside, **_named(config, path), **_of_images(config)}
+
+
+def _of_images(config: dict) -> dict:
+    """{"args": mean, std and image_size} as timm's config.json says them, {} where it does not."""
+    said = config.get("pretrained_cfg")
+    if not isinstance(said, dict):
+        return {}
+    found = {}
+    for name in ("mean", "std"):
+        values = said.get(name)
+        if isinstance(values, list) and all(isinstance(x, int | float) for x in values):
+            found[name] = [float(x) for x in values]
+    size = said.get("input_size")
+    if isinstance(size, list) and len(size) == 3 and size[1] == size[2]:
+        found["image_size"] = size[2]
+    return {"args": found} if found else {}
 
 
 def _read_file(path: Path) -> dict:

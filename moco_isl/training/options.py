@@ -4,6 +4,7 @@ import argparse
 import math
 import random
 import shlex
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -342,11 +343,17 @@ def idle(args: argparse.Namespace) -> list[str]:
     return [flag.name for flag in of_a_round if getattr(args, flag.dest) != flag.default]
 
 
-def check_args(args: argparse.Namespace) -> None:
-    """Raise BadInput for flags that cannot work; fill in those that depend on others."""
+def check_args(args: argparse.Namespace, count: Callable[[], int] | None = None) -> None:
+    """Raise BadInput for flags that cannot work; fill in those that depend on others.
+
+    count: opens the images of a new run and says how many there are, which its flags follow.
+    """
     data.check_options(flags.take(data.DataOptions, args))
     flags.check_ranges(args, *KINDS)
     require_epochs_left(args)
+    if count is not None:
+        M = count() - args.knn_holdout
+        args.notes += filter(None, [suit(args, M), small.what_to_expect(M)])
     flags.check(
         not args.probe_every or args.knn_holdout,
         "--probe-every judges on images held out of train: add --knn-holdout n",
@@ -399,7 +406,7 @@ def next_commands(args: argparse.Namespace, labelled: bool) -> list[str]:
         return [*found, f"{typed('export')} {quote([last, *to])}"]
     kept = [f"--{name.replace('_', '-')}" for name in ("aug_plus", "cos") if getattr(args, name)]
     usual = default_flags("none") | {"channels": data.RGB.channels, "bits": data.RGB.bits}
-    for name in ("batch_size", "moco_m", "epochs", "channels", "bits"):
+    for name in ("batch_size", "moco_k", "moco_m", "epochs", "channels", "bits"):
         if getattr(args, name) != usual[name]:
             kept += [f"--{name.replace('_', '-')}", f"{getattr(args, name):g}"]
     mined = ["--miner", "average", "--isl-budget", "auto", "--lr", f"{args.lr / 3:.2g}"]

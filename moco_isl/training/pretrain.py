@@ -489,7 +489,8 @@ def warnings(
         suits = max(step, 2 ** ((M // 2).bit_length() - 1))
         lines.append(
             f"warning: the queue ({model.K}) is longer than the data set ({M}): {model.K / M:.1f}"
-            f" of its keys are an image's own; --moco-k {suits} would suit it"
+            f" of its keys are an image's own"
+            + (f"; --moco-k {suits} would suit it" if suits < model.K else "")
         )
     if not as_in_library(model.encoder_q, arch):
         library = "timm" if arch.startswith("timm:") else "torchvision"

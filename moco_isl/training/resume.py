@@ -238,6 +238,8 @@ def settle_flags(
     elif start.path and not saved:
         of = {name: getattr(flags, name) for name in ("arch", "stem") if name in flags.given}
         saved = flags_known(content, start.path, of.get("arch"), of.get("stem"))
+        if not start.goes_on:  # a new run has its own images, and its queue follows their number
+            saved.pop("moco_k", None)
     taken = take_over(flags, saved)
     if taken:
         lines.append(f"=> flags of '{files.shown(start.path or flags.out)}': {_typed(taken)}")
