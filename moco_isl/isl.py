@@ -150,7 +150,13 @@ class _Mines:
         """
         encoder = self._encoder_of(model)
         self._check_miner(miner)
-        self._check_numbers(size=size, batch_size=batch_size)
+        for name, value, least in (
+            ("size", size, 1),
+            ("batch_size", batch_size, 1),
+            ("workers", workers, 0),
+        ):
+            if value is not None and not (isinstance(value, Integral) and value >= least):
+                raise BadInput(f"{name} is {value!r}: expected a whole number of {least} or more")
         reader = reading.open_passes(
             self._own(dataset),
             encoder,
@@ -225,12 +231,6 @@ class _Mines:
                 f"the miner is a {type(miner).__name__}: expected one of moco_isl.miners, such as"
                 " moco_isl.miners.average.AverageMiner()"
             )
-
-    @staticmethod
-    def _check_numbers(**numbers: int | None) -> None:
-        for name, value in numbers.items():
-            if value is not None and not (isinstance(value, Integral) and value >= 1):
-                raise BadInput(f"{name} is {value!r}: expected a whole number of 1 or more")
 
     def _check_outputs(self, encoder: nn.Module, reader: reading.Reader) -> None:
         """Raise BadInput unless the encoder gives C numbers for an image as the reader has it."""

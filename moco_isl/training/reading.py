@@ -19,6 +19,7 @@ from moco_isl.encoders import (
     extract_features,
     extract_views,
 )
+from moco_isl.errors import BadInput
 from moco_isl.mining.estimate import Views, pixel_rows
 from moco_isl.run.ranks import say
 from moco_isl.run.signals import Never, Stop
@@ -227,6 +228,12 @@ def open_passes(
         bits = 16 if dataset.images.is_floating_point() else 8
     else:
         channels, bits = getattr(dataset, "channels", 3), getattr(dataset, "bits", 8)
+    numbers = [channels if x is None else len(x) for x in (mean, std)]
+    if (mean is None) != (std is None) or numbers != [channels] * 2 or min(std or [1]) <= 0:
+        raise BadInput(
+            f"mean is {mean} and std {std}: expected mean and std together, one number a channel"
+            f" ({channels}), those of std above 0"
+        )
     pixels = data.Pixels(channels, bits, mean, std)
     name = data.set_of(dataset)
     if not pixels.are_known(name):
