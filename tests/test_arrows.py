@@ -11,10 +11,10 @@ EVERYWHERE |= {"__version__", "__main__"}
 FLOORS = [
     {"builder", "loader", "encoders", "losses", "bank"},  # what MoCo has, and the equations
     {"mining"},  # what a round shares
-    {"miners", "objectives", "isl"},  # who finds the positives, and what is trained on them
+    {"miners", "objectives"},  # who finds the positives, and what is trained on them
     {"run", "data"},  # what any script needs, and what comes in
     {"training"},  # how a run goes
-    {"evaluation", "export", "report", "mine"},  # how good it is
+    {"evaluation", "export", "report", "mine", "isl"},  # how good it is; a loop of a user's own
     {"embed"},  # features out
     {"pretraining"},  # a pretraining from its flags to its end
     {"flags_page"},  # the flags of all of it

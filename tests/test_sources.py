@@ -536,7 +536,7 @@ def test_what_a_function_returns_is_read_as_a_data_set(own, place, digits):
         ("--dataset own_images:nothing", "has no train split"),
         ("--dataset own_images:normal", "item 0 is no image: a tensor of torch.float32 from -"),
         ("--dataset own_images:text", "item 0 is no image: it is a str without one"),
-        ("--dataset own_images:empty", "returns no images for train"),
+        ("--dataset own_images:empty", "own_images:empty: no images for train"),
         ("--dataset own_images:fails", "ends with RuntimeError: no network"),
         ("--dataset own_images:odd", "needs 'size': expected a function of split"),
         ("--dataset own_images:number", "returns a int: expected a torch Dataset"),

@@ -12,7 +12,10 @@ from moco_isl.data.datasets import (
     load_into_memory,
     names_below,
     native_size,
+    set_of,
+    with_channels,
 )
+from moco_isl.data.functions import own_images
 from moco_isl.data.loaders import eval_loader, train_loader, view_loader
 from moco_isl.data.pixels import RGB, Pixels, measure
 from moco_isl.data.sets import (
@@ -54,6 +57,9 @@ __all__ = [
     "measure",
     "names_below",
     "native_size",
+    "own_images",
+    "set_of",
     "train_loader",
     "view_loader",
+    "with_channels",
 ]

@@ -306,6 +306,7 @@ class ImagesInMemory(Dataset):
         # the files, where there are any, so that this data set can be freed
         source = self if isinstance(self.source, str) else self.source
         part = ImagesInMemory(self.images[rows], labels, self.classes, Part(source, rows))
+        part.of_set = set_of(self)
         unreadable = set(self.unreadable)
         part.unreadable = [i for i, row in enumerate(rows.tolist()) if row in unreadable]
         if part.unreadable and len(part.unreadable) < len(part):
@@ -333,6 +334,7 @@ class Part(Dataset):
         self.labels = None if dataset.labels is None else dataset.labels[rows]
         self.classes = dataset.classes
         self.size_hint = dataset.size_hint
+        self.of_set = set_of(dataset)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -431,6 +433,11 @@ def describe(**splits: Dataset) -> str:
     return "\n".join(lines)
 
 
+def set_of(dataset: Dataset) -> str:
+    """The name of the row of the table that a data set was built by; folder for any other."""
+    return getattr(dataset, "of_set", "folder")
+
+
 def name_of(dataset: Dataset, i: int) -> str:
     """The name of image i; its path where the data set has no other names."""
     return getattr(dataset, "name", dataset.path)(i)
@@ -518,6 +525,7 @@ def load_into_memory(
         images[i] = images[stand_in]
     whole = ImagesInMemory(torch.stack(images), dataset.labels, dataset.classes, dataset)
     whole.unreadable = unreadable
+    whole.of_set = set_of(dataset)
     return whole
 
 

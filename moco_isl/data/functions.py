@@ -22,6 +22,7 @@ from moco_isl.data import bands, datasets, hub, labels
 from moco_isl.errors import BadInput, first_line
 from moco_isl.files import short
 
+PARTS = ("__len__", "labels", "classes", "path", "image", "size_hint")  # of all that we read
 LABELS = ("label", "labels", "cls", "class", "target")
 _EXPECTED = (
     "expected an image of PIL or a tensor [C, H, W] of uint8 or of floats from 0 to 1; (image,"
@@ -99,23 +100,45 @@ def open_function(
     inner = _call(function, name, root, split)
     if inner is None:
         return None
-    of = f"--dataset {name}"
+    return _adapted(inner, f"--dataset {name} returns", name, split, known)
+
+
+def own_images(dataset: Dataset, name: str = "images") -> Dataset:
+    """A data set that a caller from Python gives, as ours are read. Raises BadInput.
+
+    It is one of ours, and comes back as it is, or any that a function for --dataset may return.
+    Where that has no .targets, all items are read for their labels. name: for messages.
+    """
+    if all(hasattr(dataset, part) for part in PARTS):
+        return dataset
+    found = _adapted(dataset, "the data set is", name, "train", None)
+    for line in found.layout.warnings:
+        warnings.warn(line, stacklevel=3)
+    return found
+
+
+def _adapted(inner, begins: str, name: str, split: str, known: list[str] | None) -> Dataset:
+    """Somebody else's data set as ours are read. Raises BadInput; begins: its first words."""
     if isinstance(inner, IterableDataset):
         raise BadInput(
-            f"{of} returns an IterableDataset, a {type(inner).__name__}: a stream has no positions,"
+            f"{begins} an IterableDataset, a {type(inner).__name__}: a stream has no positions,"
             " which mining and exact resume need; expected a Dataset with len() and [i]"
         )
     if not (hasattr(inner, "__len__") and hasattr(inner, "__getitem__")):
         raise BadInput(
-            f"{of} returns a {type(inner).__name__}: expected a torch Dataset with len() and [i]"
+            f"{begins} a {type(inner).__name__}: expected a torch Dataset with len() and [i]"
         )
+    of = begins.rsplit(" ", 1)[0]
     if not len(inner):
-        raise BadInput(f"{of} returns no images for {split}: expected one at least")
+        raise BadInput(f"{of}: no images for {split}; expected one at least")
     if type(inner).__module__.startswith("datasets."):
         return hub.of_table(inner, f"{name}/{split}", datasets.GONE, name, known)
     try:
         first = inner[0]
+        _refuse_views(first, of)
         _values(first)
+    except BadInput:
+        raise
     except Exception as error:
         reason = short(first_line(error), 150)
         raise BadInput(f"{of}: item 0 is no image: {reason}; {_EXPECTED}") from error
@@ -130,9 +153,19 @@ def open_function(
     if not np.array_equal(once, again):
         layout.warnings.append(
             "item 0 differs from one read to the next: views are then no function of the seed, and"
-            " a resumed run differs; leave augmentation to this script"
+            " a resumed run differs; give the images without augmentation"
         )
     return OwnImages(inner, name, split, found)
+
+
+def _refuse_views(item, of: str) -> None:
+    """Raise BadInput for an item that holds several views of its image."""
+    views = item[0] if isinstance(item, tuple | list) and len(item) else item
+    if isinstance(views, tuple | list) and len(views) > 1:
+        raise BadInput(
+            f"{of}: item 0 holds {len(views)} views of its image, as TwoCropsTransform makes them:"
+            " expected the image alone; give the images without augmentation"
+        )
 
 
 def has_split(function: Callable, name: str, root: Path | None, split: str) -> bool:

@@ -129,13 +129,14 @@ def build_dataset(
             f"data set {name} has no {split} split: expected one; do without"
             f" {'validation' if split == 'val' else 'it'}"
         )
-    parts = ("__len__", "labels", "classes", "path", "image", "size_hint")
-    if missing := [part for part in parts if not hasattr(dataset, part)]:
+    if missing := [part for part in functions.PARTS if not hasattr(dataset, part)]:
         raise BadInput(
             f"data set {name} opens as a {type(dataset).__name__} without {missing[0]}: expected"
             " moco_isl.data.ImagesInMemory, or what has the same parts"
         )
-    return with_channels(dataset, channels, bits)
+    dataset = with_channels(dataset, channels, bits)
+    dataset.of_set = name
+    return dataset
 
 
 def has_val(name: str, root: str | os.PathLike | Sequence[str] | None = None) -> bool:

@@ -147,7 +147,7 @@ def _as_dataset(given, paths: list[str], pixels: data.Pixels) -> Dataset:
             f" images, a uint8 tensor [M, {pixels.channels}, H, W], or a data set with len() and"
             " items"
         )
-    return functions.open_function(lambda: given, "images", None, "train")
+    return functions.own_images(given)
 
 
 def _are_paths(given) -> bool:

@@ -129,3 +129,22 @@ class Stop:
         """Raise Interrupted once this rank was asked to stop; for long work on one rank."""
         if self.here():
             raise Interrupted("asked to stop")
+
+
+class Never(Stop):
+    """Nobody asks to stop: for a call in a program of a user's own, whose Ctrl-C is Python's."""
+
+    def __init__(self):
+        """No group of ranks is made, since there is nothing to agree on."""
+
+    def __enter__(self) -> "Never":
+        return self
+
+    def __exit__(self, *_) -> None:
+        pass
+
+    def here(self) -> bool:
+        return False
+
+    def agreed(self) -> bool:
+        return False

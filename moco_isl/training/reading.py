@@ -4,18 +4,25 @@ Letters: C feature dimension, M images.
 """
 
 import functools
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 from torch.utils.data import Dataset
 
 from moco_isl import data, dist
-from moco_isl.encoders import AMP_TYPES, SmallImages, extract_features, extract_views
+from moco_isl.encoders import (
+    AMP_TYPES,
+    SmallImages,
+    channels_of,
+    extract_features,
+    extract_views,
+)
+from moco_isl.errors import BadInput
 from moco_isl.mining.estimate import Views, pixel_rows
 from moco_isl.run.ranks import say
-from moco_isl.run.signals import Stop
+from moco_isl.run.signals import Never, Stop
 from moco_isl.training import fast
 
 
@@ -75,12 +82,13 @@ class Reader:
 
     images: TrainingImages
     labels: torch.Tensor | None
-    loader: object  # see data.train_loader
+    loader: object  # see data.train_loader; None for passes alone
     augmentation: Callable
     settings: Reading
     device: torch.device
     stop: Stop
     pixels: torch.Tensor | None = None  # see `mining.estimate.Views`; read when first asked for
+    unreadable: dict[int, str] = field(default_factory=dict)  # in this rank's passes, by position
 
     @property
     def M(self) -> int:
@@ -143,6 +151,7 @@ class Reader:
         try:
             return extract(encoder, watched, M, self.device, amp=AMP_TYPES[self.settings.amp])
         finally:
+            self.unreadable |= loader.bad_images()
             loader.close()
 
     def close(self) -> None:
@@ -189,3 +198,66 @@ def open_reader(
     labels = images.train.labels
     labels = None if labels is None else labels.to(device)
     return Reader(images, labels, loader, augmentation, settings, device, stop)
+
+
+def open_passes(
+    given: Dataset,
+    encoder: nn.Module,
+    device: torch.device,
+    *,
+    size: int | None,
+    batch_size: int,
+    workers: int,
+    aug_plus: bool,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    seed: int,
+) -> Reader:
+    """A reader for passes of an encoder over a data set alone; it has no loader to train by.
+
+    given: see `data.own_images`. size: side of a crop; None: as suits the images. mean, std: one
+    number a channel, of values in [0, 1]; None: those of the data set's row, ImageNet's for any
+    data set that has none; measured where these are of other channels. Raises BadInput.
+    """
+    dataset = data.own_images(given)
+    if dataset is not given:
+        dataset = data.with_channels(dataset, channels_of(encoder))
+    in_memory = isinstance(dataset, data.ImagesInMemory)
+    if in_memory:
+        channels = dataset.images.shape[1]
+        bits = 16 if dataset.images.is_floating_point() else 8
+    else:
+        channels, bits = getattr(dataset, "channels", 3), getattr(dataset, "bits", 8)
+    numbers = [channels if x is None else len(x) for x in (mean, std)]
+    if (mean is None) != (std is None) or numbers != [channels] * 2 or min(std or [1]) <= 0:
+        raise BadInput(
+            f"mean is {mean} and std {std}: expected mean and std together, one number a channel"
+            f" ({channels}), those of std above 0"
+        )
+    pixels = data.Pixels(channels, bits, mean, std)
+    name = data.set_of(dataset)
+    if not pixels.are_known(name):
+        measured = data.measure(dataset)
+        pixels = replace(pixels, mean=measured[0], std=measured[1])
+    images = split(dataset, 0, seed, size or 0)
+    augmentation = data.get_augmentation(
+        name, aug_plus=aug_plus, size=images.side, on_device=in_memory, pixels=pixels
+    )
+    settings = Reading(
+        views=2,
+        workers=workers,
+        dataset=name,
+        cache=None,
+        on_device=in_memory,
+        knn_holdout=0,
+        aug_plus=aug_plus,
+        batch_size=max(batch_size, dist.world_size()),
+        bn_splits=1,
+        max_bad_images=len(dataset),
+        seed=seed,
+        amp="off",
+        compile=False,
+        pixels=pixels,
+    )
+    labels = None if dataset.labels is None else dataset.labels.to(device)
+    return Reader(images, labels, None, augmentation, settings, device, Never())
