@@ -4,17 +4,18 @@ import re
 import runpy
 import shlex
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, TensorDataset
 
 import main_moco_isl
-from moco_isl.loader import WithIndex
+from moco_isl import data
+from moco_isl.encoders import extract_features
+from moco_isl.evaluation.knn import weighted_knn
 from studies import readme_picture as result
 from tests.runs import photos
-from tests.test_builder import M, images, moco
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -46,7 +47,7 @@ def test_lists_have_their_length():
     assert len(highlights) == 8 and all(len(line.split()) <= 12 for line in highlights)
     assert len(re.findall(r"^\d\. ", section("When mining helps"), re.M)) == 5
     (python,) = blocks("python")
-    assert len(python.splitlines()) == 9
+    assert len(python.splitlines()) <= 25
 
 
 def test_flags_have_the_defaults_of_the_parser():
@@ -76,30 +77,29 @@ def test_figures_are_those_of_the_results():
     ]
 
 
-def test_python_runs():
-    def update(loss):
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+def test_python_runs(capsys):
+    """The loop as it stands: it mines from a trained encoder, and teaches more than it starts with.
 
-    losses = []
-    model = moco()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    pictures = images(M, 0)
-    dataset = [((x, x.flip(2)), 0) for x in pictures]
-    given = {
-        "model": model,
-        "dataset": dataset,
-        "loader": DataLoader(WithIndex(dataset), batch_size=4, shuffle=True),
-        "ordered_loader": DataLoader(TensorDataset(pictures, torch.arange(M)), batch_size=8),
-        "device": "cpu",
-        "update": update,
-    }
+    An encoder that has taken no step has a kNN of 0.79 here.
+    """
+    torch.manual_seed(0)
     (python,) = blocks("python")
-    exec(python, given)
-    assert given["isl"].positives.mean_size > 0
-    assert len(losses) == M / 4 and all(0 < loss < 20 for loss in losses)
+    given = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # as isl.mine warns of an encoder without training
+        exec(python, given)
+    isl, model, train = given["isl"], given["model"], given["images"]
+    assert isl.round == 1 and isl.positives.mean_size > 4
+    assert capsys.readouterr().out.startswith("Round 1 by average: 5.0 positives an image; ")
+
+    def features(dataset):
+        crops = data.get_eval_transform("digits")
+        loader = data.eval_loader(dataset, transform=crops, batch_size=256)
+        return extract_features(model.encoder_k, loader, len(dataset), "cpu")
+
+    val = data.build_dataset("digits", split="val")
+    found = weighted_knn(features(val), features(train), train.labels, k=20, T=0.07)
+    assert (found == val.labels).float().mean() > 0.83
 
 
 def place(folder):
