@@ -12,6 +12,7 @@ A step: `objectives/queue.py`. A round: `objectives/base.py` and `mining/rounds.
 Letters: M images, C feature dimension, S side of a view.
 """
 
+import functools
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -292,18 +293,17 @@ class _Mines:
         return found
 
 
-# the class that ISL returns, by that of the objective
-_WITH_MINE = {
-    kind: type(kind.__name__, (_Mines, kind), {"__module__": __name__, "__doc__": kind.__doc__})
-    for kind in OBJECTIVES.values()
-}
+@functools.cache
+def _with_mine(kind: type[Objective]) -> type[Objective]:
+    """The objective of that kind that has `mine`."""
+    return type(f"Mining{kind.__name__}", (_Mines, kind), {"__module__": __name__})
 
 
 def _objective_around(model: nn.Module) -> type[Objective]:
     """Raises BadInput for a model that is wrapped or unknown, and says how one is had."""
     for objective in OBJECTIVES.values():
         if isinstance(model, objective.around):
-            return _WITH_MINE[objective]
+            return _with_mine(objective)
     inner = _bare(model)
     bare = type(inner).__name__
     if isinstance(inner, tuple(objective.around for objective in OBJECTIVES.values())):

@@ -36,7 +36,8 @@ def test_each_objective_says_what_it_is(name, views, mined, has_queue, encoder):
     kind, isl = OBJECTIVES[name], build(name)
     assert (kind.views(hpe=0.5), kind.mined, kind.has_queue) == (views, mined, has_queue)
     assert isl.encoder is getattr(isl.model, encoder)
-    assert type(ISL(isl.model, M)) is kind
+    around = ISL(isl.model, M)
+    assert isinstance(around, kind) and hasattr(around, "mine")
     batch = [images(6, view) for view in range(views)]
     assert isl(*batch, torch.arange(6)).isfinite() and "loss" in isl.parts
     require(isl.state_dict(), kind.state_shape(isl.model), "cannot read it", {"M": M})

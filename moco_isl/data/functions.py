@@ -113,7 +113,7 @@ def own_images(dataset: Dataset, name: str = "images") -> Dataset:
         return dataset
     found = _adapted(dataset, "the data set is", name, "train", None)
     for line in found.layout.warnings:
-        warnings.warn(line, stacklevel=3)
+        warnings.warn(line, stacklevel=4)
     return found
 
 
