@@ -23,7 +23,7 @@ from moco_isl import data, files
 from moco_isl.commands import as_typed
 from moco_isl.encoders import AMP_TYPES, BACKBONE, OUTPUT, Taps, require_side
 from moco_isl.errors import Interrupted
-from moco_isl.evaluation.subject import ReadOnce, format_of, mismatches, settled
+from moco_isl.evaluation.subject import ReadOnce, format_of, mismatches
 from moco_isl.miners import MINERS, find_miner
 from moco_isl.mining.edges import pair_cosines
 from moco_isl.mining.positives import PositiveSets
@@ -138,7 +138,7 @@ class Source(ReadOnce):
     @cached_property
     def pixels(self) -> data.Pixels:
         """What the numbers of the images are."""
-        return settled(self._format, self.args.dataset, self.images.train)
+        return data.settled(self._format, self.args.dataset, self.images.train, say)
 
     @cached_property
     def images(self) -> reading.TrainingImages:

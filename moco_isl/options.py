@@ -185,6 +185,18 @@ def dashed(name: str) -> str:
     return name.replace("_", "-")
 
 
+def typed_flags(values: dict) -> list[str]:
+    """Flags by name in args.json with their values, as the words of a command line."""
+    words = []
+    for name, value in values.items():
+        if isinstance(value, bool):
+            words.append(f"--{'' if value else 'no-'}{dashed(name)}")
+        else:
+            several = value if isinstance(value, list) else [value]
+            words += [f"--{dashed(name)}", *map(str, several)]
+    return words
+
+
 def check_values(options) -> None:
     """Check the fields of a dataclass against their ranges and choices. Raises BadInput."""
     for name in flags_of(type(options)):

@@ -171,6 +171,15 @@ def test_a_run_ends_with_three_commands_that_run(tmp_path, capfd, monkeypatch):
     assert (flags["mlp"], flags["moco_dim"], flags["moco_t"]) == (True, 16, 0.1)
 
 
+def test_whole_numbers_of_the_next_command_stay_whole():
+    """A queue of a million keys is not typed as 1.04858e+06."""
+    args = parsed("--dataset", "digits", "--out", "x", "--moco-k", str(2**20), "--epochs", "3")
+    args.channels, args.bits = 3, 8  # as a run fills them in
+    *_, mine = options.next_commands(args, labelled=True)
+    again = options.get_parser("").parse_args(shlex.split(mine)[2:])
+    assert (again.moco_k, again.epochs) == (2**20, 3)
+
+
 def test_without_labels_features_come_next(tmp_path):
     args = parsed(str(tmp_path), "--out", "x", "--miner", "knn")
     judge, look, more = options.next_commands(args, labelled=False)

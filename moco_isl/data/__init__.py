@@ -17,7 +17,7 @@ from moco_isl.data.datasets import (
 )
 from moco_isl.data.functions import own_images
 from moco_isl.data.loaders import eval_loader, train_loader, view_loader
-from moco_isl.data.pixels import RGB, Pixels, measure
+from moco_isl.data.pixels import RGB, Pixels, measure, settled
 from moco_isl.data.sets import (
     SETS,
     DataOptions,
@@ -59,6 +59,7 @@ __all__ = [
     "native_size",
     "own_images",
     "set_of",
+    "settled",
     "train_loader",
     "view_loader",
     "with_channels",

@@ -4,7 +4,7 @@ Letters: M images, C features of an image, k nearest others.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -119,11 +119,8 @@ class Job:
 
     def measure(self, say: Say) -> None:
         """Measure mean and std on the images where nobody says them. Raises BadInput."""
-        if not self.pixels.are_known(self.statistics):
-            first = next(iter(self.images.splits.values()))
-            mean, std, line = data.measure(first)
-            say(f"=> {line}")
-            self.pixels = replace(self.pixels, mean=mean, std=std)
+        first = next(iter(self.images.splits.values()))
+        self.pixels = data.settled(self.pixels, self.statistics, first, say)
 
     def check(self) -> None:
         """Raise BadInput for what cannot be done, before anything is read or written."""

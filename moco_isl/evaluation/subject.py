@@ -142,7 +142,7 @@ class Subject(ReadOnce):
     @cached_property
     def pixels(self) -> data.Pixels:
         """What the numbers of the images are; mean and std are measured where nobody says them."""
-        return settled(self._format, self.dataset, self.splits["train"])
+        return data.settled(self._format, self.dataset, self.splits["train"], ranks.say)
 
     @cached_property
     def splits(self) -> dict:
@@ -202,18 +202,6 @@ def format_of(encoder: nn.Module, info: dict, asked: data.Pixels) -> data.Pixels
     if asked.mean is None and len(said.get("mean") or ()) == takes:
         found = replace(found, mean=said["mean"], std=said["std"])
     return found
-
-
-def settled(found: data.Pixels, name: str, images) -> data.Pixels:
-    """The same with mean and std: measured on the images where nobody has said them.
-
-    name: of the data set.
-    """
-    if found.are_known(name):
-        return found
-    mean, std, line = data.measure(images)
-    ranks.say(f"=> {line}")
-    return replace(found, mean=mean, std=std)
 
 
 def labelled(

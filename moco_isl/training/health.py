@@ -58,8 +58,8 @@ def uniformity(features: Tensor) -> float:
         return math.nan
     rows = features.float()
     squared = (2 - 2 * rows @ rows.T).clamp(min=0)  # [n, n]
-    alike = (-2 * squared).exp().sum() - torch.diagonal((-2 * squared).exp()).sum()
-    return float((alike / (n * (n - 1))).log())
+    alike = (-2 * squared).exp()
+    return float(((alike.sum() - alike.diagonal().sum()) / (n * (n - 1))).log())
 
 
 def figures_of(features: Tensor) -> dict[str, float]:

@@ -20,7 +20,7 @@ from moco_isl.mining.rounds import RoundMiner
 from moco_isl.objectives import OBJECTIVES
 from moco_isl.objectives.base import MinedObjective, Objective
 from moco_isl.objectives.queue import build_predictor
-from moco_isl.options import default_of, flags_of, listed, opt
+from moco_isl.options import dashed, default_of, flags_of, listed, opt, typed_flags
 from moco_isl.run import flags, loggers, ranks
 from moco_isl.run.folder import FolderOptions
 from moco_isl.training import fast, small
@@ -384,7 +384,7 @@ def suit(args: flags.Given, M: int) -> str:
         setattr(args, name, value)
     if not found:
         return ""
-    words = ", ".join(f"--{name.replace('_', '-')} {value:g}" for name, value in found.items())
+    words = ", ".join(f"--{dashed(name)} {value:g}" for name, value in found.items())
     return (
         f"{M:,} images: {words} suit them better than MoCo's defaults; a flag that is given stays"
     )
@@ -404,14 +404,14 @@ def next_commands(args: argparse.Namespace, labelled: bool) -> list[str]:
     if args.miner != "none" or not OBJECTIVES[args.objective].mined:
         to = ["--to", "safetensors", "--out", "backbone.safetensors"]
         return [*found, f"{typed('export')} {quote([last, *to])}"]
-    kept = [f"--{name.replace('_', '-')}" for name in ("aug_plus", "cos") if getattr(args, name)]
+    kept = {name: True for name in ("aug_plus", "cos") if getattr(args, name)}
     usual = default_flags("none") | {"channels": data.RGB.channels, "bits": data.RGB.bits}
     for name in ("batch_size", "moco_k", "moco_m", "epochs", "channels", "bits"):
         if getattr(args, name) != usual[name]:
-            kept += [f"--{name.replace('_', '-')}", f"{getattr(args, name):g}"]
+            kept[name] = getattr(args, name)
     mined = ["--miner", "average", "--isl-budget", "auto", "--lr", f"{args.lr / 3:.2g}"]
     to = ["--init", args.out, "--out", f"{args.out.rstrip('/')}-mined"]
-    return [*found, f"{typed('pretrain')} {quote([*where, *to, *mined, *kept])}"]
+    return [*found, f"{typed('pretrain')} {quote([*where, *to, *mined, *typed_flags(kept)])}"]
 
 
 def require_epochs_left(args: argparse.Namespace) -> None:

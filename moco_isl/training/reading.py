@@ -5,7 +5,7 @@ Letters: C feature dimension, M images.
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -234,11 +234,8 @@ def open_passes(
             f"mean is {mean} and std {std}: expected mean and std together, one number a channel"
             f" ({channels}), those of std above 0"
         )
-    pixels = data.Pixels(channels, bits, mean, std)
     name = data.set_of(dataset)
-    if not pixels.are_known(name):
-        measured = data.measure(dataset)
-        pixels = replace(pixels, mean=measured[0], std=measured[1])
+    pixels = data.settled(data.Pixels(channels, bits, mean, std), name, dataset)
     images = split(dataset, 0, seed, size or 0)
     augmentation = data.get_augmentation(
         name, aug_plus=aug_plus, size=images.side, on_device=in_memory, pixels=pixels

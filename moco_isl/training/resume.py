@@ -16,7 +16,7 @@ import torch
 from moco_isl import data, dist, files
 from moco_isl.errors import BadInput
 from moco_isl.objectives.base import Objective
-from moco_isl.options import dashed
+from moco_isl.options import dashed, typed_flags
 from moco_isl.run import checkpoint, ranks, weights
 from moco_isl.run.backbone import flags_known
 from moco_isl.run.flags import Given
@@ -55,8 +55,7 @@ def check_same(
             changed.remove("epochs")
     if changed:
         pairs = ", ".join(
-            f"--{name.replace('_', '-')} was {saved[name]!r} and is now {now[name]!r}"
-            for name in changed
+            f"--{dashed(name)} was {saved[name]!r} and is now {now[name]!r}" for name in changed
         )
         pairs += f" ({why})" if why else ""
         raise BadInput(
@@ -266,14 +265,7 @@ def take_over(flags: Given, saved: dict) -> dict:
 
 def _typed(flags: dict) -> str:
     """Flags as they would be typed."""
-
-    def one(name: str, value) -> str:
-        if isinstance(value, bool):
-            return f"--{'' if value else 'no-'}{dashed(name)}"
-        values = value if isinstance(value, list) else [value]
-        return " ".join([f"--{dashed(name)}", *map(str, values)])
-
-    return files.shown(" ".join(one(name, value) for name, value in sorted(flags.items())))
+    return files.shown(" ".join(typed_flags(dict(sorted(flags.items())))))
 
 
 def check_flags(start: Start, content: dict, now: dict) -> None:
