@@ -223,18 +223,25 @@ def local_aggregation(
     the softmax over all rows (Eq. 4), whose denominator cancels.
 
     Args:
-        f: [N, C] unit features with gradient. bank: [M, C] unit rows, float32 or half precision.
+        f: [N, C] unit features with gradient. bank: [M, C] unit rows, float32 or half precision;
+        they may be overwritten before backward.
         images: [N, S] the close neighbours, bank rows, the own one first.
         weight: [N, S], 0 for padding.
     """
-    with torch.autocast(f.device.type, enabled=False):
+    N = len(f)
+    with torch.autocast(f.device.type, enabled=False), torch.no_grad():
         logits = (f.to(bank.dtype) @ bank.t()).float() / T  # [N, M]
-        least = logits.detach().topk(min(background, len(bank)), dim=1).values[:, -1:]  # [N, 1]
-        near = (logits.detach() >= least).scatter(1, images[:, :1], True)  # [N, M]
-        in_background = logits.masked_fill(~near, -torch.inf).logsumexp(1)  # [N]
+        least = logits.topk(min(background, len(bank)), dim=1).values[:, -1:]  # [N, 1]
+        near = (logits >= least).scatter(1, images[:, :1], True)  # [N, M]
         l_close = _with_weight(logits.gather(1, images), weight)  # [N, S]
-        l_close = l_close.masked_fill(~near.gather(1, images), -torch.inf)
-        return (in_background - l_close.logsumexp(1)).mean()
+        l_close.masked_fill_(~near.gather(1, images), -torch.inf)
+        logits.masked_fill_(~near, -torch.inf)
+        loss = (logits.logsumexp(1) - l_close.logsumexp(1)).mean()
+        # logits are linear in f: the gradient is the difference of the mean rows of both sets
+        p = logits.softmax(1)  # [N, M]
+        p.scatter_add_(1, images, -l_close.softmax(1))
+        gradient = (p.to(bank.dtype) @ bank).float() / (T * N)  # [N, C]
+    return loss + ((f - f.detach()).float() * gradient).sum()
 
 
 def _with_weight(l_pos: Tensor, weight: Tensor | None) -> Tensor:

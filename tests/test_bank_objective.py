@@ -124,6 +124,7 @@ def test_the_local_form_takes_whole_sets_and_adds_the_hard_positives_of_eq_6(hpe
     index = torch.tensor([0, 1, 4, 7, 9])
     bank = isl.bank.rows.clone()
     loss = isl(images(5, 0), images(5, 1), index)
+    loss.backward()  # after the bank has moved
     members, weight = isl.positives.lookup(index, 3)
     close = torch.cat([index[:, None], members], dim=1)
     weight = torch.cat([torch.ones(5, 1), weight], dim=1)

@@ -35,6 +35,7 @@ class ClusterMiner(RoundMiner):
 
     name = "cluster"
     replaces: ClassVar[bool] = True
+    searches: ClassVar[bool] = False
 
     clusters: int | None = opt(
         None,

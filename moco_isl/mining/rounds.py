@@ -169,6 +169,7 @@ class RoundMiner(Miner):
 
     uses_views: it wants views in any case, not only where `trust` needs them for its estimate.
     directed, replaces: its edges have a direction, and its sets are new each round; see `Rules`.
+    searches: it looks for the nearest of all images, exactly or by an index.
     known [M]: labels of the few images that --isl-check names, -1 of the others; None: no labels.
     surest: the surest pairs of a round that added none, about 5 an image: [n], [n].
     """
@@ -177,6 +178,7 @@ class RoundMiner(Miner):
     uses_views: ClassVar[bool] = False
     directed: ClassVar[bool] = False
     replaces: ClassVar[bool] = False
+    searches: ClassVar[bool] = True
 
     budget: str | float | list[str] | list[float] | None = opt(
         ["5"],
@@ -238,6 +240,10 @@ class RoundMiner(Miner):
     def __post_init__(self):
         check_values(self)
         check_choice(self.index)
+        if self.index == "ivf" and not self.searches:
+            raise BadInput(
+                f"--miner {self.name} looks for no nearest images: leave --isl-index off"
+            )
         self.budgets = budgets_of(self.budget)
         if self.as_sure:
             if self.trust == "off":

@@ -509,7 +509,7 @@ def warnings(
             f"warning: without --miner nothing is mined, and {', '.join(idle)} changes nothing"
         )
     exact = plan.mines and not research_labels and getattr(parts.miner, "index", "") == "exact"
-    if exact and ivf.wins(M, reader.device):
+    if exact and parts.miner.searches and ivf.wins(M, reader.device):
         lines.append(
             f"{M} images are searched exactly, which takes a time that grows with their square:"
             " --isl-index ivf would be faster"
