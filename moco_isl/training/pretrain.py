@@ -381,6 +381,7 @@ def _instead(content: dict, part: str) -> str:
         "head": "drawn anew",
         "encoder_k": "copied from encoder_q",
         "queue": "filled anew by one feature pass",
+        "classifier": "drawn anew",
     }
     if "weights" in content:
         return f"{part} {fills[part]}"
@@ -555,6 +556,8 @@ def train(
         number = plan.rounds(epoch)
         if position.step == 0 and isl.round < number:
             mine(parts, reader, plan, journal, save, stop, epoch, number)
+        if position.step == 0:
+            begin_epoch(parts, reader, journal, save, stop, epoch)
         with fast.numerics(numerics.fast, reader.device):
             finished = engine.train_one_epoch(
                 isl,
@@ -621,6 +624,23 @@ def mine(
     say_outcome(journal, report.effective_rank, report.apart)
     journal.log(kind="round", epoch=epoch, **report.figures())
     save()
+
+
+def begin_epoch(
+    parts: resume.Parts, reader: Reader, journal: Journal, save: Saver, stop: Stop, epoch: int
+) -> None:
+    """Let the objective get ready for an epoch. Raises Interrupted after saving."""
+    isl = parts.isl
+    features = lambda: reader.features(isl.encoder, normalize=False)  # [M, D]
+    try:
+        report = isl.begin_epoch(epoch, features, parts.optimizer, reader.labels, stop.tick)
+    except Interrupted:
+        save()
+        raise Interrupted(f"saved before epoch {epoch}: go on with --resume auto") from None
+    if report is not None:
+        journal.say(f"=> epoch {epoch}: {report}")
+        known = {name: value for name, value in vars(report).items() if value is not None}
+        journal.log(kind=report.kind, epoch=epoch, **known)
 
 
 def outcome_before(folder: Path, size: int) -> tuple[float, float | None] | None:
