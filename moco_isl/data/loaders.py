@@ -34,10 +34,10 @@ class _Plan:
 
     A draw is the number of an image; where the images of an epoch repeat, see `draws.counted`.
     unit: every batch is a multiple of it, so that ranks have equal shares that split evenly.
-    order: the images of an epoch, int64 [M] on the CPU; None: each once, in the epoch's order.
+    given: the images of an epoch in their order, int64 [M] on the CPU; None: each once.
     """
 
-    order: torch.Tensor | None = None
+    given: torch.Tensor | None = None
 
     def __init__(self, M: int, batch_size: int, seed: int, multiple: int):
         self.M = M
@@ -62,10 +62,10 @@ class _Plan:
 
     def rows(self, epoch: int, start_step: int) -> Iterator[torch.Tensor]:
         """The draws of this rank's share of every batch from start_step on: int64 [N]."""
-        if self.order is None:
+        if self.given is None:
             order = permutation(self.seed, epoch, self.M)
         else:
-            order = counted(self.order, self.M)
+            order = counted(self.given, self.M)
         rank, world = dist.rank(), dist.world_size()
         for step in range(start_step, self.steps):
             batch = order[step * self.B : (step + 1) * self.B]
@@ -327,7 +327,7 @@ class FileTrainLoader(_FileLoader):
         """(views, index) from start_step on; the images before are not loaded. Raises RunFailed."""
         self.plan.epoch = epoch
         self.plan.start_step = start_step
-        self.plan.order = order
+        self.plan.given = order
         M = len(self.reader.dataset)
         for *images, draw in self._batches(self.max_bad_images):
             yield self._views(images, epoch, draw), draw if order is None else draw % M
@@ -416,7 +416,7 @@ class MemoryTrainLoader(_MemoryLoader):
     ) -> Iterator[Batch]:
         """(views, index) from start_step on. Raises RunFailed, see `refuse`."""
         refuse(self.dataset, self.dataset.unreadable, self.max_bad_images)
-        self.plan.order = order
+        self.plan.given = order
         steps = list(self.plan.rows(epoch, start_step))
         if not steps:
             return

@@ -72,15 +72,14 @@ class Clustering:
     nmi_labels: float | None = None  # with the labels; None: there are none
 
     def __str__(self) -> str:
-        words = (
+        beside = {"the clustering before": self.nmi, "the labels": self.nmi_labels}
+        found = [f"{x:.3f} with {other}" for other, x in beside.items() if x is not None]
+        return (
             f"{self.used} of {self.clusters} clusters hold images, the largest"
-            f" {100 * self.largest:.1f} % of them; {self.refilled} were refilled"
+            f" {100 * self.largest:.1f} % of them; {self.refilled} were refilled;"
+            + (f" NMI {', '.join(found)};" if found else "")
+            + f" {self.seconds:.1f} s"
         )
-        if self.nmi is not None:
-            words += f"; NMI {self.nmi:.3f} with the clustering before"
-        if self.nmi_labels is not None:
-            words += f", {self.nmi_labels:.3f} with the labels"
-        return f"{words}; {self.seconds:.1f} s"
 
 
 @dataclass(eq=False, repr=False, kw_only=True)

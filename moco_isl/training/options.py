@@ -479,11 +479,12 @@ def _check_objective(args: argparse.Namespace) -> None:
         f"--moco-k {args.moco_k} is smaller than the {keys} keys of one step: use at least that",
     )
     for name, other in OBJECTIVES.items():
+        others = [x for x in OBJECTIVES.values() if x is not other]
         for flag in flags_of(other).values():
-            own = not any(flag in flags_of(x).values() for x in OBJECTIVES.values() if x != other)
+            is_shared = any(flag in flags_of(x).values() for x in others)
             given = getattr(args, flag.dest) != flag.default
             flags.check(
-                other is kind or not own or not given,
+                other is kind or is_shared or not given,
                 f"{flag.name} belongs to --objective {name}",
             )
     forms = kind.forms if kind.mined else [args.isl_loss]
