@@ -309,7 +309,7 @@ def get_ready(
         reading.Reading,
         args,
         views=kind.views(args.isl_hpe),
-        crop=kind.crop,
+        crop=kind.crop(images.side),
         workers=workers,
         pixels=pixels,
     )

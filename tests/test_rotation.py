@@ -12,7 +12,7 @@ from moco_isl import pretraining
 from moco_isl.data.augment import CropAugmentation
 from moco_isl.errors import BadInput
 from moco_isl.isl import ISL
-from moco_isl.objectives.rotnet import Rotation
+from moco_isl.objectives.rotnet import Rotation, RotationObjective
 from moco_isl.run.backbone import load_backbone
 from moco_isl.run.signals import Never
 from moco_isl.training import resume
@@ -125,6 +125,7 @@ def test_its_views_are_crops_and_flips_unless_others_are_asked_for():
 
     plain = augmentation("rotnet")
     assert isinstance(plain, CropAugmentation) and plain.scale == (49 / 64, 1.0)
+    assert RotationObjective.crop(side=224) == (0.08, 1.0)
     assert augmentation("deepcluster").scale == (0.08, 1.0)
     for flags in (("rotnet", "--aug-plus"), ("bank",), ("queue", "--moco-k", "16")):
         assert not isinstance(augmentation(*flags), CropAugmentation)

@@ -56,9 +56,6 @@ class Objective:
     mined: ClassVar[bool] = False  # whether it trains on mined positives
     has_head: ClassVar[bool] = True  # whether the encoder has a projection head
     repeats: ClassVar[bool] = False  # whether an image may come several times in a step
-    # The share of an image that a crop shows, where crops and flips are all that its views differ
-    # by; None: MoCo's augmentation.
-    crop: ClassVar[tuple[float, float] | None] = None
 
     # Options of those that can be mined for.
     active = False  # whether the mined sets are looked at
@@ -100,6 +97,14 @@ class Objective:
     def views(hpe: float) -> int:
         """How many views of each image a step takes. hpe: the option of that name."""
         return 1
+
+    @staticmethod
+    def crop(side: int) -> tuple[float, float] | None:
+        """The share of an image that crops have, where crops and flips are all of its augmentation.
+
+        side: of the views, in pixels. None: MoCo's augmentation.
+        """
+        return None
 
     @property
     def encoder(self) -> nn.Module:

@@ -114,7 +114,6 @@ class DeepClusterObjective(Objective):
     around: ClassVar[type[nn.Module]] = DeepCluster
     has_head: ClassVar[bool] = False
     repeats: ClassVar[bool] = True
-    crop: ClassVar[tuple[float, float]] = (0.08, 1.0)
 
     def __post_init__(self) -> None:
         for name in ("clusters", "components", "every"):
@@ -139,6 +138,10 @@ class DeepClusterObjective(Objective):
             )
         few = min(num_images, max(2, round(num_images / IMAGES)))
         return DeepCluster(base_encoder, clusters or few)
+
+    @staticmethod
+    def crop(side: int) -> tuple[float, float]:
+        return (0.08, 1.0)
 
     def step(self, image: Tensor, *rest: Tensor) -> Parts:
         """image: [N, 3, S, S]. A second view is not looked at. Raises BadInput before `recluster`.

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moco_isl.encoders import feature_dim, take_head_off
+from moco_isl.encoders import CIFAR_SIDE, feature_dim, take_head_off
 from moco_isl.objectives.base import Objective, Parts
 
 Tensor = torch.Tensor
@@ -42,12 +42,16 @@ class RotationObjective(Objective):
 
     around: ClassVar[type[nn.Module]] = Rotation
     has_head: ClassVar[bool] = False
-    # as much of an image as the published crops have: 224 of 256 pixels, 28 of 32 and a border
-    crop: ClassVar[tuple[float, float]] = (49 / 64, 1.0)
 
     @staticmethod
     def build_model(base_encoder, **_) -> Rotation:
         return Rotation(base_encoder)
+
+    @staticmethod
+    def crop(side: int) -> tuple[float, float]:
+        # The published crops of CIFAR are 32 pixels out of an image with a border of 4: they show
+        # 28 x 28 of its pixels at least.
+        return (49 / 64, 1.0) if side <= CIFAR_SIDE else (0.08, 1.0)
 
     def step(self, image: Tensor, *rest: Tensor) -> Parts:
         """image: [N, 3, S, S]. A second view and the index are not looked at."""

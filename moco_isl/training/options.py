@@ -478,15 +478,6 @@ def _check_objective(args: argparse.Namespace) -> None:
         not kind.has_queue or args.moco_k >= keys,
         f"--moco-k {args.moco_k} is smaller than the {keys} keys of one step: use at least that",
     )
-    for name, other in OBJECTIVES.items():
-        others = [x for x in OBJECTIVES.values() if x is not other]
-        for flag in flags_of(other).values():
-            is_shared = any(flag in flags_of(x).values() for x in others)
-            given = getattr(args, flag.dest) != flag.default
-            flags.check(
-                other is kind or is_shared or not given,
-                f"{flag.name} belongs to --objective {name}",
-            )
     forms = kind.forms if kind.mined else [args.isl_loss]
     flags.check(
         args.isl_loss in forms,
@@ -498,6 +489,15 @@ def _check_objective(args: argparse.Namespace) -> None:
         args.isl_loss == LOCAL or args.isl_background == usual,
         "--isl-background belongs to --isl-loss local",
     )
+    for name, other in OBJECTIVES.items():
+        others = [x for x in OBJECTIVES.values() if x is not other]
+        for flag in flags_of(other).values():
+            is_shared = any(flag in flags_of(x).values() for x in others)
+            given = getattr(args, flag.dest) != flag.default
+            flags.check(
+                other is kind or is_shared or not given,
+                f"{flag.name} belongs to --objective {name}",
+            )
     flags.check(
         kind.mined or args.miner == "none",
         f"--objective {args.objective} has no use for positives: leave --miner none",
