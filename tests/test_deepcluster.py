@@ -1,5 +1,6 @@
 """DeepCluster: its parts against slow references, its two traps, ranks, files, and whole runs."""
 
+import itertools
 import json
 import math
 
@@ -426,11 +427,13 @@ def test_init_from_other_files_and_by_other_objectives(trained, tmp_path, capsys
             theirs = checkpoint.load(start / "checkpoint_last.pth.tar")["state_dict"]
         weight = "conv2.0.weight" if i == 1 else "module.encoder_q.conv2.0.weight"
         assert torch.equal(state["module.encoder_q.conv2.0.weight"], theirs[weight])
-    for objective in ("queue", "rotnet", "bank"):
+    none = "it has no head, which is drawn anew"
+    other = "its classifier does not fit, and is drawn anew"
+    for objective, said in (("queue", none), ("rotnet", other), ("bank", none)):
         capsys.readouterr()
         flags = ["--objective", objective, "--init", trained, "--out", tmp_path / objective]
         assert main(*small, *flags) == 0
-        assert "drawn anew" in capsys.readouterr().out
+        assert said in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("way", ["digits", "photos by workers"])
@@ -453,10 +456,17 @@ def test_kill_and_resume_equals_unbroken(way, tmp_path):
 def test_steps_end_anywhere_and_go_on(tmp_path):
     flags = [*DIGITS, "-b", 64, "--dc-clusters", 30, "--knn-holdout", 1000, "--epochs", 2]
     assert main(*flags, "--out", tmp_path / "whole") == 0
+    parts = [*flags, "--resume", "auto", "--out", tmp_path / "parts"]
+    # stopped in the pass that takes the features, and in k-means, of the first epoch
+    for at, step in ((1, "features"), (9, "k-means")):
+        calls = itertools.count(1)
+        argv = [str(x) for x in parts]
+        assert main_moco_isl.main(argv, stop=lambda: next(calls) >= at) == 75, step
+        saved = checkpoint.load(tmp_path / "parts" / "checkpoint_last.pth.tar")["isl"]
+        assert saved["total"] == 0 and saved["state"]["clustered"] == -1
     for steps in (3, 7, 9):
-        to = ["--max-steps", steps, "--resume", "auto", "--out", tmp_path / "parts"]
-        assert main(*flags, *to) == 0
-    assert main(*flags, "--resume", "auto", "--out", tmp_path / "parts") == 0
+        assert main(*parts, "--max-steps", steps) == 0
+    assert main(*parts) == 0
     whole, parts = (
         checkpoint.load(tmp_path / name / "checkpoint_last.pth.tar") for name in ("whole", "parts")
     )

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from moco_isl import dist, files
 from moco_isl.builder import MoCo
-from moco_isl.encoders import as_in_library, without_head
+from moco_isl.encoders import as_in_library, head_name, without_head
 from moco_isl.errors import BadInput, Interrupted, RunFailed
 from moco_isl.mining.estimate import apart, effective_rank
 from moco_isl.mining.positives import PositiveSets
@@ -353,7 +353,7 @@ def load(
     )
     if "weights" in content:
         loaded = describe(content["weights"])
-    ranks.say(loaded + "".join(f"; {_instead(content, part)}" for part in filled))
+    ranks.say(loaded + "".join(f"; {_instead(content, part, parts.model)}" for part in filled))
     for line in start.says:
         ranks.say(line)
     if "queue" in filled:
@@ -375,7 +375,7 @@ def load(
     return content["isl"]["metrics_size"] if start.in_place else 0
 
 
-def _instead(content: dict, part: str) -> str:
+def _instead(content: dict, part: str, model: nn.Module) -> str:
     """Where a part of the model comes from that is not the file's, see `checkpoint.match`."""
     fills = {
         "head": "drawn anew",
@@ -386,7 +386,8 @@ def _instead(content: dict, part: str) -> str:
     if "weights" in content:
         return f"{part} {fills[part]}"
     state = content.get("state_dict", content)
-    if part == "head" or any(f"{part}." in f"{name}." for name in state):
+    place = f"encoder_q.{head_name(model.encoder_q)}" if part == "head" else part
+    if any(f"{place}." in f"{name}." for name in state):
         return f"its {part} does not fit, and is {fills[part]}"
     return f"it has no {part}, which is {fills[part]}"
 
