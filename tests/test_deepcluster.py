@@ -24,6 +24,7 @@ from moco_isl.loader import WithIndex
 from moco_isl.objectives.deepcluster import DeepCluster, even_draws, nmi, whitened
 from moco_isl.ops.kmeans import kmeans_by_distance
 from moco_isl.run import checkpoint
+from studies import figures
 from tests.ranks import run_ranks
 from tests.runs import Kill, Running, differences, photos, run
 from tests.test_builder import images, tiny
@@ -408,6 +409,8 @@ def test_the_file_is_read_by_all_that_judge_and_export(trained, tmp_path, capsys
     where = ["--dataset", "digits", "--out", str(rows), "-j", "0"]
     assert command.main([str(file), *where]) == 0
     assert len(rows.read_text().splitlines()[1].split(",")) >= 128
+    study = figures.Judge(["--dataset", "digits"], 20, "cpu")
+    assert study.features(file)[0][0].shape == (1437, 128)
 
 
 def test_init_from_other_files_and_by_other_objectives(trained, tmp_path, capsys):
