@@ -458,6 +458,7 @@ def test_kill_and_resume_equals_unbroken(way, tmp_path):
 
 def test_steps_end_anywhere_and_go_on(tmp_path):
     flags = [*DIGITS, "-b", 64, "--dc-clusters", 30, "--knn-holdout", 1000, "--epochs", 2]
+    flags += ["--dc-every", 1]
     assert main(*flags, "--out", tmp_path / "whole") == 0
     parts = [*flags, "--resume", "auto", "--out", tmp_path / "parts"]
     # stopped in the pass that takes the features, and in k-means, of the first epoch

@@ -106,8 +106,8 @@ class DeepClusterObjective(Objective):
         "--dc-every",
         low=1,
         metavar="n",
-        help="DeepCluster: epochs from clustering to clustering (published: 1, of 5,000 steps; a"
-        " classifier that is started anew needs a few hundred)",
+        help="DeepCluster: epochs from clustering to clustering (as many as have 200 steps, for a"
+        " classifier that begins anew learns little in fewer)",
     )
     seed: int = 0
 

@@ -400,7 +400,7 @@ def check_args(args: argparse.Namespace, count: Callable[[], int] | None = None)
 
 
 def suit(args: flags.Given, M: int) -> str:
-    """Set the flags that were left to MoCo's defaults to what suits M images; a line about them.
+    """Set the flags that were left to their defaults to what suits M images; a line about them.
 
     '' where the defaults suit them.
     """
@@ -410,8 +410,10 @@ def suit(args: flags.Given, M: int) -> str:
         names += ["moco_k", "moco_m"]
     if args.optimizer == "sgd":
         names += ["lr"]
+    if args.objective == "deepcluster":
+        names += ["dc_every"]
     free = {name for name in names if getattr(args, name) == defaults[name]} - args.given
-    values = {name: getattr(args, name) for name in ("batch_size", "lr", "moco_k", "moco_m")}
+    values = {name: getattr(args, name) for name in small.SUITED}
     parts = ranks.total_ranks(args) * args.bn_splits
     found = small.suited(M, values, free, parts, views=2 if args.symmetric else 1)
     for name, value in found.items():
@@ -419,9 +421,7 @@ def suit(args: flags.Given, M: int) -> str:
     if not found:
         return ""
     words = ", ".join(f"--{dashed(name)} {value:g}" for name, value in found.items())
-    return (
-        f"{M:,} images: {words} suit them better than MoCo's defaults; a flag that is given stays"
-    )
+    return f"{M:,} images: {words} suit them better than the defaults; a flag that is given stays"
 
 
 def next_commands(args: argparse.Namespace, labelled: bool) -> list[str]:
