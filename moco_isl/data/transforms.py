@@ -7,7 +7,7 @@ channels than RGB's, or of more bits, are float32 [c, S, S] in [0, 1] throughout
 
 import torch
 
-from moco_isl.data.augment import BatchAugmentation
+from moco_isl.data.augment import BatchAugmentation, CropAugmentation
 from moco_isl.data.datasets import SMALL
 from moco_isl.data.pixels import RGB, Pixels
 from moco_isl.data.sets import DataSet, find_set
@@ -112,13 +112,15 @@ def get_augmentation(
     size: int | None = None,
     on_device: bool | None = None,
     pixels: Pixels = RGB,
+    crop: tuple[float, float] | None = None,
 ):
-    """MoCo v2's augmentation with aug_plus, else MoCo v1's.
+    """MoCo v2's augmentation with aug_plus, else MoCo v1's; or with `crop` crops and flips alone.
 
     size: side of the views, by default the data set's own. on_device: a BatchAugmentation in place
     of PIL's; a data set whose row has an augmentation of its own always takes that. Views up to 64
     pixels are not blurred. pixels: other than RGB of 8 bits are augmented by a BatchAugmentation,
-    in the workers or on the device. Raises BadInput.
+    in the workers or on the device. crop: the least and the largest share of an image's area that
+    a crop has; its ratio of sides is 3/4 to 4/3. Raises BadInput.
     """
     from torchvision import transforms as T
 
@@ -128,6 +130,11 @@ def get_augmentation(
     if row.augmentation is not None:
         return row.augmentation(mean, std, size=size)
     flip = 0.5 if row.flip else 0.0
+    if crop is not None:
+        if on_device:
+            return CropAugmentation(mean, std, size, crop, flip)
+        steps = [T.RandomResizedCrop(size, scale=crop), T.RandomHorizontalFlip(flip)]
+        return ImageTransform(steps, name, pixels=pixels)
     if on_device or not pixels.is_rgb:
         blur = aug_plus and size > SMALL
         options = {"size": size, "aug_plus": aug_plus, "flip": flip, "blur": blur}
