@@ -286,6 +286,7 @@ TOGETHER = [
         [*RUN, *OUT, *"--objective bank --miner knn --isl-start 0 --isl-from bank".split()],
     ),
     ("LA's loss without a bank", [*RUN, *OUT, "--miner", "cluster", "--isl-loss", "local"]),
+    ("crops of the digits, which have their own", [*RUN, *OUT, "--crop-min", "0.1"]),
     ("a background without LA's loss", [*RUN, *OUT, "--isl-background", "10"]),
     ("no list to check by", [*RUN, *OUT, "--miner", "knn", "--isl-check", "nowhere.csv"]),
     (

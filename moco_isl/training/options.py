@@ -189,6 +189,16 @@ class NetworkOptions:
         rare=True,
         help="auto: a 3x3 stem without pooling for images up to 64 pixels",
     )
+    crop_min: float | None = opt(
+        None,
+        low=0,
+        low_open=True,
+        high=1,
+        metavar="x",
+        rare=True,
+        help="the least share of an image's area that a crop shows (MoCo's 0.2; its notebook for"
+        " CIFAR-10 has 0.08)",
+    )
     bn_splits: int = opt(
         1,
         low=1,
@@ -477,6 +487,10 @@ def _check_objective(args: argparse.Namespace) -> None:
     flags.check(
         not kind.has_queue or args.moco_k >= keys,
         f"--moco-k {args.moco_k} is smaller than the {keys} keys of one step: use at least that",
+    )
+    flags.check(
+        args.crop_min is None or data.find_set(args.dataset).augmentation is None,
+        f"--crop-min: {args.dataset} has an augmentation of its own; leave it off",
     )
     forms = kind.forms if kind.mined else [args.isl_loss]
     flags.check(

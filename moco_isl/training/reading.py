@@ -30,12 +30,14 @@ from moco_isl.training import fast
 class Reading:
     """How images are read; the fields are the flags of these names.
 
-    workers: processes of this rank. batch_size: of all ranks. views: of an image in a step. crop:
-    see `data.get_augmentation`; --aug-plus goes before it. pixels: see `data.Pixels`.
+    workers: processes of this rank. batch_size: of all ranks. views: of an image in a step. crop,
+    crop_min: see `data.get_augmentation`; --aug-plus goes before the first. pixels: see
+    `data.Pixels`.
     """
 
     views: int
     crop: tuple[float, float] | None
+    crop_min: float | None
     workers: int
     dataset: str
     cache: str | None
@@ -183,6 +185,7 @@ def open_reader(
         on_device=settings.on_device,
         pixels=settings.pixels,
         crop=None if settings.aug_plus else settings.crop,
+        crop_min=settings.crop_min,
     )
     jitters = settings.aug_plus or settings.crop is None
     if jitters and not isinstance(augmentation, data.DigitAugmentation):
@@ -249,6 +252,7 @@ def open_passes(
     settings = Reading(
         views=2,
         crop=None,
+        crop_min=None,
         workers=workers,
         dataset=name,
         cache=None,
