@@ -1,0 +1,207 @@
+"""The paper's Figure 5: what LA and ISL hold as positives of the same images, round by round.
+
+    python -m studies.figure5 digits
+    python -m studies.figure5 cifar5k --data runs/images/cifar5k/train.csv
+
+The picture shows some images with the surest of their positives in both runs, and their nearest in
+the features of the last round. A frame is green around an image of the anchor's class, and red and
+crossed around another. The table counts all positives. How alike two images look is the cosine of
+their pixels at 8 by 8, less the mean image. Labels frame and judge; they choose nothing.
+"""
+
+import sys
+
+import torch
+
+from benchmarks import common
+from moco_isl import data
+from moco_isl.encoders import SmallImages, extract_features
+from moco_isl.errors import BadInput
+from moco_isl.mining.estimate import pixel_rows
+from moco_isl.mining.positives import same_label
+from moco_isl.report.grids import SHOWN, Album, Cell, Grid, build_grids
+from moco_isl.report.runs import Run, read_run
+from studies import paper
+from studies.figures import Result
+
+Tensor = torch.Tensor
+ROWS = {"gan": "ISL", "cluster": "LA"}  # of the sweep
+ANCHORS = 5
+ROUNDS = 4  # rows of a picture
+CLAIM = (
+    "The paper: LA takes images that look alike for positives and mixes classes up; ISL finds those"
+    " of the same meaning even where they look different."
+)
+
+# ---------------------------------------------------------------- the table
+
+
+def figures(run: Run, labels: Tensor, pixels: Tensor) -> dict[int, dict[str, float]]:
+    """Of each round that left positives: their mean number, % right, % of own nearest, alikeness.
+
+    labels [M]; pixels [M, D]: unit rows. Alikeness is 100 times the mean cosine of the pixels of an
+    image and its right positives.
+    """
+    found = {}
+    for round_ in run.rounds:
+        sets = round_.load().sets
+        if not sets.num_edges:
+            continue
+        a, b = sets.sources(), sets.members.long()
+        right = same_label(labels, a, b) == 1
+        cosine = (pixels[a[right]] * pixels[b[right]]).sum(1)
+        own = round_.report.get("precision_own_nearest")
+        found[round_.number] = {
+            "size": sets.mean_size,
+            "right": 100 * float(right.float().mean()),
+            "own": None if own is None else 100 * own,
+            "alike": 100 * float(cosine.mean()),
+        }
+    return found
+
+
+def differences(last: dict[str, list[dict]], key: str) -> list[float]:
+    """A figure of ISL's less that of LA's, by seed."""
+    return [isl[key] - la[key] for isl, la in zip(last["gan"], last["cluster"])]
+
+
+def verdict(number: int, last: dict[str, list[dict]]) -> str:
+    """Whether the claim holds in the round of this number, in a sentence."""
+    right, alike = differences(last, "right"), differences(last, "alike")
+    signs = (paper.told(right), -paper.told(alike))
+    holds = 1 if signs == (1, 1) else 0 if 1 in signs and -1 not in signs else -1
+    return (
+        f"{paper.HOLDS[holds]}: in round {number} ISL's positives are {paper.points(right)} points"
+        f" more often right than LA's, and its right ones {paper.points(alike)} points more alike"
+        f" in their pixels (n = {len(right)})."
+    )
+
+
+def pixels_of(dataset) -> Tensor:
+    """The pixels of a data set at 8 by 8, unit rows less the mean image."""
+    size = data.native_size(dataset)
+    transform = data.get_eval_transform("folder", size)
+    loader = data.eval_loader(dataset, transform=transform, batch_size=512, device="cpu")
+    try:
+        small = extract_features(SmallImages(), loader, len(dataset), "cpu", normalize=False)
+    finally:
+        loader.close()
+    return pixel_rows(small)
+
+
+# ---------------------------------------------------------------- the picture
+
+
+def grid_of(runs: dict[str, Run], album: Album) -> Grid:
+    """ANCHORS images, drawn among those that both runs hold positives of at the end."""
+    sizes = [run.rounds[-1].load().sets.sizes() for run in runs.values()]
+    held = (torch.stack(sizes) > 0).all(0).nonzero()[:, 0]
+    order = torch.randperm(len(held), generator=torch.Generator().manual_seed(0))
+    anchors = held[order[:ANCHORS]].sort().values.tolist()
+    if not anchors:
+        raise BadInput("no image has positives of both miners in their last rounds")
+    chosen = {"random": anchors}
+    return build_grids(list(runs.values()), album, ROUNDS + 1, chosen)[0]
+
+
+CELL, GAP, LABEL, ANCHOR = 30, 4, 62, 76
+COLUMN = LABEL + SHOWN * (CELL + GAP) + 10
+
+
+def svg(grid: Grid, title: str) -> str:
+    """The grid as an SVG: dark ink on white, on a dark page too."""
+    parts = [text(10, 24, title, "b")]
+    for i, name in enumerate(ROWS.values()):
+        parts.append(text(ANCHOR + i * COLUMN + LABEL, 48, name, "b"))
+    y = 60
+    for anchor, columns in grid.anchors:
+        parts.append(f'<line x1="10" x2="{ANCHOR + 2 * COLUMN}" y1="{y - 5}" y2="{y - 5}"/>')
+        parts.append(picture(anchor, 10, y + 2, 52))
+        for i, rows in enumerate(columns):
+            x = ANCHOR + i * COLUMN
+            for j, row in enumerate(rows):
+                top = y + j * (CELL + GAP)
+                name = "nearest" if row.round is None else f"round {row.round}"
+                parts.append(text(x, top + CELL / 2 + 4, name))
+                if not row.cells:
+                    parts.append(text(x + LABEL, top + CELL / 2 + 4, "none"))
+                for k, cell in enumerate(row.cells):
+                    parts.append(picture(cell, x + LABEL + k * (CELL + GAP), top, CELL))
+        y += max(map(len, columns)) * (CELL + GAP) + 12
+    width = ANCHOR + 2 * COLUMN + 4
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {y}" width="{width}"'
+        f' height="{y}"><title>Figure 5 {paper.MARK}</title><style>text {{ font: 12px sans-serif;'
+        f" fill: {paper.INK} }} .b {{ font-weight: bold }} line {{ stroke: #d0d7de }}"
+        " image { image-rendering: pixelated } rect, path { fill: none; stroke-width: 2 }"
+        f" .right {{ stroke: {paper.GREEN} }} .wrong {{ stroke: {paper.RED} }}"
+        f" .unknown {{ stroke: {paper.GREY} }}</style>"
+        f'<path d="M0 0H{width}V{y}H0Z" style="fill: white"/>\n' + "\n".join(parts) + "\n</svg>\n"
+    )
+
+
+def text(x: float, y: float, words: str, kind: str = "") -> str:
+    return f'<text x="{x}" y="{y}" class="{kind}">{words}</text>'
+
+
+def picture(cell: Cell, x: int, y: int, side: int) -> str:
+    """An image with its frame; a wrong one is crossed in a corner too."""
+    kind = {True: "wrong", False: "right", None: "unknown"}[cell.wrong]
+    end = f' width="{side}" height="{side}"'
+    cross = f'<path class="wrong" d="M{x + side - 9} {y}L{x + side} {y + 9}"/>' * bool(cell.wrong)
+    return (
+        f'<image x="{x}" y="{y}"{end} href="{cell.source}"/>'
+        f'<rect class="{kind}" x="{x}" y="{y}"{end}/>{cross}'
+    )
+
+
+# ---------------------------------------------------------------- the command
+
+
+def make(args) -> None:
+    runs = paper.read_runs(args, "figure5")
+    trained = runs.train(list(ROWS))
+    if missing := [row for row in ROWS if row not in trained]:
+        raise BadInput(f"the sweep has no points {' and '.join(missing)}: expected {list(ROWS)}")
+    read = {row: [read_run(run.folder, row) for run in trained[row]] for row in ROWS}
+    dataset = read["gan"][0].dataset()
+    if dataset.labels is None:
+        raise BadInput("the images have no labels to frame them by: expected a folder a class")
+    pixels = pixels_of(dataset)
+    of = {row: [figures(run, dataset.labels, pixels) for run in read[row]] for row in ROWS}
+    columns = [("round", "round")]
+    headings = {"size": "positives", "right": "right %", "own": "own nearest %", "alike": "alike"}
+    for row, name in ROWS.items():
+        columns += [(f"{row}_{key}", f"{name}: {heading}") for key, heading in headings.items()]
+    title = f"What ISL and LA hold as positives, round by round (Figure 5), {runs.name}"
+    result = Result(f"figure5-{runs.name}", title, torch.device("cpu"), [*columns, ("n", "n")])
+    in_all = set.intersection(*(set(x) for seeds in of.values() for x in seeds))
+    if not in_all:
+        raise BadInput("in no round both miners found positives: there is nothing to compare")
+    for number in sorted(in_all):
+        cells = {"round": number, "n": len(read["gan"])}
+        for row in ROWS:
+            for key in headings:
+                values = [x[number][key] for x in of[row] if x[number][key] is not None]
+                cells[f"{row}_{key}"] = common.spread(values) if values else None
+        result.add(cells)
+    last = max(in_all)
+    result.note(CLAIM)
+    result.note(verdict(last, {row: [x[last] for x in of[row]] for row in ROWS}))
+    result.note(
+        "Right: of the anchor's class. Own nearest: as many of each image's own nearest, in the"
+        " features of the same round. Alike: 100 times the mean cosine of the pixels of right"
+        " pairs, at 8 by 8."
+    )
+    grid = grid_of({row: read[row][0] for row in ROWS}, Album(dataset, dataset.labels))
+    paper.write(svg(grid, f"Figure 5 on {runs.name}"), runs.picture)
+    print(f"  written: {result.write(args.out)}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = paper.get_parser(__doc__, "sweep_figures_3_5_").parse_args(argv)
+    return paper.exit_code("figure5", lambda: make(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
