@@ -80,9 +80,7 @@ class SharedOptions:
         0, low=0, high=4096, metavar="S", help="side of a crop in pixels (that of the training)"
     )
     cache: str | None = opt(None, metavar="DIR", help="keep small images decoded here")
-    workers: int = opt(
-        32, "-j", "--workers", low=0, help="loading workers, at most one a core"
-    )
+    workers: int = opt(32, "-j", "--workers", low=0, help="loading workers, at most one a core")
     device: str = opt("auto", help="cuda, cpu, cuda:1, ...; auto: the GPU where there is one")
     amp: str = opt("off", choices=tuple(AMP_TYPES), help="half precision in the network")
     seed: int = opt(0, low=-(2**63), high=2**63 - 1, help="seed of the probes")
@@ -262,11 +260,8 @@ def cells_of(args, encoders: dict[str, Path]) -> list[Cell]:
 def draw_untrained(file: str, path: Path, seed: int) -> None:
     """Write the network of a file as it is before any training, drawn by the seed."""
     _, info = load_backbone(file)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network = build_encoder(
-            info["arch"], 128, info["stem"], info["image_size"], info["channels"]
-        )
+    torch.manual_seed(seed)
+    network = build_encoder(info["arch"], 128, info["stem"], info["image_size"], info["channels"])
     state = {f"module.encoder_q.{name}": x for name, x in network.state_dict().items()}
     known = ("image_size", "bits", "mean", "std")
     kept = {name: info["args"][name] for name in known if info["args"].get(name)}

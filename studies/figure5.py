@@ -18,7 +18,7 @@ from moco_isl import data
 from moco_isl.encoders import SmallImages, extract_features
 from moco_isl.errors import BadInput
 from moco_isl.mining.estimate import pixel_rows
-from moco_isl.mining.positives import same_label
+from moco_isl.mining.positives import PositiveSets, same_label
 from moco_isl.report.grids import SHOWN, Album, Cell, Grid, build_grids
 from moco_isl.report.runs import Run, read_run
 from studies import paper
@@ -36,44 +36,54 @@ CLAIM = (
 # ---------------------------------------------------------------- the table
 
 
-def figures(run: Run, labels: Tensor, pixels: Tensor) -> dict[int, dict[str, float]]:
-    """Of each round that left positives: their mean number, % right, % of own nearest, alikeness.
+def figures(runs: dict[str, Run], labels: Tensor, pixels: Tensor) -> dict[int, dict[str, float]]:
+    """Of each round in which both left positives: `of_sets` of each, by row and figure.
 
-    labels [M]; pixels [M, D]: unit rows. Alikeness is 100 times the mean cosine of the pixels of an
-    image and its right positives.
+    labels [M]; pixels [M, D]: unit rows.
     """
     found = {}
-    for round_ in run.rounds:
-        sets = round_.load().sets
-        if not sets.num_edges:
+    for rounds in zip(*(run.rounds for run in runs.values())):
+        sets = [round_.load().sets for round_ in rounds]
+        fewest = min(x.num_edges for x in sets)
+        if not fewest:
             continue
-        a, b = sets.sources(), sets.members.long()
-        right = same_label(labels, a, b) == 1
-        cosine = (pixels[a[right]] * pixels[b[right]]).sum(1)
-        own = round_.report.get("precision_own_nearest")
-        found[round_.number] = {
-            "size": sets.mean_size,
-            "right": 100 * float(right.float().mean()),
-            "own": None if own is None else 100 * own,
-            "alike": 100 * float(cosine.mean()),
-        }
+        cells = found.setdefault(rounds[0].number, {})
+        for row, round_, x in zip(runs, rounds, sets):
+            own = round_.report.get("precision_own_nearest")
+            cells |= {
+                (row, key): value for key, value in of_sets(x, fewest, labels, pixels).items()
+            }
+            cells[row, "own"] = None if own is None else 100 * own
     return found
 
 
-def differences(last: dict[str, list[dict]], key: str) -> list[float]:
-    """A figure of ISL's less that of LA's, by seed."""
-    return [isl[key] - la[key] for isl, la in zip(last["gan"], last["cluster"])]
+def of_sets(sets: PositiveSets, n: int, labels: Tensor, pixels: Tensor) -> dict[str, float]:
+    """Mean number of positives, % right; of the n surest % right, and how alike the right ones are.
+
+    Alike: 100 times the mean cosine of the pixels of an image and its right positives.
+    """
+    a, b = sets.sources(), sets.members.long()
+    right = same_label(labels, a, b) == 1
+    first = sets.sureness.sort(descending=True, stable=True).indices[:n]
+    shown = first[right[first]]
+    return {
+        "size": sets.mean_size,
+        "right": 100 * float(right.float().mean()),
+        "surest": 100 * float(right[first].float().mean()),
+        "alike": 100 * float((pixels[a[shown]] * pixels[b[shown]]).sum(1).mean()),
+    }
 
 
-def verdict(number: int, last: dict[str, list[dict]]) -> str:
-    """Whether the claim holds in the round of this number, in a sentence."""
-    right, alike = differences(last, "right"), differences(last, "alike")
+def verdict(number: int, last: list[dict]) -> str:
+    """Whether the claim holds in the round of this number, in a sentence. last: by seed."""
+    less = lambda key: [cells["gan", key] - cells["cluster", key] for cells in last]
+    right, alike = less("surest"), less("alike")
     signs = (paper.told(right), -paper.told(alike))
     holds = 1 if signs == (1, 1) else 0 if 1 in signs and -1 not in signs else -1
     return (
-        f"{paper.HOLDS[holds]}: in round {number} ISL's positives are {paper.points(right)} points"
-        f" more often right than LA's, and its right ones {paper.points(alike)} points more alike"
-        f" in their pixels (n = {len(right)})."
+        f"{paper.HOLDS[holds]}: in round {number}, of as many of the surest pairs, ISL's are"
+        f" {paper.points(right)} points more often right than LA's, and its right ones"
+        f" {paper.points(alike)} points more alike in their pixels (n = {len(right)})."
     )
 
 
@@ -168,30 +178,34 @@ def make(args) -> None:
     if dataset.labels is None:
         raise BadInput("the images have no labels to frame them by: expected a folder a class")
     pixels = pixels_of(dataset)
-    of = {row: [figures(run, dataset.labels, pixels) for run in read[row]] for row in ROWS}
+    by_seed = [
+        figures(dict(zip(ROWS, both)), dataset.labels, pixels)
+        for both in zip(*(read[row] for row in ROWS))
+    ]
+    headings = {"size": "positives", "right": "right %", "own": "own nearest %"}
+    headings |= {"surest": "surest, right %", "alike": "alike"}
     columns = [("round", "round")]
-    headings = {"size": "positives", "right": "right %", "own": "own nearest %", "alike": "alike"}
     for row, name in ROWS.items():
         columns += [(f"{row}_{key}", f"{name}: {heading}") for key, heading in headings.items()]
     title = f"What ISL and LA hold as positives, round by round (Figure 5), {runs.name}"
     result = Result(f"figure5-{runs.name}", title, torch.device("cpu"), [*columns, ("n", "n")])
-    in_all = set.intersection(*(set(x) for seeds in of.values() for x in seeds))
+    in_all = set.intersection(*map(set, by_seed))
     if not in_all:
         raise BadInput("in no round both miners found positives: there is nothing to compare")
     for number in sorted(in_all):
-        cells = {"round": number, "n": len(read["gan"])}
+        cells = {"round": number, "n": len(by_seed)}
         for row in ROWS:
             for key in headings:
-                values = [x[number][key] for x in of[row] if x[number][key] is not None]
+                values = [x[number][row, key] for x in by_seed if x[number][row, key] is not None]
                 cells[f"{row}_{key}"] = common.spread(values) if values else None
         result.add(cells)
     last = max(in_all)
     result.note(CLAIM)
-    result.note(verdict(last, {row: [x[last] for x in of[row]] for row in ROWS}))
+    result.note(verdict(last, [x[last] for x in by_seed]))
     result.note(
         "Right: of the anchor's class. Own nearest: as many of each image's own nearest, in the"
-        " features of the same round. Alike: 100 times the mean cosine of the pixels of right"
-        " pairs, at 8 by 8."
+        " features of the same round. Surest: as many pairs of both miners, the surest first."
+        " Alike: 100 times the mean cosine of the pixels of their right pairs, at 8 by 8."
     )
     grid = grid_of({row: read[row][0] for row in ROWS}, Album(dataset, dataset.labels))
     paper.write(svg(grid, f"Figure 5 on {runs.name}"), runs.picture)

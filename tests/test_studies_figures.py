@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
 from PIL import Image
 
@@ -17,6 +18,7 @@ from launch import options, sweep
 from moco_isl import data
 from moco_isl.miners import gan as gan_miner
 from moco_isl.mining import gan_training
+from moco_isl.mining.positives import PositiveSets
 from moco_isl.report.grids import Cell, Grid, Row
 from moco_isl.report.runs import read_run
 from moco_isl.training.options import check_args
@@ -310,7 +312,7 @@ def test_a_sweep_of_too_few_values_is_said(trained, tmp_path, capsys):
 @pytest.mark.parametrize(
     "right, alike, begins",
     [
-        (5, -5, "The claim holds here: in round 3 ISL's positives are +5.0"),
+        (5, -5, "The claim holds here: in round 3, of as many"),
         (5, 0, "The claim holds in part"),
         (0, -5, "The claim holds in part"),
         (5, 5, "Not so here"),
@@ -318,9 +320,27 @@ def test_a_sweep_of_too_few_values_is_said(trained, tmp_path, capsys):
     ],
 )
 def test_the_sentence_of_figure_5(right, alike, begins):
-    la = [{"right": 80.0, "alike": 50.0}, {"right": 80.2, "alike": 50.2}]
-    isl = [{"right": 80.1 + right, "alike": 50.1 + alike} for _ in la]
-    assert figure5.verdict(3, {"gan": isl, "cluster": la}).startswith(begins)
+    cells = lambda a, b, shift: {
+        ("cluster", "surest"): 80 + shift,
+        ("cluster", "alike"): 50 + shift,
+        ("gan", "surest"): 80 + a,
+        ("gan", "alike"): 50 + b,
+    }
+    assert figure5.verdict(3, [cells(right, alike, x) for x in (-0.1, 0.1)]).startswith(begins)
+
+
+def test_the_surest_pairs_of_sets_are_judged():
+    """Four images, two classes; the surest pair of each is right, the second wrong."""
+    a, b = torch.tensor([0, 0, 2, 2]), torch.tensor([1, 2, 3, 0])
+    sets = PositiveSets.from_edges(
+        4, a, b, sureness=torch.tensor([0.9, 0.1, 0.8, 0.2]), symmetric=False
+    )
+    labels = torch.tensor([0, 0, 1, 1])
+    pixels = F.normalize(torch.tensor([[1.0, 0], [1, 1], [0, 1], [0, 1]]), dim=1)
+    found = figure5.of_sets(sets, 2, labels, pixels)
+    assert found["right"] == 50 and found["surest"] == 100 and found["size"] == 1
+    assert found["alike"] == pytest.approx(100 * (2**-0.5 + 1) / 2)
+    assert figure5.of_sets(sets, 4, labels, pixels)["surest"] == 50
 
 
 def test_figure_5_of_two_runs(trained, tmp_path):

@@ -164,9 +164,7 @@ def test_an_untrained_network_is_the_first_files_drawn_by_the_seed(here, tmp_pat
     assert not torch.equal(drawn["conv1.0.weight"], plain["conv1.0.weight"])
     torch.manual_seed(0)
     assert torch.equal(drawn["conv1.0.weight"], build_encoder("digits").conv1[0].weight)
-    state = torch.get_rng_state()
     works(*given, "--seed", "1")
-    assert torch.equal(state, torch.get_rng_state())
     second, _ = load_backbone(out / "untrained,seed=1.pth.tar")
     assert not torch.equal(second.conv1[0].weight, first.conv1[0].weight)
     assert {encoder for encoder, *_ in rows(out)} == {"a.pth.tar", name, "untrained,seed=1"}
