@@ -1,10 +1,10 @@
 """Judge encoders on other data sets than they were trained on, in one table.
 
-    python -m moco_isl.transfer runs/moco runs/isl --to cifar10:CIFAR flowers --untrained
+    python -m moco_isl.transfer runs/moco runs/isl --to cifar10:CIFAR flowers
 
-By kNN, by a linear probe on features taken once, and by fine-tuning the whole network, as
-`python main_knn.py` and `python main_lincls.py` do. The same command again goes on, and judges
-nothing twice.
+By kNN, by a linear probe on features taken once, and by fine-tuning the whole
+network, as `python main_knn.py` and `python main_lincls.py` do. The same command
+again goes on, and judges nothing twice.
 """
 
 import importlib
