@@ -59,8 +59,8 @@ def verdict(found: Figures) -> str:
     above = paper.told(large) == 1
     holds = 1 if above and alike else 0 if above or alike else -1
     return (
-        f"{paper.HOLDS[holds]}: over {len(found)} rounds the GAN's ranking is"
-        f" {paper.points(large)} points more precise than own nearest at {SIZES[1]} an image, and"
+        f"{paper.HOLDS[holds]}: over {len(found)} rounds the precision of the GAN's ranking less"
+        f" that of own nearest is {paper.points(large)} points at {SIZES[1]} an image, and"
         f" {paper.points(small)} at {SIZES[0]} (n = {len(large)})."
     )
 

@@ -66,9 +66,9 @@ def of_the_medium(curve: Curve) -> str:
     signs = [paper.told(x) for x in pairs]
     holds = 1 if signs == [1, 1] else 0 if 1 in signs and -1 not in signs else -1
     return (
-        f"{paper.HOLDS[holds]}: {best:g}, the best between the ends, is"
-        f" {paper.points(pairs[0])} points better than {low:g} and {paper.points(pairs[1])} than"
-        f" {high:g} (n = {len(curve[best])})."
+        f"{paper.HOLDS[holds]}: {best:g}, the best between the ends, gives"
+        f" {paper.points(pairs[0])} points over {low:g} and {paper.points(pairs[1])} over {high:g}"
+        f" (n = {len(curve[best])})."
     )
 
 
@@ -80,8 +80,8 @@ def of_more(curve: Curve) -> str:
     little = paper.told(beyond) < 1 or statistics.fmean(beyond) < statistics.fmean(rise) / 4
     holds = -1 if paper.told(rise) < 1 else 1 if little else 0
     return (
-        f"{paper.HOLDS[holds]}: {middle:g} are {paper.points(rise)} points better than {few:g}, and"
-        f" {many:g} are {paper.points(beyond)} better than {middle:g} (n = {len(curve[few])})."
+        f"{paper.HOLDS[holds]}: {middle:g} give {paper.points(rise)} points over {few:g}, and"
+        f" {many:g} give {paper.points(beyond)} over {middle:g} (n = {len(curve[few])})."
     )
 
 

@@ -5,7 +5,7 @@
 
 The picture shows some images with the surest of their positives in both runs, and their nearest in
 the features of the last round. A frame is green around an image of the anchor's class, and red and
-crossed around another. The table counts all positives. How alike two images look is the cosine of
+crossed around another. The table counts all positives. The likeness of two images is the cosine of
 their pixels at 8 by 8, less the mean image. Labels frame and judge; they choose nothing.
 """
 
@@ -81,9 +81,9 @@ def verdict(number: int, last: list[dict]) -> str:
     signs = (paper.told(right), -paper.told(alike))
     holds = 1 if signs == (1, 1) else 0 if 1 in signs and -1 not in signs else -1
     return (
-        f"{paper.HOLDS[holds]}: in round {number}, of as many of the surest pairs, ISL's are"
-        f" {paper.points(right)} points more often right than LA's, and its right ones"
-        f" {paper.points(alike)} points more alike in their pixels (n = {len(right)})."
+        f"{paper.HOLDS[holds]}: in round {number} ISL's surest pairs have {paper.points(right)}"
+        f" points of right ones over as many of LA's, and the right ones {paper.points(alike)}"
+        f" points of likeness in their pixels (n = {len(right)})."
     )
 
 
@@ -183,7 +183,7 @@ def make(args) -> None:
         for both in zip(*(read[row] for row in ROWS))
     ]
     headings = {"size": "positives", "right": "right %", "own": "own nearest %"}
-    headings |= {"surest": "surest, right %", "alike": "alike"}
+    headings |= {"surest": "surest, right %", "alike": "likeness"}
     columns = [("round", "round")]
     for row, name in ROWS.items():
         columns += [(f"{row}_{key}", f"{name}: {heading}") for key, heading in headings.items()]
@@ -205,7 +205,7 @@ def make(args) -> None:
     result.note(
         "Right: of the anchor's class. Own nearest: as many of each image's own nearest, in the"
         " features of the same round. Surest: as many pairs of both miners, the surest first."
-        " Alike: 100 times the mean cosine of the pixels of their right pairs, at 8 by 8."
+        " Likeness: 100 times the mean cosine of the pixels of their right pairs, at 8 by 8."
     )
     grid = grid_of({row: read[row][0] for row in ROWS}, Album(dataset, dataset.labels))
     paper.write(svg(grid, f"Figure 5 on {runs.name}"), runs.picture)

@@ -184,9 +184,9 @@ def rankings(gan5, own5, gan50, own50) -> figure3.Figures:
 @pytest.mark.parametrize(
     "figures, begins, says",
     [
-        ((90, 90, 80, 70), "The claim holds here", "+10.0 ± 0.0 points more precise"),
-        ((90, 95, 80, 70), "The claim holds in part", "-5.0 ± 0.0 at 5 (n = 2)"),
-        ((90, 90, 70, 80), "The claim holds in part", "-10.0 ± 0.0 points more precise"),
+        ((90, 90, 80, 70), "The claim holds here", "+10.0 ± 0.0 points at 50 an image"),
+        ((90, 95, 80, 70), "The claim holds in part", "and -5.0 ± 0.0 at 5 (n = 2)"),
+        ((90, 90, 70, 80), "The claim holds in part", "-10.0 ± 0.0 points at 50 an image"),
         ((85, 90, 70, 80), "Not so here", "over 2 rounds"),
     ],
 )
@@ -259,9 +259,9 @@ def test_the_sentence_of_a_medium_value(found, begins):
 @pytest.mark.parametrize(
     "found, begins",
     [
-        (curve(x1=90, x5=95, x10=95.1), "The claim holds here: 5 are +5.0"),
+        (curve(x1=90, x5=95, x10=95.1), "The claim holds here: 5 give +5.0"),
         (curve(x1=90, x5=95, x10=99), "The claim holds in part here"),
-        (curve(x1=95, x5=90, x10=90), "Not so here: 5 are -5.0"),
+        (curve(x1=95, x5=90, x10=90), "Not so here: 5 give -5.0"),
         (curve(x1=95, x5=95, x10=99), "Not so here"),
     ],
 )
@@ -312,7 +312,7 @@ def test_a_sweep_of_too_few_values_is_said(trained, tmp_path, capsys):
 @pytest.mark.parametrize(
     "right, alike, begins",
     [
-        (5, -5, "The claim holds here: in round 3, of as many"),
+        (5, -5, "The claim holds here: in round 3 ISL's surest"),
         (5, 0, "The claim holds in part"),
         (0, -5, "The claim holds in part"),
         (5, 5, "Not so here"),
