@@ -33,6 +33,7 @@ COMMANDS = {
     "probe": Command(
         "main_lincls", "python main_lincls.py", "judge it by linear classifiers, or fine-tune it"
     ),
+    "transfer": _of_package("transfer", "judge encoders on other data sets, in one table"),
     "embed": Command(
         "moco_isl.embed.__main__",
         "python -m moco_isl.embed",
