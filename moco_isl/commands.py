@@ -33,6 +33,11 @@ COMMANDS = {
     "probe": Command(
         "main_lincls", "python main_lincls.py", "judge it by linear classifiers, or fine-tune it"
     ),
+    "detect": Command(
+        "moco_isl.evaluation.detection.__main__",
+        "python -m moco_isl.evaluation.detection",
+        "judge it by object detection, with Faster R-CNN",
+    ),
     "embed": Command(
         "moco_isl.embed.__main__",
         "python -m moco_isl.embed",

@@ -377,7 +377,7 @@ def _coco_json(path: Path, flag: str) -> dict:
 
 def _coco_folder(root: Path, path: Path, name: str, first: str) -> _Images:
     """The folder of a split's images: the first one that has the first image."""
-    stem = Path(name).stem
+    stem = Path(name).stem.removeprefix("instances_")
     folders = [root / stem, root / "images" / stem, root / "images", path.parent, root]
     found = next((folder for folder in folders if (folder / first).is_file()), folders[0])
     return _Images(found)

@@ -52,12 +52,15 @@ class DetectionOptions:
         "",
         "file",
         metavar="FILE",
-        help="whose backbone: a checkpoint of ours or MoCo's, a run's folder, weights of torchvision"
-        " or timm (.safetensors too), or a Hugging Face folder; none: from scratch, as -a says",
+        may_change=True,
+        help="whose backbone: a checkpoint of ours or MoCo's, a run's folder, weights of"
+        " torchvision or timm (.safetensors too), or a Hugging Face folder; none: from scratch, as"
+        " -a says",
     )
     data: str = opt(
         "",
         metavar="DIR",
+        may_change=True,
         help="images with boxes: VOCdevkit with VOC2007 and VOC2012, one such folder, or COCO's"
         " folder; or digits: scenes of the embedded digits",
     )
@@ -150,7 +153,7 @@ class TuningOptions:
         "--lr",
         "--learning-rate",
         low=0,
-        help="learning rate (0.02 for 16 images; digits: 0.02 for 8)",
+        help="learning rate (0.02 for 16 images; digits: 0.05 for 8)",
     )
     steps: list[int] | None = opt(
         None,
@@ -207,12 +210,12 @@ class TuningOptions:
 
 GROUPS: flags.Groups = {
     "detection": (DetectionOptions,),
-    "encoder": (EncoderOptions,),
+    "backbone": (EncoderOptions,),
     "training of a detector": (flags.ConfigOptions, TuningOptions),
     "devices and processes": (ranks.DistributedOptions,),
 }
 KINDS_OF_FLAGS = flags.kinds_of(GROUPS)
-MAY_CHANGE = flags.may_change(*KINDS_OF_FLAGS) - {"arch", "stem"}
+MAY_CHANGE = flags.may_change(*KINDS_OF_FLAGS)
 # MoCo's for photos, and one for the scenes; the steps are parts of all iterations
 RECIPES = {
     "photos": {
@@ -231,7 +234,7 @@ RECIPES = {
     scenes.NAME: {
         "iterations": 400,
         "batch_size": 8,
-        "lr": 0.02,
+        "lr": 0.05,
         "warmup": 50,
         "precise_bn": 25,
         "sizes": [scenes.S],
@@ -289,7 +292,8 @@ def check_args(args: argparse.Namespace) -> None:
     is_digits = args.data == scenes.NAME
     flags.check(
         bool(args.file),
-        "nothing to judge: name the FILE whose backbone it is, or none -a ARCH for one from scratch",
+        "nothing to judge: name the FILE whose backbone it is, or none -a ARCH for one from"
+        " scratch",
     )
     flags.check(
         bool(args.data),
@@ -440,9 +444,9 @@ class Task:
         if share != 1 and given.lr == recipe["lr"]:
             longer = round(recipe["iterations"] / share)
             lines.append(
-                f"=> warning: the learning rate of {given.lr:g} is for {recipe['batch_size']} images"
-                f" a batch: linear scaling gives --lr {given.lr * share:g} --iterations {longer}"
-                f" --warmup {round(recipe['warmup'] / share)}"
+                f"=> warning: --lr {given.lr:g} is for {recipe['batch_size']} images a batch, here"
+                f" they are {given.batch_size}: linear scaling gives --lr {given.lr * share:g}"
+                f" --iterations {longer} --warmup {round(recipe['warmup'] / share)}"
             )
         if given.bn == "frozen" and given.file == NONE:
             lines.append(

@@ -50,7 +50,7 @@ def draw(images: BoxedImages, found: dict[int, Found], folder: Path) -> Path:
 
 
 def _cell(images: BoxedImages, i: int, found: Found | None) -> Image.Image:
-    """An image at the size of a cell, with its boxes."""
+    """An image at the size of a cell, with its boxes; the truth lies on top."""
     picture = images.open(i)
     scale = _CELL / max(picture.size)
     size = tuple(max(1, round(side * scale)) for side in picture.size)
@@ -58,12 +58,12 @@ def _cell(images: BoxedImages, i: int, found: Found | None) -> Image.Image:
     picture = picture.resize(size, way)
     on = ImageDraw.Draw(picture)
     row = images.rows[i]
-    for box, label in zip(row.boxes.tolist(), row.labels.tolist()):
-        _box(on, [x * scale for x in box], _TRUTH, images.classes[label], dashed=True, below=True)
     for box, label, score in zip(found.boxes, found.labels, found.scores) if found else ():
         if score >= SURE:
             text = f"{images.classes[label]} {score:.2f}"
             _box(on, [x * scale for x in box], _FOUND, text)
+    for box, label in zip(row.boxes.tolist(), row.labels.tolist()):
+        _box(on, [x * scale for x in box], _TRUTH, images.classes[label], dashed=True, below=True)
     return picture
 
 
