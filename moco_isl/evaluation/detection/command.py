@@ -265,6 +265,7 @@ def main(argv: list[str] | None = None, stop=None) -> int:
 def run(argv: list[str] | None, stop) -> None:
     args = get_parser().parse_args(argv)
     check_args(args)
+    require_sync(args)
     args.out = args.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-detection"
     start, content = resume.find_start(args.resume, None, args.out, state.flags_shape(get_parser()))
     saved = saved_flags(start, content)
@@ -318,13 +319,17 @@ def check_args(args: argparse.Namespace) -> None:
         f"--batch-size {args.batch_size} does not divide into {world} ranks: use a multiple of"
         f" {world}",
     )
+    scoring.require_package()
+
+
+def require_sync(args: argparse.Namespace) -> None:
+    """Raise BadInput where batch norm cannot be synchronised here; a login node may lack GPUs."""
     on_cpu = args.device == "cpu" or not torch.cuda.is_available()
     flags.check(
-        args.bn != "sync" or world == 1 or not on_cpu,
-        f"--bn sync over {world} ranks needs GPUs, where torch synchronises batch norm: use --bn"
+        args.bn != "sync" or ranks.total_ranks(args) == 1 or not on_cpu,
+        "--bn sync over several ranks needs GPUs, where torch synchronises batch norm: use --bn"
         " frozen, or --bn train, where each rank has its own",
     )
-    scoring.require_package()
 
 
 def saved_flags(start: resume.Start, content: dict) -> dict:
