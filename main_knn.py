@@ -42,6 +42,13 @@ def run(argv: list[str] | None, stop) -> None:
     ranks.launch(worker, args, stop, check_subject(args))
 
 
+def check_args(args) -> None:
+    """Raise BadInput for flags that do not go together; launch/ asks this before it submits."""
+    options.check_knn(args)
+    if names_data(args):
+        data.check_options(flags.take(data.DataOptions, args))
+
+
 def has_features(args) -> bool:
     """Whether --features names a file: no encoder is needed then."""
     return args.features is not None and files.kind(args.features, "--features") != ""

@@ -58,6 +58,14 @@ def run(argv: list[str] | None, stop) -> None:
     ranks.launch(worker, args, stop, resumed, subject)
 
 
+def check_args(args) -> None:
+    """Raise BadInput for flags that do not go together; launch/ asks this before it submits."""
+    data.check_options(flags.take(data.DataOptions, args))
+    options.check_resume(args)
+    options.settle_probe(args)
+    options.check_probe(args)
+
+
 # ---- before any rank is started ------------------------------------------------------------------
 
 

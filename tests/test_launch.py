@@ -1185,6 +1185,22 @@ def test_of_linear_classifiers_the_chosen_one_is_shown(tmp_path):
     assert tables.results("lincls", tmp_path) == {"layer": "backbone", "lr": 1.0, "top1": 9.0}
 
 
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "pretrain -- --dataset digits",
+        "lincls -- --pretrained x --dataset digits --lr 1 3",
+        "knn -- --pretrained x --dataset digits",
+        "detect -- x --data digits",
+    ],
+)
+def test_every_script_can_be_submitted(argv, capsys):
+    script, _, flags = argv.partition(" ")
+    assert submit.main([script, "--dry-run", "--gpus-per-node", "2", *flags.split()]) == 0
+    said = capsys.readouterr().out
+    assert f"# ---- {job.SCRIPTS[script]}, 1 x 2 tasks" in said
+
+
 def test_of_a_detector_its_ap_is_shown(tmp_path):
     facts = {"AP": 41.5, "AP50": 70.0, "AP75": None, "classes": [{"class": "cat", "AP": 41.5}]}
     (tmp_path / "results.json").write_text(json.dumps(facts))
