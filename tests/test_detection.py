@@ -21,6 +21,7 @@ from moco_isl.evaluation.detection.tuning import Schedule, Tuning
 from moco_isl.run import checkpoint
 from moco_isl.run.backbone import load_backbone
 from moco_isl.run.signals import Never
+from studies import detection_digits as study
 from tests.ranks import run_ranks
 
 SMALL = "--data digits --max-images 12 --rois 8 --proposals 8 -b 4 -j 0 --device cpu --seed 3"
@@ -603,6 +604,23 @@ def test_the_commands_of_the_page(moco_file, tmp_path, monkeypatch):
             assert command.main(words) == 0
             ran += 1
     assert ran
+
+
+def test_the_table_of_the_study_is_of_differences_of_seeds(capsys):
+    args = study.get_parser().parse_args(["--seeds", "0", "1", "--iterations", "5"])
+    of = lambda *aps: [{"AP": ap, "AP50": 2 * ap, "AP75": ap / 2} for ap in aps]
+    starts = list(study.ROWS)
+    given = {(row, 5): of(10 + k, 20 + 3 * k) for k, row in enumerate(starts)}
+    given |= {(row, None): [{"knn": 90.0}, {"knn": 92.0}] for row in starts[1:]}
+    table = study.Result("x", "x", torch.device("cpu"), [])
+    study.show(given, args, table)
+    assert [row["over"] for row in table.rows] == ["", "+2.0 ± 1.4", "+4.0 ± 2.8", "+6.0 ± 4.2"]
+    assert [row["epochs"] for row in table.rows] == ["", 60, 90, 90]
+    assert table.rows[1]["AP"] == "17.0 ± 8.5" and table.rows[1]["knn"] == "91.0 ± 1.4"
+    assert study.sentences(given, args) == [
+        "After 5 iterations pretraining is worth +4.0 ± 2.8 points of AP, and mining +2.0 ± 1.4 at"
+        " equal epochs."
+    ]
 
 
 DIGITS = ["--data", "digits"]

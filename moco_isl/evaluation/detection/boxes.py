@@ -268,7 +268,9 @@ def _voc_image(given: Split, folder: Path, name: str, images: _Images) -> tuple:
         raise BadInput(f"{where} is missing: expected an annotation for each image") from None
     except (xml.etree.ElementTree.ParseError, ValueError, OSError) as error:
         raise BadInput(f"{where} cannot be read ({error}): expected VOC's XML") from error
-    image = images.require(root.findtext("filename") or f"{name}.jpg", where)
+    usual = f"{name}.jpg"
+    other = root.findtext("filename") or usual  # of many tools' files it is no name of a file
+    image = images.require(usual if usual in images.names else other, where)
     try:
         size = int(root.findtext("size/width") or 0), int(root.findtext("size/height") or 0)
         size = size if min(size) > 0 else _size_of(image, where)

@@ -170,20 +170,20 @@ class Tuning:
 
     def step(self, samples: list[Sample]) -> dict[str, torch.Tensor]:
         """One step on this rank's share of a batch; the parts of the loss."""
-        parts = self.losses(samples)
+        parts = self.losses(samples, self.answer)
         loss = sum(parts.values())
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
         return {"loss": loss.detach()} | {name: x.detach() for name, x in parts.items()}
 
-    def losses(self, samples: list[Sample]) -> dict[str, torch.Tensor]:
+    def losses(self, samples: list[Sample], answer: nn.Module) -> dict[str, torch.Tensor]:
         """torchvision's four: of the class and the box of a region, and of a proposal."""
         detectors.set_keys(self.model, [sample.key for sample in samples])
         # class 0 is torchvision's background
         targets = [{"boxes": one.boxes, "labels": one.labels + 1} for one in samples]
         with autocast(self.device, self.amp):
-            return self.answer([one.image.float() / 255 for one in samples], targets)
+            return answer([one.image.float() / 255 for one in samples], targets)
 
     def require_finite(self) -> None:
         """Raise RunFailed on all ranks where a loss was not finite on any."""
@@ -244,7 +244,7 @@ class Tuning:
             self.images["train"], self.schedule.batch_size, 0, n, epoch=_PRECISE
         )
         for samples in self.stop.watch(batches, n):
-            self.losses(samples)
+            self.losses(samples, self.model)  # DDP would give all ranks the statistics of one
         batches.close()
         for norm, momentum in zip(norms, momenta):
             norm.momentum = momentum
