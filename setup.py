@@ -48,6 +48,7 @@ setup(
     ],
     extras_require={
         "svhn": ["scipy"],
+        "diffusion": ["scipy"],
         "faiss": ["faiss-cpu"],
         "heif": ["pillow-heif"],
         "tiff": ["tifffile", "imagecodecs"],

@@ -86,6 +86,7 @@ def multi_positive_mean_log(l_pos: Tensor, lse: Tensor, weight: Tensor | None = 
 
 
 FORMS = {"logsum": multi_positive_nce, "meanlog": multi_positive_mean_log}
+LOCAL = "local"  # the form of `local_aggregation`, for a bank alone
 
 
 class _SoftmaxOver(torch.autograd.Function):
@@ -141,13 +142,16 @@ def softmax_over(
     return _SoftmaxOver.apply(f, hard, rows, T, absent, chunk, fused)
 
 
-def least_similar(own: Tensor, rows: Tensor, present: Tensor) -> Tensor:
+def hardest(own: Tensor, rows: Tensor, present: Tensor, published: bool = False) -> Tensor:
     """The place in each set of its hard positive, Eq. 6: [N] int64, 0 of an empty set.
 
     It is the member whose row in rows [N, L, C] has the smallest cosine with the image's own row in
-    own [N, C]; present [N, L]: False for padding, which is never chosen.
+    own [N, C], as the paper's text says; published: the largest, as its code has it. present
+    [N, L]: False for padding, which is never chosen.
     """
     cosine = (own[:, None] * rows).sum(2)  # [N, L]; no product, which autocast would halve
+    if published:
+        cosine = -cosine
     return cosine.masked_fill(~present, torch.inf).argmin(dim=1)
 
 
@@ -156,9 +160,10 @@ def linear_kl(
 ) -> Tensor:
     """Hard positive enhancement, Eq. 6, from what `softmax_over` returns; mean over N.
 
-    KL(p_h || p_i) = (h - f_i) E_h / T - lse_h + lse_i, with E_h = mean_h: the anchor's logits are
-    linear in f, so no second pass over them is needed. Of rows in half precision it can come out
-    below 0 by the rounding of E_h, some 1e-3. A feature of which no row counts (lse -inf) adds 0.
+    The KL goes from the hard positive to the image: KL(p_h || p_i), where p_h has no gradient. It
+    is (h - f_i) E_h / T - lse_h + lse_i, with E_h = mean_h: the anchor's logits are linear in f, so
+    no second pass over them is needed. Of rows in half precision it can come out below 0 by the
+    rounding of E_h, some 1e-3. A feature of which no row counts (lse -inf) adds 0.
     """
     none = lse == -torch.inf  # [N]
     lse_h = lse_h.masked_fill(none, 0)
@@ -207,6 +212,36 @@ def bank_loss(
         if hard is None:
             return isl, isl.new_zeros(())
         return isl, linear_kl(f, lse, hard, lse_h, mean_h, T)
+
+
+def local_aggregation(
+    f: Tensor, bank: Tensor, images: Tensor, weight: Tensor, T: float, background: int
+) -> Tensor:
+    """LA's loss (Zhuang et al. 2019): -log P(C and B) / P(B), a scalar, the mean over N.
+
+    B are the `background` bank rows most similar to f_i, capped by M, and the image's own row. P is
+    the softmax over all rows (Eq. 4), whose denominator cancels.
+
+    Args:
+        f: [N, C] unit features with gradient. bank: [M, C] unit rows, float32 or half precision;
+        they may be overwritten before backward.
+        images: [N, S] the close neighbours, bank rows, the own one first.
+        weight: [N, S], 0 for padding.
+    """
+    N = len(f)
+    with torch.autocast(f.device.type, enabled=False), torch.no_grad():
+        logits = (f.to(bank.dtype) @ bank.t()).float() / T  # [N, M]
+        least = logits.topk(min(background, len(bank)), dim=1).values[:, -1:]  # [N, 1]
+        near = (logits >= least).scatter(1, images[:, :1], True)  # [N, M]
+        l_close = _with_weight(logits.gather(1, images), weight)  # [N, S]
+        l_close.masked_fill_(~near.gather(1, images), -torch.inf)
+        logits.masked_fill_(~near, -torch.inf)
+        loss = (logits.logsumexp(1) - l_close.logsumexp(1)).mean()
+        # logits are linear in f: the gradient is the difference of the mean rows of both sets
+        p = logits.softmax(1)  # [N, M]
+        p.scatter_add_(1, images, -l_close.softmax(1))
+        gradient = (p.to(bank.dtype) @ bank).float() / (T * N)  # [N, C]
+    return loss + ((f - f.detach()).float() * gradient).sum()
 
 
 def _with_weight(l_pos: Tensor, weight: Tensor | None) -> Tensor:

@@ -177,7 +177,7 @@ def without_gan(
         rows[f"neighbourhood means of {k}"] = lists.by_means(k)
     room = torch.full((lists.M,), CAP, device=near.device)
     a, b = rows["neighbourhood means of 50"]
-    taken = under_cap(a, b, room)
+    taken = under_cap(torch.stack([a, b], dim=1), room)
     rows[f"  of 50, in-degree at most {CAP}"] = a[taken], b[taken]
     most = round(SIZES[-1] * lists.M / 2)
     rows["  of 50, weighed"] = a[:most], b[:most], by_halves(lists.features, a[:most], b[:most])

@@ -64,7 +64,7 @@ class JoinedGANMiner(GANMiner):
             return Edges(none.long(), none.long(), none), fit.why
         self.networks = {"G": fit.G.state_dict(), "D": fit.D.state_dict(), **fit.optimizers}
         k = min(self.candidates, M - 1)
-        sampler = sampler_of_all(features, positives, seed, self.settings.triplets)
+        sampler = sampler_of_all(features, positives, seed, self.settings)
 
         def block(anchors: Tensor, number: int) -> tuple[Tensor, Tensor]:
             draws = torch.Generator().manual_seed(seed + number)

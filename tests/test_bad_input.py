@@ -271,6 +271,16 @@ TOGETHER = [
         [*RUN, *OUT, "--miner", "knn", "--isl-budget", "auto", "--isl-trust", "off"],
     ),
     ("a width beside auto", [*RUN, *OUT, "--miner", "knn", "--isl-budget", "auto", "5"]),
+    (
+        "sets that stay, of a miner that makes them anew",
+        [*RUN, *OUT, "--miner", "entropy", "--isl-keep"],
+    ),
+    (
+        "a bank that holds nothing yet",
+        [*RUN, *OUT, *"--objective bank --miner knn --isl-start 0 --isl-from bank".split()],
+    ),
+    ("LA's loss without a bank", [*RUN, *OUT, "--miner", "cluster", "--isl-loss", "local"]),
+    ("a background without LA's loss", [*RUN, *OUT, "--isl-background", "10"]),
     ("no list to check by", [*RUN, *OUT, "--miner", "knn", "--isl-check", "nowhere.csv"]),
     (
         "an oracle that is to keep its sets",

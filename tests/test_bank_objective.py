@@ -17,9 +17,10 @@ from moco_isl import pretraining
 from moco_isl.bank import FeatureBank
 from moco_isl.errors import BadInput
 from moco_isl.isl import ISL
-from moco_isl.losses import bank_loss
+from moco_isl.losses import bank_loss, local_aggregation
 from moco_isl.mining.positives import PositiveSets
 from moco_isl.objectives.bank import Instance
+from moco_isl.training import reading
 from moco_isl.training.engine import learning_rate
 from tests.ranks import run_ranks
 from tests.test_builder import images, tiny
@@ -115,6 +116,46 @@ def test_step_equals_loops_in_value_and_gradient(form, hpe, P, own):
     )
     for mine, by_loops in zip(isl.model.parameters(), truth.model.parameters()):
         assert (mine.grad - by_loops.grad).abs().max() < 2e-5 * max(1, by_loops.grad.abs().max())
+
+
+@pytest.mark.parametrize("hpe", [0.0, 0.5])
+def test_the_local_form_takes_whole_sets_and_adds_the_hard_positives_of_eq_6(hpe):
+    isl = build(form="local", hpe=hpe, P=1, background=10)
+    index = torch.tensor([0, 1, 4, 7, 9])
+    bank = isl.bank.rows.clone()
+    loss = isl(images(5, 0), images(5, 1), index)
+    loss.backward()  # after the bank has moved
+    members, weight = isl.positives.lookup(index, 3)
+    close = torch.cat([index[:, None], members], dim=1)
+    weight = torch.cat([torch.ones(5, 1), weight], dim=1)
+    f = build().model.encode(images(5, 0))
+    assert isl.parts["isl"].item() == pytest.approx(
+        local_aggregation(f, bank, close, weight, T, 10).item(), abs=1e-5
+    )
+    assert loss.item() == pytest.approx(
+        isl.parts["isl"].item() + hpe * isl.parts["hpe"].item(), abs=1e-6
+    )
+    assert (isl.parts["hpe"].item() > 0) == bool(hpe)
+
+
+def test_before_its_first_round_the_local_form_is_instance_discrimination():
+    local, plain = build(form="local", hpe=0, sets=False), build(hpe=0, sets=False)
+    local.active = False
+    index = torch.arange(5)
+    assert local(images(5, 0), index).item() == plain(images(5, 0), index).item()
+
+
+def test_the_published_hard_positive_is_the_most_similar_member():
+    index = torch.tensor([0])
+    paper, published = build(), build(variant="published")
+    members, present = paper.whole_sets(index)
+    cosine = lambda j: float(paper.bank.rows[0] @ paper.bank.rows[j])
+    other = torch.zeros(1, C)
+    for isl, choose in ((paper, min), (published, max)):
+        found = isl.hard_positive(index, members, present, other)
+        assert torch.equal(found[0], isl.bank.rows[choose(SETS[0], key=cosine)])
+    with pytest.raises(BadInput, match="--isl-as code: expected paper or published"):
+        build(variant="code")
 
 
 def test_rows_move_by_eq_8_after_the_loss():
@@ -369,12 +410,35 @@ def test_rounds_mine_between_them_and_the_budget_grows(tmp_path, miner):
     share = "--isl-share 0.5" if miner == "entropy" else ""
     lines = run(
         tmp_path,
-        f"--epochs 3 --isl-rounds 3 --miner {miner} --isl-budget 1.5 3 --isl-keep {share}",
+        f"--epochs 3 --isl-rounds 3 --miner {miner} --isl-budget 1.5 3 {share}",
     )
     rounds = [line for line in lines if line["kind"] == "round"]
     assert [(line["epoch"], line["miner"]) for line in rounds] == [(1, miner), (2, miner)]
     assert [line["mean_size"] for line in rounds] == pytest.approx([1.5, 3.0], abs=0.01)
     assert all(0 < line["precision"] <= 1 for line in rounds)
+
+
+def test_a_round_may_mine_from_the_bank(tmp_path, monkeypatch):
+    """As AND and LA: no pass over the images, and the rows are those that the epoch left."""
+    flags = "--epochs 2 --isl-hpe 0 --isl-start 1 --miner knn --isl-budget all --isl-neighbors 3"
+    passes = []
+    count = lambda reader, *given: passes.append(1) or whole(reader, *given)
+    whole = reading.Reader.features
+    monkeypatch.setattr(reading.Reader, "features", count)
+    for source in ("pass", "bank"):
+        passes.clear()
+        run(tmp_path / source, f"{flags} --isl-from {source}")
+        assert bool(passes) == (source == "pass")
+    record = torch.load(tmp_path / "bank" / "rounds" / "round_0001.pt", weights_only=True)
+    before = tmp_path / "before"
+    run(before, "--epochs 2 --max-steps 4 --save-every 4 --isl-hpe 0 --isl-start 1")
+    state = torch.load(before / "checkpoint_last.pth.tar", weights_only=True)["isl"]["state"]
+    rows = state["bank"]["rows"]
+    near = (rows @ rows.T).fill_diagonal_(-2).topk(3).indices
+    edges = {(i, j) for i, row in enumerate(near.tolist()) for j in row}
+    offsets, members = record["offsets"], record["members"]
+    found = {(i, int(j)) for i in range(len(rows)) for j in members[offsets[i] : offsets[i + 1]]}
+    assert found == edges | {(j, i) for i, j in edges}
 
 
 def test_a_bank_that_starts_from_a_file_holds_its_features(tmp_path):

@@ -127,6 +127,39 @@ def test_bad_config(tmp_path, text, words):
     assert len(str(error.value).splitlines()) == 1
 
 
+def test_a_config_starts_from_another_one_beside_it(tmp_path):
+    """Its values replace those of the other; so does its miner, whose flags go with it."""
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "least.yaml").write_text("epochs: 7\nlr: 0.5\nmlp: true\nmoco-k: 64\n")
+    (tmp_path / "base.yaml").write_text(
+        "config: least.yaml\nlr: 0.25\nminer: gan\nisl-radius: 0.4\nisl-keep: true\n"
+    )
+    row = tmp_path / "sub" / "row.yaml"
+    row.write_text("config: ../base.yaml\nminer: entropy\nisl-keep: false\nmlp: false\n")
+    args = parse(["--config", str(row), "--epochs", "9"])
+    assert (args.epochs, args.lr, args.moco_k) == (9, 0.25, 64)
+    assert (args.miner, args.isl_keep, args.mlp) == ("entropy", False, False)
+    assert args.config == str(row)
+    args = parse(["--config", str(tmp_path / "base.yaml")])
+    assert (args.miner, args.isl_radius, args.isl_keep, args.mlp) == ("gan", 0.4, True, True)
+    assert parse(["--config", str(row), "--miner", "gan"]).isl_radius == 0.4
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("config: run.yaml", "run.yaml leads back here"),
+        ("config: other.yaml", "run.yaml leads back here"),
+        ("config: nowhere.yaml", "nowhere.yaml': no such file"),
+        ("config: [a, b]", "config: expected one file to start from"),
+    ],
+)
+def test_a_config_that_starts_from_none(tmp_path, text, words):
+    (tmp_path / "other.yaml").write_text("config: run.yaml\n")
+    with pytest.raises(BadInput, match=words):
+        parse(config(tmp_path, text))
+
+
 def config(tmp_path, text):
     path = tmp_path / "run.yaml"
     path.write_text(text)
@@ -189,7 +222,6 @@ def test_a_switch_in_a_config(tmp_path, word, on):
         ("schedule: {a: 1}", "schedule: expected a value, or a list of them"),
         ("schedule: [[1]]", "schedule: expected a value, or a list of them"),
         ("schedule: [1, --download]", "'--download' looks like a flag"),
-        ("config: other.yaml", "no flag named 'config'"),
         ("help: true", "no flag named 'help'"),
         ("arch: &a x\nout: *a", "anchors (&) and aliases (*) are not taken"),
         ("lr: !!float 1", "tags (!)"),

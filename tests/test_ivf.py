@@ -128,7 +128,7 @@ def test_tick_ends_building_and_searching(monkeypatch):
         topk(bank[:5], index, 3, tick=tick)
 
 
-MINERS = [KNNMiner, AverageMiner, DiffusionMiner, ClusterMiner, EntropyMiner]
+MINERS = [KNNMiner, AverageMiner, DiffusionMiner, EntropyMiner]
 
 
 @needs_faiss
@@ -147,6 +147,12 @@ def test_miners_build_an_index_once_a_bank_and_find_nearly_the_same(kind, monkey
     assert len(built) == (2 if kind is AverageMiner else 1)
     assert miner.report.recall == min(index.recall for index in built)
     assert len(found["exact"] & found["ivf"]) > 0.85 * len(found["exact"])
+
+
+def test_an_index_is_refused_where_nothing_is_searched():
+    with pytest.raises(BadInput, match="--miner cluster looks for no nearest images"):
+        ClusterMiner(index="ivf")
+    assert ClusterMiner(index="auto").report.recall is None
 
 
 def _mined(rank, world, index):

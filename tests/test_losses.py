@@ -8,9 +8,10 @@ import torch.nn.functional as F
 
 from moco_isl.losses import (
     bank_loss,
+    hardest,
     info_nce,
-    least_similar,
     linear_kl,
+    local_aggregation,
     multi_positive_mean_log,
     multi_positive_nce,
     softmax_over,
@@ -147,14 +148,17 @@ def test_info_nce_is_mocos_cross_entropy():
     assert acc1.item() == pytest.approx(100 * (whole.argmax(1) == 0).float().mean().item())
 
 
-def test_the_hard_positive_is_the_least_similar_of_a_set():
+def test_the_hard_positive_is_the_least_similar_of_a_set_or_the_most_as_published():
     own, rows = unit_rows(N, 0), unit_rows(N * S, 1).view(N, S, 8)
     _, _, weight = logits()
     weight[0] = 0  # an empty set
-    found = least_similar(own, rows, weight > 0)
+    found = hardest(own, rows, weight > 0)
+    published = hardest(own, rows, weight > 0, published=True)
     for i in range(N):
         members = [s for s in range(S) if weight[i, s] > 0]
-        assert int(found[i]) == min(members, key=lambda s: float(own[i] @ rows[i, s]), default=0)
+        cosine = lambda s: float(own[i] @ rows[i, s])
+        assert int(found[i]) == min(members, key=cosine, default=0)
+        assert int(published[i]) == max(members, key=cosine, default=0)
 
 
 def test_the_own_key_has_its_share():
@@ -176,6 +180,38 @@ def test_streamed_softmax_equals_the_whole(chunk):
     whole = f.double() @ bank.double().t() / 0.1
     assert torch.allclose(lse.double(), whole.logsumexp(1), atol=1e-5)
     assert torch.allclose(mean.double(), whole.softmax(1) @ bank.double(), atol=1e-5)
+
+
+@pytest.mark.parametrize("background", [1, 7, 30, 4096])
+def test_local_aggregation_equals_loops(background):
+    """P(C and B) / P(B); where B is all images, it is Eq. 5."""
+    M, T = 30, 0.1
+    bank, f = unit_rows(M, 5).double(), unit_rows(N, 6).double()
+    g = torch.Generator().manual_seed(3)
+    close = torch.stack([torch.randperm(M, generator=g)[:S] for _ in range(N)])
+    weight = torch.ones(N, S)
+    weight[:, S - 1] = 0  # padding
+    weight[0, 1:] = 0  # an image alone
+
+    exact = f.clone().requires_grad_()
+    total = 0
+    for i in range(N):
+        p = [torch.exp(exact[i] @ bank[n] / T) for n in range(M)]
+        p = [x / sum(p) for x in p]
+        B = sorted(range(M), key=lambda n: -p[n].item())[:background]
+        B = {*B, int(close[i, 0])}
+        both = {int(close[i, s]) for s in range(S) if weight[i, s] > 0} & B
+        total = total - torch.log(sum(p[n] for n in both) / sum(p[n] for n in B)) / N
+    total.backward()
+
+    mine = f.float().requires_grad_()
+    loss = local_aggregation(mine, bank.float(), close, weight, T, background)
+    loss.backward()
+    assert loss.item() == pytest.approx(total.item(), abs=1e-5)
+    assert (mine.grad.double() - exact.grad).abs().max() < 1e-5
+    if background >= M:
+        whole, _ = bank_loss(f.float(), bank.float(), close, weight, T)
+        assert loss.item() == pytest.approx(whole.item(), abs=1e-5)
 
 
 @pytest.mark.parametrize("form", ["logsum", "meanlog"])

@@ -90,11 +90,16 @@ def some_fit(C: int, seed: int = 0) -> GANFit:
 
 
 @torch.no_grad()
-def test_best_proxies_equal_a_loop_over_triplets():
+@pytest.mark.parametrize("published", [False, True])
+def test_best_proxies_equal_a_loop_over_triplets(published):
+    """As published, the positive of a triplet is the anchor's own row."""
     M, k, seed, features = 150, 4, 11, clusters(150)
     sets = PositiveSets.from_edges(M, torch.arange(60), torch.arange(60) + 20)
     fit = some_fit(16)
-    anchors, score, near, cosine, to_triplet = gan.best_proxies(fit, features, sets, seed, k)
+    settings = gan.GANSettings(own_row=published)
+    anchors, score, near, cosine, to_triplet = gan.best_proxies(
+        fit, features, sets, seed, k, settings
+    )
     assert anchors.tolist() == list(range(M))
     sampler = TripletSampler(features, sets, M, rng(seed))
     size = rounds.block_size(M)
@@ -107,7 +112,7 @@ def test_best_proxies_equal_a_loop_over_triplets():
             own = torch.tensor([i])
             best = None
             for t in range(5):
-                p = sampler.draw_positives(own, u[t, row : row + 1])
+                p = own if published else sampler.draw_positives(own, u[t, row : row + 1])
                 n = sampler.draw_negatives(own, (start + t * M // 5) % M)
                 a, p, n = features[own], features[p], features[n]
                 proxy = fit.G(a, p, n)
@@ -218,7 +223,8 @@ def test_under_cap_decides_long_chains():
     """
     n = 200
     room = torch.ones(n + 1).long()
-    taken = under_cap(torch.arange(n), torch.arange(n) + 1, room)
+    pairs = torch.stack([torch.arange(n), torch.arange(n) + 1], dim=1)
+    taken = under_cap(pairs, room)
     assert taken.tolist() == [i % 2 == 0 for i in range(n)] and room.tolist() == [0] * n + [1]
 
 

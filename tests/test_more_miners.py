@@ -8,14 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moco_isl.errors import BadInput, Interrupted
+from moco_isl.errors import BadInput, Interrupted, RunFailed
 from moco_isl.miners.average import AverageMiner
 from moco_isl.miners.cluster import ClusterMiner, kmeans
-from moco_isl.miners.diffusion import DiffusionMiner, diffuse, mutual_graph
+from moco_isl.miners.diffusion import DiffusionMiner, diffuse, subgraphs
 from moco_isl.miners.entropy import EntropyMiner
 from moco_isl.miners.gan import GANMiner
 from moco_isl.miners.knn import KNNMiner
 from moco_isl.miners.oracle import OracleMiner
+from moco_isl.mining.groups import Groups
 from moco_isl.mining.positives import PositiveSets
 from moco_isl.ops.neighbors import topk
 from moco_isl.ops.softmax import entropy
@@ -91,7 +92,7 @@ def test_entropy_miner_gives_the_surest_their_nearest_and_more_of_them_each_roun
         truth = [set() for _ in range(M)]
         for i in surest[:anchors]:
             for j in nearest_by_loops(x, i, k):
-                truth[i].add(j), truth[j].add(i)
+                truth[i].add(j)
         assert sets_of(found) == truth, f"round {n}"
         assert miner.report.extra["share"] == pytest.approx(anchors / M)
 
@@ -99,13 +100,40 @@ def test_entropy_miner_gives_the_surest_their_nearest_and_more_of_them_each_roun
 def test_entropy_budget_leaves_out_the_least_sure_anchors():
     x = unit(seed=2)
     H = entropies_by_loops(x.double(), 0.2)
+    surest = sorted(range(M), key=lambda i: H[i])
     found = mine(EntropyMiner(2, share=1.0, T=0.2, budget=0.5, max_share=1.0), x)
-    assert found.num_edges == M / 2
-    taken = [i for i in range(M) if set(nearest_by_loops(x, i, 2)) <= sets_of(found)[i]]
-    left = [i for i in range(M) if not sets_of(found)[i]]
-    assert taken and max(H[i] for i in taken[:1]) < min(H[i] for i in left if i not in taken)
-    surest = min(range(M), key=lambda i: H[i])
-    assert surest in taken
+    truth = [set() for _ in range(M)]
+    for i in surest[: M // 4]:  # two edges each
+        truth[i] = set(nearest_by_loops(x, i, 2))
+    assert sets_of(found) == truth and found.num_edges == M / 2
+
+
+def test_the_sets_of_an_anchor_round_replace_those_before():
+    """Its neighbours are no anchors of it, and no pair stays that was not found again."""
+    miner = EntropyMiner(1, share=0.5, T=0.2, budget=None, max_share=1.0)
+    first = mine(miner, unit(seed=1))
+    miner.rounds = 0
+    second = mine(miner, unit(seed=2), first)
+    miner.rounds = 0
+    assert sets_of(second) == sets_of(mine(miner, unit(seed=2)))
+    assert miner.report.edges_found == M / 2
+    own = sets_of(second)
+    assert any(i not in own[j] for i in range(M) for j in own[i])
+    assert int(second.in_degree().max()) > 1
+
+
+def test_a_cap_of_directed_edges_counts_in_how_many_sets_an_image_is():
+    x = unit(seed=2)
+    H = entropies_by_loops(x.double(), 0.2)
+    found = mine(EntropyMiner(4, share=1.0, T=0.2, budget=None, max_share=2 / M), x)
+    room = [2] * M
+    truth = [set() for _ in range(M)]
+    for i in sorted(range(M), key=lambda i: H[i]):
+        for j in sorted(nearest_by_loops(x, i, 4)):  # equally sure, so by their number
+            if room[j]:
+                room[j] -= 1
+                truth[i].add(j)
+    assert sets_of(found) == truth and int(found.sizes().max()) > 2
 
 
 def test_entropy_counts_its_rounds_across_a_resume():
@@ -120,26 +148,16 @@ def test_entropy_counts_its_rounds_across_a_resume():
 
 
 def graph_by_loops(x, k):
-    near = [nearest_by_loops(x, i, k) for i in range(len(x))]
     S = torch.zeros(len(x), len(x), dtype=torch.float64)
     for i in range(len(x)):
-        for j in near[i]:
-            if i in near[j]:
-                S[i, j] = max(float(x[i] @ x[j]), 0) / k
+        for j in nearest_by_loops(x, i, k):
+            S[i, j] = max(float(x[i] @ x[j]), 0) / k
     return S
 
 
 def graph(x, k):
     cosine, near = topk(x, x, k, torch.arange(len(x)))
-    return near, mutual_graph(near, cosine)
-
-
-def test_mutual_graph_equals_loops():
-    x, k = unit(), 6
-    near, (mutual, S) = graph(x, k)
-    dense = torch.zeros(M, M).scatter_(1, near, S)
-    assert torch.allclose(dense.double(), graph_by_loops(x.double(), k), atol=1e-6)
-    assert torch.equal(dense, dense.T) and bool(mutual.any()) and not bool(mutual.all())
+    return near, cosine.clamp(min=0) / k
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
@@ -151,7 +169,7 @@ def test_diffusion_equals_powers_of_the_matrix(steps):
         power = power @ S
         truth = truth + 0.8**t * power
     truth.fill_diagonal_(0)
-    near, (_, sparse) = graph(x, k)
+    near, sparse = graph(x, k)
     image, value = diffuse(torch.arange(M), near, sparse, steps, 0.8, M + 5)
     found = torch.zeros(M, M, dtype=torch.float64).scatter_add_(1, image, value.double())
     assert torch.allclose(found, truth, atol=1e-6)
@@ -159,23 +177,77 @@ def test_diffusion_equals_powers_of_the_matrix(steps):
 
 
 def test_diffusion_keeps_the_highest():
-    near, (_, S) = graph(unit(), 6)
+    near, S = graph(unit(), 6)
     image, value = diffuse(torch.arange(M), near, S, 3, 0.9, M)
     few, best = diffuse(torch.arange(M), near, S, 3, 0.9, 4)
     assert torch.equal(few, image[:, :4]) and torch.equal(best, value[:, :4])
 
 
-def test_diffusion_trusts_many_paths_more_than_one_short_one():
-    """Two groups and a bridge between them that is more similar than anything inside: plain
-    similarity takes the bridge first.
-    """
-    x, labels = planted(per_group=8, groups=2, noise=0.6, seed=3)
-    x[0] = F.normalize(x[0] + x[8], dim=0)
-    x[8] = F.normalize(x[0] + 0.01 * x[8], dim=0)
-    cosine = x @ x.T - 2 * torch.eye(16)
-    assert divmod(int(cosine.argmax()), 16) == (0, 8)
-    found = mine(DiffusionMiner(k=7, steps=3, budget=2.0, max_share=1.0), x)
-    assert 8 not in sets_of(found)[0] and found.precision(labels) == 1 and found.num_edges == 32
+def reachable_by_loops(near, width, nodes):
+    """Of each of nodes, those it reaches by pointing at the first `width` of its row in near."""
+    found = {}
+    for i in nodes:
+        seen, stack = {i}, [i]
+        while stack:
+            for j in near[stack.pop()][:width]:
+                if j in nodes and j not in seen:
+                    seen.add(j)
+                    stack.append(j)
+        found[i] = seen
+    return found
+
+
+def subgraphs_by_loops(near, largest):
+    """Sets of images that reach each other; those that are too large are taken apart."""
+    done, rest = set(), set(range(len(near)))
+    for width in range(max(map(len, near)), -1, -1):
+        reach = reachable_by_loops(near, width, rest)
+        groups = {frozenset(j for j in reach[i] if i in reach[j]) for i in rest}
+        small = {group for group in groups if len(group) <= largest}
+        done |= small
+        rest -= set().union(*small)
+    return done
+
+
+@pytest.mark.parametrize("largest", [2, 7, 30, M])
+def test_subgraphs_are_those_whose_images_reach_each_other(largest):
+    near = topk(unit(seed=5), unit(seed=5), 4, torch.arange(M))[1]
+    found = subgraphs(near, torch.ones_like(near, dtype=torch.bool), largest)
+    groups = {frozenset((found == g).nonzero().flatten().tolist()) for g in found.unique()}
+    assert groups == subgraphs_by_loops(near.tolist(), largest)
+    assert any(1 < len(group) <= largest for group in groups)
+
+
+def test_padding_points_at_no_image():
+    near = torch.tensor([[1], [0], [0]])
+    points = torch.tensor([[True], [False], [True]])
+    assert subgraphs(near, points, 3).unique().numel() == 3
+    points[1] = True
+    assert subgraphs(near, points, 3).tolist() == [0, 0, 1], "2 reaches 0, and 0 not 2"
+
+
+def test_the_sets_of_the_diffusion_are_its_subgraphs():
+    x = unit(seed=7)
+    near, S = graph(x, 5)
+    pointed, F_ = diffuse(torch.arange(M), near, S, 2, 0.9, 5)
+    groups = subgraphs_by_loops([row[f > 0].tolist() for row, f in zip(pointed, F_)], 8)
+    miner = DiffusionMiner(k=5, steps=2, largest=8, budget=None, max_share=1.0)
+    found = sets_of(mine(miner, x))
+    for group in groups:
+        for i in group:
+            assert found[i] == group - {i}
+    assert miner.report.extra["largest_subgraph"] == max(map(len, groups)) > 2
+    alone = sum(len(g) == 1 for g in groups) / M
+    assert miner.report.extra["alone"] == pytest.approx(alone)
+
+
+def test_a_bridge_of_one_direction_does_not_join_two_groups():
+    """The nearest of image 0 is in the other group, where all have nearer ones of their own."""
+    x, labels = planted(per_group=8, groups=2, noise=0.3, seed=3)
+    x[0] = F.normalize(0.6 * x[0] + 0.8 * x[8], dim=0)
+    labels[0] = 1
+    found = mine(DiffusionMiner(k=3, steps=2, budget=None, max_share=1.0), x)
+    assert found.precision(labels) == 1 and found.num_edges > 16
 
 
 def test_diffusion_without_affinities_says_so():
@@ -183,7 +255,7 @@ def test_diffusion_without_affinities_says_so():
     x = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
     miner = DiffusionMiner(k=1)
     assert mine(miner, x).num_edges == 0
-    assert "mutual" in miner.report.why
+    assert "no two images reach each other" in miner.report.why
 
 
 # ---- clusters ------------------------------------------------------------------------------------
@@ -231,9 +303,10 @@ def test_kmeans_starts_an_empty_cluster_anew_from_the_worst_placed_row():
     assert cluster.bincount(minlength=3).min() > 0 and len(cluster[:20].unique()) == 1
 
 
-def test_cluster_miner_equals_loops():
+@pytest.mark.parametrize("candidates", [6, None])
+def test_cluster_miner_equals_loops(candidates):
     x = unit(seed=6)
-    miner = ClusterMiner(5, 3, background=12, candidates=6, budget=None, max_share=1.0)
+    miner = ClusterMiner(5, 3, candidates=candidates, budget=None, max_share=1.0)
     seed = int(torch.randint(2**62, (1,), generator=torch.Generator().manual_seed(0)))
     cluster = [
         kmeans(x, 5, 20, torch.Generator().manual_seed((seed + h) % 2**63))[0].tolist()
@@ -241,11 +314,10 @@ def test_cluster_miner_equals_loops():
     ]
     truth = [set() for _ in range(M)]
     for i in range(M):
-        background = nearest_by_loops(x, i, 12)
-        agree = {j: sum(own[i] == own[j] for own in cluster) for j in background}
+        agree = {j: sum(own[i] == own[j] for own in cluster) for j in range(M) if j != i}
         close = sorted(
-            (j for j in background if agree[j]), key=lambda j: (-agree[j], -float(x[i] @ x[j]))
-        )[:6]
+            (j for j in agree if agree[j]), key=lambda j: (-agree[j], -float(x[i] @ x[j]))
+        )[:candidates]
         for j in close:
             truth[i].add(j), truth[j].add(i)
     assert sets_of(mine(miner, x)) == truth
@@ -253,11 +325,28 @@ def test_cluster_miner_equals_loops():
 
 def test_cluster_miner_takes_what_more_clusterings_agree_on_first():
     x, labels = planted(noise=0.5, seed=8)
-    small, large = (
-        mine(ClusterMiner(6, 5, 30, 30, budget=b, max_share=1.0), x) for b in (2.0, 20.0)
-    )
+    small, large = (mine(ClusterMiner(6, 5, 30, budget=b, max_share=1.0), x) for b in (2.0, 20.0))
     assert small.precision(labels) > large.precision(labels)
     assert small.sureness.min() >= 4.5, "pairs that all five put together come first"
+
+
+def test_clusters_too_large_to_be_held_end_the_run(monkeypatch):
+    monkeypatch.setattr("moco_isl.mining.groups._PAIRS", M)
+    with pytest.raises(RunFailed, match="the largest of the groups has 60 images.*isl-clusters"):
+        mine(ClusterMiner(1, 1, budget="all"), unit())
+
+
+def test_groups_and_pieces_of_any_size_have_the_same_others():
+    group = torch.randint(5, (3, M), generator=torch.Generator().manual_seed(0))
+    images, shared = Groups(group).others(torch.arange(M))
+    for i in range(M):
+        truth = {j: int((group[:, i] == group[:, j]).sum()) for j in range(M) if j != i}
+        truth = {j: n for j, n in truth.items() if n}
+        there = shared[i] > 0
+        assert dict(zip(images[i][there].tolist(), shared[i][there].tolist())) == truth
+    one = Groups(group).others(torch.tensor([7]))
+    there = shared[7] > 0
+    assert torch.equal(one[0][0], images[7][there]) and torch.equal(one[1][0], shared[7][there])
 
 
 # ---- all of them ---------------------------------------------------------------------------------
@@ -265,7 +354,7 @@ def test_cluster_miner_takes_what_more_clusterings_agree_on_first():
 MINERS = {
     "entropy": lambda: EntropyMiner(2, share=0.5, budget=2.0),
     "diffusion": lambda: DiffusionMiner(k=8, steps=2, budget=2.0),
-    "cluster": lambda: ClusterMiner(8, 3, 20, budget=2.0),
+    "cluster": lambda: ClusterMiner(8, 3, budget=2.0),
 }
 
 
@@ -318,7 +407,9 @@ def test_senseless_settings_are_refused():
         lambda: DiffusionMiner(k=0),
         lambda: DiffusionMiner(decay=0.0),
         lambda: ClusterMiner(clusters=0),
-        lambda: ClusterMiner(background=0),
+        lambda: ClusterMiner(candidates=0),
+        lambda: ClusterMiner(keep=True),
+        lambda: DiffusionMiner(largest=1),
     ):
         with pytest.raises(BadInput):
             wrong()
@@ -330,8 +421,8 @@ FEW = {
     "knn": lambda k: KNNMiner(k, budget=None, max_share=1),
     "average": lambda k: AverageMiner(k, k, budget=None, max_share=1),
     "entropy": lambda k: EntropyMiner(k, 1.0, budget=None, max_share=1),
-    "diffusion": lambda k: DiffusionMiner(k, candidates=k, budget=None, max_share=1),
-    "cluster": lambda k: ClusterMiner(background=k, candidates=k, budget=None, max_share=1),
+    "diffusion": lambda k: DiffusionMiner(k, budget=None, max_share=1),
+    "cluster": lambda k: ClusterMiner(1, 1, candidates=k, budget=None, max_share=1),
     "gan": lambda k: GANMiner(candidates=k),
 }
 

@@ -16,7 +16,7 @@ from tests.test_bad_input import ask
 # 97 images, two steps an epoch
 SMALL = (
     "--dataset digits -a digits --moco-dim 16 --moco-t 0.1 --knn-holdout 1340 -b 64 -j 0 --seed 1"
-    " -p 100 --device cpu --objective bank --isl-hpe 0 --miner entropy --isl-keep"
+    " -p 100 --device cpu --objective bank --isl-hpe 0 --miner entropy"
     " --isl-share 0.15 --isl-budget 0.2 0.4 0.6 0.8 1 --isl-neighbors 5"
 ).split()
 LATE = [*SMALL, "--epochs", "9", "--isl-start", "0", "--isl-every", "2"]

@@ -1,20 +1,24 @@
-"""Local aggregation, LA (Zhuang et al. 2019): neighbours that k-means puts together are positives.
+"""Local aggregation, LA (Zhuang et al. 2019): images that k-means puts together are positives.
 
-Letters: M images, C feature dimension, N anchors of a block, k background neighbours, H
-clusterings, G clusters of one.
+These are the close neighbours C of the paper. Its background neighbours B are looked up at every
+step by the loss that is made for them, `losses.local_aggregation`.
+Letters: M images, C feature dimension, N anchors of a block, H clusterings, G clusters of one, R
+images that share a cluster with an anchor.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from moco_isl import dist
 from moco_isl.errors import Interrupted
 from moco_isl.mining.edges import Edges
+from moco_isl.mining.groups import Groups, cosines, require_pairs
 from moco_isl.mining.positives import PositiveSets
 from moco_isl.mining.rounds import RoundMiner, over_blocks
 from moco_isl.ops.kmeans import kmeans
-from moco_isl.ops.neighbors import Tick, topk
+from moco_isl.ops.neighbors import Tick
 from moco_isl.options import check_range, opt
 
 Tensor = torch.Tensor
@@ -22,13 +26,17 @@ Tensor = torch.Tensor
 
 @dataclass(eq=False)
 class ClusterMiner(RoundMiner):
-    """Members of an image's clusters, in any of H clusterings, among its `background` nearest.
+    """Members of an image's clusters, in any of H clusterings, which are made anew each round.
 
-    Each image offers its surest `candidates` (None: see `offered`): first those that more
-    clusterings put beside it, among equals the more similar. iterations: of k-means.
+    A pair is surer the more clusterings put it together, and among equals the more similar it is.
+    Under a budget each image offers its surest `candidates` (None: see `offered`), without one all.
+    iterations: of k-means.
     """
 
     name = "cluster"
+    replaces: ClassVar[bool] = True
+    searches: ClassVar[bool] = False
+
     clusters: int | None = opt(
         None,
         "--isl-clusters",
@@ -37,13 +45,6 @@ class ClusterMiner(RoundMiner):
         help="clusters of a clustering (one for 40 images, as published for ImageNet)",
     )
     clusterings: int = opt(5, "--isl-clusterings", low=1, metavar="n", help="how many clusterings")
-    background: int = opt(
-        100,
-        "--isl-background",
-        low=1,
-        metavar="k",
-        help="positives are among the k nearest, or as many as the budget if it is more",
-    )
     candidates: int | None = None
     iterations: int = 20
 
@@ -55,25 +56,34 @@ class ClusterMiner(RoundMiner):
     def find(
         self, features: Tensor, positives: PositiveSets, seed: int, tick: Tick | None
     ) -> tuple[Edges, str]:
-        M = len(features)
+        M, C = features.shape
         G = min(M, self.clusters or max(1, round(M / 40)))
-        k = min(max(self.background, self.most(M)), M - 1)
         cluster = self._clusterings(features, G, seed, tick)  # [H, M]
-        candidates = self.candidates or self.offered(M)
-        bank = self.searchable(features, tick)
+        candidates = self.candidates
+        if candidates is None and self.rules.budget is not None:
+            candidates = self.offered(M)
+        if candidates is None:
+            require_pairs(cluster, "give more --isl-clusters, or a number to --isl-budget")
+        groups = Groups(cluster)
 
-        def block(anchors: Tensor, number: int) -> tuple[Tensor, Tensor]:
-            cosine, near = topk(features[anchors], bank, k, anchors, tick=tick)  # [N, k]
-            together = sum((own[near] == own[anchors][:, None]).float() for own in cluster)
+        def block(anchors: Tensor, number: int) -> tuple[Tensor, Tensor, Tensor]:
+            parts = [surest(piece) for piece in groups.pieces(anchors, C)]
+            return tuple(torch.cat(x) for x in zip(*parts))
+
+        def surest(anchors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            """Edges of anchors [N]: src, dst and sureness, [n] each."""
+            near, together = groups.others(anchors)  # [N, R] each
             # |cosine| <= 1, so it only orders equals
-            sureness = torch.where(together > 0, together + cosine / 4, 0)
+            sureness = together + cosines(features, anchors, near) / 4
+            sureness = sureness.masked_fill(together == 0, -torch.inf)
             sureness, at = sureness.sort(dim=1, descending=True, stable=True)
-            return near.gather(1, at)[:, :candidates], sureness[:, :candidates]
+            near, sureness = near.gather(1, at)[:, :candidates], sureness[:, :candidates]
+            found = sureness > -torch.inf
+            return anchors[:, None].expand_as(near)[found], near[found], sureness[found]
 
-        anchors, near, sureness = over_blocks(M, features.device, block, tick)
-        found = sureness > 0
+        _, *edges = over_blocks(M, features.device, block, tick)
         self.report.extra |= {"clusters": G, "largest_cluster": int(cluster[0].bincount().max())}
-        return Edges(anchors[:, None].expand_as(found)[found], near[found], sureness[found]), ""
+        return Edges(*edges), ""
 
     def _clusterings(self, features: Tensor, G: int, seed: int, tick: Tick | None) -> Tensor:
         """[H, M] clusters of each image, those of all ranks; every rank makes some of them.

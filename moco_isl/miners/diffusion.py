@@ -1,15 +1,18 @@
-"""Affinity diffusion, after PAD (Huang et al. 2020): many short paths between images join them.
+"""Affinity diffusion, PAD (Huang et al. 2020): strongly connected subgraphs are sets of positives.
 
 Letters: M images, C feature dimension, N anchors of a block, k neighbours, R images reached from an
 anchor.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from moco_isl import dist
+from moco_isl.errors import missing_package
 from moco_isl.mining.edges import Edges
+from moco_isl.mining.groups import Groups, cosines, merged
 from moco_isl.mining.positives import PositiveSets
 from moco_isl.mining.rounds import RoundMiner, over_blocks
 from moco_isl.ops.neighbors import Tick, topk
@@ -23,20 +26,19 @@ _TOGETHER = 1 << 22  # entries of one piece of walks
 
 @dataclass(eq=False)
 class DiffusionMiner(RoundMiner):
-    """The pairs of highest diffused affinity in the graph of mutual k nearest neighbours.
+    """Images that reach each other by edges of high diffused affinity.
 
-    Affinity of mutual neighbours: max(cosine, 0); S is that over k, so that no row sums to more
-    than 1. Diffused: F = sum over t = 1..steps of decay^(t-1) S^t, the walks of up to `steps`
-    edges; exact as long as no more than 1,024 images are t edges away. Each image offers its
-    `candidates` (None: see `offered`) highest F, an edge is as sure as its F, and the
-    budget takes the surest of the data set.
-
-    F is not divided by the images' own sums of affinities, as walks often are: two images with no
-    neighbours but each other would then be the surest pair (seen on features of CIFAR-10, 10,000
-    images, 5 positives an image: precision 0.52 in place of 0.65).
+    In the graph an image points at its k nearest, with the affinity S = max(cosine, 0) / k, so that
+    no row sums to more than 1. Diffused: F = sum over t = 1..steps of decay^(t-1) S^t, the walks of
+    up to `steps` edges; exact as long as no more than 1,024 images are t edges away. An image then
+    points at those of its k highest F. The sets are the strongly connected subgraphs: in one, every
+    image is reached from every other (see `subgraphs`). They are made anew each round, and a pair
+    is as sure as it is similar.
     """
 
     name = "diffusion"
+    replaces: ClassVar[bool] = True
+
     k: int = opt(
         20,
         "--isl-neighbors",
@@ -47,13 +49,23 @@ class DiffusionMiner(RoundMiner):
     steps: int = opt(
         2, "--isl-walk", low=1, metavar="n", help="edges of the longest walk through the graph"
     )
-    candidates: int | None = None
+    largest: int | None = opt(
+        None,
+        "--isl-subgraph",
+        low=2,
+        metavar="n",
+        help="images of the largest subgraph: one that is larger is taken apart, by pointing at"
+        " fewer images (as many as --isl-max-share lets one image be a positive of)",
+    )
     decay: float = 0.9
 
     def __post_init__(self):
         super().__post_init__()
-        check_range("DiffusionMiner: candidates", self.candidates, 1)
         check_range("DiffusionMiner: decay", self.decay, 0, 1, low_open=True)
+        try:
+            import scipy.sparse.csgraph  # noqa: F401
+        except ImportError:
+            raise missing_package("--miner diffusion", "scipy", "'moco_isl[diffusion]'") from None
 
     def find(
         self, features: Tensor, positives: PositiveSets, seed: int, tick: Tick | None
@@ -64,41 +76,44 @@ class DiffusionMiner(RoundMiner):
         nearest = lambda anchors, number: topk(features[anchors], bank, k, anchors, tick=tick)
         # [M, k] each: in order
         _, cosine, near = (dist.all_gather_rows(x) for x in over_blocks(M, device, nearest, tick))
-        mutual, S = mutual_graph(near, cosine)
-        self.report.extra |= {
-            "mutual": float(mutual.float().mean()),
-            "alone": float((~mutual.any(1)).float().mean()),
-        }
-
-        keep = min(self.candidates or self.offered(M), M)
+        S = cosine.clamp(min=0) / k
 
         def walk(anchors: Tensor, number: int) -> tuple[Tensor, Tensor]:
             pieces = anchors.split(max(1, _TOGETHER // (min(_REACH, k ** (self.steps - 1)) * k)))
-            walked = [diffuse(piece, near, S, self.steps, self.decay, keep) for piece in pieces]
+            walked = [diffuse(piece, near, S, self.steps, self.decay, k) for piece in pieces]
             return tuple(torch.cat(x) for x in zip(*walked))
 
-        # [n], [n, candidates], [n, candidates]
-        anchors, reached, F = over_blocks(M, device, walk, tick)
-        found = F > 0
-        any_found = int(dist.all_reduce_max(found.any().int()))
-        alone = "no two images are mutual neighbours of positive cosine"
-        self.report.why = "" if any_found else alone
-        return Edges(anchors[:, None].expand_as(found)[found], reached[found], F[found]), ""
+        # [M, k] each: in order
+        _, reached, F = (dist.all_gather_rows(x) for x in over_blocks(M, device, walk, tick))
+        largest = self.largest or self.rules.cap(M) + 1
+        subgraph = subgraphs(reached, F > 0, largest)  # [M]
+        sizes = subgraph.bincount()
+        groups = Groups(subgraph[None])
+        self.report.extra |= {
+            "subgraphs": int((sizes > 1).sum()),
+            "largest_subgraph": int(sizes.max()),
+            "alone": float((sizes[subgraph] == 1).float().mean()),
+        }
 
+        def pairs(anchors: Tensor, number: int) -> tuple[Tensor, Tensor, Tensor]:
+            parts = [edges_of(piece) for piece in groups.pieces(anchors, features.shape[1])]
+            return tuple(torch.cat(x) for x in zip(*parts))
 
-def mutual_graph(near: Tensor, cosine: Tensor) -> tuple[Tensor, Tensor]:
-    """Which of each image's k nearest have it among their own, and their affinities.
+        def edges_of(anchors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            """Edges of anchors [N]: src, dst and sureness, [n] each."""
+            others, together = groups.others(anchors)  # [N, R] each
+            found = together > 0
+            sureness = cosines(features, anchors, others)
+            return anchors[:, None].expand_as(others)[found], others[found], sureness[found]
 
-    near, cosine [M, k]: images and cosines of the k nearest. Returns mutual [M, k] bool, and
-    S [M, k]: max(cosine, 0) / k of mutual neighbours, 0 elsewhere.
-    """
-    M, k = near.shape
-    mutual = torch.empty_like(near, dtype=torch.bool)
-    for column in range(k):  # [M, k] at a time, not [M, k, k]
-        mutual[:, column] = (
-            near[near[:, column]] == torch.arange(M, device=near.device)[:, None]
-        ).any(1)
-    return mutual, torch.where(mutual, cosine.clamp(min=0) / k, 0)
+        _, *edges = over_blocks(M, device, pairs, tick)
+        self.report.why = ""
+        if not int((sizes > 1).sum()):
+            self.report.why = (
+                "no two images reach each other in the graph of nearest neighbours by affinities"
+                " above 0"
+            )
+        return Edges(*edges), ""
 
 
 def diffuse(
@@ -109,39 +124,53 @@ def diffuse(
     near, S: [M, k], row i holding the non-zero columns of S_i and their values. Returns images
     [N, keep] and F [N, keep]. The diagonal is left out; places without an image have F 0.
     """
-    N = len(anchors)
     # row of S^0
     image = anchors[:, None]
-    share = torch.ones(N, 1, device=S.device, dtype=S.dtype)
+    share = torch.ones(len(anchors), 1, device=S.device, dtype=S.dtype)
     images, shares = [], []
     for t in range(steps):
         share = (share[:, :, None] * S[image]).flatten(1)  # [N, R k]
         image = near[image].flatten(1)
-        image, share = _merge(image, share, _REACH)
+        image, share = merged(image, share, _REACH)
         images.append(image)
         shares.append(share * decay**t)
     image, share = torch.cat(images, 1), torch.cat(shares, 1)
-    return _merge(image, torch.where(image == anchors[:, None], 0, share), keep, fill=True)
+    image, share = merged(image, torch.where(image == anchors[:, None], 0, share), keep)
+    lacking = keep - image.shape[1]
+    return tuple(torch.nn.functional.pad(x, (0, lacking)) for x in (image, share))
 
 
-def _merge(image: Tensor, share: Tensor, keep: int, fill: bool = False) -> tuple[Tensor, Tensor]:
-    """Each image of a row once, with its shares' sum: the `keep` highest, falling.
+def subgraphs(near: Tensor, points: Tensor, largest: int) -> Tensor:
+    """The strongly connected subgraph of each image, [M] int64; an image may be alone in its own.
 
-    image [N, R], share [N, R] >= 0. Equal sums are in the order of their images. Returns as many
-    columns as are needed, or with `fill` exactly `keep`.
+    near [M, k]: the images that each points at, the surest first; points [M, k]: False for padding.
+    A subgraph of more than `largest` images is taken apart: its images point at one image less,
+    the least sure one, until no subgraph is larger. The same on every rank.
     """
-    image, order = image.sort(dim=1)
-    share = share.gather(1, order)
-    first = torch.ones_like(image, dtype=torch.bool)
-    torch.ne(image[:, 1:], image[:, :-1], out=first[:, 1:])
-    place = first.cumsum(1) - 1  # [N, R] which distinct image of the row
-    total = torch.zeros_like(share).scatter_add_(1, place, share)
-    # after a row's last distinct image: image 0 with share 0
-    image = torch.zeros_like(image).scatter_(1, place, image)
-    total, order = total.sort(dim=1, descending=True, stable=True)
-    image, width = image.gather(1, order), keep
-    if not fill:
-        width = min(keep, max(1, int((total > 0).sum(1).max())))
-    elif image.shape[1] < keep:
-        image, total = (torch.nn.functional.pad(x, (0, keep - x.shape[1])) for x in (image, total))
-    return image[:, :width], total[:, :width]
+    import numpy as np
+    from scipy.sparse import csr_array
+    from scipy.sparse.csgraph import connected_components
+
+    M, k = near.shape
+    device = near.device
+    near, points = near.cpu().numpy(), points.cpu().numpy()
+    subgraph = np.zeros(M, dtype=np.int64)
+    number = 0
+    rest = np.arange(M)  # the images of subgraphs that are too large so far
+    place = np.empty(M, dtype=np.int64)
+    for width in range(k, -1, -1):
+        place.fill(-1)
+        place[rest] = np.arange(len(rest))
+        to = place[near[rest, :width]]  # [n, width]
+        edge = points[rest, :width] & (to >= 0)
+        src = np.broadcast_to(np.arange(len(rest))[:, None], to.shape)[edge]
+        graph = csr_array((np.ones(len(src), np.int8), (src, to[edge])), shape=(len(rest),) * 2)
+        _, found = connected_components(graph, directed=True, connection="strong")
+        size = np.bincount(found)
+        small = size[found] <= largest
+        subgraph[rest[small]] = number + found[small]
+        number += len(size)
+        rest = rest[~small]
+        if not len(rest):
+            break
+    return torch.from_numpy(np.unique(subgraph, return_inverse=True)[1]).to(device, torch.int64)

@@ -1,10 +1,12 @@
 """Anchor neighbourhoods, AND (Huang et al. 2019): the surest images get their nearest neighbours.
 
-More images are anchors each round.
+More images are anchors each round. A neighbour is a positive of its anchor, and the anchor none of
+the neighbour's; the sets of a round replace those before.
 Letters: M images, C feature dimension, N anchors of a block, k neighbours, T temperature.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -32,6 +34,9 @@ class EntropyMiner(RoundMiner):
     """
 
     name = "entropy"
+    directed: ClassVar[bool] = True
+    replaces: ClassVar[bool] = True
+
     k: int | None = opt(
         None,
         "--isl-neighbors",

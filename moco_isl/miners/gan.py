@@ -13,11 +13,13 @@ from moco_isl.mining.gan_watch import collapse
 from moco_isl.mining.positives import PositiveSets
 from moco_isl.mining.rounds import RoundMiner, block_size, over_blocks
 from moco_isl.mining.triplets import TripletSampler, largest_set
+from moco_isl.mining.variant import is_published, variant_option
 from moco_isl.ops.ivf import IVF
 from moco_isl.ops.neighbors import Tick, topk
 from moco_isl.options import opt
 
 Tensor = torch.Tensor
+USUAL = GANSettings()
 
 
 @dataclass(eq=False)
@@ -75,6 +77,7 @@ class GANMiner(RoundMiner):
         metavar="l",
         help="Eq. 1: larger makes proxies explore more",
     )
+    variant: str = variant_option()
     iters: int | None = opt(
         GANSettings.iters,
         "--isl-gan-iters",
@@ -100,7 +103,13 @@ class GANMiner(RoundMiner):
                 f"--isl-gan-min-iters {self.min_iters} is more than --isl-gan-iters {self.iters}"
             )
         self.settings = GANSettings(
-            self.iters, self.min_iters, self.batch, self.lam, self.lr, self.triplets
+            self.iters,
+            self.min_iters,
+            self.batch,
+            self.lam,
+            self.lr,
+            self.triplets,
+            own_row=is_published(self.variant),
         )
         # weights of G and D; on rank 0, which fits them, the state of their optimizers too
         self.networks: dict | None = None
@@ -122,7 +131,7 @@ class GANMiner(RoundMiner):
             k = min(self.candidates or max(10, self.most(M)), M - 1)
             bank = self.searchable(features, tick)
             anchors, score, near, cosine, to_triplet = best_proxies(
-                fit, features, positives, seed, k, self.settings.triplets, tick, bank
+                fit, features, positives, seed, k, self.settings, tick, bank
             )
             figures = _statistics(M, score, near, to_triplet)
             self.report.extra |= figures
@@ -204,7 +213,7 @@ class GANMiner(RoundMiner):
         G.load_state_dict(self.networks["G"])
         D.load_state_dict(self.networks["D"])
         draws = torch.Generator().manual_seed(M)
-        sampler = sampler_of_all(features, positives, M, self.settings.triplets)
+        sampler = sampler_of_all(features, positives, M, self.settings)
         parts = []
         for part in anchors.split(block_size(M)):
             score, proxy, _ = best_of(*proxies_of(G, D, features, sampler, part, draws))
@@ -229,19 +238,19 @@ def best_proxies(
     positives: PositiveSets,
     seed: int,
     k: int,
-    triplets: int = 5,
+    settings: GANSettings = USUAL,
     tick: Tick | None = None,
     bank: Tensor | IVF | None = None,
 ) -> list[Tensor]:
     """The best proxy (Eq. 3) of every anchor of this rank's share, and its k nearest images.
 
-    bank: what the images are searched in, `RoundMiner.searchable` of the features; None: the
-    features. The anchor is never among them. Returns anchors [n], score [n], near [n, k], cosine of
-    near to the proxy [n, k], cosines of the proxy to a, p, n [n, 3]. What is drawn for an anchor
-    depends on the seed and its block: not on the ranks.
+    settings: those of the fit. bank: what the images are searched in, `RoundMiner.searchable` of
+    the features; None: the features. The anchor is never among them. Returns anchors [n], score
+    [n], near [n, k], cosine of near to the proxy [n, k], cosines of the proxy to a, p, n [n, 3].
+    What is drawn for an anchor depends on the seed and its block: not on the ranks.
     """
     M, device = len(features), features.device
-    sampler = sampler_of_all(features, positives, seed, triplets)
+    sampler = sampler_of_all(features, positives, seed, settings)
 
     def block(anchors: Tensor, number: int) -> tuple[Tensor, ...]:
         draws = torch.Generator().manual_seed((seed + 0x9E3779B97F4A7C15 * (number + 1)) % 2**63)
@@ -254,11 +263,14 @@ def best_proxies(
 
 
 def sampler_of_all(
-    features: Tensor, positives: PositiveSets, seed: int, triplets: int
+    features: Tensor, positives: PositiveSets, seed: int, settings: GANSettings
 ) -> TripletSampler:
     """A sampler for any of the images as anchors, up to all of them at once."""
     draws = torch.Generator().manual_seed(seed)
-    sampler = TripletSampler(features, positives, len(features), draws, triplets)
+    M = len(features)
+    sampler = TripletSampler(
+        features, positives, M, draws, settings.triplets, own_row=settings.own_row
+    )
     sampler.capacity = None  # nothing is captured here
     return sampler
 

@@ -2,7 +2,8 @@
 
 Old pairs are judged again, then the in-degree caps and the budget are applied.
 
-Letters: M images, C feature dimension, E directed edges as found, U undirected pairs.
+Letters: M images, C feature dimension, E directed edges as found, U pairs: undirected, unless the
+rules say that edges have a direction.
 """
 
 import math
@@ -45,6 +46,8 @@ class Rules:
     trust: the pairs that are left, surest first, are cut to the longest list of which this share is
         right by the estimate without labels (estimate.py); the budget still bounds it. None: the
         estimate is only reported.
+    directed: i -> j makes j a positive of i and not i one of j, as in AND.
+    replace: no pair of the round before stays unless it was found again, as in AND, LA and PAD.
     """
 
     budget: float | None = None
@@ -53,6 +56,16 @@ class Rules:
     keep: bool = False
     floor: float = 0.05
     trust: float | None = None
+    directed: bool = False
+    replace: bool = False
+
+    @property
+    def edges_a_pair(self) -> int:
+        return 1 if self.directed else 2
+
+    def ends(self, src: Tensor, dst: Tensor) -> Tensor:
+        """Which images of pairs src [U] -> dst [U] become positives of another: [U, 1 or 2]."""
+        return dst[:, None] if self.directed else torch.stack([src, dst], dim=1)
 
     def cap(self, M: int, size: float | None = None) -> int:
         """How many sets of M images may hold one image, where sets have `size` on average.
@@ -79,59 +92,66 @@ def settle(
 
     features [M, C]. Returns the new sets, and how many directed edges were added and removed.
     Greedy: pairs are taken in the order of their sureness (equal ones by image), a pair that would
-    put an image over the cap is passed over, and the budget ends the list. At the end trusted(lower
-    [U], higher [U]) says how many of these pairs, surest first, are to stay; where that leaves
-    smaller sets, the cap of their size holds. Pairs that are never dropped (`rules.keep`) stay
-    anyway, and are not among those that it is asked about.
+    put an image over the cap is passed over, and the budget ends the list. At the end trusted(a
+    [U], b [U]) says how many of these pairs, surest first, are to stay; where that leaves smaller
+    sets, the cap of their size holds. Pairs that are never dropped (`rules.keep`) stay anyway, and
+    are not among those that it is asked about.
     """
     M = len(features)
-    distinct = lambda src, dst, values: distinct_edges(M, src, dst, values, undirected=True)
-    lower, higher, (sureness, weight) = distinct(
-        found.src, found.dst, [found.sureness, found.weight]
-    )
+    distinct = lambda *edges: distinct_edges(M, *edges, undirected=not rules.directed)
+    # a pair has its lower image first, unless edges have a direction
+    a, b, (sureness, weight) = distinct(found.src, found.dst, [found.sureness, found.weight])
     if weight is None:
         weight = torch.ones_like(sureness)
-    old_lower, old_higher, (old_sureness, old_weight) = distinct(
+    old_a, old_b, (old_sureness, old_weight) = distinct(
         old.sources(), old.members, [old.sureness, old.weights]
     )
-    num_new, num_old = len(lower), len(old_lower)
-    if num_new and not rules.keep:
-        today = pair_cosines(features, lower, higher)
-        then = pair_cosines(features, old_lower, old_higher)
+    num_new, num_old = len(a), len(old_a)
+    if rules.replace:
+        old_sureness = torch.full_like(old_sureness, -torch.inf)
+    elif num_new and not rules.keep:
+        today = pair_cosines(features, a, b)
+        then = pair_cosines(features, old_a, old_b)
         old_sureness = _judge(today, sureness, then, rules.floor)
-    in_old = torch.ones(num_new + num_old, device=lower.device)
+    in_old = torch.ones(num_new + num_old, device=a.device)
     in_old[:num_new] = 0
-    lower, higher, (sureness, weight, in_old) = distinct(
-        torch.cat([lower, old_lower]),
-        torch.cat([higher, old_higher]),
+    a, b, (sureness, weight, in_old) = distinct(
+        torch.cat([a, old_a]),
+        torch.cat([b, old_b]),
         [torch.cat([sureness, old_sureness]), torch.cat([weight, old_weight]), in_old],
     )
     rank_by = torch.where(in_old > 0, torch.inf, sureness) if rules.keep else sureness
-    chosen = _choose(lower, higher, rank_by, M, rules)
+    chosen = _choose(a, b, rank_by, M, rules)
     never_dropped = int((rank_by == torch.inf).sum())
     new = chosen[never_dropped:]
-    number = never_dropped + trusted(lower[new], higher[new])
+    number = never_dropped + trusted(a[new], b[new])
     if number < len(chosen):
         chosen = chosen[:number]
-        room = torch.full((M,), rules.cap(M, 2 * number / M), device=lower.device)
-        fits = under_cap(lower[chosen], higher[chosen], room)
+        size = rules.edges_a_pair * number / M
+        room = torch.full((M,), rules.cap(M, size), device=a.device)
+        fits = under_cap(rules.ends(a[chosen], b[chosen]), room)
         fits[:never_dropped] = True
         chosen = chosen[fits]
     sets = PositiveSets.from_edges(
-        M, lower[chosen], higher[chosen], weight[chosen], sureness=sureness[chosen]
+        M,
+        a[chosen],
+        b[chosen],
+        weight[chosen],
+        symmetric=not rules.directed,
+        sureness=sureness[chosen],
     )
     stayed = int(in_old[chosen].sum(dtype=torch.float64))
     return sets, {
-        "edges_found": 2 * num_new,
-        "edges_added": 2 * (len(chosen) - stayed),
-        "edges_dropped": 2 * (num_old - stayed),
+        "edges_found": rules.edges_a_pair * num_new,
+        "edges_added": rules.edges_a_pair * (len(chosen) - stayed),
+        "edges_dropped": rules.edges_a_pair * (num_old - stayed),
     }
 
 
 def _choose(
-    lower: Tensor, higher: Tensor, sureness: Tensor, M: int, rules: Rules, piece: int = 1 << 22
+    a: Tensor, b: Tensor, sureness: Tensor, M: int, rules: Rules, piece: int = 1 << 22
 ) -> Tensor:
-    """The places of the pairs [U] (sorted by image) that stay, surest first.
+    """The places of the pairs a [U], b [U] (sorted by image) that stay, surest first.
 
     A pair of sureness inf always stays, one of -inf never.
     """
@@ -139,12 +159,14 @@ def _choose(
     kept = int((sureness == torch.inf).sum())
     out = int((sureness == -torch.inf).sum())
     always, rest = order[:kept], order[kept : len(order) - out]
-    bound = len(rest) if rules.budget is None else max(0, round(rules.budget * M / 2) - kept)
-    room = torch.full((M,), rules.cap(M), device=lower.device)
-    room -= torch.bincount(torch.cat([lower[always], higher[always]]), minlength=M)
+    bound = len(rest)
+    if rules.budget is not None:
+        bound = max(0, round(rules.budget * M / rules.edges_a_pair) - kept)
+    room = torch.full((M,), rules.cap(M), device=a.device)
+    room -= torch.bincount(rules.ends(a[always], b[always]).flatten(), minlength=M)
     chosen = [always]
     for part in rest.split(piece):  # piece by piece gives the same pairs as all at once
-        taken = part[under_cap(lower[part], higher[part], room)][:bound]
+        taken = part[under_cap(rules.ends(a[part], b[part]), room)][:bound]
         chosen.append(taken)
         bound -= len(taken)
         if not bound:
@@ -177,21 +199,20 @@ def _judge(cosine: Tensor, sureness: Tensor, old_cosine: Tensor, floor: float) -
     return torch.where(old_cosine >= least, scale[rank], -torch.inf)
 
 
-def under_cap(a: Tensor, b: Tensor, room: Tensor) -> Tensor:
-    """Which of the pairs a [U], b [U], surest first, are taken under the cap: [U] bool.
+def under_cap(ends: Tensor, room: Tensor) -> Tensor:
+    """Which of the pairs with these images, ends [U, n], surest first, are taken: [U] bool.
 
     room [M]: how many more pairs each image may have; it is brought up to date. The result is that
-    of walking down the list and taking a pair where both its images have room. It is found in
+    of walking down the list and taking a pair where all its images have room. It is found in
     rounds: a pair is safe where each of its images has more room than undecided pairs above this
     one, and it is out where one of them has no room.
     """
-    taken = torch.zeros(len(a), dtype=torch.bool, device=a.device)
-    undecided = torch.arange(len(a), device=a.device)
+    taken = torch.zeros(len(ends), dtype=torch.bool, device=ends.device)
+    undecided = torch.arange(len(ends), device=ends.device)
     while len(undecided):
-        fits = (room[a[undecided]] > 0) & (room[b[undecided]] > 0)
-        undecided = undecided[fits]
-        images = torch.stack([a[undecided], b[undecided]], 1)  # [U, 2]
-        safe = (_earlier(images.flatten()).view(-1, 2) < room[images]).all(1)
+        undecided = undecided[(room[ends[undecided]] > 0).all(1)]
+        images = ends[undecided]  # [U, n]
+        safe = (_earlier(images.flatten()).view_as(images) < room[images]).all(1)
         taken[undecided[safe]] = True
         room -= torch.bincount(images[safe].flatten(), minlength=len(room))
         undecided = undecided[~safe]

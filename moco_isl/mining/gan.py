@@ -94,6 +94,7 @@ class GANSettings:
     lam: float = 1.0  # lambda of Eq. 1
     lr: float = 1e-4  # of Adam, for both networks
     triplets: int = 5  # of an anchor
+    own_row: bool = False  # the positive of a triplet is the anchor, not a member of its set
     # Collapsed: one image is near more than this share of the proxies, and near more than this many
     # times the share that the most popular image has among the features themselves.
     max_hub: float = 0.05

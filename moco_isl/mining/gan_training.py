@@ -221,7 +221,7 @@ class Trainer:
         batch = self.most * self.N
         search = training_search(self.features)
         self.sampler = self.sampler_kind(
-            self.features, positives, batch, self.generator, self.s.triplets, search
+            self.features, positives, batch, self.generator, self.s.triplets, search, self.s.own_row
         )
         self.anchors = torch.empty(self.a_pass, self.N, dtype=torch.int64, device=device)
         self.u = torch.empty(self.a_pass, self.N, device=device)  # which positive of an anchor

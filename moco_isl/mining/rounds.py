@@ -107,17 +107,19 @@ def check_budget(text: str) -> str:
         budgets_of(text)
     except BadInput as error:  # the parser names the flag
         raise BadInput(str(error).removeprefix("--isl-budget ")) from None
-    return text if text == "auto" else f"{float(text):g}"
+    return text if text in ("all", "auto") else f"{float(text):g}"
 
 
 def budgets_of(budget: str | float | list | tuple | None) -> list[float]:
     """The budget of each round, the last one that of all later ones.
 
-    Empty: no bound. [AS_SURE]: as wide as is sure, of "auto". Raises BadInput.
+    Empty: no bound, of "all" or None. [AS_SURE]: as wide as is sure, of "auto". Raises BadInput.
     """
     if budget is None:
         return []
     values = list(budget) if isinstance(budget, list | tuple) else [budget]
+    if values == ["all"]:
+        return []
     if values == ["auto"]:
         return [AS_SURE]
     found = []
@@ -128,8 +130,8 @@ def budgets_of(budget: str | float | list | tuple | None) -> list[float]:
             number = 0.0
         if not 0 < number <= LARGEST:
             raise BadInput(
-                f"--isl-budget {short(' '.join(map(str, values)))}: expected auto alone, or numbers"
-                f" above 0 and at most {LARGEST}"
+                f"--isl-budget {short(' '.join(map(str, values)))}: expected auto or all alone, or"
+                f" numbers above 0 and at most {LARGEST}"
             )
         found.append(number)
     return found
@@ -166,12 +168,17 @@ class RoundMiner(Miner):
     last bit may depend on them). self.views is what the round has of views, or None.
 
     uses_views: it wants views in any case, not only where `trust` needs them for its estimate.
+    directed, replaces: its edges have a direction, and its sets are new each round; see `Rules`.
+    searches: it looks for the nearest of all images, exactly or by an index.
     known [M]: labels of the few images that --isl-check names, -1 of the others; None: no labels.
     surest: the surest pairs of a round that added none, about 5 an image: [n], [n].
     """
 
     name: ClassVar[str] = "miner"
     uses_views: ClassVar[bool] = False
+    directed: ClassVar[bool] = False
+    replaces: ClassVar[bool] = False
+    searches: ClassVar[bool] = True
 
     budget: str | float | list[str] | list[float] | None = opt(
         ["5"],
@@ -180,9 +187,9 @@ class RoundMiner(Miner):
         several="+",
         metavar="x",
         help="mean positives of an image after a round, the surest first. auto: as many as are sure"
-        " (--isl-trust), up to an eighth of the images and 200. Several numbers: of the first"
-        " round, the second, ..., and the last of them from then on; 0.5 1 1.5 2 is the published"
-        " code's",
+        " (--isl-trust), up to an eighth of the images and 200. all: every pair that the miner"
+        " finds. Several numbers: of the first round, the second, ..., and the last of them from"
+        " then on; 0.5 1 1.5 2 is the published code's",
     )
     max_share: float | None = opt(
         None,
@@ -233,6 +240,10 @@ class RoundMiner(Miner):
     def __post_init__(self):
         check_values(self)
         check_choice(self.index)
+        if self.index == "ivf" and not self.searches:
+            raise BadInput(
+                f"--miner {self.name} looks for no nearest images: leave --isl-index off"
+            )
         self.budgets = budgets_of(self.budget)
         if self.as_sure:
             if self.trust == "off":
@@ -241,8 +252,15 @@ class RoundMiner(Miner):
                     " for no estimate: leave one of them off"
                 )
             self.trust = "auto" if self.trust is None else self.trust
+        if self.keep and self.replaces:
+            raise BadInput(
+                f"--isl-keep never drops a pair, and --miner {self.name} makes its sets anew each"
+                " round: leave it off"
+            )
         self.rules = Rules(
             budget=self.budgets[0] if self.budgets else None,
+            directed=self.directed,
+            replace=self.replaces,
             max_share=self.max_share,
             keep=self.keep,
             trust=bound_of(self.trust),

@@ -42,12 +42,14 @@ class TripletSampler:
         generator: torch.Generator,
         triplets: int = 5,
         search: Tensor | None = None,
+        own_row: bool = False,
     ):
         """features [M, C] unit rows.
 
         batch: the most anchors a call will have, all different, over all batches drawn at once.
         generator: on the CPU or on the features' device. triplets: of an anchor. search [M, C]: a
-        copy of the features in another dtype, in which the hardest negative is looked for.
+        copy of the features in another dtype, in which the hardest negative is looked for. own_row:
+        the positive of a triplet is the anchor itself, as the published code has it.
         Raises BadInput where images are so few, or sets so large, that no negative may be left.
         """
         self.M = len(features)
@@ -56,6 +58,7 @@ class TripletSampler:
         self.positives = positives
         self.generator = generator
         self.triplets = triplets
+        self.own_row = own_row
         self.pool = pool_size(self.M, triplets)  # S
         sizes = positives.sizes().sort(descending=True).values[:batch]
         largest = int(sizes[0])
@@ -95,7 +98,7 @@ class TripletSampler:
         anchors [N], u [N] uniform in [0, 1). Both may have any other shape.
         """
         sets = self.positives
-        if not sets.num_edges:
+        if self.own_row or not sets.num_edges:
             return anchors
         first, size = self._sets_of(anchors)
         slot = torch.minimum((u * size).long(), size - 1)

@@ -15,8 +15,9 @@ from torch import nn
 from moco_isl import dist
 from moco_isl.builder import add_mlp
 from moco_isl.encoders import evaluating
-from moco_isl.losses import alignment, bank_loss, with_own_key
+from moco_isl.losses import FORMS, LOCAL, alignment, bank_loss, local_aggregation, with_own_key
 from moco_isl.objectives.base import MinedObjective, Parts
+from moco_isl.options import check_value, opt
 
 Tensor = torch.Tensor
 
@@ -58,12 +59,22 @@ class BankObjective(MinedObjective):
     products.
     """
 
+    background: int = opt(
+        4096,
+        "--isl-background",
+        low=1,
+        metavar="k",
+        rare=True,
+        help="nearest images among which --isl-loss local compares, looked up anew at every step",
+    )
     seed: int = 0  # of the random rows with which the bank begins
 
+    forms: ClassVar[tuple[str, ...]] = (*FORMS, LOCAL)
     around: ClassVar[type[nn.Module]] = Instance
     begins_filled: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        check_value(self, "background")
         super().__post_init__()
         self.bank.fill_random(self.num_images, torch.Generator().manual_seed(self.seed))
         # Ranks take the rows of rank 0, whatever their seeds; equal writes then keep them equal.
@@ -81,7 +92,6 @@ class BankObjective(MinedObjective):
         """Train on im_1; the second view gives the hard positives of images with an empty set."""
         *second, index = rest
         members, present = self.whole_sets(index)  # [N, L] each
-        mined, weight = self.positives.lookup(index, self.P, self.turn)  # [N, P] each
         without = ~present.any(dim=1)  # [N]
         count = Coming(without.sum()) if self.hpe and self.positives.num_edges else None
         f = self.encode(im_1)  # [N, C]
@@ -89,22 +99,40 @@ class BankObjective(MinedObjective):
         if self.hpe:
             other = self.second_views(*second, without, count)  # [N, C]
             hard = self.hard_positive(index, members, present, other)  # [N, C]
-        images = torch.cat([index[:, None], mined], dim=1)  # [N, 1 + P]
-        weight = with_own_key(weight, self.own)  # [N, 1 + P]
-        isl, hp = bank_loss(
-            f,
-            self.bank.rows,
-            images,
-            weight,
-            self.model.T,
-            hard,
-            self.form,
-            self.waiting(members, present, mined),
-            fused=self.fast,
-        )
+        isl, hp = self.losses(f, index, members, present, hard)
         apart = alignment(f, self.bank.lookup(index))  # from the row of the visit before
         self.bank.update(*self.of_all_ranks(index, f.detach()), self.bank_mix)
         return {"loss": isl + self.hpe * hp, "isl": isl, "hpe": hp, "alignment": apart}
+
+    def losses(
+        self, f: Tensor, index: Tensor, members: Tensor, present: Tensor, hard: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """(L_isl, L_hp) of features f [N, C] of images index [N]. It changes no state.
+
+        members, present [N, L]: their sets. hard [N, C]: their hard positives, None without.
+        """
+        bank, T = self.bank.rows, self.model.T
+        is_local = self.form == LOCAL and self.active
+        if is_local:
+            images = torch.cat([index[:, None], members], dim=1)  # [N, 1 + L]
+            weight = self.positives.lookup(index, members.shape[1])[1]  # [N, L]
+            weight = with_own_key(weight, self.own)  # [N, 1 + L]
+            isl = local_aggregation(f, bank, images, weight, T, self.background)
+            if hard is None:
+                return isl, isl.new_zeros(())
+        mined, weight = self.positives.lookup(index, self.P, self.turn)  # [N, P] each
+        eq_5, hp = bank_loss(
+            f,
+            bank,
+            torch.cat([index[:, None], mined], dim=1),  # [N, 1 + P]
+            with_own_key(weight, self.own),  # [N, 1 + P]
+            T,
+            hard,
+            "logsum" if self.form == LOCAL else self.form,
+            self.waiting(members, present, mined),
+            fused=self.fast,
+        )
+        return (isl if is_local else eq_5), hp
 
     def negatives(self) -> tuple[int, float] | None:
         return None if self.active else (self.num_images - 1, 0.0)

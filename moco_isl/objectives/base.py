@@ -18,10 +18,11 @@ from moco_isl import dist
 from moco_isl.bank import FeatureBank
 from moco_isl.errors import BadInput
 from moco_isl.loader import check_index, check_once
-from moco_isl.losses import FORMS, least_similar
+from moco_isl.losses import FORMS, LOCAL, hardest
 from moco_isl.mining.positives import PositiveSets
 from moco_isl.mining.record import RoundReport
 from moco_isl.mining.rounds import check_features, one_round
+from moco_isl.mining.variant import is_published, variant_option
 from moco_isl.ops import fused
 from moco_isl.options import check_value, opt
 from moco_isl.schema import COUNT, Holds
@@ -221,9 +222,10 @@ class MinedObjective(Objective):
     form: str = opt(
         "logsum",
         "--isl-loss",
-        choices=FORMS,
+        choices=(*FORMS, LOCAL),
         help="logsum: Eq. 5, for which one likely positive is enough; hard positives see to the"
-        " rest. meanlog: the mean of the logs, by which each positive has to be likely",
+        " rest. meanlog: the mean of the logs, by which each positive has to be likely. local: LA's"
+        " share of the positives in the nearest images, with --objective bank",
     )
     hpe: float = opt(
         0.5,
@@ -232,6 +234,7 @@ class MinedObjective(Objective):
         metavar="w",
         help="weight of hard positive enhancement, Eq. 6 and 7; 0 turns it off",
     )
+    variant: str = variant_option()
     own: float | None = opt(
         None,
         "--isl-own",
@@ -267,12 +270,14 @@ class MinedObjective(Objective):
     active: bool = True
 
     mined: ClassVar[bool] = True
+    forms: ClassVar[tuple[str, ...]] = tuple(FORMS)  # those that it has
     usual_mix: ClassVar[float] = 0.5  # `bank_mix` where it is None
     begins_filled: ClassVar[bool] = False  # the bank holds random rows before the first round
 
     def __post_init__(self) -> None:
-        if self.form not in FORMS:
-            raise BadInput(f"form {self.form!r} is unknown: use {' or '.join(FORMS)}")
+        if self.form not in self.forms:
+            raise BadInput(f"form {self.form!r} is unknown here: use {' or '.join(self.forms)}")
+        self.published = is_published(self.variant)
         check_at_least(1, P=self.P)
         check_at_least(0, hpe=self.hpe)
         check_value(self, "own")
@@ -353,14 +358,15 @@ class MinedObjective(Objective):
     def hard_positive(
         self, index: Tensor, members: Tensor, present: Tensor, other: Tensor
     ) -> Tensor:
-        """h of Eq. 6, [N, C]: the bank row of the least similar member of each image's set.
+        """h of Eq. 6, [N, C]: the bank row of a member of each image's set, see `hardest`.
 
         index [N]; members, present [N, L]: see `whole_sets`. other [N, C]: what stands for it where
         a set is empty, features of another view.
         """
-        place = least_similar(self.bank.lookup(index), self.bank.lookup(members), present)  # [N]
-        hardest = self.moved(self.bank.lookup(members.gather(1, place[:, None])))[:, 0]  # [N, C]
-        return torch.where(present.any(1, keepdim=True), hardest, other)
+        own, rows = self.bank.lookup(index), self.bank.lookup(members)  # [N, C], [N, L, C]
+        place = hardest(own, rows, present, self.published)  # [N]
+        row = self.moved(self.bank.lookup(members.gather(1, place[:, None])))[:, 0]  # [N, C]
+        return torch.where(present.any(1, keepdim=True), row, other)
 
     def moved(self, rows: Tensor) -> Tensor:
         """Bank rows [N, P, C] as the loss compares queries with them."""

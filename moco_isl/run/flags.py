@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import difflib
 import functools
+import os
 import re
 import sys
 import textwrap
@@ -28,7 +29,8 @@ class ConfigOptions:
         metavar="FILE.yaml",
         may_change=True,
         help="flags by name, values as they would be typed, switches true or false; the command"
-        " line wins",
+        " line wins. A line 'config: OTHER.yaml' starts from another file beside it, whose values"
+        " these replace",
     )
 
 
@@ -305,6 +307,20 @@ class Parser(argparse.ArgumentParser):
         chosen: the plug-in that argv chooses. If the file names another one, its flags are left
         out.
         """
+        content = self._settings(path, chosen)
+        argv, data = self.argv_of(content, files.named("--config", path))
+        if data:
+            # a positional before the flags would be a second one beside the command line's
+            self.set_defaults(data=one_or_more(data))
+        # --config again: otherwise the flag before it could take the first words of argv
+        return [*argv, "--config", path]
+
+    def _settings(self, path: str, chosen: str | None, above: tuple[str, ...] = ()) -> dict:
+        """What a YAML file says, over what the file says that it names as its own `config`.
+
+        That one's path is relative to the folder of the file. chosen: see `_from_config`. above:
+        the files that led here.
+        """
         of = files.named("--config", path)
         content = plain_yaml.read(path, "--config", "lines 'flag: value'")
         if not isinstance(content, dict | None):
@@ -312,13 +328,20 @@ class Parser(argparse.ArgumentParser):
                 f"{of} holds a {'list' if isinstance(content, list) else 'text'}: expected lines"
                 " 'flag: value'"
             )
-        content = self._without_plugin(content or {}, chosen)
-        argv, data = self.argv_of(content, of)
-        if data:
-            # a positional before the flags would be a second one beside the command line's
-            self.set_defaults(data=one_or_more(data))
-        # --config again: otherwise the flag before it could take the first words of argv
-        return [*argv, "--config", path]
+        content = dict(content or {})
+        below = content.pop("config", None)
+        if below is not None:
+            check(isinstance(below, str), f"{of}: config: expected one file to start from")
+            above = (*above, os.path.realpath(path))
+            file = os.path.join(os.path.dirname(path), below)
+            check(
+                os.path.realpath(file) not in above,
+                f"{of}: config: {short(below)} leads back here: expected a file that does not",
+            )
+            own = content.get(self._plugins.flag) if self._plugins else None
+            chooses = own if chosen is None and isinstance(own, str) else chosen
+            content = self._settings(file, chooses, above) | content
+        return self._without_plugin(content, chosen)
 
     def _without_plugin(self, settings: dict, chosen: str | None) -> dict:
         """The settings; without the plug-in they name, and its flags, where another is chosen."""

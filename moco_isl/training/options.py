@@ -15,9 +15,11 @@ from moco_isl.builder import MoCo
 from moco_isl.commands import typed
 from moco_isl.data.label_list import read_labels
 from moco_isl.encoders import STEMS, on_meta
+from moco_isl.losses import LOCAL
 from moco_isl.miners import MINERS, find_miner
 from moco_isl.mining.rounds import RoundMiner
 from moco_isl.objectives import OBJECTIVES
+from moco_isl.objectives.bank import BankObjective
 from moco_isl.objectives.base import MinedObjective, Objective
 from moco_isl.objectives.queue import build_predictor
 from moco_isl.options import dashed, default_of, flags_of, listed, opt, typed_flags
@@ -254,6 +256,15 @@ class MiningOptions:
         help="epochs from mining to mining (20, or one of the --isl-rounds). A run that starts late"
         " mines once where it starts, as the last round that it missed",
     )
+    mined_from: str = opt(
+        "pass",
+        "--isl-from",
+        choices=("pass", "bank"),
+        rare=True,
+        help="what a round mines from. pass: features of all images by the encoder as it is; bank:"
+        " the rows that training left in the bank, as AND and LA do, which costs no pass (the first"
+        " round of --objective queue, whose bank is empty until then, takes one)",
+    )
     research_labels: bool = opt(
         False,
         may_change=True,
@@ -339,7 +350,8 @@ def idle(args: argparse.Namespace) -> list[str]:
     """The flags of a round that were given though nothing is mined."""
     if args.miner != "none":
         return []
-    of_a_round = [*flags_of(RoundMiner).values(), flags_of(MinedObjective)["own"]]
+    of_sets = [flags_of(MinedObjective)[name] for name in ("own", "variant")]
+    of_a_round = [*flags_of(RoundMiner).values(), *of_sets, flags_of(MiningOptions)["mined_from"]]
     return [flag.name for flag in of_a_round if getattr(args, flag.dest) != flag.default]
 
 
@@ -446,6 +458,17 @@ def _check_objective(args: argparse.Namespace) -> None:
     )
     flags.check(kind.has_queue or not args.symmetric, "--symmetric belongs to --objective queue")
     flags.check(kind.has_queue or not args.predictor, "--predictor belongs to --objective queue")
+    forms = kind.forms if kind.mined else [args.isl_loss]
+    flags.check(
+        args.isl_loss in forms,
+        f"--isl-loss {args.isl_loss} does not belong to --objective {args.objective}: expected"
+        f" {' or '.join(forms)}",
+    )
+    usual = flags_of(BankObjective)["background"].default
+    flags.check(
+        args.isl_loss == LOCAL or args.isl_background == usual,
+        "--isl-background belongs to --isl-loss local",
+    )
     flags.check(
         kind.mined or args.miner == "none",
         f"--objective {args.objective} has no use for positives: leave --miner none",
@@ -508,3 +531,8 @@ def _fill_in(args: argparse.Namespace) -> None:
         args.isl_start = 0 if args.init else late
     if args.isl_every is None:
         args.isl_every = length if several else 20
+    flags.check(
+        args.isl_from != "bank" or args.isl_start or args.init or args.objective == "queue",
+        "--isl-from bank mines before the first step, when the bank holds random rows: give"
+        " --isl-start n, or --init",
+    )

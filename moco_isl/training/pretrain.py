@@ -53,6 +53,7 @@ class Plan:
     isl_rounds: int
     isl_start: int
     isl_every: int
+    isl_from: str
     print_freq: int
     save_every: int
     save_epochs: int
@@ -508,7 +509,7 @@ def warnings(
             f"warning: without --miner nothing is mined, and {', '.join(idle)} changes nothing"
         )
     exact = plan.mines and not research_labels and getattr(parts.miner, "index", "") == "exact"
-    if exact and ivf.wins(M, reader.device):
+    if exact and parts.miner.searches and ivf.wins(M, reader.device):
         lines.append(
             f"{M} images are searched exactly, which takes a time that grows with their square:"
             " --isl-index ivf would be faster"
@@ -601,7 +602,8 @@ def mine(
     miner_before = copy.deepcopy(miner.state_dict())
     generators = resume.rng_of_ranks(reader.device)
     try:
-        features = reader.features(isl.encoder)  # [M, C]
+        from_bank = plan.isl_from == "bank" and isl.bank.filled
+        features = isl.bank.rows if from_bank else reader.features(isl.encoder)  # [M, C]
         views = reader.views(isl.encoder, epoch) if miner.wants_views else None  # 2 x [M, C]
         report = engine.mine_round(
             isl, miner, features, reader.labels, reader.settings.seed, stop, views, number=number

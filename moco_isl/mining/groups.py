@@ -1,0 +1,83 @@
+"""Groups of images, clusters or subgraphs, and the pairs that stand together in them.
+
+Letters: M images, C feature dimension, N anchors, H groupings, R others that share a group.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+from moco_isl.errors import RunFailed
+
+Tensor = torch.Tensor
+_TOGETHER = 1 << 26  # numbers of one piece of rows that are compared
+_PAIRS = 500_000_000  # more of them do not fit
+
+
+def require_pairs(group: Tensor, cure: str) -> None:
+    """Raise RunFailed where groups [H, M] join more pairs than can be held; cure: what to do."""
+    pairs = sum(int(own.bincount().double().square().sum()) for own in group)
+    if pairs > _PAIRS:
+        largest = max(int(own.bincount().max()) for own in group)
+        raise RunFailed(
+            f"the largest of the groups has {largest} images, and all groups join {pairs:.1e}"
+            f" pairs: expected at most {_PAIRS:.0e}; {cure}"
+        )
+
+
+class Groups:
+    """Who stands together in groups [H, M]: the group of each image in each of H groupings."""
+
+    def __init__(self, group: Tensor):
+        self.group = group
+        self.order = group.argsort(dim=1, stable=True)  # [H, M], images by their group
+        size = [own.bincount() for own in group]
+        self.size = size
+        self.first = [own.cumsum(0) - own for own in size]  # where a group begins in `order`
+
+    def others(self, anchors: Tensor) -> tuple[Tensor, Tensor]:
+        """The images that share a group with each of anchors [N]: [N, R] each, most shared first.
+
+        Returns images, equally shared ones in their order, and in how many groupings they do; 0 is
+        padding.
+        """
+        images, shared = [], []
+        for h, own in enumerate(self.group):
+            size = self.size[h][own[anchors]][:, None]  # [N, 1]
+            place = torch.arange(int(size.max()), device=anchors.device)
+            at = self.first[h][own[anchors]][:, None] + torch.minimum(place, size - 1)
+            image = self.order[h][at]
+            images.append(image)
+            shared.append(((place < size) & (image != anchors[:, None])).float())
+        return merged(torch.cat(images, dim=1), torch.cat(shared, dim=1))
+
+    def pieces(self, anchors: Tensor, C: int) -> Iterator[Tensor]:
+        """anchors [N] in pieces whose others' rows of C numbers fit into memory."""
+        R = sum(int(size.max()) for size in self.size)
+        return anchors.split(max(1, _TOGETHER // (R * C)))
+
+
+def merged(image: Tensor, share: Tensor, keep: int | None = None) -> tuple[Tensor, Tensor]:
+    """Each image of a row once, with its shares' sum: the `keep` highest, falling; None: all.
+
+    image [N, R], share [N, R] >= 0. Equal sums are in the order of their images. Returns as many
+    columns as are needed.
+    """
+    image, order = image.sort(dim=1)
+    share = share.gather(1, order)
+    first = torch.ones_like(image, dtype=torch.bool)
+    torch.ne(image[:, 1:], image[:, :-1], out=first[:, 1:])
+    place = first.cumsum(1) - 1  # [N, R] which distinct image of the row
+    total = torch.zeros_like(share).scatter_add_(1, place, share)
+    # after a row's last distinct image: image 0 with share 0
+    image = torch.zeros_like(image).scatter_(1, place, image)
+    total, order = total.sort(dim=1, descending=True, stable=True)
+    width = max(1, int((total > 0).sum(1).max()))
+    if keep is not None:
+        width = min(keep, width)
+    return image.gather(1, order)[:, :width], total[:, :width]
+
+
+def cosines(features: Tensor, anchors: Tensor, images: Tensor) -> Tensor:
+    """[N, R]: of rows of features [M, C], anchors [N] with images [N, R]."""
+    return torch.einsum("nc,nrc->nr", features[anchors].float(), features[images].float())
