@@ -235,13 +235,9 @@ def _read_voc(given: Split, folders: list[Path], of: str) -> BoxedImages:
     known = {name: i for i, name in enumerate(classes)}
     rows = []
     for image, size, objects, file in found:
-        number = lambda name: given.label(name, known, shown_file(file))
+        number = lambda name: given.label(name, known, named("", file))
         rows.append(_boxed(image, size, [(b, number(n), hard, False) for b, n, hard in objects]))
     return BoxedImages(rows, list(classes), source)
-
-
-def shown_file(path: Path) -> str:
-    return named("", path)
 
 
 def _voc_names(folder: Path, of: str, flag: str) -> list[str]:
@@ -261,7 +257,7 @@ def _voc_names(folder: Path, of: str, flag: str) -> list[str]:
 def _voc_image(given: Split, folder: Path, name: str, images: _Images) -> tuple:
     """(image, (width, height), [(box, class's name, difficult)], file) of one annotation."""
     path = folder / "Annotations" / f"{name}.xml"
-    where = shown_file(path)
+    where = named("", path)
     try:
         root = xml.etree.ElementTree.parse(path).getroot()
     except FileNotFoundError:
@@ -313,7 +309,7 @@ def _read_coco(given: Split) -> BoxedImages:
     name = given.name or ("val2017" if given.train else "train2017")
     of = name if name.endswith(".json") else f"annotations/instances_{name}.json"
     path = given.root / of
-    where = shown_file(path)
+    where = named("", path)
     content = _coco_json(path, given.flag)
     try:
         categories = {one["id"]: str(one["name"]) for one in content["categories"]}

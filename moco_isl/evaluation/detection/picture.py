@@ -50,7 +50,7 @@ def draw(images: BoxedImages, found: dict[int, Found], folder: Path) -> Path:
 
 
 def _cell(images: BoxedImages, i: int, found: Found | None) -> Image.Image:
-    """An image at the size of a cell, with its boxes; the truth lies on top."""
+    """An image at the size of a cell, with its boxes, and their names on top."""
     picture = images.open(i)
     scale = _CELL / max(picture.size)
     size = tuple(max(1, round(side * scale)) for side in picture.size)
@@ -58,42 +58,36 @@ def _cell(images: BoxedImages, i: int, found: Found | None) -> Image.Image:
     picture = picture.resize(size, way)
     on = ImageDraw.Draw(picture)
     row = images.rows[i]
-    for box, label, score in zip(found.boxes, found.labels, found.scores) if found else ():
-        if score >= SURE:
-            text = f"{images.classes[label]} {score:.2f}"
-            _box(on, [x * scale for x in box], _FOUND, text)
-    for box, label in zip(row.boxes.tolist(), row.labels.tolist()):
-        _box(on, [x * scale for x in box], _TRUTH, images.classes[label], dashed=True, below=True)
+    at = lambda box: [x * scale for x in box]
+    truth = [(at(box), images.classes[k]) for box, k in zip(row.boxes.tolist(), row.labels)]
+    sure = zip(found.boxes, found.labels, found.scores) if found else ()
+    sure = [
+        (at(box), f"{images.classes[k]} {score:.2f}") for box, k, score in sure if score >= SURE
+    ]
+    for box, _ in sure:
+        on.rectangle(box, outline=_FOUND, width=3)
+    for (x1, y1, x2, y2), _ in truth:
+        corners = [(x1, y1), (x2, y1), (x2, y2), (x1, y2), (x1, y1)]
+        for a, b in zip(corners, corners[1:]):
+            _dashes(on, a, b, _TRUTH)
+    for box, text in truth:
+        _label(on, text, _TRUTH, box[0], box[3])
+    for box, text in reversed(sure):  # the surest lies on top
+        _label(on, text, _FOUND, box[0], box[1], above=True)
     return picture
 
 
-def _box(
-    on: ImageDraw.ImageDraw,
-    box: list[float],
-    colour: str,
-    text: str,
-    dashed: bool = False,
-    below: bool = False,
+def _label(
+    on: ImageDraw.ImageDraw, text: str, colour: str, x: float, y: float, above: bool = False
 ) -> None:
-    """A box with a text in its colour: above its left corner, or below it."""
-    x1, y1, x2, y2 = box
-    if dashed:
-        for a, b in (
-            ((x1, y1), (x2, y1)),
-            ((x2, y1), (x2, y2)),
-            ((x2, y2), (x1, y2)),
-            ((x1, y2), (x1, y1)),
-        ):
-            _dashes(on, a, b, colour)
-    else:
-        on.rectangle(box, outline=colour, width=3)
+    """A text on a patch of a colour below a point, or above it, within the picture."""
     font = ImageFont.load_default(14)
     text = short(text, 24)
-    left, top, right, bottom = font.getbbox(text)
+    _, _, right, bottom = font.getbbox(text)
     width, height = right + 6, bottom + 4
-    limit = on.im.size
-    x = min(max(0, x1), max(0, limit[0] - width))
-    y = min(y2, limit[1] - height) if below else max(0, y1 - height)
+    most = on.im.size
+    x = min(max(0, x), max(0, most[0] - width))
+    y = max(0, y - height) if above else max(0, min(y, most[1] - height))
     on.rectangle((x, y, x + width, y + height), fill=colour)
     on.text((x + 3, y + 2), text, fill=_INK, font=font)
 
