@@ -114,7 +114,7 @@ class SameViews:
     def __len__(self) -> int:
         return 1 << 30
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator:
+    def epoch(self, epoch: int, start_step: int = 0, order: object = None) -> Iterator:
         return ((self.views, index) for index in itertools.cycle(self.index))
 
     def bad_images(self) -> list:

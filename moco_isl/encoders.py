@@ -427,6 +427,8 @@ _NO_HEAD = "ends in no linear classifier that a projection head could replace"
 
 def _find_head(encoder: nn.Module) -> str | None:
     modules = dict(encoder.named_modules())
+    if gone := [name for name, module in modules.items() if isinstance(module, NoHead)]:
+        return gone[0]
     name = getattr(encoder, "pretrained_cfg", {}).get("classifier")  # timm's networks say it
     if name is None:
         linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
@@ -456,6 +458,23 @@ def set_head(encoder: nn.Module, module: nn.Module) -> None:
     """Put `module` where the classifier (or the MLP head) is."""
     parent, _, last = head_name(encoder).rpartition(".")
     encoder.get_submodule(parent).add_module(last, module)
+
+
+class NoHead(nn.Identity):
+    """It stands where an encoder's head was taken off, and keeps the head's name."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.in_features = self.out_features = dim
+
+
+def take_head_off(encoder: nn.Module) -> nn.Module:
+    """Let an encoder return its backbone's output, [N, feature_dim], for good; returns it.
+
+    Its state dict has no head then. Everything else that asks for its head finds the place.
+    """
+    set_head(encoder, NoHead(feature_dim(encoder)))
+    return encoder
 
 
 def feature_dim(encoder: nn.Module) -> int:

@@ -184,9 +184,9 @@ def prepare(
     )
     miner = build_miner(args, images.train.labels, images)
     if device == "meta":  # not every network runs there, so `require_side` cannot try it out
-        model = on_meta(lambda: build_model(args, images.side))
+        model = on_meta(lambda: build_model(args, images))
     else:
-        model = build_model(args, images.side)
+        model = build_model(args, images)
         require_side(model.encoder_q, args.arch, images.side)
     if start.path:
         isl_shape, parameters = options.state_shape(args, model)
@@ -303,15 +303,22 @@ def get_ready(
     model.to(device, memory_format=flags.take(steps.Numerics, args).layout)
     loggers.require_installed(args.log)
     workers = devices.usable_workers(args.workers, ranks.processes_here(args))
-    views = OBJECTIVES[args.objective].views(args.isl_hpe)
+    kind = OBJECTIVES[args.objective]
     pixels = flags.take(data.Pixels, args)
-    settings = flags.take(reading.Reading, args, views=views, workers=workers, pixels=pixels)
+    settings = flags.take(
+        reading.Reading,
+        args,
+        views=kind.views(args.isl_hpe),
+        crop=kind.crop(images.side),
+        workers=workers,
+        pixels=pixels,
+    )
     return reading.open_reader(images, settings, device, stop), model
 
 
-def build_model(args: argparse.Namespace, size: int) -> torch.nn.Module:
+def build_model(args: argparse.Namespace, images: reading.TrainingImages) -> torch.nn.Module:
     def base_encoder(num_classes: int) -> torch.nn.Module:
-        encoder = build_encoder(args.arch, num_classes, args.stem, size, args.channels)
+        encoder = build_encoder(args.arch, num_classes, args.stem, images.side, args.channels)
         if args.stop_grad_conv1:
             freeze_patches(encoder, args.arch)
         return split_batch_norm(encoder, args.bn_splits) if args.bn_splits > 1 else encoder
@@ -323,4 +330,6 @@ def build_model(args: argparse.Namespace, size: int) -> torch.nn.Module:
         m=args.moco_m,
         T=args.moco_t,
         mlp=args.mlp,
+        num_images=len(images.train),
+        clusters=args.dc_clusters,
     )

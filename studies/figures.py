@@ -16,7 +16,7 @@ import main_lincls
 import main_moco_isl
 from benchmarks import common
 from moco_isl import data
-from moco_isl.encoders import extract_features
+from moco_isl.encoders import extract_features, take_head_off
 from moco_isl.errors import BadInput
 from moco_isl.evaluation.knn import few_shot, nearest, vote
 from moco_isl.run import devices
@@ -76,8 +76,13 @@ class Judge:
         return self.figures(*self.features(file))
 
     def features(self, file: Path | str) -> list[Features]:
-        """What the query encoder in a checkpoint makes of the train and of the held-out images."""
-        encoder, _ = load_backbone(file, image_size=self.size)
+        """What the query encoder in a checkpoint makes of the train and of the held-out images.
+
+        Of a file without a head, such as RotNet's, that is what its backbone gives.
+        """
+        encoder, info = load_backbone(file, image_size=self.size)
+        if info["head"] is None:
+            take_head_off(encoder)
         return self.features_by(encoder)
 
     def features_by(self, encoder: torch.nn.Module) -> list[Features]:

@@ -43,7 +43,7 @@ class Images:
     def __len__(self):
         return len(self.steps)
 
-    def epoch(self, epoch, start_step=0):
+    def epoch(self, epoch, start_step=0, order=None):
         return ((tuple(views), index) for views, index in self.steps)
 
     def bad_images(self):
@@ -86,6 +86,7 @@ def train(
 
     class Watched:
         model, parts = isl.model, property(lambda self: watched.parts)
+        order = isl.order
 
         def __call__(self, *batch):
             if steps is not None:

@@ -15,6 +15,7 @@ from torch._inductor.utils import run_and_get_code
 from moco_isl.data import augment, build_dataset, get_augmentation
 from moco_isl.data.augment import BatchAugmentation, DigitAugmentation
 from moco_isl.data.draws import columns, numbers, seeded, starts, uniform, uniforms
+from moco_isl.errors import BadInput
 from moco_isl.loader import GaussianBlur
 
 IDENTITY = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
@@ -158,6 +159,23 @@ def figures(views):
     dull = (colour < 0.02).float()
     found = [bright**2, contrast, detail, detail**2, colour, colour**2, dull, left, left**2]
     return torch.stack([*views.mean((2, 3)).T, *found, *views.std((2, 3)).T], 1)
+
+
+@pytest.mark.parametrize("crop", [None, (0.5, 0.9)])
+def test_the_least_crop_may_be_chosen(crop):
+    """MoCo's is 0.2 of the area; an objective with crops of its own keeps their largest."""
+    usual, most = (0.2, 1.0) if crop is None else crop
+    for least, want in [(None, usual), (0.08, 0.08)]:
+        how = {"aug_plus": True, "size": 32, "crop": crop, "crop_min": least}
+        on_device = get_augmentation("folder", on_device=True, **how)
+        one_by_one = get_augmentation("folder", **how)
+        assert on_device.scale == (want, most)
+        assert one_by_one.steps.transforms[0].scale == (want, most)
+        if crop is None:  # the shorter side of the smallest crop still has 32 pixels
+            side = one_by_one.smallest * (want * 3 / 4) ** 0.5
+            assert side == pytest.approx(32, abs=0.5)
+    with pytest.raises(BadInput, match="--crop-min: digits has an augmentation of its own"):
+        get_augmentation("digits", aug_plus=True, crop_min=0.1)
 
 
 @pytest.mark.parametrize("aug_plus, blur", [(True, False), (True, True), (False, False)])

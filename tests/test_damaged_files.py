@@ -673,6 +673,7 @@ def test_one_image_is_refused_whatever_the_miner(place, tmp_path, miner):
     [
         f"--objective bank {' '.join(GAN)}",
         "--objective rotnet --miner none",
+        "--objective deepcluster --miner none",
         "--symmetric --miner cluster --isl-half-bank --moco-k 32",
         "--miner oracle --research-labels --oracle-size 2 --momentum 0",
         "--miner entropy",

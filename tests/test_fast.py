@@ -29,6 +29,7 @@ from moco_isl.losses import (
     softmax_over,
 )
 from moco_isl.objectives import bank, base
+from moco_isl.objectives.deepcluster import DeepCluster
 from moco_isl.objectives.rotnet import Rotation
 from moco_isl.ops import fused, neighbors
 from moco_isl.training import engine, fast
@@ -501,10 +502,15 @@ def test_equal_networks_share_what_was_compiled(graphs):
     assert (graphs.compiled, graphs.ran) == (2, 6)
 
 
-@pytest.mark.parametrize("name", ["MoCo", "symmetric MoCo", "Instance", "Rotation"])
+@pytest.mark.parametrize("name", ["MoCo", "symmetric MoCo", "Instance", "Rotation", "DeepCluster"])
 def test_the_batch_that_a_step_shows_an_encoder_is_the_one_compiled(name, graphs):
     encoder = lambda num_classes: build_encoder("resnet18w8", num_classes, image_size=SIDE)
-    model = {"Instance": bank.Instance, "Rotation": Rotation}.get(name, builder.MoCo)(encoder, 16)
+    models = {
+        "Instance": lambda: bank.Instance(encoder, 16),
+        "Rotation": lambda: Rotation(encoder),
+        "DeepCluster": lambda: DeepCluster(encoder, 10),
+    }
+    model = models.get(name, lambda: builder.MoCo(encoder, 16))()
     fast.compile_encoders(model, 4)
 
     def step(n):

@@ -447,7 +447,7 @@ def test_other_wrong_arguments_are_refused():
         isl.mine(isl.model, pictures, KNNMiner(), mean=(0.5,), std=(0.5,))
     with pytest.raises(BadInput, match="expected mean and std together"):
         isl.mine(isl.model, pictures, KNNMiner(), mean=MEAN)
-    rotation = ISL(Rotation(net, C), M)
+    rotation = ISL(Rotation(net), M)
     with pytest.raises(BadInput, match="ISL around a Rotation has no use for positives"):
         rotation.mine(rotation.model, pictures, KNNMiner())
 

@@ -20,7 +20,7 @@ from tests.test_builder import C, K, M, images, tiny
 def build(name, **options):
     torch.manual_seed(0)
     kind = OBJECTIVES[name]
-    model = kind.build_model(tiny, dim=C, K=K, m=0.9, T=0.2, mlp=False)
+    model = kind.build_model(tiny, dim=C, K=K, m=0.9, T=0.2, mlp=False, num_images=M)
     return kind(model, M, **options)
 
 
@@ -30,6 +30,7 @@ def build(name, **options):
         ("queue", 2, True, True, "encoder_k"),
         ("bank", 2, True, False, "encoder_q"),
         ("rotnet", 1, False, False, "encoder_q"),
+        ("deepcluster", 1, False, False, "encoder_q"),
     ],
 )
 def test_each_objective_says_what_it_is(name, views, mined, has_queue, encoder):
@@ -39,10 +40,14 @@ def test_each_objective_says_what_it_is(name, views, mined, has_queue, encoder):
     around = ISL(isl.model, M)
     assert isinstance(around, kind) and hasattr(around, "mine")
     batch = [images(6, view) for view in range(views)]
+    optimizer = torch.optim.SGD(isl.parameters(), 0.1)
+    features = lambda: isl.encoder(images(M, 0)).detach()
+    isl.begin_epoch(0, features, optimizer, None, lambda: None)
     assert isl(*batch, torch.arange(6)).isfinite() and "loss" in isl.parts
+    assert (isl.order() is None) == (name != "deepcluster")
     require(isl.state_dict(), kind.state_shape(isl.model), "cannot read it", {"M": M})
     cosine = isl.mean_cosine()
-    assert cosine is None if name == "rotnet" else -1 <= cosine <= 1
+    assert -1 <= cosine <= 1 if mined else cosine is None
 
 
 def test_options_are_those_that_an_objective_has():
@@ -50,6 +55,8 @@ def test_options_are_those_that_an_objective_has():
     assert OBJECTIVES["queue"].options() == shared | {"mask", "symmetric", "predictor"}
     assert OBJECTIVES["bank"].options() == shared | {"seed"}
     assert OBJECTIVES["rotnet"].options() == {"fast", "encode"}
+    own = {"clusters", "components", "every", "seed"}
+    assert OBJECTIVES["deepcluster"].options() == {"fast", "encode"} | own
 
 
 def test_a_new_run_takes_up_what_a_file_says_of_queue_or_bank():

@@ -137,6 +137,7 @@ RUNS = {
     ],
     "bank objective": ["--fast", "--objective", "bank", "--miner", "knn", *MINED],
     "rotations": ["--fast", "--objective", "rotnet"],
+    "clusters": ["--fast", "--objective", "deepcluster"],
 }
 
 

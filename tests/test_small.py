@@ -20,8 +20,8 @@ from moco_isl.run.meters import duration
 from moco_isl.training import options, small
 from tests.runs import photos
 
-MOCO = {"batch_size": 256, "lr": 0.03, "moco_k": 65536, "moco_m": 0.999}
-ALL = set(MOCO)
+MOCO = {"batch_size": 256, "lr": 0.03, "moco_k": 65536, "moco_m": 0.999, "dc_every": 1}
+ALL = set(MOCO) - {"dc_every"}
 
 
 @pytest.mark.parametrize("x, power", [(0.2, 1), (1, 1), (2, 2), (3.9, 2), (4, 4), (718, 512)])
@@ -59,6 +59,17 @@ def test_flags_that_are_given_stay_and_the_others_follow_them():
     found = small.suited(1437, MOCO, {"moco_k", "moco_m", "lr"})  # -b 256 was given
     assert found == {"moco_k": 512, "moco_m": 0.99}
     assert small.suited(1437, MOCO, set()) == {}
+
+
+@pytest.mark.parametrize(
+    ("M", "batch", "every"),
+    [(1_281_167, 256, 1), (51_200, 256, 1), (50_000, 256, 2), (1437, 64, 10), (20, 32, 200)],
+)
+def test_clusters_stay_for_200_steps(M, batch, every):
+    values = MOCO | {"batch_size": batch}
+    found = small.suited(M, values, {"dc_every"}).get("dc_every", 1)
+    assert found == every and found * max(M // batch, 1) >= 200
+    assert small.suited(M, values | {"dc_every": 500}, {"dc_every"}) == {}
 
 
 def test_a_batch_that_does_not_divide_into_the_ranks_stays():

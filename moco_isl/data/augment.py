@@ -505,6 +505,26 @@ class BatchAugmentation(BatchViews):
         return images
 
 
+class CropAugmentation(BatchAugmentation):
+    """A random crop, mirrored or not, and nothing else."""
+
+    draws = 22 + 1  # box, flip
+
+    def __init__(
+        self,
+        mean: Channels,
+        std: Channels,
+        size: int,
+        scale: tuple[float, float],
+        flip: float = 0.5,
+        dtype=torch.float32,
+    ):
+        super().__init__(mean, std, size, False, scale, flip, dtype=dtype)
+
+    def finish(self, crops: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        return self.normalize(self._floats(crops))
+
+
 class DigitAugmentation(BatchViews):
     """Grey digits: turned, scaled, moved a little, brightness, contrast, noise.
 

@@ -105,6 +105,17 @@ class seeded:
         random.setstate(self.before[1])
 
 
+def counted(order: torch.Tensor, M: int) -> torch.Tensor:
+    """The draws of an order in which images repeat: int64 [n] -> image + M x (comings before).
+
+    So each coming of an image has draws of its own, and the image is the draw modulo M.
+    """
+    place = order.argsort(stable=True)
+    images = order[place]
+    before = torch.arange(len(order)) - torch.searchsorted(images, images)
+    return order.index_add(0, place, M * before)
+
+
 def permutation(seed: int, epoch: int, M: int) -> torch.Tensor:
     """The order of the images in an epoch: int64 [M], a function of (seed, epoch)."""
     generator = torch.Generator().manual_seed(_signed(hash64(seed, epoch)))

@@ -20,7 +20,7 @@ from moco_isl import dist
 from moco_isl.data import workers as reading
 from moco_isl.data.augment import BatchAugmentation, BatchViews
 from moco_isl.data.datasets import ImagesInMemory
-from moco_isl.data.draws import permutation, seeded, starts, uniform
+from moco_isl.data.draws import counted, permutation, seeded, starts, uniform
 from moco_isl.errors import BadInput, RunFailed
 
 Batch = tuple[tuple[torch.Tensor, ...], torch.Tensor]  # views, index
@@ -30,10 +30,14 @@ Batch = tuple[tuple[torch.Tensor, ...], torch.Tensor]  # views, index
 
 
 class _Plan:
-    """Which images this rank sees in which step; the DataLoader iterates over lists of (epoch, i).
+    """Which images this rank sees in which step; the DataLoader iterates over (epoch, draw) lists.
 
+    A draw is the number of an image; where the images of an epoch repeat, see `draws.counted`.
     unit: every batch is a multiple of it, so that ranks have equal shares that split evenly.
+    given: the images of an epoch in their order, int64 [M] on the CPU; None: each once.
     """
+
+    given: torch.Tensor | None = None
 
     def __init__(self, M: int, batch_size: int, seed: int, multiple: int):
         self.M = M
@@ -57,8 +61,11 @@ class _Plan:
             )
 
     def rows(self, epoch: int, start_step: int) -> Iterator[torch.Tensor]:
-        """This rank's share of every batch from start_step on: int64 [N]."""
-        order = permutation(self.seed, epoch, self.M)
+        """The draws of this rank's share of every batch from start_step on: int64 [N]."""
+        if self.given is None:
+            order = permutation(self.seed, epoch, self.M)
+        else:
+            order = counted(self.given, self.M)
         rank, world = dist.rank(), dist.world_size()
         for step in range(start_step, self.steps):
             batch = order[step * self.B : (step + 1) * self.B]
@@ -71,7 +78,7 @@ class _Plan:
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch = self.epoch  # the DataLoader asks ahead, when self.epoch may have moved on
         for rows in self.rows(epoch, self.start_step):
-            yield [(epoch, i) for i in rows.tolist()]
+            yield [(epoch, draw) for draw in rows.tolist()]
 
 
 class _InOrder(_Plan):
@@ -138,7 +145,7 @@ class _Reader:
 
 
 class _Items(Dataset):
-    """(epoch, i) -> (view, ..., i, whether another image stands in).
+    """(epoch, draw) -> (view, ..., draw, whether another image stands in), see `_Plan`.
 
     The epoch comes with each request, since workers live over epochs.
     """
@@ -150,25 +157,28 @@ class _Items(Dataset):
         self.views = views
 
     def __getitem__(self, key: tuple[int, int]) -> tuple:
-        epoch, i = key
-        views, broken = self.views_of(epoch, i)
-        return *(views or [torch.zeros(0)] * self.views), i, broken
+        epoch, draw = key
+        views, broken = self.views_of(epoch, draw)
+        return *(views or [torch.zeros(0)] * self.views), draw, broken
 
-    def views_of(self, epoch: int, i: int) -> tuple[list[torch.Tensor] | None, int]:
-        """(the views of image i, or None where no image can be read; 1 for a stand-in, or 0)."""
+    def image_of(self, draw: int) -> int:
+        return draw % len(self.reader.dataset)
+
+    def views_of(self, epoch: int, draw: int) -> tuple[list[torch.Tensor] | None, int]:
+        """(the views of a draw, or None where no image can be read; 1 for a stand-in, or 0)."""
         raise NotImplementedError
 
 
 class _TrainItems(_Items):
     """Whole views, augmented one by one."""
 
-    def views_of(self, epoch: int, i: int) -> tuple[list[torch.Tensor] | None, int]:
-        image, broken = self.reader(i)
+    def views_of(self, epoch: int, draw: int) -> tuple[list[torch.Tensor] | None, int]:
+        image, broken = self.reader(self.image_of(draw))
         if image is None:
             return None, broken
         views = []
         for view in range(self.views):
-            with seeded(self.seed, epoch, i, view):
+            with seeded(self.seed, epoch, draw, view):
                 views.append(self.augmentation(image))
         return views, broken
 
@@ -176,8 +186,9 @@ class _TrainItems(_Items):
 class _CropItems(_Items):
     """Crops [c, S, S], of RGB uint8, of an image decoded no larger than the smallest crop needs."""
 
-    def views_of(self, epoch: int, i: int) -> tuple[list[torch.Tensor] | None, int]:
-        draws = [uniform(self.seed, epoch, i, view) for view in range(self.views)]
+    def views_of(self, epoch: int, draw: int) -> tuple[list[torch.Tensor] | None, int]:
+        draws = [uniform(self.seed, epoch, draw, view) for view in range(self.views)]
+        i = self.image_of(draw)
         boxes = []
 
         def at_least(W: int, H: int) -> int:
@@ -310,15 +321,19 @@ class FileTrainLoader(_FileLoader):
     def __len__(self) -> int:
         return self.plan.steps
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+    def epoch(
+        self, epoch: int, start_step: int = 0, order: torch.Tensor | None = None
+    ) -> Iterator[Batch]:
         """(views, index) from start_step on; the images before are not loaded. Raises RunFailed."""
         self.plan.epoch = epoch
         self.plan.start_step = start_step
-        for *images, index in self._batches(self.max_bad_images):
-            yield self._views(images, epoch, index), index
+        self.plan.given = order
+        M = len(self.reader.dataset)
+        for *images, draw in self._batches(self.max_bad_images):
+            yield self._views(images, epoch, draw), draw if order is None else draw % M
 
     def _views(
-        self, images: list[torch.Tensor], epoch: int, index: torch.Tensor
+        self, images: list[torch.Tensor], epoch: int, draw: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         return tuple(images)
 
@@ -336,10 +351,10 @@ class PhotoTrainLoader(FileTrainLoader):
         return None  # the augmentation's `finish` does it
 
     def _views(
-        self, images: list[torch.Tensor], epoch: int, index: torch.Tensor
+        self, images: list[torch.Tensor], epoch: int, draw: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         views = range(len(images))
-        start = torch.cat([starts(self.plan.seed, epoch, index, view) for view in views])
+        start = torch.cat([starts(self.plan.seed, epoch, draw, view) for view in views])
         u = self.augmentation.draw(start)  # [views * N, draws]
         return self.augmentation.finish(torch.cat(images), u).chunk(len(images))
 
@@ -396,17 +411,21 @@ class MemoryTrainLoader(_MemoryLoader):
     def __len__(self) -> int:
         return self.plan.steps
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+    def epoch(
+        self, epoch: int, start_step: int = 0, order: torch.Tensor | None = None
+    ) -> Iterator[Batch]:
         """(views, index) from start_step on. Raises RunFailed, see `refuse`."""
         refuse(self.dataset, self.dataset.unreadable, self.max_bad_images)
+        self.plan.given = order
         steps = list(self.plan.rows(epoch, start_step))
         if not steps:
             return
-        order = torch.cat(steps).to(self.images.device)  # one copy to the device an epoch
-        for index in order.split([len(rows) for rows in steps]):
-            images = self.images[index]
-            of_epoch = self.plan.seed, epoch, index
-            yield self.augmentation.views(images, *of_epoch, self.views), index
+        draws = torch.cat(steps).to(self.images.device)  # one copy to the device an epoch
+        index = draws if order is None else draws % len(self.images)
+        sizes = [len(rows) for rows in steps]
+        for draw, i in zip(draws.split(sizes), index.split(sizes)):
+            of_epoch = self.plan.seed, epoch, draw
+            yield self.augmentation.views(self.images[i], *of_epoch, self.views), i
 
 
 class MemoryEvalLoader(_MemoryLoader):
@@ -451,9 +470,11 @@ def train_loader(
 ) -> TrainLoader:
     """Batches of two views, or of `views` (a supervised probe takes one), on the device.
 
-    len() is the number of steps an epoch. .epoch(epoch, start_step=0) iterates over ((im_q, im_k)
-    float [N, c, S, S] each, index int64 [N]). .bad_images() names unreadable images; above
-    max_bad_images the iteration raises RunFailed. .close() ends the workers.
+    len() is the number of steps an epoch. .epoch(epoch, start_step=0, order=None) iterates over
+    ((im_q, im_k) float [N, c, S, S] each, index int64 [N]). .bad_images() names unreadable images;
+    above max_bad_images the iteration raises RunFailed. .close() ends the workers.
+    order: the images of the epoch, int64 [M] on the CPU, in which an image may come several times,
+    each time with other views, or never; None: each once.
 
     Global batch b of an epoch is permutation(seed, epoch)[b B : (b + 1) B], B = batch_size over all
     ranks; each rank takes its contiguous share. The last, smaller batch is trimmed to a multiple of

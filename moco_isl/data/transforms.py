@@ -7,14 +7,14 @@ channels than RGB's, or of more bits, are float32 [c, S, S] in [0, 1] throughout
 
 import torch
 
-from moco_isl.data.augment import BatchAugmentation
+from moco_isl.data.augment import BatchAugmentation, CropAugmentation
 from moco_isl.data.datasets import SMALL
 from moco_isl.data.pixels import RGB, Pixels
 from moco_isl.data.sets import DataSet, find_set
 from moco_isl.errors import BadInput
 from moco_isl.loader import GaussianBlur
 
-_SMALLEST_CROP = 0.2  # as a share of the image's area
+CROP_MIN = 0.2  # of MoCo's crops, as a share of the image's area
 
 
 def _side(row: DataSet, size: int | None) -> int:
@@ -112,13 +112,17 @@ def get_augmentation(
     size: int | None = None,
     on_device: bool | None = None,
     pixels: Pixels = RGB,
+    crop: tuple[float, float] | None = None,
+    crop_min: float | None = None,
 ):
-    """MoCo v2's augmentation with aug_plus, else MoCo v1's.
+    """MoCo v2's augmentation with aug_plus, else MoCo v1's; or with `crop` crops and flips alone.
 
     size: side of the views, by default the data set's own. on_device: a BatchAugmentation in place
     of PIL's; a data set whose row has an augmentation of its own always takes that. Views up to 64
     pixels are not blurred. pixels: other than RGB of 8 bits are augmented by a BatchAugmentation,
-    in the workers or on the device. Raises BadInput.
+    in the workers or on the device. crop: the least and the largest share of an image's area that
+    a crop has; its ratio of sides is 3/4 to 4/3. crop_min: the least share; None for MoCo's 0.2, or
+    that of `crop`. Raises BadInput.
     """
     from torchvision import transforms as T
 
@@ -126,14 +130,23 @@ def get_augmentation(
     size = _side(row, size)
     mean, std = pixels.numbers(row)
     if row.augmentation is not None:
+        if crop_min is not None:
+            raise BadInput(f"--crop-min: {name} has an augmentation of its own; leave it off")
         return row.augmentation(mean, std, size=size)
     flip = 0.5 if row.flip else 0.0
+    if crop is not None:
+        scale = (crop[0] if crop_min is None else crop_min, crop[1])
+        if on_device:
+            return CropAugmentation(mean, std, size, scale, flip)
+        steps = [T.RandomResizedCrop(size, scale=scale), T.RandomHorizontalFlip(flip)]
+        return ImageTransform(steps, name, pixels=pixels)
+    scale = (CROP_MIN if crop_min is None else crop_min, 1.0)
     if on_device or not pixels.is_rgb:
         blur = aug_plus and size > SMALL
-        options = {"size": size, "aug_plus": aug_plus, "flip": flip, "blur": blur}
+        options = {"size": size, "aug_plus": aug_plus, "scale": scale, "flip": flip, "blur": blur}
         augmentation = BatchAugmentation(mean, std, **options)
         return augmentation if on_device else OneByOne(augmentation)
-    crop = T.RandomResizedCrop(size, scale=(_SMALLEST_CROP, 1.0))
+    crop = T.RandomResizedCrop(size, scale=scale)
     grey = T.RandomGrayscale(p=0.2)
     flip = T.RandomHorizontalFlip(flip)
     if aug_plus:
@@ -142,9 +155,9 @@ def get_augmentation(
         steps = [crop, jitter, grey, *blur, flip]
     else:
         steps = [crop, grey, T.ColorJitter(0.4, 0.4, 0.4, 0.4), flip]
-    # The smallest crop has 0.2 of the area and a ratio of 3 to 4: its shorter side is 0.387 of the
+    # The smallest crop has a ratio of 3 to 4: of 0.2 of the area its shorter side is 0.387 of the
     # geometric mean of the image's sides.
-    smallest = round(size / (_SMALLEST_CROP * 3 / 4) ** 0.5)
+    smallest = round(size / (scale[0] * 3 / 4) ** 0.5)
     return ImageTransform(steps, name, smallest=smallest, pixels=pixels)
 
 

@@ -11,7 +11,6 @@ from torch import nn
 
 from moco_isl import data, dist
 from moco_isl.data.draws import permutation
-from moco_isl.data.transforms import ImageTransform
 from moco_isl.encoders import Taps, channels_of, evaluating, feature_dim, get_head, set_head
 from moco_isl.errors import Interrupted, RunFailed
 from moco_isl.evaluation.features import Split, unreadable
@@ -151,13 +150,7 @@ def probe_augmentation(name: str, size: int, pixels: data.Pixels = data.RGB):
 
     Digits and house numbers are not flipped.
     """
-    from torchvision import transforms as T
-
-    row = data.find_set(name)
-    if row.augmentation is not None:
-        return data.get_augmentation(name, aug_plus=False, size=size, pixels=pixels)
-    flip = T.RandomHorizontalFlip(0.5 if row.flip else 0.0)
-    return ImageTransform([T.RandomResizedCrop(size), flip], name, pixels=pixels)
+    return data.get_augmentation(name, aug_plus=False, size=size, pixels=pixels, crop=(0.08, 1.0))
 
 
 class AugmentedBatches:

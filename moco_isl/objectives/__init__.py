@@ -2,6 +2,7 @@
 
 from moco_isl.objectives.bank import BankObjective
 from moco_isl.objectives.base import Objective
+from moco_isl.objectives.deepcluster import DeepClusterObjective
 from moco_isl.objectives.queue import QueueObjective
 from moco_isl.objectives.rotnet import RotationObjective
 
@@ -9,4 +10,5 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "queue": QueueObjective,
     "bank": BankObjective,
     "rotnet": RotationObjective,
+    "deepcluster": DeepClusterObjective,
 }

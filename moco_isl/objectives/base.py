@@ -54,6 +54,8 @@ class Objective:
     around: ClassVar[type[nn.Module]]  # the class of model that it trains
     has_queue: ClassVar[bool] = False  # the model is a MoCo, which has a queue
     mined: ClassVar[bool] = False  # whether it trains on mined positives
+    has_head: ClassVar[bool] = True  # whether the encoder has a projection head
+    repeats: ClassVar[bool] = False  # whether an image may come several times in a step
 
     # Options of those that can be mined for.
     active = False  # whether the mined sets are looked at
@@ -85,13 +87,24 @@ class Objective:
 
     @staticmethod
     def build_model(base_encoder: Callable[..., nn.Module], **options) -> nn.Module:
-        """The model to go around. options: dim, mlp, T, K, m; each takes those that it knows."""
+        """The model to go around. Each takes the options that it knows.
+
+        options: dim, mlp, T, K, m, num_images, clusters.
+        """
         raise NotImplementedError
 
     @staticmethod
     def views(hpe: float) -> int:
         """How many views of each image a step takes. hpe: the option of that name."""
         return 1
+
+    @staticmethod
+    def crop(side: int) -> tuple[float, float] | None:
+        """The share of an image that crops have, where crops and flips are all of its augmentation.
+
+        side: of the views, in pixels. None: MoCo's augmentation.
+        """
+        return None
 
     @property
     def encoder(self) -> nn.Module:
@@ -106,8 +119,9 @@ class Objective:
         """loss = isl(im_q, im_k, index): a mean over the batch; `parts` says what is in it.
 
         im_q, im_k: [N, 3, S, S] on the model's device, index: [N] int64, there or on the CPU. An
-        image comes at most once in a step of all ranks, and once an epoch. Where one view is
-        enough, isl(im_q, index) will do. Queue, slots and bank take up what the step has encoded.
+        image comes at most once in a step of all ranks, and once an epoch, unless the objective
+        `repeats` images. Where one view is enough, isl(im_q, index) will do. Queue, slots and bank
+        take up what the step has encoded.
 
         Raises BadInput for a batch that is none, before anything of it is remembered. An index on
         the CPU is looked at in every step. One on a GPU, and images, are looked at in the first
@@ -121,6 +135,27 @@ class Objective:
     def step(self, *batch: Tensor) -> Parts:
         """Encode the views, compute the loss, and update queue, slots and bank."""
         raise NotImplementedError
+
+    def begin_epoch(
+        self,
+        epoch: int,
+        features: Callable[[], Tensor],
+        optimizer: torch.optim.Optimizer,
+        labels: Tensor | None,
+        tick: Callable[[], None],
+    ) -> object | None:
+        """Get ready for an epoch of which no step is taken yet; returns what is to be said of it.
+
+        features(): a pass over all images without augmentation -> [M, D], what `encoder` gives for
+        each, equal on all ranks. optimizer: that of `parameters`. labels [M]: for the report alone.
+        tick: called often, may raise to abandon this; then nothing has changed. The report is a
+        dataclass of plain values with a `kind`, its name in metrics.jsonl, and its line as `str`.
+        """
+        return None
+
+    def order(self) -> Tensor | None:
+        """The images of the epoch in their order, [M] int64 on the CPU; None: each once."""
+        return None
 
     def _checked(self, *batch: Tensor) -> list[Tensor]:
         """The batch with its index on the model's device. Raises BadInput."""
@@ -141,7 +176,7 @@ class Objective:
             raise BadInput("isl(...) was given a batch of no images: expected one at least")
         looked_at = not self.begun or getattr(index, "device", CPU) == CPU
         check_index(index, N, self.num_images, values=looked_at)
-        if looked_at:
+        if looked_at and not self.repeats:
             check_once(index)
         if not self.begun and not all(bool(view.isfinite().all()) for view in views):
             raise BadInput(

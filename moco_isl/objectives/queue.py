@@ -79,7 +79,7 @@ class QueueObjective(MinedObjective):
         dist.broadcast(self.model.queue_ptr)
 
     @staticmethod
-    def build_model(base_encoder, *, dim: int, K: int, m: float, T: float, mlp: bool) -> MoCo:
+    def build_model(base_encoder, *, dim: int, K: int, m: float, T: float, mlp: bool, **_) -> MoCo:
         return MoCo(base_encoder, dim, K, m, T, mlp)
 
     @staticmethod

@@ -1,6 +1,6 @@
 """RotNet (Gidaris et al. 2018), for comparison: by how many right angles was an image turned?
 
-Letters: N batch.
+Letters: N batch, D numbers that the backbone gives.
 """
 
 from collections.abc import Callable
@@ -11,28 +11,27 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moco_isl.builder import add_mlp
+from moco_isl.encoders import CIFAR_SIDE, feature_dim, take_head_off
 from moco_isl.objectives.base import Objective, Parts
 
 Tensor = torch.Tensor
 
 
 class Rotation(nn.Module):
-    """The query encoder and a classifier of rotations on its output."""
+    """An encoder without a head, and a classifier of rotations on what its backbone gives."""
 
     shown_of_an_image = 4  # a batch goes through the encoder in all four positions at once
 
-    def __init__(self, base_encoder: Callable[..., nn.Module], dim: int = 128, mlp: bool = False):
+    def __init__(self, base_encoder: Callable[..., nn.Module]):
         super().__init__()
-        self.encoder_q = base_encoder(num_classes=dim)
-        if mlp:
-            add_mlp(self.encoder_q)
-        self.classifier = nn.Linear(dim, 4)
+        self.encoder_q = take_head_off(base_encoder(num_classes=1))
+        self.dim = feature_dim(self.encoder_q)
+        self.classifier = nn.Linear(self.dim, 4)
 
     def encode(self, image: Tensor) -> Tensor:
         """Logits [4N, 4] of images [N, 3, S, S], turned by 0, 90, 180 and 270 degrees."""
         turned = [torch.rot90(image, quarter, (2, 3)) for quarter in range(4)]
-        return self.classifier(F.relu(self.encoder_q(torch.cat(turned))))
+        return self.classifier(self.encoder_q(torch.cat(turned)))
 
     forward = encode
 
@@ -42,10 +41,17 @@ class RotationObjective(Objective):
     """Cross-entropy of every image in all four positions; no image is compared with another."""
 
     around: ClassVar[type[nn.Module]] = Rotation
+    has_head: ClassVar[bool] = False
 
     @staticmethod
-    def build_model(base_encoder, *, dim: int, mlp: bool, **_) -> Rotation:
-        return Rotation(base_encoder, dim, mlp)
+    def build_model(base_encoder, **_) -> Rotation:
+        return Rotation(base_encoder)
+
+    @staticmethod
+    def crop(side: int) -> tuple[float, float]:
+        # The published crops of CIFAR are 32 pixels out of an image with a border of 4: they show
+        # 28 x 28 of its pixels at least.
+        return (49 / 64, 1.0) if side <= CIFAR_SIDE else (0.08, 1.0)
 
     def step(self, image: Tensor, *rest: Tensor) -> Parts:
         """image: [N, 3, S, S]. A second view and the index are not looked at."""

@@ -12,7 +12,8 @@ from moco_isl.report.runs import Run
 
 # flags in which a run and its twin agree, beside images and number of epochs
 SAME = (
-    *("arch", "stem", "objective", "init", "symmetric", "mlp", "bn_splits", "aug_plus"),
+    *("arch", "stem", "objective", "init", "symmetric", "mlp", "bn_splits"),
+    *("aug_plus", "crop_min"),
     *("lr", "cos", "schedule", "momentum", "weight_decay", "batch_size"),
     *("moco_dim", "moco_k", "moco_m", "moco_t"),
 )

@@ -268,14 +268,14 @@ def match(
 ) -> tuple[dict, list[str]]:
     """Compare what `load` gave with a `builder.MoCo` or `builder.Instance`, and return its tensors.
 
-    The model may be on the meta device.
+    The model may be on the meta device. Of an encoder without a head the file's head is left out.
 
     Takes our files, MoCo's training files and MoCo's published, stripped ones, with names of
     wrappers in theirs or without. Returns the tensors by the model's names, and which of "head",
-    "encoder_k" and "queue" the model does not get from the file. Those are what the file lacks, and
-    with `init` what has another shape in it: of another head the key encoder and the queue are of
-    no use either. A queue of another length is never taken. Raises BadInput with the names that do
-    not fit.
+    "encoder_k", "queue" and "classifier" the model does not get from the file. Those are what the
+    file lacks, and with `init` what has another shape in it: of another head the key encoder and
+    the queue are of no use either. A queue of another length is never taken. Raises BadInput with
+    the names that do not fit.
     """
     state = content.get("state_dict", content)
     if not _is_state_dict(state):
@@ -296,6 +296,7 @@ def match(
     def part_of(name: str) -> str:
         return "head" if name.startswith(head) else name.split(".")[0].removesuffix("_ptr")
 
+    parts = {part_of(name) for name in wanted}
     wanted = {name: tensor for name, tensor in wanted.items() if part_of(name) not in filled}
     state = {name: tensor for name, tensor in state.items() if part_of(name) not in filled}
     state = {
@@ -309,7 +310,7 @@ def match(
         shape["queue_ptr"] = schema.Tensor("int", (1,), low=0, high=model.K - 1)
     where = f"cannot use the weights in {files.named('', path)}"
     schema.require(state, shape, where, cure=schema.EARLIER)
-    return state, filled
+    return state, [part for part in filled if part in parts]
 
 
 def _not_taken(wanted: dict, state: dict, head: str | None) -> list[str]:
@@ -317,8 +318,16 @@ def _not_taken(wanted: dict, state: dict, head: str | None) -> list[str]:
 
     head: what the names of the head begin with, where another head may be left; else None.
     """
-    shapes = lambda tensors: {n: t.shape for n, t in tensors.items() if n.startswith(head)}
-    if head is not None and shapes(wanted) != shapes(state):
+
+    def differ(begin: str) -> bool:
+        of_wanted, of_state = (
+            {name: tensor.shape for name, tensor in tensors.items() if name.startswith(begin)}
+            for tensors in (wanted, state)
+        )
+        return of_wanted != of_state
+
+    anew = head is not None and differ("classifier.")
+    if head is not None and differ(head):
         state = {name: tensor for name, tensor in state.items() if name.startswith("encoder_q.")}
         filled = ["head"]
     else:
@@ -329,7 +338,7 @@ def _not_taken(wanted: dict, state: dict, head: str | None) -> list[str]:
         C, K = wanted["queue"].shape
         if state["queue"].shape[:-1] == (C,) and state["queue"].shape != (C, K):
             filled.append("queue")
-    return filled
+    return filled + ["classifier"] * anew
 
 
 def _is_state_dict(state) -> bool:

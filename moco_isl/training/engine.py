@@ -124,7 +124,7 @@ def train_one_epoch(
         progress.name_unreadable(loader.bad_images())
         log(kind="step", epoch=epoch, step=position.step, total=position.total, **values)
 
-    for images, index in loader.epoch(epoch, start_step=position.step):
+    for images, index in loader.epoch(epoch, position.step, isl.order()):
         clock.got_data()
         images = [to_network(x, device, amp, channels_last) for x in images]  # 2 x [N, 3, S, S]
         index = index.to(device, non_blocking=True)  # [N]

@@ -160,7 +160,7 @@ def compiled(
 def compile_encoders(model: torch.nn.Module, batch: int, options: dict | None = None) -> None:
     """Compile a model's encoders for training steps of `batch` images on this rank.
 
-    model: a MoCo, an Instance or a Rotation, whose state-dict keys stay. options: torch.compile's,
+    model: that of any objective, whose state-dict keys stay. options: torch.compile's,
     for inductor.
     """
     shown = batch * model.shown_of_an_image

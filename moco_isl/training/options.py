@@ -189,6 +189,16 @@ class NetworkOptions:
         rare=True,
         help="auto: a 3x3 stem without pooling for images up to 64 pixels",
     )
+    crop_min: float | None = opt(
+        None,
+        low=0,
+        low_open=True,
+        high=1,
+        metavar="x",
+        rare=True,
+        help="the least share of an image's area that a crop shows (MoCo's 0.2; its notebook for"
+        " CIFAR-10 has 0.08)",
+    )
     bn_splits: int = opt(
         1,
         low=1,
@@ -206,8 +216,10 @@ class LossOptions:
     objective: str = opt(
         "queue",
         choices=OBJECTIVES,
-        help="queue: MoCo. bank: the paper's softmax over all images. rotnet: which way up an image"
-        " is, to compare with",
+        help="queue: MoCo. bank: the paper's softmax over all images. To compare with, each a"
+        " classifier on the backbone, without head, queue and temperature, by crops and flips"
+        " alone unless --aug-plus is given: rotnet, which way up an image is; deepcluster, which"
+        " cluster it is in",
     )
     half_bank: bool = opt(
         False,
@@ -355,6 +367,25 @@ def idle(args: argparse.Namespace) -> list[str]:
     return [flag.name for flag in of_a_round if getattr(args, flag.dest) != flag.default]
 
 
+def without_effect(args: flags.Given) -> str:
+    """A line on the flags that were given and that this objective does not look at; '' for none."""
+    if OBJECTIVES[args.objective].has_head:
+        return ""
+    of_head = [flags_of(MoCoOptions)[field] for field in ("dim", "K", "m", "T", "mlp")]
+    unused = [*of_head, *flags_of(MinedObjective).values(), flags_of(LossOptions)["half_bank"]]
+    found = [
+        flag.name
+        for flag in unused
+        if flag.dest in args.given and getattr(args, flag.dest) != flag.default
+    ]
+    if not found:
+        return ""
+    return (
+        f"warning: --objective {args.objective} trains a classifier on the backbone, without head,"
+        f" queue, bank and temperature: {', '.join(found)} changes nothing"
+    )
+
+
 def check_args(args: argparse.Namespace, count: Callable[[], int] | None = None) -> None:
     """Raise BadInput for flags that cannot work; fill in those that depend on others.
 
@@ -366,6 +397,7 @@ def check_args(args: argparse.Namespace, count: Callable[[], int] | None = None)
     if count is not None:
         M = count() - args.knn_holdout
         args.notes += filter(None, [suit(args, M), small.what_to_expect(M)])
+    args.notes += filter(None, [without_effect(args)])
     flags.check(
         not args.probe_every or args.knn_holdout,
         "--probe-every judges on images held out of train: add --knn-holdout n",
@@ -378,7 +410,7 @@ def check_args(args: argparse.Namespace, count: Callable[[], int] | None = None)
 
 
 def suit(args: flags.Given, M: int) -> str:
-    """Set the flags that were left to MoCo's defaults to what suits M images; a line about them.
+    """Set the flags that were left to their defaults to what suits M images; a line about them.
 
     '' where the defaults suit them.
     """
@@ -388,8 +420,10 @@ def suit(args: flags.Given, M: int) -> str:
         names += ["moco_k", "moco_m"]
     if args.optimizer == "sgd":
         names += ["lr"]
+    if args.objective == "deepcluster":
+        names += ["dc_every"]
     free = {name for name in names if getattr(args, name) == defaults[name]} - args.given
-    values = {name: getattr(args, name) for name in ("batch_size", "lr", "moco_k", "moco_m")}
+    values = {name: getattr(args, name) for name in small.SUITED}
     parts = ranks.total_ranks(args) * args.bn_splits
     found = small.suited(M, values, free, parts, views=2 if args.symmetric else 1)
     for name, value in found.items():
@@ -397,9 +431,7 @@ def suit(args: flags.Given, M: int) -> str:
     if not found:
         return ""
     words = ", ".join(f"--{dashed(name)} {value:g}" for name, value in found.items())
-    return (
-        f"{M:,} images: {words} suit them better than MoCo's defaults; a flag that is given stays"
-    )
+    return f"{M:,} images: {words} suit them better than the defaults; a flag that is given stays"
 
 
 def next_commands(args: argparse.Namespace, labelled: bool) -> list[str]:
@@ -456,8 +488,10 @@ def _check_objective(args: argparse.Namespace) -> None:
         not kind.has_queue or args.moco_k >= keys,
         f"--moco-k {args.moco_k} is smaller than the {keys} keys of one step: use at least that",
     )
-    flags.check(kind.has_queue or not args.symmetric, "--symmetric belongs to --objective queue")
-    flags.check(kind.has_queue or not args.predictor, "--predictor belongs to --objective queue")
+    flags.check(
+        args.crop_min is None or data.find_set(args.dataset).augmentation is None,
+        f"--crop-min: {args.dataset} has an augmentation of its own; leave it off",
+    )
     forms = kind.forms if kind.mined else [args.isl_loss]
     flags.check(
         args.isl_loss in forms,
@@ -469,6 +503,15 @@ def _check_objective(args: argparse.Namespace) -> None:
         args.isl_loss == LOCAL or args.isl_background == usual,
         "--isl-background belongs to --isl-loss local",
     )
+    for name, other in OBJECTIVES.items():
+        others = [x for x in OBJECTIVES.values() if x is not other]
+        for flag in flags_of(other).values():
+            is_shared = any(flag in flags_of(x).values() for x in others)
+            given = getattr(args, flag.dest) != flag.default
+            flags.check(
+                other is kind or is_shared or not given,
+                f"{flag.name} belongs to --objective {name}",
+            )
     flags.check(
         kind.mined or args.miner == "none",
         f"--objective {args.objective} has no use for positives: leave --miner none",

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from moco_isl import dist, files
 from moco_isl.builder import MoCo
-from moco_isl.encoders import as_in_library, without_head
+from moco_isl.encoders import as_in_library, head_name, without_head
 from moco_isl.errors import BadInput, Interrupted, RunFailed
 from moco_isl.mining.estimate import apart, effective_rank
 from moco_isl.mining.positives import PositiveSets
@@ -353,7 +353,7 @@ def load(
     )
     if "weights" in content:
         loaded = describe(content["weights"])
-    ranks.say(loaded + "".join(f"; {_instead(content, part)}" for part in filled))
+    ranks.say(loaded + "".join(f"; {_instead(content, part, parts.model)}" for part in filled))
     for line in start.says:
         ranks.say(line)
     if "queue" in filled:
@@ -375,17 +375,19 @@ def load(
     return content["isl"]["metrics_size"] if start.in_place else 0
 
 
-def _instead(content: dict, part: str) -> str:
+def _instead(content: dict, part: str, model: nn.Module) -> str:
     """Where a part of the model comes from that is not the file's, see `checkpoint.match`."""
     fills = {
         "head": "drawn anew",
         "encoder_k": "copied from encoder_q",
         "queue": "filled anew by one feature pass",
+        "classifier": "drawn anew",
     }
     if "weights" in content:
         return f"{part} {fills[part]}"
     state = content.get("state_dict", content)
-    if part == "head" or any(f"{part}." in f"{name}." for name in state):
+    place = f"encoder_q.{head_name(model.encoder_q)}" if part == "head" else part
+    if any(f"{place}." in f"{name}." for name in state):
         return f"its {part} does not fit, and is {fills[part]}"
     return f"it has no {part}, which is {fills[part]}"
 
@@ -555,6 +557,8 @@ def train(
         number = plan.rounds(epoch)
         if position.step == 0 and isl.round < number:
             mine(parts, reader, plan, journal, save, stop, epoch, number)
+        if position.step == 0:
+            begin_epoch(parts, reader, journal, save, stop, epoch)
         with fast.numerics(numerics.fast, reader.device):
             finished = engine.train_one_epoch(
                 isl,
@@ -621,6 +625,23 @@ def mine(
     say_outcome(journal, report.effective_rank, report.apart)
     journal.log(kind="round", epoch=epoch, **report.figures())
     save()
+
+
+def begin_epoch(
+    parts: resume.Parts, reader: Reader, journal: Journal, save: Saver, stop: Stop, epoch: int
+) -> None:
+    """Let the objective get ready for an epoch. Raises Interrupted after saving."""
+    isl = parts.isl
+    features = lambda: reader.features(isl.encoder, normalize=False)  # [M, D]
+    try:
+        report = isl.begin_epoch(epoch, features, parts.optimizer, reader.labels, stop.tick)
+    except Interrupted:
+        save()
+        raise Interrupted(f"saved before epoch {epoch}: go on with --resume auto") from None
+    if report is not None:
+        journal.say(f"=> epoch {epoch}: {report}")
+        known = {name: value for name, value in vars(report).items() if value is not None}
+        journal.log(kind=report.kind, epoch=epoch, **known)
 
 
 def outcome_before(folder: Path, size: int) -> tuple[float, float | None] | None:

@@ -30,11 +30,14 @@ from moco_isl.training import fast
 class Reading:
     """How images are read; the fields are the flags of these names.
 
-    workers: processes of this rank. batch_size: of all ranks. views: of an image in a step. pixels:
-    see `data.Pixels`.
+    workers: processes of this rank. batch_size: of all ranks. views: of an image in a step. crop,
+    crop_min: see `data.get_augmentation`; --aug-plus goes before the first. pixels: see
+    `data.Pixels`.
     """
 
     views: int
+    crop: tuple[float, float] | None
+    crop_min: float | None
     workers: int
     dataset: str
     cache: str | None
@@ -94,15 +97,18 @@ class Reader:
     def M(self) -> int:
         return len(self.images.train)
 
-    def features(self, encoder: nn.Module, dataset: Dataset | None = None) -> torch.Tensor:
+    def features(
+        self, encoder: nn.Module, dataset: Dataset | None = None, normalize: bool = True
+    ) -> torch.Tensor:
         """Features of the centre crops of all images: [M, C] unit rows, equal on all ranks.
 
-        The encoder is in eval mode. dataset: None for the images to train on. Raises Interrupted
-        when asked to stop.
+        The encoder is in eval mode. dataset: None for the images to train on. normalize: False for
+        rows as the encoder gives them. Raises Interrupted when asked to stop.
         """
         dataset = self.images.train if dataset is None else dataset
         loader = self._plain(dataset)
-        return self._pass(extract_features, encoder, loader, loader, len(dataset))
+        extract = functools.partial(extract_features, normalize=normalize)
+        return self._pass(extract, encoder, loader, loader, len(dataset))
 
     def _plain(self, dataset: Dataset):
         """A loader of the centre crops of this rank's share of a data set."""
@@ -178,8 +184,11 @@ def open_reader(
         size=images.side,
         on_device=settings.on_device,
         pixels=settings.pixels,
+        crop=None if settings.aug_plus else settings.crop,
+        crop_min=settings.crop_min,
     )
-    if not isinstance(augmentation, data.DigitAugmentation):
+    jitters = settings.aug_plus or settings.crop is None
+    if jitters and not isinstance(augmentation, data.DigitAugmentation):
         say(data.left_out(settings.pixels))
     loader = data.train_loader(
         images.train,
@@ -242,6 +251,8 @@ def open_passes(
     )
     settings = Reading(
         views=2,
+        crop=None,
+        crop_min=None,
         workers=workers,
         dataset=name,
         cache=None,
