@@ -48,6 +48,13 @@ def prepare(argv: list[str] | None):
     return args, check_subject(args)
 
 
+def check_args(args) -> None:
+    """Raise BadInput for flags that do not go together; launch/ asks this before it submits."""
+    options.check_knn(args)
+    if names_data(args):
+        data.check_options(flags.take(data.DataOptions, args))
+
+
 def has_features(args) -> bool:
     """Whether --features names a file: no encoder is needed then."""
     return args.features is not None and files.kind(args.features, "--features") != ""

@@ -66,6 +66,14 @@ def prepare(argv: list[str] | None):
     return args, resumed, check_subject(args, resumed)
 
 
+def check_args(args) -> None:
+    """Raise BadInput for flags that do not go together; launch/ asks this before it submits."""
+    data.check_options(flags.take(data.DataOptions, args))
+    options.check_resume(args)
+    options.settle_probe(args)
+    options.check_probe(args)
+
+
 def find_start(args) -> Resumed:
     """The file to go on with or to evaluate; sets --out. Raises BadInput."""
     args.out = args.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-lincls"

@@ -30,7 +30,12 @@ from moco_isl.errors import BadInput, Interrupted
 SUCCEEDED = "succeeded"
 FAILED = "failed"
 INTERRUPTED = "interrupted"
-SCRIPTS = {"pretrain": "main_moco_isl", "lincls": "main_lincls", "knn": "main_knn"}
+SCRIPTS = {
+    "pretrain": "main_moco_isl",
+    "lincls": "main_lincls",
+    "knn": "main_knn",
+    "detect": "moco_isl.evaluation.detection.__main__",
+}
 NEW_LIFE = "=> life "  # begins the line in the error log that parts a life from the one before
 LOCAL_RESTARTS = 5  # submitit's controller of local jobs starts a job six times
 

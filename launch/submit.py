@@ -6,6 +6,7 @@ It comes back by itself after preemption, time limit and node failure.
     python launch/submit.py pretrain --nodes 4 --gpus-per-node 8 \\
         --job-dir runs/%j -- DIR --mlp
     python launch/submit.py lincls|knn ... -- --pretrained FILE DIR
+    python launch/submit.py detect ... -- FILE --data DIR
 Evaluate it too:
     python launch/submit.py pretrain ... --then lincls,knn --lincls "..."
 Without SLURM:
@@ -39,7 +40,7 @@ from moco_isl.options import listed
 
 
 def get_parser() -> argparse.ArgumentParser:
-    usage = "%(prog)s pretrain|lincls|knn [options] [-- flags of the script]"
+    usage = "%(prog)s pretrain|lincls|knn|detect [options] [-- its flags]"
     parser = options.LauncherParser("python launch/submit.py", __doc__, usage=usage, add_help=False)
     parser.add_argument(
         "-h", "--help", action="store_true", help="show this, and the script's flags"
@@ -115,8 +116,8 @@ def _main(argv: list[str]) -> int:
     if not argv or argv[0] not in SCRIPTS:
         if argv and argv[0] not in ("-h", "--help"):
             raise BadInput(
-                f"'{argv[0]}' is nothing to submit: expected pretrain, lincls or knn, and then the"
-                " options"
+                f"'{argv[0]}' is nothing to submit: expected pretrain, lincls, knn or detect, and"
+                " then the options"
             )
         get_parser().print_help()
         return 0 if argv else BadInput.exit_code
@@ -171,8 +172,8 @@ def make_plan(script: str, opts: argparse.Namespace, flags: list[str]) -> list[T
         opts.tasks_per_node,
     )
     plan = [_run(script, flags, folder, opts, resume)]
-    same_data = ["--dataset", args.dataset, *listed(args.data)]
     for name in then:
+        same_data = ["--dataset", args.dataset, *listed(args.data)]
         given = getattr(opts, name)
         flags = [
             "--pretrained",
@@ -219,7 +220,7 @@ def dry_run(plan: list[Task], opts: argparse.Namespace) -> int:
                 ).strip()
             )
         print(
-            f"# ---- {SCRIPTS[run.script]}.py, {own.nodes} x {own.tasks_per_node} tasks, run folder"
+            f"# ---- {SCRIPTS[run.script]}, {own.nodes} x {own.tasks_per_node} tasks, run folder"
             f" {run.out}"
         )
         args = options.parse_script(

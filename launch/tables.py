@@ -108,6 +108,9 @@ def results(script: str, out: Path) -> dict:
         return {}
     where = files.named("", file)
     found = report.parse(files.read_text(file, expected="the results of an evaluation"), where)
+    if script == "detect":
+        schema.require(found, {"AP": (float, None), ...: object}, where)
+        return {k: found[k] for k in ("AP", "AP50", "AP75") if report.is_number(found.get(k))}
     schema.require(found, {f"{ROWS[script]}?": [{...: object}], ...: object}, where)
     judged = [
         result for result in found.get(ROWS[script], []) if report.is_number(result.get("top1"))

@@ -34,6 +34,11 @@ COMMANDS = {
         "main_lincls", "python main_lincls.py", "judge it by linear classifiers, or fine-tune it"
     ),
     "transfer": _of_package("transfer", "judge encoders on other data sets, in one table"),
+    "detect": Command(
+        "moco_isl.evaluation.detection.__main__",
+        "python -m moco_isl.evaluation.detection",
+        "judge it by object detection, with Faster R-CNN",
+    ),
     "embed": Command(
         "moco_isl.embed.__main__",
         "python -m moco_isl.embed",

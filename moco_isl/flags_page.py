@@ -5,6 +5,7 @@ import sys
 from moco_isl import mine, transfer
 from moco_isl.embed import command as embedding
 from moco_isl.evaluation import options as judging
+from moco_isl.evaluation.detection import command as detecting
 from moco_isl.miners import MINERS
 from moco_isl.options import Flag, flags_of
 from moco_isl.run.flags import Groups
@@ -27,6 +28,7 @@ def page() -> str:
         "main_moco_isl.py": of_groups(training.GROUPS) | of_miners(),
         "main_lincls.py": of_groups(judging.PROBE_GROUPS),
         "main_knn.py": of_groups(judging.KNN_GROUPS),
+        "moco_isl.evaluation.detection": of_groups(detecting.GROUPS),
         "moco_isl.mine": of_groups(mine.GROUPS),
         "moco_isl.transfer": of_groups(transfer.GROUPS),
         "moco_isl.embed": of_groups(embedding.GROUPS),

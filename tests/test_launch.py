@@ -157,7 +157,7 @@ def test_launcher_and_scripts_share_no_flag():
 @pytest.mark.parametrize(
     "argv, words",
     [
-        ("walk", "expected pretrain, lincls or knn"),
+        ("walk", "expected pretrain, lincls, knn or detect"),
         ("pretrain --epohcs 3 DIR", "did you mean --epochs?"),
         ("pretrain", "no data"),
         ("pretrain --partitoin gpu DIR", "--partitoin"),
@@ -1100,7 +1100,10 @@ BAD_SWEEPS = [
     ("points: [{lr: 1}]\ncolumns: knn", "columns is 'knn': expected a list"),
     ("points: [{lr: 1}]\ncolumns: [[knn]]", "columns[0] is ['knn']: expected a text"),
     ("points: [{lr: 1}]\ncolumns: ['a|b']", "'a|b' is no name"),
-    ("script: walk\npoints: [{lr: 1}]", "script is 'walk': expected one of knn, lincls, pretrain"),
+    (
+        "script: walk\npoints: [{lr: 1}]",
+        "script is 'walk': expected one of detect, knn, lincls, pretrain",
+    ),
     ("script: [knn]\npoints: [{lr: 1}]", "script is ['knn']"),
     ("points: [{name: a}, {name: a}]", "two points are named 'a'"),
     ("points: [{name: a b}, {name: a/b}]", "two points are named 'a_b'"),
@@ -1180,6 +1183,28 @@ def test_of_linear_classifiers_the_chosen_one_is_shown(tmp_path):
     rows += [{"layer": "backbone", "lr": 30.0, "top1": 11.0, "chosen": False}]
     (tmp_path / "results.json").write_text(json.dumps({"classifiers": rows, "few_labels": []}))
     assert tables.results("lincls", tmp_path) == {"layer": "backbone", "lr": 1.0, "top1": 9.0}
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "pretrain -- --dataset digits",
+        "lincls -- --pretrained x --dataset digits --lr 1 3",
+        "knn -- --pretrained x --dataset digits",
+        "detect -- x --data digits",
+    ],
+)
+def test_every_script_can_be_submitted(argv, capsys):
+    script, _, flags = argv.partition(" ")
+    assert submit.main([script, "--dry-run", "--gpus-per-node", "2", *flags.split()]) == 0
+    said = capsys.readouterr().out
+    assert f"# ---- {job.SCRIPTS[script]}, 1 x 2 tasks" in said
+
+
+def test_of_a_detector_its_ap_is_shown(tmp_path):
+    facts = {"AP": 41.5, "AP50": 70.0, "AP75": None, "classes": [{"class": "cat", "AP": 41.5}]}
+    (tmp_path / "results.json").write_text(json.dumps(facts))
+    assert tables.results("detect", tmp_path) == {"AP": 41.5, "AP50": 70.0}
 
 
 def test_a_point_whose_results_are_none_of_ours_is_one_line(tmp_path, capsys):

@@ -12,7 +12,17 @@ from moco_isl.options import opt
 from moco_isl.schema import COUNT, Number, read_json
 
 RESULTS = "results.json"
-MEASURED = ("results", "classifiers", "few_labels", "seconds", "earlier")
+MEASURED = (
+    "results",
+    "classifiers",
+    "few_labels",
+    "classes",
+    "AP",
+    "AP50",
+    "AP75",
+    "seconds",
+    "earlier",
+)
 
 _PERCENT = Number(0, 100)
 _ROW = {"dim?": (COUNT, None), "top1": _PERCENT}
