@@ -10,9 +10,10 @@ import pytest
 import main_knn
 import main_lincls
 import main_moco_isl
-from moco_isl import mine, miners
+from moco_isl import mine, miners, transfer
 from moco_isl.embed import command as embed
 from moco_isl.errors import BadInput
+from moco_isl.evaluation.detection import command as detection
 from moco_isl.options import check_values, flags_of
 from tests.runs import differences
 from tests.test_bad_input import ask
@@ -281,7 +282,7 @@ def test_a_miner_keeps_its_budget_of_each_round():
     assert miners.KNNMiner(budget=None).rules.budget is None
 
 
-SCRIPTS = [main_moco_isl, main_lincls, main_knn, mine, embed]
+SCRIPTS = [main_moco_isl, main_lincls, main_knn, detection, mine, transfer, embed]
 
 
 def test_the_page_of_flags_is_that_of_the_fields(tmp_path):
@@ -290,7 +291,8 @@ def test_the_page_of_flags_is_that_of_the_fields(tmp_path):
     subprocess.run(command, check=True, cwd=root)
     fresh = (tmp_path / "flags.md").read_text()
     assert (root / "docs" / "flags.md").read_text() == fresh, f"run {' '.join(command[1:3])}"
-    assert fresh.count("\n## ") == len(SCRIPTS) and fresh.count("\n### ") == 9 + 7 + 3 + 2 + 3 + 2
+    tables = fresh.count("\n### ")
+    assert fresh.count("\n## ") == len(SCRIPTS) and tables == 9 + 7 + 3 + 2 + 3 + 3 + 2 + 2
     for script in SCRIPTS:
         for action in script.get_parser()._actions:
             named = action.option_strings[:1] if hasattr(action, "flag") else []

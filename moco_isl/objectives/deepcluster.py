@@ -99,6 +99,7 @@ class DeepClusterObjective(Objective):
         "--dc-pca",
         low=1,
         metavar="C",
+        rare=True,
         help="DeepCluster: principal components of the features that are clustered, at most",
     )
     every: int = opt(
@@ -106,6 +107,7 @@ class DeepClusterObjective(Objective):
         "--dc-every",
         low=1,
         metavar="n",
+        rare=True,
         help="DeepCluster: epochs from clustering to clustering (as many as have 200 steps, for a"
         " classifier that begins anew learns little in fewer)",
     )
