@@ -37,9 +37,15 @@ def main(argv: list[str] | None = None, stop=None) -> int:
 
 
 def run(argv: list[str] | None, stop) -> None:
+    args, subject = prepare(argv)
+    ranks.launch(worker, args, stop, subject)
+
+
+def prepare(argv: list[str] | None):
+    """The flags and the subject of a run, before any rank is started. Raises BadInput."""
     args = get_parser().parse_args(argv)
     options.check_knn(args)
-    ranks.launch(worker, args, stop, check_subject(args))
+    return args, check_subject(args)
 
 
 def check_args(args) -> None:

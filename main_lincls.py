@@ -48,14 +48,22 @@ def main(argv: list[str] | None = None, stop=None) -> int:
 
 
 def run(argv: list[str] | None, stop) -> None:
+    args, resumed, subject = prepare(argv)
+    ranks.launch(worker, args, stop, resumed, subject)
+
+
+# ---- before any rank is started ------------------------------------------------------------------
+
+
+def prepare(argv: list[str] | None):
+    """The flags of a run, the file it goes on with, and its subject. Raises BadInput."""
     args = get_parser().parse_args(argv)
     data.check_options(flags.take(data.DataOptions, args))
     options.check_resume(args)
     resumed = find_start(args)
     settle_flags(args, resumed)
     options.check_probe(args)
-    subject = check_subject(args, resumed)
-    ranks.launch(worker, args, stop, resumed, subject)
+    return args, resumed, check_subject(args, resumed)
 
 
 def check_args(args) -> None:
@@ -64,9 +72,6 @@ def check_args(args) -> None:
     options.check_resume(args)
     options.settle_probe(args)
     options.check_probe(args)
-
-
-# ---- before any rank is started ------------------------------------------------------------------
 
 
 def find_start(args) -> Resumed:

@@ -38,6 +38,7 @@ COMMANDS = {
         "python -m moco_isl.evaluation.detection",
         "judge it by object detection, with Faster R-CNN",
     ),
+    "transfer": _of_package("transfer", "judge encoders on other data sets, in one table"),
     "embed": Command(
         "moco_isl.embed.__main__",
         "python -m moco_isl.embed",

@@ -2,7 +2,7 @@
 
 import sys
 
-from moco_isl import mine
+from moco_isl import mine, transfer
 from moco_isl.embed import command as embedding
 from moco_isl.evaluation import options as judging
 from moco_isl.evaluation.detection import command as detecting
@@ -30,6 +30,7 @@ def page() -> str:
         "main_knn.py": of_groups(judging.KNN_GROUPS),
         "moco_isl.evaluation.detection": of_groups(detecting.GROUPS),
         "moco_isl.mine": of_groups(mine.GROUPS),
+        "moco_isl.transfer": of_groups(transfer.GROUPS),
         "moco_isl.embed": of_groups(embedding.GROUPS),
     }
     parts = [HEAD]

@@ -15,7 +15,7 @@ FLOORS = [
     {"run", "data"},  # what any script needs, and what comes in
     {"training"},  # how a run goes
     {"evaluation", "export", "report", "mine", "isl"},  # how good it is; a loop of a user's own
-    {"embed"},  # features out
+    {"embed", "transfer"},  # features out; encoders on other images
     {"pretraining"},  # a pretraining from its flags to its end
     {"flags_page"},  # the flags of all of it
 ]
@@ -81,7 +81,7 @@ def test_nothing_but_the_command_line_sees_args():
     """What reads the command line, or is run by `python -m`, may; the method may not."""
     for file in sorted(PACKAGE.rglob("*.py")):
         if file.parent.name == "run" or file.name in (
-            *("options.py", "__main__.py", "command.py", "export.py", "mine.py"),
+            *("options.py", "__main__.py", "command.py", "export.py", "mine.py", "transfer.py"),
             "pretraining.py",
         ):
             continue

@@ -25,7 +25,7 @@ OURS = [page for page in PAGES if page.name not in WRITTEN]
 OTHERS = {  # flags of benchmarks, of detectron2 and of the example miner
     *("--minutes", "--images", "--repeats", "--quick", "--profile", "--rows", "--small", "--gan"),
     *("--num-gpus", "--config-file", "--eval-only", "--steps", "--widths", "--precisions"),
-    "--of",
+    *("--of", "--picture"),
 }
 by_name = pytest.mark.parametrize("page", OURS, ids=lambda page: page.name)
 

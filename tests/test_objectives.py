@@ -52,8 +52,9 @@ def test_each_objective_says_what_it_is(name, views, mined, has_queue, encoder):
 
 def test_options_are_those_that_an_objective_has():
     shared = {"P", "form", "hpe", "own", "bank_mix", "bank_dtype", "active", "fast", "encode"}
+    shared |= {"variant"}
     assert OBJECTIVES["queue"].options() == shared | {"mask", "symmetric", "predictor"}
-    assert OBJECTIVES["bank"].options() == shared | {"seed"}
+    assert OBJECTIVES["bank"].options() == shared | {"seed", "background"}
     assert OBJECTIVES["rotnet"].options() == {"fast", "encode"}
     own = {"clusters", "components", "every", "seed"}
     assert OBJECTIVES["deepcluster"].options() == {"fast", "encode"} | own

@@ -154,15 +154,24 @@ def _walk(src: Tensor, dst: Tensor, value: Tensor, n: int) -> list[int]:
     return chosen
 
 
-def build_grids(runs: Sequence[Run], album: Album, rounds_shown: int = 4) -> list[Grid]:
-    """Grids of runs that count the same images; the first run with a round chooses the anchors."""
+def build_grids(
+    runs: Sequence[Run],
+    album: Album,
+    rounds_shown: int = 4,
+    chosen: dict[str, list[int]] | None = None,
+) -> list[Grid]:
+    """Grids of runs that count the same images.
+
+    chosen: the anchors of each grid, by the names of TITLES; None: by the first run with a round.
+    """
     recorded = {run.name: [r for r in run.rounds if r.path.exists()] for run in runs}
     runs = [run for run in runs if recorded[run.name]]
     if not runs:
         return []
-    first = recorded[runs[0].name]
-    choosing = [round_ for round_ in first if round_.accepted] or first
-    chosen = choose(choosing[-1].load(), album.labels)
+    if chosen is None:
+        first = recorded[runs[0].name]
+        choosing = [round_ for round_ in first if round_.accepted] or first
+        chosen = choose(choosing[-1].load(), album.labels)
     names = [run.name for run in runs]
     grids = {
         kind: Grid(*TITLES[kind], names, [(album.cell(i), []) for i in anchors])
