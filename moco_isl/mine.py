@@ -231,6 +231,8 @@ def worker(args: argparse.Namespace, stop, source: Source) -> None:
         views=2,
         workers=devices.usable_workers(args.workers, ranks.processes_here(args)),
         aug_plus=bool(info["args"].get("aug_plus", True)),
+        crop=None,
+        crop_min=info["args"].get("crop_min"),
         on_device=False,
         knn_holdout=0,
         bn_splits=1,
