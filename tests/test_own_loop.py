@@ -268,9 +268,7 @@ def test_features_that_are_no_unit_rows_are_not_mined(objective):
 
 
 def test_an_unknown_option_is_refused():
-    said = (
-        r"ISL\(MoCo, ...\) has no option recentre, seeds: expected some of P, active, .*symmetric$"
-    )
+    said = r"ISL\(MoCo, ...\) has no option recentre, seeds: expected some of P, .*, variant$"
     with pytest.raises(BadInput, match=said):
         ISL(moco(), M, seeds=1, recentre=True)
     with pytest.raises(BadInput, match=r"ISL\(Instance, ...\) has no option symmetric: expected"):
@@ -278,7 +276,7 @@ def test_an_unknown_option_is_refused():
 
 
 def test_an_unknown_form_is_refused():
-    with pytest.raises(BadInput, match="form 'sum' is unknown: use logsum or meanlog"):
+    with pytest.raises(BadInput, match="form 'sum' is unknown here: use logsum or meanlog"):
         ISL(moco(), M, form="sum")
 
 

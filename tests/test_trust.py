@@ -361,10 +361,9 @@ def test_how_many_images_to_label_is_said(M, pairs, every, cure):
 
 
 def test_auto_stands_alone():
-    for wrong in (["auto", "5"], ["5", "auto"], "x", "0", "nan", "-1"):
-        with pytest.raises(
-            BadInput, match="--isl-budget .*expected auto alone, or numbers above 0"
-        ):
+    wanted = "--isl-budget .*expected auto or all alone, or numbers above 0"
+    for wrong in (["auto", "5"], ["5", "all"], "x", "0", "nan", "-1"):
+        with pytest.raises(BadInput, match=wanted):
             KNNMiner(budget=wrong)
     with pytest.raises(BadInput, match="--isl-budget auto .* --isl-trust off"):
         KNNMiner(budget="auto", trust="off")
