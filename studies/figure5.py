@@ -120,6 +120,11 @@ COLUMN = LABEL + SHOWN * (CELL + GAP) + 10
 
 def svg(grid: Grid, title: str) -> str:
     """The grid as an SVG: dark ink on white, on a dark page too."""
+    cells = [anchor for anchor, _ in grid.anchors]
+    cells += [
+        x for _, columns in grid.anchors for rows in columns for row in rows for x in row.cells
+    ]
+    images = {cell.index: cell.source for cell in cells}  # each once
     parts = [text(10, 24, title, "b")]
     for i, name in enumerate(ROWS.values()):
         parts.append(text(ANCHOR + i * COLUMN + LABEL, 48, name, "b"))
@@ -146,12 +151,20 @@ def svg(grid: Grid, title: str) -> str:
         " image { image-rendering: pixelated } rect, path { fill: none; stroke-width: 2 }"
         f" .right {{ stroke: {paper.GREEN} }} .wrong {{ stroke: {paper.RED} }}"
         f" .unknown {{ stroke: {paper.GREY} }}</style>"
-        f'<path d="M0 0H{width}V{y}H0Z" style="fill: white"/>\n' + "\n".join(parts) + "\n</svg>\n"
+        f'<path d="M0 0H{width}V{y}H0Z" style="fill: white"/>\n'
+        + "\n".join([*map(symbol, *zip(*images.items())), *parts])
+        + "\n</svg>\n"
     )
 
 
 def text(x: float, y: float, words: str, kind: str = "") -> str:
     return f'<text x="{x}" y="{y}" class="{kind}">{words}</text>'
+
+
+def symbol(index: int, source: str) -> str:
+    """An image that `picture` shows by its number, at any size."""
+    image = f'<image width="1" height="1" preserveAspectRatio="none" href="{source}"/>'
+    return f'<symbol id="i{index}" viewBox="0 0 1 1">{image}</symbol>'
 
 
 def picture(cell: Cell, x: int, y: int, side: int) -> str:
@@ -160,7 +173,7 @@ def picture(cell: Cell, x: int, y: int, side: int) -> str:
     end = f' width="{side}" height="{side}"'
     cross = f'<path class="wrong" d="M{x + side - 9} {y}L{x + side} {y + 9}"/>' * bool(cell.wrong)
     return (
-        f'<image x="{x}" y="{y}"{end} href="{cell.source}"/>'
+        f'<use x="{x}" y="{y}"{end} href="#i{cell.index}"/>'
         f'<rect class="{kind}" x="{x}" y="{y}"{end}/>{cross}'
     )
 

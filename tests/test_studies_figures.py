@@ -365,7 +365,9 @@ def test_figure_5_of_two_runs(trained, tmp_path):
     assert {"ISL", "LA", "round 2", "nearest"} <= set(words(tmp_path / "docs" / "x.svg"))
     frames = re.findall(r'<rect class="(\w+)"', picture)
     anchors = figure5.ANCHORS
-    assert len(frames) == picture.count("<image") > 4 * anchors
+    shown = re.findall(r'<use [^>]*href="#i(\d+)"', picture)
+    made = re.findall(r'<symbol id="i(\d+)"', picture)
+    assert len(frames) == len(shown) > 4 * anchors and sorted(made) == sorted(set(shown))
     assert frames.count("unknown") == anchors, "an anchor is neither right nor wrong"
     assert picture.count('<path class="wrong"') == frames.count("wrong")
 
