@@ -217,6 +217,16 @@ class Layer(nn.Module):
         return self.taps(images)[self.layer].flatten(1)
 
 
+def crop_min_of(run: dict, dataset: str) -> float | None:
+    """The least crop of the run that made the file; None where the data set has its own crops.
+
+    run: its flags, out of a file that was not checked.
+    """
+    least = run.get("crop_min")
+    known = isinstance(least, float) and 0 < least <= 1
+    return least if known and data.find_set(dataset).augmentation is None else None
+
+
 def worker(args: argparse.Namespace, stop, source: Source) -> None:
     """Run one rank: a pass over its share of the images, its share of the anchors."""
     device = devices.resolve_device(args)
@@ -232,7 +242,7 @@ def worker(args: argparse.Namespace, stop, source: Source) -> None:
         workers=devices.usable_workers(args.workers, ranks.processes_here(args)),
         aug_plus=bool(info["args"].get("aug_plus", True)),
         crop=None,
-        crop_min=info["args"].get("crop_min"),
+        crop_min=crop_min_of(info["args"], args.dataset),
         on_device=False,
         knn_holdout=0,
         bn_splits=1,

@@ -313,7 +313,7 @@ def check_given(args) -> None:
     flags.check(
         place is None or place.world == 1,
         "moco_isl.transfer is one process: start it without torchrun; for fine-tuning on several"
-        ' GPUs give --finetune "--multiprocessing-distributed"',
+        ' GPUs give --finetune="--multiprocessing-distributed"',
     )
     flags.check(encoders_of(args), "nothing to judge: give one FILE or several")
     flags.check(args.to, "no images to judge on: give --to DIR, or --to cifar10:DIR")

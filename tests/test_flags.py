@@ -152,6 +152,7 @@ def test_a_config_starts_from_another_one_beside_it(tmp_path):
         ("config: other.yaml", "run.yaml leads back here"),
         ("config: nowhere.yaml", "nowhere.yaml': no such file"),
         ("config: [a, b]", "config: expected one file to start from"),
+        ("config: ''", "config: expected one file to start from"),
     ],
 )
 def test_a_config_that_starts_from_none(tmp_path, text, words):

@@ -246,8 +246,38 @@ def test_a_bridge_of_one_direction_does_not_join_two_groups():
     x, labels = planted(per_group=8, groups=2, noise=0.3, seed=3)
     x[0] = F.normalize(0.6 * x[0] + 0.8 * x[8], dim=0)
     labels[0] = 1
-    found = mine(DiffusionMiner(k=3, steps=2, budget=None, max_share=1.0), x)
+    found = mine(DiffusionMiner(k=3, steps=2, largest=16, budget=None, max_share=1.0), x)
     assert found.precision(labels) == 1 and found.num_edges > 16
+
+
+def test_a_subgraph_is_bounded_where_nobody_says_how():
+    """Not by --isl-max-share, which PAD has at 1: 5 % of the images, or 4 times the budget."""
+    x = unit(400)
+    for options, most in (({"budget": "all"}, 20), ({"budget": "all", "max_share": 1.0}, 20)):
+        miner = DiffusionMiner(**options)
+        assert 2 < int(mine(miner, x).sizes().max()) + 1 <= most
+    wide = DiffusionMiner(budget=90.0)
+    mine(wide, x)
+    assert 20 < wide.report.extra["largest_subgraph"] <= 360
+
+
+def test_all_pairs_are_all():
+    """No cap on an image: only --isl-max-share then bounds in how many sets it is."""
+    x = unit(400)
+    everything = mine(ClusterMiner(4, 1, budget="all"), x)
+    assert everything.num_edges == sum(
+        int(n) * (int(n) - 1)
+        for n in kmeans(
+            x,
+            4,
+            20,
+            torch.Generator().manual_seed(
+                int(torch.randint(2**62, (1,), generator=torch.Generator().manual_seed(0)))
+            ),
+        )[0].bincount()
+    )
+    bounded = mine(ClusterMiner(4, 1, budget="all", max_share=0.05), x)
+    assert int(bounded.in_degree().max()) == 20
 
 
 def test_diffusion_without_affinities_says_so():
@@ -421,7 +451,7 @@ FEW = {
     "knn": lambda k: KNNMiner(k, budget=None, max_share=1),
     "average": lambda k: AverageMiner(k, k, budget=None, max_share=1),
     "entropy": lambda k: EntropyMiner(k, 1.0, budget=None, max_share=1),
-    "diffusion": lambda k: DiffusionMiner(k, budget=None, max_share=1),
+    "diffusion": lambda k: DiffusionMiner(k, largest=k + 1, budget=None, max_share=1),
     "cluster": lambda k: ClusterMiner(1, 1, candidates=k, budget=None, max_share=1),
     "gan": lambda k: GANMiner(candidates=k),
 }

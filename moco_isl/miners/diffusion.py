@@ -4,7 +4,7 @@ Letters: M images, C feature dimension, N anchors of a block, k neighbours, R im
 anchor.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -12,7 +12,7 @@ import torch
 from moco_isl import dist
 from moco_isl.errors import missing_package
 from moco_isl.mining.edges import Edges
-from moco_isl.mining.groups import Groups, cosines, merged
+from moco_isl.mining.groups import Groups, cosines, merged, require_pairs
 from moco_isl.mining.positives import PositiveSets
 from moco_isl.mining.rounds import RoundMiner, over_blocks
 from moco_isl.ops.neighbors import Tick, topk
@@ -55,7 +55,7 @@ class DiffusionMiner(RoundMiner):
         low=2,
         metavar="n",
         help="images of the largest subgraph: one that is larger is taken apart, by pointing at"
-        " fewer images (as many as --isl-max-share lets one image be a positive of)",
+        " fewer images (5 % of all up to 100, or 4 times a number given to --isl-budget)",
     )
     decay: float = 0.9
 
@@ -85,8 +85,9 @@ class DiffusionMiner(RoundMiner):
 
         # [M, k] each: in order
         _, reached, F = (dist.all_gather_rows(x) for x in over_blocks(M, device, walk, tick))
-        largest = self.largest or self.rules.cap(M) + 1
+        largest = self.largest or max(2, replace(self.rules, max_share=None).cap(M))
         subgraph = subgraphs(reached, F > 0, largest)  # [M]
+        require_pairs(subgraph[None], "give a smaller --isl-subgraph")
         sizes = subgraph.bincount()
         groups = Groups(subgraph[None])
         self.report.extra |= {

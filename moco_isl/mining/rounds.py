@@ -200,7 +200,8 @@ class RoundMiner(Miner):
         metavar="x",
         rare=True,
         help="no image is a positive of more than this share of all images (by itself: of 4 times"
-        " as many images as a set has on average, or of 5 % of them up to 100 where that is more)",
+        " as many images as a set has on average, or of 5 % of them up to 100 where that is more;"
+        " with --isl-budget all there is no bound)",
     )
     trust: float | str | None = opt(
         None,
@@ -257,11 +258,12 @@ class RoundMiner(Miner):
                 f"--isl-keep never drops a pair, and --miner {self.name} makes its sets anew each"
                 " round: leave it off"
             )
+        everything = self.max_share is None and self.budget in ("all", ["all"], ("all",))
         self.rules = Rules(
             budget=self.budgets[0] if self.budgets else None,
             directed=self.directed,
             replace=self.replaces,
-            max_share=self.max_share,
+            max_share=1.0 if everything else self.max_share,
             keep=self.keep,
             trust=bound_of(self.trust),
         )
@@ -437,7 +439,7 @@ class RoundMiner(Miner):
         if number:
             self._say(estimate, a, b, number, views)
         else:
-            five = max(1, round(NO_BOUND * len(features) / 2))
+            five = max(1, round(NO_BOUND * len(features) / self.rules.edges_a_pair))
             self.surest = a[:five], b[:five]
             self.report.why = f"{NOTHING_SURE}: {_why_not(estimate, bound, least)}"
         return number

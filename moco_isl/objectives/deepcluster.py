@@ -270,7 +270,7 @@ class DeepClusterObjective(Objective):
 
     def load_state_dict(self, state: dict) -> None:
         self.cluster = state["cluster"].to(self.device)
-        self.epoch = state["clustered"]
+        self.epoch = self.turn = state["clustered"]
 
     @classmethod
     def state_shape(cls, model: DeepCluster) -> dict | Holds:

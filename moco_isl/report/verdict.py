@@ -16,6 +16,12 @@ from moco_isl.schema import Holds, Number, read_json
 HIGH = 0.9
 NEAR = 0.02  # precisions this close to a break-even are not told from it
 LABELS_USED = "labels were used"
+PLAIN = {  # what a run of an objective is where nothing is mined
+    "queue": "plain MoCo",
+    "bank": "plain instance discrimination",
+    "deepcluster": "DeepCluster, which has clusters in place of sets",
+    "rotnet": "RotNet, which compares no images",
+}
 _PRECISION = Number(0, 1)
 
 
@@ -69,7 +75,8 @@ def judge(run: Run, runs: Sequence[Run] = (), table: dict | None = None) -> Verd
 def _judge(run: Run, runs: Sequence[Run], table: dict | None) -> Verdict:
     if not run.rounds:
         if run.flags.get("miner", "none") == "none":
-            return Verdict("open", "Nothing was mined: this run is plain MoCo.")
+            plain = PLAIN.get(run.flags.get("objective", "queue"), "without mined positives")
+            return Verdict("open", f"Nothing was mined: this run is {plain}.")
         return Verdict("open", "Nothing was mined yet: the first round is still to come.")
     last = run.rounds[-1].report
     sets = _sets(last)

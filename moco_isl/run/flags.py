@@ -331,7 +331,8 @@ class Parser(argparse.ArgumentParser):
         content = dict(content or {})
         below = content.pop("config", None)
         if below is not None:
-            check(isinstance(below, str), f"{of}: config: expected one file to start from")
+            is_file = isinstance(below, str) and below != ""
+            check(is_file, f"{of}: config: expected one file to start from")
             above = (*above, os.path.realpath(path))
             file = os.path.join(os.path.dirname(path), below)
             check(

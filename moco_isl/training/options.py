@@ -364,7 +364,11 @@ def idle(args: argparse.Namespace) -> list[str]:
         return []
     of_sets = [flags_of(MinedObjective)[name] for name in ("own", "variant")]
     of_a_round = [*flags_of(RoundMiner).values(), *of_sets, flags_of(MiningOptions)["mined_from"]]
-    return [flag.name for flag in of_a_round if getattr(args, flag.dest) != flag.default]
+    found = [flag.name for flag in of_a_round if getattr(args, flag.dest) != flag.default]
+    # these two have a value by now, given or not
+    when = {"isl_start": "--isl-start", "isl_every": "--isl-every"}
+    found += [name for dest, name in when.items() if dest in args.given]
+    return found + (["--isl-loss"] if args.isl_loss == LOCAL else [])
 
 
 def without_effect(args: flags.Given) -> str:
@@ -575,7 +579,11 @@ def _fill_in(args: argparse.Namespace) -> None:
     if args.isl_every is None:
         args.isl_every = length if several else 20
     flags.check(
-        args.isl_from != "bank" or args.isl_start or args.init or args.objective == "queue",
+        args.miner == "none"
+        or args.isl_from != "bank"
+        or args.isl_start
+        or args.init
+        or args.objective == "queue",
         "--isl-from bank mines before the first step, when the bank holds random rows: give"
         " --isl-start n, or --init",
     )

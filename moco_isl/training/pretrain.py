@@ -584,7 +584,7 @@ def train(
         end_of_epoch(parts, reader, plan, journal, save, judges)
     if plan.mines and journal.outcome is not None and journal.outcome[1] is not None:
         with contextlib.suppress(Interrupted):  # all is saved already
-            features = reader.features(isl.encoder)
+            features = features_to_mine(isl, reader, plan)
             views = reader.views(isl.encoder, plan.epochs)
             say_outcome(journal, effective_rank(features), apart(views))
 
@@ -606,8 +606,7 @@ def mine(
     miner_before = copy.deepcopy(miner.state_dict())
     generators = resume.rng_of_ranks(reader.device)
     try:
-        from_bank = plan.isl_from == "bank" and isl.bank.filled
-        features = isl.bank.rows if from_bank else reader.features(isl.encoder)  # [M, C]
+        features = features_to_mine(isl, reader, plan)  # [M, C]
         views = reader.views(isl.encoder, epoch) if miner.wants_views else None  # 2 x [M, C]
         report = engine.mine_round(
             isl, miner, features, reader.labels, reader.settings.seed, stop, views, number=number
@@ -625,6 +624,13 @@ def mine(
     say_outcome(journal, report.effective_rank, report.apart)
     journal.log(kind="round", epoch=epoch, **report.figures())
     save()
+
+
+def features_to_mine(isl: Objective, reader: Reader, plan: Plan) -> torch.Tensor:
+    """[M, C]: the features that a round mines from, see --isl-from."""
+    if plan.isl_from == "bank" and isl.bank.filled:
+        return isl.bank.rows
+    return reader.features(isl.encoder)
 
 
 def begin_epoch(

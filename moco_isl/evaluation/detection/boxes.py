@@ -175,7 +175,11 @@ class _Images:
 
     def require(self, name: str, where: str) -> str:
         path = self.folder / name
-        if name not in self.names and not ("/" in name and path.is_file()):
+        try:
+            is_there = name in self.names or ("/" in name and path.is_file())
+        except OSError:  # a name that is too long
+            is_there = False
+        if not is_there:
             raise BadInput(f"{where}: its image {named('', path)} is missing: expected all images")
         return str(path)
 
@@ -262,7 +266,7 @@ def _voc_image(given: Split, folder: Path, name: str, images: _Images) -> tuple:
         root = xml.etree.ElementTree.parse(path).getroot()
     except FileNotFoundError:
         raise BadInput(f"{where} is missing: expected an annotation for each image") from None
-    except (xml.etree.ElementTree.ParseError, ValueError, OSError) as error:
+    except (xml.etree.ElementTree.ParseError, LookupError, ValueError, OSError) as error:
         raise BadInput(f"{where} cannot be read ({error}): expected VOC's XML") from error
     usual = f"{name}.jpg"
     other = root.findtext("filename") or usual  # of many tools' files it is no name of a file
@@ -316,10 +320,20 @@ def _read_coco(given: Split) -> BoxedImages:
         images = {one["id"]: one for one in content["images"]}
         sizes = {i: (int(one["width"]), int(one["height"])) for i, one in images.items()}
         names = {i: str(one["file_name"]) for i, one in images.items()}
-    except (KeyError, TypeError, ValueError) as error:
+    except KeyError as error:
         raise BadInput(
             f"{where} has an image or a category without its {error}: expected COCO's format"
         ) from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise BadInput(
+            f"{where} has an image or a category whose id, size or name is none ({error}): expected"
+            " COCO's format"
+        ) from error
+    for what, found in (("images", images), ("categories", categories)):
+        if len(found) < len(content[what]):
+            raise BadInput(f"{where} has two {what} of one id: expected an id of its own for each")
+    if len(set(categories.values())) < len(categories):
+        raise BadInput(f"{where} has two categories of one name: expected different names")
     classes = given.train.classes if given.train else list(dict.fromkeys(categories.values()))
     known = {name: i for i, name in enumerate(classes)}
     numbers = {i: given.label(name, known, where) for i, name in categories.items()}
@@ -328,9 +342,12 @@ def _read_coco(given: Split) -> BoxedImages:
         at = f"{where}, annotation {k}"
         try:
             i, category = one["image_id"], one["category_id"]
+            hash((i, category))
+            if isinstance(one["bbox"], str):
+                raise ValueError("a text")
             x, y, w, h = map(float, one["bbox"])
             crowd = bool(one.get("iscrowd", 0))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise BadInput(
                 f"{at}, has no image_id, category_id or bbox of four numbers: expected COCO's"
                 " format"
