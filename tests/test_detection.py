@@ -1,6 +1,7 @@
 """Detection: the files that are read, the score, the networks, the training and how it goes on."""
 
 import json
+import math
 import re
 from functools import partial
 from pathlib import Path
@@ -675,6 +676,34 @@ BAD_COCO = {
     "no area": (
         {"annotations": [{"image_id": 5, "category_id": 18, "bbox": [1, 1, 0, 2]}]},
         "annotation 0: box 1 1 1 3 has no area",
+    ),
+    "two categories of one id": (
+        {"categories": [{"id": 18, "name": "dog"}, {"id": 18, "name": "brush"}]},
+        "has two categories of one id",
+    ),
+    "two categories of one name": (
+        {"categories": [{"id": 18, "name": "dog"}, {"id": 90, "name": "dog"}]},
+        "has two categories of one name",
+    ),
+    "two images of one id": (
+        {
+            "images": [
+                {"id": 5, "file_name": x, "width": 48, "height": 36} for x in ("x.jpg", "y.jpg")
+            ]
+        },
+        "has two images of one id",
+    ),
+    "an id that is a list": (
+        {"annotations": [{"image_id": [5], "category_id": 18, "bbox": [1, 1, 2, 2]}]},
+        "annotation 0, has no image_id, category_id or bbox",
+    ),
+    "a bbox that is a text": (
+        {"annotations": [{"image_id": 5, "category_id": 18, "bbox": "1122"}]},
+        "annotation 0, has no image_id, category_id or bbox",
+    ),
+    "a size that is none": (
+        {"images": [{"id": 5, "file_name": "x.jpg", "width": math.inf, "height": 36}]},
+        "whose id, size or name is none",
     ),
     "an image is missing": (
         {"images": [{"id": 5, "file_name": "gone.jpg", "width": 48, "height": 36}]},
