@@ -115,7 +115,7 @@ def test_the_recipes_say_what_the_methods_are():
         assert (close.miner, close.isl_loss, close.isl_background) == ("cluster", "local", 4096)
         assert (close.isl_every, close.isl_from, graph.miner) == (1, "bank", "diffusion")
         for args in (anchors, close, graph):
-            assert args.isl_budget == ["all"] and args.isl_max_share == 1 and not args.isl_keep
+            assert args.isl_budget == ["all"] and not args.isl_keep
         assert isl.isl_keep
     assert parse("isl_without_hpe_cifar10").isl_hpe == 0
     assert parse("isl_published_cifar10").isl_as == "published"
