@@ -82,6 +82,7 @@ def make(args) -> None:
         result.add({"epoch": epoch, "n": len(trained), **shown})
     result.note(CLAIM)
     result.note(verdict(found))
+    print(f"  written: {result.write(args.out)}")
     with paper.drawn(runs.picture, len(SIZES), f"Figure 3 on {runs.name}", sharey=True) as panels:
         for axes, size in zip(panels, SIZES):
             for whose, colour in (("gan", paper.BLUE), ("own", paper.RED)):
@@ -91,7 +92,6 @@ def make(args) -> None:
             axes.set(title=f"the first {size} of an image", xlabel="epochs before the round")
         panels[0].set_ylabel("of the image's class, %")
         panels[0].legend(frameon=False)
-    print(f"  written: {result.write(args.out)}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -108,12 +108,12 @@ def make(args) -> None:
             result.add(cells)
         result.note(claim)
         result.note(VERDICTS[setting](curves[setting]))
+    print(f"  written: {result.write(args.out)}")
     with paper.drawn(runs.picture, 3, f"Figure 4 on {runs.name}", sharey=True) as panels:
         for axes, (setting, curve) in zip(panels, curves.items()):
             paper.line(axes, curve, "", paper.BLUE)
             axes.set(xlabel=PANELS[setting][0])
         panels[0].set_ylabel("weighted kNN, %")
-    print(f"  written: {result.write(args.out)}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -220,9 +220,9 @@ def make(args) -> None:
         " features of the same round. Surest: as many pairs of both miners, the surest first."
         " Likeness: 100 times the mean cosine of the pixels of their right pairs, at 8 by 8."
     )
+    print(f"  written: {result.write(args.out)}")
     grid = grid_of({row: read[row][0] for row in ROWS}, Album(dataset, dataset.labels))
     paper.write(svg(grid, f"Figure 5 on {runs.name}"), runs.picture)
-    print(f"  written: {result.write(args.out)}")
 
 
 def main(argv: list[str] | None = None) -> int:
