@@ -113,5 +113,5 @@ def test_a_first_try_from_the_wheel(run, fresh, tmp_path):
     assert "same output" in run(f"moco-isl export {file} --to safetensors --out a.safetensors")
     dry = run("moco-isl submit pretrain --dry-run -- --dataset digits -a digits --moco-k 512")
     assert "# nothing was submitted" in dry
-    assert "main_moco_isl.py" in dry
+    assert "# ---- main_moco_isl, " in dry
     assert run("moco-isl sweep absent.yaml", code=2).count("\n") == 1
