@@ -301,6 +301,7 @@ def test_colour_compiles_to_three_passes():
     torch.testing.assert_close(found, plain, atol=2e-6, rtol=0)
 
 
+@pytest.mark.long
 def test_compiled_draws_are_the_same_bits():
     """So are those of the host: workers crop by some of the draws, the device uses the others."""
     augmentation = BatchAugmentation(*IDENTITY, size=16, aug_plus=True, blur=True)

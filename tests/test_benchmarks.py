@@ -216,6 +216,7 @@ def test_start_counts_to_the_first_step(tmp_path, monkeypatch):
         start.seconds_to_first_step([], tmp_path)
 
 
+@pytest.mark.long
 def test_start_with_and_without_a_cache(tmp_path):
     runs.photos(tmp_path / "small", 64, side=16)
     found = rows(

@@ -193,6 +193,7 @@ def test_a_larger_lambda_pulls_proxies_to_negatives_and_off_positives():
     assert p_small > p_one + 0.1 > p_large + 0.2 and n_small < n_one - 0.1 < n_large - 0.2
 
 
+@pytest.mark.long
 def test_a_larger_lambda_does_so_in_the_game_too():
     margin = {0.1: 0.0, 10.0: 0.0}
     for lam in margin:

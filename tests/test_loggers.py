@@ -59,6 +59,7 @@ def test_a_stopped_run_goes_on_as_the_same_run_of_mlflow(apart):
     assert [metric.step for metric in losses] == [7, 14]
 
 
+@pytest.mark.long
 def test_a_run_from_another_s_file_is_a_run_of_its_own(apart):
     first, second = apart / "one", apart / "two"
     flags = [*RUN, "--log", "mlflow"]

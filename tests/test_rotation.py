@@ -78,6 +78,7 @@ def test_two_ranks_are_one():
         assert torch.allclose(weights, alone, atol=1e-6)
 
 
+@pytest.mark.long
 def test_a_run_learns_and_resumes(tmp_path):
     def run(*flags):
         common = (

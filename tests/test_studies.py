@@ -186,6 +186,7 @@ def test_what_cannot_be_judged_is_one_line(tmp_path, capsys):
     assert "judge: figures[0] is 'top1'" in said and said.count("\n") == 1
 
 
+@pytest.mark.long
 def test_the_demo_prints_a_row_a_run_and_what_mining_added(tmp_path, monkeypatch, capsys):
     """make demo, of one epoch a run, without a terminal."""
     monkeypatch.setattr(demo, "OUT", tmp_path / "demo")

@@ -269,6 +269,7 @@ def test_the_sentence_of_sampling_times(found, begins):
     assert figure4.of_more(found).startswith(begins)
 
 
+@pytest.mark.long
 def test_figure_4_of_runs(tmp_path):
     middle = {"isl-threshold": 0.1, "isl-radius": 1.0, "isl-triplets": 2}
     short = {**SHORT, **middle, "epochs": 2}

@@ -90,6 +90,7 @@ def test_an_undecided_discriminator_pays_three_false_triplets_as_one():
     )
 
 
+@pytest.mark.long
 def test_a_score_trained_on_unmatched_triplets_tells_matches_from_strangers_better():
     features = clusters(300, groups=6, spread=0.3)
     # of the same group

@@ -286,6 +286,7 @@ def blocks(page, title, language=""):
     return [block for word, block in found if word == language]
 
 
+@pytest.mark.long
 def test_commands_of_the_pages_run(tmp_path, monkeypatch):
     photos(tmp_path / "DIR", n=16)
     monkeypatch.chdir(tmp_path)
