@@ -2,8 +2,7 @@
 
 These are the close neighbours C of the paper. Its background neighbours B are looked up at every
 step by the loss that is made for them, `losses.local_aggregation`.
-Letters: M images, C feature dimension, N anchors of a block, H clusterings, G clusters of one, R
-images that share a cluster with an anchor.
+Letters: M images, C feature dimension, N anchors of a block, H clusterings, G clusters of one.
 """
 
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import torch
 from moco_isl import dist
 from moco_isl.errors import Interrupted
 from moco_isl.mining.edges import Edges
-from moco_isl.mining.groups import Groups, cosines, require_pairs
+from moco_isl.mining.groups import Groups
 from moco_isl.mining.positives import PositiveSets
 from moco_isl.mining.rounds import RoundMiner, over_blocks
 from moco_isl.ops.kmeans import kmeans
@@ -56,34 +55,19 @@ class ClusterMiner(RoundMiner):
     def find(
         self, features: Tensor, positives: PositiveSets, seed: int, tick: Tick | None
     ) -> tuple[Edges, str]:
-        M, C = features.shape
+        M = len(features)
         G = min(M, self.clusters or max(1, round(M / 40)))
         cluster = self._clusterings(features, G, seed, tick)  # [H, M]
         candidates = self.candidates
         if candidates is None and self.rules.budget is not None:
             candidates = self.offered(M)
-        if candidates is None:
-            require_pairs(cluster, "give more --isl-clusters, or a number to --isl-budget")
         groups = Groups(cluster)
-
-        def block(anchors: Tensor, number: int) -> tuple[Tensor, Tensor, Tensor]:
-            parts = [surest(piece) for piece in groups.pieces(anchors, C)]
-            return tuple(torch.cat(x) for x in zip(*parts))
-
-        def surest(anchors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            """Edges of anchors [N]: src, dst and sureness, [n] each."""
-            near, together = groups.others(anchors)  # [N, R] each
-            # |cosine| <= 1, so it only orders equals
-            sureness = together + cosines(features, anchors, near) / 4
-            sureness = sureness.masked_fill(together == 0, -torch.inf)
-            sureness, at = sureness.sort(dim=1, descending=True, stable=True)
-            near, sureness = near.gather(1, at)[:, :candidates], sureness[:, :candidates]
-            found = sureness > -torch.inf
-            return anchors[:, None].expand_as(near)[found], near[found], sureness[found]
-
-        _, *edges = over_blocks(M, features.device, block, tick)
+        if candidates is None:
+            groups.require_pairs("give more --isl-clusters, or a number to --isl-budget")
+        block = lambda anchors, number: groups.edges(features, anchors, candidates)
+        _, src, dst, together, cosine = over_blocks(M, features.device, block, tick)
         self.report.extra |= {"clusters": G, "largest_cluster": int(cluster[0].bincount().max())}
-        return Edges(*edges), ""
+        return Edges(src, dst, together + cosine / 4), ""
 
     def _clusterings(self, features: Tensor, G: int, seed: int, tick: Tick | None) -> Tensor:
         """[H, M] clusters of each image, those of all ranks; every rank makes some of them.

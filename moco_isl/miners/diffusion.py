@@ -12,7 +12,7 @@ import torch
 from moco_isl import dist
 from moco_isl.errors import missing_package
 from moco_isl.mining.edges import Edges
-from moco_isl.mining.groups import Groups, cosines, merged, require_pairs
+from moco_isl.mining.groups import Groups, merged
 from moco_isl.mining.positives import PositiveSets
 from moco_isl.mining.rounds import RoundMiner, over_blocks
 from moco_isl.ops.neighbors import Tick, topk
@@ -87,34 +87,23 @@ class DiffusionMiner(RoundMiner):
         _, reached, F = (dist.all_gather_rows(x) for x in over_blocks(M, device, walk, tick))
         largest = self.largest or max(2, replace(self.rules, max_share=None).cap(M))
         subgraph = subgraphs(reached, F > 0, largest)  # [M]
-        require_pairs(subgraph[None], "give a smaller --isl-subgraph")
-        sizes = subgraph.bincount()
         groups = Groups(subgraph[None])
+        groups.require_pairs("give a smaller --isl-subgraph")
+        (sizes,) = groups.size
+        joined = int((sizes > 1).sum())
         self.report.extra |= {
-            "subgraphs": int((sizes > 1).sum()),
+            "subgraphs": joined,
             "largest_subgraph": int(sizes.max()),
             "alone": float((sizes[subgraph] == 1).float().mean()),
         }
-
-        def pairs(anchors: Tensor, number: int) -> tuple[Tensor, Tensor, Tensor]:
-            parts = [edges_of(piece) for piece in groups.pieces(anchors, features.shape[1])]
-            return tuple(torch.cat(x) for x in zip(*parts))
-
-        def edges_of(anchors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            """Edges of anchors [N]: src, dst and sureness, [n] each."""
-            others, together = groups.others(anchors)  # [N, R] each
-            found = together > 0
-            sureness = cosines(features, anchors, others)
-            return anchors[:, None].expand_as(others)[found], others[found], sureness[found]
-
-        _, *edges = over_blocks(M, device, pairs, tick)
-        self.report.why = ""
-        if not int((sizes > 1).sum()):
+        block = lambda anchors, number: groups.edges(features, anchors)
+        _, src, dst, _, cosine = over_blocks(M, device, block, tick)
+        if not joined:
             self.report.why = (
                 "no two images reach each other in the graph of nearest neighbours by affinities"
                 " above 0"
             )
-        return Edges(*edges), ""
+        return Edges(src, dst, cosine), ""
 
 
 def diffuse(

@@ -3,8 +3,6 @@
 Letters: M images, C feature dimension, N anchors, H groupings, R others that share a group.
 """
 
-from collections.abc import Iterator
-
 import torch
 
 from moco_isl.errors import RunFailed
@@ -12,17 +10,6 @@ from moco_isl.errors import RunFailed
 Tensor = torch.Tensor
 _TOGETHER = 1 << 26  # numbers of one piece of rows that are compared
 _PAIRS = 500_000_000  # more of them do not fit
-
-
-def require_pairs(group: Tensor, cure: str) -> None:
-    """Raise RunFailed where groups [H, M] join more pairs than can be held; cure: what to do."""
-    pairs = sum(int(own.bincount().double().square().sum()) for own in group)
-    if pairs > _PAIRS:
-        largest = max(int(own.bincount().max()) for own in group)
-        raise RunFailed(
-            f"the largest of the groups has {largest} images, and all groups join {pairs:.1e}"
-            f" pairs: expected at most {_PAIRS:.0e}; {cure}"
-        )
 
 
 class Groups:
@@ -51,10 +38,40 @@ class Groups:
             shared.append(((place < size) & (image != anchors[:, None])).float())
         return merged(torch.cat(images, dim=1), torch.cat(shared, dim=1))
 
-    def pieces(self, anchors: Tensor, C: int) -> Iterator[Tensor]:
-        """anchors [N] in pieces whose others' rows of C numbers fit into memory."""
+    def edges(
+        self, features: Tensor, anchors: Tensor, most: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Edges from anchors [N] to those in their groups: src, dst, shared and cosine, [n] each.
+
+        features [M, C]. Of each anchor the `most` most shared, among equals the most similar; None:
+        all.
+        """
         R = sum(int(size.max()) for size in self.size)
-        return anchors.split(max(1, _TOGETHER // (R * C)))
+        pieces = anchors.split(max(1, _TOGETHER // (R * features.shape[1])))
+        parts = [self._edges(features, piece, most) for piece in pieces]
+        return tuple(torch.cat(x) for x in zip(*parts))
+
+    def _edges(self, features: Tensor, anchors: Tensor, most: int | None) -> tuple[Tensor, ...]:
+        image, shared = self.others(anchors)  # [N, R] each
+        own, rows = features[anchors].float(), features[image].float()  # [N, C], [N, R, C]
+        cosine = torch.einsum("nc,nrc->nr", own, rows)
+        # |cosine| <= 1, so it only orders equals
+        rank_by = (shared + cosine / 4).masked_fill(shared == 0, -torch.inf)
+        at = rank_by.sort(dim=1, descending=True, stable=True).indices[:, :most]
+        image, shared, cosine = (x.gather(1, at) for x in (image, shared, cosine))
+        found = shared > 0
+        src = anchors[:, None].expand_as(found)[found]
+        return src, image[found], shared[found], cosine[found]
+
+    def require_pairs(self, cure: str) -> None:
+        """Raise RunFailed where all groups join more pairs than can be held; cure: what to do."""
+        pairs = sum(int(size.double().square().sum()) for size in self.size)
+        if pairs > _PAIRS:
+            largest = max(int(size.max()) for size in self.size)
+            raise RunFailed(
+                f"the largest of the groups has {largest} images, and all groups join {pairs:.1e}"
+                f" pairs: expected at most {_PAIRS:.0e}; {cure}"
+            )
 
 
 def merged(image: Tensor, share: Tensor, keep: int | None = None) -> tuple[Tensor, Tensor]:
@@ -76,8 +93,3 @@ def merged(image: Tensor, share: Tensor, keep: int | None = None) -> tuple[Tenso
     if keep is not None:
         width = min(keep, width)
     return image.gather(1, order)[:, :width], total[:, :width]
-
-
-def cosines(features: Tensor, anchors: Tensor, images: Tensor) -> Tensor:
-    """[N, R]: of rows of features [M, C], anchors [N] with images [N, R]."""
-    return torch.einsum("nc,nrc->nr", features[anchors].float(), features[images].float())
