@@ -17,6 +17,7 @@ import torch
 from benchmarks import common
 from studies import paper
 from studies.figures import Result
+from studies.ink import BLUE, RED
 
 SIZES = (5, 50)
 MINED = "gan"  # the row of the sweep
@@ -85,7 +86,7 @@ def make(args) -> None:
     print(f"  written: {result.write(args.out)}")
     with paper.drawn(runs.picture, len(SIZES), f"Figure 3 on {runs.name}", sharey=True) as panels:
         for axes, size in zip(panels, SIZES):
-            for whose, colour in (("gan", paper.BLUE), ("own", paper.RED)):
+            for whose, colour in (("gan", BLUE), ("own", RED)):
                 curve = {epoch: cells[whose, size] for epoch, cells in found.items()}
                 label = {"gan": "geodesic: the GAN's ranking", "own": "Euclidean: own nearest"}
                 paper.line(axes, curve, label[whose], colour)

@@ -16,6 +16,7 @@ from benchmarks import common
 from moco_isl.errors import BadInput
 from studies import paper
 from studies.figures import Result, of_round
+from studies.ink import BLUE
 
 FIVE = 5  # sampling times that the paper chose
 PANELS = {  # setting -> heading, the paper's claim
@@ -111,7 +112,7 @@ def make(args) -> None:
     print(f"  written: {result.write(args.out)}")
     with paper.drawn(runs.picture, 3, f"Figure 4 on {runs.name}", sharey=True) as panels:
         for axes, (setting, curve) in zip(panels, curves.items()):
-            paper.line(axes, curve, "", paper.BLUE)
+            paper.line(axes, curve, "", BLUE)
             axes.set(xlabel=PANELS[setting][0])
         panels[0].set_ylabel("weighted kNN, %")
 

@@ -23,6 +23,7 @@ from moco_isl.report.grids import SHOWN, Album, Cell, Grid, build_grids
 from moco_isl.report.runs import Run, read_run
 from studies import paper
 from studies.figures import Result
+from studies.ink import GREEN, GREY, INK, RED
 
 Tensor = torch.Tensor
 ROWS = {"gan": "ISL", "cluster": "LA"}  # of the sweep
@@ -147,10 +148,10 @@ def svg(grid: Grid, title: str) -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {y}" width="{width}"'
         f' height="{y}"><title>Figure 5 {paper.MARK}</title><style>text {{ font: 12px sans-serif;'
-        f" fill: {paper.INK} }} .b {{ font-weight: bold }} line {{ stroke: #d0d7de }}"
+        f" fill: {INK} }} .b {{ font-weight: bold }} line {{ stroke: #d0d7de }}"
         " image { image-rendering: pixelated } rect, path { fill: none; stroke-width: 2 }"
-        f" .right {{ stroke: {paper.GREEN} }} .wrong {{ stroke: {paper.RED} }}"
-        f" .unknown {{ stroke: {paper.GREY} }}</style>"
+        f" .right {{ stroke: {GREEN} }} .wrong {{ stroke: {RED} }}"
+        f" .unknown {{ stroke: {GREY} }}</style>"
         f'<path d="M0 0H{width}V{y}H0Z" style="fill: white"/>\n'
         + "\n".join([*map(symbol, *zip(*images.items())), *parts])
         + "\n</svg>\n"

@@ -17,14 +17,10 @@ from benchmarks import common
 from launch import options, sweep
 from moco_isl import files
 from moco_isl.errors import BadInput, RunFailed
+from studies.ink import style_of
 from studies.judge import TrainedRun, runs_of
 
 RECIPES = Path(sweep.__file__).parent / "recipes"
-INK = "#1f2328"
-GREY = "#6e7781"
-BLUE = "#0969da"
-RED = "#cf222e"
-GREEN = "#1a7f37"
 MARK = "of the paper, made by moco_isl"  # tells a picture of ours from other files
 TOLD = 1.0  # points: of a single seed smaller differences are none
 
@@ -136,20 +132,7 @@ def drawn(path: Path, columns: int, title: str, sharey: bool = False):
     import matplotlib
     from matplotlib.figure import Figure
 
-    style = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "paper",
-        "font.family": "sans-serif",
-        "font.size": 10,
-        "axes.titlesize": 10.5,
-        "text.color": INK,
-        "axes.labelcolor": INK,
-        "axes.edgecolor": GREY,
-        "xtick.color": INK,
-        "ytick.color": INK,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-    }
+    style = style_of("paper", font_size=10, axes_titlesize=10.5)
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(3.4 * columns, 3.2), layout="constrained", facecolor="white")
         figure.suptitle(title, fontsize=11.5, fontweight="bold", x=0.01, ha="left")

@@ -9,6 +9,8 @@ import io
 import json
 from pathlib import Path
 
+from studies.ink import BLUE, GREY, INK, RED, style_of
+
 ROOT = Path(__file__).resolve().parent.parent
 PICTURE = ROOT / "docs" / "result.svg"
 SURE = "average,auto"
@@ -18,11 +20,7 @@ MINERS = {  # row of gain-digits -> as it is shown
     SURE: "neighbourhood means\n--miner average\n--isl-budget auto",
 }
 LOSS = "mean of logs"
-INK = "#1f2328"
-GREY = "#6e7781"
-BLUE = "#0969da"
 LIGHT = "#80ccff"
-RED = "#cf222e"
 
 
 def rows(name: str) -> list[dict]:
@@ -93,21 +91,7 @@ def picture() -> str:
     import matplotlib
     from matplotlib.figure import Figure
 
-    style = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "result",
-        "font.family": "sans-serif",
-        "font.size": 10.5,
-        "axes.titlesize": 11.5,
-        "axes.titleweight": "bold",
-        "text.color": INK,
-        "axes.labelcolor": INK,
-        "axes.edgecolor": GREY,
-        "xtick.color": INK,
-        "ytick.color": INK,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-    }
+    style = style_of("result", font_size=10.5, axes_titlesize=11.5, axes_titleweight="bold")
     with matplotlib.rc_context(style):
         # white on a dark page too: the ink is dark
         figure = Figure(figsize=(9.6, 4), layout="constrained", facecolor="white")
