@@ -54,6 +54,7 @@ class Objective:
     around: ClassVar[type[nn.Module]]  # the class of model that it trains
     has_queue: ClassVar[bool] = False  # the model is a MoCo, which has a queue
     mined: ClassVar[bool] = False  # whether it trains on mined positives
+    follow: ClassVar[tuple[str, ...]] = ()  # its own flags that follow how many images there are
     has_head: ClassVar[bool] = True  # whether the encoder has a projection head
     repeats: ClassVar[bool] = False  # whether an image may come several times in a step
 

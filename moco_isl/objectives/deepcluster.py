@@ -114,6 +114,7 @@ class DeepClusterObjective(Objective):
     seed: int = 0
 
     around: ClassVar[type[nn.Module]] = DeepCluster
+    follow: ClassVar[tuple[str, ...]] = ("dc_every",)
     has_head: ClassVar[bool] = False
     repeats: ClassVar[bool] = True
 

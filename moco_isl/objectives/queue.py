@@ -59,6 +59,7 @@ class QueueObjective(MinedObjective):
     usual_mix: ClassVar[float] = 1.0
     around: ClassVar[type[nn.Module]] = MoCo
     has_queue: ClassVar[bool] = True
+    follow: ClassVar[tuple[str, ...]] = ("moco_k", "moco_m")
 
     def __post_init__(self) -> None:
         check_at_least(0, predictor=self.predictor)

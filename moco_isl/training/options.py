@@ -419,13 +419,9 @@ def suit(args: flags.Given, M: int) -> str:
     '' where the defaults suit them.
     """
     defaults = default_flags("none")
-    names = ["batch_size"]
-    if OBJECTIVES[args.objective].has_queue:
-        names += ["moco_k", "moco_m"]
+    names = ["batch_size", *OBJECTIVES[args.objective].follow]
     if args.optimizer == "sgd":
         names += ["lr"]
-    if args.objective == "deepcluster":
-        names += ["dc_every"]
     free = {name for name in names if getattr(args, name) == defaults[name]} - args.given
     values = {name: getattr(args, name) for name in small.SUITED}
     parts = ranks.total_ranks(args) * args.bn_splits
