@@ -19,6 +19,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch._dynamo  # a second and a half, which each process would take anew
+import torchvision  # noqa: F401 (likewise)
 from PIL import Image
 
 import main_moco_isl
