@@ -1,5 +1,7 @@
 """Figures beside metrics.jsonl: TensorBoard, W&B offline and MLflow, begun, resumed and failing."""
 
+import importlib.util
+import shutil
 import sys
 
 import pytest
@@ -12,9 +14,22 @@ from tests.runs import DIGITS
 RUN = [*DIGITS, "--epochs", "2"]
 
 
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory):
+    """A store of MLflow without a run: it takes seconds to make one."""
+    store = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    if importlib.util.find_spec("mlflow"):
+        import mlflow
+
+        mlflow.MlflowClient(f"sqlite:///{store}").search_experiments()
+    return store
+
+
 @pytest.fixture
-def apart(tmp_path, monkeypatch):
+def apart(tmp_path, monkeypatch, empty_store):
     """Libraries write below a folder of the test, and reach no server."""
+    if empty_store.exists():
+        shutil.copy(empty_store, tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
@@ -59,7 +74,6 @@ def test_a_stopped_run_goes_on_as_the_same_run_of_mlflow(apart):
     assert [metric.step for metric in losses] == [7, 14]
 
 
-@pytest.mark.long
 def test_a_run_from_another_s_file_is_a_run_of_its_own(apart):
     first, second = apart / "one", apart / "two"
     flags = [*RUN, "--log", "mlflow"]
