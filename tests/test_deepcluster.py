@@ -23,6 +23,9 @@ from moco_isl.isl import ISL
 from moco_isl.loader import WithIndex
 from moco_isl.objectives.deepcluster import DeepCluster, even_draws, nmi, whitened
 from moco_isl.ops.kmeans import kmeans_by_distance
+from moco_isl.report import __main__ as report
+from moco_isl.report.runs import read_runs
+from moco_isl.report.sections import cluster_chart
 from moco_isl.run import checkpoint
 from studies import figures
 from tests.ranks import run_ranks
@@ -376,6 +379,24 @@ def test_a_run_learns_and_says_so(trained):
     assert epochs[5]["loss"] < epochs[4]["loss"] < math.log(50)
     untrained = 83
     assert epochs[-1]["knn"] > untrained + 5
+
+
+def test_the_report_draws_how_alike_clusterings_are(trained, tmp_path):
+    (run,) = read_runs([trained])
+    with_labels = run.clusterings[1]["nmi_labels"]
+    assert 0 < with_labels < 1
+    chart = cluster_chart(run)
+    assert [line["label"] for line in chart.legend] == [
+        "with the clustering before",
+        "with the labels",
+    ]
+    assert report.main([str(trained), "--out", str(tmp_path / "page.html")]) == 0
+    assert "Clusterings" in (tmp_path / "page.html").read_text()
+
+    run.clusterings = [line for line in run.clusterings if line["epoch"] == 0]
+    assert cluster_chart(run).legend[0]["label"] == "with the labels"  # there was none before
+    run.clusterings = []
+    assert cluster_chart(run) is None
 
 
 def test_the_file_is_read_by_all_that_judge_and_export(trained, tmp_path, capsys):

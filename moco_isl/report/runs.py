@@ -5,7 +5,7 @@ Letters: M images, E directed edges of the sets, A anchors looked at, k neighbou
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -97,6 +97,7 @@ class Run:
     steps: list[dict]  # lines of metrics.jsonl
     epochs: list[dict]
     rounds: list[Round]
+    clusterings: list[dict] = field(default_factory=list)  # of --objective deepcluster
 
     @property
     def images(self) -> tuple:
@@ -181,7 +182,8 @@ def read_run(path: Path, name: str) -> Run:
     rounds = [
         Round(line, path / "rounds" / f"round_{line['round']:04d}.pt") for line in of_kind("round")
     ]
-    return Run(path, name, facts.pop("args"), facts, of_kind("step"), of_kind("epoch"), rounds)
+    steps, epochs, clusterings = map(of_kind, ("step", "epoch", "clusters"))
+    return Run(path, name, facts.pop("args"), facts, steps, epochs, rounds, clusterings)
 
 
 def _names(paths: list[Path]) -> list[str]:

@@ -103,6 +103,7 @@ def training_charts(run: Run) -> list[Chart]:
             note="Of the query encoder; logged by --knn-every and --probe-every.",
         ),
         *feature_charts(run),
+        cluster_chart(run),
         line_chart(
             "Learning rate",
             [Line(*learning_rates(run), dots=False, steps="post")],
@@ -145,6 +146,22 @@ def feature_charts(run: Run) -> list[Chart | None]:
             marks=marks(run),
         ),
     ]
+
+
+def cluster_chart(run: Run) -> Chart | None:
+    """How alike DeepCluster's clusterings are to each other and, with labels, to the classes."""
+    epochs = [line["epoch"] for line in run.clusterings]
+    of = lambda name: (epochs, [line.get(name) for line in run.clusterings])
+    return line_chart(
+        "Clusterings",
+        [
+            Line(*of("nmi"), "with the clustering before"),
+            Line(*of("nmi_labels"), "with the labels", "c2"),
+        ],
+        "epochs",
+        "NMI",
+        note="1 where both say the same. The clusters settle where the first line rises.",
+    )
 
 
 def compared_training(runs: Sequence[Run]) -> list[Chart]:

@@ -73,6 +73,12 @@ LINES = {
         },
         ...: object,
     },
+    "clusters": {
+        "epoch": WHOLE,
+        "nmi?": FIGURE,
+        "nmi_labels?": FIGURE,
+        ...: object,
+    },
 }
 
 
