@@ -51,7 +51,9 @@ COMMANDS = {
         "write a page about one run or several",
     ),
     "submit": Command(
-        "launch.submit", "python launch/submit.py", "run pretrain, probe or knn on a SLURM cluster"
+        "launch.submit",
+        "python launch/submit.py",
+        "run pretrain, probe, knn or detect on a SLURM cluster",
     ),
     "status": Command("launch.status", "python launch/status.py", "what a submitted job is doing"),
     "sweep": Command("launch.sweep", "python launch/sweep.py", "run a command at many settings"),
