@@ -113,10 +113,19 @@ def unlabelled(root, split, download):
     return ImagesInMemory(read(root, split, download).images, None, None, "unlabelled")
 
 
+def half(root, split, download):
+    """Every other image has no label."""
+    whole = read(root, split, download)
+    labels = whole.labels.clone()
+    labels[::2] = -1
+    return ImagesInMemory(whole.images, labels, whole.classes, "half")
+
+
 settings = {"size": 16, "mean": (0.4,) * 3, "std": (0.3,) * 3, "needs_dir": False}
 pair_row = DataSet(pair, **settings)
 misnamed_row = DataSet(misnamed, **settings)
 unlabelled_row = DataSet(unlabelled, **settings)
+half_row = DataSet(half, **settings)
 '''
 LEAVES = "raise SystemExit(5)"
 RUN = (
@@ -160,6 +169,20 @@ def test_a_miner_and_a_data_set_of_ones_own_run_resume_and_are_judged(tmp_path):
     judge = f"--dataset toy_module:toy -j 0 --device cpu --k 5 --out judged --pretrained {file}"
     assert main_knn.main(judge.split()) == 0
     assert '"top1": 100.0' in (tmp_path / "judged" / "results.json").read_text()
+
+
+def test_images_without_a_label_neither_vote_nor_count(tmp_path, capsys):
+    flags = [*RUN[4:], "--dataset", "toy_module:half_row", "--knn-every", "1", "--out", "run"]
+    assert ask(flags)[0] == 0
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["knn"] for line in lines if line["kind"] == "epoch"][-1] > 90
+    judge = "--dataset toy_module:half_row -j 0 --device cpu --pretrained"
+    for script in (main_knn, main_lincls):
+        flags = [*judge.split(), "run/checkpoint_last.pth.tar", "--out", "judged"]
+        assert script.main(flags) == 2
+        said = capsys.readouterr().err
+        assert "30 of the 60 train images in 'toy_module:half_row' have no label (-1)" in said
+    assert not (tmp_path / "judged").exists()
 
 
 def test_a_plug_ins_flags_come_from_a_config_too(tmp_path):

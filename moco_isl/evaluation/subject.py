@@ -214,7 +214,7 @@ def labelled(
 ):
     """A split of a data set, with labels and classes.
 
-    Raises BadInput where it has none, or a single class.
+    Raises BadInput where it has none, or not of all its images.
     """
     dataset = data.build_dataset(name, root, split, download, channels, bits)
     if dataset.labels is None:
@@ -222,6 +222,12 @@ def labelled(
         raise BadInput(
             f"the {split} images in '{' '.join(listed(root)) or name}' have no labels{why}:"
             f" expected a folder a class, as in {split}/dog/1.jpg"
+        )
+    unknown = int((dataset.labels < 0).sum())
+    if unknown:
+        raise BadInput(
+            f"{unknown} of the {len(dataset)} {split} images in '{' '.join(listed(root)) or name}'"
+            " have no label (-1): expected a label for each image that judges; leave those out"
         )
     return dataset
 

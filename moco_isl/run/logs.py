@@ -44,7 +44,7 @@ LINES = {
         "epoch": WHOLE,
         "total?": WHOLE,
         "loss": FIGURE,
-        "knn?": Number(0, 100),
+        "knn?": Number(0, 100, finite=False),
         "probe?": Number(0, 100, finite=False),
         ...: FIGURE,
     },

@@ -786,17 +786,21 @@ def knn_accuracy(reader: Reader, encoder: nn.Module, judge: Callable[..., torch.
     """Accuracy in per cent of weighted kNN (k 200, T 0.1) by the encoder's features.
 
     The images held out are classified, or each training image by all others where none are held
-    out. judge: `evaluation.knn.weighted_knn`. The caller hands it in because evaluation imports
-    training.
+    out. Images without a label neither vote nor count; NaN where none is left. judge:
+    `evaluation.knn.weighted_knn`. The caller hands it in because evaluation imports training.
     """
-    bank = reader.features(encoder)  # [M, C]
     held_out = reader.images.held_out
-    queries = bank
-    truth = reader.labels
+    known = reader.labels >= 0
+    bank = reader.features(encoder)[known]  # [M, C] where all images have labels
+    labels = reader.labels[known]
+    queries, truth = bank, labels
     if held_out is not None:
-        queries = reader.features(encoder, held_out)
         truth = held_out.labels.to(reader.device)
+        queries = reader.features(encoder, held_out)[truth >= 0]
+        truth = truth[truth >= 0]
     alone = held_out is None
-    k = min(200, reader.M - alone)
-    found = judge(queries, bank, reader.labels, k=k, T=0.1, leave_one_out=alone)
+    k = min(200, len(bank) - alone)
+    if k < 1 or not len(queries):
+        return math.nan
+    found = judge(queries, bank, labels, k=k, T=0.1, leave_one_out=alone)
     return (found == truth).float().mean().item() * 100
