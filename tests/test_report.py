@@ -425,7 +425,8 @@ def test_a_twin_differs_in_mining_only():
     same_seed = run_of(miner="none", path="same", **like, seed=1, knn=90.0)
     assert outcome.find_twin(mined, [mined, plain]) is plain
     assert outcome.find_twin(mined, [mined, plain, same_seed]) is same_seed
-    for other in ({"init": "b"}, {"lr": 0.2}, {"dataset": "cifar10"}):
+    others = [{"init": "b"}, {"lr": 0.2}, {"dataset": "cifar10"}, {"image_size": 64}]
+    for other in (*others, {"optimizer": "adamw"}, {"isl_rounds": 4}, {"predictor": 64}):
         assert outcome.find_twin(mined, [run_of(miner="none", **like | other)]) is None
     same_seed.epochs.pop()
     assert outcome.find_twin(mined, [mined, same_seed]) is None

@@ -12,9 +12,10 @@ from moco_isl.report.runs import Run
 
 # flags in which a run and its twin agree, beside images and number of epochs
 SAME = (
-    *("arch", "stem", "objective", "init", "symmetric", "mlp", "bn_splits"),
-    *("aug_plus", "crop_min"),
-    *("lr", "cos", "schedule", "momentum", "weight_decay", "batch_size"),
+    *("arch", "stem", "objective", "init", "symmetric", "mlp", "bn_splits", "predictor"),
+    *("image_size", "channels", "bits", "mean", "std", "aug_plus", "crop_min"),
+    *("optimizer", "lr", "warmup_epochs", "cos", "schedule", "momentum", "weight_decay"),
+    *("isl_rounds", "batch_size", "stop_grad_conv1"),
     *("moco_dim", "moco_k", "moco_m", "moco_t"),
 )
 # points that chance alone makes between two runs
