@@ -7,6 +7,7 @@ network, as `python main_knn.py` and `python main_lincls.py` do. The same comman
 again goes on, and judges nothing twice.
 """
 
+import hashlib
 import importlib
 import json
 import re
@@ -138,7 +139,13 @@ class Cell:
     target: Target
     way: str
     flags: list[str]
-    out: Path
+    folder: Path  # of the encoder on this data set
+
+    @property
+    def out(self) -> Path:
+        """The folder of its run: another one where its file, images or flags have changed."""
+        key = hashlib.sha256(_key(self.key).encode()).hexdigest()
+        return self.folder / f"{self.way}-{key[:8]}"
 
     @property
     def script(self):
@@ -213,10 +220,16 @@ def more_flags(way: str, text: str) -> list[str]:
         ) from None
     script = importlib.import_module(COMMANDS[WAYS[way][0]].module)
     try:
-        given = script.get_parser().parse_args(words).given
+        args = script.get_parser().parse_args(words)
     except BadInput as error:
         raise BadInput(f"--{way}: {error}") from None
-    taken = sorted(given & (OURS | set(flags_of_all())))
+    for name in ("layers", "k", "T"):
+        values = getattr(args, name, None)
+        flags.check(
+            name not in args.given or not isinstance(values, list) or len(values) == 1,
+            f"--{way} has several --{name}, and the table has one column for it: give one",
+        )
+    taken = sorted(args.given & (OURS | set(flags_of_all())))
     if taken:
         name = taken[0].replace("_", "-")
         raise BadInput(
@@ -250,10 +263,10 @@ def cells_of(args, encoders: dict[str, Path]) -> list[Cell]:
             for way in ways:
                 own = ["--pretrained", str(path), *shared(args), *WAYS[way][1]]
                 own += ([] if way == "knn" else ["--seed", str(args.seed)]) + more[way]
-                out = Path(args.out) / named(name) / named(target.given) / way
-                cells.append(Cell(name, sha256, target, way, own, out))
-    folders = {cell.out for cell in cells}
-    flags.check(len(folders) == len(cells), "FILE or --to names one thing twice: name each once")
+                folder = Path(args.out) / named(name) / named(target.given)
+                cells.append(Cell(name, sha256, target, way, own, folder))
+    places = {(cell.folder, cell.way) for cell in cells}
+    flags.check(len(places) == len(cells), "FILE or --to names one thing twice: name each once")
     return cells
 
 
@@ -273,8 +286,10 @@ def draw_untrained(file: str, path: Path, seed: int) -> None:
 
 def _same(before: dict, now: dict) -> bool:
     tensors = [before.get("state_dict", {}), now["state_dict"]]
-    return tensors[0].keys() == tensors[1].keys() and all(
-        torch.equal(tensors[0][name], x) for name, x in tensors[1].items()
+    return (
+        all(before.get(name) == now[name] for name in ("arch", "args"))
+        and tensors[0].keys() == tensors[1].keys()
+        and all(torch.equal(tensors[0][name], x) for name, x in tensors[1].items())
     )
 
 
@@ -288,6 +303,7 @@ def run(argv: list[str] | None, stop) -> None:
     out = Path(args.out)
     done = {_key(row): row for row in read_own(out)}
     encoders = {path: Path(path) for path in encoders_of(args)}
+    targets_of(args.to)  # before anything is written
     if args.untrained:
         path = out / f"untrained,seed={args.seed}.pth.tar"
         draw_untrained(next(iter(encoders)), path, args.seed)
@@ -300,7 +316,8 @@ def run(argv: list[str] | None, stop) -> None:
         where = f"{files.shown(cell.name)} on {files.shown(cell.target.given)}"
         print(f"=> run {number} of {len(left)}: {where}, {WAYS[cell.way][2]}", flush=True)
         row = cell.judge(stop)
-        kept = [x for x in done.values() if not _replaced(x, row)]
+        # read again: another process may have added rows meanwhile
+        kept = [x for x in read_own(out) if not _replaced(x, row)]
         done = {_key(x): x for x in [*kept, row]}
         write(list(done.values()), out)
     print(as_text(cells, done))
@@ -317,6 +334,12 @@ def check_given(args) -> None:
     )
     flags.check(encoders_of(args), "nothing to judge: give one FILE or several")
     flags.check(args.to, "no images to judge on: give --to DIR, or --to cifar10:DIR")
+    for way in WAYS:
+        flags.check(
+            way in args.by or not getattr(args, way),
+            f"--{way} adds flags to a judgement that --by leaves out: add {way} to --by, or leave"
+            " it off",
+        )
     files.require_folder(args.out, "--out")
 
 

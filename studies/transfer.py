@@ -3,7 +3,7 @@
     python -m moco_isl.transfer runs/start_tiny100/* --to cifar10:CIFAR --out runs/transfer_tiny100
     python -m studies.transfer runs/transfer_tiny100
 
-Encoders that differ by ",seed=N" at the end of their names are one row: mean ± standard deviation.
+Encoders whose names differ by ",seed=N" alone are one row: mean ± standard deviation.
 """
 
 import argparse
@@ -18,17 +18,28 @@ from moco_isl.errors import BadInput
 from moco_isl.transfer import WAYS, read_own
 from studies.figures import Result
 
-SEED = re.compile(r",seed=\d+$")
+SEED = re.compile(r",seed=\d+(?=/|$)")
 
 
 def kinds(rows: list[dict]) -> dict[tuple[str, str], dict]:
     """(data set, encoder without its seed) -> {"epoch", way: [top-1 of the seeds]}."""
+    names = {row["encoder"]: SEED.sub("", row["encoder"]) for row in rows}
+    short = shortest({name: Path(name).parts for name in names.values()})
     found: dict[tuple[str, str], dict] = {}
     for row in rows:
-        name = SEED.sub("", "/".join(Path(row["encoder"]).parts[-2:]))
+        name = short[names[row["encoder"]]]
         cells = found.setdefault((row["to"], name), {"epoch": row["epoch"]})
         cells.setdefault(row["by"], []).append(row["top1"])
     return found
+
+
+def shortest(paths: dict[str, tuple[str, ...]]) -> dict[str, str]:
+    """Path -> its last two parts, or as many more as tell it from the others."""
+    length = 2
+    ends = lambda: {name: "/".join(parts[-length:]) for name, parts in paths.items()}
+    while len(set(ends().values())) < len(paths):
+        length += 1
+    return ends()
 
 
 def main(argv: list[str] | None = None) -> int:

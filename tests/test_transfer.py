@@ -14,6 +14,7 @@ import main_lincls
 from moco_isl import data, transfer
 from moco_isl.builder import MoCo
 from moco_isl.encoders import build_encoder
+from moco_isl.run import checkpoint
 from moco_isl.run.backbone import load_backbone
 from studies import transfer as study
 
@@ -110,7 +111,7 @@ def test_figures_are_those_of_the_scripts_and_are_made_once(here, capsys, monkey
 
 @pytest.mark.parametrize("way, stops_at", [("linear", 5), ("finetune", 7)])
 def test_a_stopped_transfer_goes_on_and_ends_as_the_unbroken_one(here, way, stops_at, tmp_path):
-    more = [*SHARED, *SHORT, "--by", way]
+    more = [*SHARED, *(SHORT[:2] if way == "linear" else SHORT[2:]), "--by", way]
     given = ["a.pth.tar", "--to", "digits", *more, "--out"]
     works(*given, str(tmp_path / "whole"))
     calls = iter(range(1000))
@@ -121,23 +122,45 @@ def test_a_stopped_transfer_goes_on_and_ends_as_the_unbroken_one(here, way, stop
     assert rows(tmp_path / "cut")[key] == rows(tmp_path / "whole")[key]
 
 
-def test_another_file_at_the_same_path_is_judged_anew(here, tmp_path, capsys):
+def test_another_file_at_the_same_path_is_judged_anew(here, tmp_path):
     file = tmp_path / "c.pth.tar"
     write_encoder(file, 0)
-    given = [str(file), "--to", "photos", *SHARED, *SHORT, "--out", str(tmp_path / "out"), "--by"]
-    works(*given, "knn", "linear")
+    given = [str(file), "--to", "photos", *SHARED, *SHORT[:2], "--out", str(tmp_path / "out")]
+    given += ["--by", "linear", "knn"]
+    works(*given)
     before = rows(tmp_path / "out")
     write_encoder(file, 1)
-    works(*given, "knn")
+    works(*given)
     now = rows(tmp_path / "out")[str(file), "photos", "knn"]
     assert now["sha256"] != before[str(file), "photos", "knn"]["sha256"]
-    capsys.readouterr()
-    assert transfer.main([*given, "knn", "linear"]) == 2
-    assert "probes another file" in capsys.readouterr().err
-    assert (
-        rows(tmp_path / "out")[str(file), "photos", "linear"]
-        == before[str(file), "photos", "linear"]
-    ), "a probe of another file is not gone on with"
+    key = str(file), "photos", "linear"
+    assert rows(tmp_path / "out")[key]["sha256"] != before[key]["sha256"]
+    probes = list((tmp_path / "out").glob("*/photos/linear-*/results.json"))
+    assert len(probes) == 2, "the probe of the file before stays"
+
+
+def test_other_flags_are_judged_anew(here, tmp_path):
+    given = ["a.pth.tar", "--to", "photos", *SHARED, "--by", "linear", "--out", str(tmp_path)]
+    works(*given, "--linear", "--epochs 1")
+    works(*given, "--linear", "--epochs 1 --wd 0.1")
+    key = "a.pth.tar", "photos", "linear"
+    assert rows(tmp_path)[key]["flags"][-2:] == ["--wd", "0.1"]
+    works(*given, "--linear", "--epochs 1")
+    assert rows(tmp_path)[key]["flags"][-2:] == ["--epochs", "1"]
+
+
+def test_rows_that_another_process_adds_meanwhile_stay(here, tmp_path, monkeypatch):
+    given = [*SHARED, "--by", "knn", "--to", "photos", "--out", str(tmp_path)]
+    real = main_knn.run
+
+    def judge(argv, stop):
+        monkeypatch.setattr(main_knn, "run", real)
+        works("b.pth.tar", *given)
+        return real(argv, stop)
+
+    monkeypatch.setattr(main_knn, "run", judge)
+    works("a.pth.tar", *given)
+    assert {name for name, *_ in rows(tmp_path)} == {"a.pth.tar", "b.pth.tar"}
 
 
 def test_an_untrained_network_is_the_first_files_drawn_by_the_seed(here, tmp_path):
@@ -171,6 +194,11 @@ def test_an_untrained_network_is_the_first_files_drawn_by_the_seed(here, tmp_pat
     before = (out / f"{name}.pth.tar").stat().st_mtime_ns
     works(*given)
     assert (out / f"{name}.pth.tar").stat().st_mtime_ns == before
+    content = checkpoint.load(here / "a.pth.tar")
+    content["args"] |= {"mean": [0.1, 0.1, 0.1], "std": [0.2, 0.2, 0.2]}
+    torch.save(content, tmp_path / "other_mean.pth.tar")
+    works(str(tmp_path / "other_mean.pth.tar"), *given[1:])
+    assert load_backbone(out / f"{name}.pth.tar")[1]["args"]["mean"] == [0.1, 0.1, 0.1]
 
 
 @pytest.mark.parametrize(
@@ -180,6 +208,13 @@ def test_an_untrained_network_is_the_first_files_drawn_by_the_seed(here, tmp_pat
         (["a.pth.tar"], "no images to judge on: give --to DIR, or --to cifar10:DIR"),
         (["none.pth.tar", "--to", "digits"], "no file at 'none.pth.tar'"),
         (["a.pth.tar", "--to", "nowhere"], "no such folder: nowhere"),
+        (["a.pth.tar", "--to", "nowhere", "--untrained"], "no such folder: nowhere"),
+        (["a.pth.tar", "--to", "digits", "--linear", "--layers conv1 conv2"], "several --layers"),
+        (["a.pth.tar", "--to", "digits", "--knn", "--k 5 20"], "--knn has several --k, and"),
+        (
+            ["a.pth.tar", "--to", "digits", "--by", "knn", "--linear", "--epochs 5"],
+            "--linear adds flags to a judgement that --by leaves out",
+        ),
         (["a.pth.tar", "--to", "cifar10"], "expected cifar10:DIR"),
         (["a.pth.tar", "--to", "cifar10:photos"], "cifar10 is not in photos"),
         (["a.pth.tar", "--to", "no.module:images"], "no.module"),
@@ -220,6 +255,19 @@ def test_several_processes_are_refused(here, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     assert transfer.main(["a.pth.tar", "--to", "digits"]) == 2
     assert "start it without torchrun" in capsys.readouterr().err
+
+
+def test_the_study_keeps_encoders_of_one_name_apart():
+    files = {"runs/a/moco/last": 10.0, "runs/b/moco/last": 90.0, "runs/c/isl,seed=1/last": 50.0}
+    found = [
+        {"encoder": name, "to": "x", "by": "knn", "top1": top1, "epoch": 1}
+        for name, top1 in files.items()
+    ]
+    assert list(study.kinds(found)) == [
+        ("x", "a/moco/last"),
+        ("x", "b/moco/last"),
+        ("x", "c/isl/last"),
+    ]
 
 
 def test_the_study_groups_seeds(tmp_path, capsys):
