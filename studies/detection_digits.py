@@ -25,6 +25,7 @@ from benchmarks import common
 from moco_isl.evaluation.detection import scenes
 from moco_isl.evaluation.detection.command import main as detect
 from moco_isl.evaluation.detection.tuning import AP
+from moco_isl.evaluation.subject import fingerprint
 from moco_isl.run.folder import LAST
 from studies.demo import RECOMMENDED, processes
 from studies.figures import HERE, Judge, Result
@@ -81,6 +82,8 @@ def detection(out: Path, name: str | None, iterations: int, seed: int) -> dict[s
     if not (run / "results.json").exists():
         quietly(detect, [*file, *flags], run)
     found = json.loads((run / "results.json").read_text())
+    if name and found["sha256"] != fingerprint(file[0]):
+        raise RuntimeError(f"{run} is of an earlier state of {file[0]}: remove that folder")
     return {what: found[what] for what in AP}
 
 

@@ -37,14 +37,19 @@ CLAIM = (
 # ---------------------------------------------------------------- the table
 
 
-def figures(runs: dict[str, Run], labels: Tensor, pixels: Tensor) -> dict[int, dict[str, float]]:
+def figures(
+    runs: dict[str, Run], labels: Tensor, pixels: Tensor
+) -> dict[int, dict[tuple, float | None]]:
     """Of each round in which both left positives: `of_sets` of each, by row and figure.
 
     labels [M]; pixels [M, D]: unit rows.
     """
     found = {}
     for rounds in zip(*(run.rounds for run in runs.values())):
-        sets = [round_.load().sets for round_ in rounds]
+        records = [round_.load() for round_ in rounds]
+        if None in records:
+            raise BadInput(f"{rounds[records.index(None)].path} is gone: train that run again")
+        sets = [record.sets for record in records]
         fewest = min(x.num_edges for x in sets)
         if not fewest:
             continue
@@ -58,27 +63,29 @@ def figures(runs: dict[str, Run], labels: Tensor, pixels: Tensor) -> dict[int, d
     return found
 
 
-def of_sets(sets: PositiveSets, n: int, labels: Tensor, pixels: Tensor) -> dict[str, float]:
+def of_sets(sets: PositiveSets, n: int, labels: Tensor, pixels: Tensor) -> dict[str, float | None]:
     """Mean number of positives, % right; of the n surest % right, and how alike the right ones are.
 
-    Alike: 100 times the mean cosine of the pixels of an image and its right positives.
+    Alike: 100 times the mean cosine of the pixels of an image and its right positives. None where
+    there is no such pair.
     """
     a, b = sets.sources(), sets.members.long()
-    right = same_label(labels, a, b) == 1
+    right = same_label(labels, a, b)  # [E]: 1, 0, or NaN where a label is not known
     first = sets.sureness.sort(descending=True, stable=True).indices[:n]
-    shown = first[right[first]]
-    return {
-        "size": sets.mean_size,
-        "right": 100 * float(right.float().mean()),
-        "surest": 100 * float(right[first].float().mean()),
-        "alike": 100 * float((pixels[a[shown]] * pixels[b[shown]]).sum(1).mean()),
-    }
+    shown = first[right[first] == 1]
+    alike = (pixels[a[shown]] * pixels[b[shown]]).sum(1).mean()
+    found = {"right": right.nanmean(), "surest": right[first].nanmean(), "alike": alike}
+    percent = {key: None if x.isnan() else 100 * float(x) for key, x in found.items()}
+    return {"size": sets.mean_size, **percent}
 
 
 def verdict(number: int, last: list[dict]) -> str:
     """Whether the claim holds in the round of this number, in a sentence. last: by seed."""
-    less = lambda key: [cells["gan", key] - cells["cluster", key] for cells in last]
+    pairs = lambda key: [(cells["gan", key], cells["cluster", key]) for cells in last]
+    less = lambda key: [gan - la for gan, la in pairs(key) if None not in (gan, la)]
     right, alike = less("surest"), less("alike")
+    if not right or not alike:
+        return f"The claim is not judged: in round {number} a miner has no right pair."
     signs = (paper.told(right), -paper.told(alike))
     holds = 1 if signs == (1, 1) else 0 if 1 in signs and -1 not in signs else -1
     return (

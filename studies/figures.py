@@ -19,6 +19,7 @@ from moco_isl import data
 from moco_isl.encoders import extract_features, take_head_off
 from moco_isl.errors import BadInput
 from moco_isl.evaluation.knn import few_shot, nearest, vote
+from moco_isl.evaluation.subject import fingerprint
 from moco_isl.run import devices
 from moco_isl.run.backbone import load_backbone
 
@@ -117,16 +118,19 @@ def linear(file: Path, images: list[str], out: Path, probe: list[str] = PROBE) -
 
     Its learning rate is chosen on images held out of train. images: flags that say which images,
     and the device. out: the probe's folder; a probe that has ended there is not run again. Raises
-    BadInput where the probe fails.
+    BadInput where the probe fails, and where the one in `out` is of another state of the file.
     """
-    if not (out / "results.json").exists():
+    results = out / "results.json"
+    if not results.exists():
         flags = [*images, *probe, "--pretrained", str(file), "-p", "1000", "--seed", "0"]
         with contextlib.redirect_stdout(io.StringIO()):
             code = main_lincls.main([*flags, "--out", str(out), "--resume", "auto"])
         if code:
             raise BadInput(f"the probe of {file} ended with exit code {code}")
-    rows = json.loads((out / "results.json").read_text())["classifiers"]
-    return next(row["top1"] for row in rows if row["chosen"])
+    found = json.loads(results.read_text())
+    if found["sha256"] != fingerprint(file):
+        raise BadInput(f"the probe in {out} is of an earlier state of {file}: remove that folder")
+    return next(row["top1"] for row in found["classifiers"] if row["chosen"])
 
 
 def metrics(run: Path) -> list[dict]:

@@ -32,7 +32,10 @@ from benchmarks import common
 from launch import sweep
 from moco_isl import files, schema
 from moco_isl.errors import BadInput
+from moco_isl.options import listed
 from moco_isl.report.verdict import breakeven_of, read_breakeven
+from moco_isl.run.logs import read_facts
+from moco_isl.training.options import MAY_CHANGE
 from studies import breakeven
 from studies.figures import ROUND, Judge, Result, linear, metrics, of_round
 
@@ -47,7 +50,7 @@ PART = {
     "title?": str,
     "note?": str,
     "figures?": [set(HEADINGS)],
-    "neighbours?": str,
+    "neighbours?": str,  # a whole number
     "over?": [str],
     "breakeven?": str,
 }
@@ -67,10 +70,25 @@ class TrainedRun:
         return sweep.flags_of("pretrain", self.settings)
 
     def ended(self) -> bool:
+        """Whether it has. Raises BadInput where it has, but with other flags than these."""
         if not (self.folder / "checkpoint_last.pth.tar").exists():
             return False
-        epochs = json.loads((self.folder / "args.json").read_text())["args"]["epochs"]
-        return any(line.get("epoch") == epochs - 1 for line in self.lines("epoch"))
+        saved = read_facts(self.folder)["args"]
+        if all(line.get("epoch") != saved["epochs"] - 1 for line in self.lines("epoch")):
+            return False
+        asked = self.asked()
+        for name in sorted(asked.given - MAY_CHANGE - {"config"}):
+            now = getattr(asked, name)
+            if name in saved and saved[name] != now:
+                raise BadInput(
+                    f"the run in {self.folder} has ended with --{name.replace('_', '-')}"
+                    f" {saved[name]!r}, and {now!r} is asked: give another --job-dir"
+                )
+        return True
+
+    def asked(self) -> argparse.Namespace:
+        """Its flags as the script reads them."""
+        return sweep.options.parse_script("pretrain", self.flags, 1, 1, check=False)
 
     def lines(self, kind: str) -> list[dict]:
         return [line for line in metrics(self.folder) if line["kind"] == kind]
@@ -104,7 +122,7 @@ class Figures:
         found = json.loads(kept.read_text()) if kept.exists() else {}
         if found.get("of") != of:
             found = {"of": of}
-        images = _images(run.settings)
+        images = _images(run)
         if {"knn", "one_shot", "near"} & set(self.names) and "knn" not in found:
             if tuple(images) not in self.judges:
                 self.judges[tuple(images)] = Judge(run.flags, self.k, self.device)
@@ -116,13 +134,10 @@ class Figures:
         return {name: found[name] for name in self.names if name in found}
 
 
-def _images(settings: dict) -> list[str]:
+def _images(run: TrainedRun) -> list[str]:
     """The flags of a run that say which images it has."""
-    args = sweep.options.parse_script(
-        "pretrain", sweep.flags_of("pretrain", settings), 1, 1, check=False
-    )
-    flags = [args.data] if args.data else []
-    flags += ["--dataset", args.dataset]
+    args = run.asked()
+    flags = [*listed(args.data), "--dataset", args.dataset]
     if args.image_size:
         flags += ["--image-size", str(args.image_size)]
     return flags + (["--cache", str(args.cache)] if args.cache else [])
@@ -130,7 +145,7 @@ def _images(settings: dict) -> list[str]:
 
 def _seconds(run: TrainedRun) -> float | None:
     """The seconds of training, by the median rate, and those of the rounds."""
-    batch = json.loads((run.folder / "args.json").read_text())["args"]["batch_size"]
+    batch = read_facts(run.folder)["args"]["batch_size"]
     steps = run.lines("step")
     rates = [line["images_per_s"] for line in steps]
     if not rates:
@@ -172,7 +187,8 @@ def table(name: str, part: dict, found: dict[str, dict[str, dict]], device: torc
             values = {seed: x[key] for seed, x in seeds.items() if x.get(key) is not None}
             cells[key] = common.spread(list(values.values())) if values else None
             if base not in (None, row):
-                pairs = [values[s] - found[base][s][key] for s in values if s in found[base]]
+                before = {s: x[key] for s, x in found[base].items() if x.get(key) is not None}
+                pairs = [values[s] - before[s] for s in values if s in before]
                 cells[f"gain_{key}"] = common.spread(pairs, "+") if pairs else None
         for key in (*rounds, "seconds"):
             values = [x[key] for x in seeds.values() if x.get(key) is not None]
@@ -218,9 +234,10 @@ def main(argv: list[str] | None = None) -> int:
         plan = sweep.read_plan(args.file)
         part = plan["judge"]
         schema.require(part, PART, f"{args.file}: judge")
-        figures = Figures(
-            part.get("figures", ["knn"]), int(part.get("neighbours", 200)), args.device
-        )
+        neighbours = part.get("neighbours", "200")
+        if not neighbours.isdecimal():
+            raise BadInput(f"{args.file}: judge: neighbours {neighbours!r} is no whole number")
+        figures = Figures(part.get("figures", ["knn"]), int(neighbours), args.device)
         found: dict[str, dict[str, dict]] = {}
         settings = {}
         left = []

@@ -16,7 +16,7 @@ from pathlib import Path
 from benchmarks import common
 from launch import options, sweep
 from moco_isl import files
-from moco_isl.errors import BadInput, RunFailed
+from moco_isl.errors import BadInput, Interrupted, RunFailed
 from studies.ink import style_of
 from studies.judge import TrainedRun, runs_of
 
@@ -92,13 +92,16 @@ def read_runs(args: argparse.Namespace, figure: str) -> Runs:
 
 
 def exit_code(figure: str, make: Callable[[], None]) -> int:
-    """Run `make`; bad input and failed runs become one line. Returns the exit code."""
+    """Run `make`; bad input, failed runs and Ctrl-C become one line. Returns the exit code."""
     files.print_any_name()
     try:
         make()
     except (BadInput, RunFailed) as error:
         print(f"studies.{figure}: {files.shown(str(error))}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("\n=> interrupted: the same command goes on where this one was", file=sys.stderr)
+        return Interrupted.exit_code
     return 0
 
 

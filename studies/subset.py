@@ -21,7 +21,9 @@ from moco_isl.evaluation.subject import labelled
 
 def first_of_each(dataset: data.ImageFiles, most: int) -> list[int]:
     """The first `most` images of every class. Raises BadInput where a class has fewer."""
-    seen: Counter[int] = Counter()
+    if most < 1:
+        raise BadInput(f"{most} images a class: expected 1 or more")
+    seen: Counter[int] = Counter(dict.fromkeys(range(len(dataset.classes)), 0))
     chosen = []
     for i, label in enumerate(dataset.labels.tolist()):
         seen[label] += 1

@@ -16,9 +16,11 @@ import main_moco_isl
 from launch import options, sweep
 from moco_isl import data, schema
 from moco_isl.data.label_list import read_labels
+from moco_isl.errors import BadInput
+from moco_isl.evaluation.subject import fingerprint
 from moco_isl.report.verdict import breakeven_of, read_breakeven
 from moco_isl.training.options import check_args
-from studies import breakeven, demo, judge, letters
+from studies import breakeven, demo, figures, judge, letters
 from studies.breakeven import bootstrap, closer, crossing, monotone
 from studies.figures import HERE, Judge
 
@@ -150,6 +152,10 @@ def test_the_table_of_a_study(tmp_path, monkeypatch):
     assert knn["gain_one_shot"].startswith(f"{statistics.fmean(pairs):+.1f} ± ")
     line = (tmp_path / "runs" / "knn,seed=1" / "metrics.jsonl").read_text()
     assert '"kind": "round"' in line and 0 < knn["precision"] < 1 and knn["seconds"] > 0
+    with pytest.raises(BadInput, match="ended with --isl-budget .*'4'.*'5'.*another --job-dir"):
+        plan = sweep.read_plan(file)
+        plan["points"]["knn,seed=1"]["isl-budget"] = "5"
+        [run.ended() for run in judge.runs_of(plan, tmp_path / "runs")]
     monkeypatch.setattr(Judge, "features", lambda *_: pytest.fail("judged twice"))
     assert judged(tmp_path, file)["study"]["rows"] == [none, knn]
     (tmp_path / "runs" / "knn,seed=1" / "checkpoint_last.pth.tar").unlink()
@@ -173,6 +179,26 @@ def test_a_study_of_an_oracle_has_gains_and_break_evens(tmp_path):
     table = read_breakeven(tmp_path / "runs" / "breakeven.json")
     assert breakeven_of(table, "meanlog", 4.0) is not None
     xml.etree.ElementTree.parse(tmp_path / "runs" / "breakeven.svg")
+
+
+def test_a_gain_needs_the_figure_of_both_rows():
+    found = {"none": {"0": {"logged": None}, "1": {"logged": 80.0}}}
+    found["knn"] = {"0": {"logged": 90.0}, "1": {"logged": 85.0}}
+    part = {"figures": ["logged"], "over": ["none"]}
+    rows = judge.table("x", part, found, torch.device("cpu")).rows
+    assert rows[1]["gain_logged"] == "+5.0"
+
+
+def test_a_linear_figure_is_of_the_file_as_it_is(tmp_path):
+    file, out = tmp_path / "file.pth.tar", tmp_path / "linear"
+    out.mkdir()
+    file.write_bytes(b"now")
+    found = {"sha256": fingerprint(file), "classifiers": [{"chosen": True, "top1": 70.0}]}
+    (out / "results.json").write_text(json.dumps(found))
+    assert figures.linear(file, [], out) == 70
+    file.write_bytes(b"later")
+    with pytest.raises(BadInput, match="of an earlier state of .*file.pth.tar: remove that folder"):
+        figures.linear(file, [], out)
 
 
 def test_what_cannot_be_judged_is_one_line(tmp_path, capsys):

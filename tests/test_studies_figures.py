@@ -342,6 +342,21 @@ def test_the_surest_pairs_of_sets_are_judged():
     assert found["right"] == 50 and found["surest"] == 100 and found["size"] == 1
     assert found["alike"] == pytest.approx(100 * (2**-0.5 + 1) / 2)
     assert figure5.of_sets(sets, 4, labels, pixels)["surest"] == 50
+    unknown = torch.tensor([0, 0, -1, 1])  # one pair is left whose labels are known
+    assert figure5.of_sets(sets, 4, unknown, pixels)["right"] == 100
+    none = figure5.of_sets(sets, 4, torch.arange(4), pixels)
+    assert none["right"] == 0 and none["alike"] is None
+    assert figure5.of_sets(sets, 4, torch.full((4,), -1), pixels)["surest"] is None
+    cells = {(row, key): none[key] for row in ("gan", "cluster") for key in none}
+    assert figure5.verdict(2, [cells, cells]).startswith("The claim is not judged: in round 2")
+
+
+def test_ctrl_c_says_how_to_go_on(capsys):
+    def make():
+        raise KeyboardInterrupt
+
+    assert paper.exit_code("figure3", make) == 75
+    assert "=> interrupted: the same command goes on" in capsys.readouterr().err
 
 
 def test_figure_5_of_two_runs(trained, tmp_path):
@@ -430,8 +445,10 @@ def test_a_subset_is_the_first_images_of_every_class(tmp_path, capsys):
     assert len(val) == 4
     assert subset.main([*flags, "--train", "3", "--val", "2"]) == 2
     assert subset.main([flags[0], str(tmp_path / "more"), "--train", "6"]) == 2
+    assert subset.main([flags[0], str(tmp_path / "more"), "--train", "0"]) == 2
     said = capsys.readouterr().err
     assert "exists: expected a new folder" in said and "class cat has 5 images" in said
+    assert "0 images a class: expected 1 or more" in said
     assert not (tmp_path / "more").exists()
 
 
