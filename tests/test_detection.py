@@ -741,6 +741,18 @@ def test_bad_flags(name, place, moco_file, capsys):
     assert expected in refused(argv, moco_file, capsys)
 
 
+def test_an_encoder_of_grey_images_is_refused(place, tmp_path, capsys):
+    torch.manual_seed(0)
+    encoder = build_encoder("resnet18w8", 16, "cifar", 32, 1)
+    state = {f"module.encoder_q.{name}": x for name, x in encoder.state_dict().items()}
+    file = tmp_path / "grey.pth.tar"
+    args = {"dataset": "folder", "image_size": 32, "channels": 1}
+    content = {"epoch": 1, "arch": "resnet18w8", "state_dict": state, "args": args}
+    torch.save(content, file)
+    said = refused(["FILE", "--data", "kit"], file, capsys)
+    assert "takes images of 1 channels, and detection reads those of 3" in said
+
+
 @pytest.mark.parametrize("name", BAD_VOC)
 def test_bad_voc(name, place, moco_file, capsys):
     change, expected = BAD_VOC[name]

@@ -64,7 +64,7 @@ class ClusterMiner(RoundMiner):
         groups = Groups(cluster)
         if candidates is None:
             groups.require_pairs("give more --isl-clusters, or a number to --isl-budget")
-        block = lambda anchors, number: groups.edges(features, anchors, candidates)
+        block = lambda anchors, number: groups.edges(features, anchors, candidates, tick)
         _, src, dst, together, cosine = over_blocks(M, features.device, block, tick)
         self.report.extra |= {"clusters": G, "largest_cluster": int(cluster[0].bincount().max())}
         return Edges(src, dst, together + cosine / 4), ""

@@ -80,7 +80,11 @@ class DiffusionMiner(RoundMiner):
 
         def walk(anchors: Tensor, number: int) -> tuple[Tensor, Tensor]:
             pieces = anchors.split(max(1, _TOGETHER // (min(_REACH, k ** (self.steps - 1)) * k)))
-            walked = [diffuse(piece, near, S, self.steps, self.decay, k) for piece in pieces]
+            walked = []
+            for piece in pieces:
+                if tick is not None:
+                    tick()
+                walked.append(diffuse(piece, near, S, self.steps, self.decay, k))
             return tuple(torch.cat(x) for x in zip(*walked))
 
         # [M, k] each: in order
@@ -96,7 +100,7 @@ class DiffusionMiner(RoundMiner):
             "largest_subgraph": int(sizes.max()),
             "alone": float((sizes[subgraph] == 1).float().mean()),
         }
-        block = lambda anchors, number: groups.edges(features, anchors)
+        block = lambda anchors, number: groups.edges(features, anchors, tick=tick)
         _, src, dst, _, cosine = over_blocks(M, device, block, tick)
         if not joined:
             self.report.why = (

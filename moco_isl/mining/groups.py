@@ -6,6 +6,7 @@ Letters: M images, C feature dimension, N anchors, H groupings, R others that sh
 import torch
 
 from moco_isl.errors import RunFailed
+from moco_isl.ops.neighbors import Tick
 
 Tensor = torch.Tensor
 _TOGETHER = 1 << 26  # numbers of one piece of rows that are compared
@@ -39,16 +40,20 @@ class Groups:
         return merged(torch.cat(images, dim=1), torch.cat(shared, dim=1))
 
     def edges(
-        self, features: Tensor, anchors: Tensor, most: int | None = None
+        self, features: Tensor, anchors: Tensor, most: int | None = None, tick: Tick | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Edges from anchors [N] to those in their groups: src, dst, shared and cosine, [n] each.
 
         features [M, C]. Of each anchor the `most` most shared, among equals the most similar; None:
-        all.
+        all. tick: called between pieces, may raise Interrupted.
         """
         R = sum(int(size.max()) for size in self.size)
         pieces = anchors.split(max(1, _TOGETHER // (R * features.shape[1])))
-        parts = [self._edges(features, piece, most) for piece in pieces]
+        parts = []
+        for piece in pieces:
+            if tick is not None:
+                tick()
+            parts.append(self._edges(features, piece, most))
         return tuple(torch.cat(x) for x in zip(*parts))
 
     def _edges(self, features: Tensor, anchors: Tensor, most: int | None) -> tuple[Tensor, ...]:

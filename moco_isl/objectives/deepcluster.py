@@ -308,8 +308,9 @@ def whitened(features: Tensor, components: int) -> Tensor:
 def even_draws(cluster: Tensor, generator: torch.Generator) -> Tensor:
     """[M] int64: draws of M images in random order, equally many of each cluster that has any.
 
-    cluster [M] int64 on the CPU. Equally: but for one. A cluster that is smaller than its draws is
-    drawn from with repetition; of a larger one none comes twice, and some do not come.
+    cluster [M] int64 on the CPU. Equally: but for one. A cluster of no more images than its draws
+    is drawn from with repetition, as published; of a larger one none comes twice, and some do not
+    come.
     """
     M = len(cluster)
     size = cluster.bincount()  # [k]

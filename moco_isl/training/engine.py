@@ -220,7 +220,7 @@ def judge_positives(
     mean = isl.positives.mean_size
     mined = isl.positives.num_edges > 0
     precision = isl.positives.precision(labels) if mined else None
-    if not dist.is_main():
+    if not dist.is_main() or len(features) < 2:
         return {"precision": precision}
     at = sorted({*sizes, mean} - {0})
     anchors = sample_anchors(len(features)).to(features.device) if sampled else None

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from moco_isl import data, dist
-from moco_isl.encoders import build_encoder
+from moco_isl.encoders import build_encoder, channels_of
 from moco_isl.errors import BadInput
 from moco_isl.evaluation.detection import scenes, scoring
 from moco_isl.evaluation.detection.batches import Reading
@@ -389,7 +389,13 @@ class Task:
 
     @cached_property
     def pixels(self) -> data.Pixels:
-        return format_of(self.encoder, self.info | {"path": self.flags.file}, data.RGB)
+        takes = channels_of(self.encoder)
+        if takes != 3:
+            raise BadInput(
+                f"'{self.flags.file}' takes images of {takes} channels, and detection reads those"
+                " of 3: expected an encoder of colour images"
+            )
+        return format_of(self.encoder, self.info, data.RGB)
 
     @cached_property
     def origin(self) -> dict:
