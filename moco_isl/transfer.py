@@ -132,20 +132,26 @@ class Target:
 
 @dataclass
 class Cell:
-    """An encoder judged on a data set in one way. name: of the encoder; flags: of its script."""
+    """An encoder judged on a data set in one way. name: of the encoder, whose file is `file`."""
 
     name: str
+    file: str
     sha256: str
     target: Target
     way: str
-    flags: list[str]
+    place: list[str]  # flags that change no figure
+    how: list[str]  # the other ones
     folder: Path  # of the encoder on this data set
+
+    @property
+    def flags(self) -> list[str]:
+        return ["--pretrained", self.file, *self.place, *self.how]
 
     @property
     def out(self) -> Path:
         """The folder of its run: another one where its file, images or flags have changed."""
-        key = hashlib.sha256(_key(self.key).encode()).hexdigest()
-        return self.folder / f"{self.way}-{key[:8]}"
+        what = json.dumps([self.sha256, self.target.identity, self.how])
+        return self.folder / f"{self.way}-{hashlib.sha256(what.encode()).hexdigest()[:8]}"
 
     @property
     def script(self):
@@ -225,8 +231,9 @@ def more_flags(way: str, text: str) -> list[str]:
         raise BadInput(f"--{way}: {error}") from None
     for name in ("layers", "k", "T"):
         values = getattr(args, name, None)
+        several = isinstance(values, list) and (len(values) > 1 or "all" in values)
         flags.check(
-            name not in args.given or not isinstance(values, list) or len(values) == 1,
+            name not in args.given or not several,
             f"--{way} has several --{name}, and the table has one column for it: give one",
         )
     taken = sorted(args.given & (OURS | set(flags_of_all())))
@@ -244,16 +251,11 @@ def flags_of_all() -> list[str]:
     return [name for name in vars(SharedOptions()) if name != "seed"]
 
 
-def shared(args) -> list[str]:
-    """The flags of every run."""
-    words = ["--device", args.device, "--amp", args.amp, "--workers", str(args.workers)]
-    words += ["--image-size", str(args.image_size)] if args.image_size else []
-    return words + (["--cache", args.cache] if args.cache else [])
-
-
-def cells_of(args, encoders: dict[str, Path]) -> list[Cell]:
+def cells_of(args, encoders: dict[str, Path], targets: list[Target]) -> list[Cell]:
     """Every run of the table, checked. encoders: name -> file. Raises BadInput."""
-    targets = targets_of(args.to)
+    place = ["--device", args.device, "--workers", str(args.workers)]
+    place += ["--cache", args.cache] if args.cache else []
+    size = ["--image-size", str(args.image_size)] if args.image_size else []
     ways = list(dict.fromkeys(args.by))
     more = {way: more_flags(way, getattr(args, way)) for way in ways}
     cells = []
@@ -261,10 +263,10 @@ def cells_of(args, encoders: dict[str, Path]) -> list[Cell]:
         sha256 = fingerprint(weights_file(path))
         for target in targets:
             for way in ways:
-                own = ["--pretrained", str(path), *shared(args), *WAYS[way][1]]
-                own += ([] if way == "knn" else ["--seed", str(args.seed)]) + more[way]
+                how = ["--amp", args.amp, *size, *WAYS[way][1]]
+                how += ([] if way == "knn" else ["--seed", str(args.seed)]) + more[way]
                 folder = Path(args.out) / named(name) / named(target.given)
-                cells.append(Cell(name, sha256, target, way, own, folder))
+                cells.append(Cell(name, str(path), sha256, target, way, place, how, folder))
     places = {(cell.folder, cell.way) for cell in cells}
     flags.check(len(places) == len(cells), "FILE or --to names one thing twice: name each once")
     return cells
@@ -303,12 +305,12 @@ def run(argv: list[str] | None, stop) -> None:
     out = Path(args.out)
     done = {_key(row): row for row in read_own(out)}
     encoders = {path: Path(path) for path in encoders_of(args)}
-    targets_of(args.to)  # before anything is written
+    targets = targets_of(args.to)  # before anything is written
     if args.untrained:
         path = out / f"untrained,seed={args.seed}.pth.tar"
         draw_untrained(next(iter(encoders)), path, args.seed)
         encoders[path.name.removesuffix(".pth.tar")] = path
-    cells = cells_of(args, encoders)
+    cells = cells_of(args, encoders, targets)
     left = [cell for cell in cells if _key(cell.key) not in done]
     for cell in left:
         cell.script.prepare(cell.argv)
@@ -316,10 +318,9 @@ def run(argv: list[str] | None, stop) -> None:
         where = f"{files.shown(cell.name)} on {files.shown(cell.target.given)}"
         print(f"=> run {number} of {len(left)}: {where}, {WAYS[cell.way][2]}", flush=True)
         row = cell.judge(stop)
+        done[_key(row)] = row
         # read again: another process may have added rows meanwhile
-        kept = [x for x in read_own(out) if not _replaced(x, row)]
-        done = {_key(x): x for x in [*kept, row]}
-        write(list(done.values()), out)
+        write([*(x for x in read_own(out) if not _replaced(x, row)), row], out)
     print(as_text(cells, done))
     print(f"=> {files.shown(out / RESULTS)}")
 
@@ -335,11 +336,8 @@ def check_given(args) -> None:
     flags.check(encoders_of(args), "nothing to judge: give one FILE or several")
     flags.check(args.to, "no images to judge on: give --to DIR, or --to cifar10:DIR")
     for way in WAYS:
-        flags.check(
-            way in args.by or not getattr(args, way),
-            f"--{way} adds flags to a judgement that --by leaves out: add {way} to --by, or leave"
-            " it off",
-        )
+        if way not in args.by and getattr(args, way):
+            print(f"=> --{way} does nothing here: --by leaves it out")
     files.require_folder(args.out, "--out")
 
 

@@ -82,7 +82,7 @@ def detection(out: Path, name: str | None, iterations: int, seed: int) -> dict[s
     if not (run / "results.json").exists():
         quietly(detect, [*file, *flags], run)
     found = json.loads((run / "results.json").read_text())
-    if name and found["sha256"] != fingerprint(file[0]):
+    if name and found.get("sha256") != fingerprint(file[0]):
         raise RuntimeError(f"{run} is of an earlier state of {file[0]}: remove that folder")
     return {what: found[what] for what in AP}
 

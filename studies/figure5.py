@@ -81,11 +81,12 @@ def of_sets(sets: PositiveSets, n: int, labels: Tensor, pixels: Tensor) -> dict[
 
 def verdict(number: int, last: list[dict]) -> str:
     """Whether the claim holds in the round of this number, in a sentence. last: by seed."""
-    pairs = lambda key: [(cells["gan", key], cells["cluster", key]) for cells in last]
-    less = lambda key: [gan - la for gan, la in pairs(key) if None not in (gan, la)]
+    keys = [(row, key) for row in ROWS for key in ("surest", "alike")]
+    last = [cells for cells in last if all(cells[key] is not None for key in keys)]
+    if not last:
+        return f"The claim is not judged: in round {number} a miner has no pair known to be right."
+    less = lambda key: [cells["gan", key] - cells["cluster", key] for cells in last]
     right, alike = less("surest"), less("alike")
-    if not right or not alike:
-        return f"The claim is not judged: in round {number} a miner has no right pair."
     signs = (paper.told(right), -paper.told(alike))
     holds = 1 if signs == (1, 1) else 0 if 1 in signs and -1 not in signs else -1
     return (

@@ -128,7 +128,7 @@ def linear(file: Path, images: list[str], out: Path, probe: list[str] = PROBE) -
         if code:
             raise BadInput(f"the probe of {file} ended with exit code {code}")
     found = json.loads(results.read_text())
-    if found["sha256"] != fingerprint(file):
+    if found.get("sha256") != fingerprint(file):
         raise BadInput(f"the probe in {out} is of an earlier state of {file}: remove that folder")
     return next(row["top1"] for row in found["classifiers"] if row["chosen"])
 

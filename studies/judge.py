@@ -21,6 +21,8 @@ an oracle (--miner oracle) is judged by studies/breakeven.py.
 
 import argparse
 import json
+import math
+import os
 import statistics
 import sys
 from dataclasses import dataclass
@@ -46,11 +48,12 @@ HEADINGS = {
     "near": "true among nearest %",
     "logged": "kNN % by the run",
 }
+STARTS = {"data", "init", "research_labels"}  # what a run began with, beside the flags it keeps
 PART = {
     "title?": str,
     "note?": str,
     "figures?": [set(HEADINGS)],
-    "neighbours?": str,  # a whole number
+    "neighbours?": str,  # a whole number from 1 on
     "over?": [str],
     "breakeven?": str,
 }
@@ -73,16 +76,21 @@ class TrainedRun:
         """Whether it has. Raises BadInput where it has, but with other flags than these."""
         if not (self.folder / "checkpoint_last.pth.tar").exists():
             return False
-        saved = read_facts(self.folder)["args"]
-        if all(line.get("epoch") != saved["epochs"] - 1 for line in self.lines("epoch")):
-            return False
+        saved = read_facts(self.folder).get("args", {})
         asked = self.asked()
-        for name in sorted(asked.given - MAY_CHANGE - {"config"}):
-            now = getattr(asked, name)
-            if name in saved and saved[name] != now:
+        epochs = saved.get("epochs", 0)
+        if asked.epochs > epochs or all(
+            line.get("epoch") != epochs - 1 for line in self.lines("epoch")
+        ):
+            return False
+        for name in sorted(asked.given - MAY_CHANGE - {"config"} | STARTS):
+            before, now = saved.get(name), getattr(asked, name)
+            if name == "data":
+                before, now = (list(map(os.path.realpath, listed(x))) for x in (before, now))
+            if name in saved and before != now:
                 raise BadInput(
-                    f"the run in {self.folder} has ended with --{name.replace('_', '-')}"
-                    f" {saved[name]!r}, and {now!r} is asked: give another --job-dir"
+                    f"the run in {self.folder} has ended with --{name.replace('_', '-')} {before},"
+                    f" and {now} is asked: give another --job-dir"
                 )
         return True
 
@@ -110,7 +118,7 @@ class Figures:
         found["seconds"] = _seconds(run)
         if "logged" in self.names:
             found["logged"] = next(
-                (line["knn"] for line in reversed(run.lines("epoch")) if "knn" in line), None
+                (line["knn"] for line in reversed(run.lines("epoch")) if _finite(line, "knn")), None
             )
         return found | self._by_labels(run)
 
@@ -132,6 +140,10 @@ class Figures:
             found["linear"] = linear(file, where, run.folder / "linear")
         files.write_text(json.dumps(found) + "\n", kept)
         return {name: found[name] for name in self.names if name in found}
+
+
+def _finite(line: dict, name: str) -> bool:
+    return math.isfinite(line.get(name, math.nan))
 
 
 def _images(run: TrainedRun) -> list[str]:
@@ -235,8 +247,8 @@ def main(argv: list[str] | None = None) -> int:
         part = plan["judge"]
         schema.require(part, PART, f"{args.file}: judge")
         neighbours = part.get("neighbours", "200")
-        if not neighbours.isdecimal():
-            raise BadInput(f"{args.file}: judge: neighbours {neighbours!r} is no whole number")
+        if not neighbours.isdecimal() or not int(neighbours):
+            raise BadInput(f"{args.file}: judge: neighbours {neighbours}: expected 1 or more")
         figures = Figures(part.get("figures", ["knn"]), int(neighbours), args.device)
         found: dict[str, dict[str, dict]] = {}
         settings = {}

@@ -23,7 +23,7 @@ SEED = re.compile(r",seed=\d+(?=/|$)")
 
 def kinds(rows: list[dict]) -> dict[tuple[str, str], dict]:
     """(data set, encoder without its seed) -> {"epoch", way: [top-1 of the seeds]}."""
-    names = {row["encoder"]: SEED.sub("", row["encoder"]) for row in rows}
+    names = {row["encoder"]: SEED.sub("", Path(row["encoder"]).as_posix()) for row in rows}
     short = shortest({name: Path(name).parts for name in names.values()})
     found: dict[tuple[str, str], dict] = {}
     for row in rows:

@@ -428,6 +428,9 @@ def test_a_twin_differs_in_mining_only():
     others = [{"init": "b"}, {"lr": 0.2}, {"dataset": "cifar10"}, {"image_size": 64}]
     for other in (*others, {"optimizer": "adamw"}, {"isl_rounds": 4}, {"predictor": 64}):
         assert outcome.find_twin(mined, [run_of(miner="none", **like | other)]) is None
+    older = run_of(miner="none", path="older", **like, seed=1, knn=90.0)
+    now = run_of({}, **like, seed=1, optimizer="sgd", isl_rounds=1, predictor=0, channels=3)
+    assert outcome.find_twin(now, [now, older]) is older, "it was trained with the defaults"
     same_seed.epochs.pop()
     assert outcome.find_twin(mined, [mined, same_seed]) is None
     found = verdict.judge(mined, [mined, same_seed])

@@ -6,6 +6,7 @@ import json
 import random
 import statistics
 import xml.etree.ElementTree
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -152,10 +153,13 @@ def test_the_table_of_a_study(tmp_path, monkeypatch):
     assert knn["gain_one_shot"].startswith(f"{statistics.fmean(pairs):+.1f} ± ")
     line = (tmp_path / "runs" / "knn,seed=1" / "metrics.jsonl").read_text()
     assert '"kind": "round"' in line and 0 < knn["precision"] < 1 and knn["seconds"] > 0
-    with pytest.raises(BadInput, match="ended with --isl-budget .*'4'.*'5'.*another --job-dir"):
-        plan = sweep.read_plan(file)
-        plan["points"]["knn,seed=1"]["isl-budget"] = "5"
-        [run.ended() for run in judge.runs_of(plan, tmp_path / "runs")]
+    plan = sweep.read_plan(file)
+    runs = judge.runs_of(plan, tmp_path / "runs")
+    for name, value in (("isl-budget", "5"), ("init", "x.pth"), ("data", "photos")):
+        settings = {**runs[-1].settings, name: value}
+        with pytest.raises(BadInput, match=f"ended with --{name} .* is asked: give another --job"):
+            replace(runs[-1], settings=settings).ended()
+    assert not replace(runs[-1], settings={**runs[-1].settings, "epochs": "2"}).ended()
     monkeypatch.setattr(Judge, "features", lambda *_: pytest.fail("judged twice"))
     assert judged(tmp_path, file)["study"]["rows"] == [none, knn]
     (tmp_path / "runs" / "knn,seed=1" / "checkpoint_last.pth.tar").unlink()

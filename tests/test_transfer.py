@@ -147,6 +147,9 @@ def test_other_flags_are_judged_anew(here, tmp_path):
     assert rows(tmp_path)[key]["flags"][-2:] == ["--wd", "0.1"]
     works(*given, "--linear", "--epochs 1")
     assert rows(tmp_path)[key]["flags"][-2:] == ["--epochs", "1"]
+    runs = set(tmp_path.glob("*/photos/*"))
+    works(*given, "--linear", "--epochs 1", "--cache", str(tmp_path / "cache"), "-j", "1")
+    assert set(tmp_path.glob("*/photos/*")) == runs, "these flags change no figure"
 
 
 def test_rows_that_another_process_adds_meanwhile_stay(here, tmp_path, monkeypatch):
@@ -161,6 +164,23 @@ def test_rows_that_another_process_adds_meanwhile_stay(here, tmp_path, monkeypat
     monkeypatch.setattr(main_knn, "run", judge)
     works("a.pth.tar", *given)
     assert {name for name, *_ in rows(tmp_path)} == {"a.pth.tar", "b.pth.tar"}
+
+
+def test_a_table_is_of_its_own_command_whatever_others_do(here, tmp_path, monkeypatch, capsys):
+    """Another process judges the same with other flags, and takes the row's place."""
+    given = ["a.pth.tar", *SHARED, "--by", "knn", "--to", "photos", "--out", str(tmp_path)]
+    real = transfer.write
+
+    def write(rows, out):
+        real(rows, out)
+        monkeypatch.setattr(transfer, "write", real)
+        works(*given, "--knn", "--k 3", "--linear", "--epochs 1")
+
+    monkeypatch.setattr(transfer, "write", write)
+    works(*given)
+    said = capsys.readouterr().out
+    assert "=> --linear does nothing here: --by leaves it out" in said
+    assert table(said)[1][:2] == ["a.pth.tar", "photos"]
 
 
 def test_an_untrained_network_is_the_first_files_drawn_by_the_seed(here, tmp_path):
@@ -211,10 +231,7 @@ def test_an_untrained_network_is_the_first_files_drawn_by_the_seed(here, tmp_pat
         (["a.pth.tar", "--to", "nowhere", "--untrained"], "no such folder: nowhere"),
         (["a.pth.tar", "--to", "digits", "--linear", "--layers conv1 conv2"], "several --layers"),
         (["a.pth.tar", "--to", "digits", "--knn", "--k 5 20"], "--knn has several --k, and"),
-        (
-            ["a.pth.tar", "--to", "digits", "--by", "knn", "--linear", "--epochs 5"],
-            "--linear adds flags to a judgement that --by leaves out",
-        ),
+        (["a.pth.tar", "--to", "digits", "--linear", "--layers all"], "--linear has several"),
         (["a.pth.tar", "--to", "cifar10"], "expected cifar10:DIR"),
         (["a.pth.tar", "--to", "cifar10:photos"], "cifar10 is not in photos"),
         (["a.pth.tar", "--to", "no.module:images"], "no.module"),
@@ -259,6 +276,7 @@ def test_several_processes_are_refused(here, capsys, monkeypatch):
 
 def test_the_study_keeps_encoders_of_one_name_apart():
     files = {"runs/a/moco/last": 10.0, "runs/b/moco/last": 90.0, "runs/c/isl,seed=1/last": 50.0}
+    files |= {"runs/a/moco/last/": 30.0, "./runs/a/moco/last": 30.0}  # the first once more
     found = [
         {"encoder": name, "to": "x", "by": "knn", "top1": top1, "epoch": 1}
         for name, top1 in files.items()

@@ -227,7 +227,8 @@ def labelled(
     if unknown:
         raise BadInput(
             f"{unknown} of the {len(dataset)} {split} images in '{' '.join(listed(root)) or name}'"
-            " have no label (-1): expected a label for each image that judges; leave those out"
+            " have no label (-1): expected one for every train and val image; leave those without"
+            " out of the data set"
         )
     return dataset
 

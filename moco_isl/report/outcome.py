@@ -3,12 +3,15 @@
 The twin of a run is the same training without mining.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from moco_isl import files
 from moco_isl.evaluation.results import RESULTS, read_results
 from moco_isl.report.runs import Run
+from moco_isl.training.options import default_flags
 
 # flags in which a run and its twin agree, beside images and number of epochs
 SAME = (
@@ -53,7 +56,14 @@ def find_twin(run: Run, runs: Sequence[Run]) -> Run | None:
 def _alike(run: Run, other: Run) -> bool:
     if other.images != run.images or len(other.epochs) != len(run.epochs):
         return False
-    return all(other.flags.get(name) == run.flags.get(name) for name in SAME)
+    ours, theirs = ({**_defaults(), **x.flags} for x in (run, other))
+    return all(ours.get(name) == theirs.get(name) for name in SAME)
+
+
+@cache
+def _defaults() -> dict:
+    """Of flags that a run of an earlier version does not know; it was trained with them."""
+    return {**default_flags("none"), "channels": 3, "bits": 8}
 
 
 def changes(run: Run, twin: Run) -> list[Change]:
@@ -78,7 +88,7 @@ def reached(run: Run) -> dict[tuple, float]:
     for path in sorted([run.path / RESULTS, *run.path.glob(f"*/{RESULTS}")]):
         if files.kind(path) == "file":
             found |= dict(_figures(read_results(path), len(run.epochs)))
-    logged = [line for line in run.epochs if "knn" in line]
+    logged = [line for line in run.epochs if math.isfinite(line.get("knn", math.nan))]
     if logged:
         found["kNN", "logged", logged[-1]["epoch"]] = logged[-1]["knn"]
     return found

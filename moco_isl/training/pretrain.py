@@ -782,6 +782,12 @@ def probe_accuracy(reader: Reader, encoder: nn.Module, judge: Callable[..., floa
     return dist.broadcast_object(ranks.on_main(fit))
 
 
+def with_labels(features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features [M, C] and labels [M] of the images whose label is known, not below 0."""
+    known = labels >= 0
+    return (features, labels) if known.all() else (features[known], labels[known])
+
+
 def knn_accuracy(reader: Reader, encoder: nn.Module, judge: Callable[..., torch.Tensor]) -> float:
     """Accuracy in per cent of weighted kNN (k 200, T 0.1) by the encoder's features.
 
@@ -790,14 +796,11 @@ def knn_accuracy(reader: Reader, encoder: nn.Module, judge: Callable[..., torch.
     `evaluation.knn.weighted_knn`. The caller hands it in because evaluation imports training.
     """
     held_out = reader.images.held_out
-    known = reader.labels >= 0
-    bank = reader.features(encoder)[known]  # [M, C] where all images have labels
-    labels = reader.labels[known]
+    bank, labels = with_labels(reader.features(encoder), reader.labels)
     queries, truth = bank, labels
     if held_out is not None:
-        truth = held_out.labels.to(reader.device)
-        queries = reader.features(encoder, held_out)[truth >= 0]
-        truth = truth[truth >= 0]
+        features = reader.features(encoder, held_out)
+        queries, truth = with_labels(features, held_out.labels.to(reader.device))
     alone = held_out is None
     k = min(200, len(bank) - alone)
     if k < 1 or not len(queries):
