@@ -11,6 +11,7 @@ Runs that differ by their seed alone are one row: mean ± standard deviation of 
                                     the same class), linear (main_lincls.py), logged (kNN as the run
                                     itself logged it last, see --knn-every)
     neighbours: 50                  k of knn and near (200)
+    probe: --epochs 30 --schedule 18 24    flags of the probe of linear that differ from PROBE
     over: [none]                    rows that those after them are compared with, paired by seed
     breakeven: FILE.json            break-evens that a study of breakeven_*.yaml has left
     note: ...                       a line below the table
@@ -23,6 +24,7 @@ import argparse
 import json
 import math
 import os
+import shlex
 import statistics
 import sys
 from dataclasses import dataclass
@@ -39,7 +41,7 @@ from moco_isl.report.verdict import breakeven_of, read_breakeven
 from moco_isl.run.logs import read_facts
 from moco_isl.training.options import MAY_CHANGE
 from studies import breakeven
-from studies.figures import ROUND, Judge, Result, linear, metrics, of_round
+from studies.figures import PROBE, ROUND, Judge, Result, linear, metrics, of_round
 
 HEADINGS = {
     "knn": "kNN %",
@@ -54,6 +56,7 @@ PART = {
     "note?": str,
     "figures?": [set(HEADINGS)],
     "neighbours?": str,  # a whole number from 1 on
+    "probe?": str,
     "over?": [str],
     "breakeven?": str,
 }
@@ -105,9 +108,10 @@ class TrainedRun:
 class Figures:
     """Figures of runs; images are read once for all runs that are judged on them."""
 
-    def __init__(self, names: list[str], k: int, device: torch.device):
+    def __init__(self, names: list[str], k: int, device: torch.device, probe: str = ""):
         self.names = names
         self.k = k
+        self.probe = probe
         self.device = device
         self.judges: dict[tuple, Judge] = {}
 
@@ -127,6 +131,7 @@ class Figures:
         kept = run.folder / "judged.json"
         state = file.stat()
         of = {"bytes": state.st_size, "mtime_ns": state.st_mtime_ns, "neighbours": self.k}
+        of |= {"probe": self.probe} if self.probe else {}
         found = json.loads(kept.read_text()) if kept.exists() else {}
         if found.get("of") != of:
             found = {"of": of}
@@ -137,7 +142,8 @@ class Figures:
             found |= self.judges[tuple(images)](file)
         if "linear" in self.names and "linear" not in found:
             where = [*images, "--device", str(self.device)]
-            found["linear"] = linear(file, where, run.folder / "linear")
+            probe = [*PROBE, *shlex.split(self.probe)]
+            found["linear"] = linear(file, where, run.folder / "linear", probe)
         files.write_text(json.dumps(found) + "\n", kept)
         return {name: found[name] for name in self.names if name in found}
 
@@ -249,7 +255,8 @@ def main(argv: list[str] | None = None) -> int:
         neighbours = part.get("neighbours", "200")
         if not neighbours.isdecimal() or not int(neighbours):
             raise BadInput(f"{args.file}: judge: neighbours {neighbours}: expected 1 or more")
-        figures = Figures(part.get("figures", ["knn"]), int(neighbours), args.device)
+        names = part.get("figures", ["knn"])
+        figures = Figures(names, int(neighbours), args.device, part.get("probe", ""))
         found: dict[str, dict[str, dict]] = {}
         settings = {}
         left = []
