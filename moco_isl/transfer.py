@@ -132,20 +132,15 @@ class Target:
 
 @dataclass
 class Cell:
-    """An encoder judged on a data set in one way. name: of the encoder, whose file is `file`."""
+    """An encoder judged on a data set in one way. name: of the encoder; flags: of its script."""
 
     name: str
-    file: str
     sha256: str
     target: Target
     way: str
-    place: list[str]  # flags that change no figure
-    how: list[str]  # the other ones
+    flags: list[str]
+    how: list[str]  # those of them that its figure depends on
     folder: Path  # of the encoder on this data set
-
-    @property
-    def flags(self) -> list[str]:
-        return ["--pretrained", self.file, *self.place, *self.how]
 
     @property
     def out(self) -> Path:
@@ -253,9 +248,10 @@ def flags_of_all() -> list[str]:
 
 def cells_of(args, encoders: dict[str, Path], targets: list[Target]) -> list[Cell]:
     """Every run of the table, checked. encoders: name -> file. Raises BadInput."""
-    place = ["--device", args.device, "--workers", str(args.workers)]
-    place += ["--cache", args.cache] if args.cache else []
+    amp = ["--amp", args.amp]
     size = ["--image-size", str(args.image_size)] if args.image_size else []
+    shared = ["--device", args.device, *amp, "--workers", str(args.workers), *size]
+    shared += ["--cache", args.cache] if args.cache else []
     ways = list(dict.fromkeys(args.by))
     more = {way: more_flags(way, getattr(args, way)) for way in ways}
     cells = []
@@ -263,10 +259,11 @@ def cells_of(args, encoders: dict[str, Path], targets: list[Target]) -> list[Cel
         sha256 = fingerprint(weights_file(path))
         for target in targets:
             for way in ways:
-                how = ["--amp", args.amp, *size, *WAYS[way][1]]
-                how += ([] if way == "knn" else ["--seed", str(args.seed)]) + more[way]
+                own = WAYS[way][1] + ([] if way == "knn" else ["--seed", str(args.seed)])
+                own = own + more[way]
+                given = ["--pretrained", str(path), *shared, *own]
                 folder = Path(args.out) / named(name) / named(target.given)
-                cells.append(Cell(name, str(path), sha256, target, way, place, how, folder))
+                cells.append(Cell(name, sha256, target, way, given, [*amp, *size, *own], folder))
     places = {(cell.folder, cell.way) for cell in cells}
     flags.check(len(places) == len(cells), "FILE or --to names one thing twice: name each once")
     return cells
