@@ -121,11 +121,17 @@ def half(root, split, download):
     return ImagesInMemory(whole.images, labels, whole.classes, "half")
 
 
+def unknown(root, split, download):
+    images = read(root, split, download).images
+    return ImagesInMemory(images, torch.full((60,), -1), None, "unknown")
+
+
 settings = {"size": 16, "mean": (0.4,) * 3, "std": (0.3,) * 3, "needs_dir": False}
 pair_row = DataSet(pair, **settings)
 misnamed_row = DataSet(misnamed, **settings)
 unlabelled_row = DataSet(unlabelled, **settings)
 half_row = DataSet(half, **settings)
+unknown_row = DataSet(unknown, **settings)
 '''
 LEAVES = "raise SystemExit(5)"
 RUN = (
@@ -183,6 +189,15 @@ def test_images_without_a_label_neither_vote_nor_count(tmp_path, capsys):
         said = capsys.readouterr().err
         assert "30 of the 60 train images in 'toy_module:half_row' have no label (-1)" in said
     assert not (tmp_path / "judged").exists()
+
+
+def test_without_any_known_label_nothing_is_judged(tmp_path):
+    flags = ["--dataset", "toy_module:unknown_row", "--knn-every", "1", "--out", "run"]
+    code, said, _ = ask([*RUN[4:], *flags])
+    assert code == 0 and "--knn-every without labels: nothing to judge by" in said
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line for line in lines if line["kind"] == "epoch"]
+    assert not any("knn" in line for line in lines)
 
 
 def test_a_plug_ins_flags_come_from_a_config_too(tmp_path):

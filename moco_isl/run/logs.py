@@ -44,7 +44,7 @@ LINES = {
         "epoch": WHOLE,
         "total?": WHOLE,
         "loss": FIGURE,
-        "knn?": Number(0, 100, finite=False),
+        "knn?": Number(0, 100),
         "probe?": Number(0, 100, finite=False),
         ...: FIGURE,
     },

@@ -504,7 +504,7 @@ def warnings(
             f" side {reader.images.side}{channels}), and cannot read what is trained here: its"
             " backbone goes to safetensors and to this project's own scripts"
         )
-    if plan.knn_every and reader.labels is None:
+    if plan.knn_every and (reader.labels is None or not (reader.labels >= 0).any()):
         lines.append("warning: --knn-every without labels: nothing to judge by")
     if idle:
         lines.append(
@@ -765,7 +765,8 @@ def judge_epoch(
     due = lambda every: every and reader.labels is not None and (epoch + 1) % every == 0
     found = {}
     if due(plan.knn_every):
-        found["knn"] = knn_accuracy(reader, encoder, judges.knn)
+        knn = knn_accuracy(reader, encoder, judges.knn)
+        found |= {} if knn is None else {"knn": knn}
     if due(plan.probe_every):
         found["probe"] = probe_accuracy(reader, encoder, judges.probe)
     return found
@@ -788,11 +789,13 @@ def with_labels(features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Ten
     return (features, labels) if known.all() else (features[known], labels[known])
 
 
-def knn_accuracy(reader: Reader, encoder: nn.Module, judge: Callable[..., torch.Tensor]) -> float:
+def knn_accuracy(
+    reader: Reader, encoder: nn.Module, judge: Callable[..., torch.Tensor]
+) -> float | None:
     """Accuracy in per cent of weighted kNN (k 200, T 0.1) by the encoder's features.
 
     The images held out are classified, or each training image by all others where none are held
-    out. Images without a label neither vote nor count; NaN where none is left. judge:
+    out. Images without a label neither vote nor count; None where none is left. judge:
     `evaluation.knn.weighted_knn`. The caller hands it in because evaluation imports training.
     """
     held_out = reader.images.held_out
@@ -804,6 +807,6 @@ def knn_accuracy(reader: Reader, encoder: nn.Module, judge: Callable[..., torch.
     alone = held_out is None
     k = min(200, len(bank) - alone)
     if k < 1 or not len(queries):
-        return math.nan
+        return None
     found = judge(queries, bank, labels, k=k, T=0.1, leave_one_out=alone)
     return (found == truth).float().mean().item() * 100
