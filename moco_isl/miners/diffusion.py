@@ -12,7 +12,7 @@ import torch
 from moco_isl import dist
 from moco_isl.errors import missing_package
 from moco_isl.mining.edges import Edges
-from moco_isl.mining.groups import Groups, merged
+from moco_isl.mining.groups import Groups, merged, over_pieces
 from moco_isl.mining.positives import PositiveSets
 from moco_isl.mining.rounds import RoundMiner, over_blocks
 from moco_isl.ops.neighbors import Tick, topk
@@ -80,12 +80,8 @@ class DiffusionMiner(RoundMiner):
 
         def walk(anchors: Tensor, number: int) -> tuple[Tensor, Tensor]:
             pieces = anchors.split(max(1, _TOGETHER // (min(_REACH, k ** (self.steps - 1)) * k)))
-            walked = []
-            for piece in pieces:
-                if tick is not None:
-                    tick()
-                walked.append(diffuse(piece, near, S, self.steps, self.decay, k))
-            return tuple(torch.cat(x) for x in zip(*walked))
+            step = lambda piece: diffuse(piece, near, S, self.steps, self.decay, k)
+            return over_pieces(pieces, step, tick)
 
         # [M, k] each: in order
         _, reached, F = (dist.all_gather_rows(x) for x in over_blocks(M, device, walk, tick))

@@ -3,6 +3,8 @@
 Letters: M images, C feature dimension, N anchors, H groupings, R others that share a group.
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
 
 from moco_isl.errors import RunFailed
@@ -49,12 +51,7 @@ class Groups:
         """
         R = sum(int(size.max()) for size in self.size)
         pieces = anchors.split(max(1, _TOGETHER // (R * features.shape[1])))
-        parts = []
-        for piece in pieces:
-            if tick is not None:
-                tick()
-            parts.append(self._edges(features, piece, most))
-        return tuple(torch.cat(x) for x in zip(*parts))
+        return over_pieces(pieces, lambda piece: self._edges(features, piece, most), tick)
 
     def _edges(self, features: Tensor, anchors: Tensor, most: int | None) -> tuple[Tensor, ...]:
         image, shared = self.others(anchors)  # [N, R] each
@@ -77,6 +74,18 @@ class Groups:
                 f"the largest of the groups has {largest} images, and all groups join {pairs:.1e}"
                 f" pairs: expected at most {_PAIRS:.0e}; {cure}"
             )
+
+
+def over_pieces(
+    pieces: Sequence[Tensor], work: Callable[[Tensor], tuple[Tensor, ...]], tick: Tick | None
+) -> tuple[Tensor, ...]:
+    """Join what `work` gives for each piece. tick: called before each, may raise Interrupted."""
+    parts = []
+    for piece in pieces:
+        if tick is not None:
+            tick()
+        parts.append(work(piece))
+    return tuple(torch.cat(x) for x in zip(*parts))
 
 
 def merged(image: Tensor, share: Tensor, keep: int | None = None) -> tuple[Tensor, Tensor]:
