@@ -259,8 +259,8 @@ def cells_of(args, encoders: dict[str, Path], targets: list[Target]) -> list[Cel
         sha256 = fingerprint(weights_file(path))
         for target in targets:
             for way in ways:
-                own = WAYS[way][1] + ([] if way == "knn" else ["--seed", str(args.seed)])
-                own = own + more[way]
+                seed = [] if way == "knn" else ["--seed", str(args.seed)]
+                own = [*WAYS[way][1], *seed, *more[way]]
                 given = ["--pretrained", str(path), *shared, *own]
                 folder = Path(args.out) / named(name) / named(target.given)
                 cells.append(Cell(name, sha256, target, way, given, [*amp, *size, *own], folder))

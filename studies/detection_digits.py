@@ -22,13 +22,13 @@ import torch
 
 import main_moco_isl
 from benchmarks import common
+from moco_isl.errors import BadInput
 from moco_isl.evaluation.detection import scenes
 from moco_isl.evaluation.detection.command import main as detect
 from moco_isl.evaluation.detection.tuning import AP
-from moco_isl.evaluation.subject import fingerprint
 from moco_isl.run.folder import LAST
 from studies.demo import RECOMMENDED, processes
-from studies.figures import HERE, Judge, Result
+from studies.figures import HERE, Judge, Result, results_of
 
 ARCH = "resnet18w8"
 OUT = Path("runs/detection_digits")
@@ -81,9 +81,7 @@ def detection(out: Path, name: str | None, iterations: int, seed: int) -> dict[s
     flags = f"--data digits --iterations {iterations} --seed {seed} -j 0 -p 50".split()
     if not (run / "results.json").exists():
         quietly(detect, [*file, *flags], run)
-    found = json.loads((run / "results.json").read_text())
-    if name and found.get("sha256") != fingerprint(file[0]):
-        raise RuntimeError(f"{run} is of an earlier state of {file[0]}: remove that folder")
+    found = results_of(run, file[0]) if name else json.loads((run / "results.json").read_text())
     return {what: found[what] for what in AP}
 
 
@@ -179,7 +177,7 @@ def main(argv: list[str] | None = None) -> int:
     start = time.time()
     try:
         found = run_all(args)
-    except RuntimeError as error:
+    except (BadInput, RuntimeError) as error:
         print(f"studies.detection_digits: {error}", file=sys.stderr)
         return 3
     columns = [

@@ -120,17 +120,22 @@ def linear(file: Path, images: list[str], out: Path, probe: list[str] = PROBE) -
     and the device. out: the probe's folder; a probe that has ended there is not run again. Raises
     BadInput where the probe fails, and where the one in `out` is of another state of the file.
     """
-    results = out / "results.json"
-    if not results.exists():
+    if not (out / "results.json").exists():
         flags = [*images, *probe, "--pretrained", str(file), "-p", "1000", "--seed", "0"]
         with contextlib.redirect_stdout(io.StringIO()):
             code = main_lincls.main([*flags, "--out", str(out), "--resume", "auto"])
         if code:
             raise BadInput(f"the probe of {file} ended with exit code {code}")
-    found = json.loads(results.read_text())
+    rows = results_of(out, file)["classifiers"]
+    return next(row["top1"] for row in rows if row["chosen"])
+
+
+def results_of(folder: Path, file: Path | str) -> dict:
+    """results.json of a folder in which a file was judged. Raises BadInput where it has changed."""
+    found = json.loads((folder / "results.json").read_text())
     if found.get("sha256") != fingerprint(file):
-        raise BadInput(f"the probe in {out} is of an earlier state of {file}: remove that folder")
-    return next(row["top1"] for row in found["classifiers"] if row["chosen"])
+        raise BadInput(f"{folder} is of an earlier state of {file}: remove that folder")
+    return found
 
 
 def metrics(run: Path) -> list[dict]:

@@ -22,12 +22,12 @@ an oracle (--miner oracle) is judged by studies/breakeven.py.
 
 import argparse
 import json
-import math
 import os
 import shlex
 import statistics
 import sys
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -80,7 +80,7 @@ class TrainedRun:
         if not (self.folder / "checkpoint_last.pth.tar").exists():
             return False
         saved = read_facts(self.folder).get("args", {})
-        asked = self.asked()
+        asked = self.asked
         epochs = saved.get("epochs", 0)
         if asked.epochs > epochs or all(
             line.get("epoch") != epochs - 1 for line in self.lines("epoch")
@@ -97,6 +97,7 @@ class TrainedRun:
                 )
         return True
 
+    @cached_property
     def asked(self) -> argparse.Namespace:
         """Its flags as the script reads them."""
         return sweep.options.parse_script("pretrain", self.flags, 1, 1, check=False)
@@ -122,7 +123,7 @@ class Figures:
         found["seconds"] = _seconds(run)
         if "logged" in self.names:
             found["logged"] = next(
-                (line["knn"] for line in reversed(run.lines("epoch")) if _finite(line, "knn")), None
+                (line["knn"] for line in reversed(run.lines("epoch")) if "knn" in line), None
             )
         return found | self._by_labels(run)
 
@@ -148,13 +149,9 @@ class Figures:
         return {name: found[name] for name in self.names if name in found}
 
 
-def _finite(line: dict, name: str) -> bool:
-    return math.isfinite(line.get(name, math.nan))
-
-
 def _images(run: TrainedRun) -> list[str]:
     """The flags of a run that say which images it has."""
-    args = run.asked()
+    args = run.asked
     flags = [*listed(args.data), "--dataset", args.dataset]
     if args.image_size:
         flags += ["--image-size", str(args.image_size)]

@@ -15,6 +15,7 @@ import torch
 
 from benchmarks import common
 from moco_isl.errors import BadInput
+from moco_isl.report.runs import shortest_ends
 from moco_isl.transfer import WAYS, read_own
 from studies.figures import Result
 
@@ -23,23 +24,15 @@ SEED = re.compile(r",seed=\d+(?=/|$)")
 
 def kinds(rows: list[dict]) -> dict[tuple[str, str], dict]:
     """(data set, encoder without its seed) -> {"epoch", way: [top-1 of the seeds]}."""
-    names = {row["encoder"]: SEED.sub("", Path(row["encoder"]).as_posix()) for row in rows}
-    short = shortest({name: Path(name).parts for name in names.values()})
+    kind = lambda row: Path(SEED.sub("", Path(row["encoder"]).as_posix()))
+    paths = list(dict.fromkeys(map(kind, rows)))
+    names = dict(zip(paths, shortest_ends(paths, least=2)))
     found: dict[tuple[str, str], dict] = {}
     for row in rows:
-        name = short[names[row["encoder"]]]
+        name = names[kind(row)]
         cells = found.setdefault((row["to"], name), {"epoch": row["epoch"]})
         cells.setdefault(row["by"], []).append(row["top1"])
     return found
-
-
-def shortest(paths: dict[str, tuple[str, ...]]) -> dict[str, str]:
-    """Path -> its last two parts, or as many more as tell it from the others."""
-    length = 2
-    ends = lambda: {name: "/".join(parts[-length:]) for name, parts in paths.items()}
-    while len(set(ends().values())) < len(paths):
-        length += 1
-    return ends()
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -188,9 +188,17 @@ def read_run(path: Path, name: str) -> Run:
 
 def _names(paths: list[Path]) -> list[str]:
     """The shortest ends of the paths that tell them apart."""
-    parts = [path.resolve().parts for path in paths]
-    for length in range(1, max(map(len, parts), default=1) + 1):
+    names = shortest_ends([path.resolve() for path in paths])
+    if names is None:
+        raise BadInput(f"the run '{paths[0]}' is named twice: name each run once")
+    return names
+
+
+def shortest_ends(paths: Sequence[Path], least: int = 1) -> list[str] | None:
+    """The shortest ends, of `least` parts or more, that tell paths apart; None: two are one."""
+    parts = [path.parts for path in paths]
+    for length in range(least, max(map(len, parts), default=1) + least):
         names = ["/".join(part[-length:]) for part in parts]
         if len(set(names)) == len(names):
             return names
-    raise BadInput(f"the run '{paths[0]}' is named twice: name each run once")
+    return None
